@@ -1,0 +1,66 @@
+"""Timing shared by the benchmarks: interleaved repeats, medians and quartiles."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], device: torch.device, *, warmup: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Time each candidate `repeats` times, in turns, so that all of them meet the same disturbances.
+
+    Returns, for each, the median and the quartiles in milliseconds.
+    """
+    for _ in range(warmup):
+        for run in candidates.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    result = {}
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles([1e3 * value for value in values], n=4, method="inclusive")
+        result[name] = {"median_ms": round(median, 3), "q1_ms": round(low, 3), "q3_ms": round(high, 3)}
+    return result
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a result depends on, for its JSON line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "device": device.type,
+        "device_name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def report(
+    benchmark: str, rows: list[dict[str, Any]], device: torch.device, details: dict[str, Any] | None = None
+) -> None:
+    """Print the rows as a table, then everything, `details` included, as one JSON line."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in [columns, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(json.dumps({"benchmark": benchmark, **machine(device), **(details or {}), "results": rows}))

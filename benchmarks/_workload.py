@@ -1,0 +1,176 @@
+"""What the benchmarks run on: Llamas of the true shape with random weights, examples of TOFU's lengths.
+
+Nothing is downloaded. What a step costs depends on shapes and on how many tokens have which role, not
+on what the weights or the tokens are, so token ids are random.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would import benchmarks/kernels.py
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from palu.data import IGNORE, ORDINARY, Example  # noqa: E402
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
+
+MODELS = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def make_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama of that shape in training mode, its weights drawn on the device: normal, 0.02."""
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=2048, attn_implementation="sdpa")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+# --- lengths ---
+# No Llama tokenizer is at hand. With SmolLM2's, TOFU's questions have 4.3 characters per token, its
+# answers 5.0, its annotated spans 6 (names and dates, without the spaces beside them), and the frame
+# "Question: {question}\nAnswer: " adds 5 tokens; a Llama adds a beginning and an end of sequence.
+PROMPT_CHARACTERS, ANSWER_CHARACTERS, SPAN_CHARACTERS = 4.3, 5.0, 6.0
+FRAME = 6
+
+# Without the data, lengths are drawn from what palu.data makes of TOFU with SmolLM2's tokenizer (plus a
+# beginning of sequence). Tokens at minimum, deciles and maximum of forget05 (200 rows) and retain90 (3600):
+PROMPT_DECILES = {
+    "forget": (16, 18, 20, 21, 22, 23, 24, 25, 27, 31, 46),
+    "retain": (11, 17, 19, 20, 21, 22, 23, 24, 26, 29, 56),
+}
+ANSWER_DECILES = {
+    "forget": (11, 21, 26, 30, 33, 36, 39, 42, 45, 51, 69),
+    "retain": (6, 20, 25, 29, 32, 35, 38, 41, 45, 50, 95),
+}
+# How many answers of forget05 have 0, 1, ... spans, and how many spans have 1, 2, ... tokens (the last
+# entry gathers those of 7 to 16).
+SPANS_PER_ANSWER = (4, 38, 60, 47, 38, 10, 3)
+TOKENS_PER_SPAN = (97, 193, 89, 65, 26, 23, 0, 0, 0, 27)
+
+Lengths = tuple[int, int, list[tuple[int, int]]]  # tokens of prompt and answer, [start, end) of spans in the answer
+
+
+def lengths_of(path: Path) -> list[Lengths]:
+    """The lengths of a JSONL file's rows, estimated from their characters."""
+    result = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        tokens = max(round(len(row["answer"]) / ANSWER_CHARACTERS), 1)
+        spans = []
+        for start, end in row.get("spans", []):
+            first = min(round(start / ANSWER_CHARACTERS), tokens - 1)
+            spans.append((first, min(first + max(round((end - start) / SPAN_CHARACTERS), 1), tokens)))
+        result.append((round(len(row["question"]) / PROMPT_CHARACTERS) + FRAME, tokens + 1, spans))
+    return result
+
+
+def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
+    """Lengths of the same distribution: prompt, answer and spans are drawn independently."""
+
+    def quantile(deciles: tuple[int, ...]) -> int:
+        tenth, rest = divmod(rng.random() * 10, 1)
+        low, high = deciles[int(tenth) : int(tenth) + 2]
+        return round(low + rest * (high - low))
+
+    result = []
+    for _ in range(count):
+        prompt, answer = quantile(PROMPT_DECILES[part]), quantile(ANSWER_DECILES[part])
+        spans = []
+        if part == "forget":
+            number = rng.choices(range(len(SPANS_PER_ANSWER)), SPANS_PER_ANSWER)[0]
+            sizes = rng.choices(range(1, len(TOKENS_PER_SPAN) + 1), TOKENS_PER_SPAN, k=number)
+            while sum(sizes) + len(sizes) > answer - 1:  # an ordinary token parts two spans
+                sizes.pop()
+            # Spread the tokens that are in no span over the gaps before, between and after the spans.
+            free = answer - 1 - sum(sizes) - len(sizes)
+            edges = sorted(rng.randint(0, free) for _ in sizes)
+            start = 0
+            for size, edge, previous in zip(sizes, edges, [0, *edges], strict=False):
+                start += edge - previous
+                spans.append((start, start + size))
+                start += size + 1
+        result.append((prompt, answer, spans))
+    return result
+
+
+def make_batches(
+    data: Path, vocab_size: int, batches: int, forget: int, retain: int, seed: int
+) -> tuple[list[tuple[list[Example], list[Example]]], str]:
+    """Batches of forget and retain examples, and where their lengths are from.
+
+    data: folder with forget05.jsonl and retain90.jsonl, of which rows are drawn; if they are not there,
+        lengths are drawn from the tables above.
+    The last token of each answer, vocab_size - 1, ends the sequence.
+    """
+    rng = random.Random(seed)
+    tokens = torch.Generator().manual_seed(seed)
+    lengths: dict[str, list[Lengths]] = {}
+    files = {"forget": data / "forget05.jsonl", "retain": data / "retain90.jsonl"}
+    real = all(path.is_file() for path in files.values())
+    for part, count in (("forget", forget * batches), ("retain", retain * batches)):
+        rows = lengths_of(files[part]) if real else []
+        lengths[part] = rng.choices(rows, k=count) if real else drawn_lengths(part, count, rng)
+
+    examples: dict[str, list[Example]] = {"forget": [], "retain": []}
+    for part in examples:
+        for prompt, answer, spans in lengths[part]:
+            ids = torch.randint(vocab_size - 1, (prompt + answer,), generator=tokens)
+            ids[-1] = vocab_size - 1
+            labels = ids.clone() if part == "retain" else torch.full_like(ids, ORDINARY)
+            labels[:prompt] = IGNORE
+            for start, end in spans:
+                labels[prompt + start : prompt + end] = ids[prompt + start : prompt + end]
+            examples[part].append(Example(len(examples[part]), ids, labels))
+    split = [
+        (
+            examples["forget"][i * forget : (i + 1) * forget],
+            examples["retain"][i * retain : (i + 1) * retain],
+        )
+        for i in range(batches)
+    ]
+    return split, str(data) if real else "drawn from the distribution of TOFU's lengths"

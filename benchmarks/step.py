@@ -1,0 +1,213 @@
+"""A training step of palu against the published formulation, on random weights of the true shape.
+
+    python benchmarks/step.py --model llama-3.1-8b
+    python benchmarks/step.py --model llama-3.2-1b --impl palu,published --no-checkpointing
+    python benchmarks/step.py --model tiny --check
+
+Candidates (--impl; forward and backward pass, gradients freed, no optimizer step):
+
+    palu            what palu.unlearn does: feed, copy to the device, packed body, losses from hidden states
+    published       three padded passes with full logits (benchmarks/published.py)
+    body            the packed body alone with a random gradient at its end: no step can be faster
+    loss-palu       head and losses alone, from given hidden states
+    loss-published  the same of the published formulation
+
+All candidates see the same examples, in turns. `peak_gib` is the peak of allocated memory (CUDA) with
+nothing alive that the candidate does not need: palu and body are measured before the reference model
+exists. `extra_gib` is what a loss section adds to its inputs, the head's gradient left out. A table, then
+one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _candidates import (
+    Run,
+    body_runs,
+    copy_of,
+    palu_runs,
+    palu_section_runs,
+    palu_step,
+    perturbed_copy_of,
+    prepare,
+    published_runs,
+    published_section_runs,
+    run_published,
+)
+from _timing import interleaved, report, synchronize
+from _workload import DATA, MODELS
+from published import Padded
+from transformers import PreTrainedModel
+
+from palu import ops
+from palu.attention import using_packed_attention
+from palu.feed import Feed
+from palu.objective import body_of, head_of
+
+IMPLEMENTATIONS = ("palu", "published", "body", "loss-palu", "loss-published")
+GIB = 2**30
+
+
+def check(arguments: argparse.Namespace) -> dict[str, float]:
+    """Relative differences between the two formulations: of the loss, and the worst parameter gradient's."""
+    references: list[PreTrainedModel] = []
+
+    def reference(model: PreTrainedModel) -> PreTrainedModel:
+        references.append(perturbed_copy_of(model))
+        return references[0]
+
+    setup = prepare(arguments, reference)
+    results = []
+    for of_palu in (True, False):
+        if of_palu:
+            with using_packed_attention(setup.model):
+                total = palu_step(setup.objective, setup.feeds[0], setup.device)
+        else:
+            total = run_published(setup, references[0], 0)
+        results.append((total, {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}))
+        setup.model.zero_grad(set_to_none=True)
+    (palu_total, palu_grads), (total, grads) = results
+    if palu_grads.keys() != grads.keys():
+        raise AssertionError(f"gradients of different parameters: {palu_grads.keys() ^ grads.keys()}")
+    return {
+        "loss": abs(palu_total / total - 1).item(),
+        "gradient": max(((palu_grads[name] - grads[name]).norm() / grads[name].norm()).item() for name in grads),
+    }
+
+
+def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | None:
+    """Allocated before the runs and at their peak; None on a CPU, where torch does not count."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for run in runs:
+        run()
+    synchronize(device)
+    return before, torch.cuda.max_memory_allocated(device)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    setup = prepare(arguments, reference=None)
+    device, weight = setup.device, head_of(setup.model).weight
+    details: dict[str, Any] = {}
+    candidates: dict[str, Run] = {}
+    peaks: dict[str, tuple[int, int] | None] = {}
+
+    def add(name: str, runs: list[Run]) -> None:
+        candidates[name] = lambda cycle=itertools.cycle(runs): next(cycle)()
+        peaks[name] = peak_bytes(runs, device)
+
+    with using_packed_attention(setup.model):
+        if arguments.compile:  # palu and body run the compiled body
+            body_of(setup.model).compile(dynamic=True)
+            started = time.perf_counter()
+            for run in palu_runs(setup):
+                run()
+            synchronize(device)
+            details["first_pass_with_compile_s"] = round(time.perf_counter() - started, 1)
+        # In this order, so that each finds only what it needs in memory.
+        if "palu" in arguments.impl:
+            add("palu", palu_runs(setup))
+        if "body" in arguments.impl:
+            add("body", body_runs(setup))
+        if "published" in arguments.impl:
+            reference = copy_of(setup.twin)
+            # palu's copy of the reference's head is not the published step's to carry.
+            setup.objective.ref_head = head_of(reference)
+            add("published", published_runs(setup, reference))
+        if "loss-palu" in arguments.impl:
+            add("loss-palu", palu_section_runs(setup))
+        if "loss-published" in arguments.impl:
+            add("loss-published", published_section_runs(setup))
+        times = interleaved(candidates, device, warmup=len(setup.feeds), repeats=arguments.repeats)
+
+    rows: list[dict[str, Any]] = []
+    for name in [name for name in IMPLEMENTATIONS if name in times]:
+        base = times.get("loss-palu" if name.startswith("loss") else "palu")
+        row: dict[str, Any] = {"impl": name, **times[name]}
+        row["ratio_to_palu"] = round(times[name]["median_ms"] / base["median_ms"], 2) if base else None
+        row["peak_gib"] = row["extra_gib"] = None
+        if (peak := peaks[name]) is not None:
+            before, highest = peak
+            if name.startswith("loss"):
+                gradient = weight.nbytes if weight.requires_grad else 0
+                row["extra_gib"] = round((highest - before - gradient) / GIB, 3)
+            else:
+                row["peak_gib"] = round(highest / GIB, 2)
+        rows.append(row)
+    details["arguments"] = vars(arguments) | {"data": str(arguments.data)}
+    details["transformers"] = transformers.__version__
+    details["lengths"] = setup.lengths
+    details["tokens"] = [tokens_of(feed, padded) for feed, padded in zip(setup.feeds, setup.padded, strict=True)]
+    report("step", rows, device, details)
+
+
+def tokens_of(feed: Feed, padded: tuple[Padded, Padded]) -> dict[str, Any]:
+    [[batch]] = feed
+    onset, ordinary, retain = batch.counts
+    return {
+        "packed": sum(batch.packed.sequence_lengths),
+        "onset": onset,
+        "ordinary": ordinary,
+        "retain": retain,
+        "padded_forget": list(padded[0].labels.shape),
+        "padded_retain": list(padded[1].labels.shape),
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b")
+    parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), help="some of the candidates, with commas")
+    parser.add_argument("--batch-size", type=int, default=8, help="forget examples")
+    parser.add_argument("--retain-batch-size", type=int, default=None, help="default: --batch-size")
+    parser.add_argument("--top-k", type=int, default=5000)
+    parser.add_argument("--n", type=int, default=3)
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="published step only")
+    parser.add_argument("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
+    parser.add_argument("--onset-path", choices=("auto", "gather", "dense"), default="auto", help="of palu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile palu's body")
+    parser.add_argument("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
+    parser.add_argument("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="default: bfloat16, on a CPU float32, with --check float64")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of times")
+    arguments = parser.parse_args(argv)
+    on_cpu = torch.device(arguments.device).type == "cpu"
+    arguments.impl = arguments.impl.split(",")
+    if unknown := set(arguments.impl) - set(IMPLEMENTATIONS):
+        parser.error(f"--impl: {', '.join(sorted(unknown))}: choose from {', '.join(IMPLEMENTATIONS)}")
+    arguments.dtype = arguments.dtype or ("float64" if arguments.check else "float32" if on_cpu else "bfloat16")
+    arguments.batches = arguments.batches or (2 if on_cpu else 4)
+    arguments.repeats = arguments.repeats or (4 if on_cpu else 20)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.onset_path != "auto":
+        ops._gather_is_faster = lambda *_: arguments.onset_path == "gather"
+    if not arguments.check:
+        measure(arguments)
+        return
+    differences = check(arguments)
+    tolerance = {"float64": 1e-9, "float32": 1e-3}.get(arguments.dtype, 0.1)
+    print(f"relative differences, palu to published: {differences}, tolerance {tolerance}")
+    if not max(differences.values()) < tolerance:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+// Argument checks shared by the CPU and the CUDA registrations: dtype mistakes become TypeError,
+// shapes and values ValueError. Nothing here reads a tensor's elements.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace palu {
+
+enum class Target { kGlobalMean, kGlobalMeanDetached, kLocalMean, kConstant };
+
+inline bool is_global(Target target) {
+  return target == Target::kGlobalMean || target == Target::kGlobalMeanDetached;
+}
+
+inline Target parse_target(const char* op, std::string_view target) {
+  if (target == "global_mean") return Target::kGlobalMean;
+  if (target == "global_mean_detached") return Target::kGlobalMeanDetached;
+  if (target == "local_mean") return Target::kLocalMean;
+  TORCH_CHECK_VALUE(
+      target == "constant", op, ": unknown target '", target,
+      "'; choose 'global_mean', 'global_mean_detached', 'local_mean' or 'constant'");
+  return Target::kConstant;
+}
+
+// The dtype that sums are kept in, and that losses and residuals come back in.
+inline at::ScalarType acc_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// "float32", as Python users know it; for the rest torch's C++ name will do.
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kShort: return "int16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    default: return c10::toString(dtype);
+  }
+}
+
+inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
+  TORCH_CHECK_VALUE(
+      t.dim() == dim, op, ": ", name, " must have ", dim, " dimension", dim == 1 ? "" : "s",
+      ", got shape ", t.sizes());
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(
+      t.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+inline void check_device(const char* op, const char* name, const at::Tensor& t, const char* as,
+                         const at::Tensor& like) {
+  TORCH_CHECK_VALUE(
+      t.device() == like.device(), op, ": ", name, " is on ", t.device(), " but ", as, " is on ",
+      like.device());
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype != at::kHalf || !t.is_cpu(), op, ": ", name,
+      " is float16, which the CPU kernels do not support; use bfloat16 or float32");
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      op, ": ", name, " must be float32, float64, bfloat16 or (CUDA only) float16, got ",
+      dtype_name(dtype));
+}
+
+// index [R,K] for R rows over a vocabulary of V entries; its values are checked on the device.
+inline void check_index(const char* op, const at::Tensor& index, int64_t rows, int64_t vocab_size) {
+  TORCH_CHECK_TYPE(
+      index.scalar_type() == at::kInt || index.scalar_type() == at::kLong, op,
+      ": index must be int32 or int64, got ", dtype_name(index.scalar_type()));
+  check_dim(op, "index", index, 2);
+  TORCH_CHECK_VALUE(
+      index.size(0) == rows, op, ": index must have one row for each of the ", rows, " rows, got ",
+      index.size(0));
+  TORCH_CHECK_VALUE(
+      rows == 0 || (index.size(1) > 0 && vocab_size > 0), op,
+      ": needs at least one index per row and a vocabulary that is not empty, got K = ",
+      index.size(1), " and V = ", vocab_size);
+}
+
+// A gradient buffer that a kernel writes: rows of contiguous elements.
+inline void check_unit_stride(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(
+      t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
+      " must have unit stride in its last dimension, got strides ", t.strides());
+}
+
+inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
+                         const at::Tensor& like) {
+  check_device(op, name, t, as, like);
+  check_dtype(op, name, t, like.scalar_type());
+  check_shape(op, name, t, like.sizes());
+  check_unit_stride(op, name, t);
+}
+
+inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
+  constexpr const char* op = "palu::prefix_mask";
+  check_dtype(op, "labels", labels, at::kLong);
+  check_dim(op, "labels", labels, 2);
+  TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", n);
+}
+
+inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index,
+                             std::string_view target) {
+  constexpr const char* op = "palu::topk_mse";
+  check_floating(op, "logits", logits);
+  check_dim(op, "logits", logits, 2);
+  check_device(op, "index", index, "logits", logits);
+  check_index(op, index, logits.size(0), logits.size(1));
+  return parse_target(op, target);
+}
+
+// grad [R] and residual [R,K], both in the acc dtype of the op's floating inputs.
+inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& residual,
+                           const at::Tensor& index, const char* as, const at::Tensor& like) {
+  check_device(op, "grad", grad, as, like);
+  check_device(op, "residual", residual, as, like);
+  check_device(op, "index", index, as, like);
+  check_dtype(op, "grad", grad, acc_dtype(like.scalar_type()));
+  check_dtype(op, "residual", residual, acc_dtype(like.scalar_type()));
+  check_shape(op, "grad", grad, {like.size(0)});
+  check_shape(op, "residual", residual, index.sizes());
+}
+
+inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual,
+                                    const at::Tensor& index, const at::Tensor& grad_logits) {
+  constexpr const char* op = "palu::topk_mse_backward";
+  check_floating(op, "grad_logits", grad_logits);
+  check_dim(op, "grad_logits", grad_logits, 2);
+  check_unit_stride(op, "grad_logits", grad_logits);
+  check_index(op, index, grad_logits.size(0), grad_logits.size(1));
+  check_incoming(op, grad, residual, index, "grad_logits", grad_logits);
+}
+
+inline void check_linear(const char* op, const at::Tensor& hidden, const at::Tensor& weight,
+                         const at::Tensor& index, const std::optional<at::Tensor>& weight_mean) {
+  check_floating(op, "hidden", hidden);
+  check_dim(op, "hidden", hidden, 2);
+  check_device(op, "weight", weight, "hidden", hidden);
+  check_dtype(op, "weight", weight, hidden.scalar_type());
+  check_dim(op, "weight", weight, 2);
+  TORCH_CHECK_VALUE(
+      weight.size(1) == hidden.size(1), op, ": hidden has ", hidden.size(1),
+      " columns but weight has ", weight.size(1));
+  check_device(op, "index", index, "hidden", hidden);
+  check_index(op, index, hidden.size(0), weight.size(0));
+  if (weight_mean) {
+    check_device(op, "weight_mean", *weight_mean, "hidden", hidden);
+    check_dtype(op, "weight_mean", *weight_mean, acc_dtype(hidden.scalar_type()));
+    check_shape(op, "weight_mean", *weight_mean, {hidden.size(1)});
+  }
+}
+
+inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight,
+                                    const at::Tensor& index, const std::optional<at::Tensor>& bias,
+                                    const std::optional<at::Tensor>& weight_mean,
+                                    std::string_view target) {
+  constexpr const char* op = "palu::linear_topk_mse";
+  check_linear(op, hidden, weight, index, weight_mean);
+  if (bias) {
+    check_device(op, "bias", *bias, "hidden", hidden);
+    check_dtype(op, "bias", *bias, hidden.scalar_type());
+    check_shape(op, "bias", *bias, {weight.size(0)});
+  }
+  const Target parsed = parse_target(op, target);
+  TORCH_CHECK_VALUE(
+      !is_global(parsed) || weight_mean, op, ": target '", target,
+      "' needs weight_mean = weight.mean(0)");
+  return parsed;
+}
+
+inline void check_linear_topk_mse_backward(
+    const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
+    const at::Tensor& weight, const at::Tensor& index, const std::optional<at::Tensor>& weight_mean,
+    bool through_mean, const std::optional<at::Tensor>& grad_hidden,
+    const std::optional<at::Tensor>& grad_weight, const std::optional<at::Tensor>& grad_bias) {
+  constexpr const char* op = "palu::linear_topk_mse_backward";
+  check_linear(op, hidden, weight, index, weight_mean);
+  check_incoming(op, grad, residual, index, "hidden", hidden);
+  TORCH_CHECK_VALUE(
+      !through_mean || !grad_hidden || weight_mean, op,
+      ": grad_hidden through the mean needs weight_mean = weight.mean(0)");
+  if (grad_hidden) check_buffer(op, "grad_hidden", *grad_hidden, "hidden", hidden);
+  if (grad_weight) check_buffer(op, "grad_weight", *grad_weight, "weight", weight);
+  if (grad_bias) {
+    check_device(op, "grad_bias", *grad_bias, "hidden", hidden);
+    check_dtype(op, "grad_bias", *grad_bias, hidden.scalar_type());
+    check_shape(op, "grad_bias", *grad_bias, {weight.size(0)});
+    check_unit_stride(op, "grad_bias", *grad_bias);
+  }
+}
+
+inline void check_rows_in_place(const char* op, const at::Tensor& logits,
+                                const at::Tensor& row_weight) {
+  check_floating(op, "logits", logits);
+  check_dim(op, "logits", logits, 2);
+  check_unit_stride(op, "logits", logits);
+  TORCH_CHECK_VALUE(
+      logits.size(0) == 0 || logits.size(1) > 0, op, ": the vocabulary is empty");
+  check_device(op, "row_weight", row_weight, "logits", logits);
+  check_dtype(op, "row_weight", row_weight, acc_dtype(logits.scalar_type()));
+  check_shape(op, "row_weight", row_weight, {logits.size(0)});
+}
+
+inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
+                                 const at::Tensor& row_weight) {
+  constexpr const char* op = "palu::cross_entropy_";
+  check_rows_in_place(op, logits, row_weight);
+  check_device(op, "labels", labels, "logits", logits);
+  check_dtype(op, "labels", labels, at::kLong);
+  check_shape(op, "labels", labels, {logits.size(0)});
+}
+
+inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits,
+                          const at::Tensor& row_weight) {
+  constexpr const char* op = "palu::kl_div_";
+  check_rows_in_place(op, logits, row_weight);
+  check_device(op, "ref_logits", ref_logits, "logits", logits);
+  check_dtype(op, "ref_logits", ref_logits, logits.scalar_type());
+  check_shape(op, "ref_logits", ref_logits, logits.sizes());
+}
+
+}  // namespace palu

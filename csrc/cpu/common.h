@@ -1,0 +1,79 @@
+// What the CPU registrations share: dispatch over dtypes, and the check of an index's values.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "vector.h"
+
+namespace palu::cpu {
+
+// Elements of work below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+inline int64_t row_grain(int64_t row_elements) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_elements));
+}
+
+// Calls f(T{}, A{}) for a floating dtype that check_floating has passed.
+template <typename F>
+void dispatch_floating(at::ScalarType dtype, F f) {
+  if (dtype == at::kDouble) {
+    f(double{}, double{});
+  } else if (dtype == at::kFloat) {
+    f(float{}, float{});
+  } else {
+    f(c10::BFloat16{}, float{});
+  }
+}
+
+// Calls f(I{}) for an index dtype that check_index has passed.
+template <typename F>
+void dispatch_index(at::ScalarType dtype, F f) {
+  if (dtype == at::kInt) {
+    f(int32_t{});
+  } else {
+    f(int64_t{});
+  }
+}
+
+inline at::Tensor unit_last_stride(const at::Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+template <typename I>
+void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows, int64_t k,
+                        int64_t vocab_size) {
+  std::atomic<bool> ok{true};
+  at::parallel_for(0, rows * k, kGrain, [&](int64_t begin, int64_t end) {
+    if (!all_in_range(index + begin, end - begin, vocab_size)) ok = false;
+  });
+  if (ok) return;
+  for (int64_t i = 0; i < rows * k; ++i) {
+    TORCH_CHECK_INDEX(
+        index[i] >= 0 && index[i] < vocab_size, op, ": index[", i / k, ", ", i % k, "] = ", index[i],
+        " is out of range for a vocabulary of ", vocab_size);
+  }
+}
+
+// From z [K] in residual: residual = z - c and its mean square. global_mean is c for those targets.
+template <typename A>
+A finish_row(A* residual /* [K] */, int64_t k, Target target, A global_mean, A constant) {
+  const A c = target == Target::kConstant    ? constant
+              : target == Target::kLocalMean ? static_cast<A>(sum(residual, k) / k)
+                                             : global_mean;
+  for (int64_t i = 0; i < k; ++i) residual[i] -= c;
+  return dot(residual, residual, k) / static_cast<A>(k);
+}
+
+// s = -(1/V) sum_k g[k], for g = scale * residual.
+template <typename A>
+A mean_share(const A* residual /* [K] */, int64_t k, A scale, int64_t vocab_size) {
+  return static_cast<A>(-static_cast<double>(scale) * sum(residual, k) / vocab_size);
+}
+
+}  // namespace palu::cpu

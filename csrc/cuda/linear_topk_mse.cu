@@ -1,0 +1,442 @@
+// topk_mse of logits = hidden @ weight^T + bias from the K rows of weight that each row of hidden
+// needs; formulas and the gradient's derivation are in csrc/linear_topk_mse.h.
+//
+// The rows of weight are the traffic: R K d sizeof(T) bytes forward, as many again for the gradient
+// of hidden. Everything else is small, or, where the gradient of weight flows through the global
+// mean, one read and one write of the whole buffer.
+//
+// kWidth is the number of elements per access: 16 bytes where every row starts on a 16-byte boundary
+// and d is a multiple, else 1.
+#include "common.cuh"
+
+namespace palu::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 8;  // loads of weight per thread in flight
+
+template <typename T>
+bool is_packed(const void* data, int64_t row_stride, int64_t row_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kPack<T> == 0 &&
+         row_size % kPack<T> == 0;
+}
+
+// Calls f with the integral constant kWidth.
+template <typename T, typename F> void dispatch_width(bool packed, F f) {
+  if (packed) {
+    f(std::integral_constant<int, kPack<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T x[N];
+};
+
+template <int kWidth, typename T>
+__device__ Pack<T, kWidth> load_pack(const T* row, int64_t pack) {
+  return reinterpret_cast<const Pack<T, kWidth>*>(row)[pack];
+}
+
+// ---- forward ----
+
+// logit[r,k] = hidden[r] . weight[i_rk] + bias[i_rk]; a warp per (r,k).
+template <typename T, typename I, int kWidth>
+__global__ __launch_bounds__(kThreads) void gather_dot_kernel(
+    const T* __restrict__ hidden,  // [R,d]
+    const T* __restrict__ weight,  // [V,d]
+    int64_t weight_stride,
+    const I* __restrict__ index,    // [R,K]
+    const T* __restrict__ bias,     // [V] or null
+    Acc<T>* __restrict__ logit,     // [R,K]
+    int64_t pairs, int64_t vocab_size, int64_t hidden_size, int64_t k) {
+  using A = Acc<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (pair >= pairs) return;
+  const int64_t at = index[pair];
+  CUDA_KERNEL_ASSERT(at >= 0 && at < vocab_size && "palu::linear_topk_mse: index out of range");
+  hidden += pair / k * hidden_size;
+  weight += at * weight_stride;
+
+  const int64_t packs = hidden_size / kWidth;
+  A sum = 0;
+  const auto add = [&](int64_t pack, const Pack<T, kWidth>& w) {
+    const auto h = load_pack<kWidth>(hidden, pack);
+#pragma unroll
+    for (int n = 0; n < kWidth; ++n) sum += to_acc(h.x[n]) * to_acc(w.x[n]);
+  };
+  int64_t pack = lane;
+  for (; pack + 32 * (kUnroll - 1) < packs; pack += 32 * kUnroll) {
+    Pack<T, kWidth> w[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) w[u] = load_pack<kWidth>(weight, pack + 32 * u);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) add(pack + 32 * u, w[u]);
+  }
+  for (; pack < packs; pack += 32) add(pack, load_pack<kWidth>(weight, pack));
+  sum = warp_reduce(sum, Sum());
+  if (lane == 0) logit[pair] = bias ? sum + to_acc(bias[at]) : sum;
+}
+
+// Subtracts c[r] from a row of logits, in place, and forms its loss; a block per row.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void center_kernel(
+    const T* __restrict__ hidden,            // [R,d]
+    const Acc<T>* __restrict__ weight_mean,  // [d]
+    const Acc<T>* __restrict__ bias_mean,    // [1] or null
+    Acc<T>* __restrict__ loss,               // [R]
+    Acc<T>* __restrict__ residual,           // [R,K], logits when the kernel starts
+    int64_t hidden_size, int64_t k, Center center, Acc<T> constant) {
+  using A = Acc<T>;
+  hidden += blockIdx.x * hidden_size;
+  residual += blockIdx.x * k;
+
+  A c = constant;
+  if (center == Center::kGlobalMean) {
+    A sum = 0;
+#pragma unroll 4
+    for (int64_t j = threadIdx.x; j < hidden_size; j += kThreads) {
+      sum += to_acc(hidden[j]) * weight_mean[j];
+    }
+    c = block_reduce(sum, A(0), Sum());
+    if (bias_mean) c += *bias_mean;
+  } else if (center == Center::kLocalMean) {
+    A sum = 0;
+#pragma unroll 4
+    for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += residual[j];
+    c = block_reduce(sum, A(0), Sum()) / static_cast<A>(k);
+  }
+
+  A sum = 0;
+#pragma unroll 4
+  for (int64_t j = threadIdx.x; j < k; j += kThreads) {
+    const A difference = residual[j] - c;
+    residual[j] = difference;
+    sum += difference * difference;
+  }
+  sum = block_reduce(sum, A(0), Sum());
+  if (threadIdx.x == 0) loss[blockIdx.x] = sum / static_cast<A>(k);
+}
+
+// ---- backward ----
+
+// g[r,k] = gradient_scale(grad[r], K) residual[r,k]
+template <typename A> __device__ A gradient_scale(A grad, int64_t k) {
+  return A(2) / static_cast<A>(k) * grad;
+}
+
+// shift[r] = -(1/V) sum_k g[r,k]; a block per row.
+template <typename A>
+__global__ __launch_bounds__(kThreads) void mean_shift_kernel(
+    const A* __restrict__ grad,      // [R]
+    const A* __restrict__ residual,  // [R,K]
+    A* __restrict__ shift,           // [R]
+    int64_t vocab_size, int64_t k) {
+  residual += blockIdx.x * k;
+  A sum = 0;
+#pragma unroll 4
+  for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += residual[j];
+  sum = block_reduce(sum, A(0), Sum());
+  if (threadIdx.x == 0) {
+    shift[blockIdx.x] =
+        -gradient_scale(grad[blockIdx.x], k) * sum / static_cast<A>(vocab_size);
+  }
+}
+
+// The gradient of hidden in two steps, so that few rows still fill the GPU: a block sums one slice of
+// the K terms for a stretch of columns, then a thread per element adds the slices in order.
+constexpr int kChunk = 32;             // terms whose weights and places a block keeps at a time
+constexpr int64_t kSliceBlocks = 1024;  // enough for any GPU
+
+template <typename T, typename I, int kWidth>
+__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(
+    const Acc<T>* __restrict__ grad,      // [R]
+    const Acc<T>* __restrict__ residual,  // [R,K]
+    const T* __restrict__ weight,         // [V,d]
+    int64_t weight_stride,
+    const I* __restrict__ index,     // [R,K]
+    Acc<T>* __restrict__ partial,    // [slices,R,d]
+    int64_t rows, int64_t slices, int64_t vocab_size, int64_t hidden_size, int64_t k) {
+  using A = Acc<T>;
+  __shared__ A g[kChunk];
+  __shared__ int64_t place[kChunk];
+  const int64_t r = blockIdx.x / slices, slice = blockIdx.x % slices;
+  const int64_t begin = k * slice / slices, end = k * (slice + 1) / slices;
+  const A scale = gradient_scale(grad[r], k);
+  index += r * k;
+  residual += r * k;
+
+  const int64_t packs = hidden_size / kWidth;
+  const int64_t pack = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  Pack<A, kWidth> sum{};
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    __syncthreads();  // the last chunk has been read
+    if (threadIdx.x < kChunk) {
+      // Terms past the end weigh nothing and read an entry that exists.
+      const int64_t j = chunk + threadIdx.x;
+      const int64_t at = j < end ? index[j] : 0;
+      CUDA_KERNEL_ASSERT(at >= 0 && at < vocab_size && "palu::linear_topk_mse: index out of range");
+      place[threadIdx.x] = at * weight_stride;
+      g[threadIdx.x] = j < end ? scale * residual[j] : A(0);
+    }
+    __syncthreads();
+    if (pack >= packs) continue;
+    for (int j = 0; j < kChunk && chunk + j < end; j += kUnroll) {
+      Pack<T, kWidth> w[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) w[u] = load_pack<kWidth>(weight + place[j + u], pack);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n) sum.x[n] += g[j + u] * to_acc(w[u].x[n]);
+      }
+    }
+  }
+  if (pack < packs) {
+    reinterpret_cast<Pack<A, kWidth>*>(partial + (slice * rows + r) * hidden_size)[pack] = sum;
+  }
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void grad_hidden_kernel(
+    const Acc<T>* __restrict__ partial,      // [slices,R,d]
+    const Acc<T>* __restrict__ weight_mean,  // [d]; read with shift only
+    const Acc<T>* __restrict__ shift,        // [R] or null
+    T* __restrict__ grad_hidden,             // [R,d]
+    int64_t grad_hidden_stride, int64_t rows, int64_t slices, int64_t vocab_size,
+    int64_t hidden_size) {
+  using A = Acc<T>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows * hidden_size) return;
+  const int64_t r = i / hidden_size, column = i % hidden_size;
+  A sum = shift ? static_cast<A>(vocab_size) * shift[r] * weight_mean[column] : A(0);
+#pragma unroll 8
+  for (int64_t s = 0; s < slices; ++s) sum += partial[s * rows * hidden_size + i];
+  T& out = grad_hidden[r * grad_hidden_stride + column];
+  out = from_acc<T>(to_acc(out) + sum);
+}
+
+// mean_row = sum_r shift[r] hidden[r], which every row of grad_weight receives; a thread per column.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void mean_row_kernel(
+    const T* __restrict__ hidden,      // [R,d]
+    const Acc<T>* __restrict__ shift,  // [R]
+    Acc<T>* __restrict__ mean_row,     // [d]
+    int64_t rows, int64_t hidden_size) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= hidden_size) return;
+  Acc<T> sum = 0;
+#pragma unroll 8
+  for (int64_t r = 0; r < rows; ++r) sum += shift[r] * to_acc(hidden[r * hidden_size + column]);
+  mean_row[column] = sum;
+}
+
+// offsets[v] = how many of the sorted indices are below v: entry v's own are offsets[v] .. offsets[v+1].
+template <typename I>
+__global__ __launch_bounds__(kThreads) void offsets_kernel(
+    const I* __restrict__ sorted_index,  // [R*K]
+    int64_t* __restrict__ offsets,       // [V+1]
+    int64_t pairs, int64_t vocab_size) {
+  const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (v > vocab_size) return;
+  int64_t low = 0, high = pairs;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (sorted_index[middle] < v) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  offsets[v] = low;
+}
+
+// A block per vocabulary entry: adds its own terms in the order (r,k), then the mean row.
+template <typename T, int kWidth>
+__global__ __launch_bounds__(kThreads) void grad_weight_kernel(
+    const Acc<T>* __restrict__ grad,            // [R]
+    const Acc<T>* __restrict__ residual,        // [R,K]
+    const T* __restrict__ hidden,               // [R,d]
+    const int64_t* __restrict__ sorted_order,   // [R*K]
+    const int64_t* __restrict__ offsets,        // [V+1]
+    const Acc<T>* __restrict__ mean_row,        // [d] or null
+    T* __restrict__ grad_weight,                // [V,d]
+    int64_t grad_weight_stride, int64_t hidden_size, int64_t k) {
+  using A = Acc<T>;
+  const int64_t v = blockIdx.x;
+  const int64_t begin = offsets[v], end = offsets[v + 1];
+  if (begin == end && !mean_row) return;
+  auto* out = reinterpret_cast<Pack<T, kWidth>*>(grad_weight + v * grad_weight_stride);
+  for (int64_t pack = threadIdx.x; pack < hidden_size / kWidth; pack += kThreads) {
+    Pack<T, kWidth> buffer = out[pack];
+    Pack<A, kWidth> sum{};
+    if (mean_row) sum = load_pack<kWidth>(mean_row, pack);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t pair = sorted_order[p], r = pair / k;
+      const A g = gradient_scale(grad[r], k) * residual[pair];
+      const auto h = load_pack<kWidth>(hidden + r * hidden_size, pack);
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) sum.x[n] += g * to_acc(h.x[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < kWidth; ++n) buffer.x[n] = from_acc<T>(to_acc(buffer.x[n]) + sum.x[n]);
+    out[pack] = buffer;
+  }
+}
+
+// A thread per vocabulary entry, as above for the bias.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void grad_bias_kernel(
+    const Acc<T>* __restrict__ grad,            // [R]
+    const Acc<T>* __restrict__ residual,        // [R,K]
+    const int64_t* __restrict__ sorted_order,   // [R*K]
+    const int64_t* __restrict__ offsets,        // [V+1]
+    const Acc<T>* __restrict__ shift,           // [R] or null
+    T* __restrict__ grad_bias,                  // [V]
+    int64_t rows, int64_t vocab_size, int64_t k) {
+  using A = Acc<T>;
+  A sum = 0;
+  if (shift) {
+    for (int64_t r = threadIdx.x; r < rows; r += kThreads) sum += shift[r];
+    sum = block_reduce(sum, A(0), Sum());
+  }
+  const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (v >= vocab_size) return;
+  for (int64_t p = offsets[v]; p < offsets[v + 1]; ++p) {
+    const int64_t pair = sorted_order[p];
+    sum += gradient_scale(grad[pair / k], k) * residual[pair];
+  }
+  grad_bias[v] = from_acc<T>(to_acc(grad_bias[v]) + sum);
+}
+
+}  // namespace
+
+void linear_topk_mse(Dtype dtype, bool index64, const void* hidden, const void* weight,
+                     int64_t weight_stride, const void* index, const void* bias,
+                     const void* weight_mean, const void* bias_mean, void* loss, void* residual,
+                     int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k,
+                     Center center, double constant, cudaStream_t stream) {
+  if (rows == 0) return;
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    const bool packed = is_packed<T>(hidden, hidden_size, hidden_size) &&
+                        is_packed<T>(weight, weight_stride, hidden_size);
+    dispatch_index(index64, [&](auto i) {
+      using I = decltype(i);
+      dispatch_width<T>(packed, [&](auto width) {
+        gather_dot_kernel<T, I, decltype(width)::value>
+            <<<blocks_for(rows * k, kThreads / 32), kThreads, 0, stream>>>(
+                static_cast<const T*>(hidden), static_cast<const T*>(weight), weight_stride,
+                static_cast<const I*>(index), static_cast<const T*>(bias), static_cast<A*>(residual),
+                rows * k, vocab_size, hidden_size, k);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    });
+    center_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+        static_cast<const T*>(hidden), static_cast<const A*>(weight_mean),
+        static_cast<const A*>(bias_mean), static_cast<A*>(loss), static_cast<A*>(residual),
+        hidden_size, k, center, static_cast<A>(constant));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void linear_mean_shift(Dtype dtype, const void* grad, const void* residual, void* shift, int64_t rows,
+                       int64_t vocab_size, int64_t k, cudaStream_t stream) {
+  if (rows == 0) return;
+  dispatch(dtype, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    mean_shift_kernel<A><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+        static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<A*>(shift),
+        vocab_size, k);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+int64_t linear_grad_hidden_slices(int64_t rows, int64_t k) {
+  const int64_t wanted = (kSliceBlocks + rows - 1) / rows, chunks = (k + kChunk - 1) / kChunk;
+  return wanted < chunks ? wanted : chunks;
+}
+
+void linear_grad_hidden(Dtype dtype, bool index64, const void* grad, const void* residual,
+                        const void* weight, int64_t weight_stride, const void* index,
+                        const void* weight_mean, const void* shift, void* partial,
+                        void* grad_hidden, int64_t grad_hidden_stride, int64_t rows,
+                        int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream) {
+  if (rows == 0 || hidden_size == 0) return;
+  const int64_t slices = linear_grad_hidden_slices(rows, k);
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    dispatch_index(index64, [&](auto i) {
+      using I = decltype(i);
+      dispatch_width<T>(is_packed<T>(weight, weight_stride, hidden_size), [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        const dim3 blocks(static_cast<unsigned>(rows * slices),
+                          blocks_for(hidden_size / kWidth, kThreads));
+        grad_hidden_slice_kernel<T, I, kWidth><<<blocks, kThreads, 0, stream>>>(
+            static_cast<const A*>(grad), static_cast<const A*>(residual),
+            static_cast<const T*>(weight), weight_stride, static_cast<const I*>(index),
+            static_cast<A*>(partial), rows, slices, vocab_size, hidden_size, k);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    });
+    grad_hidden_kernel<T><<<blocks_for(rows * hidden_size, kThreads), kThreads, 0, stream>>>(
+        static_cast<const A*>(partial), static_cast<const A*>(weight_mean),
+        static_cast<const A*>(shift), static_cast<T*>(grad_hidden), grad_hidden_stride, rows, slices,
+        vocab_size, hidden_size);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void linear_grad_weight(Dtype dtype, bool index64, const void* grad, const void* residual,
+                        const void* hidden, const void* sorted_index, const int64_t* sorted_order,
+                        const void* shift, int64_t* offsets, void* mean_row, void* grad_weight,
+                        int64_t grad_weight_stride, void* grad_bias, int64_t rows,
+                        int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream) {
+  if (rows == 0) return;
+  dispatch_index(index64, [&](auto i) {
+    using I = decltype(i);
+    offsets_kernel<I><<<blocks_for(vocab_size + 1, kThreads), kThreads, 0, stream>>>(
+        static_cast<const I*>(sorted_index), offsets, rows * k, vocab_size);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    if (grad_weight && hidden_size > 0) {
+      if (shift) {
+        mean_row_kernel<T><<<blocks_for(hidden_size, kThreads), kThreads, 0, stream>>>(
+            static_cast<const T*>(hidden), static_cast<const A*>(shift), static_cast<A*>(mean_row),
+            rows, hidden_size);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+      const bool packed = is_packed<T>(hidden, hidden_size, hidden_size) &&
+                          is_packed<T>(grad_weight, grad_weight_stride, hidden_size);
+      dispatch_width<T>(packed, [&](auto width) {
+        grad_weight_kernel<T, decltype(width)::value>
+            <<<static_cast<unsigned>(vocab_size), kThreads, 0, stream>>>(
+                static_cast<const A*>(grad), static_cast<const A*>(residual),
+                static_cast<const T*>(hidden), sorted_order, offsets,
+                shift ? static_cast<const A*>(mean_row) : nullptr, static_cast<T*>(grad_weight),
+                grad_weight_stride, hidden_size, k);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    }
+    if (grad_bias) {
+      grad_bias_kernel<T><<<blocks_for(vocab_size, kThreads), kThreads, 0, stream>>>(
+          static_cast<const A*>(grad), static_cast<const A*>(residual), sorted_order, offsets,
+          static_cast<const A*>(shift), static_cast<T*>(grad_bias), rows, vocab_size, k);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+}
+
+}  // namespace palu::cuda

@@ -1,0 +1,225 @@
+// Losses over whole rows of logits, with the gradient formed in place in the same launch.
+//
+// With m = max_v z_v and S = sum_v exp(z_v - m): lse = m + log S, softmax(z)_v = exp(z_v - m) / S.
+//
+// Cross-entropy:   loss = lse - z_label                     dloss/dz_v = P_v - [v = label]
+//
+// KL, with P = softmax(z) (theta) and Q = softmax(z') (reference):
+//   forward        loss = sum_v Q_v (log Q_v - log P_v)     dloss/dz_v = P_v - Q_v
+//   reverse        loss = sum_v P_v (log P_v - log Q_v)     dloss/dz_v = P_v ((log P_v - log Q_v) - loss)
+//   (reverse: dP_u/dz_v = P_u ([u = v] - P_v), and sum_u P_u dlog P_u/dz_v = 0)
+//
+// The reverse gradient needs its row's loss first. With D = softmax(d) the distribution that averages
+// and O = softmax(o) the other,
+//
+//   loss = sum_v D_v ((d_v - lse_d) - (o_v - lse_o)) = sum_v D_v (d_v - o_v) - (lse_d - lse_o),
+//
+// so one pass collects m and S of both rows and sum_v exp(d_v - m_d) (d_v - o_v).
+//
+// A team of blocks per row makes two passes: the first streams the row from device memory, the second
+// finds it in L2 and writes the gradient. Device memory traffic: cross-entropy one read and one write
+// of the logits, KL one more read for the reference.
+#include "common.cuh"
+
+namespace palu::cuda {
+namespace {
+
+constexpr int kUnroll = 4;    // packs per thread in flight
+constexpr int kUnrollKl = 2;  // of each of two rows
+
+// exp(x) for x <= 0 (2^-22 relative error in float32; denormal results are 0).
+__device__ inline float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+__device__ inline double fast_exp(double x) { return exp(x); }
+
+// max_v z_v and sum_v exp(z_v - max) of what has been seen of a row. The maximum starts at the lowest
+// finite value instead of -inf, so that exp(z - max) is never exp(-inf + inf).
+template <typename A> struct Partition {
+  A max = lowest<A>();
+  A sum = 0;
+
+  // Makes room for a larger maximum; returns the factor for sums taken relative to the old one.
+  __device__ A raise(A z) {
+    const A larger = fmax(max, z);
+    const A factor = fast_exp(max - larger);
+    max = larger;
+    sum *= factor;
+    return factor;
+  }
+};
+
+// Joins the parts that the threads of a team hold; returns the factor as `raise` does.
+template <typename A> __device__ A join(Partition<A>& part) {
+  const A factor = part.raise(row_reduce(part.max, lowest<A>(), Max()));
+  part.sum = row_reduce(part.sum, A(0), Sum());
+  return factor;
+}
+
+template <typename T, int U> __device__ Acc<T> max_of(const uint4 (&packs)[U]) {
+  Acc<T> largest = lowest<Acc<T>>();
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    Acc<T> z[kPack<T>];
+    unpack(packs[u], z, T{});
+#pragma unroll
+    for (int n = 0; n < kPack<T>; ++n) largest = fmax(largest, z[n]);
+  }
+  return largest;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(
+    T* logits,  // [R,V]
+    int64_t logits_stride,
+    const int64_t* __restrict__ labels,      // [R]
+    const Acc<T>* __restrict__ row_weight,   // [R]
+    Acc<T>* __restrict__ loss,               // [R]
+    int64_t vocab_size) {
+  using A = Acc<T>;
+  constexpr int N = kPack<T>;
+  const RowTeam team = row_team();
+  T* row = logits + team.row * logits_stride;
+  const int64_t step = int64_t{team.threads} * N;
+  const int64_t begin = int64_t{team.thread} * N - lead_of(row);
+
+  const int64_t label = labels[team.row];
+  CUDA_KERNEL_ASSERT(label >= 0 && label < vocab_size && "palu::cross_entropy_: label out of range");
+  const A label_logit = to_acc(row[label]);  // read by all before any thread writes: join is between
+
+  Partition<A> part;
+  for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
+    uint4 packs[kUnroll];
+    load_packs(row, e, step, vocab_size, lowest<T>(), packs);
+    part.raise(max_of<T>(packs));
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      A z[N];
+      unpack(packs[u], z, T{});
+#pragma unroll
+      for (int n = 0; n < N; ++n) part.sum += fast_exp(z[n] - part.max);
+    }
+  }
+  join(part);
+  if (team.thread == 0) loss[team.row] = (part.max - label_logit) + log(part.sum);
+
+  const A weight = row_weight[team.row];
+  const A scale = weight / part.sum;
+  for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
+    uint4 packs[kUnroll];
+    load_packs(row, e, step, vocab_size, lowest<T>(), packs);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      A z[N];
+      unpack(packs[u], z, T{});
+#pragma unroll
+      for (int n = 0; n < N; ++n) z[n] = scale * fast_exp(z[n] - part.max);
+      store_pack(row, e + u * step, vocab_size, z);
+    }
+  }
+  // The thread that wrote the label's entry corrects it.
+  if ((label + lead_of(row)) / N % team.threads == team.thread) {
+    row[label] = from_acc<T>(scale * fast_exp(label_logit - part.max) - weight);
+  }
+}
+
+template <typename T, bool kReverse>
+__global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(
+    T* logits,  // [R,V]
+    int64_t logits_stride,
+    const T* __restrict__ ref_logits,  // [R,V]
+    int64_t ref_stride,
+    const Acc<T>* __restrict__ row_weight,  // [R]
+    Acc<T>* __restrict__ loss,              // [R]
+    int64_t vocab_size) {
+  using A = Acc<T>;
+  constexpr int N = kPack<T>;
+  const RowTeam team = row_team();
+  T* row = logits + team.row * logits_stride;
+  const T* ref = ref_logits + team.row * ref_stride;
+  const int64_t step = int64_t{team.threads} * N;
+  const int64_t begin = int64_t{team.thread} * N - lead_of(row);
+
+  Partition<A> p, q;
+  A moment = 0;  // sum_v exp(d_v - m_d) (d_v - o_v)
+  for (int64_t e = begin; e < vocab_size; e += kUnrollKl * step) {
+    uint4 p_packs[kUnrollKl], q_packs[kUnrollKl];
+    load_packs(row, e, step, vocab_size, lowest<T>(), p_packs);
+    load_packs(ref, e, step, vocab_size, lowest<T>(), q_packs);
+    const A raised_p = p.raise(max_of<T>(p_packs)), raised_q = q.raise(max_of<T>(q_packs));
+    moment *= kReverse ? raised_p : raised_q;
+#pragma unroll
+    for (int u = 0; u < kUnrollKl; ++u) {
+      A zp[N], zq[N];
+      unpack(p_packs[u], zp, T{});
+      unpack(q_packs[u], zq, T{});
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const A x = zp[n], y = zq[n];
+        const A ex = fast_exp(x - p.max), ey = fast_exp(y - q.max);
+        p.sum += ex;
+        q.sum += ey;
+        moment += kReverse ? ex * (x - y) : ey * (y - x);
+      }
+    }
+  }
+  const A raised_p = join(p), raised_q = join(q);
+  moment = row_reduce(moment * (kReverse ? raised_p : raised_q), A(0), Sum());
+
+  const A lse_difference = (p.max - q.max) + log(p.sum / q.sum);  // lse of logits - lse of ref_logits
+  const A divergence = kReverse ? moment / p.sum - lse_difference : moment / q.sum + lse_difference;
+  if (team.thread == 0) loss[team.row] = divergence;
+
+  const A weight = row_weight[team.row];
+  const A scale_p = weight / p.sum, scale_q = weight / q.sum;
+  for (int64_t e = begin; e < vocab_size; e += kUnrollKl * step) {
+    uint4 p_packs[kUnrollKl], q_packs[kUnrollKl];
+    load_packs(row, e, step, vocab_size, lowest<T>(), p_packs);
+    load_packs(ref, e, step, vocab_size, lowest<T>(), q_packs);
+#pragma unroll
+    for (int u = 0; u < kUnrollKl; ++u) {
+      A zp[N], zq[N];
+      unpack(p_packs[u], zp, T{});
+      unpack(q_packs[u], zq, T{});
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const A x = zp[n], y = zq[n];
+        const A wp = scale_p * fast_exp(x - p.max);
+        zp[n] = kReverse ? wp * ((x - y) - lse_difference - divergence)
+                         : wp - scale_q * fast_exp(y - q.max);
+      }
+      store_pack(row, e + u * step, vocab_size, zp);
+    }
+  }
+}
+
+}  // namespace
+
+void cross_entropy_(Dtype dtype, void* logits, int64_t logits_stride, const int64_t* labels,
+                    const void* row_weight, void* loss, int64_t rows, int64_t vocab_size,
+                    cudaStream_t stream) {
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    launch_rows(cross_entropy_kernel<T>, rows, vocab_size * static_cast<int64_t>(sizeof(T)), stream,
+                static_cast<T*>(logits), logits_stride, labels, static_cast<const A*>(row_weight),
+                static_cast<A*>(loss), vocab_size);
+  });
+}
+
+void kl_div_(Dtype dtype, void* logits, int64_t logits_stride, const void* ref_logits,
+             int64_t ref_stride, const void* row_weight, void* loss, int64_t rows,
+             int64_t vocab_size, bool reverse, cudaStream_t stream) {
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    launch_rows(reverse ? kl_div_kernel<T, true> : kl_div_kernel<T, false>, rows,
+                2 * vocab_size * static_cast<int64_t>(sizeof(T)), stream, static_cast<T*>(logits),
+                logits_stride, static_cast<const T*>(ref_logits), ref_stride,
+                static_cast<const A*>(row_weight), static_cast<A*>(loss), vocab_size);
+  });
+}
+
+}  // namespace palu::cuda

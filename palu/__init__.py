@@ -1,0 +1,54 @@
+"""PALU: make a language model forget chosen answers with the smallest intervention that works.
+
+Method: arXiv 2601.03190. Names are imported on first use, so that `import palu` is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from palu.config import UnlearnConfig
+    from palu.data import DataError
+    from palu.losses import PaluLoss, palu_loss
+    from palu.ops import linear_topk_mse, prefix_mask, topk_mse
+    from palu.unlearn import DivergenceError, UnlearnResult, unlearn
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DataError": "palu.data",
+    "DivergenceError": "palu.unlearn",
+    "PaluLoss": "palu.losses",
+    "UnlearnConfig": "palu.config",
+    "UnlearnResult": "palu.unlearn",
+    "linear_topk_mse": "palu.ops",
+    "palu_loss": "palu.losses",
+    "prefix_mask": "palu.ops",
+    "topk_mse": "palu.ops",
+    "unlearn": "palu.unlearn",
+}
+
+__all__ = [
+    "DataError",
+    "DivergenceError",
+    "PaluLoss",
+    "UnlearnConfig",
+    "UnlearnResult",
+    "linear_topk_mse",
+    "palu_loss",
+    "prefix_mask",
+    "topk_mse",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'palu' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOME.keys())

@@ -1,0 +1,220 @@
+"""The one list of sources and flags behind every build of the extension.
+
+`setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line
+(`python palu/_build.py --cmake`), and `palu.ops` compiles from it just in time where no prebuilt
+module is installed. `python palu/_build.py --cuda-check` compiles every `.cu` file to an object on a
+machine that has nvcc, needing neither a GPU nor a CUDA build of torch.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parent
+# Installed, the sources lie inside the package; in a checkout, beside it.
+CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
+
+# No -std: torch passes the standard that its own headers need. Without -fopenmp,
+# at::parallel_for silently runs on one thread.
+CXX_FLAGS = ["-O3", "-fopenmp"]
+NVCC_FLAGS = ["-O3"]
+LINK_FLAGS = ["-fopenmp"]
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+_logger = logging.getLogger(__name__)
+
+
+def with_cuda() -> bool:
+    """Whether the CUDA kernels are built: torch is a CUDA build and nvcc exists.
+
+    A visible GPU is not asked for, because the machines that build wheels have none.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    return torch.version.cuda is not None and home is not None and Path(home, "bin", "nvcc").exists()
+
+
+def sources() -> list[str]:
+    """Paths of the files to compile."""
+    return _files("*.cpp", "*.cu")
+
+
+def headers() -> list[str]:
+    """Paths of the headers; a build that depends on them notices when one changes."""
+    return _files("*.h", "*.cuh")
+
+
+def _files(*patterns: str) -> list[str]:
+    folders = [CSRC, CSRC / "cpu", *([CSRC / "cuda"] if with_cuda() else [])]
+    found = [path for folder in folders for pattern in patterns for path in folder.glob(pattern)]
+    return [str(path) for path in sorted(found)]
+
+
+def include_dirs() -> list[str]:
+    """Include directories beyond torch's own."""
+    import pybind11
+
+    return [str(CSRC), pybind11.get_include()]
+
+
+def prepare_environment() -> None:
+    """Set what torch's build tools read from the environment, where the user has not."""
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    if shutil.which("ninja") is None:
+        # The ninja package puts its binary beside the interpreter, which need not be on PATH.
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+
+
+def jit_name() -> str:
+    """Name of the extension compiled just in time: one per torch version, CPU/CUDA and sources."""
+    import torch
+
+    digest = hashlib.sha256()
+    for path in [*headers(), *sources()]:
+        digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
+    version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    device = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda() and torch.version.cuda else "cpu"
+    return f"palu_torch{version}_{device}_{digest.hexdigest()[:10]}"
+
+
+def jit() -> str:
+    """Compile the extension, unless an earlier process has, load it and return its path.
+
+    Processes that start together wait for the first: the lock is the operating system's, so a killed
+    build leaves none behind, and no process waits for one that never imports palu.
+    """
+    import filelock
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (CXX names another)")
+    prepare_environment()
+    name = jit_name()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    directory = Path(root, f"py{sys.version_info.major}{sys.version_info.minor}", name)
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(directory / "palu.lock"):
+        # torch's own lock is a plain file; ours is held, so one that is there was left by a killed build.
+        (directory / "lock").unlink(missing_ok=True)
+        if not (directory / f"{name}.so").exists():
+            _logger.warning("palu: compiling the native ops into %s (once, about a minute)", directory)
+        module: Any = cpp_extension.load(
+            name,
+            sources(),
+            extra_cflags=CXX_FLAGS,
+            extra_cuda_cflags=NVCC_FLAGS,
+            extra_ldflags=LINK_FLAGS,
+            extra_include_paths=include_dirs(),
+            build_directory=str(directory),
+        )
+    return str(module.__file__)
+
+
+def cxx_standard() -> str:
+    """The C++ standard that torch's build tools pass, such as "20"."""
+    from torch.utils import cpp_extension
+
+    found = re.search(r"-std=c\+\+(\d+)", Path(cpp_extension.__file__).read_text())
+    if found is None:
+        raise RuntimeError("torch.utils.cpp_extension names no C++ standard")
+    return found[1]
+
+
+def cmake_settings() -> str:
+    """`set(...)` commands that give CMakeLists.txt the sources and flags."""
+    from torch.utils import cpp_extension
+
+    device = "cuda" if with_cuda() else "cpu"
+    libraries = ["c10", "torch", "torch_cpu", "torch_python"]
+    if with_cuda():
+        libraries += ["c10_cuda", "torch_cuda", "cudart"]
+    settings = {
+        "PALU_SOURCES": sources(),
+        "PALU_INCLUDE_DIRS": [
+            *include_dirs(),
+            *cpp_extension.include_paths(device),
+            sysconfig.get_paths()["include"],
+        ],
+        "PALU_LIBRARY_DIRS": cpp_extension.library_paths(device),
+        "PALU_LIBRARIES": libraries,
+        "PALU_CXX_FLAGS": CXX_FLAGS,
+        "PALU_NVCC_FLAGS": NVCC_FLAGS,
+        "PALU_LINK_FLAGS": LINK_FLAGS,
+        "PALU_CXX_STANDARD": [cxx_standard()],
+        "PALU_WITH_CUDA": ["ON" if with_cuda() else "OFF"],
+        "PALU_CUDA_ARCHITECTURES": _cmake_architectures(),
+        "PALU_SUFFIX": [sysconfig.get_config_var("EXT_SUFFIX")],
+    }
+    return "\n".join(
+        f"set({name} {' '.join(f'[==[{value}]==]' for value in values)})" for name, values in settings.items()
+    )
+
+
+def _architectures() -> list[str]:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    return listed.replace(" ", ";").split(";")
+
+
+def _cmake_architectures() -> list[str]:
+    # "9.0+PTX" is CMake's "90" (machine code and PTX), "8.0" its "80-real".
+    numbers = [item.replace(".", "") for item in _architectures()]
+    return [n.removesuffix("+PTX") if n.endswith("+PTX") else f"{n}-real" for n in numbers]
+
+
+def cuda_check() -> int:
+    """Compile every `.cu` file to an object with nvcc and return how many failed.
+
+    c10's CUDA headers are in torch's CPU wheel too, all but the one that its build generates; a macro
+    of c10's does without that one.
+    """
+    from torch.utils import cpp_extension
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on PATH")
+    flags = ["-std=c++" + cxx_standard(), "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *NVCC_FLAGS]
+    flags += ["-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    flags += [f"-I{path}" for path in include_dirs()]
+    for path in [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]:
+        flags += ["-isystem", path]
+    for item in _architectures():
+        number = item.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if item.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            command = [nvcc, *flags, "-c", str(source), "-o", str(Path(scratch, source.stem + ".o"))]
+            print(" ".join(command), flush=True)
+            failed += subprocess.run(command, check=False).returncode != 0
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--cmake", action="store_true", help="print the build's settings for CMake")
+    action.add_argument("--cuda-check", action="store_true", help="compile every .cu file with nvcc")
+    arguments = parser.parse_args()
+    if arguments.cmake:
+        print(cmake_settings())
+        return 0
+    return cuda_check()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

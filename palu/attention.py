@@ -1,0 +1,85 @@
+"""Attention within each example of a packed row, without a [T, T] mask.
+
+transformers' own SDPA path masks a packed row with a dense block-causal mask: correct, but every token is
+multiplied with every other. Registered here as ``"palu_packed"``: a variable-length kernel where torch has one for
+the device and dtype, else one causal call per example. Models set to another implementation (eager,
+FlashAttention, ...) are left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+_VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    sequence_lengths: tuple[int, ...],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each example to itself.
+
+    Args:
+        query: [1, H, T, D]; key, value: [1, H_kv, T, D].
+        cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
+        max_length_q: length of the longest example.
+        sequence_lengths: length of each example; they add up to T.
+
+    Returns:
+        ([1, T, H, D], None), as transformers' attention functions do.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if _VARLEN_HAS_GQA:
+            gqa = {"enable_gqa": True}
+        else:
+            gqa = {}
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **gqa
+        )
+        return out[None], None
+    split = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
+    out = torch.cat(
+        [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+            for q, k, v in zip(*split, strict=True)
+        ],
+        dim=2,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("palu_packed", packed_attention)
+
+
+@contextmanager
+def using_packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, a model that attends by SDPA attends by :func:`packed_attention`."""
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("palu_packed")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")

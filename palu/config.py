@@ -1,0 +1,124 @@
+"""Every setting of a run, in one dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+TARGETS = ("global_mean", "global_mean_detached", "local_mean")
+KL_DIRECTIONS = ("forward", "reverse")
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Settings of :func:`palu.unlearn`. Raises :class:`ValueError`, naming the field, where one is not valid.
+
+    The loss (PALU, arXiv 2601.03190)::
+
+        L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
+
+    Attributes:
+        n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span.
+        top_k: how many of the reference's highest logits are flattened at an onset token;
+            clamped to the vocabulary.
+        target: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
+            gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
+        gamma: weight of the local entropy loss.
+        lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
+        lambda_retain: weight of the cross-entropy on the retain set.
+        kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
+        learning_rate: AdamW's step size.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
+        lr_scheduler: name of a schedule of ``transformers.get_scheduler``.
+        max_grad_norm: gradients are clipped to this 2-norm.
+        epochs: passes over the forget set.
+        batch_size: forget examples per micro-batch and process.
+        retain_batch_size: retain examples per micro-batch and process; ``None``: ``batch_size``.
+        gradient_accumulation_steps: micro-batches per optimisation step.
+        max_length: tokens per example; longer ones are cut on the right.
+        stop_probability: end after an epoch in which the true token's probability stayed below
+            this at every onset position; ``None``: never.
+        gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
+        chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
+        seed: of the data order and of any dropout.
+        progress: show a progress bar.
+    """
+
+    n: int = 3
+    top_k: int = 5000
+    target: str | float = "global_mean"
+    gamma: float = 1.0
+    lambda_kl: float = 1.0
+    lambda_retain: float = 1.0
+    kl_direction: str = "reverse"
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    lr_scheduler: str = "constant_with_warmup"
+    max_grad_norm: float = 1.0
+
+    epochs: int = 5
+    batch_size: int = 8
+    retain_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    max_length: int = 1024
+    stop_probability: float | None = None
+
+    gradient_checkpointing: bool = False
+    chunk_bytes: int = 256 * 2**20
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        def require(valid: bool, field: str, rule: str) -> None:
+            if not valid:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: {rule}")
+
+        def is_int(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def is_number(value: Any) -> bool:
+            return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+        require(is_int(self.n) and (self.n == -1 or self.n > 0), "n", "give a positive integer, or -1 for whole spans")
+        require(is_int(self.top_k) and self.top_k > 0, "top_k", "give a positive integer")
+        require(
+            self.target in TARGETS if isinstance(self.target, str) else is_number(self.target),
+            "target",
+            f"give one of {', '.join(TARGETS)}, or a finite number",
+        )
+        require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
+        for field in ("gamma", "lambda_kl", "lambda_retain", "weight_decay"):
+            value = getattr(self, field)
+            require(is_number(value) and value >= 0, field, "give a number that is not negative")
+        for field in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, field)
+            require(is_number(value) and value > 0, field, "give a positive number")
+        for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes"):
+            require(is_int(getattr(self, field)) and getattr(self, field) > 0, field, "give a positive integer")
+        require(
+            self.retain_batch_size is None or (is_int(self.retain_batch_size) and self.retain_batch_size > 0),
+            "retain_batch_size",
+            "give a positive integer, or None for batch_size",
+        )
+        require(is_int(self.max_length) and self.max_length > 1, "max_length", "give an integer above 1")
+        require(is_int(self.warmup_steps) and self.warmup_steps >= 0, "warmup_steps", "give 0 or a positive integer")
+        require(is_int(self.seed) and 0 <= self.seed < 2**32, "seed", "give an integer in [0, 2**32)")
+        require(
+            self.stop_probability is None or (is_number(self.stop_probability) and 0 < self.stop_probability < 1),
+            "stop_probability",
+            "give a number between 0 and 1, or None",
+        )
+
+    def replace(self, **overrides: Any) -> UnlearnConfig:
+        """This configuration with some fields changed. Raises TypeError on a name that is no field."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **overrides)

