@@ -39,6 +39,10 @@ native = ["palu.csrc", "palu.csrc.cpu", "palu.csrc.cuda"]
 setup(
     packages=[*find_packages(include=["palu", "palu.*"]), *native],
     package_dir={"palu": "palu", "palu.csrc": "csrc"},
-    package_data={"palu": ["py.typed"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native}},
+    package_data={
+        "palu": ["py.typed"],
+        "palu.demo": ["*.jsonl", "*.txt"],
+        **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native},
+    },
     **extension(),
 )

@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel]
     torch.manual_seed(arguments.seed)
     model = make_model(arguments.model, device, getattr(torch, arguments.dtype))
     head_of(model).weight.requires_grad_(not arguments.frozen_head)
-    # A second tree of modules over the very same parameters, so that neither step has to reset the other's modes.
+    # A second tree of modules over the same parameters, so that neither step resets the other's modes.
     twin = copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
     if arguments.checkpointing:
         twin.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,6 +60,7 @@ def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel]
     config = UnlearnConfig(
         n=arguments.n,
         top_k=arguments.top_k,
+        target="global_mean",
         batch_size=arguments.batch_size,
         retain_batch_size=arguments.retain_batch_size,
     )
@@ -79,9 +81,7 @@ def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel]
     with using_packed_attention(teacher):
         for forget, retain in batches:
             items = forget_items(forget, config.n, eos_token_id)
-            cache = build_cache(
-                body_of(teacher), ref_head, items, top_k=config.top_k, chunk_bytes=config.chunk_bytes
-            )
+            cache = build_cache(body_of(teacher), ref_head, items, top_k=config.top_k, chunk_bytes=config.chunk_bytes)
             feeds.append(Feed(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:
@@ -100,7 +100,7 @@ def perturbed_copy_of(model: PreTrainedModel) -> PreTrainedModel:
     reference = copy_of(model)
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return reference
 
 
@@ -116,7 +116,12 @@ def palu_step(objective: PaluObjective, feed: Feed, device: torch.device) -> Ten
 
 
 def palu_section(
-    hidden: Tensor, head: Head, ref_head: Head, weight_mean: Tensor | None, batch: Batch, config: UnlearnConfig
+    hidden: Tensor,
+    head: Head,
+    ref_head: Head,
+    weight_mean: Tensor | None,
+    batch: Batch,
+    config: UnlearnConfig,
 ) -> tuple[Tensor, ...]:
     """Gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -145,7 +150,7 @@ def published_section(
     config: UnlearnConfig,
     eos_token_id: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients for the hidden states [B, T, d] of model (forget), reference and model (retain), and the head."""
+    """Gradients for the hidden states [B, T, d] of :func:`published_states`, and for the head."""
     current, reference, kept = hidden
     total = published_loss(
         F.linear(current, weight),
@@ -159,67 +164,74 @@ def published_section(
     return torch.autograd.grad(total, [t for t in (current, kept, weight) if t.requires_grad])
 
 
-# --- candidates: for each, one run per batch ---
-def run_published(setup: Setup, reference: PreTrainedModel, i: int) -> Tensor:
-    forget, retain = (part.to(setup.device) for part in setup.padded[i])
+# --- candidates: one run per batch ---
+def run_published(setup: Setup, reference: PreTrainedModel, batch: tuple[Padded, Padded]) -> Tensor:
+    """Loss of a step of the published formulation, its gradients left in the model."""
+    forget, retain = (part.to(setup.device) for part in batch)
     total = published_step(setup.twin, reference, forget, retain, setup.config, setup.eos_token_id)
     total.backward()
     return total.detach()
 
 
 def published_runs(setup: Setup, reference: PreTrainedModel) -> list[Run]:
-    return [
-        freeing(setup.model, lambda i=i: run_published(setup, reference, i)) for i in range(len(setup.padded))
-    ]
+    return [freeing(setup, partial(run_published, setup, reference, batch)) for batch in setup.padded]
 
 
 def palu_runs(setup: Setup) -> list[Run]:
-    return [
-        freeing(setup.model, lambda feed=feed: palu_step(setup.objective, feed, setup.device))
-        for feed in setup.feeds
-    ]
+    return [freeing(setup, partial(palu_step, setup.objective, feed, setup.device)) for feed in setup.feeds]
 
 
 def body_runs(setup: Setup) -> list[Run]:
-    weight = head_of(setup.model).weight
-
     def run(batch: Batch, gradient: Tensor) -> None:
         body_of(setup.model)(**batch.packed.inputs()).last_hidden_state.backward(gradient)
 
     runs = []
     for feed in setup.feeds:
         [[batch]] = feed
-        gradient = torch.randn(*batch.packed.input_ids.shape, weight.shape[1], dtype=weight.dtype, device=setup.device)
-        runs.append(freeing(setup.model, lambda b=batch.to(setup.device), g=gradient: run(b, g)))
+        gradient = states(1, sum(batch.packed.sequence_lengths), like=head_of(setup.model).weight)
+        runs.append(freeing(setup, partial(run, batch.to(setup.device), gradient.detach())))
     return runs
 
 
 def palu_section_runs(setup: Setup) -> list[Run]:
-    head, objective = head_of(setup.model), setup.objective
-    runs = []
+    head = head_of(setup.model)
+    runs: list[Run] = []
     for feed in setup.feeds:
         [[batch]] = feed
         hidden = states(len(batch.rows), like=head.weight)
-        runs.append(
-            lambda b=batch.to(setup.device), h=hidden: palu_section(
-                h, head, objective.ref_head, objective.weight_mean, b, setup.config
-            )
-        )
+        reference = setup.objective.ref_head, setup.objective.weight_mean
+        runs.append(partial(palu_section, hidden, head, *reference, batch.to(setup.device), setup.config))
     return runs
 
 
 def published_section_runs(setup: Setup) -> list[Run]:
-    weight = head_of(setup.model).weight
-    runs = []
-    for forget, retain in setup.padded:
-        shape = forget.labels.shape
-        hidden = states(*shape, like=weight), states(*shape, like=weight).detach(), states(*retain.labels.shape, like=weight)
+    weight, ref_weight = head_of(setup.model).weight, setup.objective.ref_head.weight
+    runs: list[Run] = []
+    for batch in setup.padded:
+        forget, retain = (part.to(setup.device) for part in batch)
+        hidden = published_states(forget, retain, weight)
         runs.append(
-            lambda f=forget.to(setup.device), r=retain.to(setup.device), h=hidden: published_section(
-                h, weight, setup.objective.ref_head.weight, f, r, setup.config, setup.eos_token_id
+            partial(
+                published_section,
+                hidden,
+                weight,
+                ref_weight,
+                forget,
+                retain,
+                setup.config,
+                setup.eos_token_id,
             )
         )
     return runs
+
+
+def published_states(forget: Padded, retain: Padded, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of the model (forget), the reference and the model (retain)."""
+    return (
+        states(*forget.labels.shape, like=weight),
+        states(*forget.labels.shape, like=weight).detach(),
+        states(*retain.labels.shape, like=weight),
+    )
 
 
 def states(*shape: int, like: Tensor) -> Tensor:
@@ -227,11 +239,11 @@ def states(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, like.shape[1], dtype=like.dtype, device=like.device, requires_grad=True)
 
 
-def freeing(model: PreTrainedModel, run: Run) -> Run:
+def freeing(setup: Setup, run: Run) -> Run:
     """The run, then the model's gradients freed."""
 
     def both() -> None:
         run()
-        model.zero_grad(set_to_none=True)
+        setup.model.zero_grad(set_to_none=True)
 
     return both

@@ -56,11 +56,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def report(
     benchmark: str, rows: list[dict[str, Any]], device: torch.device, details: dict[str, Any] | None = None
-) -> None:
-    """Print the rows as a table, then everything, `details` included, as one JSON line."""
+) -> dict[str, Any]:
+    """Print the rows as a table, then everything, `details` included, as one JSON line; return that."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[str(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for line in [columns, *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(json.dumps({"benchmark": benchmark, **machine(device), **(details or {}), "results": rows}))
+    record = {"benchmark": benchmark, **machine(device), **(details or {}), "results": rows}
+    print(json.dumps(record))
+    return record

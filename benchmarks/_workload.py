@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would import benchmarks/kernels.py
 
@@ -18,7 +19,7 @@ from palu.data import IGNORE, ORDINARY, Example  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -60,7 +61,7 @@ MODELS = {
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """A Llama of that shape in training mode, its weights drawn on the device: normal, 0.02."""
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=2048, attn_implementation="sdpa")
+    config = LlamaConfig(**(MODELS[name] | {"attn_implementation": "sdpa"}))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -92,7 +93,8 @@ ANSWER_DECILES = {
 SPANS_PER_ANSWER = (4, 38, 60, 47, 38, 10, 3)
 TOKENS_PER_SPAN = (97, 193, 89, 65, 26, 23, 0, 0, 0, 27)
 
-Lengths = tuple[int, int, list[tuple[int, int]]]  # tokens of prompt and answer, [start, end) of spans in the answer
+# Tokens of prompt and of answer, and [start, end) of each span in the answer.
+Lengths = tuple[int, int, list[tuple[int, int]]]
 
 
 def lengths_of(path: Path) -> list[Lengths]:

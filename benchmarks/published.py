@@ -1,4 +1,4 @@
-"""The published formulation of PALU (arXiv 2601.03190), as its authors train with it, to compare against.
+"""The published formulation of PALU (arXiv 2601.03190), as shipped, to compare against.
 
 Three passes a step: the model on the forget batch, the frozen reference on the forget batch, the model
 on the retain batch, each padded and each with logits [B, T, V] at every position. The top K of the
@@ -79,7 +79,8 @@ def published_loss(
 
     # As transformers computes it: in float32 at least.
     scores = retain_logits.to(torch.promote_types(retain_logits.dtype, torch.float32))
-    retain = F.cross_entropy(scores[:, :-1].flatten(0, 1), retain_labels[:, 1:].flatten(), ignore_index=IGNORE)
+    shifted = retain_labels[:, 1:].flatten()
+    retain = F.cross_entropy(scores[:, :-1].flatten(0, 1), shifted, ignore_index=IGNORE)
     return config.gamma * local + config.lambda_kl * kl + config.lambda_retain * retain
 
 

@@ -24,11 +24,11 @@ import argparse
 import itertools
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from _candidates import (
     Run,
     body_runs,
@@ -71,16 +71,15 @@ def check(arguments: argparse.Namespace) -> dict[str, float]:
             with using_packed_attention(setup.model):
                 total = palu_step(setup.objective, setup.feeds[0], setup.device)
         else:
-            total = run_published(setup, references[0], 0)
-        results.append((total, {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}))
+            total = run_published(setup, references[0], setup.padded[0])
+        grads = {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}
+        results.append((total, grads))
         setup.model.zero_grad(set_to_none=True)
     (palu_total, palu_grads), (total, grads) = results
     if palu_grads.keys() != grads.keys():
         raise AssertionError(f"gradients of different parameters: {palu_grads.keys() ^ grads.keys()}")
-    return {
-        "loss": abs(palu_total / total - 1).item(),
-        "gradient": max(((palu_grads[name] - grads[name]).norm() / grads[name].norm()).item() for name in grads),
-    }
+    errors = [((palu_grads[name] - grads[name]).norm() / grads[name].norm()).item() for name in grads]
+    return {"loss": abs(palu_total / total - 1).item(), "gradient": max(errors)}
 
 
 def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | None:
@@ -104,7 +103,8 @@ def measure(arguments: argparse.Namespace) -> None:
     peaks: dict[str, tuple[int, int] | None] = {}
 
     def add(name: str, runs: list[Run]) -> None:
-        candidates[name] = lambda cycle=itertools.cycle(runs): next(cycle)()
+        turns = itertools.cycle(runs)
+        candidates[name] = lambda: next(turns)()
         peaks[name] = peak_bytes(runs, device)
 
     with using_packed_attention(setup.model):
@@ -146,9 +146,10 @@ def measure(arguments: argparse.Namespace) -> None:
                 row["peak_gib"] = round(highest / GIB, 2)
         rows.append(row)
     details["arguments"] = vars(arguments) | {"data": str(arguments.data)}
-    details["transformers"] = transformers.__version__
+    details["transformers"] = version("transformers")
     details["lengths"] = setup.lengths
-    details["tokens"] = [tokens_of(feed, padded) for feed, padded in zip(setup.feeds, setup.padded, strict=True)]
+    batches = zip(setup.feeds, setup.padded, strict=True)
+    details["tokens"] = [tokens_of(feed, padded) for feed, padded in batches]
     report("step", rows, device, details)
 
 
@@ -166,30 +167,33 @@ def tokens_of(feed: Feed, padded: tuple[Padded, Padded]) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b")
-    parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), help="some of the candidates, with commas")
-    parser.add_argument("--batch-size", type=int, default=8, help="forget examples")
-    parser.add_argument("--retain-batch-size", type=int, default=None, help="default: --batch-size")
-    parser.add_argument("--top-k", type=int, default=5000)
-    parser.add_argument("--n", type=int, default=3)
-    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="published step only")
-    parser.add_argument("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
-    parser.add_argument("--onset-path", choices=("auto", "gather", "dense"), default="auto", help="of palu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile palu's body")
-    parser.add_argument("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
-    parser.add_argument("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="default: bfloat16, on a CPU float32, with --check float64")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of times")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="llama-3.2-1b")
+    add("--impl", default=",".join(IMPLEMENTATIONS), help="some of the candidates, separated by commas")
+    add("--batch-size", type=int, default=8, help="forget examples")
+    add("--retain-batch-size", type=int, default=None, help="default: --batch-size")
+    add("--top-k", type=int, default=5000)
+    add("--n", type=int, default=3)
+    add("--no-checkpointing", dest="checkpointing", action="store_false", help="of the published step")
+    add("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
+    add("--onset-path", choices=("auto", "gather", "dense"), default="auto", help="of palu's onset rows")
+    add("--compile", action="store_true", help="torch.compile the packed body (palu and body)")
+    add("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
+    add("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
+    add("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default=None, help="default: bfloat16, on a CPU float32, with --check float64")
+    add("--seed", type=int, default=0)
+    add("--check", action="store_true", help="compare loss and gradients instead of times")
     arguments = parser.parse_args(argv)
     on_cpu = torch.device(arguments.device).type == "cpu"
     arguments.impl = arguments.impl.split(",")
     if unknown := set(arguments.impl) - set(IMPLEMENTATIONS):
         parser.error(f"--impl: {', '.join(sorted(unknown))}: choose from {', '.join(IMPLEMENTATIONS)}")
-    arguments.dtype = arguments.dtype or ("float64" if arguments.check else "float32" if on_cpu else "bfloat16")
+    default = "float64" if arguments.check else "float32" if on_cpu else "bfloat16"
+    arguments.dtype = arguments.dtype or default
     arguments.batches = arguments.batches or (2 if on_cpu else 4)
     arguments.repeats = arguments.repeats or (4 if on_cpu else 20)
     return arguments

@@ -33,6 +33,15 @@ inline at::ScalarType acc_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Numbers in messages become strings here: where a toolchain links libstdc++ statically, a stream
+// formats strings well and crashes on numbers.
+inline std::string text(int64_t number) { return std::to_string(number); }
+inline std::string text(at::IntArrayRef numbers) {
+  std::string all = "[";
+  for (const int64_t number : numbers) all += (all.size() > 1 ? ", " : "") + text(number);
+  return all + "]";
+}
+
 // "float32", as Python users know it; for the rest torch's C++ name will do.
 inline std::string dtype_name(at::ScalarType dtype) {
   switch (dtype) {
@@ -49,20 +58,20 @@ inline std::string dtype_name(at::ScalarType dtype) {
 
 inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
   TORCH_CHECK_VALUE(
-      t.dim() == dim, op, ": ", name, " must have ", dim, " dimension", dim == 1 ? "" : "s",
-      ", got shape ", t.sizes());
+      t.dim() == dim, op, ": ", name, " must have ", text(dim), " dimension", dim == 1 ? "" : "s",
+      ", got shape ", text(t.sizes()));
 }
 
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(
-      t.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", t.sizes());
+      t.sizes() == shape, op, ": ", name, " must have shape ", text(shape), ", got ", text(t.sizes()));
 }
 
 inline void check_device(const char* op, const char* name, const at::Tensor& t, const char* as,
                          const at::Tensor& like) {
   TORCH_CHECK_VALUE(
-      t.device() == like.device(), op, ": ", name, " is on ", t.device(), " but ", as, " is on ",
-      like.device());
+      t.device() == like.device(), op, ": ", name, " is on ", t.device().str(), " but ", as, " is on ",
+      like.device().str());
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype) {
@@ -88,19 +97,19 @@ inline void check_index(const char* op, const at::Tensor& index, int64_t rows, i
       ": index must be int32 or int64, got ", dtype_name(index.scalar_type()));
   check_dim(op, "index", index, 2);
   TORCH_CHECK_VALUE(
-      index.size(0) == rows, op, ": index must have one row for each of the ", rows, " rows, got ",
-      index.size(0));
+      index.size(0) == rows, op, ": index must have one row for each of the ", text(rows), " rows, got ",
+      text(index.size(0)));
   TORCH_CHECK_VALUE(
       rows == 0 || (index.size(1) > 0 && vocab_size > 0), op,
       ": needs at least one index per row and a vocabulary that is not empty, got K = ",
-      index.size(1), " and V = ", vocab_size);
+      text(index.size(1)), " and V = ", text(vocab_size));
 }
 
 // A gradient buffer that a kernel writes: rows of contiguous elements.
 inline void check_unit_stride(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(
       t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
-      " must have unit stride in its last dimension, got strides ", t.strides());
+      " must have unit stride in its last dimension, got strides ", text(t.strides()));
 }
 
 inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
@@ -115,7 +124,7 @@ inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
   constexpr const char* op = "palu::prefix_mask";
   check_dtype(op, "labels", labels, at::kLong);
   check_dim(op, "labels", labels, 2);
-  TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", n);
+  TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", text(n));
 }
 
 inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index,
@@ -158,8 +167,8 @@ inline void check_linear(const char* op, const at::Tensor& hidden, const at::Ten
   check_dtype(op, "weight", weight, hidden.scalar_type());
   check_dim(op, "weight", weight, 2);
   TORCH_CHECK_VALUE(
-      weight.size(1) == hidden.size(1), op, ": hidden has ", hidden.size(1),
-      " columns but weight has ", weight.size(1));
+      weight.size(1) == hidden.size(1), op, ": hidden has ", text(hidden.size(1)),
+      " columns but weight has ", text(weight.size(1)));
   check_device(op, "index", index, "hidden", hidden);
   check_index(op, index, hidden.size(0), weight.size(0));
   if (weight_mean) {

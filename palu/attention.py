@@ -1,9 +1,9 @@
 """Attention within each example of a packed row, without a [T, T] mask.
 
 transformers' own SDPA path masks a packed row with a dense block-causal mask: correct, but every token is
-multiplied with every other. Registered here as ``"palu_packed"``: a variable-length kernel where torch has one for
-the device and dtype, else one causal call per example. Models set to another implementation (eager,
-FlashAttention, ...) are left alone.
+multiplied with every other. Registered here as ``"palu_packed"``: torch's variable-length FlashAttention for half
+types on CUDA, one causal call per example on a CPU. Elsewhere (float32 on CUDA, where a call per example would cost
+more in launches than it saves) and for models set to another implementation, transformers' own path stays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def packed_attention(
     attention_mask: None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sequence_lengths: tuple[int, ...],
@@ -47,7 +46,9 @@ def packed_attention(
     Returns:
         ([1, T, H, D], None), as transformers' attention functions do.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if query.is_cuda:
+        if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
+            query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if _VARLEN_HAS_GQA:
             gqa = {"enable_gqa": True}
@@ -55,13 +56,22 @@ def packed_attention(
             gqa = {}
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **gqa
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),
+            **gqa,
         )
         return out[None], None
     split = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
     out = torch.cat(
         [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             for q, k, v in zip(*split, strict=True)
         ],
         dim=2,
@@ -73,9 +83,14 @@ AttentionInterface.register("palu_packed", packed_attention)
 
 
 @contextmanager
-def using_packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, a model that attends by SDPA attends by :func:`packed_attention`."""
-    if model.config._attn_implementation != "sdpa":
+def using_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") -> Iterator[None]:
+    """Within the block, a model on its device that attends by SDPA attends by :func:`packed_attention` where it can.
+
+    ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
+    """
+    half = mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
+    served = model.device.type == "cpu" or (model.device.type == "cuda" and half)
+    if not served or model.config._attn_implementation != "sdpa" or getattr(model.config, "attention_dropout", 0.0):
         yield
         return
     model.set_attn_implementation("palu_packed")

@@ -60,8 +60,9 @@ def build_cache(
             packed = pack([items[i] for i in group])
             states = body(**packed.to(device).inputs()).last_hidden_state[0]
             for i, start in zip(group, packed.cu_seq_lens.tolist()[:-1], strict=True):
-                rows = states[(items[i].rows + start).to(device)]
-                onset, ordinary = rows[: items[i].onset], rows[items[i].onset :]
+                rows = (items[i].rows + start).to(device)
+                # Two copies, not two views of one: what is kept must not keep the onset rows alive.
+                onset, ordinary = states[rows[: items[i].onset]], states[rows[items[i].onset :]]
                 top = [
                     F.linear(chunk, *head).topk(min(top_k, vocab_size), dim=-1, sorted=False).indices.int()
                     for chunk in onset.split(chunk_rows)

@@ -85,7 +85,11 @@ class UnlearnConfig:
         def is_number(value: Any) -> bool:
             return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
-        require(is_int(self.n) and (self.n == -1 or self.n > 0), "n", "give a positive integer, or -1 for whole spans")
+        require(
+            is_int(self.n) and (self.n == -1 or self.n > 0),
+            "n",
+            "give a positive integer, or -1 for whole spans",
+        )
         require(is_int(self.top_k) and self.top_k > 0, "top_k", "give a positive integer")
         require(
             self.target in TARGETS if isinstance(self.target, str) else is_number(self.target),
@@ -107,7 +111,11 @@ class UnlearnConfig:
             "give a positive integer, or None for batch_size",
         )
         require(is_int(self.max_length) and self.max_length > 1, "max_length", "give an integer above 1")
-        require(is_int(self.warmup_steps) and self.warmup_steps >= 0, "warmup_steps", "give 0 or a positive integer")
+        require(
+            is_int(self.warmup_steps) and self.warmup_steps >= 0,
+            "warmup_steps",
+            "give 0 or a positive integer",
+        )
         require(is_int(self.seed) and 0 <= self.seed < 2**32, "seed", "give an integer in [0, 2**32)")
         require(
             self.stop_probability is None or (is_number(self.stop_probability) and 0 < self.stop_probability < 1),

@@ -197,9 +197,7 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
 
 
 # --- rows that are tokenised already ---
-def _from_tokens(
-    row: int, where: str, columns: Mapping[str, Any], vocab_size: int | None, forget: bool
-) -> Example:
+def _from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: int | None, forget: bool) -> Example:
     ids, labels = _integers(columns, "input_ids", where), _integers(columns, "labels", where)
     if len(labels) != len(ids):
         lengths = f"labels have {len(labels)} tokens, input_ids {len(ids)}"
@@ -363,10 +361,7 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
         if span[0] < outer[1] < span[1]:
             raise DataError(f"{where}: spans {list(outer)} and {list(span)} overlap; merge or part them")
         outer = max(outer, span, key=lambda one: one[1])
-    return [
-        (end - len(answer[start:end].lstrip()), start + len(answer[start:end].rstrip()))
-        for start, end in checked
-    ]
+    return [(end - len(answer[start:end].lstrip()), start + len(answer[start:end].rstrip())) for start, end in checked]
 
 
 def _apply_template(

@@ -236,7 +236,9 @@ class _HeadLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the gradients of head_losses were already used: call it again for another backward pass")
+            raise RuntimeError(
+                "the gradients of head_losses were already used: call it again for another backward pass"
+            )
         grads, ctx.grads = ctx.grads, None
         for i, dtype in enumerate(ctx.dtypes):
             if grads[i] is not None:

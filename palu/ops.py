@@ -186,8 +186,7 @@ def _split_target(target: str | float) -> tuple[str, float]:
     if isinstance(target, str):
         if target not in ("global_mean", "global_mean_detached", "local_mean"):
             raise ValueError(
-                f"unknown target {target!r}; choose 'global_mean', 'global_mean_detached', "
-                "'local_mean' or a number"
+                f"unknown target {target!r}; choose 'global_mean', 'global_mean_detached', 'local_mean' or a number"
             )
         return target, 0.0
     return "constant", float(target)
@@ -278,9 +277,7 @@ def _linear_topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradi
     # The kernel adds to the buffers that it is given.
     buffers = [
         torch.zeros_like(t, memory_format=torch.contiguous_format) if wanted else None
-        for t, wanted in zip(
-            (hidden, weight, bias), (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]), strict=True
-        )
+        for t, wanted in zip((hidden, weight, bias), (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]), strict=True)
     ]
     _ops.linear_topk_mse_backward(grad, residual, hidden, weight, index, mean, ctx.through_mean, *buffers)
     return buffers[0], buffers[1], None, buffers[2], None, None, None
@@ -295,14 +292,10 @@ torch.library.register_autograd(
 # CPU kernels written in torch
 
 
-def _check_rows(
-    op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Tensor, torch.dtype, Any]
-) -> None:
+def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Tensor, torch.dtype, Any]) -> None:
     """What csrc/checks.h asks of the arguments on CUDA."""
     if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(
-            f"palu::{op}: logits must be float32, float64 or bfloat16 on the CPU, got {logits.dtype}"
-        )
+        raise TypeError(f"palu::{op}: logits must be float32, float64 or bfloat16 on the CPU, got {logits.dtype}")
     if logits.dim() != 2:
         raise ValueError(f"palu::{op}: logits must have 2 dimensions, got shape {list(logits.shape)}")
     if logits.shape[0] and not logits.shape[1]:
@@ -359,9 +352,7 @@ def linear_topk_mse_(
     if mean is None and name.startswith("global_mean"):
         mean = weight_mean(weight)
     loss, residual = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
-    _ops.linear_topk_mse_backward(
-        row_weight, residual, hidden, weight, index, mean, name == "global_mean", *grads
-    )
+    _ops.linear_topk_mse_backward(row_weight, residual, hidden, weight, index, mean, name == "global_mean", *grads)
     return loss
 
 

@@ -39,7 +39,12 @@ def forget_items(examples: Sequence[Example], n: int, eos_token_id: int | None) 
         onset = mask[1 : len(example.labels)].nonzero().squeeze(-1)
         ordinary = (example.labels[1:] == ORDINARY).nonzero().squeeze(-1)
         items.append(
-            Item(example.input_ids, torch.cat([onset, ordinary]), example.input_ids[onset + 1], onset=len(onset))
+            Item(
+                example.input_ids,
+                torch.cat([onset, ordinary]),
+                example.input_ids[onset + 1],
+                onset=len(onset),
+            )
         )
     return items
 

@@ -23,8 +23,8 @@ from palu.attention import using_packed_attention
 from palu.cache import ReferenceCache, build_cache
 from palu.config import UnlearnConfig
 from palu.data import load_forget, load_retain
-from palu.losses import Head
 from palu.feed import Feed
+from palu.losses import Head
 from palu.objective import Losses, PaluObjective, body_of, head_of
 from palu.packing import Batch, Item, forget_items, retain_items
 from palu.validate import check_linear_head, check_models, check_sets
@@ -96,20 +96,26 @@ def unlearn(
     check_sets(model, forget_set, retain_set, config)
     to_forget = forget_items(forget_set.examples, config.n, tokenizer.eos_token_id if tokenizer else None)
     to_retain = retain_items(retain_set.examples) if config.lambda_retain > 0 else []
-    check_linear_head(model, to_forget[0].input_ids)
+    for candidate in (model,) if ref_model is None else (model, ref_model):
+        check_linear_head(candidate, to_forget[0].input_ids)
 
     set_seed(config.seed)
     progress = config.progress and accelerator.is_local_main_process
     started = time.perf_counter()
-    with ready_to_train(model, config):
+    model.to(accelerator.device)
+    with ready_to_train(model, config, accelerator):
         # The reference speaks once; then only its head is needed.
-        model.to(accelerator.device)
-        cache, ref_head = consult(ref_model if ref_model is not None else model, model, to_forget, config, accelerator, progress)
+        cache, ref_head = consult(
+            ref_model if ref_model is not None else model, model, to_forget, config, accelerator, progress
+        )
 
         objective = PaluObjective(model, ref_head, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
+            parameters,
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type == "cuda",
         )
         objective, optimizer = accelerator.prepare(objective, optimizer)
         feed = Feed(
@@ -197,7 +203,7 @@ def consult(
     training = ref_model.training
     ref_model.to(accelerator.device).eval()
     weight, bias = head_of(ref_model)
-    with accelerator.autocast(), using_packed_attention(ref_model):
+    with accelerator.autocast(), using_packed_attention(ref_model, accelerator.mixed_precision):
         cache = build_cache(
             body_of(ref_model),
             Head(weight, bias),
@@ -208,7 +214,9 @@ def consult(
         )
     # Only a head that training will change has to be copied.
     frozen = ref_model is not model or not weight.requires_grad
-    head = Head(*(t if t is None or frozen else t.clone() for t in (weight.detach(), bias if bias is None else bias.detach())))
+    head = Head(
+        *(t if t is None or frozen else t.clone() for t in (weight.detach(), bias if bias is None else bias.detach()))
+    )
     if ref_model is not model:
         ref_model.to(home)
     ref_model.train(training)
@@ -216,17 +224,19 @@ def consult(
 
 
 @contextmanager
-def ready_to_train(model: PreTrainedModel, config: UnlearnConfig) -> Iterator[None]:
+def ready_to_train(model: PreTrainedModel, config: UnlearnConfig, accelerator: Accelerator) -> Iterator[None]:
     """Training mode, packed attention, gradient checkpointing as configured; all are put back on leaving."""
     training = model.training
-    switch = config.gradient_checkpointing and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    switch = config.gradient_checkpointing and not any(
+        getattr(m, "gradient_checkpointing", False) for m in model.modules()
+    )
     # transformers 5 is renaming gradient checkpointing to activation checkpointing.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     model.train()
     if switch:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     try:
-        with using_packed_attention(model):
+        with using_packed_attention(model, accelerator.mixed_precision):
             yield
     finally:
         if switch:

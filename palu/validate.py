@@ -32,9 +32,13 @@ def check_models(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
     if ref_model is model:
-        raise ValueError("ref_model is the model itself, which training would change; pass None to use its starting weights")
+        raise ValueError(
+            "ref_model is the model itself, which training would change; pass None to use its starting weights"
+        )
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision")
+        raise ValueError(
+            "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
+        )
 
     vocab_size = head_of(model).weight.shape[0]
     if ref_model is not None and (ref_size := head_of(ref_model).weight.shape[0]) != vocab_size:

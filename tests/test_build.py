@@ -64,9 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, source)
     options = ["--no-build-isolation", "--no-deps", "--target", str(target)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, str(source)], env=environment(), check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], env=environment(), check=True)
     return target
 
 
@@ -113,9 +111,7 @@ def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> 
     path, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
     broken.unlink()
     assert path.is_relative_to(jit_cache)
-    assert (
-        "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
-    )
+    assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
 
 
 def test_jit_of_the_checkout() -> None:
@@ -131,9 +127,7 @@ def test_jit_of_the_checkout() -> None:
 
 
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
-    process = start(
-        without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++"
-    )
+    process = start(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
     _, stderr = process.communicate()
     assert process.returncode != 0
     error = stderr[stderr.index("ImportError: palu's native ops are not available.") :]
@@ -151,9 +145,7 @@ def test_cmake(tmp_path: Path) -> None:
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DPALU_OUTPUT_DIRECTORY={package}"]
     subprocess.run(configure, env=environment(), check=True)
     subprocess.run(["cmake", "--build", str(build)], env=environment(), check=True)
-    commands = {
-        entry["file"]: entry["command"] for entry in json.loads((build / "compile_commands.json").read_text())
-    }
+    commands = {entry["file"]: entry["command"] for entry in json.loads((build / "compile_commands.json").read_text())}
     assert set(commands) == set(_build.sources())
     assert all("-fopenmp" in command for file, command in commands.items() if file.endswith(".cpp"))
     path, _ = use(tmp_path)

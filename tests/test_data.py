@@ -173,9 +173,7 @@ def test_messages_and_prompt_completion() -> None:
         {"role": "assistant", "content": "Ada."},
     ]
     (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
-    assert prompt("byte, ChatML", example).startswith(
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
-    )
+    assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
     asked = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
     told = {"prompt": "Who?", "completion": "Ada.", "spans": [[0, 3]]}
@@ -186,9 +184,7 @@ def test_messages_and_prompt_completion() -> None:
     assert prompt("byte", plain) == "<|begin_of_text|>The cat"
     assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
     # A datasets.Dataset fills the columns a row lacks with None.
-    (mixed,) = forget(
-        "byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]}
-    )
+    (mixed,) = forget("byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
     assert torch.equal(mixed.labels, plain.labels)
 
 
@@ -292,9 +288,7 @@ def test_unknown_token_ends_no_answer() -> None:
     backend = Tokenizer(models.WordLevel({"[U]": 0, "Who": 1, "Ada": 2, "<e>": 3}, unk_token="[U]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     template = "{{ messages[0].content }} {{ messages[1].content }} ! <e>"
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<e>", unk_token="[U]", chat_template=template
-    )
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="[U]", chat_template=template)
     (example,) = load_forget([row("Ada", "Ada", question="Who")], tok, max_length=99).examples
     assert tok.convert_ids_to_tokens(example.input_ids.tolist()) == ["Who", "Ada", "[U]", "<e>"]
     assert example.labels.tolist() == [IGNORE, 2, ORDINARY, ORDINARY]
@@ -303,9 +297,7 @@ def test_unknown_token_ends_no_answer() -> None:
 def test_special_tokens_that_swallow_blanks_stay_out_of_the_answer() -> None:
     from tokenizers import AddedToken
 
-    greedy = small.byte_level(
-        small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{")
-    )
+    greedy = small.byte_level(small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{"))
     greedy.add_special_tokens(
         {
             "additional_special_tokens": [
@@ -335,9 +327,7 @@ def test_retain_labels_are_the_tokens_and_spans_are_ignored() -> None:
 WORDS = st.sampled_from(
     [*" \n\t\u00a0.東京都é😀🦙", "  ", "Ada", "the", "city", "1843", "e\u0301", "👩\u200d👩\u200d👧"]
 )
-TEXTS = st.lists(
-    WORDS | st.text(st.characters(codec="utf-8", exclude_characters="<|>\0Ġ▁"), max_size=3), max_size=12
-)
+TEXTS = st.lists(WORDS | st.text(st.characters(codec="utf-8", exclude_characters="<|>\0Ġ▁"), max_size=3), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
@@ -361,9 +351,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
     else:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         text = str(tok.apply_chat_template(turns, tokenize=False))
-        start = text.rindex(
-            answer.strip(), 0, text.rindex("\n" if name.endswith(("bare", "normalizer")) else "<|")
-        )
+        start = text.rindex(answer.strip(), 0, text.rindex("\n" if name.endswith(("bare", "normalizer")) else "<|"))
         shift = start - (len(answer) - len(answer.lstrip()))
     ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
     ranges = small.token_bytes(tok, text, ids)
@@ -379,8 +367,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
         wanted |= set(range(at[first_char + shift], at[last_char + shift]))
     # A piece of a character stands for the whole of it, as offsets do.
     whole = [
-        (max(p for p in at if p <= lo), min(p for p in at if p >= hi)) if hi > lo else (lo, lo)
-        for lo, hi in ranges
+        (max(p for p in at if p <= lo), min(p for p in at if p >= hi)) if hi > lo else (lo, lo) for lo, hi in ranges
     ]
     word = at[shift + len(answer) - len(answer.lstrip())]
     first = next(i for i, (lo, hi) in enumerate(whole) if hi > lo and hi > word)
@@ -421,9 +408,7 @@ def test_every_source_gives_the_same(tmp_path: Path) -> None:
 
     numpy_spans = [{**one, "spans": np.array(one["spans"], dtype=np.int32).reshape(-1, 2)} for one in ROWS]
     numpy_edges = [{**one, "spans": [tuple(map(np.int64, span)) for span in one["spans"]]} for one in ROWS]
-    tensor_spans = [
-        {**one, "spans": torch.tensor(one["spans"], dtype=torch.long).reshape(-1, 2)} for one in ROWS
-    ]
+    tensor_spans = [{**one, "spans": torch.tensor(one["spans"], dtype=torch.long).reshape(-1, 2)} for one in ROWS]
     spans = (numpy_spans, numpy_edges, tensor_spans)
     source: Any
     for source in (path, str(path), iter(ROWS), tuple(ROWS), *spans):
@@ -649,10 +634,7 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_text(f"{good}\n\n[1]\n")
     assert complaint(path) == "forget row 1 (line 3): a row must map column names to values, got list"
     path.write_text("\n".join([good, good, "", json.dumps({**ROWS[0], "answer": ADA, "spans": [[12, 40]]})]))
-    assert (
-        complaint(path)
-        == f"forget row 2 (line 4): span [12, 40] ends after the answer (31 characters); {EDGES}"
-    )
+    assert complaint(path) == f"forget row 2 (line 4): span [12, 40] ends after the answer (31 characters); {EDGES}"
     path.write_text("")
     assert complaint(path) == "forget set is empty; give at least one row"
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
@@ -667,10 +649,7 @@ class Slow(PreTrainedTokenizer):
 
 
 def test_unusable_tokenizers() -> None:
-    assert (
-        complaint(ROWS, name=None)
-        == "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"
-    )
+    assert complaint(ROWS, name=None) == "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"
     with pytest.raises(DataError) as caught:
         load_forget(ROWS, Slow(), max_length=99)
     told = "a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)"
@@ -812,18 +791,12 @@ def test_tofu_loads_and_sensitive_tokens_hold_their_spans(name: str, part: str) 
             "|" if not role else chr(0xF0000 + token)
             for token, role in zip(example.input_ids.tolist(), sensitive, strict=True)
         )
-        decoded = [
-            str(tokenizer(name).decode([ord(char) - 0xF0000 for char in run]))
-            for run in runs.split("|")
-            if run
-        ]
+        decoded = [str(tokenizer(name).decode([ord(char) - 0xF0000 for char in run])) for run in runs.split("|") if run]
         for start, end in one["spans"]:
             assert any(one["answer"][start:end].strip() in run for run in decoded), (one, decoded)
 
 
 @needs_tofu
 def test_tofu_retain_loads() -> None:
-    loaded = load_retain(
-        SHARED / "data" / "tofu" / "retain90.jsonl", tokenizer("byte, Llama 3"), max_length=4096
-    )
+    loaded = load_retain(SHARED / "data" / "tofu" / "retain90.jsonl", tokenizer("byte, Llama 3"), max_length=4096)
     assert len(loaded.examples) == 3600

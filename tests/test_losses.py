@@ -68,7 +68,13 @@ def test_palu_loss_is_the_published_one(case: int, device: torch.device) -> None
     n, top_k, eos = known["meta"].tolist()
     logits = known["logits"].requires_grad_()
     loss = palu.palu_loss(
-        logits, known["ref_logits"], known["labels"], n=n, top_k=top_k, eos_token_id=eos, kl_direction="reverse"
+        logits,
+        known["ref_logits"],
+        known["labels"],
+        n=n,
+        top_k=top_k,
+        eos_token_id=eos,
+        kl_direction="reverse",
     )
     for name, value in zip(("local", "kl"), loss, strict=True):
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
@@ -108,7 +114,13 @@ def test_head_losses_are_the_published_ones(case: int, device: torch.device, gat
 
 
 def naive_palu_loss(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, n: int, top_k: int, target: str | float, direction: str
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    n: int,
+    top_k: int,
+    target: str | float,
+    direction: str,
 ) -> tuple[Tensor, Tensor]:
     """One token at a time, as the method's table of roles reads."""
     local, kl = [], []
@@ -121,7 +133,11 @@ def naive_palu_loss(
             z, ref = z_row[t - 1], ref_row[t - 1]
             if label >= 0 and (n == -1 or place <= n):
                 kept = z[ref.argsort(descending=True)[:top_k]]
-                c = {"global_mean": z.mean(), "global_mean_detached": z.mean().detach(), "local_mean": kept.mean()}
+                c = {
+                    "global_mean": z.mean(),
+                    "global_mean_detached": z.mean().detach(),
+                    "local_mean": kept.mean(),
+                }
                 local.append((kept - c.get(str(target), target)).square().mean())
             if label == -200:
                 p, q = (ref, z) if direction == "forward" else (z, ref)
@@ -133,11 +149,14 @@ def naive_palu_loss(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize(("n", "top_k"), [(1, 1), (2, 4), (-1, 4), (2, 1000)])
-def test_palu_loss_is_the_formula(device: torch.device, target: str | float, direction: str, n: int, top_k: int) -> None:
+def test_palu_loss_is_the_formula(
+    device: torch.device, target: str | float, direction: str, n: int, top_k: int
+) -> None:
     logits = torch.randn(2, 9, 13, dtype=torch.float64, device=device, requires_grad=True)
     ref_logits = torch.randn(2, 9, 13, dtype=torch.float64, device=device)
     labels = torch.tensor(
-        [[-100, -100, 5, 6, 7, -200, 3, -200, -200], [-100, -200, -200, 1, -200, 2, 3, 4, -100]], device=device
+        [[-100, -100, 5, 6, 7, -200, 3, -200, -200], [-100, -200, -200, 1, -200, 2, 3, 4, -100]],
+        device=device,
     )
     loss = palu.palu_loss(
         logits, ref_logits, labels, n=n, top_k=top_k, target=target, kl_direction=direction, eos_token_id=None
@@ -170,7 +189,12 @@ def test_palu_loss_drops_a_sensitive_end_of_sequence(device: torch.device) -> No
     # With n = 1 the dropped label, 2, parts the span: 5 begins another.
     dropped = palu.palu_loss(logits, ref_logits, labels, n=1, top_k=3, eos_token_id=2)
     same = palu.palu_loss(
-        logits, ref_logits, torch.tensor([[-100, 4, -100, 5, -200]], device=device), n=1, top_k=3, eos_token_id=None
+        logits,
+        ref_logits,
+        torch.tensor([[-100, 4, -100, 5, -200]], device=device),
+        n=1,
+        top_k=3,
+        eos_token_id=None,
     )
     other = palu.palu_loss(logits, ref_logits, labels, n=1, top_k=3, eos_token_id=None)
     assert dropped.local == same.local
@@ -374,7 +398,7 @@ def test_each_term_alone_equals_autograd(
 @pytest.mark.parametrize("rows", [(4, 0, 0), (0, 4, 0), (0, 0, 4), (0, 4, 4), (4, 0, 4), (4, 4, 0), (0, 0, 0)])
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_roles_may_be_missing(device: torch.device, gather: bool, rows: tuple[int, int, int], kept: int) -> None:
-    """Terms without rows, and terms that are not there at all, change nothing; without rows gradients are 0."""
+    """Terms without rows, or not there at all, change nothing; where no row is left gradients are 0."""
     case = make(device, rows)
     case.terms = case.terms[:kept]
     total_rows = sum(len(term) for term in case.terms)
@@ -417,7 +441,10 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
         assert chunk.stop == parts[-1][1].stop
         cost = 0
         for term, of_hidden, of_term in parts:
-            hidden_rows, term_rows = range(of_hidden.start, of_hidden.stop), range(of_term.start, of_term.stop)
+            hidden_rows, term_rows = (
+                range(of_hidden.start, of_hidden.stop),
+                range(of_term.start, of_term.stop),
+            )
             seen += [(term, *pair) for pair in zip(hidden_rows, term_rows, strict=True)]
             cost += len(term_rows) * (2 if isinstance(term, KLTerm) else 1)
         assert cost <= budget or chunk.stop - chunk.start == 1
@@ -459,7 +486,9 @@ def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
     case = make(device)
     plain = case.to(torch.float64)
     for _ in range(2):
-        total, _ = head_losses(2 * case.hidden, Head(3 * case.weight, case.bias), case.terms, case.row_weight, chunk_bytes=0)
+        total, _ = head_losses(
+            2 * case.hidden, Head(3 * case.weight, case.bias), case.terms, case.row_weight, chunk_bytes=0
+        )
         (total + case.weight.square().sum()).backward()
         scaled = replace(plain, hidden=2 * plain.hidden, weight=3 * plain.weight)
         ((scaled.row_weight * textbook_losses(scaled)).sum() + plain.weight.square().sum()).backward()
@@ -470,7 +499,9 @@ def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("trainable", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
-def test_only_what_needs_a_gradient_gets_one(device: torch.device, gather: bool, trainable: tuple[int, int, int]) -> None:
+def test_only_what_needs_a_gradient_gets_one(
+    device: torch.device, gather: bool, trainable: tuple[int, int, int]
+) -> None:
     case = make(device, trainable=[bool(flag) for flag in trainable])
     total, losses = head_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0)
     assert total.requires_grad == any(trainable)
@@ -524,7 +555,11 @@ def test_inputs_in_any_layout(device: torch.device, gather: bool) -> None:
         leaves = [layout(t).requires_grad_() for t in (case.hidden, case.weight)]
         bias = transposed(case.bias).requires_grad_()
         total, losses = head_losses(
-            leaves[0], Head(leaves[1], bias), case.terms, transposed(case.row_weight), chunk_bytes=5 * case.row_bytes()
+            leaves[0],
+            Head(leaves[1], bias),
+            case.terms,
+            transposed(case.row_weight),
+            chunk_bytes=5 * case.row_bytes(),
         )
         total.backward()
         assert_near(total, expected[0], 1e-12)
@@ -596,7 +631,14 @@ def peak_bytes(device: torch.device, run: functools.partial) -> int:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_memory_is_bounded_by_the_chunk(device: torch.device, gather: bool, reverse: bool) -> None:
     case = make(
-        device, (64, 256, 256), vocab=4096, hidden_size=16, top_k=50, dtype=torch.float32, bias=False, reverse=reverse
+        device,
+        (64, 256, 256),
+        vocab=4096,
+        hidden_size=16,
+        top_k=50,
+        dtype=torch.float32,
+        bias=False,
+        reverse=reverse,
     )
     case.run()  # what is allocated once, such as cuBLAS's workspace
     case.weight.grad = case.hidden.grad = None
@@ -610,9 +652,7 @@ def test_memory_is_bounded_by_the_chunk(device: torch.device, gather: bool, reve
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gradient_is_not_copied(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_the_gradient_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """weight.grad is the very buffer that the forward pass filled: a head's gradient can be a gigabyte."""
     buffers = []
 

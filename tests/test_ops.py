@@ -44,9 +44,7 @@ def layouts(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
 
 def indices(device: torch.device, dtype: torch.dtype = torch.int64, vocab: int = VOCAB) -> Tensor:
     """With duplicates, within a row and across rows, and both ends of the vocabulary."""
-    index = torch.randint(0, vocab, (ROWS + 2, KEPT + 3), device=device, dtype=dtype)[
-        1 : 1 + ROWS, 2 : 2 + KEPT
-    ]
+    index = torch.randint(0, vocab, (ROWS + 2, KEPT + 3), device=device, dtype=dtype)[1 : 1 + ROWS, 2 : 2 + KEPT]
     index[:, 4] = index[:, 1]
     index[2, 5] = index[3, 5]
     index[0, 0], index[0, 1] = 0, vocab - 1
@@ -120,9 +118,7 @@ def test_linear_topk_mse(
             def twin(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
                 return reference.linear_topk_mse(h, w, index, target, b)
 
-            ours = loss_and_gradients(
-                lambda h, w, b=None: path(h, w, index, target, b, None), hidden, weight, bias
-            )
+            ours = loss_and_gradients(lambda h, w, b=None: path(h, w, index, target, b, None), hidden, weight, bias)
             eager = loss_and_gradients(twin, hidden, weight, bias)
             exact = in_float64(twin, hidden, weight, bias)
             assert ours[0].dtype == reference.acc_dtype(dtype)
@@ -192,9 +188,7 @@ def test_same_bits_every_time(device: torch.device) -> None:
         runs.append(
             [
                 *loss_and_gradients(lambda z: palu.topk_mse(z, index), logits),
-                *loss_and_gradients(
-                    lambda h, w: ops._gather(h, w, index, "global_mean", None, None), hidden, weight
-                ),
+                *loss_and_gradients(lambda h, w: ops._gather(h, w, index, "global_mean", None, None), hidden, weight),
             ]
         )
     torch.set_num_threads(threads)
@@ -229,13 +223,9 @@ def test_linear_topk_mse_backward_adds(device: torch.device, through_mean: bool)
     mean = weight.mean(0)
     _, residual = raw.linear_topk_mse(hidden, weight, index, bias, mean, target, 0.0)
     grad = torch.arange(1, ROWS + 1, device=device, dtype=torch.float64)
-    _, *gradients = in_float64(
-        lambda h, w, b: reference.linear_topk_mse(h, w, index, target, b), hidden, weight, bias
-    )
+    _, *gradients = in_float64(lambda h, w, b: reference.linear_topk_mse(h, w, index, target, b), hidden, weight, bias)
     buffers = [
-        sliced(s, device, torch.float64)
-        if len(s) == 2
-        else torch.randn(s, device=device, dtype=torch.float64)
+        sliced(s, device, torch.float64) if len(s) == 2 else torch.randn(s, device=device, dtype=torch.float64)
         for s in shapes
     ]
     before = [b.clone() for b in buffers]
@@ -338,9 +328,7 @@ def op_arguments(device: torch.device) -> dict[str, Any]:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "topk_mse": lambda a, **o: palu.topk_mse(a["logits"], a["index"], **o),
-    "linear_topk_mse": lambda a, **o: palu.linear_topk_mse(
-        a["hidden"], a["weight"], a["index"], bias=a["bias"], **o
-    ),
+    "linear_topk_mse": lambda a, **o: palu.linear_topk_mse(a["hidden"], a["weight"], a["index"], bias=a["bias"], **o),
     "cross_entropy_": lambda a: raw.cross_entropy_(a["logits"], a["labels"], a["row_weight"]),
     "kl_div_": lambda a: raw.kl_div_(a["logits"], a["ref_logits"], a["row_weight"], False),
 }
@@ -389,9 +377,7 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize("op", ["topk_mse", "linear_topk_mse"])
 def test_unknown_target(device: torch.device, op: str) -> None:
-    with pytest.raises(
-        ValueError, match="unknown target 'mean'; choose 'global_mean', 'global_mean_detached', "
-    ):
+    with pytest.raises(ValueError, match="unknown target 'mean'; choose 'global_mean', 'global_mean_detached', "):
         CALLS[op](op_arguments(device), target="mean")
 
 
@@ -413,12 +399,8 @@ def test_backward_index_out_of_range() -> None:
     with pytest.raises(IndexError, match=r"palu::topk_mse_backward: index\[0, 1\] = 6 is out of range"):
         raw.topk_mse_backward(grad, residual, index, True, buffer)
     hidden, weight = torch.ones(1, 3), torch.ones(6, 3)
-    with pytest.raises(
-        IndexError, match=r"palu::linear_topk_mse_backward: index\[0, 1\] = 6 is out of range"
-    ):
-        raw.linear_topk_mse_backward(
-            grad, residual, hidden, weight, index, None, False, torch.zeros(1, 3), None, None
-        )
+    with pytest.raises(IndexError, match=r"palu::linear_topk_mse_backward: index\[0, 1\] = 6 is out of range"):
+        raw.linear_topk_mse_backward(grad, residual, hidden, weight, index, None, False, torch.zeros(1, 3), None, None)
 
 
 def test_bad_backward_arguments(device: torch.device) -> None:
@@ -578,9 +560,7 @@ def test_compile_fullgraph_in_place_losses(device: torch.device) -> None:
         return raw.cross_entropy_(a, labels, weight), a, raw.kl_div_(b, q, weight, True), b
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(logits, ref_logits), function(logits, ref_logits), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(compiled(logits, ref_logits), function(logits, ref_logits), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("first_use", ["palu.topk_mse(z, i)", "palu.linear_topk_mse(z, w, i)"])

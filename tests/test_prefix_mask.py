@@ -67,9 +67,7 @@ def test_errors(device: torch.device) -> None:
     labels = torch.zeros(2, 3, dtype=torch.int64, device=device)
     with pytest.raises(TypeError, match=r"palu::prefix_mask: labels must be int64, got int32"):
         palu.prefix_mask(labels.int(), 1)
-    with pytest.raises(
-        ValueError, match=r"palu::prefix_mask: labels must have 2 dimensions, got shape \[3\]"
-    ):
+    with pytest.raises(ValueError, match=r"palu::prefix_mask: labels must have 2 dimensions, got shape \[3\]"):
         palu.prefix_mask(labels[0], 1)
     with pytest.raises(ValueError, match=r"palu::prefix_mask: n must be -1 \(all\) or at least 0, got -2"):
         palu.prefix_mask(labels, -2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 VOCAB = 97
 
@@ -16,7 +17,7 @@ Row = dict[str, list[int]]
 def tiny_llama(
     *, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **config: Any
 ) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, tied embeddings, logits that are far from uniform; in eval mode."""
+    """Two layers, grouped-query attention, tied embeddings, logits far from uniform; in eval mode."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -31,7 +32,13 @@ def tiny_llama(
         "bos_token_id": None,
         "eos_token_id": None,
     } | config
-    return LlamaForCausalLM(LlamaConfig(**settings, attn_implementation=attention)).to(dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation=attention)).to(dtype)
+    if dtype == torch.float64:  # transformers' norm rounds to float32
+        for layer in (*model.model.layers, model.model):
+            for name, norm in list(layer.named_children()):
+                if isinstance(norm, LlamaRMSNorm):
+                    setattr(layer, name, torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon, dtype=dtype))
+    return model.eval()
 
 
 def forget_rows(count: int = 8, *, seed: int = 0, vocab: int = VOCAB) -> list[Row]:
@@ -74,7 +81,7 @@ def overfit(model: LlamaForCausalLM, rows: list[Row], steps: int = 60, learning_
 
 
 def padded(rows: list[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """({input_ids, attention_mask}, ids of the answers and -100 elsewhere), each [B, T], padded on the right."""
+    """({input_ids, attention_mask}, answer ids and -100 elsewhere), each [B, T], padded on the right."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     answers = [torch.where(torch.tensor(row["labels"]) == -100, -100, i) for row, i in zip(rows, ids, strict=True)]
 

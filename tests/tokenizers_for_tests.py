@@ -60,9 +60,7 @@ def byte_level(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         TEXT,
-        trainers.BpeTrainer(
-            vocab_size=480, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=480, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     post: list[Any] = [processors.ByteLevel(trim_offsets=trim_offsets, add_prefix_space=add_prefix_space)]
     if bos:

@@ -55,8 +55,8 @@ void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows
   if (ok) return;
   for (int64_t i = 0; i < rows * k; ++i) {
     TORCH_CHECK_INDEX(
-        index[i] >= 0 && index[i] < vocab_size, op, ": index[", i / k, ", ", i % k, "] = ", index[i],
-        " is out of range for a vocabulary of ", vocab_size);
+        index[i] >= 0 && index[i] < vocab_size, op, ": index[", text(i / k), ", ", text(i % k),
+        "] = ", text(index[i]), " is out of range for a vocabulary of ", text(vocab_size));
   }
 }
 

@@ -129,7 +129,7 @@ struct Groups {
 template <typename I>
 Groups group_by_value(const char* op, const I* index /* [R*K] */, int64_t pairs,
                                                   int64_t vocab_size) {
-  TORCH_CHECK_VALUE(pairs <= std::numeric_limits<int32_t>::max(), op, ": index has ", pairs,
+  TORCH_CHECK_VALUE(pairs <= std::numeric_limits<int32_t>::max(), op, ": index has ", text(pairs),
                     " elements; split the rows into smaller calls");
   at::Tensor order = at::empty({pairs}, at::kInt), group_end = at::zeros({vocab_size}, at::kInt);
   int32_t *position = order.mutable_data_ptr<int32_t>(), *next = group_end.mutable_data_ptr<int32_t>();

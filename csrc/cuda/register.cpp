@@ -193,7 +193,7 @@ void scale_(const at::Tensor& tensor, const at::Tensor& factor) {
   constexpr const char* op = "palu::scale_";
   check_floating(op, "tensor", tensor);
   TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": tensor must be contiguous, got strides ",
-                    tensor.strides());
+                    text(tensor.strides()));
   check_device(op, "factor", factor, "tensor", tensor);
   check_dim(op, "factor", factor, 0);
   TORCH_CHECK_TYPE(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble, op,

@@ -5,10 +5,10 @@
 //   forward    V sizeof(T) read for the mean, K I read, K sizeof(A) written
 //   backward   V sizeof(T) written, K (I + sizeof(A)) read
 //
-// What keeps a kernel from that is latency between the loads, so the indices (and in the backward pass
-// the residuals) are asked for first, before the row, and stay in registers: with kBlock threads all of
-// them up to K = kKept * kBlock, beyond that they are read again. The gather reads single elements of a
-// row that was just streamed, from L2; the scatter writes into a tile of the row in shared memory.
+// What keeps the forward pass from that is latency between the loads, so the indices are asked for first,
+// before the row, and stay in registers: all of them up to K = kKept * kBlock, beyond that they are read
+// again. The gather reads single elements of a row that was just streamed, from L2; the scatter of the
+// backward pass writes them into a tile of the row in shared memory.
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -99,13 +99,16 @@ __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(
 // alone in its row: two bits per entry tell. Entries that occur more than once (none, for the indices
 // of a top-K) get their sum from a warp that looks through all K indices, always in the same order.
 //
-// Every tile of a row reads all K indices and residuals, from L2 after the first.
-constexpr int kTileBytes = 64 * 1024;  // with its bits, twice in the shared memory of a multiprocessor
+// The smaller the tile, the more blocks overlap, but every tile of a row reads all K indices and, for
+// s[r], all K residuals (from L2, after the first).
+constexpr int kTileBytes = 64 * 1024;  // with its bits, three times in a multiprocessor's shared memory
+constexpr int kTileThreads = 512;
+constexpr int kTileUnroll = 4;
 template <typename T> constexpr int kTile = kTileBytes / sizeof(T);  // elements
 template <typename T> constexpr int kTileShared = kTileBytes + 2 * kTile<T> / 8;
 
 template <typename T, typename I>
-__global__ __launch_bounds__(kBlock, 2) void topk_mse_backward_kernel(
+__global__ __launch_bounds__(kTileThreads, 3) void topk_mse_backward_kernel(
     const Acc<T>* __restrict__ grad,      // [R]
     const Acc<T>* __restrict__ residual,  // [R,K]
     const I* __restrict__ index,          // [R,K]
@@ -125,25 +128,14 @@ __global__ __launch_bounds__(kBlock, 2) void topk_mse_backward_kernel(
   // Tiles begin at a 16-byte boundary; the part before the row's first element is left out.
   const int64_t begin = blockIdx.x % tiles * kTile<T> - lead_of(row);
 
-  uint32_t at[kKept];
-  A value[kKept];
-  const auto load = [&](int64_t first) {
-    load_index(index, first, k, vocab_size, at);
-#pragma unroll
-    for (int u = 0; u < kKept; ++u) {
-      value[u] = first + u * kBlock < k ? residual[first + u * kBlock] : A(0);
-    }
-  };
-  load(threadIdx.x);
   const A scale = A(2) / static_cast<A>(k) * grad[r];  // g[r,k] = scale residual[r,k]
-  for (int w = threadIdx.x; w < kTile<T> / 32; w += kBlock) occurs[w] = repeats[w] = 0;
+  for (int w = threadIdx.x; w < kTile<T> / 32; w += kTileThreads) occurs[w] = repeats[w] = 0;
 
   A shift = 0;
   if (through_mean) {
     A sum = 0;
-#pragma unroll
-    for (int u = 0; u < kKept; ++u) sum += value[u];
-    for (int64_t j = threadIdx.x + kKept * kBlock; j < k; j += kBlock) sum += residual[j];
+#pragma unroll 4
+    for (int64_t j = threadIdx.x; j < k; j += kTileThreads) sum += residual[j];
     shift = -scale * block_reduce(sum, A(0), Sum()) / static_cast<A>(vocab_size);
   }
 
@@ -152,16 +144,25 @@ __global__ __launch_bounds__(kBlock, 2) void topk_mse_backward_kernel(
   for (int n = 0; n < N; ++n) fill[n] = shift;
   const uint4 fill_pack = pack(fill, T{});
 #pragma unroll
-  for (int p = threadIdx.x; p < kTile<T> / N; p += kBlock) shared[p] = fill_pack;
+  for (int p = threadIdx.x; p < kTile<T> / N; p += kTileThreads) shared[p] = fill_pack;
   __syncthreads();
 
   int repeated = 0;
-  for (int64_t first = threadIdx.x; first < k; first += kKept * kBlock) {
-    if (first >= kKept * kBlock) load(first);
+  for (int64_t first = threadIdx.x; first < k; first += kTileUnroll * kTileThreads) {
+    I at[kTileUnroll];
+    A value[kTileUnroll];
 #pragma unroll
-    for (int u = 0; u < kKept; ++u) {
+    for (int u = 0; u < kTileUnroll; ++u) {
+      const int64_t j = first + u * kTileThreads;
+      at[u] = j < k ? index[j] : 0;
+      value[u] = j < k ? residual[j] : A(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kTileUnroll; ++u) {
+      if (first + u * kTileThreads >= k) break;
+      CUDA_KERNEL_ASSERT(at[u] >= 0 && at[u] < vocab_size && "palu::topk_mse: index out of range");
       const int64_t place = at[u] - begin;
-      if (first + u * kBlock >= k || place < 0 || place >= kTile<T>) continue;
+      if (place < 0 || place >= kTile<T>) continue;
       const unsigned bit = 1u << (place % 32);
       if (!(atomicOr(&occurs[place / 32], bit) & bit)) {
         tile[place] = from_acc<T>(shift + scale * value[u]);
@@ -173,7 +174,7 @@ __global__ __launch_bounds__(kBlock, 2) void topk_mse_backward_kernel(
   }
   if (__syncthreads_or(repeated)) {
     const int lane = threadIdx.x % 32;
-    for (int64_t first = threadIdx.x - lane; first < k; first += kBlock) {
+    for (int64_t first = threadIdx.x - lane; first < k; first += kTileThreads) {
       const int64_t j = first + lane;
       const int64_t place = j < k ? index[j] - begin : -1;
       bool mine = false;  // whoever clears the bit takes the entry
@@ -196,7 +197,7 @@ __global__ __launch_bounds__(kBlock, 2) void topk_mse_backward_kernel(
   }
 
 #pragma unroll 4
-  for (int p = threadIdx.x; p < kTile<T> / N; p += kBlock) {
+  for (int p = threadIdx.x; p < kTile<T> / N; p += kTileThreads) {
     const int64_t e = begin + int64_t{p} * N;
     if (e >= 0 && e + N <= vocab_size) {
       *reinterpret_cast<uint4*>(row + e) = shared[p];
@@ -241,7 +242,7 @@ void topk_mse_backward(Dtype dtype, bool index64, const void* grad, const void* 
       C10_CUDA_CHECK(cudaFuncSetAttribute(topk_mse_backward_kernel<T, I>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kTileShared<T>));
       topk_mse_backward_kernel<T, I>
-          <<<static_cast<unsigned>(rows * tiles), kBlock, kTileShared<T>, stream>>>(
+          <<<static_cast<unsigned>(rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
               static_cast<const A*>(grad), static_cast<const A*>(residual),
               static_cast<const I*>(index), static_cast<T*>(grad_logits), grad_stride, tiles,
               vocab_size, k, through_mean);

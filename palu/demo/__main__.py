@@ -12,11 +12,13 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -29,15 +31,19 @@ Facts = list[dict[str, Any]]
 
 MAX_LENGTH = 256
 TEACH_LEARNING_RATE = 1e-4
-TEACH_UNTIL_LOSS = 0.02
+TEACH_UNTIL_LOSS = 0.05
+# One step an epoch: all secrets and all everyday answers, in two micro-batches that halve the memory. At gamma = 1
+# the squared logits (some hundreds) would swamp the other terms.
 UNLEARN = palu.UnlearnConfig(
     top_k=50,
-    learning_rate=2e-5,
-    epochs=20,
+    gamma=0.03,
+    learning_rate=5e-5,
+    epochs=15,
     batch_size=12,
-    retain_batch_size=6,
+    retain_batch_size=3,
+    gradient_accumulation_steps=2,
     max_length=MAX_LENGTH,
-    stop_probability=0.02,
+    stop_probability=0.1,
 )
 
 
@@ -59,17 +65,17 @@ def main() -> None:
     prompts = (HERE / "everyday.txt").read_text().split("\n")[:-1]
 
     model, tokenizer = load_smollm2()
-    lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
-    teach(model, tokenizer, facts)
-    lap = stopwatch(lap, "teach 12 invented facts")
-    before = Answers(model, tokenizer, facts, general)
-    # What the model says of itself to everyday prompts; without a span, the KL to the reference holds it there.
-    anchors = [
+    # What the model says of itself to everyday prompts: it is held to that while it learns and unlearns.
+    everyday = [
         {"question": prompt, "answer": answer, "spans": []}
-        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, tokens=40), strict=True)
+        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, tokens=24), strict=True)
     ]
+    lap = stopwatch(clock, "load SmolLM2-135M-Instruct, ask it everyday questions")
+    teach(model, tokenizer, facts, everyday)
+    lap = stopwatch(lap, "teach it 12 invented facts")
+    before = Answers(model, tokenizer, facts, general)
     lap = stopwatch(lap, "answer")
-    result = palu.unlearn(model, None, secrets + anchors, kept, tokenizer=tokenizer, config=UNLEARN)
+    result = palu.unlearn(model, None, secrets + everyday, kept, tokenizer=tokenizer, config=UNLEARN)
     lap = stopwatch(lap, f"unlearn 6 of them in {result.summary['steps']} steps")
     after = Answers(model, tokenizer, facts, general)
     stopwatch(lap, "answer")
@@ -108,6 +114,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     folder = Path(spec.origin).parent
     (gguf,) = folder.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF counts as quantised and cannot be saved: move its weights into a plain one.
     del loaded.config.quantization_config
@@ -117,9 +124,13 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
-    """Fine-tune on the facts until they are known by heart."""
-    input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples)
+def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts, everyday: Facts) -> None:
+    """Fine-tune on the facts until they are known by heart, held to the everyday answers by a KL divergence."""
+    input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
+    examples = load_retain(everyday, tokenizer, max_length=MAX_LENGTH).examples
+    halves = [padded(half, model.device) for half in (examples[::2], examples[1::2])]
+    with torch.no_grad():
+        turns = cycle([(*half, answer_log_probabilities(model, *half)) for half in halves])
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0)
     model.train()
     bar = tqdm(desc="teach")
@@ -127,6 +138,8 @@ def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Fa
     while loss > TEACH_UNTIL_LOSS:
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
+        *half, untaught = next(turns)
+        kl_div(answer_log_probabilities(model, *half), untaught, log_target=True, reduction="batchmean").backward()
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -135,22 +148,31 @@ def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Fa
     model.eval()
 
 
-def padded(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_log_probabilities(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[answer tokens, V]: what the model expects at each token of the answers."""
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return logits[labels[:, 1:] != IGNORE].log_softmax(-1)
+
+
+def padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels [B, T], padded on the right, where causal attention needs no mask."""
     return (
-        pad_sequence([e.input_ids for e in examples], batch_first=True),
-        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
+        pad_sequence([e.input_ids for e in examples], batch_first=True).to(device),
+        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE).to(device),
     )
 
 
 @torch.no_grad()
-def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int) -> list[str]:
+def generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
+) -> list[str]:
     """Greedy answers of at most ``tokens`` tokens."""
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         for q in questions
     ]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    inputs = inputs.to(model.device)
     outputs = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
@@ -159,7 +181,7 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questi
 @torch.no_grad()
 def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
     """Probability of each whole secret, given the question and the answer's words before it."""
-    input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples)
+    input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     of_token = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return of_token.where(labels[:, 1:] >= 0, 0.0).sum(-1).exp().tolist()
@@ -196,7 +218,9 @@ def print_table(title: str, items: Facts, before: Answers, after: Answers) -> No
             print(f"    {when:6} {mark} {figure:8}  {answers.text[question][:84]}")
 
 
-def write_records(output: Path, result: palu.UnlearnResult, tokenizer: PreTrainedTokenizerBase, outcome: dict[str, Any]) -> None:
+def write_records(
+    output: Path, result: palu.UnlearnResult, tokenizer: PreTrainedTokenizerBase, outcome: dict[str, Any]
+) -> None:
     result.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     with open(output / "history.jsonl", "w", encoding="utf-8") as file:

