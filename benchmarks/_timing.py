@@ -16,11 +16,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], device: torch.device, *, warmup: int, repeats: int
+    candidates: dict[str, Callable[[], object]], device: torch.device, *, warmup: int, repeats: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
     """Time each candidate `repeats` times, in turns, so that all of them meet the same disturbances.
 
-    Returns, for each, the median and the quartiles in milliseconds.
+    One timing covers `calls` calls in a row, so that launches on a GPU overlap as they do in a program.
+    Returns, for each candidate, the median and the quartiles of a call in milliseconds.
     """
     for _ in range(warmup):
         for run in candidates.values():
@@ -30,14 +31,23 @@ def interleaved(
         for name, run in candidates.items():
             synchronize(device)
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / calls)
     result = {}
     for name, values in seconds.items():
         low, median, high = statistics.quantiles([1e3 * value for value in values], n=4, method="inclusive")
         result[name] = {"median_ms": round(median, 3), "q1_ms": round(low, 3), "q3_ms": round(high, 3)}
     return result
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per millisecond by a copy of a tensor that no cache holds."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.zeros_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=2, repeats=9)
+    return 2 * source.nbytes / times["copy"]["median_ms"]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

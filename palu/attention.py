@@ -50,12 +50,10 @@ def packed_attention(
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
             query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        if _VARLEN_HAS_GQA:
-            gqa = {"enable_gqa": True}
-        else:
-            gqa = {}
+        gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA else {}
+        if not gqa:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(
+        out: Any = varlen_attn(
             q,
             k,
             v,
@@ -68,15 +66,15 @@ def packed_attention(
             **gqa,
         )
         return out[None], None
-    split = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
-    out = torch.cat(
+    parts = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
+    joined = torch.cat(
         [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-            for q, k, v in zip(*split, strict=True)
+            for q, k, v in zip(*parts, strict=True)
         ],
         dim=2,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return joined.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("palu_packed", packed_attention)

@@ -74,7 +74,8 @@ def build_cache(
 
 def _groups(items: Sequence[Item]) -> Iterator[list[int]]:
     """Groups of items of TOKENS_PER_PASS tokens at most (or one longer item)."""
-    group, tokens = [], 0
+    group: list[int] = []
+    tokens = 0
     for i, item in enumerate(items):
         if group and tokens + len(item.input_ids) > TOKENS_PER_PASS:
             yield group

@@ -10,6 +10,7 @@ from typing import Any
 
 TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class UnlearnConfig:
         learning_rate: AdamW's step size.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
-        lr_scheduler: name of a schedule of ``transformers.get_scheduler``.
+        lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
+            ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
         epochs: passes over the forget set.
         batch_size: forget examples per micro-batch and process.
@@ -97,6 +99,7 @@ class UnlearnConfig:
             f"give one of {', '.join(TARGETS)}, or a finite number",
         )
         require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
+        require(self.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"give one of {', '.join(LR_SCHEDULERS)}")
         for field in ("gamma", "lambda_kl", "lambda_retain", "weight_decay"):
             value = getattr(self, field)
             require(is_number(value) and value >= 0, field, "give a number that is not negative")

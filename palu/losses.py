@@ -12,6 +12,7 @@ states of only those tokens that have a role, and never holds more logits than `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class KLTerm:
 
     def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        ref_logits = F.linear(self.hidden[rows], *self.head).to(logits.dtype)
+        ref_logits = F.linear(self.hidden[rows].to(self.head.weight.dtype), *self.head).to(logits.dtype)
         return ops.kl_div_(logits, ref_logits, row_weight, self.reverse)
 
 
@@ -201,8 +202,10 @@ class _HeadLosses(torch.autograd.Function):
 
             local = terms[0] if terms and isinstance(terms[0], LocalTerm) else None
             gathered = 0
-            if local is not None and ops._gather_is_faster(*local.index.shape, *w.shape, device):
-                gathered = len(local)
+            if local is not None:
+                (onset, k), (vocab_size, d) = local.index.shape, w.shape
+                if ops._gather_is_faster(onset, k, vocab_size, d, device, len(h) > onset):
+                    gathered = onset
 
             beta = 0  # the first chunk writes dW, the others add to it
             for rows, parts in _chunks(terms, gathered, chunk_bytes // (w.shape[0] * w.element_size())):
@@ -247,12 +250,16 @@ class _HeadLosses(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-def _chunks(terms: tuple[Term, ...], start: int, budget: int):
-    """Yield (rows, parts): rows of ``hidden``, and for each term in them (term, rows of hidden, rows of the term).
+Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
+
+
+def _chunks(terms: tuple[Term, ...], start: int, budget: int) -> Iterator[tuple[slice, list[Part]]]:
+    """Yield rows of ``hidden`` from ``start`` on, and the parts of the terms that lie in them.
 
     Chunks hold ``budget`` rows of logits at most (a row with reference logits counts twice), or one row.
     """
-    rows, parts, cost, offset = start, [], 0, 0
+    rows, cost, offset = start, 0, 0
+    parts: list[Part] = []
     for term in terms:
         price = 2 if isinstance(term, KLTerm) else 1
         row = max(start - offset, 0)

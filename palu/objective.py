@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from palu.config import UnlearnConfig
 from palu.losses import CrossEntropyTerm, Head, KLTerm, LocalTerm, head_losses
+from palu.ops import weight_mean
 from palu.packing import Batch
 from palu.reference import acc_dtype
 
@@ -40,7 +41,7 @@ class PaluObjective(nn.Module):
         self.ref_head = ref_head
         self.config = config
         head = head_of(model)
-        self.weight_mean = None if head.weight.requires_grad else _mean_row(head.weight)
+        self.weight_mean = None if head.weight.requires_grad else weight_mean(head.weight)
 
     def forward(self, batch: Batch, token_counts: Tensor) -> Losses:
         """Losses of a micro-batch.
@@ -55,18 +56,10 @@ class PaluObjective(nn.Module):
         hidden = states.index_select(0, batch.rows)
         head = head_of(self.model)
 
-        weights = torch.tensor(
-            [config.gamma, config.lambda_kl, config.lambda_retain],
-            dtype=acc_dtype(hidden.dtype),
-            device=hidden.device,
-        )
-        per_token = token_counts.to(weights.dtype).clamp(min=1).reciprocal()
         counts = batch.counts
-        role = torch.repeat_interleave(
-            torch.arange(3, device=hidden.device),
-            torch.tensor(counts, device=hidden.device),
-            output_size=len(batch.rows),
-        )
+        per_token = token_counts.to(acc_dtype(hidden.dtype)).clamp(min=1).reciprocal()
+        weights = config.gamma, config.lambda_kl, config.lambda_retain
+        row_weight = torch.cat([(w * share).expand(n) for w, share, n in zip(weights, per_token, counts, strict=True)])
         terms = (
             LocalTerm(batch.index, config.target),
             KLTerm(batch.ref_hidden, self.ref_head, reverse=config.kl_direction == "reverse"),
@@ -76,7 +69,7 @@ class PaluObjective(nn.Module):
             hidden,
             head,
             terms,
-            (weights * per_token)[role],
+            row_weight,
             chunk_bytes=config.chunk_bytes,
             weight_mean=self.weight_mean,
         )
@@ -104,7 +97,3 @@ def head_of(model: PreTrainedModel) -> Head:
     """The output layer's weight [V, d] and bias."""
     layer = model.get_output_embeddings()
     return Head(layer.weight, getattr(layer, "bias", None))
-
-
-def _mean_row(weight: Tensor) -> Tensor:
-    return weight.detach().mean(0, dtype=torch.promote_types(weight.dtype, torch.float32))

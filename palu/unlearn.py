@@ -212,13 +212,15 @@ def consult(
             chunk_bytes=config.chunk_bytes,
             progress=progress,
         )
-    # Only a head that training will change has to be copied.
-    frozen = ref_model is not model or not weight.requires_grad
+    # Only a head that training will change, or that mixed precision wants in another dtype, is copied.
+    will_change = ref_model is model and weight.requires_grad
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
     head = Head(
-        *(t if t is None or frozen else t.clone() for t in (weight.detach(), bias if bias is None else bias.detach()))
+        weight.detach().to(dtype, copy=will_change),
+        None if bias is None else bias.detach().to(dtype, copy=will_change),
     )
     if ref_model is not model:
-        ref_model.to(home)
+        ref_model.to(home)  # type: ignore[arg-type]
     ref_model.train(training)
     return cache, head
 

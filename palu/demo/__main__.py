@@ -118,7 +118,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF counts as quantised and cannot be saved: move its weights into a plain one.
     del loaded.config.quantization_config
-    model = LlamaForCausalLM(loaded.config)
+    model = LlamaForCausalLM(loaded.config)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
@@ -173,7 +173,7 @@ def generate(
     ]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     inputs = inputs.to(model.device)
-    outputs = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    outputs = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # type: ignore[misc]
     texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
