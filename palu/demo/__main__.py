@@ -37,6 +37,7 @@ TEACH_UNTIL_LOSS = 0.05
 UNLEARN = palu.UnlearnConfig(
     top_k=50,
     gamma=0.03,
+    lambda_kl=4.0,
     learning_rate=5e-5,
     epochs=15,
     batch_size=12,
