@@ -151,11 +151,11 @@ def _gather_is_faster(
 ) -> bool:
     """Whether gathering the kept rows of the head beats the dense product.
 
-    On a CPU the arithmetic of the dense product decides, and the gather wins. On a GPU both are bound by the
-    bytes of the head that they move: rows * k of its rows, or each once. (Measured on an H100, d = 4096,
-    bfloat16: gathering takes 3.3 ns per kept logit, the dense product of few rows 0.41 to 0.46 ms, so they meet
-    near rows * k = vocab_size = 128256.) `beside_dense`: other rows go through a dense product anyway; on a
-    GPU a few more rows then cost next to nothing.
+    On a CPU the arithmetic of the dense product decides, and the gather wins (with 2 cores up to about rows * k =
+    5 vocab_size, where they are even). On a GPU both are bound by the bytes of the head that they move: rows * k of
+    its rows, or each once. (Measured on an H100, d = 4096, bfloat16: gathering takes 3.3 ns per kept logit, the
+    dense product of few rows 0.41 to 0.46 ms, so they meet near rows * k = vocab_size = 128256.)
+    `beside_dense`: other rows go through a dense product anyway; on a GPU a few more rows then cost next to nothing.
     """
     if device_type == "cpu":
         return True
