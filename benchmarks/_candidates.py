@@ -81,7 +81,7 @@ def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel]
     with using_packed_attention(teacher):
         for forget, retain in batches:
             items = forget_items(forget, config.n, eos_token_id)
-            cache = build_cache(body_of(teacher), ref_head, items, top_k=config.top_k, chunk_bytes=config.chunk_bytes)
+            cache = build_cache(body_of(teacher), device, items, PaluObjective.ask(ref_head, config))
             feeds.append(Feed(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:
@@ -109,8 +109,7 @@ def palu_step(objective: PaluObjective, feed: Feed, device: torch.device) -> Ten
     """Loss of a step of palu.unlearn, its gradients left in the model. The feed holds one batch."""
     [[batch]] = feed
     dtype = torch.promote_types(head_of(objective.model).weight.dtype, torch.float32)
-    token_counts = torch.tensor([batch.counts], dtype=dtype, device=device).sum(0)
-    total = objective(batch.to(device), token_counts).total
+    total = objective(batch.to(device), torch.tensor(batch.counts, dtype=dtype, device=device)).total
     total.backward()
     return total.detach()
 
@@ -125,15 +124,14 @@ def palu_section(
 ) -> tuple[Tensor, ...]:
     """Gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weights = (config.gamma, config.lambda_kl, config.lambda_retain)
     row_weight = [
         torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
-        for weight, count in zip(weights, batch.counts, strict=True)
+        for weight, count in zip(config.weights, batch.counts[:3], strict=True)
     ]
     terms = (
-        LocalTerm(batch.index, config.target),
-        KLTerm(batch.ref_hidden, ref_head, reverse=config.kl_direction == "reverse"),
-        CrossEntropyTerm(batch.retain_labels),
+        LocalTerm(batch.ref_targets, config.target),
+        KLTerm(batch.ref_others, ref_head, reverse=config.kl_direction == "reverse"),
+        CrossEntropyTerm(batch.labels[len(batch.item) :]),
     )
     total, _ = head_losses(
         hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean

@@ -81,7 +81,8 @@ def published_loss(
     scores = retain_logits.to(torch.promote_types(retain_logits.dtype, torch.float32))
     shifted = retain_labels[:, 1:].flatten()
     retain = F.cross_entropy(scores[:, :-1].flatten(0, 1), shifted, ignore_index=IGNORE)
-    return config.gamma * local + config.lambda_kl * kl + config.lambda_retain * retain
+    gamma, lambda_kl, lambda_retain = config.weights
+    return gamma * local + lambda_kl * kl + lambda_retain * retain
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def tokens_of(feed: Feed, padded: tuple[Padded, Padded]) -> dict[str, Any]:
     [[batch]] = feed
-    onset, ordinary, retain = batch.counts
+    onset, ordinary, retain, _ = batch.counts
     return {
         "packed": sum(batch.packed.sequence_lengths),
         "onset": onset,

@@ -1,75 +1,76 @@
 """The reference cache: everything the frozen reference will ever be asked for, from one pass.
 
-The reference is the model before training, so it is constant. For a forget set, what the losses need of
-it is: at each onset token the indices of its K highest logits, at each ordinary token its last hidden
-state, and its head. After that pass the reference's body is not needed any more.
+The reference is the model before training, so it is constant. What an objective needs of it for a forget set
+is asked once; for PALU that is the indices of the K highest logits at each onset token, the last hidden state at
+each ordinary token, and the head. After that pass the reference's body is not needed any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from palu.losses import Head
 from palu.packing import Item, pack
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
+
+
+# (states of the target rows [a, d], of the other rows [b, d], their labels [a] and [b]) -> ([a, ...], [b, ...])
+Ask: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
     """What the reference says of each forget item, on the host."""
 
-    index: list[Tensor]  # per item, int32 [onset, K]
-    hidden: list[Tensor]  # per item, [ordinary, d]
+    targets: list[Tensor]  # per item, of its target rows; for PALU int32 [onset, K]: the K highest logits
+    others: list[Tensor]  # per item, of its other rows; for PALU [ordinary, d]: the last hidden states
 
 
 @torch.no_grad()
 def build_cache(
-    body: nn.Module,
-    head: Head,
-    items: Sequence[Item],
-    *,
-    top_k: int,
-    chunk_bytes: int,
-    progress: bool = False,
+    body: nn.Module, device: torch.device, items: Sequence[Item], ask: Ask | None, *, progress: bool = False
 ) -> ReferenceCache:
     """Run the reference once over the forget set.
 
     Args:
         body: the reference without its head; called with input_ids and position_ids [1, T].
-        head: the reference's head, on the body's device.
-        items: the forget set (:func:`palu.packing.forget_items`).
-        top_k: K, clamped to the vocabulary.
-        chunk_bytes: bound on the logits held at once.
+        device: the body's.
+        items: the forget set.
+        ask: what the objective wants to know of an item's rows, from their last hidden states; ``None``: nothing.
         progress: show a progress bar.
     """
-    device = head.weight.device
-    vocab_size = head.weight.shape[0]
-    chunk_rows = max(chunk_bytes // (vocab_size * head.weight.element_size()), 1)
-    index: list[Tensor] = [torch.empty(0)] * len(items)
-    hidden: list[Tensor] = [torch.empty(0)] * len(items)
-
+    if ask is None:
+        return ReferenceCache(
+            [torch.empty(item.targets, 0) for item in items],
+            [torch.empty(len(item.rows) - item.targets, 0) for item in items],
+        )
+    targets: list[Tensor] = [torch.empty(0)] * len(items)
+    others: list[Tensor] = [torch.empty(0)] * len(items)
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
         for group in _groups(items):
             packed = pack([items[i] for i in group])
             states = body(**packed.to(device).inputs()).last_hidden_state[0]
-            for i, start in zip(group, packed.cu_seq_lens.tolist()[:-1], strict=True):
-                rows = (items[i].rows + start).to(device)
-                # Two copies, not two views of one: what is kept must not keep the onset rows alive.
-                onset, ordinary = states[rows[: items[i].onset]], states[rows[items[i].onset :]]
-                top = [
-                    F.linear(chunk, *head).topk(min(top_k, vocab_size), dim=-1, sorted=False).indices.int()
-                    for chunk in onset.split(chunk_rows)
-                ]
-                index[i], hidden[i] = torch.cat(top).cpu(), ordinary.cpu()
+            starts = accumulate((len(items[i].input_ids) for i in group), initial=0)
+            for i, start in zip(group, starts, strict=False):
+                item = items[i]
+                rows, labels = (item.rows + start).to(device), item.labels.to(device)
+                # Two copies, not two views of one: what is kept must not keep the other rows alive.
+                answers = ask(
+                    states[rows[: item.targets]],
+                    states[rows[item.targets :]],
+                    labels[: item.targets],
+                    labels[item.targets :],
+                )
+                targets[i], others[i] = (answer.cpu() for answer in answers)
             bar.update(len(group))
-    return ReferenceCache(index, hidden)
+    return ReferenceCache(targets, others)
 
 
 def _groups(items: Sequence[Item]) -> Iterator[list[int]]:

@@ -12,6 +12,18 @@ TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
+# The methods, and what their papers or published code set where the user does not.
+OBJECTIVES: dict[str, dict[str, float]] = {
+    "palu": {},
+    "ga": {"lambda_retain": 0.0},
+    "gd": {},
+    "dpo": {"beta": 0.1},
+    "npo": {"beta": 0.1},
+    "simnpo": {"beta": 4.5, "gamma": 0.125},
+    "pdu": {},
+    "tpo": {"beta": 0.32},
+}
+
 
 @dataclass(frozen=True)
 class UnlearnConfig:
@@ -21,16 +33,25 @@ class UnlearnConfig:
 
         L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
 
+    Other objectives (:mod:`palu.baselines`) read ``gamma`` as the weight of their forget loss, ``lambda_retain``, and
+    the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl`` and ``kl_direction`` are PALU's alone.
+
     Attributes:
+        objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
+            (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``.
         n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span.
         top_k: how many of the reference's highest logits are flattened at an onset token;
             clamped to the vocabulary.
         target: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
             gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
-        gamma: weight of the local entropy loss.
+        gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
-        lambda_retain: weight of the cross-entropy on the retain set.
+        lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
+        beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
+        delta: SimNPO: margin on the mean token NLL.
+        dual_step: PDU: step size of the retain loss's weight, which starts at ``lambda_retain``.
+        retain_loss_bound: PDU: the retain loss above which that weight grows.
         learning_rate: AdamW's step size.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
@@ -43,20 +64,26 @@ class UnlearnConfig:
         gradient_accumulation_steps: micro-batches per optimisation step.
         max_length: tokens per example; longer ones are cut on the right.
         stop_probability: end after an epoch in which the true token's probability stayed below
-            this at every onset position; ``None``: never.
+            this at every onset position (other objectives: at every token they act on); ``None``: never.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
         seed: of the data order and of any dropout.
         progress: show a progress bar.
     """
 
+    objective: str = "palu"
     n: int = 3
     top_k: int = 5000
     target: str | float = "global_mean"
-    gamma: float = 1.0
+    gamma: float | None = None
     lambda_kl: float = 1.0
-    lambda_retain: float = 1.0
+    lambda_retain: float | None = None
     kl_direction: str = "reverse"
+
+    beta: float | None = None
+    delta: float = 0.0
+    dual_step: float = 1.0
+    retain_loss_bound: float = 0.0
 
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
@@ -87,6 +114,7 @@ class UnlearnConfig:
         def is_number(value: Any) -> bool:
             return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
+        require(self.objective in OBJECTIVES, "objective", f"give one of {', '.join(OBJECTIVES)}")
         require(
             is_int(self.n) and (self.n == -1 or self.n > 0),
             "n",
@@ -100,9 +128,14 @@ class UnlearnConfig:
         )
         require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
         require(self.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"give one of {', '.join(LR_SCHEDULERS)}")
-        for field in ("gamma", "lambda_kl", "lambda_retain", "weight_decay"):
+        for field in ("gamma", "lambda_retain"):
+            value = getattr(self, field)
+            require(value is None or (is_number(value) and value >= 0), field, "give a number that is not negative")
+        for field in ("lambda_kl", "weight_decay", "dual_step", "retain_loss_bound"):
             value = getattr(self, field)
             require(is_number(value) and value >= 0, field, "give a number that is not negative")
+        require(is_number(self.delta), "delta", "give a finite number")
+        require(self.beta is None or (is_number(self.beta) and self.beta > 0), "beta", "give a positive number")
         for field in ("learning_rate", "max_grad_norm"):
             value = getattr(self, field)
             require(is_number(value) and value > 0, field, "give a positive number")
@@ -133,3 +166,13 @@ class UnlearnConfig:
             if name not in known:
                 raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
         return dataclasses.replace(self, **overrides)
+
+    def value(self, field: str) -> float:
+        """A field's value; where it is None, what the objective's authors use."""
+        given = getattr(self, field)
+        return {"gamma": 1.0, "lambda_retain": 1.0, **OBJECTIVES[self.objective]}[field] if given is None else given
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """(gamma, lambda_kl, lambda_retain)."""
+        return self.value("gamma"), self.lambda_kl, self.value("lambda_retain")

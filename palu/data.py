@@ -10,8 +10,9 @@ Each token has one label, aligned with `input_ids` (the loss shifts, not the lab
 
 A row of text is `question`/`answer`, `prompt`/`completion`, or `messages` (the last one the
 assistant's). A forget row also has `spans`: [start, end) pairs in characters (Python string indices)
-of the answer; `[]` if nothing in it is sensitive. A row that is tokenised already has `input_ids`,
-`labels` as above and perhaps an `attention_mask`, which strips its padding.
+of the answer; `[]` if nothing in it is sensitive. For DPO it also has `alternate`: the answer to prefer.
+A row that is tokenised already has `input_ids`, `labels` as above and perhaps an `attention_mask`, which strips its
+padding.
 
 A tokenizer with a chat template renders every row with it: question or prompt is the user's message,
 answer or completion the assistant's. For plain text set `tokenizer.chat_template = None`; then a row
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -113,10 +114,43 @@ def load_retain(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_l
     return _load(source, tokenizer, max_length, forget=False)
 
 
-def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, forget: bool) -> Examples:
+def load_alternates(
+    source: Any, tokenizer: PreTrainedTokenizerBase | None, examples: Sequence[Example], *, max_length: int
+) -> list[Example]:
+    """Load, for each example of a forget set, its question with the answer that the column `alternate` prefers.
+
+    Arguments and errors are load_retain's; `examples` are what load_forget made of the same source.
+    """
+    rows = []
+    for _, where, columns in _rows(source, "forget"):
+        if "input_ids" in columns:
+            raise DataError(f"{where}: a tokenised row has no alternate answer; give text with a column 'alternate'")
+        if columns.get("alternate") is None:
+            raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")
+        if columns.get("messages") is not None:
+            *before, last = columns["messages"]
+            rows.append({"messages": [*before, {**last, "content": columns["alternate"]}]})
+        else:
+            answer = next(answer for _, answer in _TEXT_COLUMNS if answer in columns)
+            rows.append({**columns, answer: columns["alternate"]})
+    loaded = _load(rows, tokenizer, max_length, forget=False, name="alternate answers of the forget")
+    by_row = {example.row: example for example in loaded.examples}
+    for example in examples:
+        if example.row not in by_row:
+            raise DataError(f"forget row {example.row}: max_length cuts off the alternate answer; raise it")
+    return [by_row[example.row] for example in examples]
+
+
+def _load(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    forget: bool,
+    name: str | None = None,
+) -> Examples:
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
-    name = "forget" if forget else "retain"
+    name = name or ("forget" if forget else "retain")
     vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
 
     # Tokenised rows are examples at once; texts wait, to be tokenised together.

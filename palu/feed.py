@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from palu.cache import ReferenceCache
 from palu.config import UnlearnConfig
@@ -58,23 +61,25 @@ class Feed:
         kept = [self.retain[i] for i in retain]
         if not items:  # fewer examples were left than processes: this one runs an example without rows
             idle = self.forget[0]
-            items = [Item(idle.input_ids, idle.rows[:0], idle.labels[:0])]
+            items = [replace(idle, rows=idle.rows[:0], labels=idle.labels[:0], targets=0)]
         packed = pack(items + kept)
-        starts = packed.cu_seq_lens.tolist()[:-1]
-        shifted = [item.rows + start for item, start in zip(items + kept, starts, strict=True)]
-        forget_rows, retain_rows = shifted[: len(items)], shifted[len(items) :]
-        empty = torch.empty(0, dtype=torch.int64)
+        starts = accumulate((len(item.input_ids) for item in items + kept), initial=0)
+        rows = [item.rows + start for item, start in zip(items + kept, starts, strict=False)]  # a start too many
+        own, whose = rows[: len(items)], [torch.full_like(item.rows, i) for i, item in enumerate(items)]
+
+        def targets_first(parts: Sequence[Tensor]) -> list[Tensor]:
+            by_item = list(zip(parts, items, strict=True))
+            return [part[: item.targets] for part, item in by_item] + [part[item.targets :] for part, item in by_item]
+
+        targets, others = sum(i.targets for i in items), sum(len(i.rows) - i.targets for i in items)
         batch = Batch(
             packed,
-            rows=torch.cat(
-                [rows[: item.onset] for rows, item in zip(forget_rows, items, strict=True)]
-                + [rows[item.onset :] for rows, item in zip(forget_rows, items, strict=True)]
-                + retain_rows
-            ),
-            onset_labels=torch.cat([item.labels for item in items] or [empty]),
-            retain_labels=torch.cat([item.labels for item in kept] or [empty]),
-            index=torch.cat([self.cache.index[i] for i in forget] or [self.cache.index[0][:0]]),
-            ref_hidden=torch.cat([self.cache.hidden[i] for i in forget] or [self.cache.hidden[0][:0]]),
+            rows=torch.cat(targets_first(own) + rows[len(items) :]),
+            labels=torch.cat(targets_first([item.labels for item in items]) + [item.labels for item in kept]),
+            item=torch.cat(targets_first(whose)),
+            ref_targets=torch.cat([self.cache.targets[i] for i in forget] or [self.cache.targets[0][:0]]),
+            ref_others=torch.cat([self.cache.others[i] for i in forget] or [self.cache.others[0][:0]]),
+            counts=(targets, others, sum(len(item.rows) for item in kept), len(forget)),
         )
         return batch.pin_memory() if self.pin_memory else batch
 

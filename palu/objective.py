@@ -1,91 +1,174 @@
-"""The training objective as one module: batch in, loss out, so that DDP, FSDP and DeepSpeed see one forward."""
+"""The training objective as one module: batch in, loss out, so that DDP, FSDP and DeepSpeed see one forward.
+
+:class:`Objective` is what the loop needs of a method; :class:`PaluObjective` is PALU. The methods it is compared with
+are in :mod:`palu.baselines`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from palu.cache import Ask
 from palu.config import UnlearnConfig
+from palu.data import Example
 from palu.losses import CrossEntropyTerm, Head, KLTerm, LocalTerm, head_losses
 from palu.ops import weight_mean
-from palu.packing import Batch
+from palu.packing import Batch, Item, forget_items
 from palu.reference import acc_dtype
 
 
 class Losses(NamedTuple):
-    """What a forward of :class:`PaluObjective` returns; only ``total`` has a gradient."""
+    """What a forward of an :class:`Objective` returns; only ``total`` has a gradient."""
 
-    total: Tensor  # gamma * local + lambda_kl * kl + lambda_retain * retain
-    terms: Tensor  # [3]: local, kl, retain, each divided by the token counts given
-    onset_probability: Tensor  # highest probability of a true token at an onset row; NaN when not asked for
+    total: Tensor  # the weighted sum of the terms
+    terms: Tensor  # one figure per name in ``Objective.terms``, each divided by the counts given
+    highest_probability: Tensor  # of a true token at a target row; NaN when not asked for
 
 
-class PaluObjective(nn.Module):
-    """The PALU loss of a causal language model on packed batches (arXiv 2601.03190).
-
-    The body runs once over forget and retain examples; only rows with a role reach the head.
+class Objective(nn.Module):
+    """A method of unlearning: which rows it looks at, what it asks the reference of them, and its loss.
 
     Args:
         model: a causal language model whose logits are ``output_embeddings(body(...))``.
-        ref_head: the frozen reference's head; the model's own where that is frozen.
-        config: the settings; ``stop_probability`` decides whether onset probabilities are computed.
+        ref_head: the frozen reference's head, the model's own where that is frozen; None where ``needs_ref_head`` is False.
+        config: the settings; ``stop_probability`` decides whether probabilities are computed.
     """
 
-    def __init__(self, model: PreTrainedModel, ref_head: Head, config: UnlearnConfig):
+    terms: ClassVar[tuple[str, ...]]  # names of the figures in Losses.terms
+    needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
+    needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head
+
+    def __init__(self, model: PreTrainedModel, ref_head: Head | None, config: UnlearnConfig):
         super().__init__()
         self.model = model
         self.ref_head = ref_head
         self.config = config
-        head = head_of(model)
-        self.weight_mean = None if head.weight.requires_grad else weight_mean(head.weight)
 
-    def forward(self, batch: Batch, token_counts: Tensor) -> Losses:
+    @staticmethod
+    def items(
+        examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
+    ) -> list[Item]:
+        """The forget set, with the rows that the method looks at."""
+        raise NotImplementedError
+
+    @staticmethod
+    def ask(ref_head: Head, config: UnlearnConfig) -> Ask | None:
+        """What the method wants to know of the reference, once per forget item; None: nothing."""
+        return None
+
+    def forward(self, batch: Batch, counts: Tensor) -> Losses:
         """Losses of a micro-batch.
 
         Args:
             batch: on the model's device.
-            token_counts: [3], float: onset, ordinary and retain tokens of the whole optimisation step, by which
-                the sums over this micro-batch are divided; a 0 counts as 1.
+            counts: [4], float: ``Batch.counts`` summed over the whole optimisation step, by which the sums over
+                this micro-batch are divided; a 0 counts as 1.
         """
-        config = self.config
         states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
-        hidden = states.index_select(0, batch.rows)
-        head = head_of(self.model)
+        hidden, head = states.index_select(0, batch.rows), head_of(self.model)
+        share = counts.to(acc_dtype(hidden.dtype)).clamp(min=1).reciprocal()
+        total, terms = self.losses(hidden, head, batch, share)
+        targets = batch.counts[0]
+        return Losses(total, terms, self._highest_probability(hidden[:targets], head, batch.labels[:targets]))
 
-        counts = batch.counts
-        per_token = token_counts.to(acc_dtype(hidden.dtype)).clamp(min=1).reciprocal()
-        weights = config.gamma, config.lambda_kl, config.lambda_retain
-        row_weight = torch.cat([(w * share).expand(n) for w, share, n in zip(weights, per_token, counts, strict=True)])
-        terms = (
-            LocalTerm(batch.index, config.target),
-            KLTerm(batch.ref_hidden, self.ref_head, reverse=config.kl_direction == "reverse"),
-            CrossEntropyTerm(batch.retain_labels),
-        )
-        total, losses = head_losses(
-            hidden,
-            head,
-            terms,
-            row_weight,
-            chunk_bytes=config.chunk_bytes,
-            weight_mean=self.weight_mean,
-        )
-        sums = torch.stack([part.sum() for part in losses.split(counts)])
-        return Losses(total, sums * per_token, self._onset_probability(hidden[: counts[0]], head, batch.onset_labels))
+    def losses(self, hidden: Tensor, head: Head, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+        """(total, terms) from the hidden states [R, d] of the batch's rows; share: [4], one over the counts."""
+        raise NotImplementedError
+
+    def after_step(self, record: dict[str, float]) -> dict[str, float]:
+        """Called with the figures of each optimisation step that was taken; returns figures to add to them."""
+        return {}
 
     @torch.no_grad()
-    def _onset_probability(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    def _highest_probability(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         if self.config.stop_probability is None:
             return hidden.new_full((), float("nan"), dtype=torch.float32)
-        rows = max(self.config.chunk_bytes // (head.weight.shape[0] * 4), 1)
-        highest = hidden.new_zeros((), dtype=torch.float32)
-        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-            log_p = -F.cross_entropy(F.linear(h, *head).float(), y, reduction="none")
-            highest = torch.cat([highest[None], log_p.exp()]).max()
-        return highest
+        probability = per_token(nll, hidden, head, labels, self.config.chunk_bytes).neg().exp().float()
+        return torch.cat([probability.new_zeros(1), probability]).max()
+
+
+class PaluObjective(Objective):
+    """PALU (arXiv 2601.03190): ``gamma * local + lambda_kl * kl + lambda_retain * retain``.
+
+    The targets are the onset tokens, the others the ordinary ones; see :mod:`palu.losses` for the terms. Only rows
+    with a role reach the head.
+    """
+
+    terms = ("local", "kl", "retain")
+    needs_ref_head = True
+    ref_head: Head
+
+    def __init__(self, model: PreTrainedModel, ref_head: Head, config: UnlearnConfig):
+        super().__init__(model, ref_head, config)
+        head = head_of(model)
+        self.weight_mean = None if head.weight.requires_grad else weight_mean(head.weight)
+
+    @staticmethod
+    def items(
+        examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
+    ) -> list[Item]:
+        """The forget set: its onset and its ordinary rows."""
+        return forget_items(examples, config.n, eos_token_id)
+
+    @staticmethod
+    def ask(ref_head: Head, config: UnlearnConfig) -> Ask:
+        """Of an onset row, the indices [K] of its highest logits (int32); of an ordinary row, its hidden state."""
+        vocab_size = ref_head.weight.shape[0]
+        rows = _rows_of_logits(ref_head, config.chunk_bytes)
+
+        def ask(onset: Tensor, ordinary: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            top = [
+                F.linear(chunk, *ref_head).topk(min(config.top_k, vocab_size), dim=-1, sorted=False).indices.int()
+                for chunk in onset.split(rows)
+            ]
+            return torch.cat(top), ordinary
+
+        return ask
+
+    def losses(self, hidden: Tensor, head: Head, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+        """(total, [local, kl, retain])."""
+        config, counts = self.config, batch.counts[:3]
+        parts = zip(config.weights, share[:3], counts, strict=True)
+        row_weight = torch.cat([(weight * part).expand(n) for weight, part, n in parts])
+        terms = (
+            LocalTerm(batch.ref_targets, config.target),
+            KLTerm(batch.ref_others, self.ref_head, reverse=config.kl_direction == "reverse"),
+            CrossEntropyTerm(batch.labels[counts[0] + counts[1] :]),
+        )
+        total, losses = head_losses(
+            hidden, head, terms, row_weight, chunk_bytes=config.chunk_bytes, weight_mean=self.weight_mean
+        )
+        return total, torch.stack([part.sum() for part in losses.split(counts)]) * share[:3]
+
+
+@torch.no_grad()
+def per_token(
+    function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
+) -> Tensor:
+    """[R]: a function of the logits [r, V] and labels [r] of chunks of rows, from their hidden states [R, d]."""
+    rows = _rows_of_logits(head, chunk_bytes)
+    chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.cat([function(as_accumulated(F.linear(h, *head)), label) for h, label in chunks])
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """[R]: -log P(label), of logits [R, V]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def as_accumulated(logits: Tensor) -> Tensor:
+    """Logits in the dtype in which softmax and sums are taken: float32, or float64 as they are."""
+    return logits.to(acc_dtype(logits.dtype))
+
+
+def _rows_of_logits(head: Head, chunk_bytes: int) -> int:
+    return max(chunk_bytes // (head.weight.shape[0] * 4), 1)
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

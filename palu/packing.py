@@ -22,40 +22,60 @@ from palu.data import IGNORE, ORDINARY, Example
 
 @dataclass(frozen=True)
 class Item:
-    """One example, with the positions that predict a token with a role."""
+    """What enters a step together, with the positions that predict a token with a role.
+
+    That is one example; or two, where a method compares two answers.
+    """
 
     input_ids: Tensor  # int64 [t]
-    rows: Tensor  # int64 [r]: positions, ascending within each role: onset, then ordinary or retain
-    labels: Tensor  # int64 [onset or retain]: the true tokens
-    onset: int = 0  # how many of ``rows`` are onset rows
+    rows: Tensor  # int64 [r]: positions, ascending within each role: targets, then others
+    labels: Tensor  # int64 [r]: the true tokens
+    targets: int = 0  # how many of ``rows`` predict a token to forget
+    lengths: tuple[int, ...] = ()  # of the examples in ``input_ids``; empty: it is one
 
 
 def forget_items(examples: Sequence[Example], n: int, eos_token_id: int | None) -> list[Item]:
-    """Onset rows (first ``n`` tokens of each span), then ordinary rows; redundant tokens have no row."""
+    """Targets: the onset tokens (first ``n`` of each span). Others: ordinary tokens. Redundant tokens have no row."""
     padded = torch.nn.utils.rnn.pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     onset_mask = ops.prefix_mask(padded, n, eos_token_id)
     items = []
     for example, mask in zip(examples, onset_mask, strict=True):
         onset = mask[1 : len(example.labels)].nonzero().squeeze(-1)
         ordinary = (example.labels[1:] == ORDINARY).nonzero().squeeze(-1)
+        rows = torch.cat([onset, ordinary])
+        items.append(Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(onset)))
+    return items
+
+
+def answer_items(examples: Sequence[Example]) -> list[Item]:
+    """Targets: every token of the answer, end-of-sequence included."""
+    items = []
+    for example in examples:
+        rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
+        items.append(Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(rows)))
+    return items
+
+
+def pair_items(examples: Sequence[Example], alternates: Sequence[Example]) -> list[Item]:
+    """Targets: the tokens of the first one's answer. Others: those of the second one's."""
+    items = []
+    for lose, win in zip(answer_items(examples), answer_items(alternates), strict=True):
+        lengths = len(lose.input_ids), len(win.input_ids)
         items.append(
             Item(
-                example.input_ids,
-                torch.cat([onset, ordinary]),
-                example.input_ids[onset + 1],
-                onset=len(onset),
+                torch.cat([lose.input_ids, win.input_ids]),
+                torch.cat([lose.rows, win.rows + lengths[0]]),
+                torch.cat([lose.labels, win.labels]),
+                lose.targets,
+                lengths,
             )
         )
     return items
 
 
 def retain_items(examples: Sequence[Example]) -> list[Item]:
-    """Every answer token, end-of-sequence included, is predicted by a row."""
-    items = []
-    for example in examples:
-        rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
-        items.append(Item(example.input_ids, rows, example.labels[rows + 1]))
-    return items
+    """Others: every token of the answer, end-of-sequence included."""
+    return [dataclasses.replace(item, targets=0) for item in answer_items(examples)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +108,7 @@ class Packed:
 
 def pack(items: Sequence[Item]) -> Packed:
     """Lay examples end to end."""
-    lengths = tuple(len(item.input_ids) for item in items)
+    lengths = tuple(length for item in items for length in item.lengths or (len(item.input_ids),))
     return Packed(
         torch.cat([item.input_ids for item in items])[None],
         torch.cat([torch.arange(length) for length in lengths])[None],
@@ -102,16 +122,12 @@ class Batch:
     """Forget and retain examples in one packed row, with what the losses need."""
 
     packed: Packed
-    rows: Tensor  # int64 [onset + ordinary + retain], in this order
-    onset_labels: Tensor  # int64 [onset]: the true tokens
-    retain_labels: Tensor  # int64 [retain]
-    index: Tensor  # int32 [onset, K]: the reference's top K
-    ref_hidden: Tensor  # [ordinary, d]: the reference's last hidden states
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Tokens of each role: (onset, ordinary, retain)."""
-        return len(self.onset_labels), len(self.ref_hidden), len(self.retain_labels)
+    rows: Tensor  # int64 [targets + others + retain], in this order
+    labels: Tensor  # int64, as rows: the true tokens
+    item: Tensor  # int64 [targets + others]: which forget item of the batch a row belongs to
+    ref_targets: Tensor  # [targets, ...]: what the objective asked the reference of each target row
+    ref_others: Tensor  # [others, ...]: and of each other row
+    counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device; copies from pinned memory do not block."""

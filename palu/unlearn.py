@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.attention import using_packed_attention
+from palu.baselines import OBJECTIVES
 from palu.cache import ReferenceCache, build_cache
 from palu.config import UnlearnConfig
-from palu.data import load_forget, load_retain
+from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
 from palu.losses import Head
-from palu.objective import Losses, PaluObjective, body_of, head_of
-from palu.packing import Batch, Item, forget_items, retain_items
+from palu.objective import Losses, Objective, body_of, head_of
+from palu.packing import Item, retain_items
 from palu.validate import check_linear_head, check_models, check_sets
 
 
@@ -87,6 +88,7 @@ def unlearn(
         DivergenceError: a loss or the gradient norm became NaN or inf.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
+    method = OBJECTIVES[config.objective]
     accelerator = Accelerator()
     check_models(model, ref_model, tokenizer, accelerator)
 
@@ -94,8 +96,13 @@ def unlearn(
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
     check_sets(model, forget_set, retain_set, config)
-    to_forget = forget_items(forget_set.examples, config.n, tokenizer.eos_token_id if tokenizer else None)
-    to_retain = retain_items(retain_set.examples) if config.lambda_retain > 0 else []
+    alternates = (
+        load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
+        if method.needs_alternates
+        else []
+    )
+    to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
+    to_retain = retain_items(retain_set.examples) if config.value("lambda_retain") else []
     for candidate in (model,) if ref_model is None else (model, ref_model):
         check_linear_head(candidate, to_forget[0].input_ids)
 
@@ -104,12 +111,12 @@ def unlearn(
     started = time.perf_counter()
     model.to(accelerator.device)
     with ready_to_train(model, config, accelerator):
-        # The reference speaks once; then only its head is needed.
+        # The reference speaks once; then at most its head is needed.
         cache, ref_head = consult(
-            ref_model if ref_model is not None else model, model, to_forget, config, accelerator, progress
+            ref_model if ref_model is not None else model, model, to_forget, method, config, accelerator, progress
         )
 
-        objective = PaluObjective(model, ref_head, config)
+        objective = method(model, ref_head, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
@@ -134,26 +141,27 @@ def unlearn(
         clock = time.perf_counter()
         for epoch in range(1, config.epochs + 1):
             for batches in feed:
-                # Exact token means over the whole step: its token counts come before its first micro-batch.
-                token_counts = count_tokens(batches, accelerator)
+                # Exact means over the whole step: its counts come before its first micro-batch.
+                counts = add_up([batch.counts for batch in batches], accelerator)
                 outputs = []
                 for batch in batches:
                     sync = nullcontext() if batch is batches[-1] else accelerator.no_sync(objective)
                     with sync:
                         with accelerator.autocast():
-                            losses = objective(batch.to(accelerator.device), token_counts)
+                            losses = objective(batch.to(accelerator.device), counts)
                         # Data-parallel engines average gradients over processes; the loss wants their sum.
                         accelerator.backward(losses.total * accelerator.num_processes)
                     outputs.append(losses)
                 grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
 
                 record: dict[str, float] = {"step": len(history) + 1, "epoch": epoch}
-                record |= read_back(outputs, grad_norm, config, accelerator)
+                record |= read_back(outputs, grad_norm, method, config, accelerator)
                 if not all(map(math.isfinite, record.values())):
                     bar.close()
                     optimizer.zero_grad()
                     raise DivergenceError(record, history)
                 optimizer.step()
+                record |= accelerator.unwrap_model(objective).after_step(record)
                 record["learning_rate"] = scheduler.get_last_lr()[0]
                 scheduler.step()
                 optimizer.zero_grad()
@@ -163,7 +171,7 @@ def unlearn(
                 record["tokens_per_second"] = record["tokens"] / (clock - before)
                 history.append(record)
                 bar.update()
-                bar.set_postfix({name: f"{record[name]:.3g}" for name in ("local", "kl", "retain")})
+                bar.set_postfix({name: f"{record[name]:.3g}" for name in method.terms})
             if config.stop_probability is not None and config.stop_probability > max(
                 r["onset_probability"] for r in history if r["epoch"] == epoch
             ):
@@ -176,8 +184,8 @@ def unlearn(
         "forget_skipped": forget_set.skipped,
         "retain_examples": len(to_retain),
         "retain_skipped": retain_set.skipped,
-        "onset_tokens": sum(item.onset for item in to_forget),
-        "ordinary_tokens": sum(len(item.rows) - item.onset for item in to_forget),
+        "onset_tokens": sum(item.targets for item in to_forget),
+        "ordinary_tokens": sum(len(item.rows) - item.targets for item in to_forget),
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": epoch < config.epochs,
@@ -185,7 +193,7 @@ def unlearn(
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "config": asdict(config),
+        "config": asdict(config) | dict(zip(("gamma", "lambda_kl", "lambda_retain"), config.weights, strict=True)),
     }
     return UnlearnResult(model, history, summary)
 
@@ -194,11 +202,12 @@ def consult(
     ref_model: PreTrainedModel,
     model: PreTrainedModel,
     to_forget: list[Item],
+    method: type[Objective],
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
-) -> tuple[ReferenceCache, Head]:
-    """Ask the reference everything once; return its answers and its head, and send its body back."""
+) -> tuple[ReferenceCache, Head | None]:
+    """Ask the reference everything once; return its answers and the head if it is needed, and send its body back."""
     home = ref_model.device
     training = ref_model.training
     ref_model.to(accelerator.device).eval()
@@ -206,18 +215,21 @@ def consult(
     with accelerator.autocast(), using_packed_attention(ref_model, accelerator.mixed_precision):
         cache = build_cache(
             body_of(ref_model),
-            Head(weight, bias),
+            accelerator.device,
             to_forget,
-            top_k=config.top_k,
-            chunk_bytes=config.chunk_bytes,
+            method.ask(Head(weight, bias), config),
             progress=progress,
         )
     # Only a head that training will change, or that mixed precision wants in another dtype, is copied.
     will_change = ref_model is model and weight.requires_grad
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
-    head = Head(
-        weight.detach().to(dtype, copy=will_change),
-        None if bias is None else bias.detach().to(dtype, copy=will_change),
+    head = (
+        Head(
+            weight.detach().to(dtype, copy=will_change),
+            None if bias is None else bias.detach().to(dtype, copy=will_change),
+        )
+        if method.needs_ref_head
+        else None
     )
     if ref_model is not model:
         ref_model.to(home)  # type: ignore[arg-type]
@@ -246,29 +258,23 @@ def ready_to_train(model: PreTrainedModel, config: UnlearnConfig, accelerator: A
         model.train(training)
 
 
-def count_tokens(batches: list[Batch], accelerator: Accelerator) -> Tensor:
-    """[3], float32: onset, ordinary and retain tokens of all micro-batches of all processes."""
-    counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float32, device=accelerator.device)
-    return accelerator.reduce(counts.sum(0), "sum")
+def add_up(counts: list[tuple[int, int, int, int]], accelerator: Accelerator) -> Tensor:
+    """[4], float32: the counts of all micro-batches of all processes."""
+    return accelerator.reduce(torch.tensor(counts, dtype=torch.float32, device=accelerator.device).sum(0), "sum")
 
 
 def read_back(
-    outputs: list[Losses], grad_norm: Tensor, config: UnlearnConfig, accelerator: Accelerator
+    outputs: list[Losses], grad_norm: Tensor, method: type[Objective], config: UnlearnConfig, accelerator: Accelerator
 ) -> dict[str, float]:
     """The figures of a step, in the one read-back from the accelerator that a step costs."""
-    terms = accelerator.reduce(torch.stack([losses.terms for losses in outputs]).sum(0), "sum")
-    figures = [*terms, grad_norm]
+    sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
+    names = ["loss", *method.terms, "grad_norm"]
+    figures = [*accelerator.reduce(sums, "sum"), grad_norm]
     if config.stop_probability is not None:
-        highest = torch.stack([losses.onset_probability for losses in outputs]).max()
+        highest = torch.stack([losses.highest_probability for losses in outputs]).max()
+        names.append("onset_probability")
         figures.append(accelerator.gather(highest).max())
-    local, kl, retain, norm, *onset_probability = torch.stack([f.float() for f in figures]).tolist()
-    return {
-        "loss": config.gamma * local + config.lambda_kl * kl + config.lambda_retain * retain,
-        "local": local,
-        "kl": kl,
-        "retain": retain,
-        "grad_norm": norm,
-    } | ({"onset_probability": onset_probability[0]} if onset_probability else {})
+    return dict(zip(names, torch.stack([f.float() for f in figures]).tolist(), strict=True))
 
 
 class _CallableModule(types.ModuleType):

@@ -55,10 +55,9 @@ def check_models(
 
 def check_sets(model: PreTrainedModel, forget: Examples, retain: Examples, config: UnlearnConfig) -> None:
     """Raise DataError where the sets do not fit the model or the settings."""
-    if not retain.examples and config.lambda_retain > 0:
+    if not retain.examples and (weight := config.value("lambda_retain")):
         raise DataError(
-            f"the retain set is empty while lambda_retain = {config.lambda_retain}; "
-            "give examples to keep, or set lambda_retain=0"
+            f"the retain set is empty while lambda_retain = {weight}; give examples to keep, or set lambda_retain=0"
         )
     vocab_size = head_of(model).weight.shape[0]
     for name, examples in (("forget", forget.examples), ("retain", retain.examples)):

@@ -13,7 +13,7 @@ from palu.cache import ReferenceCache, build_cache
 from palu.config import UnlearnConfig
 from palu.data import IGNORE, ORDINARY, Example, load_forget, load_retain
 from palu.feed import Feed
-from palu.objective import body_of, head_of
+from palu.objective import PaluObjective, body_of, head_of
 from palu.packing import Batch, Item, forget_items, pack, retain_items
 
 EOS = 7
@@ -136,8 +136,8 @@ def test_roles_of_forget_items(trial: int) -> None:
     for example, item in zip(given, forget_items(given, n, eos), strict=True):
         onset, ordinary = naive_roles(example.labels.tolist(), n, eos)
         assert item.rows.tolist() == onset + ordinary
-        assert item.onset == len(onset)
-        assert item.labels.tolist() == [example.input_ids[row + 1] for row in onset]
+        assert item.targets == len(onset)
+        assert item.labels.tolist() == [example.input_ids[row + 1] for row in onset + ordinary]
         assert torch.equal(item.input_ids, example.input_ids)
 
 
@@ -146,7 +146,7 @@ def test_roles_of_retain_items() -> None:
         answer = [t for t, label in enumerate(example.labels.tolist()) if label != IGNORE]
         assert item.rows.tolist() == [t - 1 for t in answer]
         assert item.labels.tolist() == [example.input_ids[t] for t in answer]
-        assert item.onset == 0
+        assert item.targets == 0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -161,12 +161,13 @@ def test_cache_holds_what_the_reference_says(
     model = tiny_llama(dtype=torch.float64).to(device)
     items = forget_items(examples(7), 2, None)
     with using_packed_attention(model):
-        cache = build_cache(body_of(model), head_of(model), items, top_k=top_k, chunk_bytes=chunk_bytes)
-    assert len(cache.index) == len(cache.hidden) == len(items)
-    for item, index, hidden in zip(items, cache.index, cache.hidden, strict=True):
+        ask = PaluObjective.ask(head_of(model), UnlearnConfig(top_k=top_k, chunk_bytes=chunk_bytes))
+        cache = build_cache(body_of(model), device, items, ask)
+    assert len(cache.targets) == len(cache.others) == len(items)
+    for item, index, hidden in zip(items, cache.targets, cache.others, strict=True):
         with torch.no_grad():
             output = model(input_ids=item.input_ids[None].to(device), output_hidden_states=True)
-        onset, ordinary = item.rows.split([item.onset, len(item.rows) - item.onset])
+        onset, ordinary = item.rows.split([item.targets, len(item.rows) - item.targets])
         highest = output.logits[0].cpu()[onset].argsort(descending=True)[:, :top_k]
         assert index.dtype == torch.int32
         assert torch.equal(index.sort().values, highest.int().sort().values)
@@ -184,13 +185,12 @@ def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], Refe
     for number in range(forget):
         length = 4 + number % 3
         ids = torch.full((length,), number)
-        onset = 1 + number % 2
-        items.append(Item(ids, torch.arange(length - 1), ids[:onset], onset=onset))
+        items.append(Item(ids, torch.arange(length - 1), ids[1:], targets=1 + number % 2))
     for number in range(retain):
         ids = torch.full((3 + number % 4,), 1000 + number)
         kept.append(Item(ids, torch.arange(1, len(ids) - 1), ids[2:]))
-    index = [torch.full((item.onset, 2), number).int() for number, item in enumerate(items)]
-    hidden = [torch.full((len(item.rows) - item.onset, 3), float(number)) for number, item in enumerate(items)]
+    index = [torch.full((item.targets, 2), number).int() for number, item in enumerate(items)]
+    hidden = [torch.full((len(item.rows) - item.targets, 3), float(number)) for number, item in enumerate(items)]
     return items, kept, ReferenceCache(index, hidden)
 
 
@@ -264,15 +264,16 @@ def test_a_batch_tells_every_row_its_role() -> None:
                 item = forget[number] if number < 1000 else retain[number - 1000]
                 assert length == len(item.input_ids)
                 place = [start + row for row in item.rows.tolist()]
-                onset += place[: item.onset]
-                (ordinary if number < 1000 else kept).extend(place[item.onset :])
+                onset += place[: item.targets]
+                (ordinary if number < 1000 else kept).extend(place[item.targets :])
+            chosen = numbers(batch)[0]
             assert batch.rows.tolist() == onset + ordinary + kept
-            assert batch.counts == (len(onset), len(ordinary), len(kept))
+            assert batch.counts == (len(onset), len(ordinary), len(kept), len(chosen))
             # Labels, indices and hidden states come from the example that the row lies in.
-            assert torch.equal(batch.onset_labels, tokens[onset])
-            assert torch.equal(batch.retain_labels, tokens[kept])
-            assert torch.equal(batch.index[:, 0].long(), tokens[onset])
-            assert torch.equal(batch.ref_hidden[:, 0].long(), tokens[ordinary])
+            assert torch.equal(batch.labels, tokens[onset + ordinary + kept])
+            assert torch.equal(torch.tensor(chosen)[batch.item], tokens[onset + ordinary])
+            assert torch.equal(batch.ref_targets[:, 0].long(), tokens[onset])
+            assert torch.equal(batch.ref_others[:, 0].long(), tokens[ordinary])
 
 
 def test_seed_decides_the_order() -> None:

@@ -35,6 +35,7 @@ import palu
 from palu import ops
 from palu.config import UnlearnConfig
 from palu.data import load_forget
+from palu.objective import PaluObjective
 from palu.packing import forget_items
 
 FIELDS = {
@@ -113,7 +114,7 @@ def test_history_and_summary() -> None:
     assert summary["forget_examples"] == 8
     assert summary["forget_without_span"] == summary["forget_skipped"] == summary["retain_skipped"] == 0
     assert summary["retain_examples"] == 12
-    assert summary["onset_tokens"] == sum(item.onset for item in items)
+    assert summary["onset_tokens"] == sum(item.targets for item in items)
     assert summary["ordinary_tokens"] == sum(label == -200 for row in forget_rows() for label in row["labels"])
     assert (summary["steps"], summary["epochs"], summary["stopped_early"]) == (6, 2, False)
     # Overrides replace fields of the configuration given, helper's defaults among them.
@@ -223,7 +224,7 @@ def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dic
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 1, None)
     rows: list[Row] = []
     for row, item in zip(forget_rows(), items, strict=True):
-        onset = {int(t) + 1 for t in item.rows[: item.onset]}
+        onset = {int(t) + 1 for t in item.rows[: item.targets]}
         labels = [token if t in onset else -200 for t, token in enumerate(row["input_ids"])]
         rows.append({"input_ids": row["input_ids"], "labels": [-100, *labels[1:]]})
     model.cpu()
@@ -536,7 +537,7 @@ def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
     optimizer = torch.optim.AdamW(expected.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     for record in result.history:
         terms = textbook(expected, ref_model, forget, retain, config)
-        (config.gamma * terms[0] + config.lambda_kl * terms[1] + config.lambda_retain * terms[2]).backward()
+        sum(weight * term for weight, term in zip(config.weights, terms, strict=True)).backward()
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), config.max_grad_norm)
         assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
             [value.item() for value in (*terms, norm)], rel=1e-6
@@ -563,12 +564,12 @@ def test_warmup_and_schedule() -> None:
 def test_a_frozen_head_is_shared_and_a_trainable_one_copied(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
     objectives = []
 
-    class Spy(unlearn_module.PaluObjective):  # type: ignore[name-defined, misc]
+    class Spy(PaluObjective):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             objectives.append(self)
 
-    monkeypatch.setattr(unlearn_module, "PaluObjective", Spy)
+    monkeypatch.setitem(unlearn_module.OBJECTIVES, "palu", Spy)
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.requires_grad_(trainable)
     before = model.lm_head.weight.detach().clone()
@@ -598,9 +599,9 @@ def test_no_second_model_exists(trainable: bool) -> None:
     model.lm_head.weight.requires_grad_(trainable)
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
-    cache, head = unlearn_module.consult(model, model, items, UnlearnConfig(top_k=4), accelerator, False)
+    cache, head = unlearn_module.consult(model, model, items, PaluObjective, UnlearnConfig(top_k=4), accelerator, False)
     held = live_bytes() - before
-    answers = sum(t.numel() * 4 for t in (*cache.index, *cache.hidden))
+    answers = sum(t.numel() * 4 for t in (*cache.targets, *cache.others))
     assert held == answers + (head.weight.numel() * 4 if trainable else 0)
 
 
@@ -628,7 +629,7 @@ def test_divergence_at_the_first_step(value: float) -> None:
 
 def test_divergence_later_keeps_the_last_good_step(monkeypatch: pytest.MonkeyPatch) -> None:
     good = unlearn(tiny_llama(), epochs=2, batch_size=8)  # two steps
-    forward = unlearn_module.PaluObjective.forward
+    forward = PaluObjective.forward
     calls = 0
 
     def diverging(self: Any, *args: Any) -> Any:
@@ -639,7 +640,7 @@ def test_divergence_later_keeps_the_last_good_step(monkeypatch: pytest.MonkeyPat
             return losses
         return losses._replace(total=losses.total * math.inf, terms=losses.terms * math.nan)
 
-    monkeypatch.setattr(unlearn_module.PaluObjective, "forward", diverging)
+    monkeypatch.setattr(PaluObjective, "forward", diverging)
     model = tiny_llama()
     with pytest.raises(palu.DivergenceError, match=r"^step 3: .*weights of step 2") as caught:
         unlearn(model, epochs=9, batch_size=8)

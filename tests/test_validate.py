@@ -66,9 +66,14 @@ BAD_SETTINGS += [
 BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
 BAD_SETTINGS += [
     (name, value, NOT_NEGATIVE)
-    for name in ("gamma", "lambda_kl", "lambda_retain", "weight_decay")
-    for value in (-0.1, NAN, INF, "1", None, True)
+    for name in ("gamma", "lambda_kl", "lambda_retain", "weight_decay", "dual_step", "retain_loss_bound")
+    for value in (-0.1, NAN, INF, "1", True)
 ]
+BAD_SETTINGS += [
+    ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo") for value in ("NPO", "", None, 1)
+]
+BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]
+BAD_SETTINGS += [("delta", value, "give a finite number") for value in (NAN, INF, "1", None)]
 BAD_SETTINGS += [
     (name, value, "give a positive number")
     for name in ("learning_rate", "max_grad_norm")
