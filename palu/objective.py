@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
     Args:
         model: a causal language model whose logits are ``output_embeddings(body(...))``.
-        ref_head: the frozen reference's head, the model's own where that is frozen; None where ``needs_ref_head`` is False.
+        ref_head: the frozen reference's head (the model's own where that is frozen), if ``needs_ref_head``, else None.
         config: the settings; ``stop_probability`` decides whether probabilities are computed.
     """
 
