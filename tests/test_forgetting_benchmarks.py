@@ -1,0 +1,153 @@
+"""What the tables of benchmarks/ choose, keep and leave out. That they run is CI's business: they need a real model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+sys.path.insert(0, str(BENCHMARKS))
+import muse_news  # noqa: E402
+import tofu_table  # noqa: E402
+from _stages import OutOfTime, Stages  # noqa: E402
+
+has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is not in ../shared")
+has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-News is not in ../shared")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+    calls = []
+
+    def make() -> dict:
+        calls.append(1)
+        return {"value": 0.1}
+
+    for _ in range(2):
+        stages = Stages(tmp_path / "runs", None, {"preset": "tiny"})
+        assert stages.results("one", make) == {"value": 0.1}
+    assert calls == [1]
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, None, {})
+
+    def fail() -> dict:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        stages.results("one", fail)
+    assert stages.results("one", lambda: {"value": 1}) == {"value": 1}
+
+
+def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
+    Stages(tmp_path, None, {"preset": "tiny"})
+    with pytest.raises(SystemExit, match="holds the stages of other settings.*another --output"):
+        Stages(tmp_path, None, {"preset": "full"})
+
+
+def test_a_stage_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("_stages.time.monotonic", lambda: clock[0])
+    stages = Stages(tmp_path, 1, {})
+
+    def takes(seconds: float) -> dict:
+        clock[0] += seconds
+        return {}
+
+    stages.results("first", lambda: takes(40))
+    with pytest.raises(OutOfTime, match="second"):  # 20 seconds are left, and the last one took 40
+        stages.results("second", lambda: takes(1))
+    assert stages.results("first", lambda: takes(1)) == {}  # what is done can still be read
+
+
+# ---------------------------------------------------------------------------------------------------
+# The TOFU table
+
+
+def run(method: str, fq: float, mu: float, lr: float | None = None, seed: int = 0) -> dict:
+    figures = dict.fromkeys(tofu_table.COLUMNS.values(), 0.5) | {"forget_quality": fq, "model_utility": mu}
+    setting = {} if lr is None else {"learning_rate": lr, "seed": seed}
+    return {"method": method} | setting | figures
+
+
+def test_each_method_shows_its_best_setting_that_keeps_the_utility() -> None:
+    rows = [
+        run("original", 1e-9, 0.40),
+        run("palu", 0.9, 0.30, 1e-5),  # forgets best, but loses too much
+        run("palu", 0.2, 0.39, 2e-5, 0),
+        run("palu", 0.4, 0.39, 2e-5, 1),
+        run("palu", 0.1, 0.40, 5e-5),
+        run("npo", 0.9, 0.10, 1e-5),  # no setting keeps it: the highest utility is shown, and told apart
+        run("npo", 0.1, 0.20, 2e-5),
+    ]
+    original, npo, palu = tofu_table.chosen(rows, utility=0.40)
+    assert original["method"] == "original"
+    assert (palu["learning_rate"], palu["seeds"], palu["keeps"]) == (2e-5, 2, True)
+    assert palu["forget_quality"] == pytest.approx(0.3)
+    assert (npo["learning_rate"], npo["keeps"]) == (2e-5, False)
+    lines = tofu_table.markdown([original, npo, palu]).splitlines()
+    assert lines[2].startswith("| Original |  | 1e-09 | 0.5 | 0.4 |")
+    assert lines[3].startswith("| NPO * | 2e-05 | 0.1 |")
+    assert lines[4].startswith("| PALU | 2e-05 | 0.3 |")
+
+
+def test_a_figure_that_is_missing_stays_missing() -> None:
+    rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"forget_fluency": None}]
+    row = tofu_table.chosen(rows, utility=0.4)[1]
+    assert row["forget_fluency"] is None
+    assert "|  |" in tofu_table.markdown([row])
+
+
+@has_tofu
+@pytest.mark.parametrize("preset", list(tofu_table.PRESETS))
+def test_no_model_sees_the_holdout(preset: str) -> None:
+    data = tofu_table.load_data(SHARED / "tofu", tofu_table.PRESETS[preset])
+    taught = {row["question"] for row in data.forget + data.retain}
+    assert len(taught) == len(data.forget) + len(data.retain)
+    assert taught.isdisjoint(row["question"] for row in data.evaluated.holdout)
+    assert {row["question"] for row in data.evaluated.forget} == {row["question"] for row in data.forget}
+    assert {row["question"] for row in data.evaluated.retain} <= {row["question"] for row in data.retain}
+    assert all(row["alternate"] for row in data.forget)
+    if preset == "full":
+        assert (len(data.forget), len(data.retain), len(data.evaluated.holdout)) == (200, 3400, 400)
+
+
+# ---------------------------------------------------------------------------------------------------
+# MUSE-News
+
+
+def test_spans_are_names_and_numbers() -> None:
+    text = 'At 14:00 the mayor, Jamie Sansom, paid £55,000 to Tewkesbury Academy. He left. "It rained," I said in Rome.'
+    assert [text[start:end] for start, end in muse_news.spans_of(text)] == [
+        "14:00",
+        "Jamie Sansom",
+        "£55,000",
+        "Tewkesbury Academy",
+        "Rome",
+    ]
+    start = "Jamie Sansom was there"
+    assert [start[a:b] for a, b in muse_news.spans_of(start)] == ["Sansom"]
+
+
+def test_pieces_hold_the_whole_text() -> None:
+    text = " ".join(f"word{n}" for n in range(1000))
+    pieces = muse_news.pieces(text, 300)
+    assert " ".join(pieces) == text
+    assert all(len(piece) <= 300 for piece in pieces)
+    assert muse_news.pieces("x" * 700, 300) == ["x" * 300, "x" * 300, "x" * 100]
+
+
+@has_muse
+def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
+    data = muse_news.load_data(SHARED / "muse_news", muse_news.PRESETS["tiny"])
+    assert len(data.forget_texts) == 8 and len(data.retain_texts) == 4
+    assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
+    assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
+    json.dumps(data.evaluated)
