@@ -307,6 +307,19 @@ def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Ten
         raise ValueError(f"palu::{op}: logits must have 2 dimensions, got shape {list(logits.shape)}")
     if logits.shape[0] and not logits.shape[1]:
         raise ValueError(f"palu::{op}: the vocabulary is empty")
+    if logits.shape[0]:
+        (rows, columns), (row_stride, stride) = logits.shape, logits.stride()
+        if columns > 1 and stride != 1:
+            raise ValueError(
+                f"palu::{op}: logits must have unit stride in its last dimension, got strides {list(logits.stride())}"
+            )
+        if rows > 1 and row_stride < columns:
+            raise ValueError(
+                f"palu::{op}: logits must not have rows that overlap, got shape {list(logits.shape)} and strides "
+                f"{list(logits.stride())}"
+            )
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"palu::{op}: logits requires grad and would be overwritten; use torch.no_grad()")
     others["row_weight"] = (row_weight, acc_dtype(logits.dtype), logits.shape[:1])
     for name, (tensor, dtype, shape) in others.items():
         if tensor.device != logits.device:
