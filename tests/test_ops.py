@@ -470,6 +470,19 @@ def test_what_no_written_tensor_may_be(device: torch.device, op: str) -> None:
     assert storage.any()
 
 
+@pytest.mark.parametrize("op", sorted({*CALLS, *WRITTEN}))
+def test_meta_tensor_beside_others(device: torch.device, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls the fake then, whose results and buffers nobody would fill."""
+    monkeypatch.setattr(ops, "_gather_is_faster", lambda *_: True)
+    arguments = op_arguments(device) | {"residual": torch.ones(2, 4, device=device)}
+    arguments |= {"ref_logits": arguments["logits"].clone(), "head": torch.ones(6, 6, device=device)}
+    spoiled = "row_weight" if op in WRITTEN else "index"
+    arguments[spoiled] = arguments[spoiled].to("meta")
+    message = rf"palu::{op}: tensors on different devices: {device.type}.*, meta"
+    with pytest.raises(ValueError, match=message):
+        WRITTEN[op](arguments["logits"], arguments) if op in WRITTEN else CALLS[op](arguments)
+
+
 def test_global_target_needs_the_mean(device: torch.device) -> None:
     a = op_arguments(device)
     with pytest.raises(ValueError, match=r"target 'global_mean' needs weight_mean = weight.mean\(0\)"):
