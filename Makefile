@@ -1,11 +1,14 @@
-# make test | make demo | make lint | make cuda-check. Each creates its environment first.
+# make test | make demo | make lint | make cuda-check | make sanitize. Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+# What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
+CASES ?= 10000
+SEED ?= 0
 
-.PHONY: test demo lint format cuda-check clean
+.PHONY: test demo lint format cuda-check sanitize clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -25,6 +28,10 @@ format: $(VENV)/ready
 # Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
 cuda-check: $(VENV)/ready
 	$(BIN)/python palu/_build.py --cuda-check
+
+# Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
+sanitize: $(VENV)/ready
+	$(BIN)/python tests/fuzz_ops.py --sanitize --cases $(CASES) --seed $(SEED)
 
 # An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and
 # again whenever their sources change.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
@@ -105,11 +106,18 @@ inline void check_index(const char* op, const at::Tensor& index, int64_t rows, i
       text(index.size(1)), " and V = ", text(vocab_size));
 }
 
-// A gradient buffer that a kernel writes: rows of contiguous elements.
-inline void check_unit_stride(const char* op, const char* name, const at::Tensor& t) {
+// A matrix or vector that a kernel writes: contiguous elements in a row, rows that do not overlap. No op
+// records that it writes in place, so a graph that has the tensor in it would go wrong without a word.
+inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(
       t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
       " must have unit stride in its last dimension, got strides ", text(t.strides()));
+  TORCH_CHECK_VALUE(
+      t.numel() == 0 || t.dim() < 2 || t.size(0) == 1 || t.stride(0) >= t.size(1), op, ": ", name,
+      " must not have rows that overlap, got shape ", text(t.sizes()), " and strides ", text(t.strides()));
+  TORCH_CHECK(
+      !t.requires_grad() || !c10::GradMode::is_enabled(), op, ": ", name,
+      " requires grad and would be overwritten; use torch.no_grad()");
 }
 
 inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
@@ -117,7 +125,7 @@ inline void check_buffer(const char* op, const char* name, const at::Tensor& t, 
   check_device(op, name, t, as, like);
   check_dtype(op, name, t, like.scalar_type());
   check_shape(op, name, t, like.sizes());
-  check_unit_stride(op, name, t);
+  check_writable(op, name, t);
 }
 
 inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
@@ -154,7 +162,7 @@ inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& re
   constexpr const char* op = "palu::topk_mse_backward";
   check_floating(op, "grad_logits", grad_logits);
   check_dim(op, "grad_logits", grad_logits, 2);
-  check_unit_stride(op, "grad_logits", grad_logits);
+  check_writable(op, "grad_logits", grad_logits);
   check_index(op, index, grad_logits.size(0), grad_logits.size(1));
   check_incoming(op, grad, residual, index, "grad_logits", grad_logits);
 }
@@ -213,7 +221,7 @@ inline void check_linear_topk_mse_backward(
     check_device(op, "grad_bias", *grad_bias, "hidden", hidden);
     check_dtype(op, "grad_bias", *grad_bias, hidden.scalar_type());
     check_shape(op, "grad_bias", *grad_bias, {weight.size(0)});
-    check_unit_stride(op, "grad_bias", *grad_bias);
+    check_writable(op, "grad_bias", *grad_bias);
   }
 }
 
@@ -221,7 +229,7 @@ inline void check_rows_in_place(const char* op, const at::Tensor& logits,
                                 const at::Tensor& row_weight) {
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
-  check_unit_stride(op, "logits", logits);
+  check_writable(op, "logits", logits);
   TORCH_CHECK_VALUE(
       logits.size(0) == 0 || logits.size(1) > 0, op, ": the vocabulary is empty");
   check_device(op, "row_weight", row_weight, "logits", logits);

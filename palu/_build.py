@@ -28,16 +28,25 @@ CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / 
 CXX_FLAGS = ["-O3", "-fopenmp"]
 NVCC_FLAGS = ["-O3"]
 LINK_FLAGS = ["-fopenmp"]
+# Set by `make sanitize`: the CPU kernels with AddressSanitizer, UBSan and the standard library's assertions.
+# Such a build loads only into a process that has the sanitizer's runtime preloaded.
+SANITIZED = os.environ.get("PALU_SANITIZE") == "1"
+if SANITIZED:
+    _SANITIZERS = "-fsanitize=address,undefined"
+    CXX_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", _SANITIZERS, "-D_GLIBCXX_ASSERTIONS", "-fopenmp"]
+    LINK_FLAGS = [_SANITIZERS, "-fopenmp"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 _logger = logging.getLogger(__name__)
 
 
 def with_cuda() -> bool:
-    """Whether the CUDA kernels are built: torch is a CUDA build and nvcc exists.
+    """Whether the CUDA kernels are built: torch is a CUDA build, nvcc exists and no sanitizer is asked for.
 
     A visible GPU is not asked for, because the machines that build wheels have none.
     """
+    if SANITIZED:
+        return False
     import torch
     from torch.utils import cpp_extension
 
@@ -79,7 +88,7 @@ def prepare_environment() -> None:
 
 
 def jit_name() -> str:
-    """Name of the extension compiled just in time: one per torch version, CPU/CUDA and sources."""
+    """Name of the extension compiled just in time: one per torch version, device, sanitizer and sources."""
     import torch
 
     digest = hashlib.sha256()
@@ -87,6 +96,8 @@ def jit_name() -> str:
         digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
     version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
     device = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda() and torch.version.cuda else "cpu"
+    if SANITIZED:
+        device += "_sanitized"
     return f"palu_torch{version}_{device}_{digest.hexdigest()[:10]}"
 
 

@@ -8,6 +8,7 @@ Gradients are first-order: a second derivative raises.
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -203,18 +204,36 @@ def _split_target(target: str | float) -> tuple[str, float]:
 # Fakes: shapes and dtypes for torch.compile
 
 
-@torch.library.register_fake("palu::prefix_mask")
+def _register_fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers a fake, which is the op's kernel for meta tensors too.
+
+    A call with even one such tensor comes here, and must not return results that nobody computes.
+    """
+
+    def register(fake: Callable[..., Any]) -> None:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            devices = {str(t.device) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"palu::{op}: tensors on different devices: {', '.join(sorted(devices))}")
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"palu::{op}", checked)
+
+    return register
+
+
+@_register_fake("prefix_mask")
 def _(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("palu::topk_mse")
+@_register_fake("topk_mse")
 def _(logits: Tensor, index: Tensor, target: str, constant: float) -> tuple[Tensor, Tensor]:
     dtype = acc_dtype(logits.dtype)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(index.shape, dtype=dtype)
 
 
-@torch.library.register_fake("palu::linear_topk_mse")
+@_register_fake("linear_topk_mse")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -228,16 +247,20 @@ def _(
     return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(index.shape, dtype=dtype)
 
 
-@torch.library.register_fake("palu::topk_mse_backward")
-@torch.library.register_fake("palu::linear_topk_mse_backward")
-def _(*_: Any) -> None:
+def _writes_only(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("palu::cross_entropy_")
-@torch.library.register_fake("palu::kl_div_")
-def _(logits: Tensor, _: Tensor, row_weight: Tensor, reverse: bool = False) -> Tensor:
+_register_fake("topk_mse_backward")(_writes_only)
+_register_fake("linear_topk_mse_backward")(_writes_only)
+
+
+def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, reverse: bool = False) -> Tensor:
     return torch.empty_like(row_weight, memory_format=torch.contiguous_format)
+
+
+_register_fake("cross_entropy_")(_loss_of_rows)
+_register_fake("kl_div_")(_loss_of_rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -307,6 +330,19 @@ def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Ten
         raise ValueError(f"palu::{op}: logits must have 2 dimensions, got shape {list(logits.shape)}")
     if logits.shape[0] and not logits.shape[1]:
         raise ValueError(f"palu::{op}: the vocabulary is empty")
+    if logits.shape[0]:
+        (rows, columns), (row_stride, stride) = logits.shape, logits.stride()
+        if columns > 1 and stride != 1:
+            raise ValueError(
+                f"palu::{op}: logits must have unit stride in its last dimension, got strides {list(logits.stride())}"
+            )
+        if rows > 1 and row_stride < columns:
+            raise ValueError(
+                f"palu::{op}: logits must not have rows that overlap, got shape {list(logits.shape)} and strides "
+                f"{list(logits.stride())}"
+            )
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"palu::{op}: logits requires grad and would be overwritten; use torch.no_grad()")
     others["row_weight"] = (row_weight, acc_dtype(logits.dtype), logits.shape[:1])
     for name, (tensor, dtype, shape) in others.items():
         if tensor.device != logits.device:

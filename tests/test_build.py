@@ -178,6 +178,13 @@ def test_flags() -> None:
     assert not any(flag.startswith(("-std", "-march")) for flag in flags)
 
 
+def test_sanitized_build_is_one_of_its_own() -> None:
+    script = "from palu import _build; print(_build.jit_name(), *_build.CXX_FLAGS, *_build.LINK_FLAGS)"
+    out, err = start(ROOT, script, PALU_SANITIZE="1").communicate()
+    assert "_cpu_sanitized_" in out and out.count("-fsanitize=address,undefined") == 2, err
+    assert "sanitize" not in _build.jit_name() and not any("sanitize" in flag for flag in _build.CXX_FLAGS)
+
+
 def test_import_is_light() -> None:
     script = "import sys, palu; assert 'torch' not in sys.modules; print(palu.__version__)"
     process = start(ROOT, script)

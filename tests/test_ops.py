@@ -254,7 +254,7 @@ def padded_copy(logits: Tensor) -> Tensor:
 def test_cross_entropy_(device: torch.device) -> None:
     for dtype in float_dtypes(device):
         logits, _, labels, weight = rowwise(dtype, device)
-        z = logits.double().requires_grad_()
+        z = logits.double().detach().requires_grad_()
         truth = torch.nn.functional.cross_entropy(z, labels, reduction="none")
         (gradient,) = torch.autograd.grad(truth, z, weight.double())
         ours = padded_copy(logits)
@@ -268,7 +268,7 @@ def test_cross_entropy_(device: torch.device) -> None:
 def test_kl_div_(device: torch.device, reverse: bool) -> None:
     for dtype in float_dtypes(device):
         logits, ref_logits, _, weight = rowwise(dtype, device)
-        z = logits.double().requires_grad_()
+        z = logits.double().detach().requires_grad_()
         log_p, log_q = z.log_softmax(1), ref_logits.double().log_softmax(1)
         inputs = (log_q, log_p) if reverse else (log_p, log_q)
         truth = torch.nn.functional.kl_div(*inputs, log_target=True, reduction="none").sum(1)
@@ -439,6 +439,48 @@ def test_bad_backward_arguments(device: torch.device) -> None:
         given = {"mean": mean, "grad_hidden": None, "grad_weight": None, "grad_bias": None} | changed
         with pytest.raises(error, match=f"palu::linear_topk_mse_backward: {message}"):
             raw.linear_topk_mse_backward(grad, residual, hidden, weight, index, given["mean"], True, given["grad_hidden"], given["grad_weight"], given["grad_bias"])  # fmt: skip
+
+
+WRITTEN: dict[str, Callable[[Tensor, dict[str, Any]], Any]] = {
+    "topk_mse_backward": lambda t, a: raw.topk_mse_backward(a["row_weight"], a["residual"], a["index"], True, t),
+    "linear_topk_mse_backward": lambda t, a: raw.linear_topk_mse_backward(a["row_weight"], a["residual"], a["logits"], a["head"], a["index"], None, False, t, None, None),
+    "cross_entropy_": lambda t, a: raw.cross_entropy_(t, a["labels"], a["row_weight"]),
+    "kl_div_": lambda t, a: raw.kl_div_(t, a["logits"], a["row_weight"], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", list(WRITTEN))
+def test_what_no_written_tensor_may_be(device: torch.device, op: str) -> None:
+    arguments = op_arguments(device) | {"residual": torch.ones(2, 4, device=device)}
+    arguments["head"] = torch.ones(6, 6, device=device)
+    storage = torch.zeros(12, device=device)
+    for strides, message in [
+        ((0, 1), "must not have rows that overlap, got shape"),
+        ((5, 1), "must not have rows that overlap, got shape"),
+        ((1, 2), "must have unit stride in its last dimension"),
+    ]:
+        with pytest.raises(ValueError, match=rf"palu::{op}: \w+ {message}"):
+            WRITTEN[op](storage.as_strided((2, 6), strides), arguments)
+    for written in (storage.view(2, 6).requires_grad_(), storage.view(2, 6).requires_grad_() * 1):
+        with pytest.raises(RuntimeError, match=rf"palu::{op}: \w+ requires grad and would be overwritten"):
+            WRITTEN[op](written, arguments)
+    assert not storage.any()
+    with torch.no_grad():
+        WRITTEN[op](storage.view(2, 6), arguments)
+    assert storage.any()
+
+
+@pytest.mark.parametrize("op", sorted({*CALLS, *WRITTEN}))
+def test_meta_tensor_beside_others(device: torch.device, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls the fake then, whose results and buffers nobody would fill."""
+    monkeypatch.setattr(ops, "_gather_is_faster", lambda *_: True)
+    arguments = op_arguments(device) | {"residual": torch.ones(2, 4, device=device)}
+    arguments |= {"ref_logits": arguments["logits"].clone(), "head": torch.ones(6, 6, device=device)}
+    spoiled = "row_weight" if op in WRITTEN else "index"
+    arguments[spoiled] = arguments[spoiled].to("meta")
+    message = rf"palu::{op}: tensors on different devices: {device.type}.*, meta"
+    with pytest.raises(ValueError, match=message):
+        WRITTEN[op](arguments["logits"], arguments) if op in WRITTEN else CALLS[op](arguments)
 
 
 def test_global_target_needs_the_mean(device: torch.device) -> None:
