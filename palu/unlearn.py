@@ -93,6 +93,7 @@ def unlearn(
     check_models(model, ref_model, tokenizer, accelerator)
 
     # Text to tokens with roles. Every complaint about the data comes before anything is changed.
+    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
     check_sets(model, forget_set, retain_set, config)
