@@ -103,7 +103,7 @@ def unlearn(
         else []
     )
     to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
-    to_retain = retain_items(retain_set.examples) if config.value("lambda_retain") else []
+    to_retain = retain_items(retain_set.examples) if method.retains(config) else []
     for candidate in (model,) if ref_model is None else (model, ref_model):
         check_linear_head(candidate, to_forget[0].input_ids)
 
