@@ -209,6 +209,8 @@ def consult(
     progress: bool,
 ) -> tuple[ReferenceCache, Head | None]:
     """Ask the reference everything once; return its answers and the head if it is needed, and send its body back."""
+    if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
+        return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
     home = ref_model.device
     training = ref_model.training
     ref_model.to(accelerator.device).eval()
