@@ -65,7 +65,7 @@ class Baseline(Objective):
         """The forget loss, from the logits [R, V] of target and other rows; see :meth:`Objective.losses`."""
         raise NotImplementedError
 
-    def retain_weight(self) -> float | Tensor:
+    def retain_weight(self) -> float:
         """The factor of the retain loss."""
         return self.config.value("lambda_retain")
 
@@ -136,25 +136,28 @@ class PDU(Baseline):
     after each micro-batch; here after each optimisation step, by the exact retain loss.
     """
 
-    weight: Tensor
-
     def __init__(self, model: PreTrainedModel, ref_head: Head | None, config: UnlearnConfig):
         super().__init__(model, ref_head, config)
-        self.register_buffer("weight", torch.tensor(float(super().retain_weight()), device=model.device))
+        self.weight = float(config.value("lambda_retain"))
 
     def forget(self, logits: Tensor, batch: Batch, share: Tensor) -> Tensor:
         """Squared distance of the highest logit from the mean."""
         return (logits.amax(-1) - logits.mean(-1)).square().sum() * share[0]
 
-    def retain_weight(self) -> Tensor:
+    def retain_weight(self) -> float:
         """The dual variable."""
         return self.weight
 
     def after_step(self, record: dict[str, float]) -> dict[str, float]:
         """Move the dual variable."""
-        used = self.weight.item()
-        self.weight.fill_(max(0.0, used + self.config.dual_step * (record["retain"] - self.config.retain_loss_bound)))
+        used = self.weight
+        self.weight = max(0.0, used + self.config.dual_step * (record["retain"] - self.config.retain_loss_bound))
         return {"retain_weight": used}
+
+    @staticmethod
+    def retains(config: UnlearnConfig) -> bool:
+        """Always: a dual variable may start at 0."""
+        return True
 
 
 class TPO(Baseline):

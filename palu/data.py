@@ -119,38 +119,46 @@ def load_alternates(
 ) -> list[Example]:
     """Load, for each example of a forget set, its question with the answer that the column `alternate` prefers.
 
-    Arguments and errors are load_retain's; `examples` are what load_forget made of the same source.
+    Arguments and errors are load_retain's; `examples` are what load_forget made of the same source, which is read
+    again. Rows that load_forget skipped need no alternate answer that max_length leaves.
     """
-    rows = []
-    for _, where, columns in _rows(source, "forget"):
+    kept = {example.row for example in examples}
+    texts = []
+    for row, where, columns in _rows(source, "forget"):
         if "input_ids" in columns:
             raise DataError(f"{where}: a tokenised row has no alternate answer; give text with a column 'alternate'")
-        if columns.get("alternate") is None:
+        alternate = columns.get("alternate")
+        if alternate is None:
             raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")
-        if columns.get("messages") is not None:
-            *before, last = columns["messages"]
-            rows.append({"messages": [*before, {**last, "content": columns["alternate"]}]})
-        else:
-            answer = next(answer for _, answer in _TEXT_COLUMNS if answer in columns)
-            rows.append({**columns, answer: columns["alternate"]})
-    loaded = _load(rows, tokenizer, max_length, forget=False, name="alternate answers of the forget")
-    by_row = {example.row: example for example in loaded.examples}
-    for example in examples:
-        if example.row not in by_row:
-            raise DataError(f"forget row {example.row}: max_length cuts off the alternate answer; raise it")
-    return [by_row[example.row] for example in examples]
+        _check_string(alternate, f"{where}: column 'alternate'")
+        if not alternate.strip():
+            raise DataError(f"{where}: column 'alternate' is blank; give the answer to prefer")
+        if row in kept:
+            replaced = _with_answer(columns, alternate)
+            texts.append(_render(row, f"alternate answer of {where}", replaced, tokenizer, forget=False))
+    encoded = _encode(texts, tokenizer, forget=False) if tokenizer is not None else iter(())
+    alternates = []
+    for text, full in zip(texts, encoded, strict=True):
+        alternates.append(Example(full.row, full.input_ids[:max_length], full.labels[:max_length]))
+        if bool((alternates[-1].labels == IGNORE).all()):
+            problem = f"no token of it is among the first {max_length} of its row"
+            raise DataError(f"{text.where}: {problem}; raise max_length")
+    return alternates
 
 
-def _load(
-    source: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    forget: bool,
-    name: str | None = None,
-) -> Examples:
+def _with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """The row, which _conversation takes, with another answer."""
+    if columns.get("messages") is not None:
+        *before, last = columns["messages"]
+        return {**columns, "messages": [*before, {**last, "content": answer}]}
+    _, column = next(pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair))
+    return {**columns, column: answer}
+
+
+def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, forget: bool) -> Examples:
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
-    name = name or ("forget" if forget else "retain")
+    name = "forget" if forget else "retain"
     vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
 
     # Tokenised rows are examples at once; texts wait, to be tokenised together.

@@ -62,6 +62,11 @@ class Objective(nn.Module):
         """What the method wants to know of the reference, once per forget item; None: nothing."""
         return None
 
+    @staticmethod
+    def retains(config: UnlearnConfig) -> bool:
+        """Whether the retain set, where one is given, has a part in the loss."""
+        return config.value("lambda_retain") > 0
+
     def forward(self, batch: Batch, counts: Tensor) -> Losses:
         """Losses of a micro-batch.
 

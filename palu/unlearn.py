@@ -93,6 +93,7 @@ def unlearn(
     check_models(model, ref_model, tokenizer, accelerator)
 
     # Text to tokens with roles. Every complaint about the data comes before anything is changed.
+    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
     check_sets(model, forget_set, retain_set, config)
@@ -102,7 +103,7 @@ def unlearn(
         else []
     )
     to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
-    to_retain = retain_items(retain_set.examples) if config.value("lambda_retain") else []
+    to_retain = retain_items(retain_set.examples) if method.retains(config) else []
     for candidate in (model,) if ref_model is None else (model, ref_model):
         check_linear_head(candidate, to_forget[0].input_ids)
 
@@ -208,6 +209,8 @@ def consult(
     progress: bool,
 ) -> tuple[ReferenceCache, Head | None]:
     """Ask the reference everything once; return its answers and the head if it is needed, and send its body back."""
+    if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
+        return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
     home = ref_model.device
     training = ref_model.training
     ref_model.to(accelerator.device).eval()

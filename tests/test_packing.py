@@ -14,7 +14,7 @@ from palu.config import UnlearnConfig
 from palu.data import IGNORE, ORDINARY, Example, load_forget, load_retain
 from palu.feed import Feed
 from palu.objective import PaluObjective, body_of, head_of
-from palu.packing import Batch, Item, forget_items, pack, retain_items
+from palu.packing import Batch, Item, answer_items, forget_items, pack, pair_items, retain_items
 
 EOS = 7
 
@@ -149,6 +149,56 @@ def test_roles_of_retain_items() -> None:
         assert item.targets == 0
 
 
+def answer_rows(example: Example) -> list[int]:
+    return [t - 1 for t, label in enumerate(example.labels.tolist()) if label != IGNORE]
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_roles_of_answer_items(forget: bool) -> None:
+    """Every answer token is a target, whether it is sensitive or ordinary."""
+    for example, item in zip(given := examples(10, forget=forget), answer_items(given), strict=True):
+        assert item.rows.tolist() == answer_rows(example)
+        assert item.labels.tolist() == [example.input_ids[row + 1] for row in answer_rows(example)]
+        assert item.targets == len(item.rows)
+        assert torch.equal(item.input_ids, example.input_ids)
+
+
+def test_roles_of_pair_items() -> None:
+    """One row after the other: the first one's answer tokens are targets, the second one's are others."""
+    lose, win = examples(6), examples(6, seed=9, forget=False)
+    for one, other, item in zip(lose, win, pair_items(lose, win), strict=True):
+        length = len(one.input_ids)
+        assert item.input_ids.tolist() == [*one.input_ids.tolist(), *other.input_ids.tolist()]
+        assert item.lengths == (length, len(other.input_ids))
+        assert item.rows.tolist() == answer_rows(one) + [length + row for row in answer_rows(other)]
+        assert item.labels.tolist() == item.input_ids[item.rows + 1].tolist()
+        assert item.targets == len(answer_rows(one))
+    with pytest.raises(ValueError, match="zip"):
+        pair_items(lose, win[:5])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_two_of_a_pair_do_not_see_each_other(device: torch.device, attention: str) -> None:
+    """Nor do they see other pairs; the bits are those of the same examples packed one by one."""
+    model = tiny_llama(attention=attention).to(device)
+    lose, win = examples(3), examples(3, seed=9, forget=False)
+
+    def states(items: list[Item]) -> Tensor:
+        with torch.no_grad(), using_packed_attention(model):
+            return body_of(model)(**pack(items).to(device).inputs()).last_hidden_state[0]
+
+    one_by_one = [example for both in zip(lose, win, strict=True) for example in both]
+    packed = pack(pairs := pair_items(lose, win))
+    assert packed.sequence_lengths == tuple(len(example.input_ids) for example in one_by_one)
+    assert packed.position_ids[0].tolist() == [t for example in one_by_one for t in range(len(example.input_ids))]
+    original = states(pairs)
+    assert torch.equal(original, states(answer_items(one_by_one)))
+    changed = pair_items(lose, [Example(0, (e.input_ids + 1) % VOCAB, e.labels) for e in win])
+    same = (states(changed) == original).all(1).cpu().split(packed.sequence_lengths)
+    assert all(part.all() for part in same[::2]), "the first of each pair"
+    assert not any(part.any() for part in same[1::2])
+
+
 # ---------------------------------------------------------------------------------------------------
 # The reference cache
 
@@ -274,6 +324,36 @@ def test_a_batch_tells_every_row_its_role() -> None:
             assert torch.equal(torch.tensor(chosen)[batch.item], tokens[onset + ordinary])
             assert torch.equal(batch.ref_targets[:, 0].long(), tokens[onset])
             assert torch.equal(batch.ref_others[:, 0].long(), tokens[ordinary])
+
+
+def test_a_batch_of_pairs_tells_every_row_its_pair() -> None:
+    """A pair of number n is rows of n and rows of n + 100."""
+    pairs, kept, _ = numbered_set(7, 4)
+    lose, win = ([Example(n, i.input_ids + 100 * k, i.input_ids) for n, i in enumerate(pairs)] for k in (0, 1))
+    for which in (lose, win):
+        for example in which:
+            example.labels[: 1 + example.row % 2] = IGNORE
+    items = pair_items(lose, [*win[1:], win[0]])  # of different lengths
+    cache = ReferenceCache(
+        [item.labels[: item.targets, None] for item in items], [item.labels[item.targets :, None] for item in items]
+    )
+    seen = []
+    for step in Feed(items, kept, cache, UnlearnConfig(batch_size=3)):
+        for batch in step:
+            tokens, (targets, others, retain, count) = batch.packed.input_ids[0], batch.counts
+            assert len(batch.packed.sequence_lengths) == 2 * count + 3
+            assert len(batch.rows) == targets + others + retain
+            own = batch.labels[: targets + others]
+            assert torch.equal(batch.labels, tokens[batch.rows + 1])
+            assert torch.equal(torch.cat([batch.ref_targets, batch.ref_others])[:, 0], own)
+            # Which pair: a target says so itself, an other is the next number's, 100 higher.
+            number = torch.cat([own[:targets], (own[targets:] - 101) % 7])
+            chosen = [int(number[batch.item == i][0]) for i in range(count)]
+            assert torch.equal(torch.tensor(chosen)[batch.item], number)
+            assert targets == sum(items[n].targets for n in chosen)
+            assert others == sum(len(items[n].rows) - items[n].targets for n in chosen)
+            seen += chosen
+    assert sorted(seen) == list(range(7))
 
 
 def test_seed_decides_the_order() -> None:
