@@ -4,8 +4,8 @@ Results have open-unlearning's form (arXiv 2506.12618), so its published logs se
 recomputed by :func:`summarize`.
 """
 
-from palu.evaluate.muse import muse_news
+from palu.evaluate.muse import load_muse_news, muse_news
 from palu.evaluate.summarize import summarize
 from palu.evaluate.tofu import TofuData, load_tofu, tofu
 
-__all__ = ["TofuData", "load_tofu", "muse_news", "summarize", "tofu"]
+__all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "summarize", "tofu"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data import DataError, Example, load_retain
 from palu.evaluate import metrics
-from palu.evaluate.rows import Results, Row, hub_rows, load_results, read_rows, require
+from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     check_model,
@@ -123,6 +123,7 @@ def muse_news(
         "benchmark": "MUSE-News",
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
+        "data_sha256": digest([sets[name] for name in sides.values()]),
         "max_length": max_length,
         **fingerprint(model, tokenizer),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ def read_rows(path: Path) -> list[Any]:
     """Rows of a .jsonl or .json file; DataError names the file and the mend."""
     text = path.read_text(encoding="utf-8")
     try:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
-        return json.loads(text) if rows is None else rows
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON ({error}); download it again") from None
 
@@ -34,6 +36,11 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
             f"loading {name} by name needs datasets ({error}); pip install 'palu-unlearn[evaluate]', or give a folder"
         ) from error
     return [dict(row) for row in load_dataset(name, config, split=split)]
+
+
+def digest(texts: Any) -> str:
+    """Tells whether two evaluations were of the same texts: the beginning of their JSON's SHA-256."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def require(rows: Sequence[Any], name: str, columns: Sequence[str], mend: str) -> None:

@@ -127,6 +127,7 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
         ("split", "forget split", "evaluate the retain model on the same forget split"),
         ("model", "model", "train the retain model from the same base model"),
         ("tokenizer_vocabulary", "tokenizer vocabulary", "use the same tokenizer for both models"),
+        ("max_length", "max_length", "cut the texts at the same length"),
         ("data_sha256", "evaluation data", "evaluate both models on the same rows"),
     ):
         ours, other = metadata.get(key), theirs.get(key)

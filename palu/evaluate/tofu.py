@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import time
@@ -19,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.data import DataError, Example, load_retain
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
-from palu.evaluate.rows import Results, Row, hub_rows, load_results, read_rows, require
+from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
@@ -51,9 +49,17 @@ SPLITS = ("forget01", "forget05", "forget10")
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
 # The sets, and how the names of their entries begin.
 _PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+_SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
+_COLUMNS = {
+    "forget": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "retain": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "real_authors": ("question", "answer", "perturbed_answer"),
+    "world_facts": ("question", "answer", "perturbed_answer"),
+    "holdout": ("question", "answer"),
+}
 # What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
 _MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
-_MEND = "use TOFU's perturbed sets, which have every column"
+_MEND = "fill it in, or use TOFU's perturbed sets, which have it"
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,8 @@ def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData 
         )
     if not loaded.forget:
         raise DataError("forget set is empty; give at least one row")
-    common = ("question", "answer")
-    for name in ("forget", "retain"):
-        require(getattr(loaded, name), name, (*common, "paraphrased_answer", "perturbed_answer"), _MEND)
-    for name in ("real_authors", "world_facts"):
-        require(getattr(loaded, name), name, (*common, "perturbed_answer"), _MEND)
-    require(loaded.holdout, "holdout", common, "give question and answer")
+    for name, columns in _COLUMNS.items():
+        require(getattr(loaded, name), name, columns, _MEND)
     return loaded
 
 
@@ -174,9 +176,9 @@ def tofu(
         raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
     rows = load_tofu(forget, data)
     if holdout is not None:
+        require(holdout, "holdout", _COLUMNS["holdout"], _MEND)
         rows = replace(rows, holdout=[dict(row) for row in holdout])
-        require(rows.holdout, "holdout", ("question", "answer"), "give question and answer")
-    sets: _Sets = {name: getattr(rows, name) for name in (*_PREFIX, "holdout")}
+    sets: _Sets = {name: getattr(rows, name) for name in _COLUMNS}
     answers = {name: _tokenise(texts, tokenizer) for name, texts in _texts(sets).items()}
     for name, candidate in (("model", model), ("reference_model", reference_model)):
         if candidate is not None:
@@ -186,7 +188,7 @@ def tofu(
         "benchmark": "TOFU",
         "split": None if isinstance(data, TofuData) else forget,
         "examples": {name: len(of_set) for name, of_set in sets.items()},
-        "data_sha256": _digest(rows.forget),
+        "data_sha256": digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget]),
         "max_new_tokens": max_new_tokens,
         **fingerprint(model, tokenizer),
     }
@@ -246,11 +248,8 @@ def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
     """Entry -> (how to name it in an error, question, answer) of every answer to score."""
     texts: dict[str, list[tuple[str, str, str]]] = {}
     for name, prefix in _PREFIX.items():
-        columns = {"Prob": "answer", "PARA_Prob": "paraphrased_answer", "PERT_Prob": "perturbed_answer"}
-        if name not in ("forget", "retain"):
-            del columns["PARA_Prob"]
-        for suffix, column in columns.items():
-            texts[f"{prefix}_Q_A_{suffix}"] = [
+        for column in _COLUMNS[name][1:]:
+            texts[f"{prefix}_Q_A_{_SUFFIX[column]}"] = [
                 (f"{name} row {number} ({column})", row["question"], answer)
                 for number, row in enumerate(sets[name])
                 for answer in ([row[column]] if isinstance(row[column], str) else row[column])
@@ -277,13 +276,6 @@ def _tokenise(texts: Sequence[tuple[str, str, str]], tokenizer: PreTrainedTokeni
 
 def _count(answers: Mapping[str, _Answers]) -> int:
     return sum(len(of_entry.examples) for of_entry in answers.values())
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    """Tells whether two evaluations were of the same rows."""
-    columns = ("question", "answer", "paraphrased_answer", "perturbed_answer")
-    texts = [[row[column] for column in columns] for row in rows]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 # --- the model's part ---
