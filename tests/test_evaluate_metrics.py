@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from palu.evaluate import metrics, summarize
+from palu.evaluate.scores import _score_rows
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published"
 LOGS = {
@@ -129,6 +131,15 @@ def test_normalised_probability() -> None:
 def test_rouge(generation: str, truth: str, rouge1_recall: float, f1: float, recall: float) -> None:
     expected = {"rouge1_recall": rouge1_recall, "rougeL_f1": f1, "rougeL_recall": recall}
     assert metrics.rouge(generation, truth) == pytest.approx(expected)
+
+
+def test_scores_of_a_row_of_logits() -> None:
+    # p = 0, 1/4, 3/4: a token that is ruled out says nothing of the others.
+    logits = torch.tensor([[-math.inf, 0.0, math.log(3)]] * 2)
+    token, correct, mean, variance = _score_rows(logits, torch.tensor([1, 2]))
+    assert token.tolist() == pytest.approx([math.log(0.25), math.log(0.75)]) and correct.tolist() == [0, 1]
+    assert mean.tolist() == pytest.approx([0.25 * math.log(0.25) + 0.75 * math.log(0.75)] * 2)
+    assert variance.tolist() == pytest.approx([0.25 * 0.75 * math.log(3) ** 2] * 2)
 
 
 # --- of a set ---
