@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from palu import evaluate
     from palu.config import UnlearnConfig
     from palu.data import DataError
     from palu.losses import PaluLoss, palu_loss
@@ -34,6 +35,7 @@ __all__ = [
     "PaluLoss",
     "UnlearnConfig",
     "UnlearnResult",
+    "evaluate",
     "linear_topk_mse",
     "palu_loss",
     "prefix_mask",
@@ -43,6 +45,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        return import_module("palu.evaluate")
     if name not in _HOME:
         raise AttributeError(f"module 'palu' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -51,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | _HOME.keys())
+    return sorted(globals().keys() | _HOME.keys() | {"evaluate"})

@@ -1,0 +1,11 @@
+"""Has the model forgotten, and what does it still know: TOFU (arXiv 2401.06121) and MUSE-News (arXiv 2407.06460).
+
+Results have open-unlearning's form (arXiv 2506.12618), so its published logs serve as ``retain_results`` and can be
+recomputed by :func:`summarize`.
+"""
+
+from palu.evaluate.muse import load_muse_news, muse_news
+from palu.evaluate.summarize import summarize
+from palu.evaluate.tofu import TofuData, load_tofu, tofu
+
+__all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "summarize", "tofu"]

@@ -1,0 +1,191 @@
+"""The MUSE benchmark's News half (arXiv 2407.06460)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from palu.data import DataError, Example, load_retain
+from palu.evaluate import metrics
+from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
+from palu.evaluate.scores import (
+    BATCH_TOKENS,
+    check_model,
+    evaluating,
+    fingerprint,
+    generate,
+    min_k_scores,
+    prompt_of,
+    raw_examples,
+    token_scores,
+)
+from palu.evaluate.summarize import NO_RETAIN_AUC, Source, check_retain, complete, entry, membership_entry
+
+NAME = "muse-bench/MUSE-News"
+_SETS = {
+    "verbmem_forget": ("prompt", "gt"),
+    "knowmem_forget_qa": ("question", "answer"),
+    "knowmem_forget_qa_icl": ("question", "answer"),
+    "knowmem_retain_qa": ("question", "answer"),
+    "knowmem_retain_qa_icl": ("question", "answer"),
+    "privleak_forget": ("text",),
+    "privleak_holdout": ("text",),
+}
+_MEND = "use the sets of MUSE-News"
+
+
+def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Row]]:
+    """MUSE-News' evaluation sets.
+
+    Args:
+        data: a folder with ``{set}.json`` for the sets verbmem_forget (rows of prompt and gt), knowmem_forget_qa,
+            knowmem_retain_qa, each with its _icl (question and answer), privleak_forget and privleak_holdout (texts);
+            the same in memory; or None: ``muse-bench/MUSE-News`` by name.
+
+    Raises:
+        DataError: a set is missing or empty, or a row lacks a column.
+        FileNotFoundError: a file is missing.
+    """
+    sets: dict[str, list[Row]] = {}
+    for name, columns in _SETS.items():
+        if data is None:
+            config, split = name.split("_", 1)
+            rows: Sequence[Any] = hub_rows(NAME, config, split)
+        elif isinstance(data, Mapping):
+            rows = data.get(name, ())
+        else:
+            rows = read_rows(Path(data) / f"{name}.json")
+        if not rows:
+            raise DataError(f"{name} set is missing or empty; {_MEND}")
+        sets[name] = [{"text": row} if isinstance(row, str) else row for row in rows]
+        require(sets[name], name, columns, _MEND)
+    return sets
+
+
+def muse_news(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None,
+    *,
+    retain_results: Source | None = None,
+    verbmem_tokens: int = 128,
+    knowmem_tokens: int = 32,
+    max_length: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Results:
+    """Evaluate a model on MUSE-News: does it still recite (VerbMem), know (KnowMem), give away that it did (PrivLeak)?
+
+    VerbMem and KnowMem are the mean ROUGE-L F1 of greedy continuations of raw text, and of answers to questions after
+    in-context examples, cut at the first newline. PrivLeak compares Min-K of forget and holdout texts with the retain
+    model's. Raw texts are never put into a chat template; questions are where there is one.
+
+    Args:
+        model, tokenizer: as for :func:`palu.evaluate.tofu`.
+        data: see :func:`load_muse_news`.
+        retain_results: this function's results for the model trained without the forget set; without them PrivLeak
+            takes 0.5 for its AUC.
+        verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
+        max_length: tokens of a PrivLeak text that are looked at.
+        batch_tokens: tokens per forward pass; decoding takes eight times as many.
+        progress: show a progress bar.
+
+    Returns:
+        As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, mia_min_k,
+        privleak and ``palu``.
+
+    Raises:
+        ValueError: retain results that do not fit; a tokenizer that does not; log-probabilities that are not finite.
+        DataError: a row without a needed column, or too short.
+        TypeError: a model without a linear head.
+    """
+    started = time.perf_counter()
+    sets = load_muse_news(data)
+    sides = {side: f"privleak_{side}" for side in ("forget", "holdout")}
+    texts = {
+        side: raw_examples([row["text"] for row in sets[name]], tokenizer, name, max_length=max_length)
+        for side, name in sides.items()
+    }
+    check_model(model, tokenizer, texts["forget"][0])
+    recited = raw_examples(
+        [row["prompt"] for row in sets["verbmem_forget"]], tokenizer, "verbmem_forget", max_length=max_length
+    )
+    known = {side: _questions(sets, side, tokenizer) for side in ("forget", "retain")}
+
+    metadata = {
+        "benchmark": "MUSE-News",
+        "split": None,
+        "examples": {name: len(rows) for name, rows in sets.items()},
+        "data_sha256": digest([sets[name] for name in sides.values()]),
+        "max_length": max_length,
+        **fingerprint(model, tokenizer),
+    }
+    retain = None if retain_results is None else load_results(retain_results)
+    if retain is not None:  # before the work, not after it
+        check_retain(
+            retain,
+            metadata,
+            {f"mia_min_k of the {side} set": {str(i) for i in range(len(texts[side]))} for side in sides},
+        )
+
+    results: Results = {}
+    eos = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    work = sum(map(len, (*texts.values(), recited, *known.values())))
+    with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, evaluating(model):
+        found = {}
+        for side, examples in texts.items():
+            names = [f"{sides[side]} row {example.row}" for example in examples]
+            scores = token_scores(model, examples, names, batch_tokens=batch_tokens, bar=bar)
+            found[side] = [min_k_scores(score)["min_k"] for score in scores]
+        results["mia_min_k"] = membership_entry(found["forget"], found["holdout"])
+
+        prompts = [example.input_ids for example in recited]
+        continuations = generate(
+            model, tokenizer, prompts, eos, max_new_tokens=verbmem_tokens, batch_tokens=batch_tokens, bar=bar
+        )
+        truths = [row["gt"] for row in sets["verbmem_forget"]]
+        results["forget_verbmem_ROUGE"] = _rouge(continuations, truths)
+
+        for side, examples in known.items():
+            stop_ids = eos | {int(example.input_ids[-1]) for example in examples}
+            prompts = [prompt_of(example) for example in examples]
+            answers = generate(
+                model, tokenizer, prompts, stop_ids, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
+            )
+            truths = [row["answer"] for row in sets[f"knowmem_{side}_qa"]]
+            results[f"{side}_knowmem_ROUGE"] = _rouge([answer.split("\n")[0] for answer in answers], truths)
+
+    results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
+    return complete(results, retain, {"privleak": NO_RETAIN_AUC})
+
+
+def _questions(sets: Mapping[str, list[Row]], side: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The questions with their answers, after the in-context examples: a conversation where there is a template."""
+    shots, rows = sets[f"knowmem_{side}_qa_icl"], sets[f"knowmem_{side}_qa"]
+    if tokenizer.chat_template is not None:
+        turns = [message for shot in shots for message in _turn(shot)]
+        asked: list[dict[str, Any]] = [{"messages": [*turns, *_turn(row)]} for row in rows]
+    else:
+        before = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
+        asked = [
+            {"prompt": f"{before}Question: {row['question']}\nAnswer: ", "completion": row["answer"]} for row in rows
+        ]
+    return load_retain(asked, tokenizer, max_length=sys.maxsize).examples
+
+
+def _turn(row: Row) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def _rouge(generations: Sequence[str], truths: Sequence[str]) -> dict[str, Any]:
+    return entry(
+        {**metrics.rouge(text, truth), "ground_truth": truth, "generation": text.strip()}
+        for text, truth in zip(generations, truths, strict=True)
+    )

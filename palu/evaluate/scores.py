@@ -1,0 +1,282 @@
+"""A model and texts -> what the metrics are made of: token scores, gradient norms, greedy generations."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import palu
+from palu.attention import using_packed_attention
+from palu.data import IGNORE, DataError, Example
+from palu.evaluate import metrics
+from palu.objective import body_of, head_of
+from palu.packing import Item, pack
+from palu.validate import check_linear_head
+
+BATCH_TOKENS = 8192  # tokens per forward pass
+CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once
+# Decoding holds keys and values instead of activations, so that many more tokens fit.
+_DECODING = 8
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One text's labelled tokens, in order; float32 on the host."""
+
+    log_prob: Tensor  # [n]: log-probability of the token
+    correct: Tensor  # [n], bool: the token is the argmax
+    mean: Tensor  # [n]: mean of log p over the vocabulary, under p
+    variance: Tensor  # [n]: variance of the same
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-probability, in nats."""
+        return -float(self.log_prob.double().mean())
+
+    @property
+    def probability(self) -> float:
+        """exp(-NLL): the geometric mean of the tokens' probabilities."""
+        return float(torch.tensor(-self.nll).double().exp())
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode and set to greedy decoding; afterwards as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = model.generation_config
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        for module, training in modes:
+            module.training = training
+
+
+def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
+    """Raise TypeError or ValueError where a model cannot be scored, or not with this tokenizer."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    if len(tokenizer) > len(head.weight):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {len(head.weight)}; "
+            "load the tokenizer that belongs to the model"
+        )
+    check_linear_head(model, example.input_ids)
+
+
+@torch.no_grad()
+def token_scores(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    *,
+    batch_tokens: int,
+    bar: tqdm,
+) -> list[TokenScores]:
+    """Score every labelled token, teacher-forced, in packed passes without padding.
+
+    The body runs once over each token, the head on the rows that predict a labelled token. So the result does not
+    depend on the batch size, but for rounding.
+
+    Args:
+        examples: of :func:`palu.data.load_retain`; the result has their order.
+        names: how to call each one in an error.
+        batch_tokens: tokens per pass (a longer text has a pass of its own).
+
+    Raises:
+        ValueError: log-probabilities that are not finite.
+    """
+    head = head_of(model)
+    chunk_rows = max(CHUNK_BYTES // (4 * len(head.weight)), 1)
+    scores: list[TokenScores | None] = [None] * len(examples)
+    with using_packed_attention(model):
+        for group in _batches([len(example.input_ids) for example in examples], batch_tokens):
+            items = [_item(examples[i]) for i in group]
+            hidden, labels = _answer_states(model, items)
+            chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
+            table = torch.cat([_score_rows(F.linear(h, *head), y) for h, y in chunks], dim=1).cpu()
+            for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
+                if not bool(part[0].isfinite().all()):
+                    raise ValueError(
+                        f"the model gives {names[i]} log-probabilities that are not finite, so its weights or "
+                        "activations are broken; load the last sound checkpoint, or use bfloat16 or float32"
+                    )
+                scores[i] = TokenScores(part[0], part[1].bool(), part[2], part[3])
+            bar.update(len(group))
+    return [score for score in scores if score is not None]
+
+
+def min_k_scores(score: TokenScores) -> dict[str, float]:
+    """Min-K and Min-K++ of a text without its last token, which open-unlearning takes for the end of sequence."""
+    log_prob, mean, variance = (x[:-1].double().numpy() for x in (score.log_prob, score.mean, score.variance))
+    return {
+        "min_k": metrics.min_k(log_prob),
+        "min_k_plus_plus": metrics.min_k_plus_plus(log_prob, mean, variance),
+    }
+
+
+def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
+    """2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
+
+    The parameters' own gradients and ``requires_grad`` flags stay as they were.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    flags = [p.requires_grad for p in parameters]
+    norms = []
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        with using_packed_attention(model):
+            for example in examples:
+                hidden, labels = _answer_states(model, [_item(example)])
+                loss = F.cross_entropy(F.linear(hidden[:-1], *head_of(model)).float(), labels[:-1])
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                each = [g.float().norm() for g in gradients if g is not None]
+                norms.append(float(torch.stack(each).norm()))
+                bar.update()
+    finally:
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)
+    return norms
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    stop_ids: set[int],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int,
+    bar: tqdm,
+) -> list[str]:
+    """Greedy continuations of tokenised prompts [t], in their order, without special tokens.
+
+    Args:
+        stop_ids: a continuation ends before the first of these.
+        batch_tokens: a batch's prompts and continuations hold eight times as many tokens at most.
+    """
+    pad = next(iter(stop_ids), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # The model's own settings would be defaults of these: sampling, penalties.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(stop_ids) or None,
+    )
+    texts = [""] * len(prompts)
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for group in _batches(lengths, _DECODING * batch_tokens):
+        batch = [prompts[i] for i in group]
+        width = max(len(prompt) for prompt in batch)
+        ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
+        mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
+        output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))  # type: ignore[operator]
+        for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
+            end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+            texts[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+        bar.update(len(group))
+    return texts
+
+
+def raw_examples(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int
+) -> list[Example]:
+    """Plain texts, without any template, as examples of which every token but the first is labelled.
+
+    At most ``max_length`` tokens are kept; an end of sequence that the tokenizer adds is not.
+    """
+    examples = []
+    for row, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        ids = torch.tensor(ids[:max_length], dtype=torch.int64)
+        if len(ids) < 3:
+            raise DataError(f"{name} row {row}: {len(ids)} tokens cannot be scored; give a longer text")
+        labels = ids.clone()
+        labels[0] = IGNORE
+        examples.append(Example(row, ids, labels))
+    return examples
+
+
+def prompt_of(example: Example) -> Tensor:
+    """The tokens before the answer."""
+    return example.input_ids[: int((example.labels != IGNORE).nonzero()[0])]
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What two models must share for their results to be compared, and the versions that made them."""
+    config = model.config
+    return {
+        "model": {
+            "model_type": config.model_type,
+            "layers": getattr(config, "num_hidden_layers", None),
+            "hidden": getattr(config, "hidden_size", None),
+            "vocabulary": len(head_of(model).weight),
+        },
+        "tokenizer_vocabulary": len(tokenizer),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {
+            "python": platform.python_version(),
+            "palu": palu.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rouge-score": version("rouge-score"),
+        },
+    }
+
+
+def _item(example: Example) -> Item:
+    rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
+    return Item(input_ids=example.input_ids, rows=rows, labels=example.labels[rows + 1])
+
+
+def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    """Last hidden states [n, d] of the rows that predict a labelled token, and these tokens [n]."""
+    packed = pack(items)
+    starts = packed.cu_seq_lens.tolist()[:-1]
+    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)])
+    labels = torch.cat([item.labels for item in items])
+    states = body_of(model)(**packed.to(model.device).inputs()).last_hidden_state[0]
+    return states.index_select(0, rows.to(model.device)), labels.to(model.device)
+
+
+def _score_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """[4, n]: what TokenScores holds, from logits [n, V] and labels [n]."""
+    log_p = logits.float().log_softmax(-1)
+    token = log_p.gather(1, labels[:, None]).squeeze(1)
+    correct = log_p.argmax(1) == labels
+    p = log_p.exp()
+    log_p = log_p.clamp(min=-1e4)  # a token ruled out has p = 0, and 0 * inf is no number
+    mean = (p * log_p).sum(1)
+    variance = (p * (log_p - mean[:, None]).square()).sum(1)
+    return torch.stack([token, correct.float(), mean, variance])
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Groups of indices, the longest texts first, of at most ``tokens`` tokens if padded (or one longer text)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(tokens // lengths[order[start]], 1)
+        yield order[start : start + count]
+        start += count

@@ -1,0 +1,196 @@
+"""Per-example values -> aggregates, for this package's results and open-unlearning's logs alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from palu.evaluate import metrics
+from palu.evaluate.rows import Results, load_results
+
+# Which losses a truth ratio is made of: the true answer's, the wrong ones'.
+TRUTH_RATIOS = {
+    "forget_truth_ratio": ("forget_Q_A_PARA_Prob", "forget_Q_A_PERT_Prob"),
+    "retain_Truth_Ratio": ("retain_Q_A_PARA_Prob", "retain_Q_A_PERT_Prob"),
+    "ra_Truth_Ratio": ("ra_Q_A_Prob", "ra_Q_A_PERT_Prob"),
+    "wf_Truth_Ratio": ("wf_Q_A_Prob", "wf_Q_A_PERT_Prob"),
+}
+NORMALISED = {
+    "ra_Q_A_Prob_normalised": ("ra_Q_A_Prob", "ra_Q_A_PERT_Prob"),
+    "wf_Q_A_Prob_normalised": ("wf_Q_A_Prob", "wf_Q_A_PERT_Prob"),
+}
+UTILITY = (
+    *("retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"),
+    *("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
+    *("wf_Q_A_Prob_normalised", "wf_Q_A_ROUGE", "wf_Truth_Ratio"),
+)
+# Aggregates of other entries, computed after them.
+DERIVED = ("forget_quality", "forget_quality_ks", "model_utility", "privleak")
+
+NO_RETAIN = "no retain_results were given: evaluate the model trained without the forget set and pass its results"
+NO_RETAIN_AUC = "the retain_results hold no mia_min_k: evaluate the retain model with holdout rows"
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def summarize(results: Source, retain_results: Source | None = None) -> dict[str, float | None]:
+    """Recompute every aggregate from the per-example values.
+
+    Args:
+        results: what :func:`palu.evaluate.tofu` or :func:`palu.evaluate.muse_news` returned, or a log of
+            open-unlearning's; a dict, or a path to .json or .json.gz.
+        retain_results: the same of the model trained without the forget set. Without them forget quality is None
+            and PrivLeak takes 0.5 for the retain model's AUC, as open-unlearning does.
+
+    Returns:
+        Metric -> aggregate, None where its values are missing. Formulas: :mod:`palu.evaluate.metrics`.
+
+    Raises:
+        ValueError: ``retain_results`` are of another split, benchmark or kind of model.
+    """
+    return _aggregates(load_results(results), None if retain_results is None else load_results(retain_results))
+
+
+def _aggregates(results: Results, retain: Results | None) -> dict[str, float | None]:
+    if retain is not None:
+        check_retain(retain, results.get("palu", {}), example_indices(results))
+
+    summary: dict[str, float | None] = {}
+    for name, entry in results.items():
+        if name in TRUTH_RATIOS:
+            ratios = list(truth_ratios(results, name).values())
+            aggregate = metrics.closer_to_one if name == "forget_truth_ratio" else metrics.true_better
+            summary[name] = aggregate(ratios) if ratios else None
+        elif name in NORMALISED:
+            summary[name] = mean(list(normalised_probabilities(results, name).values()))
+        elif name.startswith("mia_"):
+            summary[name] = _auc(entry)
+        elif name not in (*DERIVED, "palu"):
+            summary[name] = mean([np.mean(value) for value in _values(entry, _statistic(name))])
+
+    if "forget_truth_ratio" in results:
+        summary |= {"forget_quality": None, "forget_quality_ks": None}
+        if retain is not None:
+            ratios, theirs = (list(truth_ratios(r, "forget_truth_ratio").values()) for r in (results, retain))
+            summary["forget_quality"], summary["forget_quality_ks"] = metrics.forget_quality(ratios, theirs)
+        nine = [value for name in UTILITY if (value := summary.get(name)) is not None]
+        summary["model_utility"] = metrics.model_utility(nine) if len(nine) == len(UTILITY) else None
+    if "privleak" in results or "mia_min_k" in results:
+        auc = summary.get("mia_min_k")
+        reference = 0.5 if retain is None else _auc(retain.get("mia_min_k", {}))
+        summary["privleak"] = None if auc is None or reference is None else metrics.privleak(auc, reference)
+    return summary
+
+
+def truth_ratios(results: Results, name: str) -> dict[str, float]:
+    """Index -> truth ratio, from the losses where the results hold them, else as stored."""
+    true, wrong = (_by_index(results.get(source, {})) for source in TRUTH_RATIOS[name])
+    if not true or not wrong:
+        return {index: value["score"] for index, value in _by_index(results.get(name, {})).items()}
+    return {i: metrics.truth_ratio(true[i]["avg_loss"], wrong[i]["avg_loss"]) for i in true}
+
+
+def normalised_probabilities(results: Results, name: str) -> dict[str, float]:
+    """Index -> probability of the true answer among the true and the wrong ones."""
+    true, wrong = (_by_index(results[source]) for source in NORMALISED[name])
+    return {i: metrics.normalised_probability(true[i]["prob"], wrong[i]["prob"]) for i in true}
+
+
+def mean(values: Collection[Any]) -> float | None:
+    """The mean, None of nothing."""
+    return float(np.mean(list(values))) if values else None
+
+
+# --- do two results belong together? ---
+def example_indices(results: Results) -> dict[str, set[str]]:
+    """Which examples the values that are compared between two models are of."""
+    member = results.get("mia_min_k", {})
+    return {
+        "forget_truth_ratio": set(truth_ratios(results, "forget_truth_ratio")),
+        "mia_min_k of the forget set": set(_by_index(member.get("forget", {}))),
+        "mia_min_k of the holdout set": set(_by_index(member.get("holdout", {}))),
+    }
+
+
+def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]) -> None:
+    """Raise ValueError unless the retain model's results can be compared with a model's.
+
+    metadata: the model's, as under the results' "palu" key; what either side lacks is not compared.
+    indices: as :func:`example_indices` gives them; an empty set is not compared.
+    """
+    theirs = retain.get("palu", {})
+    for key, told, mend in (
+        ("benchmark", "benchmark", "evaluate the retain model on the same benchmark"),
+        ("split", "forget split", "evaluate the retain model on the same forget split"),
+        ("model", "model", "train the retain model from the same base model"),
+        ("tokenizer_vocabulary", "tokenizer vocabulary", "use the same tokenizer for both models"),
+        ("max_length", "max_length", "cut the texts at the same length"),
+        ("data_sha256", "evaluation data", "evaluate both models on the same rows"),
+    ):
+        ours, other = metadata.get(key), theirs.get(key)
+        if ours is not None and other is not None and ours != other:
+            raise ValueError(f"retain_results do not fit: their {told} is {other}, the model's is {ours}; {mend}")
+    found = example_indices(retain)
+    if indices.get("forget_truth_ratio") and not found["forget_truth_ratio"]:
+        raise ValueError("retain_results hold no forget_truth_ratio values; give the results of a TOFU evaluation")
+    for name, ours in indices.items():
+        other = found[name]
+        if ours and other and ours != other:
+            raise ValueError(
+                f"retain_results do not fit: their {name} has {len(other)} examples, the model's {len(ours)}"
+                + ("" if len(ours) != len(other) else " with other indices")
+                + "; they are of another split: evaluate the retain model on the same rows"
+            )
+
+
+# --- the entries' form ---
+def entry(values: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """A metric's values by index; :func:`complete` gives it its aggregate."""
+    return {"value_by_index": {str(index): dict(value) for index, value in enumerate(values)}}
+
+
+def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:
+    """An attack's scores of both sides."""
+    if not forget or not holdout:
+        return {}
+    return {
+        side: {"agg_value": mean(values), **entry({"score": value} for value in values)}
+        for side, values in (("forget", forget), ("holdout", holdout))
+    }
+
+
+def complete(results: Results, retain: Results | None, reasons: Mapping[str, str]) -> Results:
+    """The results with every aggregate, and of each null one the reason."""
+    completed: Results = {}
+    for name, value in _aggregates(results, retain).items():
+        aggregates: dict[str, Any] = {"agg_value": value}
+        if name.startswith("mia_"):
+            aggregates["auc"] = value
+        if value is None:
+            aggregates["reason"] = reasons[name]
+        completed[name] = aggregates | results.get(name, {})
+    return dict(sorted(completed.items())) | {"palu": results["palu"]}
+
+
+def _statistic(name: str) -> str:
+    """Which per-example value an entry's aggregate is the mean of."""
+    if name.endswith("ROUGE"):
+        return "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
+    return "prob" if name.endswith("Prob") else "score"
+
+
+def _by_index(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {index: value for index, value in entry.get("value_by_index", {}).items() if value is not None}
+
+
+def _values(entry: Mapping[str, Any], statistic: str) -> list[Any]:
+    values = (value.get(statistic) for value in _by_index(entry).values())
+    return [value for value in values if value is not None]
+
+
+def _auc(entry: Mapping[str, Any]) -> float | None:
+    forget, holdout = (_values(entry.get(side, {}), "score") for side in ("forget", "holdout"))
+    return metrics.auc(forget, holdout) if forget and holdout else None

@@ -1,0 +1,388 @@
+"""The TOFU benchmark (arXiv 2401.06121), with the memorisation and membership metrics of open-unlearning."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from palu.data import DataError, Example, load_retain
+from palu.evaluate import metrics
+from palu.evaluate.fluency import LABEL, FluencyClassifier
+from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
+from palu.evaluate.scores import (
+    BATCH_TOKENS,
+    TokenScores,
+    check_model,
+    evaluating,
+    fingerprint,
+    generate,
+    gradient_norms,
+    min_k_scores,
+    prompt_of,
+    token_scores,
+)
+from palu.evaluate.summarize import (
+    NO_RETAIN,
+    NO_RETAIN_AUC,
+    NORMALISED,
+    TRUTH_RATIOS,
+    Source,
+    check_retain,
+    complete,
+    entry,
+    membership_entry,
+    normalised_probabilities,
+    truth_ratios,
+)
+
+NAME = "locuslab/TOFU"
+SPLITS = ("forget01", "forget05", "forget10")
+ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
+# The sets, and how the names of their entries begin.
+_PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+_SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
+_COLUMNS = {
+    "forget": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "retain": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "real_authors": ("question", "answer", "perturbed_answer"),
+    "world_facts": ("question", "answer", "perturbed_answer"),
+    "holdout": ("question", "answer"),
+}
+# What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
+_MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
+_MEND = "fill it in, or use TOFU's perturbed sets, which have it"
+
+
+@dataclass(frozen=True)
+class TofuData:
+    """TOFU's sets, each a list of rows.
+
+    Every row has ``question``, ``answer`` and ``perturbed_answer`` (a list of wrong answers), in ``forget`` and
+    ``retain`` also ``paraphrased_answer``. Rows of ``holdout``, which no model has seen, need question and answer only.
+    Any set but ``forget`` may be empty; what depends on it is then null.
+    """
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]] = field(default_factory=list)
+    real_authors: list[dict[str, Any]] = field(default_factory=list)
+    world_facts: list[dict[str, Any]] = field(default_factory=list)
+    holdout: list[dict[str, Any]] = field(default_factory=list)
+
+
+def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData | None = None) -> TofuData:
+    """TOFU's sets for one forget split.
+
+    Args:
+        forget: ``"forget01"``, ``"forget05"`` or ``"forget10"``, or another ``forget*.jsonl`` of the folder.
+        data: a folder with ``{forget}.jsonl``, ``retain_perturbed.jsonl``, ``real_authors.jsonl``,
+            ``world_facts.jsonl`` and perhaps ``holdout*.jsonl`` of the same number; None: ``locuslab/TOFU`` by name.
+
+    Raises:
+        ValueError: there is no such split.
+        DataError: a row lacks a column, or the forget set is empty.
+        FileNotFoundError: a file is missing.
+    """
+    if isinstance(data, TofuData):
+        loaded = data
+    elif data is None:
+        if forget not in SPLITS:
+            raise ValueError(f"there is no forget split {forget!r}; {NAME} has {', '.join(SPLITS)}")
+        loaded = TofuData(
+            forget=hub_rows(NAME, f"{forget}_perturbed", "train"),
+            **{name: hub_rows(NAME, f"{name}_perturbed", "train") for name in _PREFIX if name != "forget"},
+            holdout=hub_rows(NAME, forget.replace("forget", "holdout"), "train"),
+        )
+    else:
+        folder = Path(data)
+        known = sorted(path.stem for path in folder.glob("forget*.jsonl"))
+        if not known:
+            raise FileNotFoundError(f"{folder} holds no forget*.jsonl; give TOFU's folder, or None to load it by name")
+        if forget not in known:
+            raise ValueError(f"there is no forget split {forget!r}; {folder} has {', '.join(known)}")
+        holdout = folder / f"{forget.replace('forget', 'holdout')}.jsonl"
+        loaded = TofuData(
+            forget=read_rows(folder / f"{forget}.jsonl"),
+            retain=read_rows(folder / "retain_perturbed.jsonl"),
+            real_authors=read_rows(folder / "real_authors.jsonl"),
+            world_facts=read_rows(folder / "world_facts.jsonl"),
+            holdout=read_rows(holdout) if holdout.exists() else [],
+        )
+    if not loaded.forget:
+        raise DataError("forget set is empty; give at least one row")
+    for name, columns in _COLUMNS.items():
+        require(getattr(loaded, name), name, columns, _MEND)
+    return loaded
+
+
+def tofu(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: str = "forget05",
+    data: str | os.PathLike[str] | TofuData | None = None,
+    *,
+    retain_results: Source | None = None,
+    holdout: Sequence[Row] | None = None,
+    reference_model: PreTrainedModel | None = None,
+    fluency_model: Any = None,
+    fluency_label: str = LABEL,
+    mia: Sequence[str] = ATTACKS,
+    max_new_tokens: int = 200,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Results:
+    """Evaluate a model on TOFU.
+
+    Every answer is scored teacher-forced in packed passes without padding, so no number depends on the batch size but
+    for rounding; generations are greedy. Formulas and papers: :mod:`palu.evaluate.metrics`.
+
+    Args:
+        model: a causal language model with a linear head, on its device; afterwards as it was.
+        tokenizer: its fast tokenizer; a chat template is used where there is one (see :mod:`palu.data`).
+        forget, data: see :func:`load_tofu`. With TofuData given, ``forget`` is not used.
+        retain_results: this function's results, or open-unlearning's log, for the model trained without the forget
+            set (dict, or path to .json or .json.gz). Without them forget quality is null.
+        holdout: question-answer rows that neither model has seen, in place of the data's own. Without any, membership
+            inference and PrivLeak are null.
+        reference_model: for the reference attack, with the same tokenizer.
+        fluency_model: name, path or text-classification pipeline; adds ``forget_fluency``, the share of forget
+            generations that it labels ``fluency_label``.
+        mia: which attacks to run; gradnorm costs a backward pass for each example.
+        max_new_tokens: bound on a generation.
+        batch_tokens: tokens per forward pass; decoding takes eight times as many.
+        progress: show a progress bar.
+
+    Returns:
+        Metric -> ``{"agg_value", "value_by_index": {"0": {...}, ...}}`` as in open-unlearning's logs, ready for JSON;
+        where ``agg_value`` is None, ``reason`` tells why. ``forget_quality_ks`` is the distance D behind the p-value
+        ``forget_quality``; ``palu`` holds benchmark, split, sizes, model, seconds and versions.
+
+    Raises:
+        ValueError: an unknown split or attack; retain results that do not fit; a tokenizer that does not;
+            log-probabilities that are not finite.
+        DataError: a row without a needed column.
+        TypeError: a model without a linear head.
+    """
+    started = time.perf_counter()
+    if unknown := [name for name in mia if name not in ATTACKS]:
+        raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
+    rows = load_tofu(forget, data)
+    if holdout is not None:
+        require(holdout, "holdout", _COLUMNS["holdout"], _MEND)
+        rows = replace(rows, holdout=[dict(row) for row in holdout])
+    sets: _Sets = {name: getattr(rows, name) for name in _COLUMNS}
+    answers = {name: _tokenise(texts, tokenizer) for name, texts in _texts(sets).items()}
+    for name, candidate in (("model", model), ("reference_model", reference_model)):
+        if candidate is not None:
+            check_model(candidate, tokenizer, answers["forget_Q_A_Prob"].examples[0], name)
+
+    metadata = {
+        "benchmark": "TOFU",
+        "split": None if isinstance(data, TofuData) else forget,
+        "examples": {name: len(of_set) for name, of_set in sets.items()},
+        "data_sha256": digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget]),
+        "max_new_tokens": max_new_tokens,
+        **fingerprint(model, tokenizer),
+    }
+    retain = None if retain_results is None else load_results(retain_results)
+    if retain is not None:  # before the work, not after it
+        compared = {"forget_truth_ratio": rows.forget}
+        if "min_k" in mia:
+            compared["mia_min_k of the holdout set"] = rows.holdout
+        check_retain(retain, metadata, {name: {str(i) for i in range(len(r))} for name, r in compared.items()})
+    classifier = None if fluency_model is None else FluencyClassifier(fluency_model, fluency_label, model.device)
+
+    attacks = [name for name in mia if rows.holdout and (name != "reference" or reference_model is not None)]
+    members = {name: answers[name] for name in _MEMBERS.values()} if attacks else {}
+    asked = {name: answers[f"{prefix}_Q_A_Prob"] for name, prefix in _PREFIX.items()}
+    work = _count(answers) + _count(asked) + len(rows.forget) * (classifier is not None)
+    work += _count(members) * len({"reference", "gradnorm"}.intersection(attacks))
+
+    with tqdm(total=work, desc="TOFU", disable=not progress) as bar, evaluating(model):
+        scores = _score(model, answers, batch_tokens, bar)
+        texts = _generate(model, tokenizer, asked, max_new_tokens, batch_tokens, bar)
+        results = _of_answers(sets, scores) | _of_generations(sets, texts)
+        found: dict[str, list[list[float]]] = {
+            name: [_membership(name, scores[m], answers[m].texts) for m in members]
+            for name in attacks
+            if name not in ("reference", "gradnorm")
+        }
+        if "gradnorm" in attacks:
+            found["gradnorm"] = [gradient_norms(model, of_set.examples, bar=bar) for of_set in members.values()]
+        if "reference" in attacks and reference_model is not None:
+            with evaluating(reference_model):
+                theirs = _score(reference_model, members, batch_tokens, bar)
+            found["reference"] = [
+                [ours.nll - other.nll for ours, other in zip(scores[m], theirs[m], strict=True)] for m in members
+            ]
+        verdicts = [] if classifier is None else classifier(texts["forget"], bar=bar)
+
+    results |= {f"mia_{name}": membership_entry(*found.get(name, ([], []))) for name in mia}
+    results |= {"privleak": {}, "forget_fluency": entry(verdicts)}
+    results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
+    return complete(results, retain, _reasons(sets, mia))
+
+
+# --- texts ---
+_Sets: TypeAlias = Mapping[str, Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The answers of one entry, tokenised with their questions."""
+
+    names: list[str]  # for errors
+    texts: list[str]
+    examples: list[Example]
+
+
+def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
+    """Entry -> (how to name it in an error, question, answer) of every answer to score."""
+    texts: dict[str, list[tuple[str, str, str]]] = {}
+    for name, prefix in _PREFIX.items():
+        for column in _COLUMNS[name][1:]:
+            texts[f"{prefix}_Q_A_{_SUFFIX[column]}"] = [
+                (f"{name} row {number} ({column})", row["question"], answer)
+                for number, row in enumerate(sets[name])
+                for answer in ([row[column]] if isinstance(row[column], str) else row[column])
+            ]
+    texts["holdout"] = [
+        (f"holdout row {number}", row["question"], row["answer"]) for number, row in enumerate(sets["holdout"])
+    ]
+    return texts
+
+
+def _tokenise(texts: Sequence[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase) -> _Answers:
+    rows = [{"question": question, "answer": answer} for _, question, answer in texts]
+    try:
+        examples = load_retain(rows, tokenizer, max_length=sys.maxsize).examples
+    except DataError:
+        for (name, _, _), row in zip(texts, rows, strict=True):  # which one is it?
+            try:
+                load_retain([row], tokenizer, max_length=sys.maxsize)
+            except DataError as error:
+                raise DataError(str(error).replace("retain row 0", name)) from None
+        raise
+    return _Answers([name for name, _, _ in texts], [answer for _, _, answer in texts], examples)
+
+
+def _count(answers: Mapping[str, _Answers]) -> int:
+    return sum(len(of_entry.examples) for of_entry in answers.values())
+
+
+# --- the model's part ---
+def _score(
+    model: PreTrainedModel, answers: Mapping[str, _Answers], batch_tokens: int, bar: tqdm
+) -> dict[str, list[TokenScores]]:
+    """Entry -> scores of its answers, all in one go, so that texts of one length meet in a batch."""
+    scores = iter(
+        token_scores(
+            model,
+            [example for of_entry in answers.values() for example in of_entry.examples],
+            [name for of_entry in answers.values() for name in of_entry.names],
+            batch_tokens=batch_tokens,
+            bar=bar,
+        )
+    )
+    return {name: list(islice(scores, len(of_entry.examples))) for name, of_entry in answers.items()}
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[str, _Answers],
+    max_new_tokens: int,
+    batch_tokens: int,
+    bar: tqdm,
+) -> dict[str, list[str]]:
+    """Set -> the model's answers to its questions."""
+    examples = [example for of_set in asked.values() for example in of_set.examples]
+    texts = iter(
+        generate(
+            model,
+            tokenizer,
+            [prompt_of(example) for example in examples],
+            # What ends the answers in training: a chat template has a terminator of its own.
+            {int(example.input_ids[-1]) for example in examples} | {int(tokenizer.eos_token_id)},
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            bar=bar,
+        )
+    )
+    return {name: [text.strip() for text in islice(texts, len(of_set.examples))] for name, of_set in asked.items()}
+
+
+# --- values ---
+def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results:
+    """Probabilities, truth ratios, exact memorisation and extraction strength of each example."""
+    results: Results = {}
+    for name in scores:
+        if name.endswith("_Prob"):
+            each = [{"prob": score.probability, "avg_loss": score.nll} for score in scores[name]]
+            if name.endswith("_PERT_Prob"):
+                of_set = next(sets[s] for s, prefix in _PREFIX.items() if name.startswith(f"{prefix}_"))
+                wrong = iter(each)
+                groups = [list(islice(wrong, len(row["perturbed_answer"]))) for row in of_set]
+                results[name] = entry(
+                    {key: [one[key] for one in group] for key in ("prob", "avg_loss")} for group in groups
+                )
+            else:
+                results[name] = entry(each)
+    for name in TRUTH_RATIOS:
+        results[name] = entry({"score": ratio} for ratio in truth_ratios(results, name).values())
+    for name in NORMALISED:
+        results[name] = entry({"prob": p} for p in normalised_probabilities(results, name).values())
+    # The end of sequence is no part of what was memorised.
+    correct = [score.correct[:-1].numpy() for score in scores["forget_Q_A_Prob"]]
+    results["exact_memorization"] = entry({"score": metrics.exact_memorization(one)} for one in correct)
+    results["extraction_strength"] = entry({"score": metrics.extraction_strength(one)} for one in correct)
+    return results
+
+
+def _of_generations(sets: _Sets, texts: Mapping[str, list[str]]) -> Results:
+    return {
+        f"{_PREFIX[name]}_Q_A_ROUGE": entry(
+            {**metrics.rouge(text, row["answer"]), "ground_truth": row["answer"], "generation": text}
+            for row, text in zip(sets[name], generations, strict=True)
+        )
+        for name, generations in texts.items()
+    }
+
+
+def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]) -> list[float]:
+    """An attack's score of each text, higher for a text that the model has not seen."""
+    if attack == "loss":
+        return [score.nll for score in scores]
+    if attack == "zlib":
+        return [metrics.zlib_score(score.nll, text) for score, text in zip(scores, texts, strict=True)]
+    return [min_k_scores(score)[attack] for score in scores]
+
+
+def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
+    """Metric -> why it is null, if it is."""
+    reasons = {
+        "forget_quality": NO_RETAIN,
+        "forget_quality_ks": NO_RETAIN,
+        "forget_fluency": "no fluency_model was given",
+        "privleak": NO_RETAIN_AUC,
+    }
+    for name, prefix in _PREFIX.items():
+        if not sets[name]:
+            entries = ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
+            reasons |= {f"{prefix}_{suffix}": f"there are no {name} rows" for suffix in entries}
+            reasons["model_utility"] = f"there are no {name} rows"
+    for name in ATTACKS:
+        reasons[f"mia_{name}"] = "no holdout rows were given" if not sets["holdout"] else "no reference_model was given"
+    if "min_k" not in mia:
+        reasons["privleak"] = "mia does not hold min_k"
+    elif not sets["holdout"]:
+        reasons["privleak"] = "no holdout rows were given"
+    return reasons
