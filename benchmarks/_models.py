@@ -89,7 +89,5 @@ def mean_nll(model: PreTrainedModel, items: Sequence[Item], device: torch.device
     labels = torch.cat([item.labels for item in items]).to(device)
     hidden = body_of(model)(**packed.inputs()).last_hidden_state[0]
     share = torch.full((len(rows),), 1 / len(rows), device=device)
-    total, _ = head_losses(
-        hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20
-    )
+    total, _ = head_losses(hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20)
     return total

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """The next stage would not fit."""
 
 
@@ -34,7 +34,7 @@ class Stages:
         path = self.folder / name
         if not path.exists():
             if self.deadline is not None and time.monotonic() + self.longest > self.deadline:
-                raise OutOfTime(name)
+                raise OutOfTimeError(name)
             started = time.monotonic()
             make(path)
             self.longest = max(self.longest, time.monotonic() - started)

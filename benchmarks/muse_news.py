@@ -6,8 +6,8 @@
 A model is taught the forget and the retain texts, another the retain texts alone (the reference of PrivLeak); then each
 method unlearns the forget texts. Stages are kept and resumed as in tofu_table.py.
 
-News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not begin
-a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "£55,000", "40%").
+News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
+begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _models import Loaded, Row, load, save, teach
-from _stages import OutOfTime, Stages
+from _stages import OutOfTimeError, Stages
 from _timing import report
 from _workload import DATA
 
@@ -47,8 +47,10 @@ SETS = (
     "privleak_forget",
     "privleak_holdout",
 )
-_SPAN = re.compile(r"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b)[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)*)")
-_SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"”)]*\s+|\n\s*|[\"“‘]\s*)$")
+_SPAN = re.compile(
+    r"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b)[A-Z][\w'\u2019-]*(?: [A-Z][\w'\u2019-]*)*)"
+)
+_SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"\u201d)]*\s+|\n\s*|[\"\u201c\u2018]\s*)$")
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         def make(path: Path) -> None:
             loaded = load(arguments.model)
             rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
-            teach(
-                plain(loaded), rows, epochs=preset.teach_epochs, batch_size=preset.batch_size, label=f"teach {name}"
-            )
+            teach(plain(loaded), rows, epochs=preset.teach_epochs, batch_size=preset.batch_size, label=f"teach {name}")
             save(loaded, path)
 
         return stages.path(name, make)
@@ -200,9 +200,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     """Columns of one evaluation, rounded."""
     values = {name: result[name]["agg_value"] for name in COLUMNS.values() if name in result}
     values["seconds"] = result.get("cost", {}).get("seconds")
-    return {
-        label: None if values[name] is None else round(values[name], 3) for label, name in COLUMNS.items()
-    }
+    return {label: None if values[name] is None else round(values[name], 3) for label, name in COLUMNS.items()}
 
 
 def main() -> None:
@@ -221,7 +219,7 @@ def main() -> None:
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
     try:
         rows = run(arguments)
-    except OutOfTime as stage:
+    except OutOfTimeError as stage:
         print(f"no time for stage {stage}; run the same command again to go on")
         raise SystemExit(3) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from _models import Loaded, Row, load, save, teach
-from _stages import OutOfTime, Stages
+from _stages import OutOfTimeError, Stages
 from _timing import machine
 from _workload import DATA
 
@@ -149,7 +149,11 @@ def unlearn(
         seed=seed,
     )
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return (model, tokenizer), {"seconds": result.summary["seconds"], "peak_gib": peak, "config": result.summary["config"]}
+    return (model, tokenizer), {
+        "seconds": result.summary["seconds"],
+        "peak_gib": peak,
+        "config": result.summary["config"],
+    }
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -291,7 +295,7 @@ def main() -> None:
     started = time.monotonic()
     try:
         rows = run(arguments)
-    except OutOfTime as stage:
+    except OutOfTimeError as stage:
         print(f"no time for stage {stage}; run the same command again to go on")
         raise SystemExit(3) from None
 

@@ -88,10 +88,10 @@ def prepare_environment() -> None:
 
 
 def jit_name() -> str:
-    """Name of the extension compiled just in time: one per torch version, device, sanitizer and sources."""
+    """Name of the extension compiled just in time: one per torch version, device, sanitizer, sources and their place."""
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(bytes(CSRC.resolve()))  # ninja would rebuild one checkout's for another's
     for path in [*headers(), *sources()]:
         digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
     version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])

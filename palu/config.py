@@ -167,10 +167,14 @@ class UnlearnConfig:
                 raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
         return dataclasses.replace(self, **overrides)
 
-    def value(self, field: str) -> float:
-        """A field's value; where it is None, what the objective's authors use."""
+    def value(self, field: str) -> Any:
+        """A field's value; where it is None, what the objective's authors use, if it has one."""
         given = getattr(self, field)
-        return {"gamma": 1.0, "lambda_retain": 1.0, **OBJECTIVES[self.objective]}[field] if given is None else given
+        return {"gamma": 1.0, "lambda_retain": 1.0, **OBJECTIVES[self.objective]}.get(field) if given is None else given
+
+    def values(self) -> dict[str, Any]:
+        """Every field's value."""
+        return {field.name: self.value(field.name) for field in dataclasses.fields(self)}
 
     @property
     def weights(self) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ def unlearn(
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "config": asdict(config) | dict(zip(("gamma", "lambda_kl", "lambda_retain"), config.weights, strict=True)),
+        "config": config.values(),
     }
     return UnlearnResult(model, history, summary)
 

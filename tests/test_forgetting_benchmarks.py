@@ -12,7 +12,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 sys.path.insert(0, str(BENCHMARKS))
 import muse_news  # noqa: E402
 import tofu_table  # noqa: E402
-from _stages import OutOfTime, Stages  # noqa: E402
+from _stages import OutOfTimeError, Stages  # noqa: E402
 
 has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is not in ../shared")
 has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-News is not in ../shared")
@@ -62,7 +62,7 @@ def test_a_stage_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
         return {}
 
     stages.results("first", lambda: takes(40))
-    with pytest.raises(OutOfTime, match="second"):  # 20 seconds are left, and the last one took 40
+    with pytest.raises(OutOfTimeError, match="second"):  # 20 seconds are left, and the last one took 40
         stages.results("second", lambda: takes(1))
     assert stages.results("first", lambda: takes(1)) == {}  # what is done can still be read
 
