@@ -88,7 +88,7 @@ def prepare_environment() -> None:
 
 
 def jit_name() -> str:
-    """Name of the extension compiled just in time: one per torch version, device, sanitizer, sources and their place."""
+    """Name of the extension compiled just in time: one per torch version, device, sanitizer, place and sources."""
     import torch
 
     digest = hashlib.sha256(bytes(CSRC.resolve()))  # ninja would rebuild one checkout's for another's

@@ -48,7 +48,7 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
     Stages(tmp_path, None, {"preset": "tiny"})
-    with pytest.raises(SystemExit, match="holds the stages of other settings.*another --output"):
+    with pytest.raises(SystemExit, match=r"holds the stages of other settings.*another --output"):
         Stages(tmp_path, None, {"preset": "full"})
 
 
@@ -109,11 +109,15 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
 @pytest.mark.parametrize("preset", list(tofu_table.PRESETS))
 def test_no_model_sees_the_holdout(preset: str) -> None:
     data = tofu_table.load_data(SHARED / "tofu", tofu_table.PRESETS[preset])
-    taught = {row["question"] for row in data.forget + data.retain}
+
+    def facts(rows: list[dict]) -> set[tuple[str, str]]:
+        return {(row["question"], row["answer"]) for row in rows}
+
+    taught = facts(data.forget + data.retain)
     assert len(taught) == len(data.forget) + len(data.retain)
-    assert taught.isdisjoint(row["question"] for row in data.evaluated.holdout)
-    assert {row["question"] for row in data.evaluated.forget} == {row["question"] for row in data.forget}
-    assert {row["question"] for row in data.evaluated.retain} <= {row["question"] for row in data.retain}
+    assert taught.isdisjoint(facts(data.evaluated.holdout))
+    assert facts(data.evaluated.forget) == facts(data.forget)
+    assert facts(data.evaluated.retain) <= facts(data.retain)
     assert all(row["alternate"] for row in data.forget)
     if preset == "full":
         assert (len(data.forget), len(data.retain), len(data.evaluated.holdout)) == (200, 3400, 400)
