@@ -49,8 +49,6 @@ SETS = (
 )
 _WORD = r"[A-Z][\w'\u2019-]*"
 _SPAN = re.compile(rf"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b){_WORD}(?: {_WORD})*)")
-    r"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b)[A-Z][\w'\u2019-]*(?: [A-Z][\w'\u2019-]*)*)"
-)
 _SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"\u201d)]*\s+|\n\s*|[\"\u201c\u2018]\s*)$")
 
 
