@@ -124,13 +124,14 @@ def palu_section(
 ) -> tuple[Tensor, ...]:
     """Gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    index, _, ref_hidden = batch.reference
     row_weight = [
         torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
         for weight, count in zip(config.weights, batch.counts[:3], strict=True)
     ]
     terms = (
-        LocalTerm(batch.ref_targets, config.target),
-        KLTerm(batch.ref_others, ref_head, reverse=config.kl_direction == "reverse"),
+        LocalTerm(index, config.target),
+        KLTerm(ref_hidden, ref_head, reverse=config.kl_direction == "reverse"),
         CrossEntropyTerm(batch.labels[len(batch.item) :]),
     )
     total, _ = head_losses(

@@ -65,10 +65,15 @@ def sections(size: dict[str, int], data: Path, device: torch.device) -> tuple[di
     [[[forget, retain]], _] = make_batches(data, vocab_size, 1, batch_size, batch_size, seed=0)
 
     items = forget_items(forget, config.n, vocab_size - 1)
-    scores = [torch.rand(item.targets, vocab_size, device=device) for item in items]
     cache = ReferenceCache(
-        [score.topk(config.top_k, sorted=False).indices.int().cpu() for score in scores],
-        [states(len(item.rows) - item.targets, like=weight).detach().cpu() for item in items],
+        [
+            (
+                torch.rand(item.targets, vocab_size).topk(config.top_k, sorted=False).indices.int(),
+                torch.ones(item.targets),
+                states(len(item.rows) - item.targets, like=weight).detach().cpu(),
+            )
+            for item in items
+        ]
     )
     [[batch]] = Feed(items, retain_items(retain), cache, config)
     hidden = states(len(batch.rows), like=weight)

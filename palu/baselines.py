@@ -100,7 +100,7 @@ class NPO(Baseline):
 
     def forget(self, logits: Tensor, batch: Batch, share: Tensor) -> Tensor:
         """The answer is the dispreferred one; DPO's others are the preferred answer's tokens."""
-        drop = nll(logits, batch.labels[: len(logits)]) - torch.cat([batch.ref_targets, batch.ref_others])
+        drop = nll(logits, batch.labels[: len(logits)]) - torch.cat(batch.reference)
         targets = batch.counts[0]
         sign = torch.cat([drop.new_ones(targets), -drop.new_ones(len(drop) - targets)])
         return self.preference(per_item(sign * drop, batch.item, batch.counts[3]), share)
@@ -174,17 +174,15 @@ class TPO(Baseline):
     def ask(ref_head: Head, config: UnlearnConfig) -> Ask:
         """The true token's logit at the sensitive tokens."""
 
-        def ask(targets: Tensor, others: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            return per_token(true_logit, targets, ref_head, labels, config.chunk_bytes), others.new_empty(
-                len(others), 0
-            )
+        def ask(targets: Tensor, others: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+            return (per_token(true_logit, targets, ref_head, labels, config.chunk_bytes),)
 
         return ask
 
     def forget(self, logits: Tensor, batch: Batch, share: Tensor) -> Tensor:
         """See the module's table; examples without a sensitive token have only the second part."""
         targets, labels = batch.counts[0], batch.labels[: len(logits)]
-        gap = batch.ref_targets - true_logit(logits[:targets], labels[:targets])
+        gap = batch.reference[0] - true_logit(logits[:targets], labels[:targets])
         total, tokens = (
             per_item(values, batch.item[:targets], batch.counts[3]) for values in (gap, torch.ones_like(gap))
         )

@@ -21,16 +21,15 @@ from palu.packing import Item, pack
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
 
-# (states of the target rows [a, d], of the other rows [b, d], their labels [a] and [b]) -> ([a, ...], [b, ...])
-Ask: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (states of an item's target rows [a, d] and other rows [b, d], their labels [a] and [b]) -> answers, a row each
+Ask: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
     """What the reference says of each forget item, on the host."""
 
-    targets: list[Tensor]  # per item, of its target rows; for PALU int32 [onset, K]: the K highest logits
-    others: list[Tensor]  # per item, of its other rows; for PALU [ordinary, d]: the last hidden states
+    answers: list[tuple[Tensor, ...]]  # per item; see the objective's ``ask``
 
 
 @torch.no_grad()
@@ -47,12 +46,8 @@ def build_cache(
         progress: show a progress bar.
     """
     if ask is None:
-        return ReferenceCache(
-            [torch.empty(item.targets, 0) for item in items],
-            [torch.empty(len(item.rows) - item.targets, 0) for item in items],
-        )
-    targets: list[Tensor] = [torch.empty(0)] * len(items)
-    others: list[Tensor] = [torch.empty(0)] * len(items)
+        return ReferenceCache([()] * len(items))
+    answers: list[tuple[Tensor, ...]] = [()] * len(items)
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
         for group in _groups(items):
             packed = pack([items[i] for i in group])
@@ -60,17 +55,13 @@ def build_cache(
             starts = accumulate((len(items[i].input_ids) for i in group), initial=0)
             for i, start in zip(group, starts, strict=False):
                 item = items[i]
+                split = [item.targets, len(item.rows) - item.targets]
                 rows, labels = (item.rows + start).to(device), item.labels.to(device)
-                # Two copies, not two views of one: what is kept must not keep the other rows alive.
-                answers = ask(
-                    states[rows[: item.targets]],
-                    states[rows[item.targets :]],
-                    labels[: item.targets],
-                    labels[item.targets :],
-                )
-                targets[i], others[i] = (answer.cpu() for answer in answers)
+                # Copies, not views of one: what is kept must not keep the other rows alive.
+                parts = (states[part] for part in rows.split(split))
+                answers[i] = tuple(answer.cpu() for answer in ask(*parts, *labels.split(split)))
             bar.update(len(group))
-    return ReferenceCache(targets, others)
+    return ReferenceCache(answers)
 
 
 def _groups(items: Sequence[Item]) -> Iterator[list[int]]:

@@ -44,6 +44,8 @@ class UnlearnConfig:
             clamped to the vocabulary.
         target: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
             gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
+        normalize: divide each onset token's local entropy loss by its value for the reference, so that it starts at
+            1 whatever the scale of the model's logits; False: the published loss.
         gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
@@ -75,6 +77,7 @@ class UnlearnConfig:
     n: int = 3
     top_k: int = 5000
     target: str | float = "global_mean"
+    normalize: bool = False
     gamma: float | None = None
     lambda_kl: float = 1.0
     lambda_retain: float | None = None
@@ -126,6 +129,7 @@ class UnlearnConfig:
             "target",
             f"give one of {', '.join(TARGETS)}, or a finite number",
         )
+        require(isinstance(self.normalize, bool), "normalize", "give True or False")
         require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
         require(self.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"give one of {', '.join(LR_SCHEDULERS)}")
         for field in ("gamma", "lambda_retain"):

@@ -72,13 +72,13 @@ class Feed:
             return [part[: item.targets] for part, item in by_item] + [part[item.targets :] for part, item in by_item]
 
         targets, others = sum(i.targets for i in items), sum(len(i.rows) - i.targets for i in items)
+        answers = [self.cache.answers[i] for i in forget] or [tuple(part[:0] for part in self.cache.answers[0])]
         batch = Batch(
             packed,
             rows=torch.cat(targets_first(own) + rows[len(items) :]),
             labels=torch.cat(targets_first([item.labels for item in items]) + [item.labels for item in kept]),
             item=torch.cat(targets_first(whose)),
-            ref_targets=torch.cat([self.cache.targets[i] for i in forget] or [self.cache.targets[0][:0]]),
-            ref_others=torch.cat([self.cache.others[i] for i in forget] or [self.cache.others[0][:0]]),
+            reference=tuple(map(torch.cat, zip(*answers, strict=True))),
             counts=(targets, others, sum(len(item.rows) for item in kept), len(forget)),
         )
         return batch.pin_memory() if self.pin_memory else batch

@@ -18,7 +18,7 @@ from palu.cache import Ask
 from palu.config import UnlearnConfig
 from palu.data import Example
 from palu.losses import CrossEntropyTerm, Head, KLTerm, LocalTerm, head_losses
-from palu.ops import weight_mean
+from palu.ops import topk_mse, weight_mean
 from palu.packing import Batch, Item, forget_items
 from palu.reference import acc_dtype
 
@@ -123,33 +123,43 @@ class PaluObjective(Objective):
 
     @staticmethod
     def ask(ref_head: Head, config: UnlearnConfig) -> Ask:
-        """Of an onset row, the indices [K] of its highest logits (int32); of an ordinary row, its hidden state."""
-        vocab_size = ref_head.weight.shape[0]
+        """The indices of an onset row's highest logits (int32 [onset, K]), and what their loss is divided by ([onset]);
+        an ordinary row's last hidden state ([ordinary, d])."""
+        k = min(config.top_k, ref_head.weight.shape[0])
         rows = _rows_of_logits(ref_head, config.chunk_bytes)
 
-        def ask(onset: Tensor, ordinary: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-            top = [
-                F.linear(chunk, *ref_head).topk(min(config.top_k, vocab_size), dim=-1, sorted=False).indices.int()
-                for chunk in onset.split(rows)
-            ]
-            return torch.cat(top), ordinary
+        def ask(onset: Tensor, ordinary: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+            chunks = [_highest(as_accumulated(F.linear(chunk, *ref_head)), k, config) for chunk in onset.split(rows)]
+            return *map(torch.cat, zip(*chunks, strict=True)), ordinary
 
         return ask
 
     def losses(self, hidden: Tensor, head: Head, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
         """(total, [local, kl, retain])."""
         config, counts = self.config, batch.counts[:3]
+        index, scale, ref_hidden = batch.reference
         parts = zip(config.weights, share[:3], counts, strict=True)
-        row_weight = torch.cat([(weight * part).expand(n) for weight, part, n in parts])
+        of_local, *of_others = [(weight * part).expand(n) for weight, part, n in parts]
+        row_weight = torch.cat([of_local / scale, *of_others])
         terms = (
-            LocalTerm(batch.ref_targets, config.target),
-            KLTerm(batch.ref_others, self.ref_head, reverse=config.kl_direction == "reverse"),
+            LocalTerm(index, config.target),
+            KLTerm(ref_hidden, self.ref_head, reverse=config.kl_direction == "reverse"),
             CrossEntropyTerm(batch.labels[counts[0] + counts[1] :]),
         )
         total, losses = head_losses(
             hidden, head, terms, row_weight, chunk_bytes=config.chunk_bytes, weight_mean=self.weight_mean
         )
-        return total, torch.stack([part.sum() for part in losses.split(counts)]) * share[:3]
+        local, kl, retain = losses.split(counts)
+        return total, torch.stack([(local / scale).sum(), kl.sum(), retain.sum()]) * share[:3]
+
+
+def _highest(logits: Tensor, k: int, config: UnlearnConfig) -> tuple[Tensor, Tensor]:
+    """Of the reference's logits [r, V], the indices of the K highest, and the local loss, 1 where it does not scale."""
+    index = logits.topk(k, dim=-1, sorted=False).indices.int()
+    if not config.normalize:
+        return index, logits.new_ones(len(logits))
+    loss = topk_mse(logits, index, config.target)
+    return index, loss.where(loss > 0, 1)  # K = 1 with the local mean has nothing to flatten
 
 
 @torch.no_grad()

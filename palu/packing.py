@@ -125,8 +125,7 @@ class Batch:
     rows: Tensor  # int64 [targets + others + retain], in this order
     labels: Tensor  # int64, as rows: the true tokens
     item: Tensor  # int64 [targets + others]: which forget item of the batch a row belongs to
-    ref_targets: Tensor  # [targets, ...]: what the objective asked the reference of each target row
-    ref_others: Tensor  # [others, ...]: and of each other row
+    reference: tuple[Tensor, ...]  # what the objective asked the reference of them, item after item
     counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items
 
     def to(self, device: torch.device) -> Batch:
@@ -142,6 +141,8 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply a function to every tensor of a (nested) dataclass."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return tuple(map(function, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value)(*(_map(function, getattr(value, field.name)) for field in dataclasses.fields(value)))
     return value

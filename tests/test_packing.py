@@ -213,8 +213,9 @@ def test_cache_holds_what_the_reference_says(
     with using_packed_attention(model):
         ask = PaluObjective.ask(head_of(model), UnlearnConfig(top_k=top_k, chunk_bytes=chunk_bytes))
         cache = build_cache(body_of(model), device, items, ask)
-    assert len(cache.targets) == len(cache.others) == len(items)
-    for item, index, hidden in zip(items, cache.targets, cache.others, strict=True):
+    assert len(cache.answers) == len(items)
+    for item, (index, scale, hidden) in zip(items, cache.answers, strict=True):
+        assert scale.tolist() == [1] * item.targets
         with torch.no_grad():
             output = model(input_ids=item.input_ids[None].to(device), output_hidden_states=True)
         onset, ordinary = item.rows.split([item.targets, len(item.rows) - item.targets])
@@ -241,7 +242,7 @@ def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], Refe
         kept.append(Item(ids, torch.arange(1, len(ids) - 1), ids[2:]))
     index = [torch.full((item.targets, 2), number).int() for number, item in enumerate(items)]
     hidden = [torch.full((len(item.rows) - item.targets, 3), float(number)) for number, item in enumerate(items)]
-    return items, kept, ReferenceCache(index, hidden)
+    return items, kept, ReferenceCache(list(zip(index, hidden, strict=True)))
 
 
 def feed(forget: int, retain: int, *, process_index: int = 0, num_processes: int = 1, **config: int) -> Feed:
@@ -322,8 +323,9 @@ def test_a_batch_tells_every_row_its_role() -> None:
             # Labels, indices and hidden states come from the example that the row lies in.
             assert torch.equal(batch.labels, tokens[onset + ordinary + kept])
             assert torch.equal(torch.tensor(chosen)[batch.item], tokens[onset + ordinary])
-            assert torch.equal(batch.ref_targets[:, 0].long(), tokens[onset])
-            assert torch.equal(batch.ref_others[:, 0].long(), tokens[ordinary])
+            index, hidden = batch.reference
+            assert torch.equal(index[:, 0].long(), tokens[onset])
+            assert torch.equal(hidden[:, 0].long(), tokens[ordinary])
 
 
 def test_a_batch_of_pairs_tells_every_row_its_pair() -> None:
@@ -334,9 +336,7 @@ def test_a_batch_of_pairs_tells_every_row_its_pair() -> None:
         for example in which:
             example.labels[: 1 + example.row % 2] = IGNORE
     items = pair_items(lose, [*win[1:], win[0]])  # of different lengths
-    cache = ReferenceCache(
-        [item.labels[: item.targets, None] for item in items], [item.labels[item.targets :, None] for item in items]
-    )
+    cache = ReferenceCache([(i.labels[: i.targets, None], i.labels[i.targets :, None]) for i in items])
     seen = []
     for step in Feed(items, kept, cache, UnlearnConfig(batch_size=3)):
         for batch in step:
@@ -345,7 +345,7 @@ def test_a_batch_of_pairs_tells_every_row_its_pair() -> None:
             assert len(batch.rows) == targets + others + retain
             own = batch.labels[: targets + others]
             assert torch.equal(batch.labels, tokens[batch.rows + 1])
-            assert torch.equal(torch.cat([batch.ref_targets, batch.ref_others])[:, 0], own)
+            assert torch.equal(torch.cat(batch.reference)[:, 0], own)
             # Which pair: a target says so itself, an other is the next number's, 100 higher.
             number = torch.cat([own[:targets], (own[targets:] - 101) % 7])
             chosen = [int(number[batch.item == i][0]) for i in range(count)]
