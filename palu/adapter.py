@@ -61,6 +61,8 @@ def check_adapter(name: str, model: Any) -> None:
     if not is_peft(model):
         return
     configs: dict[str, Any] = model.peft_config
+    if not configs:
+        raise ValueError(f"{name} is a {type(model).__name__} without any adapter; use get_base_model() of it")
     for config in configs.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
@@ -70,10 +72,10 @@ def check_adapter(name: str, model: Any) -> None:
                 f"{name} has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
             )
     base = base_of(model)
-    head = base.get_output_embeddings()
-    if head is None:
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    head_weight = None if head is None else getattr(_inner(head), "weight", None)
+    if head_weight is None:  # no causal language model: for others to report
         return
-    head_weight = _inner(head).weight
     for path, module in base.named_modules():
         wrapped = _inner(module)
         if wrapped is not module and getattr(wrapped, "weight", None) is head_weight:

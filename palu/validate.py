@@ -23,8 +23,8 @@ def check_models(
     for name, candidate in (("model", model), ("ref_model", ref_model)):
         if candidate is None and name == "ref_model":
             continue
-        base = base_of(candidate)
         check_adapter(name, candidate)
+        base = base_of(candidate)
         if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
             raise TypeError(
                 f"{name} is a {type(candidate).__name__}, which is not a causal language model with a linear head; "
