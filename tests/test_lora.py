@@ -117,8 +117,9 @@ def test_reentrant_checkpoints_train_the_adapter_too() -> None:
     assert input_hooks(model) == 0
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_without_gradients_at_the_input_they_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trap exists: the test above would notice it."""
+    """The trap is there: the test above would notice it."""
     monkeypatch.setattr(LlamaForCausalLM, "enable_input_require_grads", lambda _: None)
     model = tiny_lora()
     checkpoint_reentrantly(model)
