@@ -67,7 +67,7 @@ def check_adapter(name: str, model: Any) -> None:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise TypeError(f"{name} has an adapter of PEFT type {kind}; palu works with LoRA (peft.LoraConfig)")
-        if config.alora_invocation_tokens:
+        if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 f"{name} has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
             )
