@@ -35,9 +35,10 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def is_adapter_parameter(name: str, adapter: str = "[^.]+") -> bool:
-    """Whether a parameter's name is one that PEFT gives to those of an adapter."""
-    return re.search(rf"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{adapter}(\.|$)", name) is not None
+def is_adapter_parameter(name: str, adapter: str) -> bool:
+    """Whether a parameter's name is one that PEFT gives to those of this adapter."""
+    kinds = r"lora_\w+|modules_to_save|trainable_tokens_\w+"
+    return re.search(rf"\.({kinds})\.{re.escape(adapter)}(\.|$)", name) is not None
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def check_trainable(model: CausalLM, own_reference: bool) -> None:
     if status.enabled is not True:
         raise ValueError(f"the adapter {adapter!r} is disabled; call base_model.enable_adapter_layers()")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    own = [name for name in trainable if is_adapter_parameter(name, re.escape(adapter))]
+    own = [name for name in trainable if is_adapter_parameter(name, adapter)]
     if not own:
         raise ValueError(
             f"no parameter of the adapter {adapter!r} requires a gradient, so nothing could be unlearned; "
