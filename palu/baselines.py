@@ -25,8 +25,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from palu.adapter import CausalLM
 from palu.cache import Ask
 from palu.config import UnlearnConfig
 from palu.data import Example
@@ -136,7 +136,7 @@ class PDU(Baseline):
     after each micro-batch; here after each optimisation step, by the exact retain loss.
     """
 
-    def __init__(self, model: PreTrainedModel, ref_head: Head | None, config: UnlearnConfig):
+    def __init__(self, model: CausalLM, ref_head: Head | None, config: UnlearnConfig):
         super().__init__(model, ref_head, config)
         self.weight = float(config.value("lambda_retain"))
 

@@ -68,6 +68,8 @@ class UnlearnConfig:
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
+        merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
+            ``PeftModel`` that was passed in must not be used any more.
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
         seed: of the data order and of any dropout.
         progress: show a progress bar.
@@ -102,6 +104,7 @@ class UnlearnConfig:
     stop_probability: float | None = None
 
     gradient_checkpointing: bool = False
+    merge_adapter: bool = False
     chunk_bytes: int = 256 * 2**20
     seed: int = 0
     progress: bool = True

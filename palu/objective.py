@@ -12,8 +12,8 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from palu.adapter import CausalLM, base_of
 from palu.cache import Ask
 from palu.config import UnlearnConfig
 from palu.data import Example
@@ -44,7 +44,7 @@ class Objective(nn.Module):
     needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
     needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head
 
-    def __init__(self, model: PreTrainedModel, ref_head: Head | None, config: UnlearnConfig):
+    def __init__(self, model: CausalLM, ref_head: Head | None, config: UnlearnConfig):
         super().__init__()
         self.model = model
         self.ref_head = ref_head
@@ -109,7 +109,7 @@ class PaluObjective(Objective):
     needs_ref_head = True
     ref_head: Head
 
-    def __init__(self, model: PreTrainedModel, ref_head: Head, config: UnlearnConfig):
+    def __init__(self, model: CausalLM, ref_head: Head, config: UnlearnConfig):
         super().__init__(model, ref_head, config)
         head = head_of(model)
         self.weight_mean = None if head.weight.requires_grad else weight_mean(head.weight)
@@ -186,12 +186,12 @@ def _rows_of_logits(head: Head, chunk_bytes: int) -> int:
     return max(chunk_bytes // (head.weight.shape[0] * 4), 1)
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
+def body_of(model: CausalLM) -> nn.Module:
     """The decoder without its head."""
-    return model.get_decoder()
+    return base_of(model).get_decoder()
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: CausalLM) -> Head:
     """The output layer's weight [V, d] and bias."""
-    layer = model.get_output_embeddings()
+    layer = base_of(model).get_output_embeddings()
     return Head(layer.weight, getattr(layer, "bias", None))

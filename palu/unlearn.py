@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from palu.adapter import CausalLM, base_of, is_peft, without_adapter
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
 from palu.cache import ReferenceCache, build_cache
@@ -35,7 +36,7 @@ from palu.validate import check_linear_head, check_models, check_sets
 class UnlearnResult:
     """What :func:`unlearn` returns."""
 
-    model: PreTrainedModel  # the model that was passed in, trained in place
+    model: CausalLM  # the one passed in, trained in place; with merge_adapter, its base with the adapter merged
     history: list[dict[str, float]]  # one record per optimisation step
     summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
 
@@ -58,8 +59,8 @@ class DivergenceError(RuntimeError):
 
 
 def unlearn(
-    model: PreTrainedModel,
-    ref_model: PreTrainedModel | None,
+    model: CausalLM,
+    ref_model: CausalLM | None,
     forget: Any,
     retain: Any,
     *,
@@ -70,8 +71,11 @@ def unlearn(
     """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
 
     Args:
-        model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states.
-        ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body.
+        model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states; or a
+            ``peft.PeftModel`` of one with a LoRA adapter, of which only the adapter is trained.
+        ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
+            ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
+            back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
         forget: examples with ``spans``: a path to JSONL, a list of dicts, a ``datasets.Dataset``, or tokenised
             tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms; ``None`` or empty needs ``lambda_retain=0``.
@@ -91,6 +95,8 @@ def unlearn(
     method = OBJECTIVES[config.objective]
     accelerator = Accelerator()
     check_models(model, ref_model, tokenizer, accelerator)
+    if config.merge_adapter and not is_peft(model):
+        raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
 
     # Text to tokens with roles. Every complaint about the data comes before anything is changed.
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
@@ -196,26 +202,36 @@ def unlearn(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "config": config.values(),
     }
+    if config.merge_adapter:
+        unlearned: Any = model.merge_and_unload()  # type: ignore[operator]
+        return UnlearnResult(unlearned, history, summary)
     return UnlearnResult(model, history, summary)
 
 
 def consult(
-    ref_model: PreTrainedModel,
-    model: PreTrainedModel,
+    ref_model: CausalLM,
+    model: CausalLM,
     to_forget: list[Item],
     method: type[Objective],
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Ask the reference everything once; return its answers and the head if it is needed, and send its body back."""
+    """Ask the reference everything once; return its answers and the head if it is needed, and send its body back.
+
+    Where the reference is the model itself, it is asked without its adapter, if it has one.
+    """
     if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
         return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
     home = ref_model.device
     training = ref_model.training
     ref_model.to(accelerator.device).eval()
     weight, bias = head_of(ref_model)
-    with accelerator.autocast(), using_packed_attention(ref_model, accelerator.mixed_precision):
+    with (
+        accelerator.autocast(),
+        using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
+        without_adapter(ref_model) if ref_model is model else nullcontext(),
+    ):
         cache = build_cache(
             body_of(ref_model),
             accelerator.device,
@@ -241,23 +257,29 @@ def consult(
 
 
 @contextmanager
-def ready_to_train(model: PreTrainedModel, config: UnlearnConfig, accelerator: Accelerator) -> Iterator[None]:
+def ready_to_train(model: CausalLM, config: UnlearnConfig, accelerator: Accelerator) -> Iterator[None]:
     """Training mode, packed attention, gradient checkpointing as configured; all are put back on leaving."""
-    training = model.training
-    switch = config.gradient_checkpointing and not any(
-        getattr(m, "gradient_checkpointing", False) for m in model.modules()
-    )
+    training, base = model.training, base_of(model)
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    switch = config.gradient_checkpointing and not checkpointed
     # transformers 5 is renaming gradient checkpointing to activation checkpointing.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    hooks = getattr(base, "_require_grads_hooks", None)
     model.train()
     if switch:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    # A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
+    if (switch or checkpointed) and not getattr(base, "_require_grads_hooks", None):
+        base.enable_input_require_grads()
     try:
-        with using_packed_attention(model, accelerator.mixed_precision):
+        with using_packed_attention(base, accelerator.mixed_precision):
             yield
     finally:
         if switch:
-            getattr(model, f"{name}_checkpointing_disable")()
+            getattr(base, f"{name}_checkpointing_disable")()
+        if getattr(base, "_require_grads_hooks", None) is not hooks:
+            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
+            base._require_grads_hooks = hooks or []
         model.train(training)
 
 

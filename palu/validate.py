@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palu.adapter import CausalLM, base_of, check_adapter, check_trainable, is_peft
 from palu.config import UnlearnConfig
 from palu.data import DataError, Examples
 from palu.objective import body_of, head_of
 
 
 def check_models(
-    model: PreTrainedModel,
-    ref_model: PreTrainedModel | None,
+    model: CausalLM,
+    ref_model: CausalLM | None,
     tokenizer: PreTrainedTokenizerBase | None,
     accelerator: Accelerator,
 ) -> None:
@@ -22,15 +23,21 @@ def check_models(
     for name, candidate in (("model", model), ("ref_model", ref_model)):
         if candidate is None and name == "ref_model":
             continue
-        if not isinstance(candidate, PreTrainedModel) or not isinstance(
-            candidate.get_output_embeddings(), torch.nn.Linear
-        ):
+        check_adapter(name, candidate)
+        base = base_of(candidate)
+        if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
             raise TypeError(
                 f"{name} is a {type(candidate).__name__}, which is not a causal language model with a linear head; "
                 "load it with AutoModelForCausalLM.from_pretrained"
             )
+    check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
+    if is_peft(model) and ref_model is not None and base_of(ref_model) is base_of(model):
+        raise ValueError(
+            "ref_model has the model's adapter in it, since PEFT puts it there; "
+            "pass None to use the model without its adapter"
+        )
     if ref_model is model:
         raise ValueError(
             "ref_model is the model itself, which training would change; pass None to use its starting weights"
@@ -53,7 +60,7 @@ def check_models(
         )
 
 
-def check_sets(model: PreTrainedModel, forget: Examples, retain: Examples, config: UnlearnConfig) -> None:
+def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig) -> None:
     """Raise DataError where the sets do not fit the model or the settings."""
     if not retain.examples and (weight := config.value("lambda_retain")):
         raise DataError(
@@ -71,8 +78,9 @@ def check_sets(model: PreTrainedModel, forget: Examples, retain: Examples, confi
 
 
 @torch.no_grad()
-def check_linear_head(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
     """Raise ValueError where logits are not ``hidden @ weight.T + bias`` (scaled or soft-capped heads)."""
+    model = base_of(model)
     ids = input_ids[None, :8].to(model.device)
     training = model.training
     model.eval()  # dropout would draw differently in the two passes

@@ -222,7 +222,7 @@ def print_table(title: str, items: Facts, before: Answers, after: Answers) -> No
 def write_records(
     output: Path, result: palu.UnlearnResult, tokenizer: PreTrainedTokenizerBase, outcome: dict[str, Any]
 ) -> None:
-    result.model.save_pretrained(output)
+    result.model.save_pretrained(str(output))
     tokenizer.save_pretrained(output)
     with open(output / "history.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in result.history)

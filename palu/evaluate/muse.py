@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from palu.adapter import CausalLM, base_of
 from palu.data import DataError, Example, load_retain
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
@@ -70,7 +71,7 @@ def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | 
 
 
 def muse_news(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None,
     *,
@@ -114,6 +115,7 @@ def muse_news(
         for side, name in sides.items()
     }
     check_model(model, tokenizer, texts["forget"][0])
+    model = base_of(model)
     recited = raw_examples(
         [row["prompt"] for row in sets["verbmem_forget"]], tokenizer, "verbmem_forget", max_length=max_length
     )

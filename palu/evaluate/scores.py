@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import palu
+from palu.adapter import base_of, check_adapter
 from palu.attention import using_packed_attention
 from palu.data import IGNORE, DataError, Example
 from palu.evaluate import metrics
@@ -66,7 +67,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
     """Raise TypeError or ValueError where a model cannot be scored, or not with this tokenizer."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    check_adapter(name, model)
+    base = base_of(model)
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     if not isinstance(head, nn.Linear):
         raise TypeError(
             f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
@@ -134,9 +137,10 @@ def min_k_scores(score: TokenScores) -> dict[str, float]:
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
     """2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
 
+    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged.
     The parameters' own gradients and ``requires_grad`` flags stay as they were.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]
     flags = [p.requires_grad for p in parameters]
     norms = []
     try:

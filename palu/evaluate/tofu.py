@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palu.adapter import CausalLM, base_of
 from palu.data import DataError, Example, load_retain
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
@@ -124,14 +125,14 @@ def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData 
 
 
 def tofu(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     forget: str = "forget05",
     data: str | os.PathLike[str] | TofuData | None = None,
     *,
     retain_results: Source | None = None,
     holdout: Sequence[Row] | None = None,
-    reference_model: PreTrainedModel | None = None,
+    reference_model: CausalLM | None = None,
     fluency_model: Any = None,
     fluency_label: str = LABEL,
     mia: Sequence[str] = ATTACKS,
@@ -145,7 +146,8 @@ def tofu(
     for rounding; generations are greedy. Formulas and papers: :mod:`palu.evaluate.metrics`.
 
     Args:
-        model: a causal language model with a linear head, on its device; afterwards as it was.
+        model: a causal language model with a linear head, or a ``peft.PeftModel`` of one with LoRA, on its device;
+            afterwards as it was.
         tokenizer: its fast tokenizer; a chat template is used where there is one (see :mod:`palu.data`).
         forget, data: see :func:`load_tofu`. With TofuData given, ``forget`` is not used.
         retain_results: this function's results, or open-unlearning's log, for the model trained without the forget
@@ -183,6 +185,7 @@ def tofu(
     for name, candidate in (("model", model), ("reference_model", reference_model)):
         if candidate is not None:
             check_model(candidate, tokenizer, answers["forget_Q_A_Prob"].examples[0], name)
+    model, reference_model = base_of(model), None if reference_model is None else base_of(reference_model)
 
     metadata = {
         "benchmark": "TOFU",
