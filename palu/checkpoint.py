@@ -132,6 +132,7 @@ class Checkpoints:
         self.running, self.saved = True, 0
         if self.folder is None or not (existing := self._steps()):
             return []
+        self._tidy()  # a kill may have come between writing and tidying
         tensors, about = self._read(existing[-1], tensors=True)
         trained = _trainable(model)
         moments: dict[int, dict[str, Tensor]] = {}
@@ -175,9 +176,7 @@ class Checkpoints:
         path = self.folder / f"step-{len(history):08}.safetensors"
         self._write(path, tensors, {"history": history, "scheduler": self.scheduler.state_dict()})
         self.saved = len(history)
-        if self.accelerator.is_main_process:
-            for old in self._steps()[:-KEPT]:
-                old.unlink()
+        self._tidy()
 
     def __enter__(self) -> Checkpoints:
         """Take Ctrl-C over, where it would raise KeyboardInterrupt wherever the program happens to be."""
@@ -218,6 +217,13 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         """The checkpoints, oldest first."""
         return [] if self.folder is None else sorted(self.folder.glob("step-*.safetensors"))
+
+    def _tidy(self) -> None:
+        """Drop all but the newest checkpoints, and what a killed run left unfinished."""
+        if self.folder is not None and self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+            for old in self._steps()[:-KEPT]:
+                old.unlink()
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a file so that after a kill or a power cut it is there whole or not at all."""
@@ -290,27 +296,27 @@ def describe_run(
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
     }
-    fingerprints = {
+    models = {
         "model": fingerprint_model(model),
         "ref_model": None if ref_model is None else fingerprint_model(ref_model),
         "choice of trainable parameters": _digest(sorted(_trainable(model))),
-        "tokenised forget set": _digest(forget),
-        "tokenised retain set": _digest(retain),
     }
+    data = {"tokenised forget set": _digest(forget), "tokenised retain set": _digest(retain)}
     # As JSON gives it back: numbers of NumPy become Python's.
-    return json.loads(json.dumps({"settings": settings, "fingerprints": fingerprints}, default=float))
+    return json.loads(json.dumps({"settings": settings, "models": models, "data": data}, default=float))
 
 
 def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What differs between two descriptions of a run, in words."""
 
-    def pairs(part: str) -> list[tuple[str, Any, Any]]:
-        names = saved[part] | current[part]
-        return [(name, saved[part].get(name), current[part].get(name)) for name in names]
+    def differing(part: str) -> list[str]:
+        return [name for name in saved[part] | current[part] if saved[part].get(name) != current[part].get(name)]
 
-    return [f"{name} was {old!r} and is {new!r}" for name, old, new in pairs("settings") if old != new] + [
-        f"the {name} is another one" for name, old, new in pairs("fingerprints") if old != new
-    ]
+    old, new = saved["settings"], current["settings"]
+    words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differing("settings")]
+    # Another setting also makes other items of the same data: then those say nothing.
+    parts = ("models",) if words else ("models", "data")
+    return words + [f"the {name} is another one" for part in parts for name in differing(part)]
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
