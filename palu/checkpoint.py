@@ -108,10 +108,8 @@ class Checkpoints:
         if self.folder is None or not self.resumes or not (path := self.folder / "reference.safetensors").exists():
             return None
         tensors, _ = self._read(path, tensors=True)
-        count = len(tensors) // 2
-        return ReferenceCache(
-            [tensors[f"targets.{i}"] for i in range(count)], [tensors[f"others.{i}"] for i in range(count)]
-        )
+        items = range(len(tensors) // 2)
+        return ReferenceCache(*([tensors[f"{rows}.{i}"].clone() for i in items] for rows in ("targets", "others")))
 
     def keep_reference(self, cache: ReferenceCache) -> None:
         """Write the reference's answers: the weights they came from may not outlive the first step."""
@@ -141,7 +139,7 @@ class Checkpoints:
                 parameter.copy_(tensors[f"model.{name}"])
                 # A parameter that no gradient has reached has none.
                 prefix = f"adamw.{name}."
-                moments[i] = {key: tensors[prefix + key] for key in ADAMW if prefix + key in tensors}
+                moments[i] = {key: tensors[prefix + key].clone() for key in ADAMW if prefix + key in tensors}
         groups = optimizer.state_dict()["param_groups"]
         scheduler.load_state_dict(about["scheduler"])
         for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
@@ -249,7 +247,10 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _read(self, path: Path, *, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A file's tensors (if asked for) and header, having checked that it is whole and this run's."""
+        """A file's tensors (if asked for) and header, having checked that it is whole and this run's.
+
+        The tensors are mapped into memory, not read: clone what is kept longer than the file.
+        """
         older = [p for p in self._steps() if p < path]
         if path.name.startswith("step-"):
             without = f"resume from {older[-1]}" if older else "start from the beginning"
@@ -258,8 +259,7 @@ class Checkpoints:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("palu", "null"))
-                # Cloned: the file is only mapped into memory, and at addresses that suit no vector unit.
-                loaded = {name: file.get_tensor(name).clone() for name in file.keys()} if tensors else {}  # noqa: SIM118
+                loaded = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it to {without}") from error
         if not isinstance(header, dict):
@@ -324,7 +324,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
-    return _digest([json.dumps(config, sort_keys=True, default=str), model.state_dict()])
+    weights = dict(model.named_parameters()), dict(model.named_buffers())  # tied ones once
+    return _digest([json.dumps(config, sort_keys=True, default=str), *weights])
 
 
 def _digest(value: Any) -> str:
