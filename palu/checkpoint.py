@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -201,8 +202,8 @@ class Checkpoints:
         if self.interrupted or not self.running:
             signal.default_int_handler(number, frame)
         self.interrupted = True
-        # Not print: the interrupted code may be printing.
-        os.write(2, b"\ninterrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n")
+        with suppress(OSError):  # not print: the interrupted code may be printing
+            os.write(2, b"\ninterrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n")
 
     def _stop_if_interrupted(self) -> None:
         if self.interrupted:
@@ -221,7 +222,7 @@ class Checkpoints:
         if self.folder is not None and self.accelerator.is_main_process:
             shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
             for old in self._steps()[:-KEPT]:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a file so that after a kill or a power cut it is there whole or not at all."""
@@ -260,7 +261,9 @@ class Checkpoints:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("palu", "null"))
                 loaded = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it to {without}") from error
         if not isinstance(header, dict):
             raise CheckpointError(f"{path} was not written by palu.unlearn; move it out of the folder to {without}")

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 import pickle
 import re
 import resource
@@ -501,7 +500,6 @@ ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to
         ({"forget": lambda: forget_rows()[::-1]}, "the tokenised forget set is another one"),
         ({"retain": lambda: retain_rows(11)}, "the tokenised retain set is another one"),
     ],
-    ids=str,
 )
 def test_another_run(changed: dict[str, Any], differences: str, finished: Path, folder: Path) -> None:
     """Nothing is touched, neither the folder nor the model."""
@@ -590,12 +588,11 @@ def test_another_format(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None
         unlearn(checkpoint_dir=str(finished), resume=True)
 
 
-def test_a_folder_without_read_permission_is_an_error(finished: Path, folder: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root reads everything")
+def test_a_checkpoint_that_cannot_be_read(finished: Path, folder: Path) -> None:
+    """That is no damage: nothing is said of deleting it."""
     shutil.copytree(finished, folder)
-    (folder / step(9)).chmod(0)
-    with pytest.raises(CheckpointError, match="Permission"):
+    (folder / step(10)).mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000010.safetensors cannot be read: [^;]*$"):
         unlearn(checkpoint_dir=str(folder), resume=True)
 
 
