@@ -9,7 +9,7 @@ starting model, which is loaded again. A folder of checkpoints holds, as safeten
     unfinished/                  what is being written; a file moves out of it when it is on the disk
 
 Every file names its run: the settings, and SHA-256 fingerprints of the starting model, the reference and the data.
-Nothing is ever unpickled.
+Nothing is ever unpickled. Under DDP the main process writes, and all go on with its random numbers.
 """
 
 from __future__ import annotations

@@ -95,13 +95,15 @@ def main() -> None:
         sys.exit("the run that is left alone took more than an hour")
     seconds = time.perf_counter() - clock
     run.begin_anew()
-    print(f"{len(expected['history'])} steps, left alone: {seconds:.1f} s", flush=True)
+    steps = len(expected["history"])
+    print(f"{steps} steps, left alone: {seconds:.1f} s", flush=True)
 
     rng = random.Random(args.seed)
     kills = writing = ends = 0
     while True:
-        # The kills spent, the last run may end; a hundred times as long as it should take is never.
-        limit = rng.uniform(0, seconds / 4) if kills < args.kills else 100 * seconds
+        # Some attempts must get beyond a step. The kills spent, the last one may end; a hundred times as long as it
+        # should take is never.
+        limit = rng.uniform(0, seconds * max(0.25, 3 / steps)) if kills < args.kills else 100 * seconds
         outcome = run.outcome(run.start(), limit)
         if outcome is not None:
             ends += 1
