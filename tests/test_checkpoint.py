@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,14 @@ def test_a_feed_goes_on_anywhere(retain_count: int) -> None:
         epoch = feed.skip(taken)
         assert epoch == max(taken - 1, 0) // len(feed) + 1
         assert rows(feed, 5 - epoch) == whole[taken:]
+
+
+def test_resuming_warns_of_nothing(finished: Path, folder: Path) -> None:
+    shutil.copytree(finished, folder)
+    (folder / step(9)).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(checkpoint_dir=str(folder), resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------
