@@ -1,4 +1,4 @@
-# make test | make demo | make lint | make cuda-check | make sanitize. Each creates its environment first.
+# make test | make demo | make lint | make cuda-check | make sanitize | make torture. Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
 TORCH ?= torch==2.13.0
@@ -7,8 +7,11 @@ BIN = $(VENV)/bin
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
+# What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
+KILLS ?= 50
+MODEL ?= demo
 
-.PHONY: test demo lint format cuda-check sanitize clean
+.PHONY: test demo lint format cuda-check sanitize torture clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -32,6 +35,10 @@ cuda-check: $(VENV)/ready
 # Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/fuzz_ops.py --sanitize --cases $(CASES) --seed $(SEED)
+
+# A run is killed at random moments and resumed each time: it must end as the run that was left alone.
+torture: $(VENV)/ready
+	$(BIN)/python tests/torture.py --kills $(KILLS) --model $(MODEL) --seed $(SEED)
 
 # An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and
 # again whenever their sources change.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palu import evaluate
+    from palu.checkpoint import CheckpointError
     from palu.config import UnlearnConfig
     from palu.data import DataError
     from palu.losses import PaluLoss, palu_loss
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CheckpointError": "palu.checkpoint",
     "DataError": "palu.data",
     "DivergenceError": "palu.unlearn",
     "PaluLoss": "palu.losses",
@@ -30,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CheckpointError",
     "DataError",
     "DivergenceError",
     "PaluLoss",

@@ -71,6 +71,10 @@ class UnlearnConfig:
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
+        checkpoint_dir: folder for checkpoints (:mod:`palu.checkpoint`); ``None``: none are written.
+        checkpoint_steps: optimisation steps from one checkpoint to the next; there is always one at the end.
+        resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
+            beginning. Pass the starting model, loaded again, and all other arguments as they were.
         seed: of the data order and of any dropout.
         progress: show a progress bar.
     """
@@ -106,6 +110,9 @@ class UnlearnConfig:
     gradient_checkpointing: bool = False
     merge_adapter: bool = False
     chunk_bytes: int = 256 * 2**20
+    checkpoint_dir: str | None = None
+    checkpoint_steps: int = 50
+    resume: bool = False
     seed: int = 0
     progress: bool = True
 
@@ -146,7 +153,7 @@ class UnlearnConfig:
         for field in ("learning_rate", "max_grad_norm"):
             value = getattr(self, field)
             require(is_number(value) and value > 0, field, "give a positive number")
-        for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes"):
+        for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes", "checkpoint_steps"):
             require(is_int(getattr(self, field)) and getattr(self, field) > 0, field, "give a positive integer")
         require(
             self.retain_batch_size is None or (is_int(self.retain_batch_size) and self.retain_batch_size > 0),
@@ -159,6 +166,12 @@ class UnlearnConfig:
             "warmup_steps",
             "give 0 or a positive integer",
         )
+        require(
+            self.checkpoint_dir is None or (isinstance(self.checkpoint_dir, str) and self.checkpoint_dir != ""),
+            "checkpoint_dir",
+            "give a folder's path as a string, or None",
+        )
+        require(not self.resume or self.checkpoint_dir is not None, "resume", "give checkpoint_dir, too")
         require(is_int(self.seed) and 0 <= self.seed < 2**32, "seed", "give an integer in [0, 2**32)")
         require(
             self.stop_probability is None or (is_number(self.stop_probability) and 0 < self.stop_probability < 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ class Feed:
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
     micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. All processes draw
-    the same order from ``config.seed`` and each takes its own part.
+    the same order from ``config.seed`` and each takes its own part. The seed and the number of steps taken are all
+    that decides what comes next.
     """
 
     def __init__(
@@ -41,20 +42,39 @@ class Feed:
         self.pin_memory = pin_memory
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
+        self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
         """Optimisation steps per epoch."""
         return -(-len(self.forget) // self.examples_per_step)
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        skipped, self.skipped = self.skipped, 0
+        for parts in islice(self._draw(), skipped, None):
+            yield [self._batch(*part) for part in parts[self.process_index :: self.num_processes]]
+
+    def skip(self, steps: int) -> int:
+        """Draw what the first steps of a new feed draw, without making batches of it.
+
+        Returns the epoch, from 1, of the last of these steps; the next iteration yields what is left of that epoch,
+        which may be nothing.
+        """
+        epochs = max(steps - 1, 0) // len(self)
+        for _ in range(epochs):
+            for _ in self._draw():
+                pass
+        self.skipped = steps - epochs * len(self)
+        return epochs + 1
+
+    def _draw(self) -> Iterator[list[tuple[list[int], list[int]]]]:
+        """An epoch: for each step, the (forget, retain) examples of every micro-batch of every process."""
         order = torch.randperm(len(self.forget), generator=self.generator)
         for step in order.split(self.examples_per_step):
             rounds = -(-len(step) // (self.batch_size * self.num_processes))
-            parts = [
+            yield [
                 (chosen.tolist(), [next(self.retain_order) for _ in range(self.retain_batch_size)])
                 for chosen in step.tensor_split(rounds * self.num_processes)
             ]
-            yield [self._batch(*part) for part in parts[self.process_index :: self.num_processes]]
 
     def _batch(self, forget: list[int], retain: list[int]) -> Batch:
         items = [self.forget[i] for i in forget]

@@ -87,7 +87,11 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def after_step(self, record: dict[str, float]) -> dict[str, float]:
-        """Called with the figures of each optimisation step that was taken; returns figures to add to them."""
+        """Called with the figures of each optimisation step that was taken; returns figures to add to them.
+
+        A resumed run calls it again for every step that was taken before: what an objective remembers from step to
+        step must follow from these calls.
+        """
         return {}
 
     @torch.no_grad()

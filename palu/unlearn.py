@@ -23,6 +23,7 @@ from palu.adapter import CausalLM, base_of, is_peft, without_adapter
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
 from palu.cache import ReferenceCache, build_cache
+from palu.checkpoint import Checkpoints
 from palu.config import UnlearnConfig
 from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
@@ -90,6 +91,7 @@ def unlearn(
         DataError: the data cannot be used; the message names the row and the mend.
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
+        CheckpointError: a checkpoint cannot be written, or is not one of this run.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
@@ -113,15 +115,20 @@ def unlearn(
     for candidate in (model,) if ref_model is None else (model, ref_model):
         check_linear_head(candidate, to_forget[0].input_ids)
 
+    # With resume, the newest checkpoint is this run's, or an error says what differs.
+    checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
+
     set_seed(config.seed)
     progress = config.progress and accelerator.is_local_main_process
     started = time.perf_counter()
     model.to(accelerator.device)
-    with ready_to_train(model, config, accelerator):
+    with ready_to_train(model, config, accelerator), checkpoints:
         # The reference speaks once; then at most its head is needed.
-        cache, ref_head = consult(
-            ref_model if ref_model is not None else model, model, to_forget, method, config, accelerator, progress
-        )
+        reference = ref_model if ref_model is not None else model
+        known = checkpoints.reference()
+        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, known)
+        if known is None:
+            checkpoints.keep_reference(cache)
 
         objective = method(model, ref_head, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -143,10 +150,10 @@ def unlearn(
         )
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.epochs * len(feed))
 
-        history: list[dict[str, float]] = []
-        bar = tqdm(total=config.epochs * len(feed), desc="unlearn", disable=not progress)
+        history = checkpoints.restore(model, optimizer, scheduler, accelerator.unwrap_model(objective))
+        bar = tqdm(total=config.epochs * len(feed), initial=len(history), desc="unlearn", disable=not progress)
         clock = time.perf_counter()
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(feed.skip(len(history)), config.epochs + 1):
             for batches in feed:
                 # Exact means over the whole step: its counts come before its first micro-batch.
                 counts = add_up([batch.counts for batch in batches], accelerator)
@@ -179,10 +186,13 @@ def unlearn(
                 history.append(record)
                 bar.update()
                 bar.set_postfix({name: f"{record[name]:.3g}" for name in method.terms})
+                checkpoints.after_step(history)
+                clock = time.perf_counter()  # writing is no part of the next step
             if config.stop_probability is not None and config.stop_probability > max(
                 r["onset_probability"] for r in history if r["epoch"] == epoch
             ):
                 break
+        checkpoints.save(history)
         bar.close()
 
     summary = {
@@ -216,10 +226,12 @@ def consult(
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
+    known: ReferenceCache | None = None,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Ask the reference everything once; return its answers and the head if it is needed, and send its body back.
+    """Ask the reference everything once, unless its answers are known; return them and the head if it is needed.
 
-    Where the reference is the model itself, it is asked without its adapter, if it has one.
+    Where the reference is the model itself, it is asked without its adapter, if it has one. Its body is sent back to
+    where it was.
     """
     if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
         return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
@@ -232,7 +244,7 @@ def consult(
         using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
         without_adapter(ref_model) if ref_model is model else nullcontext(),
     ):
-        cache = build_cache(
+        cache = known or build_cache(
             body_of(ref_model),
             accelerator.device,
             to_forget,
