@@ -83,7 +83,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
-    "tiny": Preset(10, 20, 10, 10, 3, 10, 8, 5, 5, 5, (3e-5,), (0,), 24),
+    "tiny": Preset(20, 20, 10, 10, 3, 10, 8, 5, 4, 5, (5e-5,), (0,), 24),
 }
 
 

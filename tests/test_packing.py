@@ -15,6 +15,7 @@ from palu.data import IGNORE, ORDINARY, Example, load_forget, load_retain
 from palu.feed import Feed
 from palu.objective import PaluObjective, body_of, head_of
 from palu.packing import Batch, Item, answer_items, forget_items, pack, pair_items, retain_items
+from palu.reference import topk_mse
 
 EOS = 7
 
@@ -215,13 +216,13 @@ def test_cache_holds_what_the_reference_says(
         cache = build_cache(body_of(model), device, items, ask)
     assert len(cache.answers) == len(items)
     for item, (index, scale, hidden) in zip(items, cache.answers, strict=True):
-        assert scale.tolist() == [1] * item.targets
         with torch.no_grad():
             output = model(input_ids=item.input_ids[None].to(device), output_hidden_states=True)
         onset, ordinary = item.rows.split([item.targets, len(item.rows) - item.targets])
         highest = output.logits[0].cpu()[onset].argsort(descending=True)[:, :top_k]
         assert index.dtype == torch.int32
         assert torch.equal(index.sort().values, highest.int().sort().values)
+        torch.testing.assert_close(scale, topk_mse(output.logits[0].cpu()[onset], index, "global_mean"))
         torch.testing.assert_close(hidden, output.hidden_states[-1][0].cpu()[ordinary])
         assert not hidden.requires_grad
 

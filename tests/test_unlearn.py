@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import palu
-from palu import ops
+from palu import ops, reference
 from palu.config import UnlearnConfig
 from palu.data import load_forget
 from palu.objective import PaluObjective
@@ -362,6 +362,19 @@ def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
     assert record["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("target", ["global_mean", "local_mean", -2.0])
+def test_normalized_the_local_loss_starts_at_one(target: str | float) -> None:
+    """Whatever the scale of the logits; and flattening nothing (K = 1 with its own mean) stays nothing."""
+    for head in (1.0, 30.0):
+        model = tiny_llama(tie_word_embeddings=False)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(head)
+        (record,) = unlearn(model, epochs=1, batch_size=8, target=target).history
+        assert record["local"] == pytest.approx(1, rel=1e-5)
+    (record,) = unlearn(tiny_llama(), epochs=1, batch_size=8, target="local_mean", top_k=1).history
+    assert record["local"] == 0
+
+
 # ---------------------------------------------------------------------------------------------------
 # Equal settings, equal runs
 
@@ -497,8 +510,9 @@ def textbook(
     labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["labels"]) for r in forget], True, -100).to(device)
     with torch.no_grad():
         ref_logits = ref_model(**inputs, use_cache=False).logits
+    own_logits = model(**inputs, use_cache=False).logits
     loss = palu.palu_loss(
-        model(**inputs, use_cache=False).logits,
+        own_logits,
         ref_logits,
         labels,
         n=config.n,
@@ -507,9 +521,15 @@ def textbook(
         kl_direction=config.kl_direction,
         eos_token_id=None,
     )
+    local = loss.local
+    if config.normalize:
+        onset = palu.prefix_mask(labels, config.n)[:, 1:]
+        z, ref_z = own_logits[:, :-1][onset], ref_logits[:, :-1][onset]
+        index = ref_z.topk(min(config.top_k, z.shape[1])).indices
+        local = (reference.topk_mse(z, index, config.target) / reference.topk_mse(ref_z, index, config.target)).mean()
     inputs, answers = padded(retain)
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits[:, :-1]
-    return loss.local, loss.kl, F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten().to(device))
+    return local, loss.kl, F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten().to(device))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -517,8 +537,9 @@ def textbook(
     "settings",
     [
         {},
+        {"normalize": False},
         {"target": "local_mean", "kl_direction": "forward", "n": -1},
-        {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1},
+        {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
         {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
     ],
 )

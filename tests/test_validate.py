@@ -72,6 +72,7 @@ BAD_SETTINGS += [
 BAD_SETTINGS += [
     ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo") for value in ("NPO", "", None, 1)
 ]
+BAD_SETTINGS += [("normalize", value, "give True or False") for value in (None, 1, "yes")]
 BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]
 BAD_SETTINGS += [("delta", value, "give a finite number") for value in (NAN, INF, "1", None)]
 BAD_SETTINGS += [

@@ -36,6 +36,7 @@ TEACH_UNTIL_LOSS = 0.05
 # the squared logits (some hundreds) would swamp the other terms.
 UNLEARN = palu.UnlearnConfig(
     top_k=50,
+    normalize=False,
     gamma=0.03,
     lambda_kl=4.0,
     learning_rate=5e-5,
