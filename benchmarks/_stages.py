@@ -6,7 +6,8 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,13 @@ class Stages:
 
         with gzip.open(self.path(f"{name}.json.gz", write), "rt", encoding="utf-8") as file:
             return json.load(file)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """End the program with code 3 where no time is left."""
+    try:
+        yield
+    except OutOfTimeError as stage:
+        print(f"no time for stage {stage}; run the same command again to go on")
+        raise SystemExit(3) from None

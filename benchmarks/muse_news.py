@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _models import Loaded, Row, load, save, teach
-from _stages import OutOfTimeError, Stages
+from _stages import Stages, resumable
 from _timing import report
 from _workload import DATA
 
@@ -216,11 +216,8 @@ def main() -> None:
         parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
     if torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
-    try:
+    with resumable():
         rows = run(arguments)
-    except OutOfTimeError as stage:
-        print(f"no time for stage {stage}; run the same command again to go on")
-        raise SystemExit(3) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
     arguments.results.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from _models import Loaded, Row, load, save, teach
-from _stages import OutOfTimeError, Stages
+from _stages import Stages, resumable
 from _timing import machine
 from _workload import DATA
 
@@ -118,42 +119,70 @@ def load_data(folder: Path, preset: Preset) -> Data:
     return Data(forget, retain, evaluated)
 
 
-def evaluate(loaded: Loaded, data: Data, preset: Preset, fluency_model: str | None, retain: Any) -> dict[str, Any]:
-    return palu.evaluate.tofu(
-        *loaded,
-        data=data.evaluated,
-        retain_results=retain,
-        fluency_model=fluency_model,
-        mia=("min_k", "min_k_plus_plus"),
-        max_new_tokens=preset.max_new_tokens,
-    )
+class Bench:
+    """The models, the data and the finished stages of one preset."""
 
+    def __init__(self, arguments: argparse.Namespace):
+        self.preset = PRESETS[arguments.preset]
+        self.model, self.fluency_model = arguments.model, arguments.fluency_model
+        self.data = load_data(arguments.data, self.preset)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
+        self.stages = Stages(arguments.output / arguments.preset, arguments.minutes, json.loads(json.dumps(key)))
+        # With retain results of its own, the retain model's forget quality would be 1 by definition.
+        retained = self._taught("retain", self.data.retain)
+        self.retain = self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(retained)), None))
+        self.folder = self._taught("original", self.data.forget + self.data.retain)
+        self.original = self.stages.results(
+            "original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain)
+        )
 
-def unlearn(
-    original: Path, data: Data, preset: Preset, method: str, learning_rate: float, seed: int, device: torch.device
-) -> tuple[Loaded, dict[str, Any]]:
-    """The unlearned model, and what it cost."""
-    model, tokenizer = load(str(original))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    result = palu.unlearn(
-        model,
-        None,
-        data.forget,
-        data.retain,
-        tokenizer=tokenizer,
-        objective=method,
-        learning_rate=learning_rate,
-        epochs=preset.epochs,
-        batch_size=preset.batch_size,
-        seed=seed,
-    )
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return (model, tokenizer), {
-        "seconds": result.summary["seconds"],
-        "peak_gib": peak,
-        "config": result.summary["config"],
-    }
+    def _taught(self, name: str, rows: list[Row]) -> Path:
+        def make(path: Path) -> None:
+            loaded = load(self.model)
+            teach(
+                loaded,
+                rows,
+                epochs=self.preset.teach_epochs,
+                batch_size=self.preset.teach_batch,
+                label=f"teach {name}",
+            )
+            save(loaded, path)
+
+        return self.stages.path(name, make)
+
+    def _evaluate(self, loaded: Loaded, retain: Any) -> dict[str, Any]:
+        loaded[0].to(self.device)  # type: ignore[arg-type]
+        return palu.evaluate.tofu(
+            *loaded,
+            data=self.data.evaluated,
+            retain_results=retain,
+            fluency_model=self.fluency_model,
+            mia=("min_k", "min_k_plus_plus"),
+            max_new_tokens=self.preset.max_new_tokens,
+        )
+
+    def unlearned(self, name: str, **settings: Any) -> dict[str, Any]:
+        """Results of the original unlearned with some settings, and what that cost."""
+
+        def run() -> dict[str, Any]:
+            model, tokenizer = load(str(self.folder))
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+            result = palu.unlearn(
+                model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings
+            )
+            on_gpu = self.device.type == "cuda"
+            cost = {
+                "seconds": result.summary["seconds"],
+                "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+                "config": result.summary["config"],
+            }
+            return self._evaluate((model, tokenizer), self.retain) | {"cost": cost}
+
+        print(name, flush=True)
+        return self.stages.results(name, run)
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -162,40 +191,14 @@ def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     return more | {"seconds": None, "peak_gib": None} | results.get("cost", {}) | figures
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All stages; a summary of each evaluation."""
-    preset = PRESETS[arguments.preset]
-    data = load_data(arguments.data, preset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    key = {"preset": asdict(preset), "model": arguments.model, "fluency_model": arguments.fluency_model}
-    stages = Stages(arguments.output / arguments.preset, arguments.minutes, json.loads(json.dumps(key)))
-
-    def taught(name: str, rows: list[Row]) -> Path:
-        def make(path: Path) -> None:
-            loaded = load(arguments.model)
-            teach(loaded, rows, epochs=preset.teach_epochs, batch_size=preset.teach_batch, label=f"teach {name}")
-            save(loaded, path)
-
-        return stages.path(name, make)
-
-    def evaluated(folder: Path, retain: Any) -> dict[str, Any]:
-        model, tokenizer = load(str(folder))
-        return evaluate((model.to(device), tokenizer), data, preset, arguments.fluency_model, retain)  # type: ignore[arg-type]
-
-    original = taught("original", data.forget + data.retain)
-    retained = taught("retain", data.retain)
-    of_retain = stages.results("retain-evaluated", lambda: evaluated(retained, None))
-    of_original = stages.results("original-evaluated", lambda: evaluated(original, of_retain))
-    rows = [summary(of_original, method="original"), summary(of_retain, method="retain")]
-
-    def unlearned(method: str, learning_rate: float, seed: int) -> dict[str, Any]:
-        loaded, cost = unlearn(original, data, preset, method, learning_rate, seed, device)
-        return evaluate(loaded, data, preset, arguments.fluency_model, of_retain) | {"cost": cost}
-
-    for seed, learning_rate, method in itertools.product(preset.seeds, preset.learning_rates, arguments.methods):
-        name = f"{method}-lr{learning_rate:g}-seed{seed}"
-        print(name, flush=True)
-        results = stages.results(name, lambda: unlearned(method, learning_rate, seed))  # noqa: B023
+def run(bench: Bench, methods: list[str]) -> list[dict[str, Any]]:
+    """A summary of each evaluation."""
+    rows = [summary(bench.original, method="original"), summary(bench.retain, method="retain")]
+    preset = bench.preset
+    for seed, learning_rate, method in itertools.product(preset.seeds, preset.learning_rates, methods):
+        results = bench.unlearned(
+            f"{method}-lr{learning_rate:g}-seed{seed}", objective=method, learning_rate=learning_rate, seed=seed
+        )
         rows.append(summary(results, method=method, learning_rate=learning_rate, seed=seed))
     return rows
 
@@ -222,21 +225,20 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
             name: None if any(run[name] is None for run in best) else mean(run[name] for run in best)
             for name in COLUMNS.values()
         }
-        table.append(
-            {"method": method, "learning_rate": best[0]["learning_rate"], "seeds": len(best), "keeps": rank(best)[0]}
-            | means
-        )
+        table.append({"method": method, "learning_rate": best[0]["learning_rate"], "seeds": len(best)} | means)
     return table
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    """The table; * marks a method that loses more than 5 % of the original's utility at every setting."""
-    lines = ["| method | lr | " + " | ".join(COLUMNS) + " |", "|---|---" + "|---:" * len(COLUMNS) + "|"]
+def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:
+    """The rows as Markdown; * marks a row that keeps less than 0.95 of the original's utility."""
+    lines = ["| | " + " | ".join([*settings, *COLUMNS]) + " |"]
+    lines.append("|---|" + "---|" * len(settings) + "---:|" * len(COLUMNS))
     for row in table:
-        name = METHODS.get(row["method"], row["method"].capitalize()) + ("" if row.get("keeps", True) else " *")
+        name = METHODS.get(row["method"], row["method"][0].upper() + row["method"][1:])
+        name += " *" if row["model_utility"] < KEEPS * utility else ""
+        given = [f"{row[key]:g}" if key in row else "" for key in settings]
         figures = ["" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values()]
-        rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
-        lines.append(f"| {name} | {rate} | " + " | ".join(figures) + " |")
+        lines.append("| " + " | ".join([name, *given, *figures]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -273,52 +275,63 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that every command on these stages has."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
     parser.add_argument("--fluency-model", default=None, help="a gibberish classifier; without one, no fluency")
-    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("runs/tofu"), help="folder of the finished stages")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
-    arguments = parser.parse_args()
-    arguments.methods = arguments.methods.split(",")
-    if unknown := set(arguments.methods) - METHODS.keys():
-        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Bench:
+    """Check the data, choose the precision, and do what comes before the first run."""
     if not (arguments.data / "forget05.jsonl").exists():
         parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
     if torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
-    started = time.monotonic()
-    try:
-        rows = run(arguments)
-    except OutOfTimeError as stage:
-        print(f"no time for stage {stage}; run the same command again to go on")
-        raise SystemExit(3) from None
+    return Bench(arguments)
 
-    utility = next(row["model_utility"] for row in rows if row["method"] == "original")
-    table = chosen(rows, utility)
+
+def write(arguments: argparse.Namespace, name: str, table: str, details: dict[str, Any]) -> Path:
+    """Print the table, then one JSON line; write both. Returns the path without its suffix."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {
-        "benchmark": "tofu_table",
+        "benchmark": name,
         **machine(device),
         "date": time.strftime("%Y-%m-%d"),
         "preset": arguments.preset,
         "settings": asdict(PRESETS[arguments.preset]),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "table": table,
-        "runs": rows,
+        **details,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"tofu_{arguments.preset}"
+    path = arguments.results / f"{name}_{arguments.preset}"
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(table))
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    print(json.dumps(record))
+    return path
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
+    arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if unknown := set(methods) - METHODS.keys():
+        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    with resumable():
+        bench = begin(parser, arguments)
+        rows = run(bench, methods)
+    utility = bench.original["model_utility"]["agg_value"]
+    table = chosen(rows, utility)
+    path = write(arguments, "tofu", markdown(table, utility), {"table": table, "runs": rows})
     plot(rows, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}: every run")
-    print(markdown(table))
-    print(json.dumps({key: value for key, value in record.items() if key != "runs"}))
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ def unlearn(
         config: the settings; ``overrides`` replace single fields of it.
 
     Returns:
-        :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain, grad_norm,
-        learning_rate, tokens, tokens_per_second, and onset_probability where ``stop_probability`` is set.
+        :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
+        objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability where
+        ``stop_probability`` is set.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the mend.

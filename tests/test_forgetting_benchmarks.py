@@ -3,13 +3,17 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from tiny import tiny_llama
+from tokenizers_for_tests import CHATML, byte_level
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 sys.path.insert(0, str(BENCHMARKS))
+import ablation  # noqa: E402
 import muse_news  # noqa: E402
 import tofu_table  # noqa: E402
 from _stages import OutOfTimeError, Stages  # noqa: E402
@@ -89,10 +93,10 @@ def test_each_method_shows_its_best_setting_that_keeps_the_utility() -> None:
     ]
     original, npo, palu = tofu_table.chosen(rows, utility=0.40)
     assert original["method"] == "original"
-    assert (palu["learning_rate"], palu["seeds"], palu["keeps"]) == (2e-5, 2, True)
+    assert (palu["learning_rate"], palu["seeds"]) == (2e-5, 2)
     assert palu["forget_quality"] == pytest.approx(0.3)
-    assert (npo["learning_rate"], npo["keeps"]) == (2e-5, False)
-    lines = tofu_table.markdown([original, npo, palu]).splitlines()
+    assert npo["learning_rate"] == 2e-5
+    lines = tofu_table.markdown([original, npo, palu], utility=0.40).splitlines()
     assert lines[2].startswith("| Original |  | 1e-09 | 0.5 | 0.4 |")
     assert lines[3].startswith("| NPO * | 2e-05 | 0.1 |")
     assert lines[4].startswith("| PALU | 2e-05 | 0.3 |")
@@ -102,7 +106,7 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
     rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"forget_fluency": None}]
     row = tofu_table.chosen(rows, utility=0.4)[1]
     assert row["forget_fluency"] is None
-    assert "|  |" in tofu_table.markdown([row])
+    assert "|  |" in tofu_table.markdown([row], utility=0.4)
 
 
 @has_tofu
@@ -155,3 +159,53 @@ def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
     assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
     assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
     json.dumps(data.evaluated)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands, from models to results, with a Llama that knows nothing
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level(CHATML)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *options: str) -> dict:
+    """Run a benchmark's command; what it wrote to its one JSON file."""
+    results = folder / "results"
+    given = ["--preset", "tiny", "--output", str(folder / "runs"), "--results", str(results), *options]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *given])
+    module.main()
+    name = {"tofu_table": "tofu", "muse_news": "muse"}.get(module.__name__, module.__name__)
+    return json.loads((results / f"{name}_tiny.json").read_text())
+
+
+@has_tofu
+def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
+    sizes = tofu_table.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
+    monkeypatch.setitem(tofu_table.PRESETS, "tiny", sizes)
+    record = command(monkeypatch, tofu_table, tmp_path, "--model", model_folder)
+    assert [row["method"] for row in record["table"]] == ["original", "retain", *tofu_table.METHODS]
+    assert len(record["runs"]) == 2 + len(tofu_table.METHODS)
+    for row in record["table"]:
+        missing = {"forget_fluency", "peak_gib"} | ({"seconds"} if "seeds" not in row else set())
+        missing |= {"forget_quality", "forget_quality_ks"} if row["method"] == "retain" else set()
+        assert {name for name in tofu_table.COLUMNS.values() if row[name] is None} == missing, row["method"]
+    assert (tmp_path / "results" / "tofu_tiny.png").stat().st_size > 10_000
+
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*.gz")}
+    record = command(monkeypatch, ablation, tmp_path, "--model", model_folder, "--variants", "default,K=1")
+    assert [row["method"] for row in record["runs"]] == ["original", "retain", "default", "K=1"]
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
+
+
+@has_muse
+def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
+    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset(2, 300, 2, 1, 1, 4, 1, 1e-3, 4))
+    record = command(monkeypatch, muse_news, tmp_path, "--model", model_folder)
+    assert [row["model"] for row in record["results"]] == ["retain", "original", "palu", "npo", "gd"]
+    assert all(row["PrivLeak"] is not None for row in record["results"])
