@@ -418,6 +418,15 @@ def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     monkeypatch.setattr(PaluObjective, "forward", pressed)
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as at a terminal: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("call", [1, 5, STEPS])
 def test_ctrl_c(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """The step ends, a checkpoint is written, and how to go on is said."""
@@ -437,6 +446,7 @@ def test_ctrl_c(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_twice_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pressing(monkeypatch, 3, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -445,6 +455,7 @@ def test_ctrl_c_twice_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_while_the_last_checkpoint_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = checkpoint.save_file
 
@@ -459,6 +470,7 @@ def test_ctrl_c_while_the_last_checkpoint_is_written(folder: Path, monkeypatch: 
     assert steps(folder) == ["reference.safetensors", step(STEPS)]
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_before_the_first_step_and_without_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to keep yet, or nowhere to keep it."""
     model = tiny_llama()
