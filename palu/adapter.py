@@ -23,6 +23,10 @@ CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
 _TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class UnsupportedModelError(TypeError):
+    """The model, or its adapter, is of a kind that palu does not work with."""
+
+
 def is_peft(model: Any) -> TypeGuard[PeftModel]:
     """Whether this is a ``peft.PeftModel``."""
     peft = sys.modules.get("peft")  # whoever holds such a model has imported it
@@ -58,7 +62,7 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
 
 
 def check_adapter(name: str, model: Any) -> None:
-    """Raise TypeError or ValueError where a ``PeftModel`` does more than its body with LoRA layers and its head do."""
+    """Raise UnsupportedModelError or ValueError where a ``PeftModel`` does more than a body with LoRA and a head."""
     if not is_peft(model):
         return
     configs: dict[str, Any] = model.peft_config
@@ -67,7 +71,9 @@ def check_adapter(name: str, model: Any) -> None:
     for config in configs.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
-            raise TypeError(f"{name} has an adapter of PEFT type {kind}; palu works with LoRA (peft.LoraConfig)")
+            raise UnsupportedModelError(
+                f"{name} has an adapter of PEFT type {kind}; palu works with LoRA (peft.LoraConfig)"
+            )
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 f"{name} has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"

@@ -208,11 +208,11 @@ class Checkpoints:
 
     def _stop_if_interrupted(self) -> None:
         if self.interrupted:
-            self._say(
-                f"stopped after step {self.saved}; to go on, load the starting model and call palu.unlearn with the "
-                f"same arguments and checkpoint_dir={str(self.folder)!r}, resume=True"
+            self._say(f"stopped after step {self.saved}")
+            raise KeyboardInterrupt(
+                "to go on, load the starting model and call palu.unlearn with the same arguments and "
+                f"checkpoint_dir={str(self.folder)!r}, resume=True"
             )
-            raise KeyboardInterrupt
 
     def _steps(self) -> list[Path]:
         """The checkpoints, oldest first."""

@@ -24,6 +24,13 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "tpo": {"beta": 0.32},
 }
 
+# The valid values of fields that have a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": tuple(OBJECTIVES),
+    "kl_direction": KL_DIRECTIONS,
+    "lr_scheduler": LR_SCHEDULERS,
+}
+
 
 @dataclass(frozen=True)
 class UnlearnConfig:
@@ -127,7 +134,8 @@ class UnlearnConfig:
         def is_number(value: Any) -> bool:
             return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
-        require(self.objective in OBJECTIVES, "objective", f"give one of {', '.join(OBJECTIVES)}")
+        for field, choices in CHOICES.items():
+            require(getattr(self, field) in choices, field, f"give one of {', '.join(choices)}")
         require(
             is_int(self.n) and (self.n == -1 or self.n > 0),
             "n",
@@ -140,8 +148,6 @@ class UnlearnConfig:
             f"give one of {', '.join(TARGETS)}, or a finite number",
         )
         require(isinstance(self.normalize, bool), "normalize", "give True or False")
-        require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
-        require(self.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"give one of {', '.join(LR_SCHEDULERS)}")
         for field in ("gamma", "lambda_retain"):
             value = getattr(self, field)
             require(value is None or (is_number(value) and value >= 0), field, "give a number that is not negative")

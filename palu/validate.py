@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.adapter import CausalLM, base_of, check_adapter, check_trainable, is_peft
+from palu.adapter import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
 from palu.config import UnlearnConfig
 from palu.data import DataError, Examples
 from palu.objective import body_of, head_of
@@ -19,14 +19,14 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase | None,
     accelerator: Accelerator,
 ) -> None:
-    """Raise TypeError or ValueError where the models or the tokenizer cannot be used together."""
+    """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together."""
     for name, candidate in (("model", model), ("ref_model", ref_model)):
         if candidate is None and name == "ref_model":
             continue
         check_adapter(name, candidate)
         base = base_of(candidate)
         if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
-            raise TypeError(
+            raise UnsupportedModelError(
                 f"{name} is a {type(candidate).__name__}, which is not a causal language model with a linear head; "
                 "load it with AutoModelForCausalLM.from_pretrained"
             )

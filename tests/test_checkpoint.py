@@ -433,14 +433,15 @@ def test_ctrl_c(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     expected = unlearn()
     with monkeypatch.context() as patch:
         pressing(patch, call)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             unlearn(checkpoint_dir=str(folder))
     said = capfd.readouterr().err
     assert "interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n" in said
-    assert (
-        f"palu: stopped after step {call}; to go on, load the starting model and call palu.unlearn with the same "
-        f"arguments and checkpoint_dir={str(folder)!r}, resume=True\n"
-    ) in said
+    assert f"palu: stopped after step {call}\n" in said
+    assert str(caught.value) == (
+        "to go on, load the starting model and call palu.unlearn with the same arguments and "
+        f"checkpoint_dir={str(folder)!r}, resume=True"
+    )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert steps(folder) == ["reference.safetensors", step(call)]
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)

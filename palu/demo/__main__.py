@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import palu
 from palu.data import IGNORE, Example, load_forget, load_retain
+from palu.records import write_records
 
 HERE = Path(__file__).parent
 Facts = list[dict[str, Any]]
@@ -94,7 +95,7 @@ def main() -> None:
         "general_still_right": after.count(right_before),
         "seconds": round(time.perf_counter() - clock, 1),
     }
-    write_records(args.output, result, tokenizer, outcome)
+    write_records(args.output, result, tokenizer, {"demo": outcome})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/")
 
 
@@ -218,17 +219,6 @@ def print_table(title: str, items: Facts, before: Answers, after: Answers) -> No
             figure = "" if probability is None else f"{probability:8.4f}"
             mark = "+" if answers.right(item) else "-"
             print(f"    {when:6} {mark} {figure:8}  {answers.text[question][:84]}")
-
-
-def write_records(
-    output: Path, result: palu.UnlearnResult, tokenizer: PreTrainedTokenizerBase, outcome: dict[str, Any]
-) -> None:
-    result.model.save_pretrained(str(output))
-    tokenizer.save_pretrained(output)
-    with open(output / "history.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in result.history)
-    summary = json.dumps(result.summary | {"demo": outcome}, indent=2)
-    (output / "summary.json").write_text(summary + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

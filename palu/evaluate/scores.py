@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import palu
-from palu.adapter import base_of, check_adapter
+from palu.adapter import UnsupportedModelError, base_of, check_adapter
 from palu.attention import using_packed_attention
 from palu.data import IGNORE, DataError, Example
 from palu.evaluate import metrics
@@ -66,12 +66,12 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
-    """Raise TypeError or ValueError where a model cannot be scored, or not with this tokenizer."""
+    """Raise UnsupportedModelError or ValueError where a model cannot be scored, or not with this tokenizer."""
     check_adapter(name, model)
     base = base_of(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     if not isinstance(head, nn.Linear):
-        raise TypeError(
+        raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
             "load it with AutoModelForCausalLM.from_pretrained"
         )

@@ -1,0 +1,88 @@
+"""The ``palu`` command. Each of its commands is a module; what is slow to import is imported where it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import palu
+from palu.cli.doctor import doctor
+from palu.cli.evaluate import evaluate
+from palu.cli.inspect import inspect
+from palu.cli.report import report
+from palu.cli.settings import SectionedCommand
+from palu.cli.unlearn import unlearn
+
+
+class Palu(TyperGroup):
+    """The command group: what the user can mend is told in one line, anything else keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # Typer's own handling would print usage and colour around each message.
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except _expected() as error:
+            if os.environ.get("PALU_TRACEBACK"):
+                raise
+            text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            print(f"palu: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+            code = 2
+        sys.exit(code or 0)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """What palu, Typer and transformers raise for wrong input. Asked when an error has come, with its module loaded."""
+    kinds: list[type[Exception]] = [typer.TyperException, ValueError, OSError, ImportError]
+    for module, name in (
+        ("palu.adapter", "UnsupportedModelError"),
+        ("palu.checkpoint", "CheckpointError"),
+        ("palu.unlearn", "DivergenceError"),
+        ("torch", "OutOfMemoryError"),
+    ):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return tuple(kinds)
+
+
+app = typer.Typer(
+    cls=Palu,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="An error is one line; with PALU_TRACEBACK=1 in the environment it comes with its traceback.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"palu {palu.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make a language model forget chosen answers, and keep the rest (PALU, arXiv 2601.03190)."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+app.command(cls=SectionedCommand)(inspect)
+app.command(cls=SectionedCommand)(unlearn)
+app.command("eval", cls=SectionedCommand)(evaluate)
+app.command(cls=SectionedCommand)(report)
+app.command(cls=SectionedCommand)(doctor)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="palu")

@@ -1,0 +1,77 @@
+"""``palu doctor``: is the installation sound?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import typer
+
+PACKAGES = ("transformers", "accelerate", "peft", "datasets", "tensorboard", "wandb")
+
+
+def doctor() -> None:
+    """Tell which native ops are loaded, and try each against its plain-PyTorch twin.
+
+    Exit status 1: they do not load, or one of them fails.
+    """
+    import torch
+
+    import palu
+
+    print(f"palu {palu.__version__}, from {Path(palu.__file__).parent}")
+    print(f"python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}")
+    print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"device {device}: {name}")
+    try:
+        from palu import ops
+    except ImportError as error:
+        print(f"\n{error}\n\n{_tools()}")
+        raise typer.Exit(1) from None
+    way = "prebuilt" if Path(ops.extension_path()).parent == Path(palu.__file__).parent else "compiled just in time"
+    print(f"native ops: {way}, {ops.extension_path()}\n")
+
+    from palu.selftest import TOLERANCES, check_ops
+
+    failed = 0
+    for device in devices:
+        for check in check_ops(device):
+            failed += not check.passed
+            found = check.problem or f"{check.error:.1e}"
+            print(f"{'ok' if check.passed else 'FAILED':7} {check.op:38} {check.device:7} {check.dtype:8} {found}")
+    bounds = ", ".join(f"{str(dtype).removeprefix('torch.')} {bound:.0e}" for dtype, bound in TOLERANCES.items())
+    print(f"\nLargest difference to the twin, relative; allowed: {bounds}.", "All passed." if not failed else "")
+    if failed:
+        print(f"{failed} failed: the ops are not to be trusted here.\n{_tools()}")
+        raise typer.Exit(1)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def _tools() -> str:
+    """What a build of the extension needs, and what of it is here."""
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    ninja = shutil.which("ninja") or ("python package" if importlib.util.find_spec("ninja") else None)
+    cuda = cpp_extension.CUDA_HOME
+    nvcc = cuda and shutil.which("nvcc", path=os.path.join(cuda, "bin"))
+    found = {f"C++ compiler ({compiler})": shutil.which(compiler), "ninja": ninja, "nvcc (for CUDA only)": nvcc}
+    lines = [f"  {tool}: {path or 'not found'}" for tool, path in found.items()]
+    return "\n".join(["what a build of the native ops needs:", *lines, f"  python: {sys.executable}"])

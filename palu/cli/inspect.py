@@ -1,0 +1,128 @@
+"""``palu inspect``: which tokens of the forget set are onset, ordinary, redundant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palu.cli.models import check_name, load_tokenizer
+from palu.config import UnlearnConfig
+
+if TYPE_CHECKING:
+    from palu.data import Examples
+    from palu.roles import Token
+
+_SHOWN = 10
+
+
+def inspect(
+    forget: Annotated[Path, typer.Option(help="What to forget: rows with spans (JSONL).", metavar="FILE")],
+    model: Annotated[
+        str | None, typer.Option(help="The model, of which the tokenizer is loaded.", metavar="DIR_OR_NAME")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Onset length; -1: the whole span.")] = UnlearnConfig.n,
+    max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = UnlearnConfig.max_length,
+    rows: Annotated[
+        str | None,
+        typer.Option(help=f"Rows to show, from 0: 0-9,17 or all. [default: the first {_SHOWN}; in HTML all]"),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained HTML file, not to the terminal.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Show what `palu unlearn` would touch: the role of every token of the forget set."""
+    UnlearnConfig(n=n, max_length=max_length)  # says what is wrong with them
+    name = tokenizer or model
+    if name is None:
+        raise ValueError("give --model or --tokenizer")
+    check_name(name, "--tokenizer" if tokenizer else "--model")
+    if not forget.is_file():
+        raise FileNotFoundError(f"there is no file {forget}")
+
+    from palu.data import load_forget
+    from palu.roles import count_roles, token_roles
+
+    loaded_tokenizer = load_tokenizer(name)
+    loaded = load_forget(forget, loaded_tokenizer, max_length=max_length)
+    roles = token_roles(loaded.examples, loaded_tokenizer, n)
+    summary = _summary(loaded, count_roles(roles), n)
+    numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
+    if rows is not None and rows != "all":
+        wanted = _parse_rows(rows)
+        if missing := wanted - {row for row, _ in numbered}:
+            last = max(row for row, _ in numbered)
+            raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
+        numbered = [(row, tokens) for row, tokens in numbered if row in wanted]
+    if html is not None:
+        html.write_text(_page(forget.name, numbered, summary), encoding="utf-8")
+        print(f"{summary}\nwrote {html}")
+    else:
+        shown = numbered[:_SHOWN] if rows is None else numbered
+        _print(shown, summary)
+        if len(shown) < len(numbered):
+            print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
+
+
+def _summary(loaded: Examples, counts: dict[str, int], n: int) -> str:
+    rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
+    tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
+    return f"{rows}; tokens at n = {n}: {tokens}"
+
+
+def _parse_rows(text: str) -> set[int]:
+    """ "0-9,17" -> {0, ..., 9, 17}"""
+    rows: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--rows {text}: give row numbers and ranges, such as 0-9,17, or all")
+        rows |= set(range(int(first), int(last if dash else first) + 1))
+    return rows
+
+
+def _print(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> None:
+    from rich.console import Console
+
+    from palu.roles import legend_text, roles_text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(legend_text(), soft_wrap=True)
+    for row, tokens in numbered:
+        console.print(f"\nrow {row}", style="bold")
+        console.print(roles_text(tokens), soft_wrap=True)
+    print(f"\n{summary}")
+
+
+def _page(title: str, numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> str:
+    from palu.roles import CSS, legend_html, roles_html
+
+    rows = "\n".join(f"<section><h2>Row {row}</h2>{roles_html(tokens)}</section>" for row, tokens in numbered)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Token roles of {escape(title)}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h2 {{ font-size: 1rem; margin: 1.5rem 0 0; }}
+{CSS}</style>
+</head>
+<body>
+<main>
+<h1>Token roles of {escape(title)}</h1>
+<p>{escape(summary)}</p>
+{legend_html()}
+{rows}
+</main>
+</body>
+</html>
+"""

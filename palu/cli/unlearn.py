@@ -1,0 +1,201 @@
+"""``palu unlearn``: :func:`palu.unlearn` on files."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palu.cli.models import Dtype, check_name, import_peft, load_model, load_tokenizer
+from palu.cli.settings import was_given, with_settings
+from palu.config import UnlearnConfig
+from palu.records import SUMMARY, write_records
+
+if TYPE_CHECKING:
+    from palu.adapter import CausalLM
+
+LORA = "LoRA"
+
+
+@with_settings
+def unlearn(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
+    forget: Annotated[Path, typer.Option(help="What to forget: rows with spans (JSONL).", metavar="FILE")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the model, its tokenizer, history.jsonl and summary.json.", metavar="DIR"),
+    ],
+    settings: dict[str, Any],
+    retain: Annotated[
+        str,
+        typer.Option(
+            help="What to keep: rows in the same form; auto: no rows, palu.unlearn's retain=None; none: an empty set.",
+            metavar="FILE|auto|none",
+        ),
+    ] = "auto",
+    ref_model: Annotated[
+        str | None,
+        typer.Option(help="The frozen reference, if it is not the model as it is now.", metavar="DIR_OR_NAME"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights while they are trained; auto: as they are stored.")
+    ] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where --output holds an earlier run, which is deleted.")
+    ] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a new LoRA adapter, not the model.", rich_help_panel=LORA)
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1, rich_help_panel=LORA)] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="Its scale is alpha / rank.", rich_help_panel=LORA)] = 16,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Dropout before the adapter.", min=0, max=1, rich_help_panel=LORA)
+    ] = 0.0,
+    lora_target: Annotated[
+        str,
+        typer.Option(
+            help="The layers that get it: all-linear (of the body), or names with commas between them.",
+            rich_help_panel=LORA,
+        ),
+    ] = "all-linear",
+) -> None:
+    """Make a model forget the spans of the forget set, and write it to a folder.
+
+    Ctrl-C ends the step and writes a checkpoint; the same command with --resume goes on from there. Checkpoints are in
+    OUTPUT/checkpoints until the run has finished, or where --checkpoint-dir says (none: nowhere).
+
+    For many processes: accelerate launch -m palu unlearn ...
+    """
+    if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
+        raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
+    for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
+        if name is not None:
+            check_name(name, option)
+            if output.resolve() == Path(name).expanduser().resolve():
+                raise ValueError(f"--output {output} is the folder of {option}; give another one")
+    for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+    run = Run(output, settings, overwrite)
+    config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), **settings})
+
+    from accelerate import PartialState
+
+    import palu
+    from palu.data import load_forget, load_retain
+
+    retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
+    # Complaints about the data come before a large model is loaded.
+    tokens = load_tokenizer(tokenizer or model)
+    load_forget(forget, tokens, max_length=config.max_length)
+    load_retain(retain_source or [], tokens, max_length=config.max_length)
+    trained = load_model(model, dtype, trainable=True)
+    reference = None if ref_model is None else load_model(ref_model, dtype)
+    if lora:
+        trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
+
+    state = PartialState()
+    if state.is_main_process:
+        run.make_room()
+    state.wait_for_everyone()
+    try:
+        result = palu.unlearn(trained, reference, forget, retain_source, tokenizer=tokens, config=config)
+    except KeyboardInterrupt:
+        if state.is_main_process and run.interrupted:
+            print("palu: to go on, give the same command with --resume", file=sys.stderr)
+        raise
+    if state.is_main_process:
+        own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
+        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
+        run.clear()
+        write_records(output, result, tokens, {"arguments": arguments})
+        run.finish()
+        summary = result.summary
+        print(
+            f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
+            f"examples in {summary['seconds']:.0f} s; wrote {output}"
+        )
+
+
+def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:
+    """The model with a new LoRA adapter, the same one for the same seed, so that a resumed run starts from it."""
+    from accelerate.utils import set_seed
+
+    from palu.adapter import is_peft
+
+    if is_peft(model):
+        raise ValueError("--model holds an adapter already, which is trained as it is; leave --lora out")
+    peft = import_peft("--lora adds an adapter")
+    set_seed(seed)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target if target == "all-linear" else [name.strip() for name in target.split(",")],
+    )
+    return peft.get_peft_model(model, config)
+
+
+class Run:
+    """A run's folder: nothing in it is lost unless the user asks for it.
+
+    An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints).
+
+    Raises:
+        ValueError: to write there would lose something, or there is nothing to go on from.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
+        self.output, self.overwrite = output, overwrite
+        self.checkpoints = output / "checkpoints"
+        self.own_checkpoints = "checkpoint_dir" not in settings
+        resume = bool(settings.get("resume"))
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output {output} is a file; give a folder")
+        if overwrite and resume:
+            raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
+        if not output.exists() or not any(output.iterdir()):
+            return
+        if not self.finished and not self.checkpoints.is_dir():
+            raise ValueError(f"--output {output} is not empty and holds no run; give another folder")
+        if self.finished and not overwrite:
+            raise ValueError(
+                f"--output {output} holds a run that has finished; give another folder, or --overwrite to replace it"
+            )
+        if self.interrupted and self.own_checkpoints and not resume and not overwrite:
+            raise ValueError(
+                f"--output {output} holds a run that was interrupted; add --resume to go on with it, "
+                "or --overwrite to start anew"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return (self.output / SUMMARY).exists()
+
+    @property
+    def interrupted(self) -> bool:
+        return any(self.checkpoints.glob("step-*.safetensors"))
+
+    def make_room(self) -> None:
+        """Before the first step: a new run cannot begin beside an old one's checkpoints."""
+        if self.overwrite and self.own_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def clear(self) -> None:
+        """After the last step: files of the run that is replaced, which could pass for the new one's, go."""
+        for path in self.output.iterdir() if self.finished else ():
+            if path.is_file():
+                path.unlink()
+
+    def finish(self) -> None:
+        """The run is in its folder: its checkpoints have nothing more to give."""
+        if self.own_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
