@@ -45,7 +45,7 @@ FORMAT = 1
 KEPT = 2
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
 # Settings that may change on resume: none of them has a part in the result.
-FREE = {"checkpoint_dir", "checkpoint_steps", "resume", "progress"}
+FREE = {"checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
 # Other engines shard weights and optimizer states over processes.
 WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 

@@ -12,6 +12,8 @@ TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
+TRACKERS = ("tensorboard", "wandb")
+
 # The methods, and what their papers or published code set where the user does not.
 OBJECTIVES: dict[str, dict[str, float]] = {
     "palu": {},
@@ -84,6 +86,9 @@ class UnlearnConfig:
             beginning. Pass the starting model, loaded again, and all other arguments as they were.
         seed: of the data order and of any dropout.
         progress: show a progress bar.
+        report_to: ``"tensorboard"``, ``"wandb"``, or both with a comma between them, get each step's record;
+            ``None``: neither.
+        logging_dir: folder for what they write.
     """
 
     objective: str = "palu"
@@ -122,6 +127,8 @@ class UnlearnConfig:
     resume: bool = False
     seed: int = 0
     progress: bool = True
+    report_to: str | None = None
+    logging_dir: str = "runs"
 
     def __post_init__(self) -> None:
         def require(valid: bool, field: str, rule: str) -> None:
@@ -178,6 +185,13 @@ class UnlearnConfig:
             "give a folder's path as a string, or None",
         )
         require(not self.resume or self.checkpoint_dir is not None, "resume", "give checkpoint_dir, too")
+        require(
+            self.report_to is None
+            or (isinstance(self.report_to, str) and all(name in TRACKERS for name in self.trackers)),
+            "report_to",
+            f"give one of {', '.join(TRACKERS)}, both with a comma between them, or None",
+        )
+        require(isinstance(self.logging_dir, str) and self.logging_dir != "", "logging_dir", "give a folder's path")
         require(is_int(self.seed) and 0 <= self.seed < 2**32, "seed", "give an integer in [0, 2**32)")
         require(
             self.stop_probability is None or (is_number(self.stop_probability) and 0 < self.stop_probability < 1),
@@ -206,3 +220,8 @@ class UnlearnConfig:
     def weights(self) -> tuple[float, float, float]:
         """(gamma, lambda_kl, lambda_retain)."""
         return self.value("gamma"), self.lambda_kl, self.value("lambda_retain")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``report_to``."""
+        return tuple(name.strip() for name in self.report_to.split(",")) if self.report_to is not None else ()

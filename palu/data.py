@@ -27,14 +27,16 @@ soon as it holds one character of it. Blanks at a span's edges do not count; tho
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+
+from palu.files import DataError, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,15 +52,11 @@ _Offsets: TypeAlias = list[tuple[int, int]]  # each token's [start, end) in char
 _MARK = "\ue000answer\ue000"  # stands for the answer while a template is probed; private-use characters
 
 
-class DataError(ValueError):
-    """The user's data cannot be used. The message names set, row, column or span, and the mend."""
-
-
 @dataclass(frozen=True)
 class Example:
     """One tokenised row.
 
-    row: position in the user's data, from 0 (blank JSONL lines are not rows).
+    row: position in the user's data, from 0 (blank lines of a file are not rows).
     input_ids: int64 [t].
     labels: int64 [t]: IGNORE, ORDINARY (forget only) or the token's own id.
     labels[0] is always IGNORE: no logits predict the first token.
@@ -85,8 +83,8 @@ class Examples:
 def load_forget(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
     """Load the forget set: the answers to unlearn.
 
-    source: a path to JSONL, an iterable of mappings (list of dicts, datasets.Dataset), or a mapping
-        {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is optional).
+    source: a path to JSONL, CSV or Parquet (palu.files), an iterable of mappings (list of dicts, datasets.Dataset),
+        or a mapping {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is optional).
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
 
@@ -189,14 +187,14 @@ def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: in
 def _rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     """(row, how to name it in an error, its columns) for each row of the source."""
     if isinstance(source, str | os.PathLike):
-        numbered: Iterable[tuple[str, Any]] = _jsonl(source, name)
+        numbered: Iterable[tuple[str, Any]] = read_rows(Path(source), name)
     elif isinstance(source, Mapping):
         numbered = (("", columns) for columns in _transposed(source, name))
     elif isinstance(source, Iterable):
         numbered = (("", columns) for columns in source)
     else:
         raise DataError(
-            f"{name} set is of type {type(source).__name__}; give a path to JSONL, a list of dicts, "
+            f"{name} set is of type {type(source).__name__}; give a file's path, a list of dicts, "
             "a datasets.Dataset, or a mapping with input_ids and labels"
         )
     for row, (line, columns) in enumerate(numbered):
@@ -204,22 +202,6 @@ def _rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]
         if not isinstance(columns, Mapping):
             raise DataError(f"{where}: a row must map column names to values, got {type(columns).__name__}")
         yield row, where, columns
-
-
-def _jsonl(path: str | os.PathLike[str], name: str) -> Iterator[tuple[str, Any]]:
-    # Read as bytes: a line ends at "\n" alone, and bad UTF-8 is told with its line number.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            told = f"{name} line {number} of {path}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if text:
-                    yield f" (line {number})", json.loads(text)
-            except UnicodeDecodeError:
-                raise DataError(f"{told}: not UTF-8; save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg} at column {error.colno})"
-                raise DataError(f"{told}: {problem}; write one JSON object per line") from None
 
 
 def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:

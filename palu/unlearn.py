@@ -30,6 +30,7 @@ from palu.feed import Feed
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
 from palu.packing import Item, retain_items
+from palu.trackers import tracker_arguments, tracking
 from palu.validate import check_linear_head, check_models, check_sets
 
 
@@ -77,8 +78,8 @@ def unlearn(
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
             ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
-        forget: examples with ``spans``: a path to JSONL, a list of dicts, a ``datasets.Dataset``, or tokenised
-            tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
+        forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
+            tokenised tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms; ``None`` or empty needs ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input.
         config: the settings; ``overrides`` replace single fields of it.
@@ -93,10 +94,11 @@ def unlearn(
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
+        ImportError: a tracker's package is missing.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
-    accelerator = Accelerator()
+    accelerator = Accelerator(**tracker_arguments(config))
     check_models(model, ref_model, tokenizer, accelerator)
     if config.merge_adapter and not is_peft(model):
         raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
@@ -123,7 +125,7 @@ def unlearn(
     progress = config.progress and accelerator.is_local_main_process
     started = time.perf_counter()
     model.to(accelerator.device)
-    with ready_to_train(model, config, accelerator), checkpoints:
+    with ready_to_train(model, config, accelerator), checkpoints, tracking(accelerator, config):
         # The reference speaks once; then at most its head is needed.
         reference = ref_model if ref_model is not None else model
         known = checkpoints.reference()
@@ -185,6 +187,7 @@ def unlearn(
                 record["tokens"] = sum(sum(batch.packed.sequence_lengths) for batch in batches)
                 record["tokens_per_second"] = record["tokens"] / (clock - before)
                 history.append(record)
+                accelerator.log(record, step=record["step"])
                 bar.update()
                 bar.set_postfix({name: f"{record[name]:.3g}" for name in method.terms})
                 checkpoints.after_step(history)

@@ -593,7 +593,7 @@ def test_bad_columns(columns: Any, told: str, load: Any) -> None:
     [
         (
             None,
-            f"is of type NoneType; give a path to JSONL, a list of dicts, a datasets.Dataset, or {TOKENS}",
+            f"is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or {TOKENS}",
         ),
         (
             {"train": [], "test": []},

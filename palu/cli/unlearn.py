@@ -69,7 +69,8 @@ def unlearn(
     """Make a model forget the spans of the forget set, and write it to a folder.
 
     Ctrl-C ends the step and writes a checkpoint; the same command with --resume goes on from there. Checkpoints are in
-    OUTPUT/checkpoints until the run has finished, or where --checkpoint-dir says (none: nowhere).
+    OUTPUT/checkpoints until the run has finished, or where --checkpoint-dir says (none: nowhere); what --report-to
+    writes is in OUTPUT/logs, or where --logging-dir says.
 
     For many processes: accelerate launch -m palu unlearn ...
     """
@@ -84,7 +85,7 @@ def unlearn(
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
     run = Run(output, settings, overwrite)
-    config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), **settings})
+    config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
 
     from accelerate import PartialState
 
@@ -155,7 +156,7 @@ class Run:
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
         self.output, self.overwrite = output, overwrite
-        self.checkpoints = output / "checkpoints"
+        self.checkpoints, self.logs = output / "checkpoints", output / "logs"
         self.own_checkpoints = "checkpoint_dir" not in settings
         resume = bool(settings.get("resume"))
         if output.exists() and not output.is_dir():
@@ -164,7 +165,7 @@ class Run:
             raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
         if not output.exists() or not any(output.iterdir()):
             return
-        if not self.finished and not self.checkpoints.is_dir():
+        if not any((self.finished, self.checkpoints.is_dir(), self.logs.is_dir())):
             raise ValueError(f"--output {output} is not empty and holds no run; give another folder")
         if self.finished and not overwrite:
             raise ValueError(
@@ -185,9 +186,10 @@ class Run:
         return any(self.checkpoints.glob("step-*.safetensors"))
 
     def make_room(self) -> None:
-        """Before the first step: a new run cannot begin beside an old one's checkpoints."""
-        if self.overwrite and self.own_checkpoints:
+        """Before the first step: a new run cannot begin beside an old one's checkpoints and logs."""
+        if self.overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+            shutil.rmtree(self.logs, ignore_errors=True)
 
     def clear(self) -> None:
         """After the last step: files of the run that is replaced, which could pass for the new one's, go."""
