@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from palu.cli.models import Dtype, check_name, load_model, load_tokenizer
+from palu.cli.models import Dtype, check_names, load_model, load_tokenizer
 
 
 def evaluate(
     model: Annotated[
         str, typer.Option(help="The model: a folder (of an adapter, too), or a name on the hub.", metavar="DIR_OR_NAME")
     ],
-    output: Annotated[Path, typer.Option(help="Where the results go, as open-unlearning's JSON.", metavar="FILE")],
     benchmark: Annotated[Literal["tofu", "muse-news"], typer.Option(help="The benchmark.")] = "tofu",
     forget_split: Annotated[
         str | None, typer.Option(help="TOFU: the split that was to be forgotten. [default: forget05]")
@@ -28,6 +27,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Results of the model that never saw the forget set (.json, .json.gz).", metavar="FILE"),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the results go, in open-unlearning's form. [default: evaluation-....json in the model's "
+            "folder, where palu report finds it]",
+            metavar="FILE",
+        ),
+    ] = None,
     reference_model: Annotated[
         str | None, typer.Option(help="TOFU: for the reference attack.", metavar="DIR_OR_NAME")
     ] = None,
@@ -38,24 +45,26 @@ def evaluate(
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="TOFU: bound on an answer's length. [default: 200]", min=1)
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Has a model forgotten, and what does it still know?"""
-    only_tofu = {"forget_split": forget_split, "reference_model": reference_model, "fluency_model": fluency_model}
-    for name, value in only_tofu.items():
+    for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
+    for name, value in {"forget_split": forget_split, "reference_model": reference_model, **for_tofu}.items():
         if benchmark != "tofu" and value is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to TOFU; leave it out")
-    for option, name_or_none in {
-        "--model": model,
-        "--tokenizer": tokenizer,
-        "--reference-model": reference_model,
-    }.items():
-        if name_or_none is not None:
-            check_name(name_or_none, option)
+    split = forget_split or "forget05"
+    check_names(model=model, tokenizer=tokenizer, reference_model=reference_model)
     if retain_results is not None and not retain_results.is_file():
         raise FileNotFoundError(f"--retain-results {retain_results}: there is no such file")
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
+    if output is None:
+        if not Path(model).is_dir():
+            raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
+        output = Path(model) / f"evaluation-{benchmark}{f'-{split}' * (benchmark == 'tofu')}.json"
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
 
@@ -67,18 +76,13 @@ def evaluate(
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
     if benchmark == "tofu":
-        palu.evaluate.load_tofu(forget_split or "forget05", data)  # complaints come before a model is loaded
-        reference = None if reference_model is None else load_model(reference_model, dtype).to(device)
-        results = palu.evaluate.tofu(
-            load_model(model, dtype).to(device),
-            tokens,
-            forget_split or "forget05",
-            data,
-            reference_model=reference,
-            fluency_model=fluency_model,
-            **options,
-        )
+        palu.evaluate.load_tofu(split, data)  # complaints come before a model is loaded
+        options |= {name: value for name, value in for_tofu.items() if value is not None}
+        if reference_model is not None:
+            options["reference_model"] = load_model(reference_model, dtype).to(device)
+        results = palu.evaluate.tofu(load_model(model, dtype).to(device), tokens, split, data, **options)
     else:
+        palu.evaluate.load_muse_news(data)
         results = palu.evaluate.muse_news(load_model(model, dtype).to(device), tokens, data, **options)
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _print(results)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palu.cli.models import check_name, load_tokenizer
+from palu.cli.models import check_names, load_tokenizer
 from palu.config import UnlearnConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ _SHOWN = 10
 
 
 def inspect(
-    forget: Annotated[Path, typer.Option(help="What to forget: rows with spans (JSONL).", metavar="FILE")],
+    forget: Annotated[
+        Path, typer.Option(help="What to forget: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+    ],
     model: Annotated[
         str | None, typer.Option(help="The model, of which the tokenizer is loaded.", metavar="DIR_OR_NAME")
     ] = None,
@@ -42,7 +44,7 @@ def inspect(
     name = tokenizer or model
     if name is None:
         raise ValueError("give --model or --tokenizer")
-    check_name(name, "--tokenizer" if tokenizer else "--model")
+    check_names(model=model, tokenizer=tokenizer)
     if not forget.is_file():
         raise FileNotFoundError(f"there is no file {forget}")
 

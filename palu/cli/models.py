@@ -13,20 +13,23 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def check_name(name: str, option: str) -> None:
-    """Raise FileNotFoundError where a name can only be a folder's, and there is none, or it is empty of what is wanted.
+def check_names(**names: str | None) -> None:
+    """Raise FileNotFoundError where a name, given by its option, can only be a folder's and there is no such model.
 
-    transformers would ask the hub for the one, and complain of missing packages over the other.
+    transformers would ask the hub for it, or complain of packages that are missing.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-            raise FileNotFoundError(f"{option} {name}: there is no such folder")
-    elif option == "--tokenizer":
-        if not any(folder.glob("tokenizer*")):
-            raise FileNotFoundError(f"{option} {name}: the folder holds no tokenizer")
-    elif not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"{option} {name}: the folder holds no config.json, so it is no model's")
+    for option, name in names.items():
+        if name is None:
+            continue
+        told, folder = f"--{option.replace('_', '-')} {name}", Path(name).expanduser()
+        if not folder.is_dir():
+            if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+                raise FileNotFoundError(f"{told}: there is no such folder")
+        elif option == "tokenizer":
+            if not any(folder.glob("tokenizer*")):
+                raise FileNotFoundError(f"{told}: the folder holds no tokenizer")
+        elif not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{told}: the folder holds no config.json, so it is no model's")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 
-def report(run_dir: Annotated[Path, typer.Argument(help="The folder that palu unlearn wrote.", metavar="DIR")]) -> None:
-    """Write DIR/report.html again, from what the run left in its folder."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The folder that palu unlearn wrote.", metavar="DIR")],
+    redact: Annotated[bool, typer.Option("--redact", help="Blot out the secrets, in report-redacted.html.")] = False,
+) -> None:
+    """Write DIR/report.html again, from what the run and evaluations have left in its folder."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}")
     from palu.report import write_report
 
-    print(f"wrote {write_report(run_dir) or run_dir / 'report.html'}")
+    print(f"wrote {write_report(run_dir, redact=redact)}")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palu.cli.models import Dtype, check_name, import_peft, load_model, load_tokenizer
+from palu.cli.models import Dtype, check_names, import_peft, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.records import SUMMARY, write_records
+from palu.output import SUMMARY, write_records
 
 if TYPE_CHECKING:
     from palu.adapter import CausalLM
@@ -24,7 +24,9 @@ LORA = "LoRA"
 def unlearn(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
-    forget: Annotated[Path, typer.Option(help="What to forget: rows with spans (JSONL).", metavar="FILE")],
+    forget: Annotated[
+        Path, typer.Option(help="What to forget: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+    ],
     output: Annotated[
         Path,
         typer.Option(help="Folder for the model, its tokenizer, history.jsonl and summary.json.", metavar="DIR"),
@@ -76,11 +78,10 @@ def unlearn(
     """
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
         raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
+    check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
     for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
-        if name is not None:
-            check_name(name, option)
-            if output.resolve() == Path(name).expanduser().resolve():
-                raise ValueError(f"--output {output} is the folder of {option}; give another one")
+        if name is not None and output.resolve() == Path(name).expanduser().resolve():
+            raise ValueError(f"--output {output} is the folder of {option}; give another one")
     for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")

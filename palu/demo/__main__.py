@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import palu
 from palu.data import IGNORE, Example, load_forget, load_retain
-from palu.records import write_records
+from palu.output import write_records
 
 HERE = Path(__file__).parent
 Facts = list[dict[str, Any]]
