@@ -93,6 +93,13 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
     }
 
 
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Mixed precision for a model outside its engine; DeepSpeed has none, it casts the weights of the model it trains."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "bf16":
+        return torch.autocast(accelerator.device.type, torch.bfloat16)
+    return accelerator.autocast()
+
+
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
     """An error in the block on any process is raised on all of them, so that none waits for one that has left.

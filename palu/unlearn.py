@@ -30,7 +30,7 @@ from palu.feed import Feed
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
 from palu.packing import Batch, Item, retain_items
-from palu.processes import accumulating, clip_gradients, put_together, start_engine, take_apart, together
+from palu.processes import accumulating, autocast, clip_gradients, put_together, start_engine, take_apart, together
 from palu.validate import check_linear_head, check_models, check_sets
 
 
@@ -246,7 +246,7 @@ def consult(
     ref_model.to(accelerator.device).eval()
     weight, bias = head_of(ref_model)
     with (
-        accelerator.autocast(),
+        autocast(accelerator),
         using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
         without_adapter(ref_model) if ref_model is model else nullcontext(),
     ):
