@@ -94,7 +94,7 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """Mixed precision for a model outside its engine; DeepSpeed has none, it casts the weights of the model it trains."""
+    """Mixed precision for a model outside its engine: DeepSpeed has it only in the weights of the one it trains."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "bf16":
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     return accelerator.autocast()

@@ -17,8 +17,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
 from tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from torch.distributed.fsdp import FSDPModule
 
 import palu
 from palu.feed import Feed
