@@ -9,7 +9,7 @@ starting model, which is loaded again. A folder of checkpoints holds, as safeten
     unfinished/                  what is being written; a file moves out of it when it is on the disk
 
 Every file names its run: the settings, and SHA-256 fingerprints of the starting model, the reference and the data.
-Nothing is ever unpickled. Under DDP the main process writes, and all go on with its random numbers.
+Nothing is ever unpickled. Of many processes the main one writes, whole tensors even of what FSDP2 shards; all read.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ from palu.cache import ReferenceCache
 from palu.config import UnlearnConfig
 from palu.objective import Objective
 from palu.packing import Item
+from palu.processes import sharded_like, together, whole
 
 FORMAT = 1
 KEPT = 2
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {"checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
-# Other engines shard weights and optimizer states over processes.
-WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 History = list[dict[str, float]]
 
@@ -86,10 +85,10 @@ class Checkpoints:
         self.interrupted = self.running = False
         if self.folder is None:
             return
-        if accelerator.distributed_type not in WHOLE:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise CheckpointError(
-                f"checkpoints hold whole models, which {accelerator.distributed_type.value} does not keep on one "
-                "process; use DDP or one process, or leave checkpoint_dir out"
+                "DeepSpeed keeps its optimizer's state to itself, so no checkpoint can be written; use FSDP2, DDP or "
+                "one process, or leave checkpoint_dir out"
             )
         existing = self._steps()
         if existing and not config.resume:
@@ -98,17 +97,18 @@ class Checkpoints:
                 "or another checkpoint_dir to keep it and start anew"
             )
         self.run = describe_run(config, accelerator, model, ref_model, forget, retain)
-        self.resumes = config.resume
         if existing:
             self._read(existing[-1])
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+        # Looked up here, before any process can write.
+        self.knows_reference = config.resume and (self.folder / "reference.safetensors").exists()
 
     def reference(self) -> ReferenceCache | None:
         """The reference's answers, where this run has written them."""
-        if self.folder is None or not self.resumes or not (path := self.folder / "reference.safetensors").exists():
+        if self.folder is None or not self.knows_reference:
             return None
-        tensors, _ = self._read(path, tensors=True)
+        tensors, _ = self._read(self.folder / "reference.safetensors", tensors=True)
         answers: dict[int, list[Tensor]] = {}
         for name in sorted(tensors):  # item number, answer number
             answers.setdefault(int(name.split(".")[0]), []).append(tensors[name].clone())
@@ -138,10 +138,16 @@ class Checkpoints:
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for i, (name, parameter) in enumerate(trained.items()):
-                parameter.copy_(tensors[f"model.{name}"])
+                parameter.copy_(sharded_like(parameter, tensors[f"model.{name}"]))
                 # A parameter that no gradient has reached has none.
                 prefix = f"adamw.{name}."
-                moments[i] = {key: tensors[prefix + key].clone() for key in ADAMW if prefix + key in tensors}
+                moments[i] = {
+                    key: tensors[prefix + key].clone()
+                    if key == "step"
+                    else sharded_like(parameter, tensors[prefix + key].clone())
+                    for key in ADAMW
+                    if prefix + key in tensors
+                }
         groups = optimizer.state_dict()["param_groups"]
         scheduler.load_state_dict(about["scheduler"])
         for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
@@ -149,16 +155,22 @@ class Checkpoints:
         optimizer.load_state_dict({"state": {i: m for i, m in moments.items() if m}, "param_groups": groups})
         for record in about["history"]:
             objective.after_step(record)
-        torch.set_rng_state(tensors["rng.cpu"])
+        own = self.accelerator.process_index
+        torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.accelerator.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
         self.saved = len(about["history"])
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
         return about["history"]
 
     def after_step(self, history: History) -> None:
         """Write a checkpoint where one is due, or where Ctrl-C was pressed; then raise KeyboardInterrupt."""
-        if self.folder is not None and (self.interrupted or len(history) % self.interval == 0):
+        if self.folder is None:
+            return
+        if self.accelerator.num_processes > 1:  # Ctrl-C reaches them at different steps
+            pressed = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+            self.interrupted = self.accelerator.reduce(pressed, "sum").item() > 0
+        if self.interrupted or len(history) % self.interval == 0:
             self.save(history)
             self._stop_if_interrupted()
 
@@ -166,13 +178,17 @@ class Checkpoints:
         """Write a checkpoint of the run after the last step of ``history``, unless there is one; drop older ones."""
         if self.folder is None or len(history) == self.saved:
             return
-        tensors = {"rng.cpu": torch.get_rng_state()}
+        tensors = {"rng.cpu": self._of_all(torch.get_rng_state())}
         if self.accelerator.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+            tensors["rng.cuda"] = self._of_all(torch.cuda.get_rng_state(self.accelerator.device))
         for name, parameter in _trainable(self.model).items():
-            tensors[f"model.{name}"] = parameter.detach().contiguous()
             moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adamw.{name}.{key}": moments[key].contiguous() for key in ADAMW if key in moments}
+            parts = {f"model.{name}": parameter.detach()}
+            parts |= {f"adamw.{name}.{key}": moments[key] for key in ADAMW if key in moments}
+            for key, part in parts.items():
+                full = whole(part)  # all processes take part, and the main one keeps it
+                if self.accelerator.is_main_process:
+                    tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
         self._write(path, tensors, {"history": history, "scheduler": self.scheduler.state_dict()})
         self.saved = len(history)
@@ -214,6 +230,10 @@ class Checkpoints:
                 f"checkpoint_dir={str(self.folder)!r}, resume=True"
             )
 
+    def _of_all(self, state: Tensor) -> Tensor:
+        """[processes, n]: the vectors [n] of all processes."""
+        return self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+
     def _steps(self) -> list[Path]:
         """The checkpoints, oldest first."""
         return [] if self.folder is None else sorted(self.folder.glob("step-*.safetensors"))
@@ -227,8 +247,11 @@ class Checkpoints:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a file so that after a kill or a power cut it is there whole or not at all."""
-        if not self.accelerator.is_main_process:
-            return
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write_here(path, tensors, about)
+
+    def _write_here(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         header = {"format": FORMAT, "run": self.run, **about}
         unfinished = path.parent / "unfinished"
         try:

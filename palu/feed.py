@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate, islice
 
 import torch
@@ -19,8 +18,9 @@ class Feed:
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
     micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. All processes draw
-    the same order from ``config.seed`` and each takes its own part. The seed and the number of steps taken are all
-    that decides what comes next.
+    the same order from ``config.seed`` and each takes its own part: what N processes see together in a step is what one
+    process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the number of steps taken
+    are all that decides what comes next.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Feed:
     def _batch(self, forget: list[int], retain: list[int]) -> Batch:
         items = [self.forget[i] for i in forget]
         kept = [self.retain[i] for i in retain]
-        if not items:  # fewer examples were left than processes: this one runs an example without rows
+        if not items:  # fewer examples were left than processes: this one runs a token without a row
             idle = self.forget[0]
-            items = [replace(idle, rows=idle.rows[:0], labels=idle.labels[:0], targets=0)]
+            items = [Item(idle.input_ids[:1], idle.rows[:0], idle.labels[:0])]
         packed = pack(items + kept)
         starts = accumulate((len(item.input_ids) for item in items + kept), initial=0)
         rows = [item.rows + start for item, start in zip(items + kept, starts, strict=False)]  # a start too many

@@ -49,6 +49,8 @@ class Objective(nn.Module):
         self.model = model
         self.ref_head = ref_head
         self.config = config
+        # What FSDP2 shards as one: each decoder layer; embeddings and head belong to the objective itself.
+        self._no_split_modules = base_of(model)._no_split_modules
 
     @staticmethod
     def items(
@@ -72,12 +74,12 @@ class Objective(nn.Module):
 
         Args:
             batch: on the model's device.
-            counts: [4], float: ``Batch.counts`` summed over the whole optimisation step, by which the sums over
+            counts: [4], int64: ``Batch.counts`` summed over the whole optimisation step, by which the sums over
                 this micro-batch are divided; a 0 counts as 1.
         """
         states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
-        share = counts.to(acc_dtype(hidden.dtype)).clamp(min=1).reciprocal()
+        share = counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal()
         total, terms = self.losses(hidden, head, batch, share)
         targets = batch.counts[0]
         return Losses(total, terms, self._highest_probability(hidden[:targets], head, batch.labels[:targets]))

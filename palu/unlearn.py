@@ -29,8 +29,9 @@ from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
-from palu.packing import Item, retain_items
-from palu.trackers import tracker_arguments, tracking
+from palu.packing import Batch, Item, retain_items
+from palu.processes import accumulating, autocast, clip_gradients, put_together, start_engine, take_apart, together
+from palu.trackers import tracking
 from palu.validate import check_linear_head, check_models, check_sets
 
 
@@ -98,31 +99,34 @@ def unlearn(
     """
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
-    accelerator = Accelerator(**tracker_arguments(config))
-    check_models(model, ref_model, tokenizer, accelerator)
-    if config.merge_adapter and not is_peft(model):
-        raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
+    accelerator = start_engine(config)
+    with together(accelerator):
+        check_models(model, ref_model, tokenizer, accelerator)
+        if config.merge_adapter and not is_peft(model):
+            raise ValueError(
+                f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"
+            )
 
-    # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
-    forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
-    retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-    check_sets(model, forget_set, retain_set, config)
-    alternates = (
-        load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
-        if method.needs_alternates
-        else []
-    )
-    to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
-    to_retain = retain_items(retain_set.examples) if method.retains(config) else []
-    for candidate in (model,) if ref_model is None else (model, ref_model):
-        check_linear_head(candidate, to_forget[0].input_ids)
+        # Text to tokens with roles. Every complaint about the data comes before anything is changed.
+        forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
+        forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
+        retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
+        check_sets(model, forget_set, retain_set, config)
+        alternates = (
+            load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
+            if method.needs_alternates
+            else []
+        )
+        to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
+        to_retain = retain_items(retain_set.examples) if method.retains(config) else []
+        for candidate in (model,) if ref_model is None else (model, ref_model):
+            check_linear_head(candidate, to_forget[0].input_ids)
 
-    # With resume, the newest checkpoint is this run's, or an error says what differs.
-    checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
+        # With resume, the newest checkpoint is this run's, or an error says what differs.
+        checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
 
-    set_seed(config.seed)
-    progress = config.progress and accelerator.is_local_main_process
+    set_seed(config.seed, device_specific=True)
+    progress = config.progress and accelerator.is_main_process
     started = time.perf_counter()
     model.to(accelerator.device)
     with ready_to_train(model, config, accelerator), checkpoints, tracking(accelerator, config):
@@ -133,15 +137,16 @@ def unlearn(
         if known is None:
             checkpoints.keep_reference(cache)
 
-        objective = method(model, ref_head, config)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = take_apart(model, accelerator)
+        objective = method(trained, ref_head, config)
         optimizer = torch.optim.AdamW(
-            parameters,
+            [p for p in trained.parameters() if p.requires_grad],
             config.learning_rate,
             weight_decay=config.weight_decay,
             fused=accelerator.device.type == "cuda",
         )
         objective, optimizer = accelerator.prepare(objective, optimizer)
+        parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
         feed = Feed(
             to_forget,
             to_retain,
@@ -153,7 +158,7 @@ def unlearn(
         )
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.epochs * len(feed))
 
-        history = checkpoints.restore(model, optimizer, scheduler, accelerator.unwrap_model(objective))
+        history = checkpoints.restore(trained, optimizer, scheduler, accelerator.unwrap_model(objective))
         bar = tqdm(total=config.epochs * len(feed), initial=len(history), desc="unlearn", disable=not progress)
         clock = time.perf_counter()
         for epoch in range(feed.skip(len(history)), config.epochs + 1):
@@ -162,20 +167,20 @@ def unlearn(
                 counts = add_up([batch.counts for batch in batches], accelerator)
                 outputs = []
                 for batch in batches:
-                    sync = nullcontext() if batch is batches[-1] else accelerator.no_sync(objective)
-                    with sync:
+                    with accumulating(objective, accelerator, last=batch is batches[-1]):
                         with accelerator.autocast():
                             losses = objective(batch.to(accelerator.device), counts)
                         # Data-parallel engines average gradients over processes; the loss wants their sum.
                         accelerator.backward(losses.total * accelerator.num_processes)
                     outputs.append(losses)
-                grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                grad_norm = clip_gradients(objective, parameters, config.max_grad_norm, accelerator)
 
                 record: dict[str, float] = {"step": len(history) + 1, "epoch": epoch}
-                record |= read_back(outputs, grad_norm, method, config, accelerator)
+                record |= read_back(batches, outputs, grad_norm, method, config, accelerator)
                 if not all(map(math.isfinite, record.values())):
                     bar.close()
                     optimizer.zero_grad()
+                    put_together(model, trained, accelerator)
                     raise DivergenceError(record, history)
                 optimizer.step()
                 record |= accelerator.unwrap_model(objective).after_step(record)
@@ -184,7 +189,6 @@ def unlearn(
                 optimizer.zero_grad()
 
                 clock, before = time.perf_counter(), clock
-                record["tokens"] = sum(sum(batch.packed.sequence_lengths) for batch in batches)
                 record["tokens_per_second"] = record["tokens"] / (clock - before)
                 history.append(record)
                 accelerator.log(record, step=record["step"])
@@ -197,6 +201,7 @@ def unlearn(
             ):
                 break
         checkpoints.save(history)
+        put_together(model, trained, accelerator)
         bar.close()
 
     summary = {
@@ -244,7 +249,7 @@ def consult(
     ref_model.to(accelerator.device).eval()
     weight, bias = head_of(ref_model)
     with (
-        accelerator.autocast(),
+        autocast(accelerator),
         using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
         without_adapter(ref_model) if ref_model is model else nullcontext(),
     ):
@@ -300,17 +305,23 @@ def ready_to_train(model: CausalLM, config: UnlearnConfig, accelerator: Accelera
 
 
 def add_up(counts: list[tuple[int, int, int, int]], accelerator: Accelerator) -> Tensor:
-    """[4], float32: the counts of all micro-batches of all processes."""
-    return accelerator.reduce(torch.tensor(counts, dtype=torch.float32, device=accelerator.device).sum(0), "sum")
+    """[4], int64: the counts of all micro-batches of all processes."""
+    return accelerator.reduce(torch.tensor(counts, device=accelerator.device).sum(0), "sum")
 
 
 def read_back(
-    outputs: list[Losses], grad_norm: Tensor, method: type[Objective], config: UnlearnConfig, accelerator: Accelerator
+    batches: list[Batch],
+    outputs: list[Losses],
+    grad_norm: Tensor,
+    method: type[Objective],
+    config: UnlearnConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """The figures of a step, in the one read-back from the accelerator that a step costs."""
+    """The figures of a step of all processes, in the one read-back from the accelerator that a step costs."""
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
-    names = ["loss", *method.terms, "grad_norm"]
-    figures = [*accelerator.reduce(sums, "sum"), grad_norm]
+    tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
+    names = ["loss", *method.terms, "tokens", "grad_norm"]
+    figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
     if config.stop_probability is not None:
         highest = torch.stack([losses.highest_probability for losses in outputs]).max()
         names.append("onset_probability")
