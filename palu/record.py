@@ -87,7 +87,8 @@ class Recorder:
         check_models(model, None, tokenizer, accelerator)
         forget_set = load_forget(forget, tokenizer, max_length=self.config.max_length)
         retain_set = load_retain(retain, tokenizer, max_length=self.config.max_length)
-        check_sets(model, forget_set, retain_set, self.config)
+        # Whether it may do without a retain set is the run's to judge.
+        check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
         check_linear_head(model, forget_set.examples[0].input_ids)
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
         self.spans = [spans_of(example, self._eos) for example in self.forget]
@@ -192,14 +193,11 @@ class Recorder:
             scores = token_scores(base, answers + self.retain, names, batch_tokens=BATCH_TOKENS, bar=bar)
             if self.tokenizer is not None:
                 for side, examples in self.samples.items():
-                    stop_ids = {int(example.input_ids[-1]) for example in examples}
-                    if self._eos is not None:
-                        stop_ids.add(self._eos)
                     texts[side] = generate(
                         base,
                         self.tokenizer,
                         [prompt_of(example) for example in examples],
-                        stop_ids,
+                        _terminators(self.tokenizer, examples),
                         max_new_tokens=MAX_NEW_TOKENS,
                         batch_tokens=BATCH_TOKENS,
                         bar=bar,
@@ -272,6 +270,13 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) 
         pieces.append(text[len(known) :])
         context, done = done, end
     return pieces
+
+
+def _terminators(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
+    """The end of sequence, and the special tokens that end these answers, such as a template's <|eot_id|>."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends = {int(example.input_ids[-1]) for example in examples} & special
+    return ends if tokenizer.eos_token_id is None else ends | {int(tokenizer.eos_token_id)}
 
 
 def _whole_answer(example: Example) -> Example:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from palu.report import view, words
 from palu.report.plots import number
-from palu.report.view import RecordError
+from palu.report.reading import RecordError, evaluations, read_run
 
 __all__ = ["RecordError", "write_card", "write_report"]
 
@@ -51,8 +51,8 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     RecordError as :func:`write_report`.
     """
     folder = Path(run_dir)
-    record, summary, _ = view.read_run(folder)
-    model, found = record["model"], view.evaluations(folder)
+    record, summary, _ = read_run(folder)
+    model, found = record["model"], evaluations(folder)
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",

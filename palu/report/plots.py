@@ -112,7 +112,7 @@ _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 def number(value: float | None) -> str:
     """Three significant digits, powers of ten written out; a dash where there is no number."""
     if value is None or not math.isfinite(value):
-        return "–"  # noqa: RUF001
+        return "–"
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e5:
@@ -123,4 +123,4 @@ def number(value: float | None) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     mantissa = mantissa.removesuffix(".0")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return (power if mantissa == "1" else f"{mantissa} × {power}").replace("-", "\N{MINUS SIGN}")  # noqa: RUF001
+    return (power if mantissa == "1" else f"{mantissa} × {power}").replace("-", "\N{MINUS SIGN}")

@@ -96,8 +96,10 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
     sentences = [f"Forget the marked words of {count(summary['forget_examples'] - plain, 'answer')}."]
     if plain:
         sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
-    kept = summary["retain_examples"]
+    kept, anchors = summary["retain_examples"], summary.get("anchors", 0)
     sentences.append(f"Keep {count(kept, 'answer')} of the retain set." if kept else "There is no retain set.")
+    if anchors:
+        sentences.append(f"Hold the model to its own answers to {count(anchors, 'everyday prompt')}.")
     if skipped:
         sentences.append(f"{count(skipped, 'example')} left out, longer than the maximum length before the answer.")
     return sentences
