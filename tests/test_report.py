@@ -127,7 +127,8 @@ def test_the_run_is_recorded(run: Run) -> None:
     assert [secret["text"] for secret in found["secrets"]] == [row["answer"][slice(*row["spans"][0])] for row in FORGET]
     assert all(secret["before"]["recalled"] for secret in found["secrets"])
     assert not any(secret["after"]["recalled"] for secret in found["secrets"])
-    assert [answer["before"] for answer in found["answers"]["forget"]] == [row["answer"] for row in FORGET]
+    assert len(found["answers"]["forget"]) == record.SAMPLES
+    assert all(answer["before"] == FORGET[answer["row"]]["answer"] for answer in found["answers"]["forget"])
     assert [answer["question"] for answer in found["answers"]["retain"]] == [row["question"] for row in RETAIN]
     for one, row in zip(found["examples"], FORGET, strict=True):
         assert "".join(piece for piece, _ in one["tokens"]).startswith(row["answer"])
@@ -409,6 +410,12 @@ def test_probabilities_never_claim_certainty() -> None:
     assert view.probability(1.2e-7) == "1.2 × 10⁻⁷"
 
 
+def test_shares_and_durations_are_written_for_people() -> None:
+    assert [words.percent(share) for share in (1.0, 0.99999, 0.5, 0.0)] == ["100 %", "99.9 %", "50 %", "0 %"]
+    times = [words.duration(seconds) for seconds in (1.94, 76.2, 612.0, 7500.0)]
+    assert times == ["1.9 s", "76 s", "10 min", "2 h 5 min"]
+
+
 def test_the_histogram_counts_every_secret() -> None:
     values = [1.0, 0.1, 0.05, 1e-3, 5e-5, 1e-6, 1e-12, 0.0]
     scores = [{when: {"probability": value} for when in ("before", "after")} for value in values]
@@ -420,7 +427,10 @@ def test_settings_in_plain_words(folder: Path) -> None:
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
     assert "the 50 logits" in asked and "the first 3 tokens" in asked
+    assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert "These roles are PALU" in Page(write_report(folder)).text
     assert "negative preference optimisation" in " ".join(words.asked(summary))
     changed = {name for name, _, _, differs in words.settings(summary["config"]) if differs}
     assert "objective" in changed and "learning_rate" in changed and "seed" not in changed

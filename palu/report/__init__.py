@@ -91,6 +91,7 @@ def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> Non
         "number": number,
         "probability": view.probability,
         "count": words.count,
+        "percent": words.percent,
         "duration": words.duration,
     }
     # Line ends as they are: a checksum of the file is the same on every system.

@@ -156,6 +156,11 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def percent(share: float) -> str:
+    """A share in percent; less than all is never rounded up to it."""
+    return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}".removesuffix(".0") + " %"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the units that a reader would use."""
     if seconds < 90:
