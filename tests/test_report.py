@@ -1,11 +1,9 @@
 """Record, report and model card, without a browser: what is measured, and that no text can break the page."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 import palu
 from palu import DataError, Recorder, UnlearnConfig, record, write_card, write_report
 from palu.data import IGNORE, Example, load_forget
-from palu.evaluate import metrics
 from palu.manifest import digest
 from palu.record import spans_of, token_roles
 from palu.report import RecordError, plots, view, words
@@ -475,14 +472,3 @@ def test_a_local_model_gives_its_folder_and_licence_not_its_path(run: Run, tmp_p
     about = read(tmp_path / "out")["model"]
     assert (about["name"], about["on_the_hub"], about["license"]) == ("base", False, "mit")
     assert str(tmp_path) not in (tmp_path / "out" / "record.json").read_text(encoding="utf-8")
-
-
-def test_scoring_needs_no_package_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    spec = importlib.util.spec_from_file_location("metrics_without_scipy", metrics.__file__)
-    assert spec is not None and spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
-    with pytest.raises(ImportError, match=r"pip install 'palu-unlearn\[evaluate\]'"):
-        bare.require_packages()
-    metrics.require_packages()
