@@ -42,6 +42,7 @@ setup(
     package_data={
         "palu": ["py.typed"],
         "palu.demo": ["*.jsonl", "*.txt"],
+        "palu.report": ["*.css", "*.jinja"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native},
     },
     **extension(),

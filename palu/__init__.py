@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from palu.data import DataError
     from palu.losses import PaluLoss, palu_loss
     from palu.ops import linear_topk_mse, prefix_mask, topk_mse
+    from palu.record import Recorder
+    from palu.report import write_card, write_report
     from palu.unlearn import DivergenceError, UnlearnResult, unlearn
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ _HOME = {
     "DataError": "palu.data",
     "DivergenceError": "palu.unlearn",
     "PaluLoss": "palu.losses",
+    "Recorder": "palu.record",
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.unlearn",
     "linear_topk_mse": "palu.ops",
@@ -29,6 +32,8 @@ _HOME = {
     "prefix_mask": "palu.ops",
     "topk_mse": "palu.ops",
     "unlearn": "palu.unlearn",
+    "write_card": "palu.report",
+    "write_report": "palu.report",
 }
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "PaluLoss",
+    "Recorder",
     "UnlearnConfig",
     "UnlearnResult",
     "evaluate",
@@ -44,6 +50,8 @@ __all__ = [
     "prefix_mask",
     "topk_mse",
     "unlearn",
+    "write_card",
+    "write_report",
 ]
 
 

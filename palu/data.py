@@ -144,6 +144,19 @@ def load_alternates(
     return alternates
 
 
+def load_questions(source: Any, name: str) -> dict[int, str]:
+    """Row -> what its answer answers: the last message before it, or the prompt. Tokenised rows have none.
+
+    source, errors: as load_forget's (name: "forget") or load_retain's ("retain"), which check the rows further.
+    """
+    asked = {}
+    for row, where, columns in _rows(source, name):
+        if "input_ids" not in columns:
+            conversation, _, _ = _conversation(columns, where)
+            asked[row] = conversation[-2]["content"]
+    return asked
+
+
 def _with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
     """The row, which _conversation takes, with another answer."""
     if columns.get("messages") is not None:

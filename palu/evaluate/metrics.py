@@ -17,14 +17,23 @@ try:
     from scipy.stats import hmean, ks_2samp
     from sklearn.metrics import roc_auc_score
 except ImportError as error:
-    raise ImportError(
-        f"palu.evaluate needs rouge-score, scipy and scikit-learn ({error}); pip install 'palu-unlearn[evaluate]'"
-    ) from error
+    _missing: ImportError | None = error
+else:
+    _missing = None
 
 K = 0.4  # share of tokens that Min-K and Min-K++ look at
 _TINY = 1e-10  # open-unlearning's guard against division by zero; its published numbers contain it
 
 Values = Sequence[float] | np.ndarray
+
+
+def require_packages() -> None:
+    """Raise ImportError where what the metrics are computed with is missing; scoring a model alone needs none of it."""
+    if _missing is not None:
+        raise ImportError(
+            f"this evaluation needs rouge-score, scipy and scikit-learn ({_missing}); "
+            "pip install 'palu-unlearn[evaluate]'"
+        ) from _missing
 
 
 # --- of one text ---

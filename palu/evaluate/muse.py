@@ -107,6 +107,7 @@ def muse_news(
         DataError: a row without a needed column, or too short.
         TypeError: a model without a linear head.
     """
+    metrics.require_packages()
     started = time.perf_counter()
     sets = load_muse_news(data)
     sides = {side: f"privleak_{side}" for side in ("forget", "holdout")}

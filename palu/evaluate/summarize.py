@@ -51,6 +51,7 @@ def summarize(results: Source, retain_results: Source | None = None) -> dict[str
     Raises:
         ValueError: ``retain_results`` are of another split, benchmark or kind of model.
     """
+    metrics.require_packages()
     return _aggregates(load_results(results), None if retain_results is None else load_results(retain_results))
 
 

@@ -173,6 +173,7 @@ def tofu(
         DataError: a row without a needed column.
         TypeError: a model without a linear head.
     """
+    metrics.require_packages()
     started = time.perf_counter()
     if unknown := [name for name in mia if name not in ATTACKS]:
         raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")

@@ -1,0 +1,177 @@
+"""Settings and metrics in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from palu.checkpoint import FREE
+from palu.config import UnlearnConfig
+from palu.report.plots import number
+
+METHODS = {
+    "palu": "PALU",
+    "ga": "gradient ascent",
+    "gd": "gradient difference (GradDiff)",
+    "dpo": "direct preference optimisation (DPO)",
+    "npo": "negative preference optimisation (NPO)",
+    "simnpo": "SimNPO",
+    "pdu": "primal-dual unlearning (PDU)",
+    "tpo": "TPO",
+}
+TARGETS = {
+    "global_mean": "the mean of all logits",
+    "global_mean_detached": "the mean of all logits, taken as a constant",
+    "local_mean": "their own mean",
+}
+
+# Figures of the history that are not terms of the loss, and titles of those that are.
+NOT_PLOTTED = {"step", "epoch", "tokens", "tokens_per_second"}
+SERIES = {
+    "loss": "Total loss",
+    "local": "Local entropy loss (local)",
+    "kl": "KL to the reference (kl)",
+    "forget": "Loss on the forget set (forget)",
+    "retain": "Cross-entropy on the retain set (retain)",
+    "grad_norm": "Gradient norm, before clipping",
+    "onset_probability": "Highest probability of an onset token",
+    "learning_rate": "Learning rate",
+}
+
+
+class Metric(NamedTuple):
+    """How to read one figure of an evaluation."""
+
+    label: str
+    better: str
+
+
+_HIGHER, _LOWER, _HALF = "higher", "lower", "near 0.5"
+METRICS = {
+    "forget_quality": Metric("Forget quality (p-value)", _HIGHER),
+    "forget_quality_ks": Metric("Forget quality's KS distance", _LOWER),
+    "model_utility": Metric("Model utility", _HIGHER),
+    "forget_Q_A_Prob": Metric("Probability, forget set", _LOWER),
+    "forget_Q_A_ROUGE": Metric("ROUGE-L recall, forget set", _LOWER),
+    "forget_truth_ratio": Metric("Truth ratio, forget set", _HIGHER),
+    "exact_memorization": Metric("Exact memorisation", "as a model that never saw it"),
+    "extraction_strength": Metric("Extraction strength", _LOWER),
+    "privleak": Metric("PrivLeak", "near 0"),
+    "mia_loss": Metric("Membership attack: loss", _HALF),
+    "mia_zlib": Metric("Membership attack: zlib", _HALF),
+    "mia_reference": Metric("Membership attack: reference", _HALF),
+    "mia_gradnorm": Metric("Membership attack: gradient norm", _HALF),
+    "mia_min_k": Metric("Membership attack: Min-K", _HALF),
+    "mia_min_k_plus_plus": Metric("Membership attack: Min-K++", _HALF),
+    "retain_Q_A_Prob": Metric("Probability, retain set", _HIGHER),
+    "retain_Q_A_ROUGE": Metric("ROUGE-L recall, retain set", _HIGHER),
+    "retain_Truth_Ratio": Metric("Truth ratio, retain set", _HIGHER),
+    "ra_Q_A_Prob_normalised": Metric("Probability, real authors", _HIGHER),
+    "ra_Q_A_ROUGE": Metric("ROUGE-L recall, real authors", _HIGHER),
+    "ra_Truth_Ratio": Metric("Truth ratio, real authors", _HIGHER),
+    "wf_Q_A_Prob_normalised": Metric("Probability, world facts", _HIGHER),
+    "wf_Q_A_ROUGE": Metric("ROUGE-L recall, world facts", _HIGHER),
+    "wf_Truth_Ratio": Metric("Truth ratio, world facts", _HIGHER),
+    "forget_verbmem_ROUGE": Metric("Verbatim memorisation (VerbMem), forget set", _LOWER),
+    "forget_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), forget set", _LOWER),
+    "retain_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), retain set", _HIGHER),
+}
+
+
+def method(settings: Mapping[str, Any]) -> str:
+    """The method's name."""
+    name = str(settings.get("objective", "palu"))
+    return METHODS.get(name, name)
+
+
+def asked(summary: Mapping[str, Any]) -> list[str]:
+    """What the run was asked to do, a sentence each. ``summary``: of :class:`palu.UnlearnResult`."""
+    s = summary["config"]
+    return [*_data(summary), *(_palu(s) if s["objective"] == "palu" else _baseline(s)), *_training(summary)]
+
+
+def _data(summary: Mapping[str, Any]) -> list[str]:
+    plain, skipped = summary["forget_without_span"], summary["forget_skipped"] + summary["retain_skipped"]
+    sentences = [f"Forget the marked words of {count(summary['forget_examples'] - plain, 'answer')}."]
+    if plain:
+        sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
+    kept, anchors = summary["retain_examples"], summary.get("anchors", 0)
+    sentences.append(f"Keep {count(kept, 'answer')} of the retain set." if kept else "There is no retain set.")
+    if anchors:
+        sentences.append(f"Hold the model to its own answers to {count(anchors, 'everyday prompt')}.")
+    if skipped:
+        sentences.append(f"{count(skipped, 'example')} left out, longer than the maximum length before the answer.")
+    return sentences
+
+
+def _palu(s: Mapping[str, Any]) -> list[str]:
+    first = "all tokens" if s["n"] == -1 else "the first token" if s["n"] == 1 else f"the first {s['n']} tokens"
+    target = s["target"]
+    towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
+    scaled = ", relative to its value for the reference" if s["normalize"] else ""
+    return [
+        f"PALU acts on {first} of each marked span (the onset) and on no other token of it.",
+        f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}{scaled}.",
+        f"Weights: {number(s['gamma'])} for this local loss, {number(s['lambda_kl'])} for the KL divergence to the "
+        f"reference on ordinary tokens ({s['kl_direction']}), {number(s['lambda_retain'])} for the retain set.",
+    ]
+
+
+def _baseline(s: Mapping[str, Any]) -> list[str]:
+    return [
+        f"The method is {method(s)}, one that PALU is compared with.",
+        f"Weights: {number(s['gamma'])} for its forget loss, {number(s['lambda_retain'])} for the retain set.",
+    ]
+
+
+def _training(summary: Mapping[str, Any]) -> list[str]:
+    s = summary["config"]
+    forget = s["batch_size"] * s["gradient_accumulation_steps"] * summary.get("processes", 1)
+    trained = f"AdamW took {count(summary['steps'], 'step')} of up to {count(forget, 'forget example')} each"
+    ran = f"over {summary['epochs']} of at most {count(s['epochs'], 'epoch')}, at a learning rate of "
+    sentences = [f"{trained}, {ran}{number(s['learning_rate'])}."]
+    if summary.get("stopped_early"):
+        sentences.append(
+            f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."
+        )
+    return sentences
+
+
+def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """(field, value, default, whether they differ), in the configuration's order, of what has a part in the result."""
+    objective = config.get("objective")
+    defaults = UnlearnConfig(objective=objective) if objective in METHODS else UnlearnConfig()
+    rows = []
+    for field in dataclasses.fields(UnlearnConfig):
+        if field.name in config and field.name not in FREE:
+            value, default = config[field.name], defaults.value(field.name)
+            default = field.default if field.name == "objective" else default
+            rows.append((field.name, _shown(value), _shown(default), value != default))
+    return rows
+
+
+def count(n: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A share in percent; less than all is never rounded up to it."""
+    return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}".removesuffix(".0") + " %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the units that a reader would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
