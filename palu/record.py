@@ -20,12 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu import manifest, ops
+from palu import manifest
 from palu.adapter import CausalLM, base_of
-from palu.checkpoint import WHOLE, fingerprint_model
+from palu.checkpoint import fingerprint_model
 from palu.config import UnlearnConfig
-from palu.data import IGNORE, ORDINARY, Example, load_forget, load_questions, load_retain
+from palu.data import IGNORE, Example, load_forget, load_questions, load_retain
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, evaluating, generate, prompt_of, token_scores
+from palu.processes import WHOLE
+from palu.roles import token_roles
 from palu.validate import check_linear_head, check_models, check_sets
 
 FORMAT = 1
@@ -147,10 +149,12 @@ class Recorder:
             ]
             for side, examples in self.samples.items()
         }
+        shown_examples = self.forget[:SHOWN_ROWS]
+        roles = token_roles(shown_examples, self.tokenizer, self.config.n)
         shown = [
             {"row": example.row, "question": self._question("forget", example)}
-            | {"tokens": token_roles(example, self.tokenizer, self.config.n)}
-            for example in self.forget[:SHOWN_ROWS]
+            | {"tokens": tokens[_answer_start(example) :]}
+            for example, tokens in zip(shown_examples, roles, strict=True)
         ]
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
@@ -239,44 +243,15 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
     }
 
 
-def token_roles(example: Example, tokenizer: PreTrainedTokenizerBase | None, n: int) -> list[tuple[str, str]]:
-    """(piece, role) of the answer's tokens: ``onset``, ``redundant``, ``ordinary``, or ``prompt`` where none acts.
-
-    The pieces laid end to end are the answer. A character that several tokens share is the last one's piece, and the
-    others' are empty. Without a tokenizer a piece is the token's id and a blank.
-    """
-    start = int((example.labels != IGNORE).nonzero()[0])
-    ids, labels = example.input_ids.tolist(), example.labels.tolist()
-    onset = ops.prefix_mask(example.labels[None], n, None if tokenizer is None else tokenizer.eos_token_id)[0].tolist()
-    roles = []
-    for i in range(start, len(ids)):
-        ordinary = labels[i] == ORDINARY or (tokenizer is not None and labels[i] == tokenizer.eos_token_id)
-        other = "prompt" if labels[i] == IGNORE else "ordinary" if ordinary else "redundant"
-        roles.append("onset" if onset[i] else other)
-    if tokenizer is None:
-        return [(f"{token} ", role) for token, role in zip(ids[start:], roles, strict=True)]
-    return list(zip(_pieces(tokenizer, ids, start), roles, strict=True))
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> list[str]:
-    """What each token from ``start`` on adds to the text, decoded after the tokens before it."""
-    pieces = []
-    context, done = max(start - 4, 0), start
-    for end in range(start + 1, len(ids) + 1):
-        known, text = (_decode(tokenizer, ids[context:stop]) for stop in (done, end))
-        if text.endswith("\ufffd") and end < len(ids):  # in the middle of a character
-            pieces.append("")
-            continue
-        pieces.append(text[len(known) :])
-        context, done = done, end
-    return pieces
-
-
 def _terminators(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
     """The end of sequence, and the special tokens that end these answers, such as a template's <|eot_id|>."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ends = {int(example.input_ids[-1]) for example in examples} & special
     return ends if tokenizer.eos_token_id is None else ends | {int(tokenizer.eos_token_id)}
+
+
+def _answer_start(example: Example) -> int:
+    return int((example.labels != IGNORE).nonzero()[0])
 
 
 def _whole_answer(example: Example) -> Example:

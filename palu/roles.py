@@ -46,24 +46,26 @@ class Token(NamedTuple):
     role: str  # one of ROLES
 
 
-def token_roles(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[Token]]:
+def token_roles(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | None, n: int) -> list[list[Token]]:
     """The tokens of each example of a forget set, with their roles.
 
     Args:
         examples: of :func:`palu.data.load_forget`.
-        tokenizer: the fast tokenizer they were made with.
+        tokenizer: the fast tokenizer they were made with; ``None``: a piece is the token's id and a blank.
         n: onset length; -1: whole spans. As in :class:`palu.UnlearnConfig`.
     """
     return [_tokens(example, tokenizer, n) for example in examples]
 
 
-def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, n: int) -> list[Token]:
-    onset = prefix_mask(example.labels[None], n, tokenizer.eos_token_id)[0].tolist()
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase | None, n: int) -> list[Token]:
+    onset = prefix_mask(example.labels[None], n, None if tokenizer is None else tokenizer.eos_token_id)[0].tolist()
     roles = [
         "onset" if first else {IGNORE: "prompt", ORDINARY: "ordinary"}.get(label, "redundant")
         for label, first in zip(example.labels.tolist(), onset, strict=True)
     ]
-    return [Token(*pair) for pair in zip(_pieces(example.input_ids.tolist(), tokenizer), roles, strict=True)]
+    ids = example.input_ids.tolist()
+    pieces = [f"{token} " for token in ids] if tokenizer is None else _pieces(ids, tokenizer)
+    return [Token(*pair) for pair in zip(pieces, roles, strict=True)]
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

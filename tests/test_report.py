@@ -14,14 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from report_runs import FORGET, HOSTILE, RETAIN, Run, copy_of, perform
 from tiny import forget_rows, padded, retain_rows, same_weights, tiny_llama, weights
-from tokenizers_for_tests import CHATML, byte_level, sentencepiece
-from transformers import PreTrainedTokenizerFast
 
 import palu
 from palu import DataError, Recorder, UnlearnConfig, record, write_card, write_report
-from palu.data import IGNORE, Example, load_forget
+from palu.data import IGNORE, Example
 from palu.manifest import digest
-from palu.record import spans_of, token_roles
+from palu.record import spans_of
 from palu.report import RecordError, plots, view, words
 from palu.report.plots import downsample, line_chart, number
 
@@ -198,22 +196,6 @@ def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
 
 
 # --- token roles ---
-@pytest.mark.parametrize("tokenizer", [byte_level(CHATML), byte_level(), sentencepiece()], ids=["chat", "bytes", "▁"])
-@pytest.mark.parametrize("n", [1, 2, -1])
-def test_pieces_are_the_answer_and_roles_the_losses(tokenizer: PreTrainedTokenizerFast, n: int) -> None:
-    answer = "She met Ada Lovelace 👩‍👩‍👧 in 東京 twice."
-    start = answer.index("Ada")
-    row = {"question": "Whom?", "answer": answer, "spans": [[start, answer.index(" twice")]]}
-    (example,) = load_forget([row], tokenizer, max_length=200).examples
-    tokens = token_roles(example, tokenizer, n)
-    assert "".join(piece for piece, _ in tokens).strip().startswith(answer)
-    onset = palu.prefix_mask(example.labels[None], n, tokenizer.eos_token_id)[0]
-    first = len(example.labels) - len(tokens)
-    for (_, role), label, is_onset in zip(tokens, example.labels[first:], onset[first:], strict=True):
-        assert role == ("onset" if is_onset else "ordinary" if label < 0 else "redundant")
-    assert sum(role == "onset" for _, role in tokens) == int(onset.sum())
-
-
 def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
     model, rows = tiny_llama(), forget_rows()
     config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5)
