@@ -68,11 +68,11 @@ def evaluate(
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     import palu
 
-    device = PartialState().device
+    device = Accelerator().device
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
     if benchmark == "tofu":

@@ -36,24 +36,28 @@ class SectionedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(**defaults: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command flags for all settings, and ``--config``.
 
-    Its parameter ``settings`` becomes a dict of those that were given, by a flag or by the file.
+    Its parameter ``settings`` becomes a dict of those that were given, by a flag or by the file. ``defaults`` are what
+    the help says of settings for which the command has a default of its own.
     """
+    return functools.partial(_with_settings, flags=_flags(defaults))
+
+
+def _with_settings(command: Callable[..., None], flags: dict[str, inspect.Parameter]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
-    fields = _flags()
     keyword = inspect.Parameter.KEYWORD_ONLY
 
     @functools.wraps(command)
     def with_flags(*, ctx: typer.Context, config: Path | None, **values: Any) -> None:
-        given = {name: values.pop(name) for name in list(values) if name in fields}
+        given = {name: values.pop(name) for name in list(values) if name in flags}
         settings = {name: value for name, value in given.items() if was_given(ctx, name)}
         command(**values, **({"ctx": ctx} if "ctx" in signature.parameters else {}), settings=settings)
 
     file = inspect.Parameter("config", keyword, default=None, annotation=_CONFIG)
-    parameters = {p.name: p.replace(kind=keyword) for p in [*own, file]} | fields
+    parameters = {p.name: p.replace(kind=keyword) for p in [*own, file]} | flags
     parameters.setdefault("ctx", inspect.Parameter("ctx", keyword, annotation=typer.Context))
     with_flags.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     with_flags.__annotations__ = {name: p.annotation for name, p in parameters.items()}
@@ -66,13 +70,14 @@ def was_given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _flags() -> dict[str, inspect.Parameter]:
+def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
     """An option for each field."""
     helps, hints = _helps(), typing.get_type_hints(UnlearnConfig)
     flags = {}
     for field in dataclasses.fields(UnlearnConfig):
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         option: dict[str, Any] = {"help": helps.get(field.name, ""), "rich_help_panel": SECTION}
+        option["show_default"] = defaults.get(field.name, True)
         if field.name in CHOICES:
             kind: Any = typing.Literal[CHOICES[field.name]]
         elif kinds == (bool,):

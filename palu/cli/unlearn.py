@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LORA = "LoRA"
 
 
-@with_settings
+@with_settings(checkpoint_dir="checkpoints in OUTPUT, until the run has finished", logging_dir="logs in OUTPUT")
 def unlearn(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
@@ -70,11 +70,8 @@ def unlearn(
 ) -> None:
     """Make a model forget the spans of the forget set, and write it to a folder.
 
-    Ctrl-C ends the step and writes a checkpoint; the same command with --resume goes on from there. Checkpoints are in
-    OUTPUT/checkpoints until the run has finished, or where --checkpoint-dir says (none: nowhere); what --report-to
-    writes is in OUTPUT/logs, or where --logging-dir says.
-
-    For many processes: accelerate launch -m palu unlearn ...
+    Ctrl-C ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
+    processes: accelerate launch -m palu unlearn ...
     """
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
         raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
@@ -88,7 +85,7 @@ def unlearn(
     run = Run(output, settings, overwrite)
     config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     import palu
     from palu.data import load_forget, load_retain
@@ -103,17 +100,17 @@ def unlearn(
     if lora:
         trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
 
-    state = PartialState()
-    if state.is_main_process:
+    processes = Accelerator()
+    if processes.is_main_process:
         run.make_room()
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
     try:
         result = palu.unlearn(trained, reference, forget, retain_source, tokenizer=tokens, config=config)
     except KeyboardInterrupt:
-        if state.is_main_process and run.interrupted:
+        if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)
         raise
-    if state.is_main_process:
+    if processes.is_main_process:
         own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
