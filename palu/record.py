@@ -26,7 +26,6 @@ from palu.checkpoint import fingerprint_model
 from palu.config import UnlearnConfig
 from palu.data import IGNORE, Example, load_forget, load_questions, load_retain
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, evaluating, generate, prompt_of, token_scores
-from palu.processes import WHOLE
 from palu.roles import token_roles
 from palu.validate import check_linear_head, check_models, check_sets
 
@@ -59,7 +58,7 @@ class Recorder:
 
     Raises:
         DataError: as :func:`palu.unlearn`.
-        TypeError, ValueError: an iterator; a model that cannot be scored, or that is spread over processes.
+        TypeError, ValueError: an iterator; a model that cannot be scored.
     """
 
     def __init__(
@@ -76,11 +75,6 @@ class Recorder:
         accelerator = Accelerator()
         self.device = accelerator.device
         self.active = accelerator.is_main_process
-        if accelerator.distributed_type not in WHOLE:
-            raise ValueError(
-                f"a record needs the whole model, which {accelerator.distributed_type.value} does not keep on one "
-                "process; use DDP or one process, or leave the record out"
-            )
         for name, source in (("forget", forget), ("retain", retain)):
             if isinstance(source, Iterator):
                 raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
@@ -111,7 +105,6 @@ class Recorder:
                 "retain": manifest.describe_data(retain, retain_set.examples),
             },
         }
-        model.to(self.device)
         self.before = self._look(model, "before")
 
     def save(self, output: str | os.PathLike[str], model: CausalLM) -> None:
@@ -188,6 +181,7 @@ class Recorder:
 
     def _look(self, model: CausalLM, when: str) -> dict[str, Any]:
         """{secrets: per example and span, retained, answers, weights} of a model as it is."""
+        model.to(self.device)
         base = base_of(model)
         answers = [_whole_answer(example) for example in self.forget]
         names = [f"forget row {e.row}" for e in answers] + [f"retain row {e.row}" for e in self.retain]

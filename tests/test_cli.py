@@ -156,7 +156,9 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     result = palu_command(*arguments, *settings)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    assert re.search(rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}$", result.stdout, re.MULTILINE)
+    told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}, to be looked at in {out}/report.html$"
+    assert re.search(told, result.stdout, re.MULTILINE)
+    assert (out / "report.html").exists() and "library_name: transformers" in (out / "README.md").read_text()
     ours = expected(folder)
     assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(ours.model))
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML

@@ -29,7 +29,10 @@ def unlearn(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="Folder for the model, its tokenizer, history.jsonl and summary.json.", metavar="DIR"),
+        typer.Option(
+            help="Folder for the model, its tokenizer and card, report.html, and the records they are made of.",
+            metavar="DIR",
+        ),
     ],
     settings: dict[str, Any],
     retain: Annotated[
@@ -104,6 +107,7 @@ def unlearn(
     if processes.is_main_process:
         run.make_room()
     processes.wait_for_everyone()
+    recorder = palu.Recorder(trained, forget, retain_source, tokenizer=tokens, config=config)
     try:
         result = palu.unlearn(trained, reference, forget, retain_source, tokenizer=tokens, config=config)
     except KeyboardInterrupt:
@@ -115,11 +119,14 @@ def unlearn(
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
         write_records(output, result, tokens, {"arguments": arguments})
+        recorder.save(output, result.model)
+        palu.write_card(output)
+        report = palu.write_report(output)
         run.finish()
         summary = result.summary
         print(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
-            f"examples in {summary['seconds']:.0f} s; wrote {output}"
+            f"examples in {summary['seconds']:.0f} s; wrote {output}, to be looked at in {report}"
         )
 
 
