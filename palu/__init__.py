@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palu import evaluate
+    from palu.cache_file import CacheError
     from palu.checkpoint import CheckpointError
     from palu.config import UnlearnConfig
     from palu.data import DataError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CacheError": "palu.cache_file",
     "CheckpointError": "palu.checkpoint",
     "DataError": "palu.data",
     "DivergenceError": "palu.unlearn",
@@ -32,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheError",
     "CheckpointError",
     "DataError",
     "DivergenceError",

@@ -41,6 +41,13 @@ def is_adapter_parameter(name: str, adapter: str) -> bool:
     return re.search(rf"\.({kinds})\.{re.escape(adapter)}(\.|$)", name) is not None
 
 
+def original_name(name: str) -> str | None:
+    """What a parameter was called before PEFT put adapters into the model; None for an adapter's own."""
+    if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.", name):
+        return None
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+
 @contextmanager
 def without_adapter(model: CausalLM) -> Iterator[None]:
     """Within the block, the model as if it had no adapter."""

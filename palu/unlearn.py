@@ -22,11 +22,13 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from palu.adapter import CausalLM, base_of, is_peft, without_adapter
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
-from palu.cache import ReferenceCache, build_cache
+from palu.cache import ReferenceCache, build_cache, read_cache
+from palu.cache_file import CacheFile, cache_file
 from palu.checkpoint import Checkpoints
 from palu.config import UnlearnConfig
 from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
+from palu.fingerprint import Fingerprints
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
 from palu.packing import Item, retain_items
@@ -92,6 +94,7 @@ def unlearn(
         DataError: the data cannot be used; the message names the row and the mend.
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
+        CacheError: the reference's answers cannot be written to ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
@@ -117,7 +120,9 @@ def unlearn(
         check_linear_head(candidate, to_forget[0].input_ids)
 
     # With resume, the newest checkpoint is this run's, or an error says what differs.
-    checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
+    fingerprints = Fingerprints(model, ref_model, to_forget, to_retain)
+    file = cache_file(config, method.depends_on(config), accelerator, fingerprints)
+    checkpoints = Checkpoints(config, accelerator, model, fingerprints, file)
 
     set_seed(config.seed)
     progress = config.progress and accelerator.is_local_main_process
@@ -126,10 +131,7 @@ def unlearn(
     with ready_to_train(model, config, accelerator), checkpoints:
         # The reference speaks once; then at most its head is needed.
         reference = ref_model if ref_model is not None else model
-        known = checkpoints.reference()
-        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, known)
-        if known is None:
-            checkpoints.keep_reference(cache)
+        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, file)
 
         objective = method(model, ref_head, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -227,38 +229,35 @@ def consult(
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
-    known: ReferenceCache | None = None,
+    file: CacheFile | None = None,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Ask the reference everything once, unless its answers are known; return them and the head if it is needed.
+    """Ask the reference everything once, unless a file holds its answers; return them and the head if it is needed.
 
     Where the reference is the model itself, it is asked without its adapter, if it has one. Its body is sent back to
     where it was.
     """
     if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
         return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
-    home = ref_model.device
-    training = ref_model.training
-    ref_model.to(accelerator.device).eval()
-    weight, bias = head_of(ref_model)
-    with (
-        accelerator.autocast(),
-        using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
-        without_adapter(ref_model) if ref_model is model else nullcontext(),
-    ):
-        cache = known or build_cache(
-            body_of(ref_model),
-            accelerator.device,
-            to_forget,
-            method.ask(Head(weight, bias), config),
-            progress=progress,
-        )
+    home, training = ref_model.device, ref_model.training
+    cache = read_cache(file, to_forget) if file is not None else None
+    if cache is None:
+        ref_model.to(accelerator.device).eval()
+        with (
+            accelerator.autocast(),
+            using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
+            without_adapter(ref_model) if ref_model is model else nullcontext(),
+        ):
+            ask = method.ask(head_of(ref_model), config)
+            body = body_of(ref_model)
+            cache = build_cache(body, accelerator.device, to_forget, ask, file=file, progress=progress)
     # Only a head that training will change, or that mixed precision wants in another dtype, is copied.
+    weight, bias = head_of(ref_model)
     will_change = ref_model is model and weight.requires_grad
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
     head = (
         Head(
-            weight.detach().to(dtype, copy=will_change),
-            None if bias is None else bias.detach().to(dtype, copy=will_change),
+            weight.detach().to(accelerator.device, dtype, copy=will_change),
+            None if bias is None else bias.detach().to(accelerator.device, dtype, copy=will_change),
         )
         if method.needs_ref_head
         else None
