@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from palu.data import DataError
     from palu.losses import PaluLoss, palu_loss
     from palu.ops import linear_topk_mse, prefix_mask, topk_mse
+    from palu.trainer import PaluTrainer
     from palu.unlearn import DivergenceError, UnlearnResult, unlearn
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOME = {
     "DataError": "palu.data",
     "DivergenceError": "palu.unlearn",
     "PaluLoss": "palu.losses",
+    "PaluTrainer": "palu.trainer",
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.unlearn",
     "linear_topk_mse": "palu.ops",
@@ -39,6 +41,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "PaluLoss",
+    "PaluTrainer",
     "UnlearnConfig",
     "UnlearnResult",
     "evaluate",

@@ -64,6 +64,23 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+@contextmanager
+def inputs_with_gradients(base: PreTrainedModel) -> Iterator[None]:
+    """Within the block, the embeddings' output requires a gradient.
+
+    A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
+    """
+    hooks = getattr(base, "_require_grads_hooks", None)
+    if not hooks:
+        base.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        if getattr(base, "_require_grads_hooks", None) is not hooks:
+            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
+            base._require_grads_hooks = hooks or []
+
+
 def check_adapter(name: str, model: Any) -> None:
     """Raise TypeError or ValueError where a ``PeftModel`` does more than its body with LoRA layers and its head do."""
     if not is_peft(model):

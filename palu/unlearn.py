@@ -19,20 +19,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from palu.adapter import CausalLM, base_of, is_peft, without_adapter
+from palu.adapter import CausalLM, base_of, inputs_with_gradients, is_peft, without_adapter
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
 from palu.cache import ReferenceCache, build_cache, read_cache
 from palu.cache_file import CacheFile, cache_file
 from palu.checkpoint import Checkpoints
 from palu.config import UnlearnConfig
-from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
 from palu.fingerprint import Fingerprints
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
-from palu.packing import Item, retain_items
-from palu.validate import check_linear_head, check_models, check_sets
+from palu.packing import Item
+from palu.sets import read_sets
+from palu.validate import check_models
 
 
 @dataclass(frozen=True)
@@ -100,24 +100,12 @@ def unlearn(
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
     accelerator = Accelerator()
-    check_models(model, ref_model, tokenizer, accelerator)
+    check_models(model, ref_model, tokenizer, accelerator.mixed_precision)
     if config.merge_adapter and not is_peft(model):
         raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
 
     # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
-    forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
-    retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-    check_sets(model, forget_set, retain_set, config)
-    alternates = (
-        load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
-        if method.needs_alternates
-        else []
-    )
-    to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
-    to_retain = retain_items(retain_set.examples) if method.retains(config) else []
-    for candidate in (model,) if ref_model is None else (model, ref_model):
-        check_linear_head(candidate, to_forget[0].input_ids)
+    to_forget, to_retain, counted = read_sets(model, ref_model, forget, retain, tokenizer, config)
 
     # With resume, the newest checkpoint is this run's, or an error says what differs.
     fingerprints = Fingerprints(model, ref_model, to_forget, to_retain)
@@ -199,13 +187,7 @@ def unlearn(
         bar.close()
 
     summary = {
-        "forget_examples": len(to_forget),
-        "forget_without_span": forget_set.without_span,
-        "forget_skipped": forget_set.skipped,
-        "retain_examples": len(to_retain),
-        "retain_skipped": retain_set.skipped,
-        "onset_tokens": sum(item.targets for item in to_forget),
-        "ordinary_tokens": sum(len(item.rows) - item.targets for item in to_forget),
+        **counted,
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": epoch < config.epochs,
@@ -276,22 +258,18 @@ def ready_to_train(model: CausalLM, config: UnlearnConfig, accelerator: Accelera
     switch = config.gradient_checkpointing and not checkpointed
     # transformers 5 is renaming gradient checkpointing to activation checkpointing.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-    hooks = getattr(base, "_require_grads_hooks", None)
     model.train()
     if switch:
         getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    # A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
-    if (switch or checkpointed) and not getattr(base, "_require_grads_hooks", None):
-        base.enable_input_require_grads()
     try:
-        with using_packed_attention(base, accelerator.mixed_precision):
+        with (
+            inputs_with_gradients(base) if switch or checkpointed else nullcontext(),
+            using_packed_attention(base, accelerator.mixed_precision),
+        ):
             yield
     finally:
         if switch:
             getattr(base, f"{name}_checkpointing_disable")()
-        if getattr(base, "_require_grads_hooks", None) is not hooks:
-            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
-            base._require_grads_hooks = hooks or []
         model.train(training)
 
 
