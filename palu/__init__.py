@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palu import evaluate
+    from palu.cache_file import CacheError
     from palu.checkpoint import CheckpointError
     from palu.config import UnlearnConfig
     from palu.data import DataError
@@ -15,15 +16,18 @@ if TYPE_CHECKING:
     from palu.ops import linear_topk_mse, prefix_mask, topk_mse
     from palu.record import Recorder
     from palu.report import write_card, write_report
+    from palu.trainer import PaluTrainer
     from palu.unlearn import DivergenceError, UnlearnResult, unlearn
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CacheError": "palu.cache_file",
     "CheckpointError": "palu.checkpoint",
     "DataError": "palu.data",
     "DivergenceError": "palu.unlearn",
     "PaluLoss": "palu.losses",
+    "PaluTrainer": "palu.trainer",
     "Recorder": "palu.record",
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.unlearn",
@@ -37,10 +41,12 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheError",
     "CheckpointError",
     "DataError",
     "DivergenceError",
     "PaluLoss",
+    "PaluTrainer",
     "Recorder",
     "UnlearnConfig",
     "UnlearnResult",

@@ -45,6 +45,13 @@ def is_adapter_parameter(name: str, adapter: str) -> bool:
     return re.search(rf"\.({kinds})\.{re.escape(adapter)}(\.|$)", name) is not None
 
 
+def original_name(name: str) -> str | None:
+    """What a parameter was called before PEFT put adapters into the model; None for an adapter's own."""
+    if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.", name):
+        return None
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+
 @contextmanager
 def without_adapter(model: CausalLM) -> Iterator[None]:
     """Within the block, the model as if it had no adapter."""
@@ -59,6 +66,23 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+@contextmanager
+def inputs_with_gradients(base: PreTrainedModel) -> Iterator[None]:
+    """Within the block, the embeddings' output requires a gradient.
+
+    A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
+    """
+    hooks = getattr(base, "_require_grads_hooks", None)
+    if not hooks:
+        base.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        if getattr(base, "_require_grads_hooks", None) is not hooks:
+            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
+            base._require_grads_hooks = hooks or []
 
 
 def check_adapter(name: str, model: Any) -> None:

@@ -4,24 +4,24 @@ What differs from step to step is the trainable weights, AdamW's moments, torch'
 place in the data, the schedule and an objective's own variables follow from the history, and frozen weights from the
 starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
 
-    reference.safetensors        what the reference answered; written once
+    reference-KEY.safetensors    what the reference answered (:mod:`palu.cache_file`), unless cache_dir keeps it
     step-00000050.safetensors    the run after 50 steps; the last two are kept
     unfinished/                  what is being written; a file moves out of it when it is on the disk
 
-Every file names its run: the settings, and SHA-256 fingerprints of the starting model, the reference and the data.
-Nothing is ever unpickled. Of many processes the main one writes, whole tensors even of what FSDP2 shards; all read.
+Every checkpoint names its run: the settings, the key of the reference cache, and SHA-256 fingerprints of the starting
+model, the reference and the data. Nothing is ever unpickled. Of many processes the main one writes, whole tensors even
+of what FSDP2 shards; all read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -36,17 +36,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palu.adapter import CausalLM
-from palu.cache import ReferenceCache
+from palu.cache_file import CacheFile, sync
 from palu.config import UnlearnConfig
+from palu.fingerprint import Fingerprints, digest
 from palu.objective import Objective
-from palu.packing import Item
 from palu.processes import sharded_like, together, whole
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
 # Settings that may change on resume: none of them has a part in the result.
-FREE = {"checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
+FREE = {"cache_dir", "checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
 
 History = list[dict[str, float]]
 
@@ -63,7 +63,9 @@ class Checkpoints:
     Args:
         config: ``checkpoint_dir``, ``checkpoint_steps`` and ``resume``.
         accelerator: its main process writes, all processes read.
-        model, ref_model, forget, retain: what the run starts from; the model is still untouched.
+        model: which of its parameters are trained.
+        fingerprints: of what the run starts from; the model is still untouched.
+        reference: where its reference's answers are kept.
 
     Raises:
         CheckpointError: the folder holds checkpoints and ``resume`` is off; or the newest one is damaged, foreign or
@@ -75,9 +77,8 @@ class Checkpoints:
         config: UnlearnConfig,
         accelerator: Accelerator,
         model: CausalLM,
-        ref_model: CausalLM | None,
-        forget: Sequence[Item],
-        retain: Sequence[Item],
+        fingerprints: Fingerprints,
+        reference: CacheFile | None,
     ):
         self.accelerator = accelerator
         self.interval = config.checkpoint_steps
@@ -96,29 +97,11 @@ class Checkpoints:
                 f"{existing[-1]} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
                 "or another checkpoint_dir to keep it and start anew"
             )
-        self.run = describe_run(config, accelerator, model, ref_model, forget, retain)
+        self.run = describe_run(config, accelerator, model, fingerprints, reference)
         if existing:
             self._read(existing[-1])
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
-        # Looked up here, before any process can write.
-        self.knows_reference = config.resume and (self.folder / "reference.safetensors").exists()
-
-    def reference(self) -> ReferenceCache | None:
-        """The reference's answers, where this run has written them."""
-        if self.folder is None or not self.knows_reference:
-            return None
-        tensors, _ = self._read(self.folder / "reference.safetensors", tensors=True)
-        answers: dict[int, list[Tensor]] = {}
-        for name in sorted(tensors):  # item number, answer number
-            answers.setdefault(int(name.split(".")[0]), []).append(tensors[name].clone())
-        return ReferenceCache([tuple(answers[i]) for i in sorted(answers)])
-
-    def keep_reference(self, cache: ReferenceCache) -> None:
-        """Write the reference's answers: the weights they came from may not outlive the first step."""
-        if self.folder is not None:
-            tensors = {f"{i}.{k}": part for i, parts in enumerate(cache.answers) for k, part in enumerate(parts)}
-            self._write(self.folder / "reference.safetensors", tensors, {})
 
     def restore(
         self,
@@ -242,7 +225,9 @@ class Checkpoints:
         """Drop all but the newest checkpoints, and what a killed run left unfinished."""
         if self.folder is not None and self.accelerator.is_main_process:
             shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
-            for old in self._steps()[:-KEPT]:
+            # Whoever still waits for the lock finds the reference's answers written.
+            left = [path for kind in ("partial", "lock") for path in self.folder.glob(f"reference-*.{kind}")]
+            for old in [*left, *self._steps()[:-KEPT]]:
                 old.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -258,9 +243,9 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             save_file(dict(tensors), unfinished / path.name, {"palu": json.dumps(header)})
-            _sync(unfinished / path.name)
+            sync(unfinished / path.name)
             os.replace(unfinished / path.name, path)
-            _sync(path.parent)
+            sync(path.parent)
         except (OSError, SafetensorError) as error:
             existing = self._steps()
             intact = f"{existing[-1]} is intact" if existing else "there is no earlier one"
@@ -277,10 +262,7 @@ class Checkpoints:
         The tensors are mapped into memory, not read: clone what is kept longer than the file.
         """
         older = [p for p in self._steps() if p < path]
-        if path.name.startswith("step-"):
-            without = f"resume from {older[-1]}" if older else "start from the beginning"
-        else:
-            without = "have the reference asked again"
+        without = f"resume from {older[-1]}" if older else "start from the beginning"
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("palu", "null"))
@@ -312,9 +294,8 @@ def describe_run(
     config: UnlearnConfig,
     accelerator: Accelerator,
     model: CausalLM,
-    ref_model: CausalLM | None,
-    forget: Sequence[Item],
-    retain: Sequence[Item],
+    fingerprints: Fingerprints,
+    reference: CacheFile | None,
 ) -> dict[str, Any]:
     """What must be the same on resume: values to compare, and fingerprints of what is too large to keep."""
     settings = {name: value for name, value in config.values().items() if name not in FREE}
@@ -324,13 +305,15 @@ def describe_run(
         "processes": accelerator.num_processes,
     }
     models = {
-        "model": fingerprint_model(model),
-        "ref_model": None if ref_model is None else fingerprint_model(ref_model),
-        "choice of trainable parameters": _digest(sorted(_trainable(model))),
+        "model": fingerprints.model,
+        "ref_model": fingerprints.ref_model,
+        "choice of trainable parameters": digest(sorted(_trainable(model))),
     }
-    data = {"tokenised forget set": _digest(forget), "tokenised retain set": _digest(retain)}
+    data = {"tokenised forget set": fingerprints.forget, "tokenised retain set": fingerprints.retain}
+    key = None if reference is None else reference.key
+    run = {"settings": settings, "models": models, "data": data, "reference": key}
     # As JSON gives it back: numbers of NumPy become Python's.
-    return json.loads(json.dumps({"settings": settings, "models": models, "data": data}, default=float))
+    return json.loads(json.dumps(run, default=float))
 
 
 def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -343,50 +326,13 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differing("settings")]
     # Another setting also makes other items of the same data: then those say nothing.
     parts = ("models",) if words else ("models", "data")
-    return words + [f"the {name} is another one" for part in parts for name in differing(part)]
-
-
-def fingerprint_model(model: CausalLM) -> str:
-    """SHA-256 of a model's weights and of its configuration, less where it was loaded from and by which version."""
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    weights = dict(model.named_parameters()), dict(model.named_buffers())  # tied ones once
-    return _digest([json.dumps(config, sort_keys=True, default=str), *weights])
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of nested lists, mappings and items of tensors, strings and numbers."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, Item):
-            add(list(vars(value).values()))
-        elif isinstance(value, Mapping):
-            add([part for pair in value.items() for part in pair])
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"({len(value)})".encode())
-            for part in value:
-                add(part)
-        else:
-            digest.update(f"{value!r},".encode())
-
-    add(value)
-    return digest.hexdigest()
+    words += [f"the {name} is another one" for part in parts for name in differing(part)]
+    # What the key is made of is compared above, but for its making.
+    return words or (
+        ["the key of the reference cache is another one"] if saved["reference"] != current["reference"] else []
+    )
 
 
 def _trainable(model: CausalLM) -> dict[str, torch.nn.Parameter]:
     """The parameters that training changes, by name, in the optimizer's order; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -80,6 +80,9 @@ class UnlearnConfig:
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
+        cache_dir: folder for the reference's answers (:mod:`palu.cache_file`), from which later runs with the same
+            reference, forget set and question take them instead of asking again; ``None``: they are kept in
+            ``checkpoint_dir`` where that is given, else in memory.
         checkpoint_dir: folder for checkpoints (:mod:`palu.checkpoint`); ``None``: none are written.
         checkpoint_steps: optimisation steps from one checkpoint to the next; there is always one at the end.
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
@@ -122,6 +125,7 @@ class UnlearnConfig:
     gradient_checkpointing: bool = False
     merge_adapter: bool = False
     chunk_bytes: int = 256 * 2**20
+    cache_dir: str | None = None
     checkpoint_dir: str | None = None
     checkpoint_steps: int = 50
     resume: bool = False
@@ -179,11 +183,13 @@ class UnlearnConfig:
             "warmup_steps",
             "give 0 or a positive integer",
         )
-        require(
-            self.checkpoint_dir is None or (isinstance(self.checkpoint_dir, str) and self.checkpoint_dir != ""),
-            "checkpoint_dir",
-            "give a folder's path as a string, or None",
-        )
+        for field in ("cache_dir", "checkpoint_dir"):
+            value = getattr(self, field)
+            require(
+                value is None or (isinstance(value, str) and value != ""),
+                field,
+                "give a folder's path as a string, or None",
+            )
         require(not self.resume or self.checkpoint_dir is not None, "resume", "give checkpoint_dir, too")
         require(
             self.report_to is None

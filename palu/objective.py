@@ -7,7 +7,7 @@ are in :mod:`palu.baselines`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,11 @@ class Objective(nn.Module):
     def ask(ref_head: Head, config: UnlearnConfig) -> Ask | None:
         """What the method wants to know of the reference, once per forget item; None: nothing."""
         return None
+
+    @staticmethod
+    def depends_on(config: UnlearnConfig) -> dict[str, Any]:
+        """The settings that the reference's answers to this depend on, where the items are the same."""
+        return {}
 
     @staticmethod
     def retains(config: UnlearnConfig) -> bool:
@@ -139,6 +144,11 @@ class PaluObjective(Objective):
             return *map(torch.cat, zip(*chunks, strict=True)), ordinary
 
         return ask
+
+    @staticmethod
+    def depends_on(config: UnlearnConfig) -> dict[str, Any]:
+        """K, and what an onset row's loss is."""
+        return {"top_k": config.top_k, "target": config.target if config.normalize else None}
 
     def losses(self, hidden: Tensor, head: Head, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
         """(total, [local, kl, retain])."""

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from palu import manifest
 from palu.adapter import CausalLM, base_of
-from palu.checkpoint import fingerprint_model
 from palu.config import UnlearnConfig
 from palu.data import IGNORE, Example, load_forget, load_questions, load_retain
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, evaluating, generate, prompt_of, token_scores
+from palu.fingerprint import fingerprint_model
 from palu.roles import token_roles
 from palu.validate import check_linear_head, check_models, check_sets
 
@@ -80,7 +80,7 @@ class Recorder:
                 raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
         if not self.active:
             return
-        check_models(model, None, tokenizer, accelerator)
+        check_models(model, None, tokenizer, accelerator.mixed_precision)
         forget_set = load_forget(forget, tokenizer, max_length=self.config.max_length)
         retain_set = load_retain(retain, tokenizer, max_length=self.config.max_length)
         # Whether it may do without a retain set is the run's to judge.

@@ -19,20 +19,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from palu.adapter import CausalLM, base_of, is_peft, without_adapter
+from palu.adapter import CausalLM, base_of, inputs_with_gradients, is_peft, without_adapter
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
-from palu.cache import ReferenceCache, build_cache
+from palu.cache import ReferenceCache, build_cache, read_cache
+from palu.cache_file import CacheFile, cache_file
 from palu.checkpoint import Checkpoints
 from palu.config import UnlearnConfig
-from palu.data import load_alternates, load_forget, load_retain
 from palu.feed import Feed
+from palu.fingerprint import Fingerprints
 from palu.losses import Head
 from palu.objective import Losses, Objective, body_of, head_of
-from palu.packing import Batch, Item, retain_items
+from palu.packing import Batch, Item
 from palu.processes import accumulating, autocast, clip_gradients, put_together, start_engine, take_apart, together
+from palu.sets import read_sets
 from palu.trackers import tracking
-from palu.validate import check_linear_head, check_models, check_sets
+from palu.validate import check_models
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def unlearn(
         DataError: the data cannot be used; the message names the row and the mend.
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
+        CacheError: the reference's answers cannot be written to ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
         ImportError: a tracker's package is missing.
     """
@@ -101,29 +104,19 @@ def unlearn(
     method = OBJECTIVES[config.objective]
     accelerator = start_engine(config)
     with together(accelerator):
-        check_models(model, ref_model, tokenizer, accelerator)
+        check_models(model, ref_model, tokenizer, accelerator.mixed_precision)
         if config.merge_adapter and not is_peft(model):
             raise ValueError(
                 f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"
             )
 
         # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-        forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
-        forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
-        retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-        check_sets(model, forget_set, retain_set, config)
-        alternates = (
-            load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
-            if method.needs_alternates
-            else []
-        )
-        to_forget = method.items(forget_set.examples, alternates, config, tokenizer.eos_token_id if tokenizer else None)
-        to_retain = retain_items(retain_set.examples) if method.retains(config) else []
-        for candidate in (model,) if ref_model is None else (model, ref_model):
-            check_linear_head(candidate, to_forget[0].input_ids)
+        to_forget, to_retain, counted = read_sets(model, ref_model, forget, retain, tokenizer, config)
 
         # With resume, the newest checkpoint is this run's, or an error says what differs.
-        checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
+        fingerprints = Fingerprints(model, ref_model, to_forget, to_retain)
+        file = cache_file(config, method.depends_on(config), accelerator, fingerprints)
+        checkpoints = Checkpoints(config, accelerator, model, fingerprints, file)
 
     set_seed(config.seed, device_specific=True)
     progress = config.progress and accelerator.is_main_process
@@ -132,10 +125,7 @@ def unlearn(
     with ready_to_train(model, config, accelerator), checkpoints, tracking(accelerator, config):
         # The reference speaks once; then at most its head is needed.
         reference = ref_model if ref_model is not None else model
-        known = checkpoints.reference()
-        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, known)
-        if known is None:
-            checkpoints.keep_reference(cache)
+        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, file)
 
         trained = take_apart(model, accelerator)
         objective = method(trained, ref_head, config)
@@ -205,13 +195,7 @@ def unlearn(
         bar.close()
 
     summary = {
-        "forget_examples": len(to_forget),
-        "forget_without_span": forget_set.without_span,
-        "forget_skipped": forget_set.skipped,
-        "retain_examples": len(to_retain),
-        "retain_skipped": retain_set.skipped,
-        "onset_tokens": sum(item.targets for item in to_forget),
-        "ordinary_tokens": sum(len(item.rows) - item.targets for item in to_forget),
+        **counted,
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": epoch < config.epochs,
@@ -235,38 +219,35 @@ def consult(
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
-    known: ReferenceCache | None = None,
+    file: CacheFile | None = None,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Ask the reference everything once, unless its answers are known; return them and the head if it is needed.
+    """Ask the reference everything once, unless a file holds its answers; return them and the head if it is needed.
 
     Where the reference is the model itself, it is asked without its adapter, if it has one. Its body is sent back to
     where it was.
     """
     if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
         return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
-    home = ref_model.device
-    training = ref_model.training
-    ref_model.to(accelerator.device).eval()
-    weight, bias = head_of(ref_model)
-    with (
-        autocast(accelerator),
-        using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
-        without_adapter(ref_model) if ref_model is model else nullcontext(),
-    ):
-        cache = known or build_cache(
-            body_of(ref_model),
-            accelerator.device,
-            to_forget,
-            method.ask(Head(weight, bias), config),
-            progress=progress,
-        )
+    home, training = ref_model.device, ref_model.training
+    cache = read_cache(file, to_forget) if file is not None else None
+    if cache is None:
+        ref_model.to(accelerator.device).eval()
+        with (
+            autocast(accelerator),
+            using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
+            without_adapter(ref_model) if ref_model is model else nullcontext(),
+        ):
+            ask = method.ask(head_of(ref_model), config)
+            body = body_of(ref_model)
+            cache = build_cache(body, accelerator.device, to_forget, ask, file=file, progress=progress)
     # Only a head that training will change, or that mixed precision wants in another dtype, is copied.
+    weight, bias = head_of(ref_model)
     will_change = ref_model is model and weight.requires_grad
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
     head = (
         Head(
-            weight.detach().to(dtype, copy=will_change),
-            None if bias is None else bias.detach().to(dtype, copy=will_change),
+            weight.detach().to(accelerator.device, dtype, copy=will_change),
+            None if bias is None else bias.detach().to(accelerator.device, dtype, copy=will_change),
         )
         if method.needs_ref_head
         else None
@@ -285,22 +266,18 @@ def ready_to_train(model: CausalLM, config: UnlearnConfig, accelerator: Accelera
     switch = config.gradient_checkpointing and not checkpointed
     # transformers 5 is renaming gradient checkpointing to activation checkpointing.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-    hooks = getattr(base, "_require_grads_hooks", None)
     model.train()
     if switch:
         getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    # A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
-    if (switch or checkpointed) and not getattr(base, "_require_grads_hooks", None):
-        base.enable_input_require_grads()
     try:
-        with using_packed_attention(base, accelerator.mixed_precision):
+        with (
+            inputs_with_gradients(base) if switch or checkpointed else nullcontext(),
+            using_packed_attention(base, accelerator.mixed_precision),
+        ):
             yield
     finally:
         if switch:
             getattr(base, f"{name}_checkpointing_disable")()
-        if getattr(base, "_require_grads_hooks", None) is not hooks:
-            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
-            base._require_grads_hooks = hooks or []
         model.train(training)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
@@ -17,9 +16,12 @@ def check_models(
     model: CausalLM,
     ref_model: CausalLM | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    accelerator: Accelerator,
+    mixed_precision: str,
 ) -> None:
-    """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together."""
+    """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together.
+
+    ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
+    """
     for name, candidate in (("model", model), ("ref_model", ref_model)):
         if candidate is None and name == "ref_model":
             continue
@@ -42,7 +44,7 @@ def check_models(
         raise ValueError(
             "ref_model is the model itself, which training would change; pass None to use its starting weights"
         )
-    if accelerator.mixed_precision == "fp16":
+    if mixed_precision == "fp16":
         raise ValueError(
             "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
         )

@@ -214,7 +214,7 @@ def test_vocabularies_of_model_and_tokenizer() -> None:
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
     tokenizer = byte_level(LLAMA3)
     model = tiny_llama(vocab_size=len(tokenizer) + 5)
-    check_models(model, copy.deepcopy(model), tokenizer, Accelerator())
+    check_models(model, copy.deepcopy(model), tokenizer, Accelerator().mixed_precision)
 
 
 def test_fp16_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from tiny import forget_rows, retain_rows, tiny_llama
 from transformers import LlamaForCausalLM
 
 import palu.unlearn  # here, so that no fork spends its time on imports
-from palu.checkpoint import fingerprint_model
 from palu.demo.__main__ import HERE, UNLEARN, load_smollm2, read_jsonl
+from palu.fingerprint import fingerprint_model
 
 THREADS = torch.get_num_threads()
 
