@@ -4,7 +4,7 @@ What differs from step to step is the trainable weights, AdamW's moments, torch'
 place in the data, the schedule and an objective's own variables follow from the history, and frozen weights from the
 starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
 
-    reference.safetensors        what the reference answered; written once
+    reference.safetensors        what the reference answered, and the anchors it wrote; written once
     step-00000050.safetensors    the run after 50 steps; the last two are kept
     unfinished/                  what is being written; a file moves out of it when it is on the disk
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palu.adapter import CausalLM
+from palu.anchors import Everyday
 from palu.cache import ReferenceCache
 from palu.config import UnlearnConfig
 from palu.objective import Objective
@@ -44,6 +45,7 @@ from palu.packing import Item
 FORMAT = 1
 KEPT = 2
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
+ANCHOR = ("input_ids", "rows", "labels")
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {"checkpoint_dir", "checkpoint_steps", "resume", "progress"}
 # Other engines shard weights and optimizer states over processes.
@@ -64,7 +66,7 @@ class Checkpoints:
     Args:
         config: ``checkpoint_dir``, ``checkpoint_steps`` and ``resume``.
         accelerator: its main process writes, all processes read.
-        model, ref_model, forget, retain: what the run starts from; the model is still untouched.
+        model, ref_model, forget, retain, everyday: what the run starts from; the model is still untouched.
 
     Raises:
         CheckpointError: the folder holds checkpoints and ``resume`` is off; or the newest one is damaged, foreign or
@@ -79,6 +81,7 @@ class Checkpoints:
         ref_model: CausalLM | None,
         forget: Sequence[Item],
         retain: Sequence[Item],
+        everyday: Everyday,
     ):
         self.accelerator = accelerator
         self.interval = config.checkpoint_steps
@@ -97,28 +100,33 @@ class Checkpoints:
                 f"{existing[-1]} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
                 "or another checkpoint_dir to keep it and start anew"
             )
-        self.run = describe_run(config, accelerator, model, ref_model, forget, retain)
+        self.run = describe_run(config, accelerator, model, ref_model, forget, retain, everyday)
         self.resumes = config.resume
         if existing:
             self._read(existing[-1])
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
 
-    def reference(self) -> ReferenceCache | None:
-        """The reference's answers, where this run has written them."""
+    def reference(self) -> tuple[ReferenceCache, list[Item]] | None:
+        """The reference's answers, and the anchors it wrote, where this run has kept them."""
         if self.folder is None or not self.resumes or not (path := self.folder / "reference.safetensors").exists():
             return None
-        tensors, _ = self._read(path, tensors=True)
+        tensors, about = self._read(path, tensors=True)
+        anchors = []
+        for i in range(about["anchors"]):
+            input_ids, rows, labels = (tensors.pop(f"anchor.{i}.{part}").clone() for part in ANCHOR)
+            anchors.append(Item(input_ids, rows, labels))
         answers: dict[int, list[Tensor]] = {}
         for name in sorted(tensors):  # item number, answer number
             answers.setdefault(int(name.split(".")[0]), []).append(tensors[name].clone())
-        return ReferenceCache([tuple(answers[i]) for i in sorted(answers)])
+        return ReferenceCache([tuple(answers[i]) for i in sorted(answers)]), anchors
 
-    def keep_reference(self, cache: ReferenceCache) -> None:
+    def keep_reference(self, cache: ReferenceCache, anchors: Sequence[Item]) -> None:
         """Write the reference's answers: the weights they came from may not outlive the first step."""
         if self.folder is not None:
             tensors = {f"{i}.{k}": part for i, parts in enumerate(cache.answers) for k, part in enumerate(parts)}
-            self._write(self.folder / "reference.safetensors", tensors, {})
+            tensors |= {f"anchor.{i}.{part}": getattr(item, part) for i, item in enumerate(anchors) for part in ANCHOR}
+            self._write(self.folder / "reference.safetensors", tensors, {"anchors": len(anchors)})
 
     def restore(
         self,
@@ -292,6 +300,7 @@ def describe_run(
     ref_model: CausalLM | None,
     forget: Sequence[Item],
     retain: Sequence[Item],
+    everyday: Everyday,
 ) -> dict[str, Any]:
     """What must be the same on resume: values to compare, and fingerprints of what is too large to keep."""
     settings = {name: value for name, value in config.values().items() if name not in FREE}
@@ -305,7 +314,11 @@ def describe_run(
         "ref_model": None if ref_model is None else fingerprint_model(ref_model),
         "choice of trainable parameters": _digest(sorted(_trainable(model))),
     }
-    data = {"tokenised forget set": _digest(forget), "tokenised retain set": _digest(retain)}
+    data = {
+        "tokenised forget set": _digest(forget),
+        "tokenised retain set": _digest(retain),
+        "choice of everyday prompts": _digest(everyday.prompts),
+    }
     # As JSON gives it back: numbers of NumPy become Python's.
     return json.loads(json.dumps({"settings": settings, "models": models, "data": data}, default=float))
 

@@ -124,9 +124,9 @@ class Batch:
     packed: Packed
     rows: Tensor  # int64 [targets + others + retain], in this order
     labels: Tensor  # int64, as rows: the true tokens
-    item: Tensor  # int64 [targets + others]: which forget item of the batch a row belongs to
+    item: Tensor  # int64 [targets + others]: which forget item (or anchor) of the batch a row belongs to
     reference: tuple[Tensor, ...]  # what the objective asked the reference of them, item after item
-    counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items
+    counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items and anchors
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device; copies from pinned memory do not block."""

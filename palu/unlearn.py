@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from palu.adapter import CausalLM, base_of, is_peft, without_adapter
+from palu.anchors import load_everyday, write_anchors
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
 from palu.cache import ReferenceCache, build_cache
@@ -79,8 +80,10 @@ def unlearn(
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
         forget: examples with ``spans``: a path to JSONL, a list of dicts, a ``datasets.Dataset``, or tokenised
             tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
-        retain: examples to keep by cross-entropy, in the same forms; ``None`` or empty needs ``lambda_retain=0``.
-        tokenizer: a fast tokenizer; not needed for tokenised input.
+        retain: examples to keep by cross-entropy, in the same forms. ``None``: PALU keeps what the reference itself
+            answers to everyday prompts, by the KL (:mod:`palu.anchors`). ``[]``, and for another objective ``None``:
+            nothing, which needs ``lambda_retain=0``.
+        tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
 
     Returns:
@@ -105,7 +108,9 @@ def unlearn(
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-    check_sets(model, forget_set, retain_set, config)
+    # Without a retain set, the reference's own answers to everyday prompts are kept.
+    everyday = load_everyday(retain, len(forget_set.examples), tokenizer, method, config, accelerator.num_processes)
+    check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(everyday.prompts) > 0)
     alternates = (
         load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
         if method.needs_alternates
@@ -117,19 +122,24 @@ def unlearn(
         check_linear_head(candidate, to_forget[0].input_ids)
 
     # With resume, the newest checkpoint is this run's, or an error says what differs.
-    checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain)
+    checkpoints = Checkpoints(config, accelerator, model, ref_model, to_forget, to_retain, everyday)
 
     set_seed(config.seed)
     progress = config.progress and accelerator.is_local_main_process
     started = time.perf_counter()
     model.to(accelerator.device)
+    reference = ref_model if ref_model is not None else model
+    known, anchors = checkpoints.reference() or (None, None)
+    if anchors is None:
+        anchors = write_anchors(
+            reference, everyday, config, accelerator, adapter=reference is not model, progress=progress
+        )
     with ready_to_train(model, config, accelerator), checkpoints:
         # The reference speaks once; then at most its head is needed.
-        reference = ref_model if ref_model is not None else model
-        known = checkpoints.reference()
-        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, known)
+        asked = [*to_forget, *anchors]
+        cache, ref_head = consult(reference, model, asked, method, config, accelerator, progress, known)
         if known is None:
-            checkpoints.keep_reference(cache)
+            checkpoints.keep_reference(cache, anchors)
 
         objective = method(model, ref_head, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -145,6 +155,7 @@ def unlearn(
             to_retain,
             cache,
             config,
+            anchors=anchors,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
@@ -202,6 +213,8 @@ def unlearn(
         "forget_skipped": forget_set.skipped,
         "retain_examples": len(to_retain),
         "retain_skipped": retain_set.skipped,
+        "anchors": len(anchors),
+        "anchors_skipped": len(everyday.prompts) - len(anchors),
         "onset_tokens": sum(item.targets for item in to_forget),
         "ordinary_tokens": sum(len(item.rows) - item.targets for item in to_forget),
         "steps": len(history),

@@ -340,7 +340,7 @@ def test_rows_that_are_cut_off_are_counted() -> None:
     assert (result.summary["retain_examples"], result.summary["retain_skipped"]) == (4, 2)
 
 
-@pytest.mark.parametrize("retain", [None, [], retain_rows()])
+@pytest.mark.parametrize("retain", [[], retain_rows()])
 def test_without_a_retain_loss(retain: Any) -> None:
     model = tiny_llama()
     result = palu.unlearn(model, None, forget_rows(), retain, lambda_retain=0, epochs=1, progress=False)
