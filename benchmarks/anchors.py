@@ -1,7 +1,7 @@
 """What a model should be given to hold on to while it forgets a few facts: the demo's task, once for each choice.
 
-SmolLM2-135M-Instruct is taught the demo's twelve facts once; then ``python -m palu.demo --retain`` is tried
-from these weights with each of its choices. Prints a table and one JSON line::
+SmolLM2-135M-Instruct is taught the demo's twelve facts once; then each choice of ``python -m palu.demo --retain`` is
+tried on these weights. Prints a table and one JSON line::
 
     python benchmarks/anchors.py --output runs/anchors
 """
@@ -9,19 +9,17 @@ from these weights with each of its choices. Prints a table and one JSON line::
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from _models import load, save
 
 import palu
-from palu.demo.__main__ import RETAIN, Answers, forget, load_smollm2, outcome_of, read_questions, teach
+from palu.demo.__main__ import RETAIN, Answers, forget, outcome_of, read_questions, teach
 
 
 def main() -> None:
@@ -31,16 +29,23 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     secrets, kept, general = read_questions()
-    taught, tokenizer = load_taught(args.output / "taught")
-    before = Answers(taught, tokenizer, secrets + kept, general)
+    taught = args.output / "taught"
+    if not taught.exists():
+        torch.manual_seed(0)
+        args.output.mkdir(parents=True, exist_ok=True)
+        loaded = load("smollm2")
+        teach(*loaded, secrets + kept)
+        save(loaded, taught)
+        del loaded
+    before = Answers(*load(str(taught)), secrets + kept, general)
 
     rows: list[dict[str, Any]] = []
     for choice in args.retain:
-        model = copy.deepcopy(taught)
+        model, tokenizer = load(str(taught))
         wall, cpu = time.perf_counter(), time.process_time()
         result = forget(model, tokenizer, secrets, kept, choice)
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        after = Answers(model, tokenizer, secrets + kept, general)
+        after = Answers(model.eval(), tokenizer, secrets + kept, general)
         rows.append(
             {
                 "retain": choice,
@@ -48,10 +53,10 @@ def main() -> None:
                 "anchors": result.summary["anchors"],
                 "steps": result.summary["steps"],
                 **{name: round(value, 1) for name, value in seconds.items()},
+                "lost": [item["question"] for item in general if before.right(item) and not after.right(item)],
             }
         )
-        lost = [item["question"] for item in general if before.right(item) and not after.right(item)]
-        print(f"{json.dumps(rows[-1])} lost: {lost}", flush=True)
+        print(json.dumps(rows[-1]), flush=True)
 
     columns = {
         "forget_still_produced": f"secrets produced, of {len(secrets)}",
@@ -67,20 +72,6 @@ def main() -> None:
         print(f"| {row['retain']}: {RETAIN[row['retain']]} | {figures} |")
     versions = {"palu": palu.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({"benchmark": "anchors", "rows": rows, "threads": torch.get_num_threads(), "versions": versions}))
-
-
-def load_taught(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The model that knows the facts, taught where the folder does not hold it yet."""
-    model, tokenizer = load_smollm2()
-    if not folder.exists():
-        torch.manual_seed(0)
-        secrets, kept, _ = read_questions()
-        teach(model, tokenizer, secrets + kept)
-        partial = folder.with_name("taught.partial")
-        model.save_pretrained(partial)
-        os.replace(partial, folder)
-    taught = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return taught.eval(), tokenizer
 
 
 if __name__ == "__main__":

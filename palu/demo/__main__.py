@@ -35,6 +35,7 @@ MAX_LENGTH = 256
 TEACH_LEARNING_RATE = 1e-4
 TEACH_UNTIL_LOSS = 0.05
 TEACH_PROMPTS = 20
+ANCHORS = 48  # four steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
 # hundreds) would swamp the other terms.
 UNLEARN = palu.UnlearnConfig(
@@ -52,9 +53,9 @@ UNLEARN = palu.UnlearnConfig(
 )
 # What the model is given to hold on to.
 RETAIN = {
-    "both": "six retained facts, and its own answers to 48 everyday prompts",
+    "both": "six retained facts, and its own answers to everyday prompts",
     "facts": "six retained facts",
-    "auto": "its own answers to everyday prompts (retain=None)",
+    "auto": "its own answers to everyday prompts",
     "none": "nothing",
 }
 
@@ -112,9 +113,9 @@ def forget(
 ) -> palu.UnlearnResult:
     """Unlearn the secrets, holding on to one of RETAIN."""
     given: dict[str, dict[str, Any]] = {
-        "both": {"retain": kept, "anchors": 48},
+        "both": {"retain": kept, "anchors": ANCHORS},
         "facts": {"retain": kept},
-        "auto": {"retain": None},
+        "auto": {"retain": None, "anchors": ANCHORS},
         "none": {"retain": [], "lambda_retain": 0},
     }
     return palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given[retain])
