@@ -21,7 +21,13 @@ import transformers
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import palu
 from palu.anchors import everyday_prompts
@@ -109,7 +115,7 @@ def read_questions() -> tuple[Facts, Facts, Facts]:
 
 
 def forget(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, secrets: Facts, kept: Facts, retain: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, secrets: Facts, kept: Facts, retain: str
 ) -> palu.UnlearnResult:
     """Unlearn the secrets, holding on to one of RETAIN."""
     given: dict[str, dict[str, Any]] = {
@@ -149,7 +155,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
     """Fine-tune on the facts until they are known by heart; a KL divergence holds answers to everyday prompts."""
     prompts = everyday_prompts()[:TEACH_PROMPTS]
     texts = answer(model, tokenizer, prompts, tokens=24)
@@ -176,7 +182,7 @@ def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Fa
     model.eval()
 
 
-def answer_log_probabilities(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def answer_log_probabilities(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[answer tokens, V]: what the model expects at each token of the answers."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     return logits[labels[:, 1:] != IGNORE].log_softmax(-1)
@@ -191,7 +197,7 @@ def padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Ten
 
 
 def answer(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
 ) -> list[str]:
     """Greedy answers of at most ``tokens`` tokens."""
     prompts, stop_ids = asked(questions, tokenizer)
@@ -201,7 +207,7 @@ def answer(
 
 
 @torch.no_grad()
-def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
+def secret_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
     """Probability of each whole secret, given the question and the answer's words before it."""
     input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -212,7 +218,7 @@ def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 class Answers:
     """What a model answers to the facts and to the general questions."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
         texts = answer(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
         self.text = {item["question"]: text for item, text in zip(facts + general, texts, strict=True)}
         probabilities = secret_probabilities(model, tokenizer, facts)
