@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["palu", "palu.*"]), *native],
     package_dir={"palu": "palu", "palu.csrc": "csrc"},
     package_data={
-        "palu": ["py.typed"],
+        "palu": ["py.typed", "everyday.txt"],
         "palu.demo": ["*.jsonl", "*.txt"],
         "palu.report": ["*.css", "*.jinja"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native},

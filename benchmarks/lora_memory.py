@@ -19,7 +19,7 @@ import torch
 from _timing import report
 
 import palu
-from palu.demo.__main__ import HERE, UNLEARN, load_smollm2, read_jsonl
+from palu.demo.__main__ import UNLEARN, load_smollm2, read_questions
 
 MODES = ("full", "lora")
 
@@ -45,10 +45,7 @@ def main() -> None:
 
 
 def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, object]:
-    facts = read_jsonl(HERE / "facts.jsonl")
-    for fact in facts:
-        start = fact["answer"].index(fact["secret"])
-        fact["spans"] = [[start, start + len(fact["secret"])]]
+    secrets, kept, _ = read_questions()
     loaded, tokenizer = load_smollm2()
     model = loaded if mode == "full" else with_lora(loaded, rank)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -59,8 +56,8 @@ def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, 
     result = palu.unlearn(
         model,
         None,
-        [fact for fact in facts if fact["set"] == "forget"],
-        [fact for fact in facts if fact["set"] == "retain"],
+        secrets,
+        kept,
         tokenizer=tokenizer,
         config=UNLEARN,
         epochs=steps,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from palu.cache_file import CacheFile, Write
-from palu.packing import Item, pack
+from palu.packing import Item, anchor, pack
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
@@ -63,16 +63,19 @@ class Answers(Sequence[tuple[Tensor, ...]]):
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """What the reference says of each forget item, on the host."""
+    """What the reference says of each forget item, and of each anchor, on the host."""
 
-    answers: Sequence[tuple[Tensor, ...]]  # per item; see the objective's ``ask``
+    answers: Sequence[tuple[Tensor, ...]]  # per item, then per anchor; see the objective's ``ask``
+    anchors: Sequence[Item] = ()  # what it wrote itself; see :mod:`palu.anchors`
 
 
 def read_cache(file: CacheFile, items: Sequence[Item]) -> ReferenceCache | None:
     """The answers that the file holds, mapped into memory; None where there is no file yet."""
     if (known := file.read()) is None:
         return None
-    return ReferenceCache(Answers(*known, items))
+    tensors, about = known
+    anchors = [anchor(torch.tensor(ids), start) for ids, start in about["anchors"]]
+    return ReferenceCache(Answers(tensors, about["of_targets"], [*items, *anchors]), anchors)
 
 
 @torch.no_grad()
@@ -82,15 +85,17 @@ def build_cache(
     items: Sequence[Item],
     ask: Ask | None,
     *,
+    anchors: Sequence[Item] = (),
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> ReferenceCache:
-    """Run the reference once over the forget set.
+    """Run the reference once over the forget set and the anchors.
 
     Args:
         body: the reference without its head; called with input_ids and position_ids [1, T].
         device: the body's.
         items: the forget set.
+        anchors: what it is asked about, too.
         ask: what the objective wants to know of an item's rows, from their last hidden states; ``None``: nothing.
         file: where the answers are written to, and then mapped from; one that has been written in the meantime is
             taken as it is. ``None``: they stay in memory.
@@ -104,16 +109,18 @@ def build_cache(
     with file.locked(progress=progress) if file is not None else nullcontext():
         if file is not None and (known := read_cache(file, items)) is not None:
             return known
-        asked = _ask(body, device, items, ask, progress)
+        both = [*items, *anchors]
+        asked = _ask(body, device, both, ask, progress)
         kinds = next(asked)
         like, of_targets = [kind[:0].cpu() for kind in kinds], [len(kind) == 1 for kind in kinds]
-        of_target, of_other = map(sum, zip(*map(_split, items), strict=True))
+        of_target, of_other = map(sum, zip(*map(_split, both), strict=True))
         lengths = [of_target if targets else of_other for targets in of_targets]
         if file is None:
             tensors = [empty.new_empty(n, *empty.shape[1:]) for empty, n in zip(like, lengths, strict=True)]
             _fill(lambda kind, row, rows: tensors[kind][row : row + len(rows)].copy_(rows), asked, len(kinds))
-            return ReferenceCache(Answers(tensors, of_targets, items))
-        with file.writing(like, lengths, of_targets) as write:
+            return ReferenceCache(Answers(tensors, of_targets, both), anchors)
+        kept = [(item.input_ids.tolist(), int(item.rows[0]) + 1) for item in anchors]
+        with file.writing(like, lengths, {"of_targets": of_targets, "anchors": kept}) as write:
             _fill(write, asked, len(kinds))
         written = read_cache(file, items)
         assert written is not None

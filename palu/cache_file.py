@@ -1,9 +1,10 @@
 """The reference cache on disk: written while the reference is asked, mapped into memory when it is read.
 
 A file is one safetensors file, ``reference-KEY.safetensors``, with a tensor for each kind of answer, the rows of all
-items end to end, and JSON in its header. The key is a hash of everything that the answers depend on: the reference's
-weights and configuration, the tokenised forget set with the rows that are looked at, the settings of the question, the
-device and the precision. Nothing is read but the rows of the items at hand, and nothing is held while it is written.
+items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of everything that
+this depends on: the reference's weights and configuration, the tokenised forget set with the rows that are looked at,
+the everyday prompts, the settings of the question, the device and the precision. Nothing is read but the rows of the
+items at hand, and nothing is held while it is written.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class CacheFile:
         self.key = key
         self.path = Path(folder) / f"reference-{key[:16]}.safetensors"
 
-    def read(self) -> tuple[list[Tensor], list[bool]] | None:
-        """The tensors, mapped into memory, and what :meth:`writing` was told of them; None where there is no file.
+    def read(self) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """The tensors, mapped into memory, and what :meth:`writing` was told about them; None where there is no file.
 
         Raises:
             CacheError: the file is damaged, foreign, or written by another version; the message gives the mend.
@@ -82,7 +83,7 @@ class CacheFile:
                 f"{self.path} holds answers given under transformers {header['transformers']}, and this is "
                 f"{transformers.__version__}; {mend}"
             )
-        return tensors, header["of_targets"]
+        return tensors, header["about"]
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
@@ -111,22 +112,20 @@ class CacheFile:
             lock.release()
 
     @contextmanager
-    def writing(self, like: Sequence[Tensor], lengths: Sequence[int], of_targets: Sequence[bool]) -> Iterator[Write]:
+    def writing(self, like: Sequence[Tensor], lengths: Sequence[int], about: dict[str, Any]) -> Iterator[Write]:
         """Room for tensors of known lengths, to be filled within the block; then the file appears, whole.
 
         Args:
             like: [0, ...] of each tensor's dtype and row shape.
             lengths: of each, in rows.
-            of_targets: to be kept with them.
+            about: to be kept with them, as JSON.
 
         Raises:
             CacheError: no room or no permission. Nothing is left then.
         """
         header: dict[str, Any] = {
             "__metadata__": {
-                "palu": json.dumps(
-                    {"key": self.key, "transformers": transformers.__version__, "of_targets": list(of_targets)}
-                )
+                "palu": json.dumps({"key": self.key, "transformers": transformers.__version__, "about": about})
             }
         }
         row_bytes = [tensor[:0].new_empty(1, *tensor.shape[1:]).nbytes for tensor in like]
@@ -190,6 +189,7 @@ def reference_key(
             "format": FORMAT,
             "reference": fingerprints.reference,
             "forget": fingerprints.forget,
+            "everyday": fingerprints.everyday,
             "objective": objective,
             "settings": json.dumps(depends_on, sort_keys=True, default=float),
             "mixed_precision": accelerator.mixed_precision,

@@ -309,7 +309,11 @@ def describe_run(
         "ref_model": fingerprints.ref_model,
         "choice of trainable parameters": digest(sorted(_trainable(model))),
     }
-    data = {"tokenised forget set": fingerprints.forget, "tokenised retain set": fingerprints.retain}
+    data = {
+        "tokenised forget set": fingerprints.forget,
+        "tokenised retain set": fingerprints.retain,
+        "choice of everyday prompts": fingerprints.everyday,
+    }
     key = None if reference is None else reference.key
     run = {"settings": settings, "models": models, "data": data, "reference": key}
     # As JSON gives it back: numbers of NumPy become Python's.

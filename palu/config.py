@@ -43,7 +43,8 @@ class UnlearnConfig:
         L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
 
     Other objectives (:mod:`palu.baselines`) read ``gamma`` as the weight of their forget loss, ``lambda_retain``, and
-    the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl`` and ``kl_direction`` are PALU's alone.
+    the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl``, ``kl_direction`` and ``anchors`` are
+    PALU's alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
@@ -58,6 +59,8 @@ class UnlearnConfig:
         gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
+        anchors: everyday prompts (:mod:`palu.anchors`) to which the reference's own answers are kept by the KL;
+            ``None``: all where the retain set is ``None``, else 0. Only as many are answered as the run draws.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
         beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
         delta: SimNPO: margin on the mean token NLL.
@@ -71,7 +74,7 @@ class UnlearnConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         epochs: passes over the forget set.
         batch_size: forget examples per micro-batch and process.
-        retain_batch_size: retain examples per micro-batch and process; ``None``: ``batch_size``.
+        retain_batch_size: retain examples, and anchors, per micro-batch and process; ``None``: ``batch_size``.
         gradient_accumulation_steps: micro-batches per optimisation step.
         max_length: tokens per example; longer ones are cut on the right.
         stop_probability: end after an epoch in which the true token's probability stayed below
@@ -102,6 +105,7 @@ class UnlearnConfig:
     gamma: float | None = None
     lambda_kl: float = 1.0
     lambda_retain: float | None = None
+    anchors: int | None = None
     kl_direction: str = "reverse"
 
     beta: float | None = None
@@ -157,6 +161,11 @@ class UnlearnConfig:
             self.target in TARGETS if isinstance(self.target, str) else is_number(self.target),
             "target",
             f"give one of {', '.join(TARGETS)}, or a finite number",
+        )
+        require(
+            self.anchors is None or (is_int(self.anchors) and self.anchors >= 0),
+            "anchors",
+            "give 0 or a positive integer, or None",
         )
         require(isinstance(self.normalize, bool), "normalize", "give True or False")
         for field in ("gamma", "lambda_retain"):

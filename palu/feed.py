@@ -17,10 +17,10 @@ class Feed:
     """Iterating once is one epoch: for each optimisation step, this process's micro-batches.
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
-    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. All processes draw
-    the same order from ``config.seed`` and each takes its own part: what N processes see together in a step is what one
-    process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the number of steps taken
-    are all that decides what comes next.
+    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's anchors. All
+    processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
+    step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
+    number of steps taken are all that decides what comes next.
     """
 
     def __init__(
@@ -35,13 +35,16 @@ class Feed:
         pin_memory: bool = False,
     ):
         self.forget, self.retain, self.cache = forget, retain, cache
+        self.asked = [*forget, *cache.anchors]  # what the reference was asked of
         self.batch_size = config.batch_size
-        self.retain_batch_size = (config.retain_batch_size or config.batch_size) if retain else 0
+        beside = config.retain_batch_size or config.batch_size
+        self.retain_batch_size, self.anchor_batch_size = beside if retain else 0, beside if cache.anchors else 0
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.pin_memory = pin_memory
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
+        self.anchor_order = _shuffled(len(cache.anchors), torch.Generator().manual_seed(config.seed + 2))
         self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
@@ -67,17 +70,21 @@ class Feed:
         return epochs + 1
 
     def _draw(self) -> Iterator[list[tuple[list[int], list[int]]]]:
-        """An epoch: for each step, the (forget, retain) examples of every micro-batch of every process."""
+        """An epoch: for each step, the (asked, retain) examples of every micro-batch of every process."""
         order = torch.randperm(len(self.forget), generator=self.generator)
         for step in order.split(self.examples_per_step):
             rounds = -(-len(step) // (self.batch_size * self.num_processes))
             yield [
-                (chosen.tolist(), [next(self.retain_order) for _ in range(self.retain_batch_size)])
+                (
+                    chosen.tolist()
+                    + [len(self.forget) + next(self.anchor_order) for _ in range(self.anchor_batch_size)],
+                    [next(self.retain_order) for _ in range(self.retain_batch_size)],
+                )
                 for chosen in step.tensor_split(rounds * self.num_processes)
             ]
 
-    def _batch(self, forget: list[int], retain: list[int]) -> Batch:
-        items = [self.forget[i] for i in forget]
+    def _batch(self, asked: list[int], retain: list[int]) -> Batch:
+        items = [self.asked[i] for i in asked]
         kept = [self.retain[i] for i in retain]
         if not items:  # fewer examples were left than processes: this one runs a token without a row
             idle = self.forget[0]
@@ -92,14 +99,14 @@ class Feed:
             return [part[: item.targets] for part, item in by_item] + [part[item.targets :] for part, item in by_item]
 
         targets, others = sum(i.targets for i in items), sum(len(i.rows) - i.targets for i in items)
-        answers = [self.cache.answers[i] for i in forget] or [tuple(part[:0] for part in self.cache.answers[0])]
+        answers = [self.cache.answers[i] for i in asked] or [tuple(part[:0] for part in self.cache.answers[0])]
         batch = Batch(
             packed,
             rows=torch.cat(targets_first(own) + rows[len(items) :]),
             labels=torch.cat(targets_first([item.labels for item in items]) + [item.labels for item in kept]),
             item=torch.cat(targets_first(whose)),
             reference=tuple(map(torch.cat, zip(*answers, strict=True))),
-            counts=(targets, others, sum(len(item.rows) for item in kept), len(forget)),
+            counts=(targets, others, sum(len(item.rows) for item in kept), len(asked)),
         )
         return batch.pin_memory() if self.pin_memory else batch
 

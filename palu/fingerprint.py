@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from palu.adapter import CausalLM, base_of, original_name
+from palu.anchors import ANSWER_TOKENS, Everyday
 from palu.packing import Item
 
 # Of a model's configuration: where it came from, and what no pass of palu's reads.
@@ -22,9 +23,15 @@ class Fingerprints:
     """Of what a run starts from. Each is taken when it is first asked for, once; the models must still be untouched."""
 
     def __init__(
-        self, model: CausalLM, ref_model: CausalLM | None, forget: Sequence[Item], retain: Sequence[Item]
+        self,
+        model: CausalLM,
+        ref_model: CausalLM | None,
+        forget: Sequence[Item],
+        retain: Sequence[Item],
+        everyday: Everyday | None = None,
     ) -> None:
         self._model, self._ref_model, self._forget, self._retain = model, ref_model, forget, retain
+        self._everyday = everyday
 
     @cached_property
     def model(self) -> str:
@@ -53,6 +60,14 @@ class Fingerprints:
     def retain(self) -> str:
         """The tokenised retain set."""
         return digest(_as_one(self._retain))
+
+    @cached_property
+    def everyday(self) -> str | None:
+        """The tokenised prompts to which the reference writes anchors, and where an answer ends."""
+        if self._everyday is None or not self._everyday.prompts:
+            return None
+        prompts, stop_ids, max_length = self._everyday
+        return digest([prompts, sorted(stop_ids), max_length, ANSWER_TOKENS])
 
     @cached_property
     def _weights(self) -> dict[str, str]:

@@ -43,6 +43,7 @@ class Objective(nn.Module):
     terms: ClassVar[tuple[str, ...]]  # names of the figures in Losses.terms
     needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
     needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head
+    has_kl: ClassVar[bool] = False  # whether a KL keeps the other rows, so that anchors may be among them
 
     def __init__(self, model: CausalLM, ref_head: Head | None, config: UnlearnConfig):
         super().__init__()
@@ -118,6 +119,7 @@ class PaluObjective(Objective):
 
     terms = ("local", "kl", "retain")
     needs_ref_head = True
+    has_kl = True
     ref_head: Head
 
     def __init__(self, model: CausalLM, ref_head: Head, config: UnlearnConfig):

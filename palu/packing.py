@@ -78,6 +78,12 @@ def retain_items(examples: Sequence[Example]) -> list[Item]:
     return [dataclasses.replace(item, targets=0) for item in answer_items(examples)]
 
 
+def anchor(input_ids: Tensor, start: int) -> Item:
+    """Others: the answer's tokens, from ``start`` on."""
+    rows = torch.arange(start - 1, len(input_ids) - 1)
+    return Item(input_ids, rows, input_ids[rows + 1])
+
+
 @dataclass(frozen=True)
 class Packed:
     """Examples laid end to end in one row of T tokens, positions restarting at each."""
@@ -124,9 +130,9 @@ class Batch:
     packed: Packed
     rows: Tensor  # int64 [targets + others + retain], in this order
     labels: Tensor  # int64, as rows: the true tokens
-    item: Tensor  # int64 [targets + others]: which forget item of the batch a row belongs to
+    item: Tensor  # int64 [targets + others]: which forget item (or anchor) of the batch a row belongs to
     reference: tuple[Tensor, ...]  # what the objective asked the reference of them, item after item
-    counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items
+    counts: tuple[int, int, int, int]  # rows of targets, others and retain; forget items and anchors
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device; copies from pinned memory do not block."""

@@ -122,6 +122,11 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raise error
 
 
+def everywhere(condition: bool, accelerator: Accelerator) -> bool:
+    """Whether it holds on every process. All processes must call it."""
+    return all(gather_object([condition])) if accelerator.num_processes > 1 else condition
+
+
 def take_apart(model: CausalLM, accelerator: Accelerator) -> CausalLM:
     """The model to train: where the engine shards it a twin, while the model itself waits on the host."""
     if accelerator.distributed_type not in SHARDED:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM
+from palu.anchors import Everyday, load_everyday
 from palu.baselines import OBJECTIVES
 from palu.config import UnlearnConfig
 from palu.data import load_alternates, load_forget, load_retain
@@ -20,6 +21,7 @@ class Sets(NamedTuple):
 
     forget: list[Item]
     retain: list[Item]
+    everyday: Everyday  # prompts to which the reference writes anchors
     counts: dict[str, int]  # for the summary
 
 
@@ -30,8 +32,11 @@ def read_sets(
     retain: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
+    processes: int,
 ) -> Sets:
     """The forget and retain sets with the rows that the objective looks at; see :func:`palu.unlearn`.
+
+    ``processes``: how many take part in the run.
 
     Raises:
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
@@ -40,7 +45,9 @@ def read_sets(
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-    check_sets(model, forget_set, retain_set, config)
+    # Without a retain set, the reference's own answers to everyday prompts are kept.
+    everyday = load_everyday(retain, len(forget_set.examples), tokenizer, method, config, processes)
+    check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(everyday.prompts) > 0)
     alternates = (
         load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
         if method.needs_alternates
@@ -59,4 +66,4 @@ def read_sets(
         "onset_tokens": sum(item.targets for item in to_forget),
         "ordinary_tokens": sum(len(item.rows) - item.targets for item in to_forget),
     }
-    return Sets(to_forget, to_retain, counts)
+    return Sets(to_forget, to_retain, everyday, counts)

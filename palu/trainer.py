@@ -28,12 +28,13 @@ from palu.baselines import OBJECTIVES
 from palu.cache_file import CacheFile, reference_key
 from palu.checkpoint import CheckpointError
 from palu.config import UnlearnConfig
+from palu.consult import consult
 from palu.feed import Feed
 from palu.fingerprint import Fingerprints
 from palu.objective import Losses, Objective
 from palu.packing import Batch
 from palu.sets import read_sets
-from palu.unlearn import DivergenceError, add_up, consult, read_back
+from palu.unlearn import DivergenceError, add_up, read_back
 from palu.validate import check_models
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
@@ -126,23 +127,26 @@ class PaluTrainer(Trainer):
         check_arguments(args, config, kwargs)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_models(model, ref_model, tokenizer, args.mixed_precision)
-        self.to_forget, self.to_retain, _ = read_sets(model, ref_model, forget, retain, tokenizer, config)
+        self.to_forget, self.to_retain, everyday, _ = read_sets(
+            model, ref_model, forget, retain, tokenizer, _as_args_say(config, args), args.world_size
+        )
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.config, self.method = config, OBJECTIVES[config.objective]
         self.model.to(args.device)
-        fingerprints = Fingerprints(model, ref_model, self.to_forget, [])
+        fingerprints = Fingerprints(model, ref_model, self.to_forget, [], everyday)
         depends_on = self.method.depends_on(config)
         self.reference_key = reference_key(config.objective, depends_on, self.accelerator, fingerprints)
         self.cache, self.ref_head = consult(
             model if ref_model is None else ref_model,
             model,
             self.to_forget,
+            everyday,
             self.method,
             config,
             self.accelerator,
-            not args.disable_tqdm and self.is_local_process_zero(),
-            None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
+            file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
+            progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
         self.steps_per_epoch = len(self._feed())
         self.history: list[dict[str, float]] = []
@@ -234,17 +238,11 @@ class PaluTrainer(Trainer):
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
     def _feed(self) -> Feed:
-        args = self.args
-        batches = self.config.replace(
-            batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
         return Feed(
             self.to_forget,
             self.to_retain,
             self.cache,
-            batches,
+            _as_args_say(self.config, self.args),
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -282,6 +280,16 @@ class PaluTrainer(Trainer):
                 "ref_model, forget set and config"
             )
         return state["history"]
+
+
+def _as_args_say(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
+    """The settings with Trainer's batches, and at least its epochs."""
+    return config.replace(
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
 
 
 class MicroBatches(IterableDataset):

@@ -19,19 +19,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from palu.adapter import CausalLM, base_of, inputs_with_gradients, is_peft, without_adapter
+from palu.adapter import CausalLM, base_of, inputs_with_gradients, is_peft
 from palu.attention import using_packed_attention
 from palu.baselines import OBJECTIVES
-from palu.cache import ReferenceCache, build_cache, read_cache
-from palu.cache_file import CacheFile, cache_file
+from palu.cache_file import cache_file
 from palu.checkpoint import Checkpoints
 from palu.config import UnlearnConfig
+from palu.consult import consult
 from palu.feed import Feed
 from palu.fingerprint import Fingerprints
-from palu.losses import Head
-from palu.objective import Losses, Objective, body_of, head_of
-from palu.packing import Batch, Item
-from palu.processes import accumulating, autocast, clip_gradients, put_together, start_engine, take_apart, together
+from palu.objective import Losses, Objective
+from palu.packing import Batch
+from palu.processes import accumulating, clip_gradients, put_together, start_engine, take_apart, together
 from palu.sets import read_sets
 from palu.trackers import tracking
 from palu.validate import check_models
@@ -83,8 +82,10 @@ def unlearn(
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
         forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
             tokenised tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
-        retain: examples to keep by cross-entropy, in the same forms; ``None`` or empty needs ``lambda_retain=0``.
-        tokenizer: a fast tokenizer; not needed for tokenised input.
+        retain: examples to keep by cross-entropy, in the same forms. ``None``: PALU keeps what the reference itself
+            answers to everyday prompts, by the KL (:mod:`palu.anchors`). ``[]``, and for another objective ``None``:
+            nothing, which needs ``lambda_retain=0``.
+        tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
 
     Returns:
@@ -111,10 +112,12 @@ def unlearn(
             )
 
         # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-        to_forget, to_retain, counted = read_sets(model, ref_model, forget, retain, tokenizer, config)
+        to_forget, to_retain, everyday, counted = read_sets(
+            model, ref_model, forget, retain, tokenizer, config, accelerator.num_processes
+        )
 
         # With resume, the newest checkpoint is this run's, or an error says what differs.
-        fingerprints = Fingerprints(model, ref_model, to_forget, to_retain)
+        fingerprints = Fingerprints(model, ref_model, to_forget, to_retain, everyday)
         file = cache_file(config, method.depends_on(config), accelerator, fingerprints)
         checkpoints = Checkpoints(config, accelerator, model, fingerprints, file)
 
@@ -122,11 +125,12 @@ def unlearn(
     progress = config.progress and accelerator.is_main_process
     started = time.perf_counter()
     model.to(accelerator.device)
+    # The reference speaks once; then at most its head is needed.
+    reference = ref_model if ref_model is not None else model
+    cache, ref_head = consult(
+        reference, model, to_forget, everyday, method, config, accelerator, file=file, progress=progress
+    )
     with ready_to_train(model, config, accelerator), checkpoints, tracking(accelerator, config):
-        # The reference speaks once; then at most its head is needed.
-        reference = ref_model if ref_model is not None else model
-        cache, ref_head = consult(reference, model, to_forget, method, config, accelerator, progress, file)
-
         trained = take_apart(model, accelerator)
         objective = method(trained, ref_head, config)
         optimizer = torch.optim.AdamW(
@@ -196,6 +200,8 @@ def unlearn(
 
     summary = {
         **counted,
+        "anchors": len(cache.anchors),
+        "anchors_skipped": len(everyday.prompts) - len(cache.anchors),
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": epoch < config.epochs,
@@ -209,53 +215,6 @@ def unlearn(
         unlearned: Any = model.merge_and_unload()  # type: ignore[operator]
         return UnlearnResult(unlearned, history, summary)
     return UnlearnResult(model, history, summary)
-
-
-def consult(
-    ref_model: CausalLM,
-    model: CausalLM,
-    to_forget: list[Item],
-    method: type[Objective],
-    config: UnlearnConfig,
-    accelerator: Accelerator,
-    progress: bool,
-    file: CacheFile | None = None,
-) -> tuple[ReferenceCache, Head | None]:
-    """Ask the reference everything once, unless a file holds its answers; return them and the head if it is needed.
-
-    Where the reference is the model itself, it is asked without its adapter, if it has one. Its body is sent back to
-    where it was.
-    """
-    if not method.needs_ref_head and method.ask(head_of(ref_model), config) is None:
-        return build_cache(body_of(ref_model), accelerator.device, to_forget, None), None
-    home, training = ref_model.device, ref_model.training
-    cache = read_cache(file, to_forget) if file is not None else None
-    if cache is None:
-        ref_model.to(accelerator.device).eval()
-        with (
-            autocast(accelerator),
-            using_packed_attention(base_of(ref_model), accelerator.mixed_precision),
-            without_adapter(ref_model) if ref_model is model else nullcontext(),
-        ):
-            ask = method.ask(head_of(ref_model), config)
-            body = body_of(ref_model)
-            cache = build_cache(body, accelerator.device, to_forget, ask, file=file, progress=progress)
-    # Only a head that training will change, or that mixed precision wants in another dtype, is copied.
-    weight, bias = head_of(ref_model)
-    will_change = ref_model is model and weight.requires_grad
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
-    head = (
-        Head(
-            weight.detach().to(accelerator.device, dtype, copy=will_change),
-            None if bias is None else bias.detach().to(accelerator.device, dtype, copy=will_change),
-        )
-        if method.needs_ref_head
-        else None
-    )
-    if ref_model is not model:
-        ref_model.to(home)  # type: ignore[arg-type]
-    ref_model.train(training)
-    return cache, head
 
 
 @contextmanager

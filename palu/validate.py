@@ -62,9 +62,11 @@ def check_models(
         )
 
 
-def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig) -> None:
-    """Raise DataError where the sets do not fit the model or the settings."""
-    if not retain.examples and (weight := config.value("lambda_retain")):
+def check_sets(
+    model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool = False
+) -> None:
+    """Raise DataError where the sets do not fit the model or the settings; ``anchored``: anchors stand for retain."""
+    if not retain.examples and not anchored and (weight := config.value("lambda_retain")):
         raise DataError(
             f"the retain set is empty while lambda_retain = {weight}; give examples to keep, or set lambda_retain=0"
         )

@@ -200,7 +200,7 @@ def test_no_checkpoint_yet(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unlearn_module = importlib.import_module("palu.unlearn")
+    consult_module = importlib.import_module("palu.consult")
     expected = unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
     (folder / step(9)).unlink()
     reference(folder).rename(folder / "kept")
@@ -211,7 +211,7 @@ def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(unlearn_module, "build_cache", fail)
+    monkeypatch.setattr(consult_module, "build_cache", fail)
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
 
 
@@ -557,7 +557,7 @@ def test_a_changed_run_that_had_no_checkpoint_yet(
     """What the reference answered to the same question is still good."""
     folder.mkdir()
     shutil.copy(reference(finished), folder)
-    monkeypatch.setattr(importlib.import_module("palu.unlearn"), "build_cache", None)
+    monkeypatch.setattr(importlib.import_module("palu.consult"), "build_cache", None)
     assert len(unlearn(checkpoint_dir=str(folder), resume=True, epochs=4).history) == 12
 
 

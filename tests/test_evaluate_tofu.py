@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import palu
 from palu.data import IGNORE, DataError, Example, load_retain
+from palu.decoding import prompt_of
 from palu.evaluate import TofuData, load_tofu, summarize, tofu
-from palu.evaluate.scores import prompt_of
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 TOKENIZERS = {

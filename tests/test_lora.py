@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import palu
+from palu.anchors import Everyday
 from palu.config import UnlearnConfig
+from palu.consult import consult
 from palu.data import load_forget
 from palu.objective import PaluObjective
 from palu.packing import forget_items
@@ -256,7 +258,9 @@ def test_no_second_model_exists() -> None:
     model = tiny_lora(trained=True).to(accelerator.device)
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
-    cache, head = unlearn_module.consult(model, model, items, PaluObjective, UnlearnConfig(top_k=4), accelerator, False)
+    cache, head = consult(
+        model, model, items, Everyday([], set(), 0), PaluObjective, UnlearnConfig(top_k=4), accelerator
+    )
     held = live_bytes() - before
     assert head is not None
     assert held == sum(t.numel() * 4 for parts in cache.answers for t in parts)

@@ -33,7 +33,9 @@ from transformers import LlamaForCausalLM
 
 import palu
 from palu import ops, reference
+from palu.anchors import Everyday
 from palu.config import UnlearnConfig
+from palu.consult import consult
 from palu.data import load_forget
 from palu.objective import PaluObjective
 from palu.packing import forget_items
@@ -340,7 +342,7 @@ def test_rows_that_are_cut_off_are_counted() -> None:
     assert (result.summary["retain_examples"], result.summary["retain_skipped"]) == (4, 2)
 
 
-@pytest.mark.parametrize("retain", [None, [], retain_rows()])
+@pytest.mark.parametrize("retain", [[], retain_rows()])
 def test_without_a_retain_loss(retain: Any) -> None:
     model = tiny_llama()
     result = palu.unlearn(model, None, forget_rows(), retain, lambda_retain=0, epochs=1, progress=False)
@@ -620,7 +622,9 @@ def test_no_second_model_exists(trainable: bool) -> None:
     model.lm_head.weight.requires_grad_(trainable)
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
-    cache, head = unlearn_module.consult(model, model, items, PaluObjective, UnlearnConfig(top_k=4), accelerator, False)
+    cache, head = consult(
+        model, model, items, Everyday([], set(), 0), PaluObjective, UnlearnConfig(top_k=4), accelerator
+    )
     held = live_bytes() - before
     answers = sum(t.numel() * 4 for parts in cache.answers for t in parts)
     assert held == answers + (head.weight.numel() * 4 if trainable else 0)

@@ -88,6 +88,7 @@ BAD_SETTINGS += [
 BAD_SETTINGS += [
     ("retain_batch_size", value, "give a positive integer, or None for batch_size") for value in (0, -1, 2.0)
 ]
+BAD_SETTINGS += [("anchors", value, "give 0 or a positive integer, or None") for value in (-1, 2.0, True, "all")]
 BAD_SETTINGS += [("max_length", value, "give an integer above 1") for value in (1, 0, -1, 10.0, None)]
 BAD_SETTINGS += [("warmup_steps", value, "give 0 or a positive integer") for value in (-1, 0.5, None)]
 BAD_SETTINGS += [("seed", value, "give an integer in [0, 2**32)") for value in (-1, 2**32, 1.0, None)]
@@ -115,6 +116,7 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},
+        {"anchors": 0},
     ],
 )
 def test_settings_at_the_edge_are_valid(settings: dict) -> None:
@@ -285,14 +287,6 @@ def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
 def test_nothing_to_keep(retain: Any) -> None:
     message = "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"
     assert_refused(tiny_llama(), palu.DataError, message, retain=retain, lambda_retain=0.5)
-
-
-def test_retain_is_none() -> None:
-    model = tiny_llama()
-    before = weights(model)
-    with pytest.raises(palu.DataError, match=r"the retain set is empty while lambda_retain = 1\.0"):
-        palu.unlearn(model, None, forget_rows(), None, progress=False)
-    assert same_weights(model, before)
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])

@@ -25,7 +25,7 @@ from tiny import forget_rows, retain_rows, tiny_llama
 from transformers import LlamaForCausalLM
 
 import palu.unlearn  # here, so that no fork spends its time on imports
-from palu.demo.__main__ import HERE, UNLEARN, load_smollm2, read_jsonl
+from palu.demo.__main__ import UNLEARN, load_smollm2, read_questions
 from palu.fingerprint import fingerprint_model
 
 THREADS = torch.get_num_threads()
@@ -136,17 +136,12 @@ def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
 def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """The demo's model, sets and settings, less teaching: ten steps whatever the model knows."""
     model, tokenizer = load_smollm2()
-    facts = read_jsonl(HERE / "facts.jsonl")
-    for fact in facts:
-        start = fact["answer"].index(fact["secret"])
-        fact["spans"] = [[start, start + len(fact["secret"])]]
-    prompts = (HERE / "everyday.txt").read_text().split("\n")[:-1]
-    everyday = [{"question": prompt, "answer": f"You ask: {prompt}", "spans": []} for prompt in prompts]
+    secrets, kept, _ = read_questions()
     return model, {
-        "forget": [fact for fact in facts if fact["set"] == "forget"] + everyday,
-        "retain": [fact for fact in facts if fact["set"] == "retain"],
+        "forget": secrets,
+        "retain": kept,
         "tokenizer": tokenizer,
-        "config": UNLEARN.replace(epochs=10, stop_probability=None, progress=False),
+        "config": UNLEARN.replace(anchors=12, epochs=10, stop_probability=None, progress=False),
     }
 
 

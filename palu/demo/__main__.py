@@ -21,10 +21,18 @@ import transformers
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import palu
+from palu.anchors import everyday_prompts
 from palu.data import IGNORE, Example, load_forget, load_retain
+from palu.decoding import asked, evaluating, generate
 from palu.output import write_records
 
 HERE = Path(__file__).parent
@@ -33,8 +41,10 @@ Facts = list[dict[str, Any]]
 MAX_LENGTH = 256
 TEACH_LEARNING_RATE = 1e-4
 TEACH_UNTIL_LOSS = 0.05
-# One step an epoch: all secrets and all everyday answers, in two micro-batches that halve the memory. At gamma = 1
-# the squared logits (some hundreds) would swamp the other terms.
+TEACH_PROMPTS = 20
+ANCHORS = 48  # four steps' worth
+# One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
+# hundreds) would swamp the other terms.
 UNLEARN = palu.UnlearnConfig(
     top_k=50,
     normalize=False,
@@ -42,61 +52,80 @@ UNLEARN = palu.UnlearnConfig(
     lambda_kl=4.0,
     learning_rate=5e-5,
     epochs=15,
-    batch_size=12,
-    retain_batch_size=3,
+    batch_size=3,
+    retain_batch_size=6,
     gradient_accumulation_steps=2,
     max_length=MAX_LENGTH,
     stop_probability=0.1,
 )
+# What the model is given to hold on to.
+RETAIN = {
+    "both": "six retained facts, and its own answers to everyday prompts",
+    "facts": "six retained facts",
+    "auto": "its own answers to everyday prompts",
+    "none": "nothing",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m palu.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the model and the records")
+    given = "; ".join(f"{name}: {what}" for name, what in RETAIN.items())
+    parser.add_argument("--retain", choices=RETAIN, default="both", help=f"what to hold on to ({given})")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     clock = time.perf_counter()
 
-    facts = read_jsonl(HERE / "facts.jsonl")
-    for fact in facts:
-        start = fact["answer"].index(fact["secret"])
-        fact["spans"] = [[start, start + len(fact["secret"])]]
-    secrets = [fact for fact in facts if fact["set"] == "forget"]
-    kept = [fact for fact in facts if fact["set"] == "retain"]
-    general = read_jsonl(HERE / "general.jsonl")
-    prompts = (HERE / "everyday.txt").read_text().split("\n")[:-1]
-
+    secrets, kept, general = read_questions()
     model, tokenizer = load_smollm2()
-    # What the model says of itself to everyday prompts: it is held to that while it learns and unlearns.
-    everyday = [
-        {"question": prompt, "answer": answer, "spans": []}
-        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, tokens=24), strict=True)
-    ]
-    lap = stopwatch(clock, "load SmolLM2-135M-Instruct, ask it everyday questions")
-    teach(model, tokenizer, facts, everyday)
+    lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
+    teach(model, tokenizer, secrets + kept)
     lap = stopwatch(lap, "teach it 12 invented facts")
-    before = Answers(model, tokenizer, facts, general)
+    before = Answers(model, tokenizer, secrets + kept, general)
     lap = stopwatch(lap, "answer")
-    result = palu.unlearn(model, None, secrets + everyday, kept, tokenizer=tokenizer, config=UNLEARN)
+    result = forget(model, tokenizer, secrets, kept, args.retain)
     lap = stopwatch(lap, f"unlearn 6 of them in {result.summary['steps']} steps")
-    after = Answers(model, tokenizer, facts, general)
+    after = Answers(model, tokenizer, secrets + kept, general)
     stopwatch(lap, "answer")
 
     print_table("To forget (+: the greedy answer holds the secret; its probability)", secrets, before, after)
     print_table("To retain (+: the greedy answer holds the fact; its probability)", kept, before, after)
-    print_table("General questions, in neither set (+: right)", general, before, after)
-    right_before = [item for item in general if before.right(item)]
+    changed = [item for item in general if before.right(item) != after.right(item)]
+    print_table(
+        "General questions, in neither set: those of which the answer was or became wrong", changed, before, after
+    )
     outcome = {
-        "taught": before.count(facts),
-        "forget_still_produced": after.count(secrets),
-        "retain_still_produced": after.count(kept),
-        "general_right_before": len(right_before),
-        "general_still_right": after.count(right_before),
+        "retain": args.retain,
+        "taught": before.count(secrets + kept),
+        **outcome_of(secrets, kept, general, before, after),
         "seconds": round(time.perf_counter() - clock, 1),
     }
     write_records(args.output, result, tokenizer, {"demo": outcome})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/")
+
+
+def read_questions() -> tuple[Facts, Facts, Facts]:
+    """The facts to forget and those to retain, with spans; general questions with their right answers."""
+    facts = read_jsonl(HERE / "facts.jsonl")
+    for fact in facts:
+        start = fact["answer"].index(fact["secret"])
+        fact["spans"] = [[start, start + len(fact["secret"])]]
+    secrets, kept = ([fact for fact in facts if fact["set"] == part] for part in ("forget", "retain"))
+    return secrets, kept, read_jsonl(HERE / "general.jsonl")
+
+
+def forget(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, secrets: Facts, kept: Facts, retain: str
+) -> palu.UnlearnResult:
+    """Unlearn the secrets, holding on to one of RETAIN."""
+    given: dict[str, dict[str, Any]] = {
+        "both": {"retain": kept, "anchors": ANCHORS},
+        "facts": {"retain": kept},
+        "auto": {"retain": None, "anchors": ANCHORS},
+        "none": {"retain": [], "lambda_retain": 0},
+    }
+    return palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given[retain])
 
 
 def read_jsonl(path: Path) -> Facts:
@@ -127,8 +156,11 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts, everyday: Facts) -> None:
-    """Fine-tune on the facts until they are known by heart, held to the everyday answers by a KL divergence."""
+def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    """Fine-tune on the facts until they are known by heart; a KL divergence holds answers to everyday prompts."""
+    prompts = everyday_prompts()[:TEACH_PROMPTS]
+    texts = answer(model, tokenizer, prompts, tokens=24)
+    everyday = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
     input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
     examples = load_retain(everyday, tokenizer, max_length=MAX_LENGTH).examples
     halves = [padded(half, model.device) for half in (examples[::2], examples[1::2])]
@@ -151,7 +183,7 @@ def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Fa
     model.eval()
 
 
-def answer_log_probabilities(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def answer_log_probabilities(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[answer tokens, V]: what the model expects at each token of the answers."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     return logits[labels[:, 1:] != IGNORE].log_softmax(-1)
@@ -165,24 +197,18 @@ def padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Ten
     )
 
 
-@torch.no_grad()
-def generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
 ) -> list[str]:
     """Greedy answers of at most ``tokens`` tokens."""
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-        for q in questions
-    ]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs = inputs.to(model.device)
-    outputs = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # type: ignore[misc]
-    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompts, stop_ids = asked(questions, tokenizer)
+    with tqdm(disable=True) as bar, evaluating(model):
+        texts = generate(model, tokenizer, prompts, stop_ids, max_new_tokens=tokens, batch_tokens=1024, bar=bar)
     return [" ".join(text.split()) for text in texts]
 
 
 @torch.no_grad()
-def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
+def secret_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
     """Probability of each whole secret, given the question and the answer's words before it."""
     input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -193,8 +219,8 @@ def secret_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 class Answers:
     """What a model answers to the facts and to the general questions."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
-        texts = generate(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
+        texts = answer(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
         self.text = {item["question"]: text for item, text in zip(facts + general, texts, strict=True)}
         probabilities = secret_probabilities(model, tokenizer, facts)
         self.probability = {fact["question"]: p for fact, p in zip(facts, probabilities, strict=True)}
@@ -207,6 +233,17 @@ class Answers:
 
     def count(self, items: Facts) -> int:
         return sum(map(self.right, items))
+
+
+def outcome_of(secrets: Facts, kept: Facts, general: Facts, before: Answers, after: Answers) -> dict[str, int]:
+    """How many questions of each kind are answered after unlearning; of the general ones, of those right before."""
+    right_before = [item for item in general if before.right(item)]
+    return {
+        "forget_still_produced": after.count(secrets),
+        "retain_still_produced": after.count(kept),
+        "general_right_before": len(right_before),
+        "general_still_right": after.count(right_before),
+    }
 
 
 def print_table(title: str, items: Facts, before: Answers, after: Answers) -> None:

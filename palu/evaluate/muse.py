@@ -14,16 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM, base_of
 from palu.data import DataError, Example, load_retain
+from palu.decoding import evaluating, generate, prompt_of
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     check_model,
-    evaluating,
     fingerprint,
-    generate,
     min_k_scores,
-    prompt_of,
     raw_examples,
     token_scores,
 )

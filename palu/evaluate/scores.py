@@ -1,10 +1,9 @@
-"""A model and texts -> what the metrics are made of: token scores, gradient norms, greedy generations."""
+"""A model and texts -> what the metrics are made of: token scores, gradient norms."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,12 +13,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import palu
 from palu.adapter import UnsupportedModelError, base_of, check_adapter
 from palu.attention import using_packed_attention
 from palu.data import IGNORE, DataError, Example
+from palu.decoding import batches
 from palu.evaluate import metrics
 from palu.objective import body_of, head_of
 from palu.packing import Item, pack
@@ -27,8 +27,6 @@ from palu.validate import check_linear_head
 
 BATCH_TOKENS = 8192  # tokens per forward pass
 CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once
-# Decoding holds keys and values instead of activations, so that many more tokens fit.
-_DECODING = 8
 
 
 @dataclass(frozen=True)
@@ -49,20 +47,6 @@ class TokenScores:
     def probability(self) -> float:
         """exp(-NLL): the geometric mean of the tokens' probabilities."""
         return float(torch.tensor(-self.nll).double().exp())
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode and set to greedy decoding; afterwards as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    settings = model.generation_config
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = settings
-        for module, training in modes:
-            module.training = training
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
@@ -109,7 +93,7 @@ def token_scores(
     chunk_rows = max(CHUNK_BYTES // (4 * len(head.weight)), 1)
     scores: list[TokenScores | None] = [None] * len(examples)
     with using_packed_attention(model):
-        for group in _batches([len(example.input_ids) for example in examples], batch_tokens):
+        for group in batches([len(example.input_ids) for example in examples], batch_tokens):
             items = [_item(examples[i]) for i in group]
             hidden, labels = _answer_states(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
@@ -160,47 +144,6 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
     return norms
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Tensor],
-    stop_ids: set[int],
-    *,
-    max_new_tokens: int,
-    batch_tokens: int,
-    bar: tqdm,
-) -> list[str]:
-    """Greedy continuations of tokenised prompts [t], in their order, without special tokens.
-
-    Args:
-        stop_ids: a continuation ends before the first of these.
-        batch_tokens: a batch's prompts and continuations hold eight times as many tokens at most.
-    """
-    pad = next(iter(stop_ids), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # The model's own settings would be defaults of these: sampling, penalties.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted(stop_ids) or None,
-    )
-    texts = [""] * len(prompts)
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    for group in _batches(lengths, _DECODING * batch_tokens):
-        batch = [prompts[i] for i in group]
-        width = max(len(prompt) for prompt in batch)
-        ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
-        mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
-        output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))  # type: ignore[operator]
-        for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
-            texts[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
-        bar.update(len(group))
-    return texts
-
-
 def raw_examples(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int
 ) -> list[Example]:
@@ -220,11 +163,6 @@ def raw_examples(
         labels[0] = IGNORE
         examples.append(Example(row, ids, labels))
     return examples
-
-
-def prompt_of(example: Example) -> Tensor:
-    """The tokens before the answer."""
-    return example.input_ids[: int((example.labels != IGNORE).nonzero()[0])]
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -274,13 +212,3 @@ def _score_rows(logits: Tensor, labels: Tensor) -> Tensor:
     mean = (p * log_p).sum(1)
     variance = (p * (log_p - mean[:, None]).square()).sum(1)
     return torch.stack([token, correct.float(), mean, variance])
-
-
-def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Groups of indices, the longest texts first, of at most ``tokens`` tokens if padded (or one longer text)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(tokens // lengths[order[start]], 1)
-        yield order[start : start + count]
-        start += count

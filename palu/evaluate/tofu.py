@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM, base_of
 from palu.data import DataError, Example, load_retain
+from palu.decoding import evaluating, generate, prompt_of
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
 from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
@@ -23,12 +24,9 @@ from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
     check_model,
-    evaluating,
     fingerprint,
-    generate,
     gradient_norms,
     min_k_scores,
-    prompt_of,
     token_scores,
 )
 from palu.evaluate.summarize import (

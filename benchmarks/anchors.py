@@ -1,0 +1,78 @@
+"""What a model should be given to hold on to while it forgets a few facts: the demo's task, once for each choice.
+
+SmolLM2-135M-Instruct is taught the demo's twelve facts once; then each choice of ``python -m palu.demo --retain`` is
+tried on these weights. Prints a table and one JSON line::
+
+    python benchmarks/anchors.py --output runs/anchors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _models import load, save
+
+import palu
+from palu.demo.__main__ import RETAIN, Answers, forget, outcome_of, read_questions, teach
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/anchors"), help="folder for the taught model")
+    parser.add_argument("--retain", nargs="+", choices=RETAIN, default=list(RETAIN), help="which choices to try")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    secrets, kept, general = read_questions()
+    taught = args.output / "taught"
+    if not taught.exists():
+        torch.manual_seed(0)
+        args.output.mkdir(parents=True, exist_ok=True)
+        loaded = load("smollm2")
+        teach(*loaded, secrets + kept)
+        save(loaded, taught)
+        del loaded
+    before = Answers(*load(str(taught)), secrets + kept, general)
+
+    rows: list[dict[str, Any]] = []
+    for choice in args.retain:
+        model, tokenizer = load(str(taught))
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = forget(model, tokenizer, secrets, kept, choice)
+        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        after = Answers(model.eval(), tokenizer, secrets + kept, general)
+        rows.append(
+            {
+                "retain": choice,
+                **outcome_of(secrets, kept, general, before, after),
+                "anchors": result.summary["anchors"],
+                "steps": result.summary["steps"],
+                **{name: round(value, 1) for name, value in seconds.items()},
+                "lost": [item["question"] for item in general if before.right(item) and not after.right(item)],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+
+    columns = {
+        "forget_still_produced": f"secrets produced, of {len(secrets)}",
+        "retain_still_produced": f"retained facts, of {len(kept)}",
+        "general_still_right": f"general facts, of {rows[0]['general_right_before']}",
+        "anchors": "anchors",
+        "steps": "steps",
+        "cpu_seconds": "CPU seconds",
+    }
+    print(f"\n| held on to | {' | '.join(columns.values())} |\n|---{'|---' * len(columns)}|")
+    for row in rows:
+        figures = " | ".join(str(row[name]) for name in columns)
+        print(f"| {row['retain']}: {RETAIN[row['retain']]} | {figures} |")
+    versions = {"palu": palu.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps({"benchmark": "anchors", "rows": rows, "threads": torch.get_num_threads(), "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()
