@@ -1,10 +1,10 @@
 """The reference cache on disk: written while the reference is asked, mapped into memory when it is read.
 
 A file is one safetensors file, ``reference-KEY.safetensors``, with a tensor for each kind of answer, the rows of all
-items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of everything that
-this depends on: the reference's weights and configuration, the tokenised forget set with the rows that are looked at,
-the everyday prompts, the settings of the question, the device and the precision. Nothing is read but the rows of the
-items at hand, and nothing is held while it is written.
+items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of all that this
+depends on: the reference's weights and configuration, the tokenised forget set with the rows that are looked at, the
+everyday prompts, the settings of the question, the device and the precision. Nothing is read but the rows of the items
+at hand, and nothing is held while it is written.
 """
 
 from __future__ import annotations
