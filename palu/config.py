@@ -139,7 +139,8 @@ class UnlearnConfig:
             "target",
             f"give one of {', '.join(TARGETS)}, or a finite number",
         )
-        require(isinstance(self.normalize, bool), "normalize", "give True or False")
+        for field in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress"):
+            require(isinstance(getattr(self, field), bool), field, "give True or False")
         require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"give one of {', '.join(KL_DIRECTIONS)}")
         require(self.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"give one of {', '.join(LR_SCHEDULERS)}")
         for field in ("gamma", "lambda_retain"):

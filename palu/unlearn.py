@@ -94,6 +94,8 @@ def unlearn(
         DivergenceError: a loss or the gradient norm became NaN or inf.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
     """
+    if not isinstance(config, UnlearnConfig | None):
+        raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
     accelerator = Accelerator()

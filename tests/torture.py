@@ -134,19 +134,18 @@ def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
 
 
 def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """The demo's model, sets and settings, less teaching: ten steps whatever the model knows."""
+    """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
     model, tokenizer = load_smollm2()
     facts = read_jsonl(HERE / "facts.jsonl")
     for fact in facts:
         start = fact["answer"].index(fact["secret"])
         fact["spans"] = [[start, start + len(fact["secret"])]]
-    prompts = (HERE / "everyday.txt").read_text().split("\n")[:-1]
-    everyday = [{"question": prompt, "answer": f"You ask: {prompt}", "spans": []} for prompt in prompts]
+    small = {"epochs": 2, "batch_size": 2, "retain_batch_size": 1, "gradient_accumulation_steps": 1}
     return model, {
-        "forget": [fact for fact in facts if fact["set"] == "forget"] + everyday,
+        "forget": [fact for fact in facts if fact["set"] == "forget"],
         "retain": [fact for fact in facts if fact["set"] == "retain"],
         "tokenizer": tokenizer,
-        "config": UNLEARN.replace(epochs=10, stop_probability=None, progress=False),
+        "config": UNLEARN.replace(**small, stop_probability=None, progress=False),
     }
 
 
