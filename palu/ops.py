@@ -142,8 +142,8 @@ def linear_topk_mse(
         ValueError: shapes that do not fit, K = 0, V = 0, different devices, or an unknown target.
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
-    given = {"bias": bias, "weight_mean": weight_mean}
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    optional = {"bias": bias, "weight_mean": weight_mean}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
     path = _gather
     if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
