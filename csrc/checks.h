@@ -50,6 +50,9 @@ inline std::string dtype_name(at::ScalarType dtype) {
     case at::kDouble: return "float64";
     case at::kHalf: return "float16";
     case at::kBFloat16: return "bfloat16";
+    case at::kBool: return "bool";
+    case at::kByte: return "uint8";
+    case at::kChar: return "int8";
     case at::kShort: return "int16";
     case at::kInt: return "int32";
     case at::kLong: return "int64";
@@ -72,7 +75,7 @@ inline void check_device(const char* op, const char* name, const at::Tensor& t, 
                          const at::Tensor& like) {
   TORCH_CHECK_VALUE(
       t.device() == like.device(), op, ": ", name, " is on ", t.device().str(), " but ", as, " is on ",
-      like.device().str());
+      like.device().str(), "; move it there");
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype) {

@@ -124,8 +124,6 @@ def check_trainable(model: CausalLM, own_reference: bool) -> None:
     """
     if not is_peft(model):
         return
-    if getattr(base_of(model), "is_quantized", False):
-        raise ValueError("the base model is quantised; load it without a quantization_config")
     active: Any = model.active_adapters
     if len(active) != 1:
         raise ValueError(

@@ -167,7 +167,8 @@ class UnlearnConfig:
             "anchors",
             "give 0 or a positive integer, or None",
         )
-        require(isinstance(self.normalize, bool), "normalize", "give True or False")
+        for field in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress"):
+            require(isinstance(getattr(self, field), bool), field, "give True or False")
         for field in ("gamma", "lambda_retain"):
             value = getattr(self, field)
             require(value is None or (is_number(value) and value >= 0), field, "give a number that is not negative")

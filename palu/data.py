@@ -169,6 +169,7 @@ def _with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
 def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, forget: bool) -> Examples:
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
+    check_tokenizer(tokenizer)
     name = "forget" if forget else "retain"
     vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
 
@@ -194,6 +195,14 @@ def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: in
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
     return Examples(examples, skipped=len(items) - len(examples), without_span=without_span)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise TypeError where this is neither a tokenizer of transformers nor None."""
+    from transformers import PreTrainedTokenizerBase
+
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained")
 
 
 # --- rows ---

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +59,9 @@ def palu_loss(
         eos_token_id: a sensitive label equal to it is dropped.
 
     Raises:
-        ValueError, TypeError: shapes that disagree, labels that are not int64, unknown choices.
+        ValueError, TypeError: shapes or devices that disagree, labels that are not int64, unknown choices.
     """
+    ops.check_tensors("palu_loss", logits=logits, ref_logits=ref_logits, labels=labels)
     if logits.dim() != 3 or logits.shape != ref_logits.shape or labels.shape != logits.shape[:2]:
         raise ValueError(
             "palu_loss needs logits and ref_logits [B, T, V] and labels [B, T], got "
@@ -67,7 +69,7 @@ def palu_loss(
         )
     if kl_direction not in KL_DIRECTIONS:
         raise ValueError(f"kl_direction = {kl_direction!r}: give one of {', '.join(KL_DIRECTIONS)}")
-    if top_k < 1:
+    if not isinstance(top_k, Integral) or top_k < 1:
         raise ValueError(f"top_k = {top_k}: give a positive integer")
 
     onset = ops.prefix_mask(labels, n, eos_token_id)[:, 1:]

@@ -158,6 +158,7 @@ class PaluObjective(Objective):
         index, scale, ref_hidden = batch.reference
         parts = zip(config.weights, share[:3], counts, strict=True)
         of_local, *of_others = [(weight * part).expand(n) for weight, part, n in parts]
+        scale = scale.to(of_local.dtype)  # a reference in float64 may be asked beside a model in float32
         row_weight = torch.cat([of_local / scale, *of_others])
         terms = (
             LocalTerm(index, config.target),

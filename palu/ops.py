@@ -7,8 +7,10 @@ Gradients are first-order: a second derivative raises.
 
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu import _build, reference
+from palu.config import TARGETS
 from palu.reference import acc_dtype
 
 Gradients = tuple[Tensor | None, ...]
@@ -72,9 +75,13 @@ def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tens
         [B, T] bool.
 
     Raises:
-        TypeError: `labels` are not int64.
+        TypeError: `labels` are not int64, or `n` or `eos_token_id` is no integer.
         ValueError: `labels` have not two dimensions, or `n` is below -1.
     """
+    check_tensors("palu::prefix_mask", labels=labels)
+    for name, value in (("n", n), ("eos_token_id", -1 if eos_token_id is None else eos_token_id)):
+        if not isinstance(value, Integral) or not -(2**63) <= value < 2**63:
+            raise TypeError(f"palu::prefix_mask: {name} must be one integer of 64 bits, got {value!r}")
     return _ops.prefix_mask(labels, n, eos_token_id)
 
 
@@ -98,6 +105,7 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
         ValueError: shapes that do not fit, K = 0, V = 0, different devices, or an unknown target.
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
+    check_tensors("palu::topk_mse", logits=logits, index=index)
     loss, _ = _ops.topk_mse(logits, index, *_split_target(target))
     return loss
 
@@ -134,8 +142,11 @@ def linear_topk_mse(
         ValueError: shapes that do not fit, K = 0, V = 0, different devices, or an unknown target.
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
+    optional = {"bias": bias, "weight_mean": weight_mean}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
     path = _gather
-    if index.dim() == weight.dim() == 2:  # else the op reports it
+    if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
         (rows, k), (vocab_size, hidden_size) = index.shape, weight.shape
         if not _gather_is_faster(rows, k, vocab_size, hidden_size, hidden.device.type):
             path = _dense
@@ -186,17 +197,34 @@ def _dense(
     bias: Tensor | None,
     mean: Tensor | None,
 ) -> Tensor:
+    with torch.no_grad():  # the other path's checks, on no rows: linear() would say less of what is wrong
+        _ops.linear_topk_mse(hidden[:0], weight, index[:0], bias, mean, "constant", 0.0)
     return topk_mse(F.linear(hidden, weight, bias), index, target)
+
+
+def check_tensors(who: str, **tensors: Tensor) -> None:
+    """Raise TypeError or ValueError where an argument is no dense tensor, or not on the device of the first one.
+
+    torch's dispatcher would say less, and where one of them is on the meta device, give results that nobody computed.
+    """
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "a nested" if tensor.is_nested else "a quantised" if tensor.is_quantized else f"a {tensor.layout}"
+            raise TypeError(f"{who}: {name} must be a dense tensor, got {kind} one")
+        if tensor.device != tensors[first].device:
+            there = f"{first} is on {tensors[first].device}"
+            raise ValueError(f"{who}: {name} is on {tensor.device} but {there}; move it there")
 
 
 def _split_target(target: str | float) -> tuple[str, float]:
     """The ops' pair of target name and constant."""
-    if isinstance(target, str):
-        if target not in ("global_mean", "global_mean_detached", "local_mean"):
-            raise ValueError(
-                f"unknown target {target!r}; choose 'global_mean', 'global_mean_detached', 'local_mean' or a number"
-            )
+    if isinstance(target, str) and target in TARGETS:
         return target, 0.0
+    if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
+        raise ValueError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}, or a finite number")
     return "constant", float(target)
 
 
@@ -211,10 +239,11 @@ def _register_fake(op: str) -> Callable[[Callable[..., Any]], None]:
     """
 
     def register(fake: Callable[..., Any]) -> None:
+        names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
         def checked(*args: Any, **kwargs: Any) -> Any:
-            devices = {str(t.device) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
-            if len(devices) > 1:
-                raise ValueError(f"palu::{op}: tensors on different devices: {', '.join(sorted(devices))}")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            check_tensors(f"palu::{op}", **{name: t for name, t in given.items() if isinstance(t, Tensor)})
             return fake(*args, **kwargs)
 
         torch.library.register_fake(f"palu::{op}", checked)
@@ -325,7 +354,9 @@ torch.library.register_autograd(
 def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Tensor, torch.dtype, Any]) -> None:
     """What csrc/checks.h asks of the arguments on CUDA."""
     if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(f"palu::{op}: logits must be float32, float64 or bfloat16 on the CPU, got {logits.dtype}")
+        raise TypeError(
+            f"palu::{op}: logits must be float32, float64 or bfloat16 on the CPU, got {_name(logits.dtype)}"
+        )
     if logits.dim() != 2:
         raise ValueError(f"palu::{op}: logits must have 2 dimensions, got shape {list(logits.shape)}")
     if logits.shape[0] and not logits.shape[1]:
@@ -344,13 +375,16 @@ def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Ten
     if logits.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"palu::{op}: logits requires grad and would be overwritten; use torch.no_grad()")
     others["row_weight"] = (row_weight, acc_dtype(logits.dtype), logits.shape[:1])
+    check_tensors(f"palu::{op}", logits=logits, **{name: tensor for name, (tensor, _, _) in others.items()})
     for name, (tensor, dtype, shape) in others.items():
-        if tensor.device != logits.device:
-            raise ValueError(f"palu::{op}: {name} is on {tensor.device} but logits is on {logits.device}")
         if tensor.dtype != dtype:
-            raise TypeError(f"palu::{op}: {name} must be {dtype}, got {tensor.dtype}")
+            raise TypeError(f"palu::{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
         if tensor.shape != shape:
             raise ValueError(f"palu::{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.library.impl("palu::cross_entropy_", "cpu")

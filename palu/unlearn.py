@@ -101,6 +101,8 @@ def unlearn(
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
         ImportError: a tracker's package is missing.
     """
+    if not isinstance(config, UnlearnConfig | None):
+        raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).replace(**overrides)
     method = OBJECTIVES[config.objective]
     accelerator = start_engine(config)

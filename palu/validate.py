@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
 from palu.config import UnlearnConfig
-from palu.data import DataError, Examples
+from palu.data import DataError, Examples, check_tokenizer
 from palu.objective import body_of, head_of
 
 
@@ -22,16 +22,13 @@ def check_models(
 
     ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
     """
-    for name, candidate in (("model", model), ("ref_model", ref_model)):
-        if candidate is None and name == "ref_model":
-            continue
-        check_adapter(name, candidate)
-        base = base_of(candidate)
-        if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
-            raise UnsupportedModelError(
-                f"{name} is a {type(candidate).__name__}, which is not a causal language model with a linear head; "
-                "load it with AutoModelForCausalLM.from_pretrained"
-            )
+    check_tokenizer(tokenizer)
+    check_causal("model", model)
+    if ref_model is not None:
+        check_causal("ref_model", ref_model)
+    if getattr(base_of(model), "is_quantized", False):
+        kind = "base model" if is_peft(model) else "model"
+        raise ValueError(f"the {kind} is quantised; load it without a quantization_config")
     check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
@@ -48,6 +45,11 @@ def check_models(
         raise ValueError(
             "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
         )
+    if head_of(model).weight.dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise ValueError(
+            "the model is in float16, which the CPU kernels do not support; "
+            "load it with dtype=torch.bfloat16 or torch.float32"
+        )
 
     vocab_size = head_of(model).weight.shape[0]
     if ref_model is not None and (ref_size := head_of(ref_model).weight.shape[0]) != vocab_size:
@@ -59,6 +61,21 @@ def check_models(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {vocab_size}; "
             "load the tokenizer that belongs to the model"
+        )
+
+
+def check_causal(name: str, model: CausalLM) -> None:
+    """Raise UnsupportedModelError or ValueError where this is no causal model with a linear head, wholly loaded."""
+    check_adapter(name, model)
+    base = base_of(model)
+    if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    if (missing := next((path for path, p in base.named_parameters() if p.is_meta), None)) is not None:
+        raise ValueError(
+            f"{name} is not wholly loaded: {missing} is on the meta device; load it without offloading to CPU or disk"
         )
 
 

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -395,10 +396,40 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_fills_up(small_files: None, folder: Path) -> None:
+def test_a_file_that_grows_too_large(small_files: None, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"could not be written: .*too large.*; there is no earlier one"):
         unlearn(checkpoint_dir=str(folder))
     assert steps(folder) == [reference(folder).name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of a megabyte: a checkpoint has 230 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(small_disk: Path) -> None:
+    """Mended by making room: the run goes on from the checkpoint that was left."""
+    folder = small_disk / "checkpoints"
+    filling = small_disk / "filling"
+    filling.write_bytes(bytes(600_000))
+    with pytest.raises(CheckpointError) as caught:
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
+    told = rf"step-00000008.safetensors could not be written: .*No space left on device.*; {folder / step(4)} is intact"
+    assert re.search(told, str(caught.value))
+    before = (folder / step(4)).read_bytes()
+    with pytest.raises(CheckpointError, match=told):
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True)
+    assert steps(folder) == ["reference.safetensors", step(4)]
+    assert (folder / step(4)).read_bytes() == before
+    filling.unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True), unlearn())
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

@@ -337,7 +337,6 @@ ON_THE_HEAD = (
 @pytest.mark.parametrize(
     ("settings", "tied", "where"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, False, "lm_head"),
         ({"target_modules": ["q_proj", "lm_head"]}, True, "lm_head"),
         ({"modules_to_save": ["lm_head"]}, False, "lm_head"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, True, "model.embed_tokens"),
@@ -392,12 +391,6 @@ def test_other_adapters_than_lora(config: peft.PeftConfig, kind: str) -> None:
 def test_an_activated_lora() -> None:
     message = "model has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
     assert_refused(lora(tiny_llama(), alora_invocation_tokens=[1, 2]), ValueError, message)
-
-
-def test_a_quantised_base() -> None:
-    model = tiny_lora()
-    model.get_base_model().is_quantized = True
-    assert_refused(model, ValueError, "the base model is quantised; load it without a quantization_config")
 
 
 def test_no_trainable_adapter(tmp_path: Path) -> None:
@@ -477,11 +470,6 @@ def test_an_adapter_around_something_else() -> None:
     base = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
     assert_refused(model, TypeError, NOT_CAUSAL.format("model", "PeftModel"))
-
-
-def test_nothing_to_merge() -> None:
-    message = "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"
-    assert_refused(tiny_llama(), ValueError, message, merge_adapter=True)
 
 
 def test_a_run_with_an_adapter_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import VOCAB, Row, forget_rows, retain_rows, same_weights, tiny_llama, weights
+from tiny import VOCAB, forget_rows, retain_rows, same_weights, tiny_llama, weights
 from tokenizers_for_tests import LLAMA3, byte_level
 from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, LlamaModel
@@ -72,7 +72,11 @@ BAD_SETTINGS += [
 BAD_SETTINGS += [
     ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo") for value in ("NPO", "", None, 1)
 ]
-BAD_SETTINGS += [("normalize", value, "give True or False") for value in (None, 1, "yes")]
+BAD_SETTINGS += [
+    (name, value, "give True or False")
+    for name in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress")
+    for value in (None, 1, "yes")
+]
 BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]
 BAD_SETTINGS += [("delta", value, "give a finite number") for value in (NAN, INF, "1", None)]
 BAD_SETTINGS += [
@@ -123,19 +127,6 @@ def test_settings_at_the_edge_are_valid(settings: dict) -> None:
     assert UnlearnConfig().replace(**settings) == UnlearnConfig(**settings)
 
 
-@pytest.mark.parametrize("name", ["n", "top_k"])
-def test_bad_settings_reach_the_user_and_leave_the_model(name: str) -> None:
-    rule = {"n": "give a positive integer, or -1 for whole spans", "top_k": POSITIVE}[name]
-    assert_refused(tiny_llama(), ValueError, f"{name} = 0: {rule}", **{name: 0})
-
-
-def test_a_name_that_is_no_setting() -> None:
-    known = ", ".join(sorted(vars(UnlearnConfig())))
-    message = f"'topk' is no setting of palu.unlearn; the settings are {known}"
-    assert_refused(tiny_llama(), TypeError, message, topk=10)
-    assert "top_k" in known
-
-
 def test_a_learning_rate_schedule_that_does_not_exist() -> None:
     model = tiny_llama()
     before = weights(model)
@@ -170,47 +161,6 @@ def test_a_model_that_is_not_a_causal_language_model(build: Any) -> None:
     name = type(other).__name__
     assert_refused(other, TypeError, NOT_CAUSAL.format("model", name))
     assert_refused(tiny_llama(), TypeError, NOT_CAUSAL.format("ref_model", name), ref_model=other)
-
-
-def test_a_head_that_is_not_linear() -> None:
-    model = tiny_llama(tie_word_embeddings=False)
-    model.lm_head = nn.Sequential(nn.Linear(32, 32), model.lm_head)
-    assert_refused(model, TypeError, NOT_CAUSAL.format("model", "LlamaForCausalLM"))
-
-
-def test_no_model_at_all() -> None:
-    with pytest.raises(TypeError, match=re.escape(NOT_CAUSAL.format("model", "str"))):
-        palu.unlearn("meta-llama/Llama-3.2-1B", None, forget_rows(), retain_rows())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=re.escape(NOT_CAUSAL.format("model", "NoneType"))):
-        palu.unlearn(None, None, forget_rows(), retain_rows())  # type: ignore[arg-type]
-
-
-def test_the_reference_is_the_model() -> None:
-    model = tiny_llama()
-    message = "ref_model is the model itself, which training would change; pass None to use its starting weights"
-    assert_refused(model, ValueError, message, ref_model=model)
-
-
-def test_a_model_that_cannot_be_trained() -> None:
-    message = "no parameter of the model requires a gradient, so nothing could be unlearned"
-    assert_refused(tiny_llama().requires_grad_(False), ValueError, message)
-
-
-def test_vocabularies_of_model_and_reference() -> None:
-    message = (
-        f"the model has a vocabulary of {VOCAB} and ref_model one of {VOCAB + 1}; "
-        "the reference must be the model as it was before training"
-    )
-    assert_refused(tiny_llama(), ValueError, message, ref_model=tiny_llama(vocab_size=VOCAB + 1))
-
-
-def test_vocabularies_of_model_and_tokenizer() -> None:
-    tokenizer = byte_level(LLAMA3)
-    message = (
-        f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {VOCAB}; "
-        "load the tokenizer that belongs to the model"
-    )
-    assert_refused(tiny_llama(), ValueError, message, tokenizer=tokenizer)
 
 
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
@@ -277,71 +227,3 @@ def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
     check_linear_head(model.to(dtype).train(training), ids)
     assert model.training == training
     check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Sets
-
-
-@pytest.mark.parametrize("retain", [[], {"input_ids": [], "labels": []}])
-def test_nothing_to_keep(retain: Any) -> None:
-    message = "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"
-    assert_refused(tiny_llama(), palu.DataError, message, retain=retain, lambda_retain=0.5)
-
-
-@pytest.mark.parametrize("name", ["forget", "retain"])
-def test_tokens_outside_the_vocabulary(name: str) -> None:
-    rows = forget_rows(3) if name == "forget" else retain_rows(3)
-    rows[2]["input_ids"][0] = VOCAB
-    message = (
-        f"{name} row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; "
-        "use the tokenizer that belongs to the model"
-    )
-    assert_refused(tiny_llama(), palu.DataError, message, **{name: rows})
-
-
-FORGET_ROW: Row = {"input_ids": [1, 2, 3], "labels": [-100, 2, -200]}
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
-        ("forget", [], "forget set is empty; give at least one row"),
-        (
-            "forget",
-            [{"input_ids": [1, 2, 3], "labels": [-100, -200, -200]}],
-            "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length",
-        ),
-        (
-            "forget",
-            [FORGET_ROW, {"input_ids": [1, 2, 3], "labels": [-100, 2]}],
-            "forget row 1: labels have 2 tokens, input_ids 3; give one label per token",
-        ),
-        (
-            "retain",
-            [{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}],
-            "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels",
-        ),
-        (
-            "retain",
-            [{"question": "Who?", "answer": "Ada."}],
-            "retain row 0: text needs a tokenizer; pass one, or give input_ids and labels",
-        ),
-        (
-            "retain",
-            3,
-            "retain set is of type int; give a path to JSONL, a list of dicts, a datasets.Dataset, "
-            "or a mapping with input_ids and labels",
-        ),
-    ],
-)
-def test_bad_rows_leave_the_model(name: str, rows: Any, message: str) -> None:
-    assert_refused(tiny_llama(), palu.DataError, message, **{name: rows})
-
-
-def test_a_missing_file_leaves_the_model(tmp_path: Any) -> None:
-    model = tiny_llama()
-    before = weights(model)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        palu.unlearn(model, None, tmp_path / "nowhere.jsonl", retain_rows(), progress=False)
-    assert same_weights(model, before)

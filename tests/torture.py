@@ -134,14 +134,15 @@ def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
 
 
 def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """The demo's model, sets and settings, less teaching: ten steps whatever the model knows."""
+    """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
     model, tokenizer = load_smollm2()
     secrets, kept, _ = read_questions()
+    small = {"epochs": 2, "batch_size": 2, "retain_batch_size": 1, "gradient_accumulation_steps": 1}
     return model, {
         "forget": secrets,
         "retain": kept,
         "tokenizer": tokenizer,
-        "config": UNLEARN.replace(anchors=12, epochs=10, stop_probability=None, progress=False),
+        "config": UNLEARN.replace(**small, stop_probability=None, progress=False),
     }
 
 

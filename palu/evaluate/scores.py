@@ -11,19 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import palu
-from palu.adapter import UnsupportedModelError, base_of, check_adapter
 from palu.attention import using_packed_attention
-from palu.data import IGNORE, DataError, Example
+from palu.data import IGNORE, DataError, Example, check_tokenizer
 from palu.decoding import batches
 from palu.evaluate import metrics
 from palu.objective import body_of, head_of
 from palu.packing import Item, pack
-from palu.validate import check_linear_head
+from palu.validate import check_causal, check_linear_head
 
 BATCH_TOKENS = 8192  # tokens per forward pass
 CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once
@@ -51,17 +50,11 @@ class TokenScores:
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
     """Raise UnsupportedModelError or ValueError where a model cannot be scored, or not with this tokenizer."""
-    check_adapter(name, model)
-    base = base_of(model)
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    if not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(
-            f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
-            "load it with AutoModelForCausalLM.from_pretrained"
-        )
-    if len(tokenizer) > len(head.weight):
+    check_causal(name, model)
+    vocab_size = len(head_of(model).weight)
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {len(head.weight)}; "
+            f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {vocab_size}; "
             "load the tokenizer that belongs to the model"
         )
     check_linear_head(model, example.input_ids)
@@ -151,6 +144,7 @@ def raw_examples(
 
     At most ``max_length`` tokens are kept; an end of sequence that the tokenizer adds is not.
     """
+    check_tokenizer(tokenizer)
     examples = []
     for row, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=True)["input_ids"]

@@ -1,0 +1,391 @@
+"""Bad input as a user meets it: one table of calls, each refused in exactly these words with nothing changed.
+
+Below it, input that looks as bad and is good. What only one part can be asked is in that part's own tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from test_evaluate_muse import small_data as muse_data
+from test_evaluate_tofu import small_data as tofu_data
+from tiny import VOCAB, forget_rows, retain_rows, tiny_llama, weights
+from tokenizers_for_tests import CHATML, byte_level
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
+
+import palu
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+META = torch.device("meta")  # stands for another device
+
+# ---------------------------------------------------------------------------------------------------
+# Calls that would work if nothing were changed in them
+
+
+def unlearn(**changed: Any) -> Call:
+    """Tokenised rows, and a model that learns at once."""
+    given = {"model": tiny_llama(), "ref_model": None, "forget": forget_rows(), "retain": retain_rows()}
+    return palu.unlearn, given | {"epochs": 1, "learning_rate": 0.1, "progress": False} | changed
+
+
+@functools.cache
+def words() -> Any:
+    return byte_level(CHATML, bos=False)
+
+
+def text(*forget: Any, **changed: Any) -> Call:
+    """Rows of text: a good one, then these."""
+    tokenizer = changed.pop("tokenizer", words())
+    model = tiny_llama(vocab_size=len(words()))
+    return unlearn(**{"model": model, "forget": [row(), *forget], "retain": [row()], "tokenizer": tokenizer} | changed)
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    columns = {"question": "Who?", "answer": "Ada Lovelace did.", "spans": [[0, 12]]} | columns
+    return {name: value for name, value in columns.items() if value is not None}
+
+
+def topk_mse(**changed: Any) -> Call:
+    return palu.topk_mse, {"logits": torch.randn(2, 6), "index": torch.tensor([[0, 1], [2, 3]])} | changed
+
+
+def linear_topk_mse(**changed: Any) -> Call:
+    given = {"hidden": torch.randn(2, 3), "weight": torch.randn(6, 3), "index": torch.tensor([[0, 1], [2, 3]])}
+    return palu.linear_topk_mse, given | changed
+
+
+def prefix_mask(**changed: Any) -> Call:
+    return palu.prefix_mask, {"labels": torch.tensor([[-100, 1, -200]]), "n": 3} | changed
+
+
+def palu_loss(**changed: Any) -> Call:
+    given = {"logits": torch.randn(1, 3, 5), "ref_logits": torch.randn(1, 3, 5)}
+    return palu.palu_loss, given | {"labels": torch.tensor([[-100, 1, -200]])} | changed
+
+
+def overwriting(grad_logits: Tensor) -> Call:
+    """The raw op, which fills a buffer."""
+    given = {"grad": torch.ones(2), "residual": torch.ones(2, 2), "index": torch.tensor([[0, 1], [2, 3]])}
+    return torch.ops.palu.topk_mse_backward, given | {"through_mean": True, "grad_logits": grad_logits}
+
+
+def config(**settings: Any) -> Call:
+    return palu.UnlearnConfig, settings
+
+
+def tofu(**changed: Any) -> Call:
+    model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
+    given = {"model": model, "tokenizer": words(), "data": tofu_data(), "max_new_tokens": 4, "progress": False}
+    return palu.evaluate.tofu, given | changed
+
+
+def muse_news(**changed: Any) -> Call:
+    model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
+    return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": muse_data()} | changed
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is bad about them
+
+
+class Slow(PreTrainedTokenizer):
+    vocab_size = 1
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x": 0}
+
+
+def endless() -> Any:
+    tokenizer = byte_level(CHATML, bos=False)
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+def lora(on: list[str]) -> peft.PeftModel:
+    model = tiny_llama(tie_word_embeddings=False)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=on, task_type="CAUSAL_LM"))
+
+
+def quantised(model: Any) -> Any:
+    """As transformers marks one; the quantisers themselves need other packages."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base.is_quantized = True
+    return model
+
+
+def offloaded() -> LlamaForCausalLM:
+    """As a device_map leaves it that keeps a layer on the disk."""
+    model = tiny_llama()
+    model.model.layers[1].to(META)
+    return model
+
+
+def broken() -> LlamaForCausalLM:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    return model
+
+
+def sequential_head() -> LlamaForCausalLM:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(nn.Linear(32, 32), model.lm_head)
+    return model
+
+
+def same_model_twice() -> Call:
+    model = tiny_llama()
+    return unlearn(model=model, ref_model=model)
+
+
+def in_int32(rows: list[Any]) -> list[Any]:
+    return [{name: torch.tensor(values, dtype=torch.int32) for name, values in one.items()} for one in rows]
+
+
+def with_token(rows: list[Any], token: int) -> list[Any]:
+    rows[2]["input_ids"][0] = token
+    return rows
+
+
+def jsonl(*lines: str) -> str:
+    """A file in the current folder, which is the test's own."""
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n")
+    return "rows.jsonl"
+
+
+def without(data: Any, name: str, number: int, column: str) -> Any:
+    del getattr(data, name)[number][column]
+    return data
+
+
+EDGES = "give [start, end) in characters of the answer"
+CAUSAL = "which is not a causal language model with a linear head; load it with AutoModelForCausalLM.from_pretrained"
+WHOLE = "load it without offloading to CPU or disk"
+COLUMNS = "give question and answer, prompt and completion, or messages"
+DataError = palu.DataError
+
+BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
+    # Spans
+    "a span beyond the answer": (lambda: text(row(spans=[[4, 99]])), DataError, f"forget row 1: span [4, 99] ends after the answer (17 characters); {EDGES}"),
+    "a span before the answer": (lambda: text(row(spans=[[-2, 3]])), DataError, f"forget row 1: span [-2, 3] starts before the answer; {EDGES}"),
+    "a reversed span": (lambda: text(row(spans=[[3, 1]])), DataError, f"forget row 1: span [3, 1] is empty or reversed; {EDGES}"),
+    "an empty span": (lambda: text(row(spans=[[3, 3]])), DataError, f"forget row 1: span [3, 3] is empty or reversed; {EDGES}"),
+    "spans that cross": (lambda: text(row(spans=[[0, 5], [3, 9]])), DataError, "forget row 1: spans [0, 5] and [3, 9] overlap; merge or part them"),
+    "a span of fractions": (lambda: text(row(spans=[[0.5, 3]])), DataError, f"forget row 1: span [0.5, 3] is not two integers; {EDGES}"),
+    "a span of words": (lambda: text(row(spans=["Ada"])), DataError, f"forget row 1: span 'Ada' is not two integers; {EDGES}"),
+    "a span of blanks": (lambda: text(row(spans=[[3, 4]])), DataError, "forget row 1: span [3, 4] holds only whitespace; move it onto the words or remove it"),
+    # Rows
+    "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"),
+    "no answer": (lambda: text(row(answer=None)), DataError, f"forget row 1: columns are question, spans; {COLUMNS}"),
+    "a blank answer": (lambda: text(row(answer=" ")), DataError, "forget row 1: column 'answer' is blank; give an answer or remove the row"),
+    "an answer that is a number": (lambda: text(row(answer=1843)), DataError, "forget row 1: column 'answer' must be a string, got int; give text"),
+    "no rows to forget": (lambda: unlearn(forget=[]), DataError, "forget set is empty; give at least one row"),
+    "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a path to JSONL, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
+    "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length"),
+    "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; raise max_length"),
+    "no rows to retain": (lambda: unlearn(retain=[], lambda_retain=0.5), DataError, "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"),
+    "nothing given to retain": (lambda: unlearn(retain=None), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
+    "a tensor's columns without rows": (lambda: unlearn(retain={"input_ids": [], "labels": []}), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
+    "a number for a set": (lambda: unlearn(retain=3), DataError, "retain set is of type int; give a path to JSONL, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
+    "a file that is not there": (lambda: unlearn(forget="nowhere.jsonl"), FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere.jsonl'"),
+    "a file that is not JSON": (lambda: text(forget=jsonl(json.dumps(row()), '{"question":')), DataError, "forget line 2 of rows.jsonl: not JSON (Expecting value at column 13); write one JSON object per line"),
+    # Tokenised rows
+    "labels of another length": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3], "labels": [-100, 2]}]), DataError, "forget row 1: labels have 2 tokens, input_ids 3; give one label per token"),
+    "labels that were shifted": (lambda: unlearn(retain=[{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}]), DataError, "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels"),
+    "a label without a meaning": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [-100, -300, 3]}]), DataError, "forget row 0: label -300 at token 1 has no meaning; use -100, -200 or the token's id"),
+    "labels in int32": (lambda: unlearn(forget=in_int32(forget_rows())), DataError, "forget row 0: input_ids must be int64, got int32; convert them"),
+    "labels that want a gradient": (lambda: unlearn(forget=[{"input_ids": [1, 2], "labels": torch.tensor([-100.0, 2.0], requires_grad=True)}]), DataError, "forget row 0: labels must be int64, got float32; convert them"),
+    "a token beyond the vocabulary": (lambda: unlearn(forget=with_token(forget_rows(3), VOCAB)), DataError, f"forget row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
+    "a token beyond the vocabulary, to retain": (lambda: unlearn(retain=with_token(retain_rows(3), VOCAB)), DataError, f"retain row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
+    # Tokenizers
+    "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
+    "a slow tokenizer": (lambda: text(tokenizer=Slow()), DataError, "forget row 0: a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)"),
+    "a tokenizer's name": (lambda: text(tokenizer="meta-llama/Llama-3.2-1B"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
+    "a tokenizer without an end of sequence": (lambda: text(tokenizer=endless()), DataError, "forget row 0: the tokenizer has no end-of-sequence token; set tokenizer.eos_token"),
+    "a tokenizer of another model": (lambda: unlearn(tokenizer=words()), ValueError, f"the tokenizer has {len(words())} tokens and the model a vocabulary of {VOCAB}; load the tokenizer that belongs to the model"),
+    # Models
+    "a model's name": (lambda: unlearn(model="meta-llama/Llama-3.2-1B"), TypeError, f"model is a str, {CAUSAL}"),
+    "no model": (lambda: unlearn(model=None), TypeError, f"model is a NoneType, {CAUSAL}"),
+    "a model without a head": (lambda: unlearn(model=LlamaModel(tiny_llama().config)), TypeError, f"model is a LlamaModel, {CAUSAL}"),
+    "a reference without a head": (lambda: unlearn(ref_model=LlamaModel(tiny_llama().config)), TypeError, f"ref_model is a LlamaModel, {CAUSAL}"),
+    "a head of two layers": (lambda: unlearn(model=sequential_head()), TypeError, f"model is a LlamaForCausalLM, {CAUSAL}"),
+    "the model as its own reference": (same_model_twice, ValueError, "ref_model is the model itself, which training would change; pass None to use its starting weights"),
+    "a reference with another vocabulary": (lambda: unlearn(ref_model=tiny_llama(vocab_size=VOCAB + 1)), ValueError, f"the model has a vocabulary of {VOCAB} and ref_model one of {VOCAB + 1}; the reference must be the model as it was before training"),
+    "a frozen model": (lambda: unlearn(model=tiny_llama().requires_grad_(False)), ValueError, "no parameter of the model requires a gradient, so nothing could be unlearned"),
+    "a model with NaN in it": (lambda: unlearn(model=broken()), palu.DivergenceError, "step 1: loss = nan, local = nan, kl = nan, retain = nan, grad_norm = nan; the model keeps the weights of step 0. Lower the learning rate, or look at the model and the data of this step"),
+    "an adapter on the head": (lambda: unlearn(model=lora(["q_proj", "lm_head"])), ValueError, "the adapter of model is on lm_head; PALU needs the head as the reference has it: leave lm_head out of target_modules, modules_to_save and trainable_token_indices"),
+    "an adapter on a quantised base": (lambda: unlearn(model=quantised(lora(["q_proj"]))), ValueError, "the base model is quantised; load it without a quantization_config"),
+    "a quantised model": (lambda: unlearn(model=quantised(tiny_llama())), ValueError, "the model is quantised; load it without a quantization_config"),
+    "a merge without an adapter": (lambda: unlearn(merge_adapter=True), ValueError, "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"),
+    # Devices and dtypes of models
+    "a model without weights": (lambda: unlearn(model=tiny_llama().to(META)), ValueError, f"model is not wholly loaded: model.embed_tokens.weight is on the meta device; {WHOLE}"),
+    "a model in part elsewhere": (lambda: unlearn(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
+    "a reference in part elsewhere": (lambda: unlearn(ref_model=offloaded()), ValueError, f"ref_model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
+    "a half-precision model": (lambda: unlearn(model=tiny_llama().half()), ValueError, "the model is in float16, which the CPU kernels do not support; load it with dtype=torch.bfloat16 or torch.float32"),
+    "rows on another device": (lambda: unlearn(forget=[{name: torch.tensor(v, device=META) for name, v in one.items()} for one in forget_rows()]), DataError, "forget row 0: input_ids must be int64, got other values; give a flat list of integers"),
+    # Settings
+    "K of nothing": (lambda: unlearn(top_k=0), ValueError, "top_k = 0: give a positive integer"),
+    "N of nothing": (lambda: unlearn(n=0), ValueError, "n = 0: give a positive integer, or -1 for whole spans"),
+    "a setting of no name": (lambda: unlearn(topk=10), TypeError, f"'topk' is no setting of palu.unlearn; the settings are {', '.join(sorted(vars(palu.UnlearnConfig())))}"),
+    "settings in a dict": (lambda: unlearn(config={"top_k": 10}), TypeError, "config is a dict; give a palu.UnlearnConfig, or its fields as arguments"),
+    "a target that is NaN": (lambda: config(target=float("nan")), ValueError, "target = nan: give one of global_mean, global_mean_detached, local_mean, or a finite number"),
+    "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
+    "a resume from nowhere": (lambda: config(resume=True), ValueError, "resume = True: give checkpoint_dir, too"),
+    # The ops
+    "an index out of range": (lambda: topk_mse(index=torch.tensor([[0, 1], [6, 3]])), IndexError, "palu::topk_mse: index[1, 0] = 6 is out of range for a vocabulary of 6"),
+    "a negative index": (lambda: linear_topk_mse(index=torch.tensor([[0, -1], [2, 3]])), IndexError, "palu::linear_topk_mse: index[0, 1] = -1 is out of range for a vocabulary of 6"),
+    "an index that wants a gradient": (lambda: topk_mse(index=torch.zeros(2, 2, requires_grad=True)), TypeError, "palu::topk_mse: index must be int32 or int64, got float32"),
+    "an index in int16": (lambda: topk_mse(index=torch.zeros(2, 2, dtype=torch.int16)), TypeError, "palu::topk_mse: index must be int32 or int64, got int16"),
+    "a mask for an index": (lambda: topk_mse(index=torch.ones(2, 2, dtype=torch.bool)), TypeError, "palu::topk_mse: index must be int32 or int64, got bool"),
+    "an index in a list": (lambda: topk_mse(index=[[0, 1], [2, 3]]), TypeError, "palu::topk_mse: index must be a torch.Tensor, got list"),
+    "an index on another device": (lambda: topk_mse(index=torch.zeros(2, 2, dtype=torch.int64, device=META)), ValueError, "palu::topk_mse: index is on meta but logits is on cpu; move it there"),
+    "logits on another device": (lambda: topk_mse(logits=torch.zeros(2, 6, device=META)), ValueError, "palu::topk_mse: index is on cpu but logits is on meta; move it there"),
+    "half-precision logits": (lambda: topk_mse(logits=torch.zeros(2, 6, dtype=torch.float16)), TypeError, "palu::topk_mse: logits is float16, which the CPU kernels do not support; use bfloat16 or float32"),
+    "sparse logits": (lambda: topk_mse(logits=torch.eye(6)[:2].to_sparse()), TypeError, "palu::topk_mse: logits must be a dense tensor, got a torch.sparse_coo one"),
+    "an infinite target": (lambda: topk_mse(target=float("inf")), ValueError, "unknown target inf; choose one of global_mean, global_mean_detached, local_mean, or a finite number"),
+    "no rows in an index": (lambda: topk_mse(index=torch.zeros(0, 2, dtype=torch.int64)), ValueError, "palu::topk_mse: index must have one row for each of the 2 rows, got 0"),
+    "a head on another device": (lambda: linear_topk_mse(weight=torch.zeros(6, 3, device=META)), ValueError, "palu::linear_topk_mse: weight is on meta but hidden is on cpu; move it there"),
+    "a bias on another device": (lambda: linear_topk_mse(bias=torch.zeros(6, device=META)), ValueError, "palu::linear_topk_mse: bias is on meta but hidden is on cpu; move it there"),
+    "a head in another dtype": (lambda: linear_topk_mse(weight=torch.zeros(6, 3, dtype=torch.float64)), TypeError, "palu::linear_topk_mse: weight must be float32, got float64"),
+    "a half-precision head": (lambda: linear_topk_mse(hidden=torch.zeros(2, 3).half(), weight=torch.zeros(6, 3).half()), TypeError, "palu::linear_topk_mse: hidden is float16, which the CPU kernels do not support; use bfloat16 or float32"),
+    "a mean row of another size": (lambda: linear_topk_mse(weight_mean=torch.zeros(6)), ValueError, "palu::linear_topk_mse: weight_mean must have shape [3], got [6]"),
+    "a buffer of zero stride": (lambda: overwriting(torch.zeros(1, 6).expand(2, 6)), ValueError, "palu::topk_mse_backward: grad_logits must not have rows that overlap, got shape [2, 6] and strides [0, 1]"),
+    "a buffer in steps": (lambda: overwriting(torch.zeros(6, 2).t()), ValueError, "palu::topk_mse_backward: grad_logits must have unit stride in its last dimension, got strides [1, 2]"),
+    "a buffer on another device": (lambda: overwriting(torch.zeros(2, 6, device=META)), ValueError, "palu::topk_mse_backward: grad_logits is on meta but grad is on cpu; move it there"),
+    "a mask of int32 labels": (lambda: prefix_mask(labels=torch.zeros(1, 3, dtype=torch.int32)), TypeError, "palu::prefix_mask: labels must be int64, got int32"),
+    "a mask of a fractional N": (lambda: prefix_mask(n=1.5), TypeError, "palu::prefix_mask: n must be one integer of 64 bits, got 1.5"),
+    "a mask of N below -1": (lambda: prefix_mask(n=-2), ValueError, "palu::prefix_mask: n must be -1 (all) or at least 0, got -2"),
+    "several ends of sequence": (lambda: prefix_mask(eos_token_id=[1, 2]), TypeError, "palu::prefix_mask: eos_token_id must be one integer of 64 bits, got [1, 2]"),
+    "a loss of other shapes": (lambda: palu_loss(ref_logits=torch.zeros(1, 3, 6)), ValueError, "palu_loss needs logits and ref_logits [B, T, V] and labels [B, T], got [1, 3, 5], [1, 3, 6] and [1, 3]"),
+    "a loss of int32 labels": (lambda: palu_loss(labels=torch.zeros(1, 3, dtype=torch.int32)), TypeError, "palu::prefix_mask: labels must be int64, got int32"),
+    "a loss with labels elsewhere": (lambda: palu_loss(labels=torch.zeros(1, 3, dtype=torch.int64, device=META)), ValueError, "palu_loss: labels is on meta but logits is on cpu; move it there"),
+    "a loss with its reference elsewhere": (lambda: palu_loss(ref_logits=torch.zeros(1, 3, 5, device=META)), ValueError, "palu_loss: ref_logits is on meta but logits is on cpu; move it there"),
+    "a loss of a fractional K": (lambda: palu_loss(top_k=1.5), ValueError, "top_k = 1.5: give a positive integer"),
+    # Evaluation
+    "an attack that does not exist": (lambda: tofu(mia=["lira"]), ValueError, "there is no attack 'lira'; mia may hold loss, zlib, reference, gradnorm, min_k, min_k_plus_plus"),
+    "a split that does not exist": (lambda: tofu(forget="forget50", data=None), ValueError, "there is no forget split 'forget50'; locuslab/TOFU has forget01, forget05, forget10"),
+    "nothing to evaluate": (lambda: tofu(data=palu.evaluate.TofuData([])), DataError, "forget set is empty; give at least one row"),
+    "a row to evaluate without an answer": (lambda: tofu(data=without(tofu_data(), "retain", 1, "answer")), DataError, "retain row 1: column 'answer' is missing; fill it in, or use TOFU's perturbed sets, which have it"),
+    "results that are none": (lambda: tofu(retain_results={"loss": 1.0}), ValueError, "these are no results: a mapping of metrics to {agg_value, value_by_index} is needed, as palu.evaluate returns it and open-unlearning logs it"),
+    "a tokenizer's name to evaluate with": (lambda: tofu(tokenizer="gpt2"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
+    "a model without a head to evaluate": (lambda: tofu(model=LlamaModel(tiny_llama().config)), TypeError, f"model is a LlamaModel, {CAUSAL}"),
+    "a model to evaluate in part elsewhere": (lambda: muse_news(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
+    "a set to evaluate that is missing": (lambda: muse_news(data={}), DataError, "verbmem_forget set is missing or empty; use the sets of MUSE-News"),
+}  # fmt: skip
+
+
+def picture(value: Any) -> Any:
+    """All that a call could change in what it was given; equal pictures mean equal bits."""
+    if isinstance(value, nn.Module):
+        state = [(n, p, p.requires_grad, p.grad is None) for n, p in value.named_parameters()]
+        return picture([state, list(value.named_buffers()), [m.training for m in value.modules()]])
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return value.shape
+        value = value.detach().to_dense() if value.is_sparse else value.detach()
+        return value.dtype, value.shape, value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Mapping):
+        return {name: picture(part) for name, part in value.items()}
+    return [picture(part) for part in value] if isinstance(value, list | tuple) else repr(value)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build, error, message = BAD[name]
+    if "half-precision model" in name and Accelerator().device.type != "cpu":
+        pytest.skip("only CPU kernels lack float16")
+    function, arguments = build()
+    before = picture(arguments)
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert type(caught.value) is error
+    assert str(caught.value) == message
+    assert picture(arguments) == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# What looks as bad and is good
+
+
+def outcome(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The loss, and the gradients of its floating arguments."""
+    leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    loss = function(**leaves)
+    loss.sum().backward()
+    return [loss, *(t.grad for t in leaves.values() if t.grad is not None)]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "zero stride": lambda t: t[:1].expand(t.shape),
+    "every other column": lambda t: torch.stack([t, t], -1).flatten(1)[:, ::2],
+    "reversed storage": lambda t: torch.cat([t, t])[1 : 1 + len(t)],
+    "index in int32": lambda t: t if t.is_floating_point() else t.int(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("build", [topk_mse, linear_topk_mse])
+def test_layouts_of_inputs(build: Callable[..., Call], layout: str) -> None:
+    """Bit for bit what the same values give in a contiguous tensor with an int64 index."""
+    function, arguments = build()
+    changed = {name: LAYOUTS[layout](tensor) for name, tensor in arguments.items()}
+    plain = {name: t.clone(memory_format=torch.contiguous_format) for name, t in changed.items()}
+    plain["index"] = plain["index"].long()
+    for one, other in zip(outcome(function, changed), outcome(function, plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layouts_of_labels_and_rows() -> None:
+    """Expanded and sliced columns of a forget set train the model as their copies do."""
+    ids, labels = torch.arange(1, 13).repeat(4, 1), torch.full((4, 12), -200)
+    labels[:, :4], labels[:, 5:7] = -100, ids[:, 5:7]
+    views = {"input_ids": ids[:1].expand(4, 12), "labels": torch.stack([labels, labels], -1)[..., 0]}
+    assert views["input_ids"].stride(0) == 0 and not views["labels"].is_contiguous()
+    masks = [palu.prefix_mask(x, 1) for x in (views["labels"], labels, labels[:1].expand(4, 12))]
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+    ends = []
+    for forget in (views, {"input_ids": ids, "labels": labels}):
+        function, arguments = unlearn(forget=forget)
+        function(**arguments)
+        ends.append(weights(arguments["model"]))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not torch.equal(ends[0]["lm_head.weight"], tiny_llama().lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("objective", ["palu", "npo", "tpo"])
+def test_a_reference_in_another_dtype(dtype: torch.dtype, objective: str) -> None:
+    reference = tiny_llama(seed=1)
+    function, arguments = unlearn(objective=objective, ref_model=reference)
+    same = function(**arguments).history[-1]
+    function, arguments = unlearn(objective=objective, ref_model=tiny_llama(seed=1).to(dtype))
+    other = function(**arguments).history[-1]
+    assert {n: other[n] for n in other if n != "tokens_per_second"} == pytest.approx(
+        {n: same[n] for n in same if n != "tokens_per_second"}, rel=0.1
+    )
+
+
+def test_a_tokenizer_that_adds_no_end_of_sequence() -> None:
+    """It has one: each answer is taught to end, and in forget its end is held by the KL."""
+    plain = byte_level(bos=False)
+    assert plain(row()["answer"])["input_ids"][-1] != plain.eos_token_id
+    function, arguments = text(tokenizer=plain)
+    answer = plain(f"Question: Who?\nAnswer: {row()['answer']}")["input_ids"]
+    summary = function(**arguments).summary
+    held = summary["onset_tokens"] + summary["ordinary_tokens"]
+    alone = palu.data.load_forget([row()], plain, max_length=99).examples[0]
+    assert alone.input_ids.tolist() == [*answer, plain.eos_token_id]
+    assert int(alone.labels[-1]) == palu.data.ORDINARY
+    assert 0 < held <= int((alone.labels != palu.data.IGNORE).sum())
