@@ -80,7 +80,7 @@ class Recorder:
                 raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
         if not self.active:
             return
-        check_models(model, None, tokenizer, accelerator.mixed_precision)
+        check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
         forget_set = load_forget(forget, tokenizer, max_length=self.config.max_length)
         retain_set = load_retain(retain, tokenizer, max_length=self.config.max_length)
         # Whether it may do without a retain set is the run's to judge.

@@ -126,7 +126,7 @@ class PaluTrainer(Trainer):
         config = config if config is not None else UnlearnConfig()
         check_arguments(args, config, kwargs)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        check_models(model, ref_model, tokenizer, args.mixed_precision)
+        check_models(model, ref_model, tokenizer, args.device, args.mixed_precision)
         self.to_forget, self.to_retain, everyday, _ = read_sets(
             model, ref_model, forget, retain, tokenizer, _as_args_say(config, args), args.world_size
         )

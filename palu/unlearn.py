@@ -107,7 +107,7 @@ def unlearn(
     method = OBJECTIVES[config.objective]
     accelerator = start_engine(config)
     with together(accelerator):
-        check_models(model, ref_model, tokenizer, accelerator.mixed_precision)
+        check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision)
         if config.merge_adapter and not is_peft(model):
             raise ValueError(
                 f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"

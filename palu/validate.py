@@ -16,11 +16,12 @@ def check_models(
     model: CausalLM,
     ref_model: CausalLM | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
     mixed_precision: str,
 ) -> None:
     """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together.
 
-    ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
+    ``device`` is the one to train on, ``mixed_precision`` accelerate's: "no", "bf16" or "fp16".
     """
     check_tokenizer(tokenizer)
     check_causal("model", model)
@@ -45,7 +46,7 @@ def check_models(
         raise ValueError(
             "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
         )
-    if head_of(model).weight.dtype == torch.float16 and accelerator.device.type == "cpu":
+    if head_of(model).weight.dtype == torch.float16 and device.type == "cpu":
         raise ValueError(
             "the model is in float16, which the CPU kernels do not support; "
             "load it with dtype=torch.bfloat16 or torch.float32"
