@@ -75,13 +75,14 @@ def inputs_with_gradients(base: PreTrainedModel) -> Iterator[None]:
     A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
     """
     hooks = getattr(base, "_require_grads_hooks", None)
-    if not hooks:
-        base.enable_input_require_grads()
+    ours = base.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_())
     try:
         yield
     finally:
+        ours.remove()
+        # transformers adds hooks when checkpointing is switched on, and forgets those that were there before.
         if getattr(base, "_require_grads_hooks", None) is not hooks:
-            base.disable_input_require_grads()  # removes ours, and forgets those that were there before
+            base.disable_input_require_grads()
             base._require_grads_hooks = hooks or []
 
 

@@ -228,18 +228,18 @@ def ready_to_train(model: CausalLM, config: UnlearnConfig, accelerator: Accelera
     # transformers 5 is renaming gradient checkpointing to activation checkpointing.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
     model.train()
-    if switch:
-        getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        with (
-            inputs_with_gradients(base) if switch or checkpointed else nullcontext(),
-            using_packed_attention(base, accelerator.mixed_precision),
-        ):
-            yield
-    finally:
+    with (
+        inputs_with_gradients(base) if switch or checkpointed else nullcontext(),
+        using_packed_attention(base, accelerator.mixed_precision),
+    ):
         if switch:
-            getattr(base, f"{name}_checkpointing_disable")()
-        model.train(training)
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if switch:
+                getattr(base, f"{name}_checkpointing_disable")()
+            model.train(training)
 
 
 def add_up(counts: list[tuple[int, int, int, int]], accelerator: Accelerator) -> Tensor:

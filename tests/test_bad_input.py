@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
 
 import palu
+from palu.adapter import UnsupportedModelError
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 META = torch.device("meta")  # stands for another device
@@ -189,13 +190,13 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a blank answer": (lambda: text(row(answer=" ")), DataError, "forget row 1: column 'answer' is blank; give an answer or remove the row"),
     "an answer that is a number": (lambda: text(row(answer=1843)), DataError, "forget row 1: column 'answer' must be a string, got int; give text"),
     "no rows to forget": (lambda: unlearn(forget=[]), DataError, "forget set is empty; give at least one row"),
-    "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a path to JSONL, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
+    "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
     "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length"),
     "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; raise max_length"),
     "no rows to retain": (lambda: unlearn(retain=[], lambda_retain=0.5), DataError, "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"),
-    "nothing given to retain": (lambda: unlearn(retain=None), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
+    "nothing given to retain": (lambda: unlearn(retain=None), DataError, "retain = None: for the model to answer everyday prompts there must be a tokenizer; pass it, or give retain examples, or retain=[] with lambda_retain=0"),
     "a tensor's columns without rows": (lambda: unlearn(retain={"input_ids": [], "labels": []}), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
-    "a number for a set": (lambda: unlearn(retain=3), DataError, "retain set is of type int; give a path to JSONL, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
+    "a number for a set": (lambda: unlearn(retain=3), DataError, "retain set is of type int; give a file's path, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
     "a file that is not there": (lambda: unlearn(forget="nowhere.jsonl"), FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere.jsonl'"),
     "a file that is not JSON": (lambda: text(forget=jsonl(json.dumps(row()), '{"question":')), DataError, "forget line 2 of rows.jsonl: not JSON (Expecting value at column 13); write one JSON object per line"),
     # Tokenised rows
@@ -213,11 +214,11 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a tokenizer without an end of sequence": (lambda: text(tokenizer=endless()), DataError, "forget row 0: the tokenizer has no end-of-sequence token; set tokenizer.eos_token"),
     "a tokenizer of another model": (lambda: unlearn(tokenizer=words()), ValueError, f"the tokenizer has {len(words())} tokens and the model a vocabulary of {VOCAB}; load the tokenizer that belongs to the model"),
     # Models
-    "a model's name": (lambda: unlearn(model="meta-llama/Llama-3.2-1B"), TypeError, f"model is a str, {CAUSAL}"),
-    "no model": (lambda: unlearn(model=None), TypeError, f"model is a NoneType, {CAUSAL}"),
-    "a model without a head": (lambda: unlearn(model=LlamaModel(tiny_llama().config)), TypeError, f"model is a LlamaModel, {CAUSAL}"),
-    "a reference without a head": (lambda: unlearn(ref_model=LlamaModel(tiny_llama().config)), TypeError, f"ref_model is a LlamaModel, {CAUSAL}"),
-    "a head of two layers": (lambda: unlearn(model=sequential_head()), TypeError, f"model is a LlamaForCausalLM, {CAUSAL}"),
+    "a model's name": (lambda: unlearn(model="meta-llama/Llama-3.2-1B"), UnsupportedModelError, f"model is a str, {CAUSAL}"),
+    "no model": (lambda: unlearn(model=None), UnsupportedModelError, f"model is a NoneType, {CAUSAL}"),
+    "a model without a head": (lambda: unlearn(model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"model is a LlamaModel, {CAUSAL}"),
+    "a reference without a head": (lambda: unlearn(ref_model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"ref_model is a LlamaModel, {CAUSAL}"),
+    "a head of two layers": (lambda: unlearn(model=sequential_head()), UnsupportedModelError, f"model is a LlamaForCausalLM, {CAUSAL}"),
     "the model as its own reference": (same_model_twice, ValueError, "ref_model is the model itself, which training would change; pass None to use its starting weights"),
     "a reference with another vocabulary": (lambda: unlearn(ref_model=tiny_llama(vocab_size=VOCAB + 1)), ValueError, f"the model has a vocabulary of {VOCAB} and ref_model one of {VOCAB + 1}; the reference must be the model as it was before training"),
     "a frozen model": (lambda: unlearn(model=tiny_llama().requires_grad_(False)), ValueError, "no parameter of the model requires a gradient, so nothing could be unlearned"),
@@ -277,7 +278,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a row to evaluate without an answer": (lambda: tofu(data=without(tofu_data(), "retain", 1, "answer")), DataError, "retain row 1: column 'answer' is missing; fill it in, or use TOFU's perturbed sets, which have it"),
     "results that are none": (lambda: tofu(retain_results={"loss": 1.0}), ValueError, "these are no results: a mapping of metrics to {agg_value, value_by_index} is needed, as palu.evaluate returns it and open-unlearning logs it"),
     "a tokenizer's name to evaluate with": (lambda: tofu(tokenizer="gpt2"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
-    "a model without a head to evaluate": (lambda: tofu(model=LlamaModel(tiny_llama().config)), TypeError, f"model is a LlamaModel, {CAUSAL}"),
+    "a model without a head to evaluate": (lambda: tofu(model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"model is a LlamaModel, {CAUSAL}"),
     "a model to evaluate in part elsewhere": (lambda: muse_news(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
     "a set to evaluate that is missing": (lambda: muse_news(data={}), DataError, "verbmem_forget set is missing or empty; use the sets of MUSE-News"),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import palu
+from palu.adapter import UnsupportedModelError
 from palu.anchors import Everyday
 from palu.config import UnlearnConfig
 from palu.consult import consult
@@ -382,9 +383,9 @@ def test_embeddings_of_their_own_may_be_trained(settings: dict[str, Any]) -> Non
 def test_other_adapters_than_lora(config: peft.PeftConfig, kind: str) -> None:
     model = peft.get_peft_model(tiny_llama(), config)
     message = "{} has an adapter of PEFT type " + kind + "; palu works with LoRA (peft.LoraConfig)"
-    assert_refused(model, TypeError, message.format("model"))
-    assert_refused(tiny_llama(), TypeError, message.format("ref_model"), ref_model=model)
-    with pytest.raises(TypeError, match=re.escape(message.format("model"))):
+    assert_refused(model, UnsupportedModelError, message.format("model"))
+    assert_refused(tiny_llama(), UnsupportedModelError, message.format("ref_model"), ref_model=model)
+    with pytest.raises(UnsupportedModelError, match=re.escape(message.format("model"))):
         quick(model, byte_level(CHATML, bos=False))
 
 
@@ -469,7 +470,7 @@ def test_a_reference_that_shares_the_adapter() -> None:
 def test_an_adapter_around_something_else() -> None:
     base = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
-    assert_refused(model, TypeError, NOT_CAUSAL.format("model", "PeftModel"))
+    assert_refused(model, UnsupportedModelError, NOT_CAUSAL.format("model", "PeftModel"))
 
 
 def test_a_run_with_an_adapter_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:

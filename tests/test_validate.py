@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, LlamaModel
 
 import palu
+from palu.adapter import UnsupportedModelError
 from palu.config import UnlearnConfig
 from palu.validate import check_linear_head, check_models
 
@@ -159,14 +160,14 @@ class Wrapped(nn.Module):
 def test_a_model_that_is_not_a_causal_language_model(build: Any) -> None:
     other = build()
     name = type(other).__name__
-    assert_refused(other, TypeError, NOT_CAUSAL.format("model", name))
-    assert_refused(tiny_llama(), TypeError, NOT_CAUSAL.format("ref_model", name), ref_model=other)
+    assert_refused(other, UnsupportedModelError, NOT_CAUSAL.format("model", name))
+    assert_refused(tiny_llama(), UnsupportedModelError, NOT_CAUSAL.format("ref_model", name), ref_model=other)
 
 
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
     tokenizer = byte_level(LLAMA3)
     model = tiny_llama(vocab_size=len(tokenizer) + 5)
-    check_models(model, copy.deepcopy(model), tokenizer, Accelerator().mixed_precision)
+    check_models(model, copy.deepcopy(model), tokenizer, Accelerator().device, "no")
 
 
 def test_fp16_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
