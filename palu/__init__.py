@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palu import evaluate
+    from palu.annotate import annotate
     from palu.checkpoint import CheckpointError
     from palu.config import UnlearnConfig
     from palu.data import DataError
@@ -24,6 +25,7 @@ _HOME = {
     "PaluLoss": "palu.losses",
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.unlearn",
+    "annotate": "palu.annotate",
     "linear_topk_mse": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
@@ -38,6 +40,7 @@ __all__ = [
     "PaluLoss",
     "UnlearnConfig",
     "UnlearnResult",
+    "annotate",
     "evaluate",
     "linear_topk_mse",
     "palu_loss",
