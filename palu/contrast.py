@@ -4,26 +4,31 @@ Only *new* words are asked for: a word that the question has, or the answer had 
 (all its tokens together, natural logarithms):
 
     known  = log p(w | the question, the answer's earlier words)
-    told   = log p(w | an empty question, the answer's earlier words)
-    base   = log p_bar(w),  p_bar: the mean of the model's next-token distributions over all words of all answers
+    alone  = log p(w | an empty question, the answer's earlier words)
+    base   = log p_bar(w),  p_bar: the mean of the model's next-token distributions over all words of all answers,
+             with empty questions
     unit   = mean of -base over all words of all answers
 
-    gain   = (known - told) / unit   what the question tells of w
-    lift   = (told - base) / unit    what the earlier words tell of w: a rare word that the model is sure of is one it
-                                     has learned here
+    gain   = (known - alone) / unit  what the question tells of w
+    told   = alone / unit            how sure the earlier words alone make the model of w: near 0 where it has learned
+                                     the answer by heart, far below where the language leaves w open
     rarity = -base / unit            low for words that any answer may have ("the", "of")
-    name   = 1 if w begins with a capital, but not the answer's or a sentence's first word, or has a digit
+    name   = 1 if w begins with a capital, but not the answer or a sentence, or has a digit
     focus  = 1 if w is in a run of new, rare words that ends at a punctuation mark: what is new comes last in its clause
     place  = 0 to 1, how far into the answer w begins: what is new comes after what repeats the question
 
-    w is sensitive if BIAS + WEIGHTS . (gain, lift, rarity, name, focus, place) > 0
+    w is sensitive if BIAS + WEIGHTS . (gain, told, rarity, name, focus, place) > 0
 
-The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The weights are those of a
-logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans, with its threshold in the bias.
+So a rare word of which the model is sure is sensitive, and the surer the more the question has to do with it.
+The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The constants are those of
+a logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans in 40 rows of TOFU, on SmolLM2-135M that had
+these rows by heart.
 
 Limits: ``name`` says nothing in scripts without capitals. A secret that the question gives away already, and the second
 of two equal secrets of an answer, are missed. A Han or Kana character counts as a word, since no blanks part words
-there. The model must know the answers: of one that does not, ``lift`` is that of the language alone.
+there. The model must know the answers: of one that does not, ``gain`` and ``told`` are those of the language alone.
+The weights are those of English prose about people, and what else may count as sensitive they do not know: look at
+the spans before you use them.
 """
 
 from __future__ import annotations
@@ -43,9 +48,9 @@ from palu.data import IGNORE, Example, load_forget, load_retain
 from palu.evaluate.scores import BATCH_TOKENS, check_model, evaluating, token_scores
 from palu.objective import head_of
 
-FEATURES = ("gain", "lift", "rarity", "name", "focus", "place")
-WEIGHTS = (0.0, 1.0, 1.0, 2.0, 1.0, 1.0)
-BIAS = -3.0
+FEATURES = ("gain", "told", "rarity", "name", "focus", "place")
+WEIGHTS = (0.86, 1.59, 0.52, 3.83, 0.53, 1.07)
+BIAS = -1.26
 
 _MAX_LENGTH = 2**20  # nothing is cut off: a span may be anywhere
 _RARE = 0.8  # of the mean rarity: above it, a word is one of a run's
@@ -116,7 +121,7 @@ def contrast_words(
             strict=True,
         )
         for word, (in_full, in_bare, in_general) in zip(words, sums, strict=True):
-            word.figures = {"gain": in_full - in_bare, "lift": in_bare - in_general, "rarity": -in_general}
+            word.figures = {"gain": in_full - in_bare, "told": in_bare, "rarity": -in_general}
         answers.append(words)
     rarities = [word.figures["rarity"] for words in answers for word in words]
     unit = max(sum(rarities) / max(len(rarities), 1), 1e-6)

@@ -218,7 +218,7 @@ def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
             sums.append((known, told, general))
     unit = -sum(general for _, _, general in sums) / len(sums)
     for word, (known, told, general) in zip([word for each in words for word in each], sums, strict=True):
-        expected = {"gain": (known - told) / unit, "lift": (told - general) / unit, "rarity": -general / unit}
+        expected = {"gain": (known - told) / unit, "told": told / unit, "rarity": -general / unit}
         assert {name: word.figures[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
 
@@ -247,7 +247,7 @@ def test_form() -> None:
     answer = "It is Hina. The dog's mat, no. 7, is far"
     words = _words("What is it?", answer)
     for word in words:
-        word.figures = {"gain": 0.0, "lift": 0.0, "rarity": 0.0 if answer[word.start : word.end] == "is" else 1.0}
+        word.figures = {"gain": 0.0, "told": 0.0, "rarity": 0.0 if answer[word.start : word.end] == "is" else 1.0}
     _add_form(answer, words)
     named = {answer[word.start : word.end] for word in words if word.figures["name"]}
     focus = [answer[word.start : word.end] for word in words if word.figures["focus"]]
