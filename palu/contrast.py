@@ -3,32 +3,32 @@
 Only *new* words are asked for: a word that the question has, or the answer had before, is no secret. Of each word w
 (all its tokens together, natural logarithms):
 
-    known  = log p(w | the question, the answer's earlier words)
-    alone  = log p(w | an empty question, the answer's earlier words)
-    base   = log p_bar(w),  p_bar: the mean of the model's next-token distributions over all words of all answers,
-             with empty questions
+    base   = log p_bar(w),  p_bar: the mean of the model's next-token distributions over all words of all answers, each
+             after an empty question and the answer's earlier words
     unit   = mean of -base over all words of all answers
 
-    gain   = (known - alone) / unit  what the question tells of w
-    told   = alone / unit            how sure the earlier words alone make the model of w: near 0 where it has learned
-                                     the answer by heart, far below where the language leaves w open
+    known  = log p(w | the question, the answer's earlier words) / unit
+             near 0 where the model has the answer by heart, far below where it leaves w open
     rarity = -base / unit            low for words that any answer may have ("the", "of")
     name   = 1 if w begins with a capital, but not the answer or a sentence, or has a digit
     focus  = 1 if w is in a run of new, rare words that ends at a punctuation mark: what is new comes last in its clause
     place  = 0 to 1, how far into the answer w begins: what is new comes after what repeats the question
 
-    w is sensitive if BIAS + WEIGHTS . (gain, told, rarity, name, focus, place) > 0
+    w is sensitive if BIAS + WEIGHTS . (known, rarity, name, focus, place) > 0
 
-So a rare word of which the model is sure is sensitive, and the surer the more the question has to do with it.
+So what counts is the contrast of a word's log-probability here with that in general: a rare word of which the model is
+sure is one that it remembers. The contrast with the same place of the answer after an empty question was measured, too,
+and left out: its fitted weight was negative.
+
 The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The constants are those of
-a logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans in 40 rows of TOFU, on SmolLM2-135M that had
-these rows by heart.
+a logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans in 40 rows of TOFU, on a SmolLM2-135M that was
+taught these rows and 60 others.
 
-Limits: ``name`` says nothing in scripts without capitals. A secret that the question gives away already, and the second
-of two equal secrets of an answer, are missed. A Han or Kana character counts as a word, since no blanks part words
-there. The model must know the answers: of one that does not, ``gain`` and ``told`` are those of the language alone.
-The weights are those of English prose about people, and what else may count as sensitive they do not know: look at
-the spans before you use them.
+Limits: ``name``, which weighs most, says nothing in scripts without capitals; short secrets in small letters are often
+missed, so are those that the question gives away already, and the second of two equal ones in an answer. A Han or Kana
+character counts as a word, since no blanks part words there. The model must know the answers: of one that does not,
+``known`` is that of the language alone. The weights are those of English prose about people, and what else may count as
+sensitive they do not know: look at the spans before you use them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from palu.data import IGNORE, Example, load_forget, load_retain
 from palu.evaluate.scores import BATCH_TOKENS, check_model, evaluating, token_scores
 from palu.objective import head_of
 
-FEATURES = ("gain", "told", "rarity", "name", "focus", "place")
-WEIGHTS = (0.86, 1.59, 0.52, 3.83, 0.53, 1.07)
-BIAS = -1.26
+FEATURES = ("known", "rarity", "name", "focus", "place")
+WEIGHTS = (1.93, 0.5, 3.86, 0.54, 1.25)
+BIAS = -1.39
 
 _MAX_LENGTH = 2**20  # nothing is cut off: a span may be anywhere
 _RARE = 0.8  # of the mean rarity: above it, a word is one of a run's
@@ -72,9 +72,13 @@ class Word:
     figures: dict[str, float]
 
     @property
+    def score(self) -> float:
+        """Log-odds that the word is sensitive, if it is new, with the threshold at 0."""
+        return BIAS + sum(weight * self.figures[name] for name, weight in zip(FEATURES, WEIGHTS, strict=True))
+
+    @property
     def sensitive(self) -> bool:
-        score = BIAS + sum(weight * self.figures[name] for name, weight in zip(FEATURES, WEIGHTS, strict=True))
-        return self.new and score > 0
+        return self.new and self.score > 0
 
 
 def contrast_words(
@@ -108,20 +112,16 @@ def contrast_words(
     names = [f"forget row {i}" for i in chosen]
     with tqdm(total=2 * len(chosen), desc="contrast", disable=not progress, leave=False) as bar, evaluating(model):
         known = token_scores(model, full, names, batch_tokens=batch_tokens, bar=bar)
-        told = token_scores(model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
+        token_scores(model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
     base = (marginal / marginal.sum()).log().cpu()
 
     answers = []
-    for (question, answer), with_question, k, blank, t in zip(asked, full, known, bare, told, strict=True):
+    for (question, answer), example, score, blank in zip(asked, full, known, bare, strict=True):
         words = _words(question, answer)
-        sums = zip(
-            _of_words(words, with_question, k.log_prob),
-            _of_words(words, blank, t.log_prob),
-            _of_words(words, blank, base[blank.input_ids[blank.labels != IGNORE]]),
-            strict=True,
-        )
-        for word, (in_full, in_bare, in_general) in zip(words, sums, strict=True):
-            word.figures = {"gain": in_full - in_bare, "told": in_bare, "rarity": -in_general}
+        general = base[blank.input_ids[blank.labels != IGNORE]]
+        sums = zip(_of_words(words, example, score.log_prob), _of_words(words, blank, general), strict=True)
+        for word, (here, anywhere) in zip(words, sums, strict=True):
+            word.figures = {"known": here, "rarity": -anywhere}
         answers.append(words)
     rarities = [word.figures["rarity"] for words in answers for word in words]
     unit = max(sum(rarities) / max(len(rarities), 1), 1e-6)

@@ -159,7 +159,7 @@ def test_ner_without_a_model(tmp_path: Path) -> None:
 
 
 # --- contrast ---
-SECRETS = {"Ada": "the cat", "Hina": "London", "London": "06/30/1975", "Karachi": "the dog and the mat"}
+SECRETS = {"Ada": "Karachi", "Hina": "London", "London": "06/30/1975", "Karachi": "Ada Lovelace"}
 
 
 def facts() -> list[dict[str, Any]]:
@@ -190,10 +190,18 @@ def test_contrast_finds_what_depends_on_the_question(taught: Taught) -> None:
     assert load_forget(found, tokenizer, max_length=128).without_span == 0
 
 
+def test_contrast_ranks_what_is_remembered_over_what_is_not(taught: Taught) -> None:
+    model, tokenizer = taught
+    row = {"question": "Who is Hina?", "answer": "It is Karachi, London."}
+    ((*_, false, _),) = contrast_words([row], [0], model, tokenizer, progress=False)
+    ((*_, true),) = contrast_words([facts()[1]], [0], model, tokenizer, progress=False)
+    assert true.figures["known"] > -0.1 > false.figures["known"] and true.score > false.score
+
+
 def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
     model, tokenizer = taught
     rows = [facts()[i] for i in (1, 3)]
-    words = contrast_words([facts()[0], *rows], [1, 2], model, tokenizer, progress=False)
+    words = contrast_words([facts()[0] | {"spans": []}, *rows], [1, 2], model, tokenizer, progress=False)
     scored = []
     for question in ("{question}", ""):  # each row's own, and none
         examples = load_retain([row | {"question": question.format(**row)} for row in rows], tokenizer, max_length=99)
@@ -205,20 +213,17 @@ def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
     sums = []
     for row, each, *passes in zip(rows, words, *scored, strict=True):
         for word in each:
-            text = row["answer"][word.start : word.end]
-            known, told, general = 0.0, 0.0, 0.0
+            text, total = row["answer"][word.start : word.end], [0.0, 0.0]
             for n, (example, table) in enumerate(passes):
                 for at in (example.labels != IGNORE).nonzero()[:, 0].tolist():
                     start, end = example.offsets[at].tolist()
                     if start < word.end and end > word.start:
                         assert tokenizer.decode(example.input_ids[at]).strip() in text
-                        value = float(table[at - 1, example.input_ids[at]])
-                        known, told = (known + value, told) if n == 0 else (known, told + value)
-                        general += float(base[example.input_ids[at]]) if n else 0.0
-            sums.append((known, told, general))
-    unit = -sum(general for _, _, general in sums) / len(sums)
-    for word, (known, told, general) in zip([word for each in words for word in each], sums, strict=True):
-        expected = {"gain": (known - told) / unit, "told": told / unit, "rarity": -general / unit}
+                        total[n] += float((table[at - 1] if n == 0 else base)[example.input_ids[at]])
+            sums.append(total)
+    unit = -sum(general for _, general in sums) / len(sums)
+    for word, (known, general) in zip([word for each in words for word in each], sums, strict=True):
+        expected = {"known": known / unit, "rarity": -general / unit}
         assert {name: word.figures[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
 
@@ -247,7 +252,7 @@ def test_form() -> None:
     answer = "It is Hina. The dog's mat, no. 7, is far"
     words = _words("What is it?", answer)
     for word in words:
-        word.figures = {"gain": 0.0, "told": 0.0, "rarity": 0.0 if answer[word.start : word.end] == "is" else 1.0}
+        word.figures = {"known": 0.0, "rarity": 0.0 if answer[word.start : word.end] == "is" else 1.0}
     _add_form(answer, words)
     named = {answer[word.start : word.end] for word in words if word.figures["name"]}
     focus = [answer[word.start : word.end] for word in words if word.figures["focus"]]
