@@ -55,8 +55,9 @@ def teach(
     max_length: int = 1024,
     seed: int = 0,
     label: str = "teach",
+    bf16: bool = torch.cuda.is_available(),
 ) -> None:
-    """Fine-tune on the rows' answers, packed; on a GPU under bfloat16 autocast."""
+    """Fine-tune on the rows' answers, packed; on a GPU under bfloat16 autocast, on a CPU if ``bf16`` says so."""
     model, tokenizer = loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
@@ -64,12 +65,12 @@ def teach(
     optimizer = torch.optim.AdamW(model.to(device).parameters(), learning_rate, weight_decay=0.01)  # type: ignore[arg-type]
     steps = epochs * -(-len(items) // batch_size)
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
-    mixed = "bf16" if device.type == "cuda" else "no"
+    mixed = "bf16" if bf16 else "no"
     model.train()
     with using_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
-                with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = mean_nll(model, [items[i] for i in chosen.tolist()], device)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palu import evaluate
+    from palu.annotate import annotate
     from palu.cache_file import CacheError
     from palu.checkpoint import CheckpointError
     from palu.config import UnlearnConfig
@@ -31,6 +32,7 @@ _HOME = {
     "Recorder": "palu.record",
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.unlearn",
+    "annotate": "palu.annotate",
     "linear_topk_mse": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
@@ -50,6 +52,7 @@ __all__ = [
     "Recorder",
     "UnlearnConfig",
     "UnlearnResult",
+    "annotate",
     "evaluate",
     "linear_topk_mse",
     "palu_loss",

@@ -60,11 +60,14 @@ class Example:
     input_ids: int64 [t].
     labels: int64 [t]: IGNORE, ORDINARY (forget only) or the token's own id.
     labels[0] is always IGNORE: no logits predict the first token.
+    offsets: int64 [t, 2]: the [start, end) in characters of the answer that a token holds, [0, 0) where none;
+        None where the row was tokenised already.
     """
 
     row: int
     input_ids: torch.Tensor
     labels: torch.Tensor
+    offsets: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,15 @@ def load_retain(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_l
     Arguments and errors are load_forget's, but an empty set is returned as it is.
     """
     return _load(source, tokenizer, max_length, forget=False)
+
+
+def text_rows(source: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """(how to name it in an error, its columns, its answer) for each row; the answer of a tokenised row is None.
+
+    source, errors: load_forget's, which checks the rows further.
+    """
+    for _, where, columns in _rows(source, name):
+        yield where, columns, None if "input_ids" in columns else _conversation(columns, where)[2]
 
 
 def load_alternates(
@@ -187,7 +199,8 @@ def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: in
     without_span = 0
     for item in items:
         full = next(encoded) if isinstance(item, _Text) else item
-        example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
+        offsets = None if full.offsets is None else full.offsets[:max_length]
+        example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
         if bool((example.labels != IGNORE).any()):
             examples.append(example)
             without_span += forget and not bool((example.labels >= 0).any())
@@ -297,13 +310,17 @@ def _integers(columns: Mapping[str, Any], column: str, where: str, any_dtype: bo
 # --- rows of text ---
 @dataclass(frozen=True)
 class _Text:
-    """A rendered row: the answer is text[start:stop], spans are [start, end) in text."""
+    """A rendered row: the answer is text[start:stop], spans are [start, end) in text.
+
+    shift: from characters of the answer to those of text.
+    """
 
     row: int
     where: str
     text: str
     start: int
     stop: int
+    shift: int
     spans: list[tuple[int, int]]
 
 
@@ -325,7 +342,7 @@ def _render(
         raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
     else:
         text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
-    return _Text(row, where, text, start, stop, [(first + shift, end + shift) for first, end in spans])
+    return _Text(row, where, text, start, stop, shift, [(first + shift, end + shift) for first, end in spans])
 
 
 def _conversation(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
@@ -465,7 +482,9 @@ def _encode(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, forget: bool
                 ordinary[sensitive] = False
                 labels[ordinary] = ORDINARY
             labels[: max(inside[0], 1)] = IGNORE  # nothing predicts the first token
-            yield Example(text.row, torch.tensor(ids, dtype=torch.int64), labels)
+            held = torch.zeros(len(ids), 2, dtype=torch.int64)
+            held[inside] = (torch.tensor([offsets[i] for i in inside]) - text.shift).clamp(min=0)
+            yield Example(text.row, torch.tensor(ids, dtype=torch.int64), labels, held)
 
 
 def _untrimmed(offsets: _Offsets, text: str) -> _Offsets:

@@ -68,6 +68,7 @@ def token_scores(
     *,
     batch_tokens: int,
     bar: tqdm,
+    marginal: Tensor | None = None,
 ) -> list[TokenScores]:
     """Score every labelled token, teacher-forced, in packed passes without padding.
 
@@ -78,6 +79,7 @@ def token_scores(
         examples: of :func:`palu.data.load_retain`; the result has their order.
         names: how to call each one in an error.
         batch_tokens: tokens per pass (a longer text has a pass of its own).
+        marginal: float32 [V] on the model's device, to which the distribution at each labelled token is added.
 
     Raises:
         ValueError: log-probabilities that are not finite.
@@ -90,7 +92,7 @@ def token_scores(
             items = [_item(examples[i]) for i in group]
             hidden, labels = _answer_states(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
-            table = torch.cat([_score_rows(F.linear(h, *head), y) for h, y in chunks], dim=1).cpu()
+            table = torch.cat([_score_rows(F.linear(h, *head), y, marginal) for h, y in chunks], dim=1).cpu()
             for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
                 if not bool(part[0].isfinite().all()):
                     raise ValueError(
@@ -196,12 +198,14 @@ def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tenso
     return states.index_select(0, rows.to(model.device)), labels.to(model.device)
 
 
-def _score_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """[4, n]: what TokenScores holds, from logits [n, V] and labels [n]."""
+def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tensor:
+    """[4, n]: what TokenScores holds, from logits [n, V] and labels [n]; adds the distributions to marginal [V]."""
     log_p = logits.float().log_softmax(-1)
     token = log_p.gather(1, labels[:, None]).squeeze(1)
     correct = log_p.argmax(1) == labels
     p = log_p.exp()
+    if marginal is not None:
+        marginal += p.sum(0)
     log_p = log_p.clamp(min=-1e4)  # a token ruled out has p = 0, and 0 * inf is no number
     mean = (p * log_p).sum(1)
     variance = (p * (log_p - mean[:, None]).square()).sum(1)

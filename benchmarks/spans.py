@@ -1,0 +1,154 @@
+"""How well the span finders of palu.annotate agree with spans that GPT-4o marked: TOFU, forget05.
+
+    python benchmarks/spans.py --data tofu
+    python benchmarks/spans.py --data tofu --fit     # the constants of palu/contrast.py, anew
+
+Stages: teach SmolLM2 the rows of forget05 and the first 40 that forget10 has besides ("taught"), ask it for spans
+("contrast"). A finished stage is kept in --output; the same command goes on where it stopped. Rows are plain text
+(`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
+
+The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`
+(--fit chooses them on the 40 other rows: a logistic regression of whether a new word is in one of GPT-4o's spans):
+
+- precision, recall, F1: of the tokens in the finder's spans against those in GPT-4o's.
+- onset precision: share of the onset tokens (the first 3 of each of the finder's spans) that are in one of GPT-4o's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _models import Loaded, Row, load, save, teach
+from _stages import Stages, resumable
+from _timing import report
+from _workload import DATA
+from transformers import PreTrainedTokenizerBase
+
+import palu
+from palu.contrast import FEATURES, contrast_words
+from palu.data import IGNORE, load_forget
+from palu.evaluate.rows import read_rows
+
+N = 3
+TUNING = 40  # rows of forget10 that are not in forget05, for the constants of `contrast`
+QUOTES = "'\"\u2018\u2019\u201c\u201d"
+# Titles in quotation marks; numbers and dates.
+PATTERN = rf"(?<=[{QUOTES}])[A-Z][^{QUOTES}]*(?=[{QUOTES}])|\d[\d/,.:-]*"
+# Capitalised words but at the beginning of a sentence; words with a digit.
+CAPITALS = r"(?<!^)(?<![.!?]\s)\b[A-Z][\w-]*|\b[\w-]*\d[\w/-]*"
+
+
+def agreement(found: Sequence[Row], marked: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Precision, recall and F1 of tokens, and onset precision (see the module's docstring)."""
+    counts = dict.fromkeys(("found", "marked", "both", "onset", "onset_both"), 0)
+    pairs = (load_forget(rows, tokenizer, max_length=4096).examples for rows in (found, marked))
+    for ours, theirs in zip(*pairs, strict=True):
+        sensitive, gold = ours.labels >= 0, theirs.labels >= 0
+        onset = palu.prefix_mask(ours.labels[None], N, tokenizer.eos_token_id)[0]
+        for name, mask in (("found", sensitive), ("marked", gold), ("both", sensitive & gold), ("onset", onset)):
+            counts[name] += int(mask.sum())
+        counts["onset_both"] += int((onset & gold).sum())
+    return {
+        "precision": round(counts["both"] / counts["found"], 3),
+        "recall": round(counts["both"] / counts["marked"], 3),
+        "F1": round(2 * counts["both"] / (counts["found"] + counts["marked"]), 3),
+        "onset_precision": round(counts["onset_both"] / counts["onset"], 3),
+        "spans": sum(len(row["spans"]) for row in found),
+    }
+
+
+def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
+    """Weights and bias for palu.contrast: the threshold is the one with the best F1 of new words on the same rows."""
+    from sklearn.linear_model import LogisticRegression
+
+    answers = contrast_words(rows, range(len(rows)), *loaded)
+    pairs = [(word, row["spans"]) for words, row in zip(answers, rows, strict=True) for word in words if word.new]
+    figures = np.array([[word.figures[name] for name in FEATURES] for word, _ in pairs])
+    marked = np.array([any(word.start < end and word.end > start for start, end in spans) for word, spans in pairs])
+    scale = figures.std(0) + 1e-9  # so that the penalty treats all alike
+    model = LogisticRegression(max_iter=1000).fit(figures / scale, marked)
+    scores = model.decision_function(figures / scale)
+    best = max(scores, key=lambda edge: 2 * marked[scores >= edge].sum() / ((scores >= edge).sum() + marked.sum()))
+    return {
+        "WEIGHTS": dict(zip(FEATURES, (model.coef_[0] / scale).round(2).tolist(), strict=True)),
+        "BIAS": round(float(model.intercept_[0] - best), 2),
+        "words": len(pairs),
+    }
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with the spans of GPT-4o")
+    parser.add_argument("--model", default="smollm2", help="what is taught: smollm2, or a name or path")
+    parser.add_argument("--rows", type=int, default=200, help="rows of forget05 that are taught and compared")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--fit", action="store_true", help="fit the constants of `contrast` on the other rows, print them"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the finished stages")
+    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
+    arguments = parser.parse_args()
+    if not (arguments.data / "forget05.jsonl").exists():
+        parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
+
+    forget = read_rows(arguments.data / "forget05.jsonl")
+    questions = {row["question"] for row in forget}
+    others = [row for row in read_rows(arguments.data / "forget10.jsonl") if row["question"] not in questions]
+    forget, others = forget[: arguments.rows], others[20 : 20 + TUNING]
+    unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
+
+    sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
+    stages = Stages(arguments.output, arguments.minutes, sizes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def make_taught(path: Path) -> None:
+        model, tokenizer = load(arguments.model)
+        tokenizer.chat_template = None
+        teach(
+            (model, tokenizer),
+            forget + others,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            bf16=True,
+        )
+        save((model, tokenizer), path)
+
+    def find() -> dict[str, Any]:
+        model, tokenizer = load(str(folder))
+        model.to(device, torch.bfloat16)  # type: ignore[arg-type]
+        started = time.perf_counter()
+        rows = palu.annotate(unmarked, "contrast", model, tokenizer)
+        return {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
+
+    with resumable():
+        folder = stages.path("taught", make_taught)
+        if arguments.fit:
+            print(json.dumps(fit(others, load(str(folder)))))
+            return
+        contrast = stages.results("contrast", find)
+    tokenizer = load(str(folder))[1]
+    found = {
+        "whole": palu.annotate(unmarked, "whole"),
+        "regex: titles in quotes, numbers": palu.annotate(unmarked, f"regex:{PATTERN}"),
+        "regex: capitalised words, numbers": palu.annotate(unmarked, f"regex:{CAPITALS}"),
+        "contrast": contrast["rows"],
+    }
+    table = [{"finder": name, **agreement(rows, forget, tokenizer)} for name, rows in found.items()]
+    tokens = sum(int((e.labels != IGNORE).sum()) for e in load_forget(forget, tokenizer, max_length=4096).examples)
+    details = {**sizes, "answer_tokens": tokens, "contrast_seconds": contrast["seconds"]}
+    report("spans", table, device, details)
+
+
+if __name__ == "__main__":
+    main()
