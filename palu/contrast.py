@@ -45,7 +45,8 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.adapter import CausalLM
 from palu.data import IGNORE, Example, load_forget, load_retain
-from palu.evaluate.scores import BATCH_TOKENS, check_model, evaluating, token_scores
+from palu.decoding import evaluating
+from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
 from palu.objective import head_of
 
 FEATURES = ("known", "rarity", "name", "focus", "place")

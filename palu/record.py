@@ -24,7 +24,8 @@ from palu import manifest
 from palu.adapter import CausalLM, base_of
 from palu.config import UnlearnConfig
 from palu.data import IGNORE, Example, load_forget, load_questions, load_retain
-from palu.evaluate.scores import BATCH_TOKENS, TokenScores, evaluating, generate, prompt_of, token_scores
+from palu.decoding import evaluating, generate, prompt_of
+from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.fingerprint import fingerprint_model
 from palu.roles import token_roles
 from palu.validate import check_linear_head, check_models, check_sets

@@ -433,6 +433,59 @@ def tofu(tmp_path: Path) -> Path:
     return folder
 
 
+# --- spans ---
+@pytest.fixture
+def unmarked(tmp_path: Path) -> Path:
+    path = tmp_path / "unmarked.jsonl"
+    path.write_text("".join(json.dumps({k: row[k] for k in ("question", "answer")}) + "\n" for row in FORGET))
+    return path
+
+
+def test_spans_are_found_shown_and_written(folder: Path, tmp_path: Path, unmarked: Path) -> None:
+    names = "regex:" + "|".join(NAMES)
+    asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
+    result = palu_command(*asked, "--annotate", names, "--write", tmp_path / "marked.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "«" in result.stdout
+    assert [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()] == FORGET
+    assert "spans" in refusal(palu_command(*asked)), "without it the column is missing"
+
+
+def test_unlearn_with_spans_that_are_found(
+    folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any], unmarked: Path
+) -> None:
+    arguments[arguments.index("--forget") + 1] = unmarked
+    result = palu_command(*arguments, *settings, "--annotate", "regex:" + "|".join(NAMES))
+    assert result.exit_code == 0, result.output
+    assert "«" in result.stdout
+    out = tmp_path / "out"
+    assert [json.loads(line) for line in (out / "forget.annotated.jsonl").read_text().splitlines()] == FORGET
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(expected(folder).model))
+
+
+def test_the_model_itself_finds_spans(folder: Path, tmp_path: Path, unmarked: Path) -> None:
+    asked = ["inspect", "--forget", unmarked, "--annotate", "contrast"]
+    result = palu_command(*asked, "--model", folder / "model", "--write", tmp_path / "marked.jsonl")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in found] == [row["answer"] for row in FORGET] and any(row["spans"] for row in found)
+    said = refusal(palu_command(*asked, "--tokenizer", folder / "model"))
+    assert said == "--annotate contrast asks the model itself; give --model"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--annotate", "names"], "annotate: 'names' names no way to find spans; give "),
+        (["--annotate", "regex:("], "annotate: '(' is no regular expression "),
+        (["--write", "rows.jsonl"], "--write was given without --annotate, which finds the spans to write"),
+    ],
+)
+def test_bad_annotate(options: list[str], told: str, folder: Path, unmarked: Path) -> None:
+    asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
+    assert refusal(palu_command(*asked, *options)).startswith(told)
+
+
 def test_eval(folder: Path, tofu: Path, tmp_path: Path) -> None:
     common = ["eval", "--model", folder / "model", "--forget-split", "forget01", "--data", tofu, "--no-progress"]
     common += ["--max-new-tokens", 4]

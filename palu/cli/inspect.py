@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palu.cli.models import check_names, load_tokenizer
+from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
+from palu.cli.models import check_names, load_model, load_tokenizer
 from palu.config import UnlearnConfig
 
 if TYPE_CHECKING:
     from palu.data import Examples
     from palu.roles import Token
 
-_SHOWN = 10
+SHOWN = 10
 
 
 def inspect(
@@ -33,13 +34,23 @@ def inspect(
     max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = UnlearnConfig.max_length,
     rows: Annotated[
         str | None,
-        typer.Option(help=f"Rows to show, from 0: 0-9,17 or all. [default: the first {_SHOWN}; in HTML all]"),
+        typer.Option(help=f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
+    ] = None,
+    annotate: Annotate = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write the rows with the spans found, to be corrected by hand (JSONL).", metavar="FILE"),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write one self-contained HTML file, not to the terminal.", metavar="FILE")
     ] = None,
 ) -> None:
     """Show what `palu unlearn` would touch: the role of every token of the forget set."""
+    if write is not None and annotate is None:
+        raise ValueError("--write was given without --annotate, which finds the spans to write")
+    if annotate == "contrast" and model is None:
+        raise ValueError("--annotate contrast asks the model itself; give --model")
+    check_annotate(annotate)
     UnlearnConfig(n=n, max_length=max_length)  # says what is wrong with them
     name = tokenizer or model
     if name is None:
@@ -52,9 +63,14 @@ def inspect(
     from palu.roles import count_roles, token_roles
 
     loaded_tokenizer = load_tokenizer(name)
-    loaded = load_forget(forget, loaded_tokenizer, max_length=max_length)
+    source: Any = forget
+    if annotate is not None:
+        source = annotated(forget, annotate, lambda: load_model(str(model)), loaded_tokenizer)
+        if write is not None:
+            write_rows(write, source)
+    loaded = load_forget(source, loaded_tokenizer, max_length=max_length)
     roles = token_roles(loaded.examples, loaded_tokenizer, n)
-    summary = _summary(loaded, count_roles(roles), n)
+    summary = summary_of(loaded, count_roles(roles), n)
     numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
     if rows is not None and rows != "all":
         wanted = _parse_rows(rows)
@@ -66,13 +82,14 @@ def inspect(
         html.write_text(_page(forget.name, numbered, summary), encoding="utf-8")
         print(f"{summary}\nwrote {html}")
     else:
-        shown = numbered[:_SHOWN] if rows is None else numbered
-        _print(shown, summary)
+        shown = numbered[:SHOWN] if rows is None else numbered
+        print_roles(shown, summary)
         if len(shown) < len(numbered):
             print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
 
 
-def _summary(loaded: Examples, counts: dict[str, int], n: int) -> str:
+def summary_of(loaded: Examples, counts: dict[str, int], n: int) -> str:
+    """Rows and tokens of each role, in a line."""
     rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
     return f"{rows}; tokens at n = {n}: {tokens}"
@@ -89,7 +106,8 @@ def _parse_rows(text: str) -> set[int]:
     return rows
 
 
-def _print(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> None:
+def print_roles(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> None:
+    """Rows in colours and marks, under a legend."""
     from rich.console import Console
 
     from palu.roles import legend_text, roles_text

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import Dtype, check_names, import_peft, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.output import SUMMARY, write_records
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from palu.adapter import CausalLM
 
 LORA = "LoRA"
+ANNOTATED = "forget.annotated.jsonl"  # in the run's folder, what --annotate found
 
 
 @with_settings(checkpoint_dir="checkpoints in OUTPUT, until the run has finished", logging_dir="logs in OUTPUT")
@@ -38,10 +42,11 @@ def unlearn(
     retain: Annotated[
         str,
         typer.Option(
-            help="What to keep: rows in the same form; auto: no rows, palu.unlearn's retain=None; none: an empty set.",
+            help="What to keep: rows in the same form; auto: its own answers to everyday prompts; none: nothing.",
             metavar="FILE|auto|none",
         ),
     ] = "auto",
+    annotate: Annotate = None,
     ref_model: Annotated[
         str | None,
         typer.Option(help="The frozen reference, if it is not the model as it is now.", metavar="DIR_OR_NAME"),
@@ -85,6 +90,7 @@ def unlearn(
     for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
+    check_annotate(annotate)
     run = Run(output, settings, overwrite)
     config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
 
@@ -96,7 +102,8 @@ def unlearn(
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded.
     tokens = load_tokenizer(tokenizer or model)
-    load_forget(forget, tokens, max_length=config.max_length)
+    if annotate is None:
+        load_forget(forget, tokens, max_length=config.max_length)
     load_retain(retain_source or [], tokens, max_length=config.max_length)
     trained = load_model(model, dtype, trainable=True)
     reference = None if ref_model is None else load_model(ref_model, dtype)
@@ -107,9 +114,10 @@ def unlearn(
     if processes.is_main_process:
         run.make_room()
     processes.wait_for_everyone()
-    recorder = palu.Recorder(trained, forget, retain_source, tokenizer=tokens, config=config)
+    forget_source: Any = forget if annotate is None else found_spans(forget, annotate, trained, tokens, config)
+    recorder = palu.Recorder(trained, forget_source, retain_source, tokenizer=tokens, config=config)
     try:
-        result = palu.unlearn(trained, reference, forget, retain_source, tokenizer=tokens, config=config)
+        result = palu.unlearn(trained, reference, forget_source, retain_source, tokenizer=tokens, config=config)
     except KeyboardInterrupt:
         if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)
@@ -119,6 +127,8 @@ def unlearn(
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
         write_records(output, result, tokens, {"arguments": arguments})
+        if annotate is not None:
+            write_rows(output / ANNOTATED, forget_source)
         recorder.save(output, result.model)
         palu.write_card(output)
         report = palu.write_report(output)
@@ -128,6 +138,29 @@ def unlearn(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
             f"examples in {summary['seconds']:.0f} s; wrote {output}, to be looked at in {report}"
         )
+
+
+def found_spans(
+    forget: Path, how: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig
+) -> list[dict[str, Any]]:
+    """The rows with the spans that the main process finds, which it shows; the same on all processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+
+    from palu.cli.inspect import SHOWN, print_roles, summary_of
+    from palu.data import load_forget
+    from palu.roles import count_roles, token_roles
+
+    processes = Accelerator()
+    rows: list[Any] = [None]
+    if processes.is_main_process:
+        model.to(processes.device)  # type: ignore[arg-type]
+        rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress)]
+        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length)
+        roles = token_roles(loaded.examples, tokenizer, config.n)
+        numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
+        print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n))
+    return broadcast_object_list(rows)[0]
 
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:
