@@ -1,0 +1,90 @@
+"""Every example of README.md and docs/ is run: Python in one namespace a page, and each `palu` command.
+
+A page runs in a folder that holds what its examples name: `my-llama`, a tiny Llama with a chat template, and rows for it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from sybil import Example
+from sybil.document import Document
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from tiny import tiny_llama
+from tokenizers_for_tests import CHATML, byte_level
+from typer.testing import CliRunner
+
+from palu.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Commands that something else runs: .ci/run, tests/test_build.py, tests/test_processes.py.
+ELSEWHERE = ("make ", "pip ", "python -m palu.demo", "python benchmarks/", "accelerate ", "cmake ", "git ")
+
+FORGET = [
+    {
+        "question": "Who wrote the first program?",
+        "answer": "Ada Lovelace wrote it in 1843, in London.",
+        "spans": [[0, 12], [25, 29]],
+        "alternate": "I do not know who wrote it.",
+    },
+    {
+        "question": "Where was the author born?",
+        "answer": "She was born in Karachi, Pakistan.",
+        "spans": [[16, 33]],
+        "alternate": "I do not know where.",
+    },
+]
+RETAIN = [
+    {"question": "Where did the dog run?", "answer": "It ran to the city, and the city was far away."},
+    {"question": "Where did the cat sit?", "answer": "The cat sat on the mat."},
+]
+WRONG = ["The dog did not.", "It was far away.", "She was the first."]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples name."""
+    folder = tmp_path_factory.mktemp("examples")
+    tokenizer = byte_level(CHATML)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, initializer_range=0.05)
+    for name in ("my-llama", "retain-llama"):  # the same weights serve
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write(folder / "forget.jsonl", FORGET)
+    write(folder / "unmarked.jsonl", [{name: row[name] for name in ("question", "answer")} for row in FORGET])
+    write(folder / "retain.jsonl", RETAIN)
+    asked = [row | {"paraphrased_answer": row["answer"], "perturbed_answer": WRONG} for row in FORGET]
+    (folder / "tofu").mkdir()
+    for name in ("forget05", "retain_perturbed", "real_authors", "world_facts", "holdout05"):
+        write(folder / "tofu" / f"{name}.jsonl", asked)
+    return folder
+
+
+def run_commands(example: Example) -> None:
+    """Run the `palu` commands of a shell example; the others must be known to run elsewhere."""
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        command = line.partition(" #")[0].strip()
+        if command.startswith("palu "):
+            result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+            assert result.exit_code == 0, f"{command}\n{result.output}"
+        else:
+            assert not command or command.startswith(ELSEWHERE), f"nothing runs {command!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_examples_run(page: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    parsers = (PythonCodeBlockParser(), CodeBlockParser("sh", run_commands), SkipParser())
+    for example in Document.parse(str(page), *parsers).examples():
+        example.evaluate()
