@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
@@ -22,11 +23,13 @@ demo: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
 cuda-check: $(VENV)/ready

@@ -19,7 +19,7 @@ import transformers
 from _models import load, save
 
 import palu
-from palu.demo.__main__ import RETAIN, Answers, forget, outcome_of, read_questions, teach
+from palu.demo.__main__ import RETAIN, UNLEARN, Answers, outcome_of, read_questions, teach, what_is_given
 
 
 def main() -> None:
@@ -43,7 +43,8 @@ def main() -> None:
     for choice in args.retain:
         model, tokenizer = load(str(taught))
         wall, cpu = time.perf_counter(), time.process_time()
-        result = forget(model, tokenizer, secrets, kept, choice)
+        given = what_is_given(kept, choice)
+        result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given)
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         after = Answers(model.eval(), tokenizer, secrets + kept, general)
         rows.append(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from palu.data import DataError
     from palu.losses import PaluLoss, palu_loss
     from palu.ops import linear_topk_mse, prefix_mask, topk_mse
+    from palu.output import save_run
     from palu.record import Recorder
     from palu.report import write_card, write_report
     from palu.trainer import PaluTrainer
@@ -36,6 +37,7 @@ _HOME = {
     "linear_topk_mse": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
+    "save_run": "palu.output",
     "topk_mse": "palu.ops",
     "unlearn": "palu.unlearn",
     "write_card": "palu.report",
@@ -57,6 +59,7 @@ __all__ = [
     "linear_topk_mse",
     "palu_loss",
     "prefix_mask",
+    "save_run",
     "topk_mse",
     "unlearn",
     "write_card",

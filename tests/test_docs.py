@@ -1,6 +1,6 @@
 """Every example of README.md and docs/ is run: Python in one namespace a page, and each `palu` command.
 
-A page runs in a folder that holds what its examples name: `my-llama`, a tiny Llama with a chat template, and rows for it.
+A page runs in a folder that holds what its examples name: `my-llama`, a tiny Llama with a chat template, and rows.
 """
 
 from __future__ import annotations

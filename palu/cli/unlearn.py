@@ -13,7 +13,7 @@ from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import Dtype, check_names, import_peft, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.output import SUMMARY, write_records
+from palu.output import SUMMARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,12 +126,10 @@ def unlearn(
         own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
-        write_records(output, result, tokens, {"arguments": arguments})
+        output.mkdir(parents=True, exist_ok=True)
         if annotate is not None:
             write_rows(output / ANNOTATED, forget_source)
-        recorder.save(output, result.model)
-        palu.write_card(output)
-        report = palu.write_report(output)
+        report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         run.finish()
         summary = result.summary
         print(

@@ -33,7 +33,6 @@ import palu
 from palu.anchors import everyday_prompts
 from palu.data import IGNORE, Example, load_forget, load_retain
 from palu.decoding import asked, evaluating, generate
-from palu.output import write_records
 
 HERE = Path(__file__).parent
 Facts = list[dict[str, Any]]
@@ -84,7 +83,10 @@ def main() -> None:
     lap = stopwatch(lap, "teach it 12 invented facts")
     before = Answers(model, tokenizer, secrets + kept, general)
     lap = stopwatch(lap, "answer")
-    result = forget(model, tokenizer, secrets, kept, args.retain)
+    given = what_is_given(kept, args.retain)
+    recorder = palu.Recorder(model, secrets, given["retain"], tokenizer=tokenizer, config=UNLEARN)
+    lap = stopwatch(lap, "record what it says")
+    result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given)
     lap = stopwatch(lap, f"unlearn 6 of them in {result.summary['steps']} steps")
     after = Answers(model, tokenizer, secrets + kept, general)
     stopwatch(lap, "answer")
@@ -101,8 +103,8 @@ def main() -> None:
         **outcome_of(secrets, kept, general, before, after),
         "seconds": round(time.perf_counter() - clock, 1),
     }
-    write_records(args.output, result, tokenizer, {"demo": outcome})
-    print(f"\n{json.dumps(outcome)}\nwrote {args.output}/")
+    report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome})
+    print(f"\n{json.dumps(outcome)}\nwrote {args.output}/, to be looked at in {report}")
 
 
 def read_questions() -> tuple[Facts, Facts, Facts]:
@@ -115,17 +117,14 @@ def read_questions() -> tuple[Facts, Facts, Facts]:
     return secrets, kept, read_jsonl(HERE / "general.jsonl")
 
 
-def forget(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, secrets: Facts, kept: Facts, retain: str
-) -> palu.UnlearnResult:
-    """Unlearn the secrets, holding on to one of RETAIN."""
-    given: dict[str, dict[str, Any]] = {
+def what_is_given(kept: Facts, choice: str) -> dict[str, Any]:
+    """Arguments of palu.unlearn for one of RETAIN."""
+    return {
         "both": {"retain": kept, "anchors": ANCHORS},
         "facts": {"retain": kept},
         "auto": {"retain": None, "anchors": ANCHORS},
         "none": {"retain": [], "lambda_retain": 0},
-    }
-    return palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given[retain])
+    }[choice]
 
 
 def read_jsonl(path: Path) -> Facts:
