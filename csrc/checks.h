@@ -15,24 +15,19 @@ namespace palu {
 
 enum class Target { kGlobalMean, kGlobalMeanDetached, kLocalMean, kConstant };
 
-inline bool is_global(Target target) {
-  return target == Target::kGlobalMean || target == Target::kGlobalMeanDetached;
-}
+inline bool is_global(Target target) { return target == Target::kGlobalMean || target == Target::kGlobalMeanDetached; }
 
 inline Target parse_target(const char* op, std::string_view target) {
   if (target == "global_mean") return Target::kGlobalMean;
   if (target == "global_mean_detached") return Target::kGlobalMeanDetached;
   if (target == "local_mean") return Target::kLocalMean;
-  TORCH_CHECK_VALUE(
-      target == "constant", op, ": unknown target '", target,
-      "'; choose 'global_mean', 'global_mean_detached', 'local_mean' or 'constant'");
+  TORCH_CHECK_VALUE(target == "constant", op, ": unknown target '", target,
+                    "'; choose 'global_mean', 'global_mean_detached', 'local_mean' or 'constant'");
   return Target::kConstant;
 }
 
 // The dtype that sums are kept in, and that losses and residuals come back in.
-inline at::ScalarType acc_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType acc_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Numbers in messages become strings here: where a toolchain links libstdc++ statically, a stream
 // formats strings well and crashes on numbers.
@@ -61,66 +56,55 @@ inline std::string dtype_name(at::ScalarType dtype) {
 }
 
 inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
-  TORCH_CHECK_VALUE(
-      t.dim() == dim, op, ": ", name, " must have ", text(dim), " dimension", dim == 1 ? "" : "s",
-      ", got shape ", text(t.sizes()));
+  TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, " must have ", text(dim), " dimension", dim == 1 ? "" : "s",
+                    ", got shape ", text(t.sizes()));
 }
 
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(
-      t.sizes() == shape, op, ": ", name, " must have shape ", text(shape), ", got ", text(t.sizes()));
+  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, " must have shape ", text(shape), ", got ", text(t.sizes()));
 }
 
 inline void check_device(const char* op, const char* name, const at::Tensor& t, const char* as,
                          const at::Tensor& like) {
-  TORCH_CHECK_VALUE(
-      t.device() == like.device(), op, ": ", name, " is on ", t.device().str(), " but ", as, " is on ",
-      like.device().str(), "; move it there");
+  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " is on ", t.device().str(), " but ", as, " is on ",
+                    like.device().str(), "; move it there");
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(
-      t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+                   dtype_name(t.scalar_type()));
 }
 
 inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype != at::kHalf || !t.is_cpu(), op, ": ", name,
-      " is float16, which the CPU kernels do not support; use bfloat16 or float32");
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-      op, ": ", name, " must be float32, float64, bfloat16 or (CUDA only) float16, got ",
-      dtype_name(dtype));
+  TORCH_CHECK_TYPE(dtype != at::kHalf || !t.is_cpu(), op, ": ", name,
+                   " is float16, which the CPU kernels do not support; use bfloat16 or float32");
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                   ": ", name, " must be float32, float64, bfloat16 or (CUDA only) float16, got ", dtype_name(dtype));
 }
 
 // index [R,K] for R rows over a vocabulary of V entries; its values are checked on the device.
 inline void check_index(const char* op, const at::Tensor& index, int64_t rows, int64_t vocab_size) {
-  TORCH_CHECK_TYPE(
-      index.scalar_type() == at::kInt || index.scalar_type() == at::kLong, op,
-      ": index must be int32 or int64, got ", dtype_name(index.scalar_type()));
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong, op,
+                   ": index must be int32 or int64, got ", dtype_name(index.scalar_type()));
   check_dim(op, "index", index, 2);
-  TORCH_CHECK_VALUE(
-      index.size(0) == rows, op, ": index must have one row for each of the ", text(rows), " rows, got ",
-      text(index.size(0)));
-  TORCH_CHECK_VALUE(
-      rows == 0 || (index.size(1) > 0 && vocab_size > 0), op,
-      ": needs at least one index per row and a vocabulary that is not empty, got K = ",
-      text(index.size(1)), " and V = ", text(vocab_size));
+  TORCH_CHECK_VALUE(index.size(0) == rows, op, ": index must have one row for each of the ", text(rows), " rows, got ",
+                    text(index.size(0)));
+  TORCH_CHECK_VALUE(rows == 0 || (index.size(1) > 0 && vocab_size > 0), op,
+                    ": needs at least one index per row and a vocabulary that is not empty, got K = ",
+                    text(index.size(1)), " and V = ", text(vocab_size));
 }
 
 // A matrix or vector that a kernel writes: contiguous elements in a row, rows that do not overlap. No op
 // records that it writes in place, so a graph that has the tensor in it would go wrong without a word.
 inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(
-      t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
-      " must have unit stride in its last dimension, got strides ", text(t.strides()));
-  TORCH_CHECK_VALUE(
-      t.numel() == 0 || t.dim() < 2 || t.size(0) == 1 || t.stride(0) >= t.size(1), op, ": ", name,
-      " must not have rows that overlap, got shape ", text(t.sizes()), " and strides ", text(t.strides()));
-  TORCH_CHECK(
-      !t.requires_grad() || !c10::GradMode::is_enabled(), op, ": ", name,
-      " requires grad and would be overwritten; use torch.no_grad()");
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
+                    " must have unit stride in its last dimension, got strides ", text(t.strides()));
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.dim() < 2 || t.size(0) == 1 || t.stride(0) >= t.size(1), op, ": ", name,
+                    " must not have rows that overlap, got shape ", text(t.sizes()), " and strides ",
+                    text(t.strides()));
+  TORCH_CHECK(!t.requires_grad() || !c10::GradMode::is_enabled(), op, ": ", name,
+              " requires grad and would be overwritten; use torch.no_grad()");
 }
 
 inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
@@ -138,8 +122,7 @@ inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
   TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", text(n));
 }
 
-inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index,
-                             std::string_view target) {
+inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
   constexpr const char* op = "palu::topk_mse";
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
@@ -149,8 +132,8 @@ inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index,
 }
 
 // grad [R] and residual [R,K], both in the acc dtype of the op's floating inputs.
-inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& residual,
-                           const at::Tensor& index, const char* as, const at::Tensor& like) {
+inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index,
+                           const char* as, const at::Tensor& like) {
   check_device(op, "grad", grad, as, like);
   check_device(op, "residual", residual, as, like);
   check_device(op, "index", index, as, like);
@@ -160,8 +143,8 @@ inline void check_incoming(const char* op, const at::Tensor& grad, const at::Ten
   check_shape(op, "residual", residual, index.sizes());
 }
 
-inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual,
-                                    const at::Tensor& index, const at::Tensor& grad_logits) {
+inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index,
+                                    const at::Tensor& grad_logits) {
   constexpr const char* op = "palu::topk_mse_backward";
   check_floating(op, "grad_logits", grad_logits);
   check_dim(op, "grad_logits", grad_logits, 2);
@@ -170,16 +153,15 @@ inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& re
   check_incoming(op, grad, residual, index, "grad_logits", grad_logits);
 }
 
-inline void check_linear(const char* op, const at::Tensor& hidden, const at::Tensor& weight,
-                         const at::Tensor& index, const std::optional<at::Tensor>& weight_mean) {
+inline void check_linear(const char* op, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
+                         const std::optional<at::Tensor>& weight_mean) {
   check_floating(op, "hidden", hidden);
   check_dim(op, "hidden", hidden, 2);
   check_device(op, "weight", weight, "hidden", hidden);
   check_dtype(op, "weight", weight, hidden.scalar_type());
   check_dim(op, "weight", weight, 2);
-  TORCH_CHECK_VALUE(
-      weight.size(1) == hidden.size(1), op, ": hidden has ", text(hidden.size(1)),
-      " columns but weight has ", text(weight.size(1)));
+  TORCH_CHECK_VALUE(weight.size(1) == hidden.size(1), op, ": hidden has ", text(hidden.size(1)),
+                    " columns but weight has ", text(weight.size(1)));
   check_device(op, "index", index, "hidden", hidden);
   check_index(op, index, hidden.size(0), weight.size(0));
   if (weight_mean) {
@@ -189,9 +171,8 @@ inline void check_linear(const char* op, const at::Tensor& hidden, const at::Ten
   }
 }
 
-inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight,
-                                    const at::Tensor& index, const std::optional<at::Tensor>& bias,
-                                    const std::optional<at::Tensor>& weight_mean,
+inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
+                                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& weight_mean,
                                     std::string_view target) {
   constexpr const char* op = "palu::linear_topk_mse";
   check_linear(op, hidden, weight, index, weight_mean);
@@ -201,23 +182,22 @@ inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& 
     check_shape(op, "bias", *bias, {weight.size(0)});
   }
   const Target parsed = parse_target(op, target);
-  TORCH_CHECK_VALUE(
-      !is_global(parsed) || weight_mean, op, ": target '", target,
-      "' needs weight_mean = weight.mean(0)");
+  TORCH_CHECK_VALUE(!is_global(parsed) || weight_mean, op, ": target '", target,
+                    "' needs weight_mean = weight.mean(0)");
   return parsed;
 }
 
-inline void check_linear_topk_mse_backward(
-    const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
-    const at::Tensor& weight, const at::Tensor& index, const std::optional<at::Tensor>& weight_mean,
-    bool through_mean, const std::optional<at::Tensor>& grad_hidden,
-    const std::optional<at::Tensor>& grad_weight, const std::optional<at::Tensor>& grad_bias) {
+inline void check_linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
+                                           const at::Tensor& weight, const at::Tensor& index,
+                                           const std::optional<at::Tensor>& weight_mean, bool through_mean,
+                                           const std::optional<at::Tensor>& grad_hidden,
+                                           const std::optional<at::Tensor>& grad_weight,
+                                           const std::optional<at::Tensor>& grad_bias) {
   constexpr const char* op = "palu::linear_topk_mse_backward";
   check_linear(op, hidden, weight, index, weight_mean);
   check_incoming(op, grad, residual, index, "hidden", hidden);
-  TORCH_CHECK_VALUE(
-      !through_mean || !grad_hidden || weight_mean, op,
-      ": grad_hidden through the mean needs weight_mean = weight.mean(0)");
+  TORCH_CHECK_VALUE(!through_mean || !grad_hidden || weight_mean, op,
+                    ": grad_hidden through the mean needs weight_mean = weight.mean(0)");
   if (grad_hidden) check_buffer(op, "grad_hidden", *grad_hidden, "hidden", hidden);
   if (grad_weight) check_buffer(op, "grad_weight", *grad_weight, "weight", weight);
   if (grad_bias) {
@@ -228,20 +208,17 @@ inline void check_linear_topk_mse_backward(
   }
 }
 
-inline void check_rows_in_place(const char* op, const at::Tensor& logits,
-                                const at::Tensor& row_weight) {
+inline void check_rows_in_place(const char* op, const at::Tensor& logits, const at::Tensor& row_weight) {
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
   check_writable(op, "logits", logits);
-  TORCH_CHECK_VALUE(
-      logits.size(0) == 0 || logits.size(1) > 0, op, ": the vocabulary is empty");
+  TORCH_CHECK_VALUE(logits.size(0) == 0 || logits.size(1) > 0, op, ": the vocabulary is empty");
   check_device(op, "row_weight", row_weight, "logits", logits);
   check_dtype(op, "row_weight", row_weight, acc_dtype(logits.scalar_type()));
   check_shape(op, "row_weight", row_weight, {logits.size(0)});
 }
 
-inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
-                                 const at::Tensor& row_weight) {
+inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight) {
   constexpr const char* op = "palu::cross_entropy_";
   check_rows_in_place(op, logits, row_weight);
   check_device(op, "labels", labels, "logits", logits);
@@ -249,8 +226,7 @@ inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& lab
   check_shape(op, "labels", labels, {logits.size(0)});
 }
 
-inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits,
-                          const at::Tensor& row_weight) {
+inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight) {
   constexpr const char* op = "palu::kl_div_";
   check_rows_in_place(op, logits, row_weight);
   check_device(op, "ref_logits", ref_logits, "logits", logits);

@@ -28,36 +28,35 @@
 namespace palu::cpu {
 
 template <typename T, typename A, typename I>
-void linear_topk_mse(
-    const A* hidden,       // [R,d], contiguous
-    const T* weight,       // [V,d], rows weight_stride apart, unit stride inside a row
-    int64_t weight_stride,
-    const I* index,        // [R,K], contiguous, every value in [0, V)
-    const int32_t* order,  // [R*K], positions in index, grouped by its value
-    const T* bias,         // [V] or null
-    const A* weight_mean,  // [d]; read for the two global targets only
-    A* loss,               // [R]
-    A* residual,           // [R,K], contiguous
-    int64_t rows, int64_t vocab_size, int64_t d, int64_t k, Target target, A constant);
+void linear_topk_mse(const A* hidden,  // [R,d], contiguous
+                     const T* weight,  // [V,d], rows weight_stride apart, unit stride inside a row
+                     int64_t weight_stride,
+                     const I* index,        // [R,K], contiguous, every value in [0, V)
+                     const int32_t* order,  // [R*K], positions in index, grouped by its value
+                     const T* bias,         // [V] or null
+                     const A* weight_mean,  // [d]; read for the two global targets only
+                     A* loss,               // [R]
+                     A* residual,           // [R,K], contiguous
+                     int64_t rows, int64_t vocab_size, int64_t d, int64_t k, Target target, A constant);
 
 // Adds to grad_hidden, grad_weight and grad_bias; a null one is not asked for. Every sum is finished
 // in A and rounded once into the buffer.
 template <typename T, typename A, typename I>
 void linear_topk_mse_backward(
-    const A* grad,            // [R]
-    const A* residual,        // [R,K], contiguous
-    const A* hidden,          // [R,d], contiguous
-    const T* weight,          // [V,d], rows weight_stride apart, unit stride inside a row
+    const A* grad,      // [R]
+    const A* residual,  // [R,K], contiguous
+    const A* hidden,    // [R,d], contiguous
+    const T* weight,    // [V,d], rows weight_stride apart, unit stride inside a row
     int64_t weight_stride,
-    const I* index,           // [R,K], contiguous, every value in [0, V)
-    const int32_t* order,     // [R*K], positions in index, grouped by its value
-    const int32_t* group_end, // [V]; the group of entry v is order[group_end[v-1] : group_end[v]]
-    const A* weight_mean,     // [d]; read only if through_mean
-    T* grad_hidden,           // [R,d], rows grad_hidden_stride apart, or null
+    const I* index,            // [R,K], contiguous, every value in [0, V)
+    const int32_t* order,      // [R*K], positions in index, grouped by its value
+    const int32_t* group_end,  // [V]; the group of entry v is order[group_end[v-1] : group_end[v]]
+    const A* weight_mean,      // [d]; read only if through_mean
+    T* grad_hidden,            // [R,d], rows grad_hidden_stride apart, or null
     int64_t grad_hidden_stride,
-    T* grad_weight,           // [V,d], rows grad_weight_stride apart, or null
+    T* grad_weight,  // [V,d], rows grad_weight_stride apart, or null
     int64_t grad_weight_stride,
-    T* grad_bias,             // [V], contiguous, or null
+    T* grad_bias,  // [V], contiguous, or null
     int64_t rows, int64_t vocab_size, int64_t d, int64_t k, bool through_mean);
 
 }  // namespace palu::cpu

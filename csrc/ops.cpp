@@ -22,11 +22,8 @@ TORCH_LIBRARY(palu, m) {
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
-  m.def(
-      "kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
+  m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
   m.def("scale_(Tensor(a!) tensor, Tensor factor) -> ()");
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Registers the torch.ops.palu operators when imported.";
-}
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Registers the torch.ops.palu operators when imported."; }

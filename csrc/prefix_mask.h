@@ -12,10 +12,9 @@
 
 namespace palu::cpu {
 
-void prefix_mask(
-    const int64_t* labels,  // [B,T], elements strides[0] and strides[1] apart
-    const int64_t* strides, // [2]
-    bool* mask,             // [B,T], contiguous
-    int64_t batch, int64_t length, int64_t n, std::optional<int64_t> eos_token_id);
+void prefix_mask(const int64_t* labels,   // [B,T], elements strides[0] and strides[1] apart
+                 const int64_t* strides,  // [2]
+                 bool* mask,              // [B,T], contiguous
+                 int64_t batch, int64_t length, int64_t n, std::optional<int64_t> eos_token_id);
 
 }  // namespace palu::cpu

@@ -28,21 +28,19 @@
 namespace palu::cpu {
 
 template <typename T, typename A, typename I>
-void topk_mse(
-    const T* logits,     // [R,V], rows row_stride apart, unit stride inside a row
-    int64_t row_stride,
-    const I* index,      // [R,K], contiguous, every value in [0, V)
-    A* loss,             // [R]
-    A* residual,         // [R,K], contiguous
-    int64_t rows, int64_t vocab_size, int64_t k, Target target, A constant);
+void topk_mse(const T* logits,  // [R,V], rows row_stride apart, unit stride inside a row
+              int64_t row_stride,
+              const I* index,  // [R,K], contiguous, every value in [0, V)
+              A* loss,         // [R]
+              A* residual,     // [R,K], contiguous
+              int64_t rows, int64_t vocab_size, int64_t k, Target target, A constant);
 
 // Overwrites every element of grad_logits.
 template <typename T, typename A, typename I>
-void topk_mse_backward(
-    const A* grad,       // [R]
-    const A* residual,   // [R,K], contiguous
-    const I* index,      // [R,K], contiguous, every value in [0, V)
-    T* grad_logits,      // [R,V], rows row_stride apart, unit stride inside a row
-    int64_t row_stride, int64_t rows, int64_t vocab_size, int64_t k, bool through_mean);
+void topk_mse_backward(const A* grad,      // [R]
+                       const A* residual,  // [R,K], contiguous
+                       const I* index,     // [R,K], contiguous, every value in [0, V)
+                       T* grad_logits,     // [R,V], rows row_stride apart, unit stride inside a row
+                       int64_t row_stride, int64_t rows, int64_t vocab_size, int64_t k, bool through_mean);
 
 }  // namespace palu::cpu

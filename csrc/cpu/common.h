@@ -46,17 +46,15 @@ inline at::Tensor unit_last_stride(const at::Tensor& t) {
 }
 
 template <typename I>
-void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows, int64_t k,
-                        int64_t vocab_size) {
+void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows, int64_t k, int64_t vocab_size) {
   std::atomic<bool> ok{true};
   at::parallel_for(0, rows * k, kGrain, [&](int64_t begin, int64_t end) {
     if (!all_in_range(index + begin, end - begin, vocab_size)) ok = false;
   });
   if (ok) return;
   for (int64_t i = 0; i < rows * k; ++i) {
-    TORCH_CHECK_INDEX(
-        index[i] >= 0 && index[i] < vocab_size, op, ": index[", text(i / k), ", ", text(i % k),
-        "] = ", text(index[i]), " is out of range for a vocabulary of ", text(vocab_size));
+    TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < vocab_size, op, ": index[", text(i / k), ", ", text(i % k),
+                      "] = ", text(index[i]), " is out of range for a vocabulary of ", text(vocab_size));
   }
 }
 

@@ -23,17 +23,16 @@ inline void prefetch_row(const T* row /* [d] */, int64_t d) {
   const char* bytes = reinterpret_cast<const char*>(row);
   const int64_t size = d * static_cast<int64_t>(sizeof(T));
   for (int64_t start = 0; start < size; start += page) {
-    for (int64_t i = start; i < std::min(start + lines * line, size); i += line)
-      __builtin_prefetch(bytes + i);
+    for (int64_t i = start; i < std::min(start + lines * line, size); i += line) __builtin_prefetch(bytes + i);
   }
 }
 
 }  // namespace
 
 template <typename T, typename A, typename I>
-void linear_topk_mse(const A* hidden, const T* weight, int64_t weight_stride, const I* index,
-                     const int32_t* order, const T* bias, const A* weight_mean, A* loss, A* residual,
-                     int64_t rows, int64_t vocab_size, int64_t d, int64_t k, Target target, A constant) {
+void linear_topk_mse(const A* hidden, const T* weight, int64_t weight_stride, const I* index, const int32_t* order,
+                     const T* bias, const A* weight_mean, A* loss, A* residual, int64_t rows, int64_t vocab_size,
+                     int64_t d, int64_t k, Target target, A constant) {
   at::parallel_for(0, rows * k, row_grain(d), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t i = order[p], v = index[i];
@@ -45,21 +44,17 @@ void linear_topk_mse(const A* hidden, const T* weight, int64_t weight_stride, co
   const double bias_mean = bias && is_global(target) ? sum(bias, vocab_size) / vocab_size : 0;
   at::parallel_for(0, rows, row_grain(d + k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const A mean = is_global(target)
-                         ? dot(hidden + r * d, weight_mean, d) + static_cast<A>(bias_mean)
-                         : A(0);
+      const A mean = is_global(target) ? dot(hidden + r * d, weight_mean, d) + static_cast<A>(bias_mean) : A(0);
       loss[r] = finish_row(residual + r * k, k, target, mean, constant);
     }
   });
 }
 
 template <typename T, typename A, typename I>
-void linear_topk_mse_backward(const A* grad, const A* residual, const A* hidden, const T* weight,
-                              int64_t weight_stride, const I* index, const int32_t* order,
-                              const int32_t* group_end, const A* weight_mean, T* grad_hidden,
-                              int64_t grad_hidden_stride, T* grad_weight, int64_t grad_weight_stride,
-                              T* grad_bias, int64_t rows, int64_t vocab_size, int64_t d, int64_t k,
-                              bool through_mean) {
+void linear_topk_mse_backward(const A* grad, const A* residual, const A* hidden, const T* weight, int64_t weight_stride,
+                              const I* index, const int32_t* order, const int32_t* group_end, const A* weight_mean,
+                              T* grad_hidden, int64_t grad_hidden_stride, T* grad_weight, int64_t grad_weight_stride,
+                              T* grad_bias, int64_t rows, int64_t vocab_size, int64_t d, int64_t k, bool through_mean) {
   // g[r,k] = scale[r] * residual[r,k]
   std::vector<A> scale(rows), share(rows);
   for (int64_t r = 0; r < rows; ++r) {
@@ -76,15 +71,12 @@ void linear_topk_mse_backward(const A* grad, const A* residual, const A* hidden,
       const int64_t first = begin * block, width = std::min(d, end * block) - first;
       for (int64_t p = 0; p < rows * k; ++p) {
         const int64_t i = order[p], r = i / k;
-        if (p + 1 < rows * k)
-          prefetch_row(weight + index[order[p + 1]] * weight_stride + first, width);
-        add_scaled(out + r * d + first, scale[r] * residual[i],
-                   weight + index[i] * weight_stride + first, width);
+        if (p + 1 < rows * k) prefetch_row(weight + index[order[p + 1]] * weight_stride + first, width);
+        add_scaled(out + r * d + first, scale[r] * residual[i], weight + index[i] * weight_stride + first, width);
       }
       for (int64_t r = 0; r < rows; ++r) {
         if (through_mean)
-          add_scaled(out + r * d + first, static_cast<A>(vocab_size) * share[r], weight_mean + first,
-                     width);
+          add_scaled(out + r * d + first, static_cast<A>(vocab_size) * share[r], weight_mean + first, width);
         add_rounded(grad_hidden + r * grad_hidden_stride + first, out + r * d + first, width);
       }
     });
@@ -127,8 +119,7 @@ struct Groups {
 
 // A stable counting sort.
 template <typename I>
-Groups group_by_value(const char* op, const I* index /* [R*K] */, int64_t pairs,
-                                                  int64_t vocab_size) {
+Groups group_by_value(const char* op, const I* index /* [R*K] */, int64_t pairs, int64_t vocab_size) {
   TORCH_CHECK_VALUE(pairs <= std::numeric_limits<int32_t>::max(), op, ": index has ", text(pairs),
                     " elements; split the rows into smaller calls");
   at::Tensor order = at::empty({pairs}, at::kInt), group_end = at::zeros({vocab_size}, at::kInt);
@@ -155,8 +146,7 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& t) {
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, const at::Tensor& weight,
-                                                      const at::Tensor& index,
-                                                      const std::optional<at::Tensor>& bias,
+                                                      const at::Tensor& index, const std::optional<at::Tensor>& bias,
                                                       const std::optional<at::Tensor>& weight_mean,
                                                       std::string_view target_name, double constant) {
   const Target target = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target_name);
@@ -164,8 +154,7 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
   const auto options = hidden.options().dtype(acc_dtype(hidden.scalar_type()));
   at::Tensor loss = at::empty({rows}, options), residual = at::empty({rows, k}, options);
   if (rows == 0) return {loss, residual};
-  const at::Tensor h = hidden.to(options.dtype()).contiguous(), w = unit_last_stride(weight),
-                   i = index.contiguous();
+  const at::Tensor h = hidden.to(options.dtype()).contiguous(), w = unit_last_stride(weight), i = index.contiguous();
   const auto b = contiguous(bias), mean = contiguous(weight_mean);
   dispatch_floating(hidden.scalar_type(), [&](auto t, auto a) {
     dispatch_index(index.scalar_type(), [&](auto j) {
@@ -178,25 +167,25 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
       const Groups groups = group_by_value(op, values, rows * k, vocab_size);
       linear_topk_mse<T, A, I>(h.const_data_ptr<A>(), w.const_data_ptr<T>(), w.stride(0), values,
                                groups.order.const_data_ptr<int32_t>(), data_or_null<T>(b), data_or_null<A>(mean),
-                               loss.mutable_data_ptr<A>(), residual.mutable_data_ptr<A>(), rows,
-                               vocab_size, d, k, target, static_cast<A>(constant));
+                               loss.mutable_data_ptr<A>(), residual.mutable_data_ptr<A>(), rows, vocab_size, d, k,
+                               target, static_cast<A>(constant));
     });
   });
   return {loss, residual};
 }
 
-void linear_topk_mse_backward_op(
-    const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& index, const std::optional<at::Tensor>& weight_mean, bool through_mean,
-    const std::optional<at::Tensor>& grad_hidden, const std::optional<at::Tensor>& grad_weight,
-    const std::optional<at::Tensor>& grad_bias) {
-  check_linear_topk_mse_backward(grad, residual, hidden, weight, index, weight_mean, through_mean,
-                                 grad_hidden, grad_weight, grad_bias);
+void linear_topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
+                                 const at::Tensor& weight, const at::Tensor& index,
+                                 const std::optional<at::Tensor>& weight_mean, bool through_mean,
+                                 const std::optional<at::Tensor>& grad_hidden,
+                                 const std::optional<at::Tensor>& grad_weight,
+                                 const std::optional<at::Tensor>& grad_bias) {
+  check_linear_topk_mse_backward(grad, residual, hidden, weight, index, weight_mean, through_mean, grad_hidden,
+                                 grad_weight, grad_bias);
   const int64_t rows = hidden.size(0), d = hidden.size(1), vocab_size = weight.size(0), k = index.size(1);
   if (rows == 0) return;
-  const at::Tensor h = hidden.to(acc_dtype(hidden.scalar_type())).contiguous(),
-                   w = unit_last_stride(weight), i = index.contiguous(), g = grad.contiguous(),
-                   res = residual.contiguous();
+  const at::Tensor h = hidden.to(acc_dtype(hidden.scalar_type())).contiguous(), w = unit_last_stride(weight),
+                   i = index.contiguous(), g = grad.contiguous(), res = residual.contiguous();
   const auto mean = contiguous(weight_mean);
   dispatch_floating(hidden.scalar_type(), [&](auto t, auto a) {
     dispatch_index(index.scalar_type(), [&](auto j) {
@@ -208,12 +197,11 @@ void linear_topk_mse_backward_op(
       check_index_values(op, values, rows, k, vocab_size);
       const Groups groups = group_by_value(op, values, rows * k, vocab_size);
       linear_topk_mse_backward<T, A, I>(
-          g.const_data_ptr<A>(), res.const_data_ptr<A>(), h.const_data_ptr<A>(), w.const_data_ptr<T>(),
-          w.stride(0), values, groups.order.const_data_ptr<int32_t>(), groups.group_end.const_data_ptr<int32_t>(),
-          data_or_null<A>(mean), buffer_or_null<T>(grad_hidden),
-          grad_hidden ? grad_hidden->stride(0) : 0, buffer_or_null<T>(grad_weight),
-          grad_weight ? grad_weight->stride(0) : 0, buffer_or_null<T>(grad_bias), rows, vocab_size, d, k,
-          through_mean);
+          g.const_data_ptr<A>(), res.const_data_ptr<A>(), h.const_data_ptr<A>(), w.const_data_ptr<T>(), w.stride(0),
+          values, groups.order.const_data_ptr<int32_t>(), groups.group_end.const_data_ptr<int32_t>(),
+          data_or_null<A>(mean), buffer_or_null<T>(grad_hidden), grad_hidden ? grad_hidden->stride(0) : 0,
+          buffer_or_null<T>(grad_weight), grad_weight ? grad_weight->stride(0) : 0, buffer_or_null<T>(grad_bias), rows,
+          vocab_size, d, k, through_mean);
     });
   });
 }

@@ -8,8 +8,8 @@
 
 namespace palu::cpu {
 
-void prefix_mask(const int64_t* labels, const int64_t* strides, bool* mask, int64_t batch,
-                 int64_t length, int64_t n, std::optional<int64_t> eos_token_id) {
+void prefix_mask(const int64_t* labels, const int64_t* strides, bool* mask, int64_t batch, int64_t length, int64_t n,
+                 std::optional<int64_t> eos_token_id) {
   at::parallel_for(0, batch, row_grain(length), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       int64_t run = 0;  // sensitive labels seen in the current span
@@ -27,8 +27,8 @@ namespace {
 at::Tensor prefix_mask_op(const at::Tensor& labels, int64_t n, std::optional<int64_t> eos_token_id) {
   check_prefix_mask(labels, n);
   at::Tensor mask = at::empty(labels.sizes(), labels.options().dtype(at::kBool));
-  prefix_mask(labels.const_data_ptr<int64_t>(), labels.strides().data(), mask.mutable_data_ptr<bool>(),
-              labels.size(0), labels.size(1), n, eos_token_id);
+  prefix_mask(labels.const_data_ptr<int64_t>(), labels.strides().data(), mask.mutable_data_ptr<bool>(), labels.size(0),
+              labels.size(1), n, eos_token_id);
   return mask;
 }
 

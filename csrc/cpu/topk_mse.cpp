@@ -29,9 +29,8 @@ void topk_mse(const T* logits, int64_t row_stride, const I* index, A* loss, A* r
 }
 
 template <typename T, typename A, typename I>
-void topk_mse_backward(const A* grad, const A* residual, const I* index, T* grad_logits,
-                       int64_t row_stride, int64_t rows, int64_t vocab_size, int64_t k,
-                       bool through_mean) {
+void topk_mse_backward(const A* grad, const A* residual, const I* index, T* grad_logits, int64_t row_stride,
+                       int64_t rows, int64_t vocab_size, int64_t k, bool through_mean) {
   at::parallel_for(0, rows, row_grain(vocab_size), [&](int64_t begin, int64_t end) {
     // Duplicates add up in A: in place where the output has that dtype, else in a row of scratch.
     std::vector<A> scratch(std::is_same_v<T, A> ? 0 : vocab_size);
@@ -81,8 +80,7 @@ std::tuple<at::Tensor, at::Tensor> topk_mse_op(const at::Tensor& logits, const a
       const I* values = i.const_data_ptr<I>();
       check_index_values("palu::topk_mse", values, rows, k, vocab_size);
       topk_mse<T, A, I>(z.const_data_ptr<T>(), z.stride(0), values, loss.mutable_data_ptr<A>(),
-                        residual.mutable_data_ptr<A>(), rows, vocab_size, k, target,
-                        static_cast<A>(constant));
+                        residual.mutable_data_ptr<A>(), rows, vocab_size, k, target, static_cast<A>(constant));
     });
   });
   return {loss, residual};
@@ -103,8 +101,8 @@ void topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& residual, co
       check_index_values("palu::topk_mse_backward", values, rows, k, vocab_size);
       advise_huge_pages(grad_logits);
       topk_mse_backward<T, A, I>(g.const_data_ptr<A>(), res.const_data_ptr<A>(), values,
-                                 grad_logits.mutable_data_ptr<T>(), grad_logits.stride(0), rows,
-                                 vocab_size, k, through_mean);
+                                 grad_logits.mutable_data_ptr<T>(), grad_logits.stride(0), rows, vocab_size, k,
+                                 through_mean);
     });
   });
 }

@@ -82,11 +82,7 @@ PALU_DEFINE_VECTOR(float, float)
 PALU_DEFINE_VECTOR(double, double)
 PALU_DEFINE_VECTOR(c10::BFloat16, float)
 
-PALU_CLONES bool all_in_range(const int32_t* x, int64_t n, int64_t bound) {
-  return all_in_range_impl(x, n, bound);
-}
-PALU_CLONES bool all_in_range(const int64_t* x, int64_t n, int64_t bound) {
-  return all_in_range_impl(x, n, bound);
-}
+PALU_CLONES bool all_in_range(const int32_t* x, int64_t n, int64_t bound) { return all_in_range_impl(x, n, bound); }
+PALU_CLONES bool all_in_range(const int64_t* x, int64_t n, int64_t bound) { return all_in_range_impl(x, n, bound); }
 
 }  // namespace palu::cpu

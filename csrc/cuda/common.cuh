@@ -16,32 +16,58 @@ namespace palu::cuda {
 
 // ---- dtypes ----
 
-template <typename T> struct AccOf { using type = float; };
-template <> struct AccOf<double> { using type = double; };
-template <typename T> using Acc = typename AccOf<T>::type;
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
 
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
 __device__ inline float to_acc(__half x) { return __half2float(x); }
 __device__ inline float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T> __device__ T from_acc(Acc<T> x) { return x; }
-template <> __device__ inline __half from_acc<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
+template <typename T>
+__device__ T from_acc(Acc<T> x) {
+  return x;
+}
+template <>
+__device__ inline __half from_acc<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
 // The lowest finite value: as a logit its softmax is 0, and unlike -inf it leaves no NaN in z - max.
-template <typename T> __device__ T lowest();
-template <> __device__ inline float lowest<float>() { return -3.402823466e+38f; }
-template <> __device__ inline double lowest<double>() { return -1.7976931348623157e+308; }
-template <> __device__ inline __half lowest<__half>() { return __ushort_as_half(0xFBFFu); }
-template <> __device__ inline __nv_bfloat16 lowest<__nv_bfloat16>() {
+template <typename T>
+__device__ T lowest();
+template <>
+__device__ inline float lowest<float>() {
+  return -3.402823466e+38f;
+}
+template <>
+__device__ inline double lowest<double>() {
+  return -1.7976931348623157e+308;
+}
+template <>
+__device__ inline __half lowest<__half>() {
+  return __ushort_as_half(0xFBFFu);
+}
+template <>
+__device__ inline __nv_bfloat16 lowest<__nv_bfloat16>() {
   return __ushort_as_bfloat16(0xFF7Fu);
 }
 
 // Calls f with a value of the dtype's C++ type.
-template <typename F> void dispatch(Dtype dtype, F f) {
+template <typename F>
+void dispatch(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::kFloat: return f(float{});
     case Dtype::kDouble: return f(double{});
@@ -50,7 +76,8 @@ template <typename F> void dispatch(Dtype dtype, F f) {
   }
 }
 
-template <typename F> void dispatch_index(bool index64, F f) {
+template <typename F>
+void dispatch_index(bool index64, F f) {
   if (index64) {
     f(int64_t{});
   } else {
@@ -60,7 +87,8 @@ template <typename F> void dispatch_index(bool index64, F f) {
 
 // ---- 16-byte packs ----
 
-template <typename T> constexpr int kPack = 16 / sizeof(T);  // elements moved by one 16-byte access
+template <typename T>
+constexpr int kPack = 16 / sizeof(T);  // elements moved by one 16-byte access
 
 // A pack stays in four registers, as uint4, until it is used: kept as elements, packs of 2-byte types
 // would take twice the registers.
@@ -82,12 +110,10 @@ __device__ void unpack(uint4 bits, float (&x)[8], T) {
 }
 
 __device__ inline uint4 pack(const float (&x)[4], float) {
-  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-                    __float_as_uint(x[3]));
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 __device__ inline uint4 pack(const double (&x)[2], double) {
-  return make_uint4(__double2loint(x[0]), __double2hiint(x[0]), __double2loint(x[1]),
-                    __double2hiint(x[1]));
+  return make_uint4(__double2loint(x[0]), __double2hiint(x[0]), __double2loint(x[1]), __double2hiint(x[1]));
 }
 template <typename T>  // __half or __nv_bfloat16
 __device__ uint4 pack(const float (&x)[8], T) {
@@ -95,8 +121,8 @@ __device__ uint4 pack(const float (&x)[8], T) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const T low = from_acc<T>(x[2 * w]), high = from_acc<T>(x[2 * w + 1]);
-    words[w] = reinterpret_cast<const uint16_t&>(low) |
-               static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(high)) << 16;
+    words[w] = reinterpret_cast<const uint16_t&>(low) | static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(high))
+                                                            << 16;
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -104,7 +130,8 @@ __device__ uint4 pack(const float (&x)[8], T) {
 // A row may start anywhere (a slice, or an odd V), so packs are counted from the 16-byte boundary at
 // or before it: pack p holds elements p*kPack - lead onwards, and only the first and the last pack
 // can lie partly outside the row.
-template <typename T> __device__ int lead_of(const T* row) {
+template <typename T>
+__device__ int lead_of(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
 }
 
@@ -113,20 +140,19 @@ template <typename T> __device__ int lead_of(const T* row) {
 // registers.
 template <typename T>
 __device__ uint4 load_partial_pack(const T* row, int64_t e, int64_t size, T fill) {
-  using Word = std::conditional_t<
-      sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   using Bits = unsigned __int128;
   Bits bits = 0;
 #pragma unroll 1
   for (int64_t at = e; at < e + kPack<T>; ++at) {
     const T x = at >= 0 && at < size ? row[at] : fill;
-    bits = bits >> 8 * sizeof(T) |
-           static_cast<Bits>(reinterpret_cast<const Word&>(x)) << (128 - 8 * sizeof(T));
+    bits = bits >> 8 * sizeof(T) | static_cast<Bits>(reinterpret_cast<const Word&>(x)) << (128 - 8 * sizeof(T));
   }
   return make_uint4(bits, bits >> 32, bits >> 64, bits >> 96);
 }
 
-template <typename T> __device__ uint4 splat(T x) {
+template <typename T>
+__device__ uint4 splat(T x) {
   Acc<T> all[kPack<T>];
 #pragma unroll
   for (int n = 0; n < kPack<T>; ++n) all[n] = to_acc(x);
@@ -137,8 +163,7 @@ template <typename T> __device__ uint4 splat(T x) {
 // the one before (step a multiple of kPack). Elements outside the row read as `fill`. All loads are
 // issued before any is used.
 template <int U, typename T>
-__device__ void load_packs(const T* row, int64_t e, int64_t step, int64_t size, T fill,
-                           uint4 (&packs)[U]) {
+__device__ void load_packs(const T* row, int64_t e, int64_t step, int64_t size, T fill, uint4 (&packs)[U]) {
   const bool aligned = reinterpret_cast<uintptr_t>(row + e) % 16 == 0;
   if (aligned && e >= 0 && e + (U - 1) * step + kPack<T> <= size) {
 #pragma unroll
@@ -162,9 +187,8 @@ __device__ void store_pack(T* row, int64_t e, int64_t size, const Acc<T> (&x)[kP
   if (e >= 0 && e + kPack<T> <= size) {
     const uint4 bits = pack(x, T{});
     // In assembly, because the compiler splits a plain store of four equal words.
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(__cvta_generic_to_global(row + e)), "r"(bits.x), "r"(bits.y), "r"(bits.z),
-                    "r"(bits.w)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(row + e)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
     return;
   }
@@ -178,23 +202,31 @@ __device__ void store_pack(T* row, int64_t e, int64_t size, const Acc<T> (&x)[kP
 // ---- reductions ----
 
 struct Sum {
-  template <typename A> __device__ A operator()(A a, A b) const { return a + b; }
+  template <typename A>
+  __device__ A operator()(A a, A b) const {
+    return a + b;
+  }
 };
 struct Max {
-  template <typename A> __device__ A operator()(A a, A b) const { return fmax(a, b); }
+  template <typename A>
+  __device__ A operator()(A a, A b) const {
+    return fmax(a, b);
+  }
 };
 
 constexpr unsigned kWarpMask = 0xffffffffu;
 
 // Every lane receives the result.
-template <typename A, typename Op> __device__ A warp_reduce(A x, Op op) {
+template <typename A, typename Op>
+__device__ A warp_reduce(A x, Op op) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x = op(x, __shfl_xor_sync(kWarpMask, x, lanes));
   return x;
 }
 
 // Every thread of the block receives the result. blockDim.x is a multiple of 32.
-template <typename A, typename Op> __device__ A block_reduce(A x, A identity, Op op) {
+template <typename A, typename Op>
+__device__ A block_reduce(A x, A identity, Op op) {
   __shared__ A warp_result[32];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   x = warp_reduce(x, op);
@@ -233,7 +265,8 @@ __device__ inline RowTeam row_team() {
 }
 
 // Every thread of the team receives the result.
-template <typename A, typename Op> __device__ A row_reduce(A x, A identity, Op op) {
+template <typename A, typename Op>
+__device__ A row_reduce(A x, A identity, Op op) {
   x = block_reduce(x, identity, op);
 #if __CUDA_ARCH__ >= 900
   __shared__ A block_result;
@@ -241,8 +274,7 @@ template <typename A, typename Op> __device__ A row_reduce(A x, A identity, Op o
   if (threadIdx.x == 0) block_result = x;
   cluster.sync();
   const unsigned lane = threadIdx.x % 32;
-  x = warp_reduce(lane < cluster.num_blocks() ? *cluster.map_shared_rank(&block_result, lane) : identity,
-                  op);
+  x = warp_reduce(lane < cluster.num_blocks() ? *cluster.map_shared_rank(&block_result, lane) : identity, op);
   cluster.sync();  // no block overwrites its result, or leaves, while another reads it
 #endif
   return x;
@@ -251,8 +283,7 @@ template <typename A, typename Op> __device__ A row_reduce(A x, A identity, Op o
 // Launches a kernel that uses row_team, with enough blocks per row for `row_bytes` of traffic. The
 // size of the cluster depends on the row alone, so a row's result does not depend on the batch.
 template <typename... Params, typename... Args>
-void launch_rows(void (*kernel)(Params...), int64_t rows, int64_t row_bytes, cudaStream_t stream,
-                 Args... args) {
+void launch_rows(void (*kernel)(Params...), int64_t rows, int64_t row_bytes, cudaStream_t stream, Args... args) {
   if (rows == 0) return;
   // What the loaded code was compiled for, not what the device could do: PTX of an older
   // architecture contains the one-block version even on Hopper.

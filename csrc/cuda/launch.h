@@ -17,117 +17,106 @@ namespace palu::cuda {
 enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
 enum class Center { kGlobalMean, kLocalMean, kConstant };
 
-void prefix_mask(
-    const int64_t* labels,  // [B,T]
-    int64_t batch_stride, int64_t token_stride,
-    bool* mask,  // [B,T], contiguous
-    int64_t batch, int64_t length, int64_t n,
-    int64_t eos,  // a negative value: no label is end-of-sequence
-    cudaStream_t stream);
+void prefix_mask(const int64_t* labels,  // [B,T]
+                 int64_t batch_stride, int64_t token_stride,
+                 bool* mask,  // [B,T], contiguous
+                 int64_t batch, int64_t length, int64_t n,
+                 int64_t eos,  // a negative value: no label is end-of-sequence
+                 cudaStream_t stream);
 
-void topk_mse(
-    Dtype dtype, bool index64,
-    const void* logits,  // T [R,V]
-    int64_t logits_stride,
-    const void* index,  // I [R,K], contiguous
-    void* loss,         // A [R]
-    void* residual,     // A [R,K], contiguous
-    int64_t rows, int64_t vocab_size, int64_t k, Center center, double constant,
-    cudaStream_t stream);
+void topk_mse(Dtype dtype, bool index64,
+              const void* logits,  // T [R,V]
+              int64_t logits_stride,
+              const void* index,  // I [R,K], contiguous
+              void* loss,         // A [R]
+              void* residual,     // A [R,K], contiguous
+              int64_t rows, int64_t vocab_size, int64_t k, Center center, double constant, cudaStream_t stream);
 
 // Overwrites every element of grad_logits.
-void topk_mse_backward(
-    Dtype dtype, bool index64,
-    const void* grad,      // A [R], contiguous
-    const void* residual,  // A [R,K], contiguous
-    const void* index,     // I [R,K], contiguous
-    void* grad_logits,     // T [R,V]
-    int64_t grad_stride,
-    int64_t rows, int64_t vocab_size, int64_t k, bool through_mean, cudaStream_t stream);
+void topk_mse_backward(Dtype dtype, bool index64,
+                       const void* grad,      // A [R], contiguous
+                       const void* residual,  // A [R,K], contiguous
+                       const void* index,     // I [R,K], contiguous
+                       void* grad_logits,     // T [R,V]
+                       int64_t grad_stride, int64_t rows, int64_t vocab_size, int64_t k, bool through_mean,
+                       cudaStream_t stream);
 
-void linear_topk_mse(
-    Dtype dtype, bool index64,
-    const void* hidden,  // T [R,d], contiguous
-    const void* weight,  // T [V,d]
-    int64_t weight_stride,
-    const void* index,        // I [R,K], contiguous
-    const void* bias,         // T [V], contiguous, or null
-    const void* weight_mean,  // A [d], contiguous; read for the global mean only
-    const void* bias_mean,    // A [1], or null without bias; read for the global mean only
-    void* loss,               // A [R]
-    void* residual,           // A [R,K], contiguous
-    int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, Center center,
-    double constant, cudaStream_t stream);
+void linear_topk_mse(Dtype dtype, bool index64,
+                     const void* hidden,  // T [R,d], contiguous
+                     const void* weight,  // T [V,d]
+                     int64_t weight_stride,
+                     const void* index,        // I [R,K], contiguous
+                     const void* bias,         // T [V], contiguous, or null
+                     const void* weight_mean,  // A [d], contiguous; read for the global mean only
+                     const void* bias_mean,    // A [1], or null without bias; read for the global mean only
+                     void* loss,               // A [R]
+                     void* residual,           // A [R,K], contiguous
+                     int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, Center center, double constant,
+                     cudaStream_t stream);
 
 // shift[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r.
-void linear_mean_shift(
-    Dtype dtype,
-    const void* grad,      // A [R], contiguous
-    const void* residual,  // A [R,K], contiguous
-    void* shift,           // A [R]
-    int64_t rows, int64_t vocab_size, int64_t k, cudaStream_t stream);
+void linear_mean_shift(Dtype dtype,
+                       const void* grad,      // A [R], contiguous
+                       const void* residual,  // A [R,K], contiguous
+                       void* shift,           // A [R]
+                       int64_t rows, int64_t vocab_size, int64_t k, cudaStream_t stream);
 
 // How many slices of K the gradient of hidden is summed in (rows > 0); partial has this many.
 int64_t linear_grad_hidden_slices(int64_t rows, int64_t k);
 
 // grad_hidden[r] += sum_k g[r,k] weight[i_rk] + V s[r] weight_mean
-void linear_grad_hidden(
-    Dtype dtype, bool index64,
-    const void* grad,      // A [R], contiguous
-    const void* residual,  // A [R,K], contiguous
-    const void* weight,    // T [V,d]
-    int64_t weight_stride,
-    const void* index,        // I [R,K], contiguous
-    const void* weight_mean,  // A [d], contiguous; read with shift only
-    const void* shift,        // A [R], or null: the gradient does not flow through the mean
-    void* partial,            // A [slices,R,d], scratch
-    void* grad_hidden,        // T [R,d]
-    int64_t grad_hidden_stride,
-    int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream);
+void linear_grad_hidden(Dtype dtype, bool index64,
+                        const void* grad,      // A [R], contiguous
+                        const void* residual,  // A [R,K], contiguous
+                        const void* weight,    // T [V,d]
+                        int64_t weight_stride,
+                        const void* index,        // I [R,K], contiguous
+                        const void* weight_mean,  // A [d], contiguous; read with shift only
+                        const void* shift,        // A [R], or null: the gradient does not flow through the mean
+                        void* partial,            // A [slices,R,d], scratch
+                        void* grad_hidden,        // T [R,d]
+                        int64_t grad_hidden_stride, int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k,
+                        cudaStream_t stream);
 
 // grad_weight[v] += sum_{(r,k): i_rk=v} g[r,k] hidden[r] + sum_r s[r] hidden[r]
 // grad_bias[v]   += sum_{(r,k): i_rk=v} g[r,k] + sum_r s[r]
-void linear_grad_weight(
-    Dtype dtype, bool index64,
-    const void* grad,             // A [R], contiguous
-    const void* residual,         // A [R,K], contiguous
-    const void* hidden,           // T [R,d], contiguous
-    const void* sorted_index,     // I [R*K], index.flatten() in ascending order
-    const int64_t* sorted_order,  // [R*K], where each stood before a stable sort
-    const void* shift,            // A [R], or null: the gradient does not flow through the mean
-    int64_t* offsets,             // [V+1], scratch
-    void* mean_row,               // A [d], scratch, or null where shift is
-    void* grad_weight,            // T [V,d], or null: not asked for
-    int64_t grad_weight_stride,
-    void* grad_bias,  // T [V], contiguous, or null: not asked for
-    int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream);
+void linear_grad_weight(Dtype dtype, bool index64,
+                        const void* grad,             // A [R], contiguous
+                        const void* residual,         // A [R,K], contiguous
+                        const void* hidden,           // T [R,d], contiguous
+                        const void* sorted_index,     // I [R*K], index.flatten() in ascending order
+                        const int64_t* sorted_order,  // [R*K], where each stood before a stable sort
+                        const void* shift,            // A [R], or null: the gradient does not flow through the mean
+                        int64_t* offsets,             // [V+1], scratch
+                        void* mean_row,               // A [d], scratch, or null where shift is
+                        void* grad_weight,            // T [V,d], or null: not asked for
+                        int64_t grad_weight_stride,
+                        void* grad_bias,  // T [V], contiguous, or null: not asked for
+                        int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream);
 
 // In place: logits becomes row_weight[r] (softmax(z) - onehot(label)).
-void cross_entropy_(
-    Dtype dtype,
-    void* logits,  // T [R,V]
-    int64_t logits_stride,
-    const int64_t* labels,   // [R], contiguous
-    const void* row_weight,  // A [R], contiguous
-    void* loss,              // A [R]
-    int64_t rows, int64_t vocab_size, cudaStream_t stream);
+void cross_entropy_(Dtype dtype,
+                    void* logits,  // T [R,V]
+                    int64_t logits_stride,
+                    const int64_t* labels,   // [R], contiguous
+                    const void* row_weight,  // A [R], contiguous
+                    void* loss,              // A [R]
+                    int64_t rows, int64_t vocab_size, cudaStream_t stream);
 
 // In place: logits becomes row_weight[r] times the gradient of the row's KL divergence.
-void kl_div_(
-    Dtype dtype,
-    void* logits,  // T [R,V]
-    int64_t logits_stride,
-    const void* ref_logits,  // T [R,V]
-    int64_t ref_stride,
-    const void* row_weight,  // A [R], contiguous
-    void* loss,              // A [R]
-    int64_t rows, int64_t vocab_size, bool reverse, cudaStream_t stream);
+void kl_div_(Dtype dtype,
+             void* logits,  // T [R,V]
+             int64_t logits_stride,
+             const void* ref_logits,  // T [R,V]
+             int64_t ref_stride,
+             const void* row_weight,  // A [R], contiguous
+             void* loss,              // A [R]
+             int64_t rows, int64_t vocab_size, bool reverse, cudaStream_t stream);
 
 // tensor *= factor, where factor lies on the device: no host synchronisation.
-void scale_(
-    Dtype dtype, bool factor64,
-    void* tensor,        // T [n], contiguous
-    const void* factor,  // float64 [1] if factor64, else float32 [1]
-    int64_t n, cudaStream_t stream);
+void scale_(Dtype dtype, bool factor64,
+            void* tensor,        // T [n], contiguous
+            const void* factor,  // float64 [1] if factor64, else float32 [1]
+            int64_t n, cudaStream_t stream);
 
 }  // namespace palu::cuda

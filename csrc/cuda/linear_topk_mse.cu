@@ -17,12 +17,12 @@ constexpr int kUnroll = 8;  // loads of weight per thread in flight
 
 template <typename T>
 bool is_packed(const void* data, int64_t row_stride, int64_t row_size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kPack<T> == 0 &&
-         row_size % kPack<T> == 0;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kPack<T> == 0 && row_size % kPack<T> == 0;
 }
 
 // Calls f with the integral constant kWidth.
-template <typename T, typename F> void dispatch_width(bool packed, F f) {
+template <typename T, typename F>
+void dispatch_width(bool packed, F f) {
   if (packed) {
     f(std::integral_constant<int, kPack<T>>{});
   } else {
@@ -48,14 +48,14 @@ __device__ Pack<T, kWidth> load_pack(const T* row, int64_t pack) {
 
 // logit[r,k] = hidden[r] . weight[i_rk] + bias[i_rk]; a warp per (r,k).
 template <typename T, typename I, int kWidth>
-__global__ __launch_bounds__(kThreads) void gather_dot_kernel(
-    const T* __restrict__ hidden,  // [R,d]
-    const T* __restrict__ weight,  // [V,d]
-    int64_t weight_stride,
-    const I* __restrict__ index,    // [R,K]
-    const T* __restrict__ bias,     // [V] or null
-    Acc<T>* __restrict__ logit,     // [R,K]
-    int64_t pairs, int64_t vocab_size, int64_t hidden_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void gather_dot_kernel(const T* __restrict__ hidden,  // [R,d]
+                                                              const T* __restrict__ weight,  // [V,d]
+                                                              int64_t weight_stride,
+                                                              const I* __restrict__ index,  // [R,K]
+                                                              const T* __restrict__ bias,   // [V] or null
+                                                              Acc<T>* __restrict__ logit,   // [R,K]
+                                                              int64_t pairs, int64_t vocab_size, int64_t hidden_size,
+                                                              int64_t k) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -128,42 +128,41 @@ __global__ __launch_bounds__(kThreads) void center_kernel(
 // ---- backward ----
 
 // g[r,k] = gradient_scale(grad[r], K) residual[r,k]
-template <typename A> __device__ A gradient_scale(A grad, int64_t k) {
+template <typename A>
+__device__ A gradient_scale(A grad, int64_t k) {
   return A(2) / static_cast<A>(k) * grad;
 }
 
 // shift[r] = -(1/V) sum_k g[r,k]; a block per row.
 template <typename A>
-__global__ __launch_bounds__(kThreads) void mean_shift_kernel(
-    const A* __restrict__ grad,      // [R]
-    const A* __restrict__ residual,  // [R,K]
-    A* __restrict__ shift,           // [R]
-    int64_t vocab_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void mean_shift_kernel(const A* __restrict__ grad,      // [R]
+                                                              const A* __restrict__ residual,  // [R,K]
+                                                              A* __restrict__ shift,           // [R]
+                                                              int64_t vocab_size, int64_t k) {
   residual += blockIdx.x * k;
   A sum = 0;
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += residual[j];
   sum = block_reduce(sum, A(0), Sum());
   if (threadIdx.x == 0) {
-    shift[blockIdx.x] =
-        -gradient_scale(grad[blockIdx.x], k) * sum / static_cast<A>(vocab_size);
+    shift[blockIdx.x] = -gradient_scale(grad[blockIdx.x], k) * sum / static_cast<A>(vocab_size);
   }
 }
 
 // The gradient of hidden in two steps, so that few rows still fill the GPU: a block sums one slice of
 // the K terms for a stretch of columns, then a thread per element adds the slices in order.
-constexpr int kChunk = 32;             // terms whose weights and places a block keeps at a time
+constexpr int kChunk = 32;              // terms whose weights and places a block keeps at a time
 constexpr int64_t kSliceBlocks = 1024;  // enough for any GPU
 
 template <typename T, typename I, int kWidth>
-__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(
-    const Acc<T>* __restrict__ grad,      // [R]
-    const Acc<T>* __restrict__ residual,  // [R,K]
-    const T* __restrict__ weight,         // [V,d]
-    int64_t weight_stride,
-    const I* __restrict__ index,     // [R,K]
-    Acc<T>* __restrict__ partial,    // [slices,R,d]
-    int64_t rows, int64_t slices, int64_t vocab_size, int64_t hidden_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T>* __restrict__ grad,      // [R]
+                                                                     const Acc<T>* __restrict__ residual,  // [R,K]
+                                                                     const T* __restrict__ weight,         // [V,d]
+                                                                     int64_t weight_stride,
+                                                                     const I* __restrict__ index,   // [R,K]
+                                                                     Acc<T>* __restrict__ partial,  // [slices,R,d]
+                                                                     int64_t rows, int64_t slices, int64_t vocab_size,
+                                                                     int64_t hidden_size, int64_t k) {
   using A = Acc<T>;
   __shared__ A g[kChunk];
   __shared__ int64_t place[kChunk];
@@ -210,8 +209,7 @@ __global__ __launch_bounds__(kThreads) void grad_hidden_kernel(
     const Acc<T>* __restrict__ weight_mean,  // [d]; read with shift only
     const Acc<T>* __restrict__ shift,        // [R] or null
     T* __restrict__ grad_hidden,             // [R,d]
-    int64_t grad_hidden_stride, int64_t rows, int64_t slices, int64_t vocab_size,
-    int64_t hidden_size) {
+    int64_t grad_hidden_stride, int64_t rows, int64_t slices, int64_t vocab_size, int64_t hidden_size) {
   using A = Acc<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows * hidden_size) return;
@@ -225,11 +223,10 @@ __global__ __launch_bounds__(kThreads) void grad_hidden_kernel(
 
 // mean_row = sum_r shift[r] hidden[r], which every row of grad_weight receives; a thread per column.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void mean_row_kernel(
-    const T* __restrict__ hidden,      // [R,d]
-    const Acc<T>* __restrict__ shift,  // [R]
-    Acc<T>* __restrict__ mean_row,     // [d]
-    int64_t rows, int64_t hidden_size) {
+__global__ __launch_bounds__(kThreads) void mean_row_kernel(const T* __restrict__ hidden,      // [R,d]
+                                                            const Acc<T>* __restrict__ shift,  // [R]
+                                                            Acc<T>* __restrict__ mean_row,     // [d]
+                                                            int64_t rows, int64_t hidden_size) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (column >= hidden_size) return;
   Acc<T> sum = 0;
@@ -240,10 +237,9 @@ __global__ __launch_bounds__(kThreads) void mean_row_kernel(
 
 // offsets[v] = how many of the sorted indices are below v: entry v's own are offsets[v] .. offsets[v+1].
 template <typename I>
-__global__ __launch_bounds__(kThreads) void offsets_kernel(
-    const I* __restrict__ sorted_index,  // [R*K]
-    int64_t* __restrict__ offsets,       // [V+1]
-    int64_t pairs, int64_t vocab_size) {
+__global__ __launch_bounds__(kThreads) void offsets_kernel(const I* __restrict__ sorted_index,  // [R*K]
+                                                           int64_t* __restrict__ offsets,       // [V+1]
+                                                           int64_t pairs, int64_t vocab_size) {
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (v > vocab_size) return;
   int64_t low = 0, high = pairs;
@@ -260,15 +256,15 @@ __global__ __launch_bounds__(kThreads) void offsets_kernel(
 
 // A block per vocabulary entry: adds its own terms in the order (r,k), then the mean row.
 template <typename T, int kWidth>
-__global__ __launch_bounds__(kThreads) void grad_weight_kernel(
-    const Acc<T>* __restrict__ grad,            // [R]
-    const Acc<T>* __restrict__ residual,        // [R,K]
-    const T* __restrict__ hidden,               // [R,d]
-    const int64_t* __restrict__ sorted_order,   // [R*K]
-    const int64_t* __restrict__ offsets,        // [V+1]
-    const Acc<T>* __restrict__ mean_row,        // [d] or null
-    T* __restrict__ grad_weight,                // [V,d]
-    int64_t grad_weight_stride, int64_t hidden_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __restrict__ grad,           // [R]
+                                                               const Acc<T>* __restrict__ residual,       // [R,K]
+                                                               const T* __restrict__ hidden,              // [R,d]
+                                                               const int64_t* __restrict__ sorted_order,  // [R*K]
+                                                               const int64_t* __restrict__ offsets,       // [V+1]
+                                                               const Acc<T>* __restrict__ mean_row,       // [d] or null
+                                                               T* __restrict__ grad_weight,               // [V,d]
+                                                               int64_t grad_weight_stride, int64_t hidden_size,
+                                                               int64_t k) {
   using A = Acc<T>;
   const int64_t v = blockIdx.x;
   const int64_t begin = offsets[v], end = offsets[v + 1];
@@ -293,14 +289,13 @@ __global__ __launch_bounds__(kThreads) void grad_weight_kernel(
 
 // A thread per vocabulary entry, as above for the bias.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void grad_bias_kernel(
-    const Acc<T>* __restrict__ grad,            // [R]
-    const Acc<T>* __restrict__ residual,        // [R,K]
-    const int64_t* __restrict__ sorted_order,   // [R*K]
-    const int64_t* __restrict__ offsets,        // [V+1]
-    const Acc<T>* __restrict__ shift,           // [R] or null
-    T* __restrict__ grad_bias,                  // [V]
-    int64_t rows, int64_t vocab_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __restrict__ grad,           // [R]
+                                                             const Acc<T>* __restrict__ residual,       // [R,K]
+                                                             const int64_t* __restrict__ sorted_order,  // [R*K]
+                                                             const int64_t* __restrict__ offsets,       // [V+1]
+                                                             const Acc<T>* __restrict__ shift,          // [R] or null
+                                                             T* __restrict__ grad_bias,                 // [V]
+                                                             int64_t rows, int64_t vocab_size, int64_t k) {
   using A = Acc<T>;
   A sum = 0;
   if (shift) {
@@ -318,32 +313,28 @@ __global__ __launch_bounds__(kThreads) void grad_bias_kernel(
 
 }  // namespace
 
-void linear_topk_mse(Dtype dtype, bool index64, const void* hidden, const void* weight,
-                     int64_t weight_stride, const void* index, const void* bias,
-                     const void* weight_mean, const void* bias_mean, void* loss, void* residual,
-                     int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k,
-                     Center center, double constant, cudaStream_t stream) {
+void linear_topk_mse(Dtype dtype, bool index64, const void* hidden, const void* weight, int64_t weight_stride,
+                     const void* index, const void* bias, const void* weight_mean, const void* bias_mean, void* loss,
+                     void* residual, int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, Center center,
+                     double constant, cudaStream_t stream) {
   if (rows == 0) return;
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    const bool packed = is_packed<T>(hidden, hidden_size, hidden_size) &&
-                        is_packed<T>(weight, weight_stride, hidden_size);
+    const bool packed =
+        is_packed<T>(hidden, hidden_size, hidden_size) && is_packed<T>(weight, weight_stride, hidden_size);
     dispatch_index(index64, [&](auto i) {
       using I = decltype(i);
       dispatch_width<T>(packed, [&](auto width) {
-        gather_dot_kernel<T, I, decltype(width)::value>
-            <<<blocks_for(rows * k, kThreads / 32), kThreads, 0, stream>>>(
-                static_cast<const T*>(hidden), static_cast<const T*>(weight), weight_stride,
-                static_cast<const I*>(index), static_cast<const T*>(bias), static_cast<A*>(residual),
-                rows * k, vocab_size, hidden_size, k);
+        gather_dot_kernel<T, I, decltype(width)::value><<<blocks_for(rows * k, kThreads / 32), kThreads, 0, stream>>>(
+            static_cast<const T*>(hidden), static_cast<const T*>(weight), weight_stride, static_cast<const I*>(index),
+            static_cast<const T*>(bias), static_cast<A*>(residual), rows * k, vocab_size, hidden_size, k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });
     center_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-        static_cast<const T*>(hidden), static_cast<const A*>(weight_mean),
-        static_cast<const A*>(bias_mean), static_cast<A*>(loss), static_cast<A*>(residual),
-        hidden_size, k, center, static_cast<A>(constant));
+        static_cast<const T*>(hidden), static_cast<const A*>(weight_mean), static_cast<const A*>(bias_mean),
+        static_cast<A*>(loss), static_cast<A*>(residual), hidden_size, k, center, static_cast<A>(constant));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -354,8 +345,7 @@ void linear_mean_shift(Dtype dtype, const void* grad, const void* residual, void
   dispatch(dtype, [&](auto t) {
     using A = Acc<decltype(t)>;
     mean_shift_kernel<A><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-        static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<A*>(shift),
-        vocab_size, k);
+        static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<A*>(shift), vocab_size, k);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -365,11 +355,10 @@ int64_t linear_grad_hidden_slices(int64_t rows, int64_t k) {
   return wanted < chunks ? wanted : chunks;
 }
 
-void linear_grad_hidden(Dtype dtype, bool index64, const void* grad, const void* residual,
-                        const void* weight, int64_t weight_stride, const void* index,
-                        const void* weight_mean, const void* shift, void* partial,
-                        void* grad_hidden, int64_t grad_hidden_stride, int64_t rows,
-                        int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream) {
+void linear_grad_hidden(Dtype dtype, bool index64, const void* grad, const void* residual, const void* weight,
+                        int64_t weight_stride, const void* index, const void* weight_mean, const void* shift,
+                        void* partial, void* grad_hidden, int64_t grad_hidden_stride, int64_t rows, int64_t vocab_size,
+                        int64_t hidden_size, int64_t k, cudaStream_t stream) {
   if (rows == 0 || hidden_size == 0) return;
   const int64_t slices = linear_grad_hidden_slices(rows, k);
   dispatch(dtype, [&](auto t) {
@@ -379,27 +368,23 @@ void linear_grad_hidden(Dtype dtype, bool index64, const void* grad, const void*
       using I = decltype(i);
       dispatch_width<T>(is_packed<T>(weight, weight_stride, hidden_size), [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        const dim3 blocks(static_cast<unsigned>(rows * slices),
-                          blocks_for(hidden_size / kWidth, kThreads));
+        const dim3 blocks(static_cast<unsigned>(rows * slices), blocks_for(hidden_size / kWidth, kThreads));
         grad_hidden_slice_kernel<T, I, kWidth><<<blocks, kThreads, 0, stream>>>(
-            static_cast<const A*>(grad), static_cast<const A*>(residual),
-            static_cast<const T*>(weight), weight_stride, static_cast<const I*>(index),
-            static_cast<A*>(partial), rows, slices, vocab_size, hidden_size, k);
+            static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const T*>(weight), weight_stride,
+            static_cast<const I*>(index), static_cast<A*>(partial), rows, slices, vocab_size, hidden_size, k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });
     grad_hidden_kernel<T><<<blocks_for(rows * hidden_size, kThreads), kThreads, 0, stream>>>(
-        static_cast<const A*>(partial), static_cast<const A*>(weight_mean),
-        static_cast<const A*>(shift), static_cast<T*>(grad_hidden), grad_hidden_stride, rows, slices,
-        vocab_size, hidden_size);
+        static_cast<const A*>(partial), static_cast<const A*>(weight_mean), static_cast<const A*>(shift),
+        static_cast<T*>(grad_hidden), grad_hidden_stride, rows, slices, vocab_size, hidden_size);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
-void linear_grad_weight(Dtype dtype, bool index64, const void* grad, const void* residual,
-                        const void* hidden, const void* sorted_index, const int64_t* sorted_order,
-                        const void* shift, int64_t* offsets, void* mean_row, void* grad_weight,
-                        int64_t grad_weight_stride, void* grad_bias, int64_t rows,
+void linear_grad_weight(Dtype dtype, bool index64, const void* grad, const void* residual, const void* hidden,
+                        const void* sorted_index, const int64_t* sorted_order, const void* shift, int64_t* offsets,
+                        void* mean_row, void* grad_weight, int64_t grad_weight_stride, void* grad_bias, int64_t rows,
                         int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream) {
   if (rows == 0) return;
   dispatch_index(index64, [&](auto i) {
@@ -414,19 +399,16 @@ void linear_grad_weight(Dtype dtype, bool index64, const void* grad, const void*
     if (grad_weight && hidden_size > 0) {
       if (shift) {
         mean_row_kernel<T><<<blocks_for(hidden_size, kThreads), kThreads, 0, stream>>>(
-            static_cast<const T*>(hidden), static_cast<const A*>(shift), static_cast<A*>(mean_row),
-            rows, hidden_size);
+            static_cast<const T*>(hidden), static_cast<const A*>(shift), static_cast<A*>(mean_row), rows, hidden_size);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       }
-      const bool packed = is_packed<T>(hidden, hidden_size, hidden_size) &&
-                          is_packed<T>(grad_weight, grad_weight_stride, hidden_size);
+      const bool packed =
+          is_packed<T>(hidden, hidden_size, hidden_size) && is_packed<T>(grad_weight, grad_weight_stride, hidden_size);
       dispatch_width<T>(packed, [&](auto width) {
-        grad_weight_kernel<T, decltype(width)::value>
-            <<<static_cast<unsigned>(vocab_size), kThreads, 0, stream>>>(
-                static_cast<const A*>(grad), static_cast<const A*>(residual),
-                static_cast<const T*>(hidden), sorted_order, offsets,
-                shift ? static_cast<const A*>(mean_row) : nullptr, static_cast<T*>(grad_weight),
-                grad_weight_stride, hidden_size, k);
+        grad_weight_kernel<T, decltype(width)::value><<<static_cast<unsigned>(vocab_size), kThreads, 0, stream>>>(
+            static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const T*>(hidden), sorted_order,
+            offsets, shift ? static_cast<const A*>(mean_row) : nullptr, static_cast<T*>(grad_weight),
+            grad_weight_stride, hidden_size, k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     }

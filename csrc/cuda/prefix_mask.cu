@@ -12,11 +12,10 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kSteps = 8;
 
-__global__ void prefix_mask_kernel(
-    const int64_t* __restrict__ labels,  // [B,T]
-    int64_t batch_stride, int64_t token_stride,
-    bool* __restrict__ mask,  // [B,T]
-    int64_t batch, int64_t length, int64_t n, int64_t eos) {
+__global__ void prefix_mask_kernel(const int64_t* __restrict__ labels,  // [B,T]
+                                   int64_t batch_stride, int64_t token_stride,
+                                   bool* __restrict__ mask,  // [B,T]
+                                   int64_t batch, int64_t length, int64_t n, int64_t eos) {
   const int lane = threadIdx.x % 32;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (b >= batch) return;
@@ -47,12 +46,12 @@ __global__ void prefix_mask_kernel(
 
 }  // namespace
 
-void prefix_mask(const int64_t* labels, int64_t batch_stride, int64_t token_stride, bool* mask,
-                 int64_t batch, int64_t length, int64_t n, int64_t eos, cudaStream_t stream) {
+void prefix_mask(const int64_t* labels, int64_t batch_stride, int64_t token_stride, bool* mask, int64_t batch,
+                 int64_t length, int64_t n, int64_t eos, cudaStream_t stream) {
   if (batch == 0 || length == 0) return;
   const auto blocks = static_cast<unsigned>((batch + kWarps - 1) / kWarps);
-  prefix_mask_kernel<<<blocks, 32 * kWarps, 0, stream>>>(
-      labels, batch_stride, token_stride, mask, batch, length, n, eos);
+  prefix_mask_kernel<<<blocks, 32 * kWarps, 0, stream>>>(labels, batch_stride, token_stride, mask, batch, length, n,
+                                                         eos);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -6,14 +6,13 @@ namespace palu::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kUnroll = 4;           // packs per thread in flight
+constexpr int kUnroll = 4;            // packs per thread in flight
 constexpr int64_t kMaxBlocks = 1024;  // fills any GPU, and leaves quickly when there is nothing to do
 
 template <typename T, typename F>
-__global__ __launch_bounds__(kThreads) void scale_kernel(
-    T* tensor,                      // [n]
-    const F* __restrict__ factor,   // [1]
-    int64_t n) {
+__global__ __launch_bounds__(kThreads) void scale_kernel(T* tensor,                     // [n]
+                                                         const F* __restrict__ factor,  // [1]
+                                                         int64_t n) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   const F exact = *factor;
@@ -38,8 +37,7 @@ __global__ __launch_bounds__(kThreads) void scale_kernel(
 
 }  // namespace
 
-void scale_(Dtype dtype, bool factor64, void* tensor, const void* factor, int64_t n,
-            cudaStream_t stream) {
+void scale_(Dtype dtype, bool factor64, void* tensor, const void* factor, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
@@ -47,11 +45,9 @@ void scale_(Dtype dtype, bool factor64, void* tensor, const void* factor, int64_
     const int64_t needed = (n + kPack<T> - 1 + per_block - 1) / per_block;
     const auto blocks = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
     if (factor64) {
-      scale_kernel<<<blocks, kThreads, 0, stream>>>(
-          static_cast<T*>(tensor), static_cast<const double*>(factor), n);
+      scale_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(tensor), static_cast<const double*>(factor), n);
     } else {
-      scale_kernel<<<blocks, kThreads, 0, stream>>>(
-          static_cast<T*>(tensor), static_cast<const float*>(factor), n);
+      scale_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(tensor), static_cast<const float*>(factor), n);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

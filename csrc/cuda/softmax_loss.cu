@@ -37,7 +37,8 @@ __device__ inline double fast_exp(double x) { return exp(x); }
 
 // max_v z_v and sum_v exp(z_v - max) of what has been seen of a row. The maximum starts at the lowest
 // finite value instead of -inf, so that exp(z - max) is never exp(-inf + inf).
-template <typename A> struct Partition {
+template <typename A>
+struct Partition {
   A max = lowest<A>();
   A sum = 0;
 
@@ -52,13 +53,15 @@ template <typename A> struct Partition {
 };
 
 // Joins the parts that the threads of a team hold; returns the factor as `raise` does.
-template <typename A> __device__ A join(Partition<A>& part) {
+template <typename A>
+__device__ A join(Partition<A>& part) {
   const A factor = part.raise(row_reduce(part.max, lowest<A>(), Max()));
   part.sum = row_reduce(part.sum, A(0), Sum());
   return factor;
 }
 
-template <typename T, int U> __device__ Acc<T> max_of(const uint4 (&packs)[U]) {
+template <typename T, int U>
+__device__ Acc<T> max_of(const uint4 (&packs)[U]) {
   Acc<T> largest = lowest<Acc<T>>();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -71,13 +74,12 @@ template <typename T, int U> __device__ Acc<T> max_of(const uint4 (&packs)[U]) {
 }
 
 template <typename T>
-__global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(
-    T* logits,  // [R,V]
-    int64_t logits_stride,
-    const int64_t* __restrict__ labels,      // [R]
-    const Acc<T>* __restrict__ row_weight,   // [R]
-    Acc<T>* __restrict__ loss,               // [R]
-    int64_t vocab_size) {
+__global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(T* logits,  // [R,V]
+                                                                       int64_t logits_stride,
+                                                                       const int64_t* __restrict__ labels,     // [R]
+                                                                       const Acc<T>* __restrict__ row_weight,  // [R]
+                                                                       Acc<T>* __restrict__ loss,              // [R]
+                                                                       int64_t vocab_size) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   const RowTeam team = row_team();
@@ -126,14 +128,13 @@ __global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(
 }
 
 template <typename T, bool kReverse>
-__global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(
-    T* logits,  // [R,V]
-    int64_t logits_stride,
-    const T* __restrict__ ref_logits,  // [R,V]
-    int64_t ref_stride,
-    const Acc<T>* __restrict__ row_weight,  // [R]
-    Acc<T>* __restrict__ loss,              // [R]
-    int64_t vocab_size) {
+__global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(T* logits,  // [R,V]
+                                                                int64_t logits_stride,
+                                                                const T* __restrict__ ref_logits,  // [R,V]
+                                                                int64_t ref_stride,
+                                                                const Acc<T>* __restrict__ row_weight,  // [R]
+                                                                Acc<T>* __restrict__ loss,              // [R]
+                                                                int64_t vocab_size) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   const RowTeam team = row_team();
@@ -187,8 +188,7 @@ __global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(
       for (int n = 0; n < N; ++n) {
         const A x = zp[n], y = zq[n];
         const A wp = scale_p * fast_exp(x - p.max);
-        zp[n] = kReverse ? wp * ((x - y) - lse_difference - divergence)
-                         : wp - scale_q * fast_exp(y - q.max);
+        zp[n] = kReverse ? wp * ((x - y) - lse_difference - divergence) : wp - scale_q * fast_exp(y - q.max);
       }
       store_pack(row, e + u * step, vocab_size, zp);
     }
@@ -197,9 +197,8 @@ __global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(
 
 }  // namespace
 
-void cross_entropy_(Dtype dtype, void* logits, int64_t logits_stride, const int64_t* labels,
-                    const void* row_weight, void* loss, int64_t rows, int64_t vocab_size,
-                    cudaStream_t stream) {
+void cross_entropy_(Dtype dtype, void* logits, int64_t logits_stride, const int64_t* labels, const void* row_weight,
+                    void* loss, int64_t rows, int64_t vocab_size, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
@@ -209,16 +208,15 @@ void cross_entropy_(Dtype dtype, void* logits, int64_t logits_stride, const int6
   });
 }
 
-void kl_div_(Dtype dtype, void* logits, int64_t logits_stride, const void* ref_logits,
-             int64_t ref_stride, const void* row_weight, void* loss, int64_t rows,
-             int64_t vocab_size, bool reverse, cudaStream_t stream) {
+void kl_div_(Dtype dtype, void* logits, int64_t logits_stride, const void* ref_logits, int64_t ref_stride,
+             const void* row_weight, void* loss, int64_t rows, int64_t vocab_size, bool reverse, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
     launch_rows(reverse ? kl_div_kernel<T, true> : kl_div_kernel<T, false>, rows,
-                2 * vocab_size * static_cast<int64_t>(sizeof(T)), stream, static_cast<T*>(logits),
-                logits_stride, static_cast<const T*>(ref_logits), ref_stride,
-                static_cast<const A*>(row_weight), static_cast<A*>(loss), vocab_size);
+                2 * vocab_size * static_cast<int64_t>(sizeof(T)), stream, static_cast<T*>(logits), logits_stride,
+                static_cast<const T*>(ref_logits), ref_stride, static_cast<const A*>(row_weight), static_cast<A*>(loss),
+                vocab_size);
   });
 }
 

@@ -33,13 +33,13 @@ __device__ void load_index(const I* __restrict__ index, int64_t first, int64_t k
 
 // A block per row: streams the row for its mean, then gathers.
 template <typename T, typename I>
-__global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(
-    const T* __restrict__ logits,  // [R,V]
-    int64_t logits_stride,
-    const I* __restrict__ index,    // [R,K]
-    Acc<T>* __restrict__ loss,      // [R]
-    Acc<T>* __restrict__ residual,  // [R,K]
-    int64_t vocab_size, int64_t k, Center center, Acc<T> constant) {
+__global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(const T* __restrict__ logits,  // [R,V]
+                                                             int64_t logits_stride,
+                                                             const I* __restrict__ index,    // [R,K]
+                                                             Acc<T>* __restrict__ loss,      // [R]
+                                                             Acc<T>* __restrict__ residual,  // [R,K]
+                                                             int64_t vocab_size, int64_t k, Center center,
+                                                             Acc<T> constant) {
   using A = Acc<T>;
   const int64_t r = blockIdx.x;
   const T* row = logits + r * logits_stride;
@@ -104,16 +104,19 @@ __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(
 constexpr int kTileBytes = 64 * 1024;  // with its bits, three times in a multiprocessor's shared memory
 constexpr int kTileThreads = 512;
 constexpr int kTileUnroll = 4;
-template <typename T> constexpr int kTile = kTileBytes / sizeof(T);  // elements
-template <typename T> constexpr int kTileShared = kTileBytes + 2 * kTile<T> / 8;
+template <typename T>
+constexpr int kTile = kTileBytes / sizeof(T);  // elements
+template <typename T>
+constexpr int kTileShared = kTileBytes + 2 * kTile<T> / 8;
 
 template <typename T, typename I>
-__global__ __launch_bounds__(kTileThreads, 3) void topk_mse_backward_kernel(
-    const Acc<T>* __restrict__ grad,      // [R]
-    const Acc<T>* __restrict__ residual,  // [R,K]
-    const I* __restrict__ index,          // [R,K]
-    T* __restrict__ grad_logits,          // [R,V]
-    int64_t grad_stride, int64_t tiles, int64_t vocab_size, int64_t k, bool through_mean) {
+__global__ __launch_bounds__(kTileThreads,
+                             3) void topk_mse_backward_kernel(const Acc<T>* __restrict__ grad,      // [R]
+                                                              const Acc<T>* __restrict__ residual,  // [R,K]
+                                                              const I* __restrict__ index,          // [R,K]
+                                                              T* __restrict__ grad_logits,          // [R,V]
+                                                              int64_t grad_stride, int64_t tiles, int64_t vocab_size,
+                                                              int64_t k, bool through_mean) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   extern __shared__ uint4 shared[];
@@ -211,9 +214,9 @@ __global__ __launch_bounds__(kTileThreads, 3) void topk_mse_backward_kernel(
 
 }  // namespace
 
-void topk_mse(Dtype dtype, bool index64, const void* logits, int64_t logits_stride, const void* index,
-              void* loss, void* residual, int64_t rows, int64_t vocab_size, int64_t k, Center center,
-              double constant, cudaStream_t stream) {
+void topk_mse(Dtype dtype, bool index64, const void* logits, int64_t logits_stride, const void* index, void* loss,
+              void* residual, int64_t rows, int64_t vocab_size, int64_t k, Center center, double constant,
+              cudaStream_t stream) {
   if (rows == 0) return;
   dispatch(dtype, [&](auto t) {
     dispatch_index(index64, [&](auto i) {
@@ -221,17 +224,16 @@ void topk_mse(Dtype dtype, bool index64, const void* logits, int64_t logits_stri
       using I = decltype(i);
       using A = Acc<T>;
       topk_mse_kernel<T, I><<<static_cast<unsigned>(rows), kBlock, 0, stream>>>(
-          static_cast<const T*>(logits), logits_stride, static_cast<const I*>(index),
-          static_cast<A*>(loss), static_cast<A*>(residual), vocab_size, k, center,
-          static_cast<A>(constant));
+          static_cast<const T*>(logits), logits_stride, static_cast<const I*>(index), static_cast<A*>(loss),
+          static_cast<A*>(residual), vocab_size, k, center, static_cast<A>(constant));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
 }
 
-void topk_mse_backward(Dtype dtype, bool index64, const void* grad, const void* residual,
-                       const void* index, void* grad_logits, int64_t grad_stride, int64_t rows,
-                       int64_t vocab_size, int64_t k, bool through_mean, cudaStream_t stream) {
+void topk_mse_backward(Dtype dtype, bool index64, const void* grad, const void* residual, const void* index,
+                       void* grad_logits, int64_t grad_stride, int64_t rows, int64_t vocab_size, int64_t k,
+                       bool through_mean, cudaStream_t stream) {
   if (rows == 0) return;
   dispatch(dtype, [&](auto t) {
     dispatch_index(index64, [&](auto i) {
@@ -239,13 +241,11 @@ void topk_mse_backward(Dtype dtype, bool index64, const void* grad, const void* 
       using I = decltype(i);
       using A = Acc<T>;
       const int64_t tiles = (vocab_size + kPack<T> - 1 + kTile<T> - 1) / kTile<T>;  // at the largest lead
-      C10_CUDA_CHECK(cudaFuncSetAttribute(topk_mse_backward_kernel<T, I>,
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kTileShared<T>));
-      topk_mse_backward_kernel<T, I>
-          <<<static_cast<unsigned>(rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
-              static_cast<const A*>(grad), static_cast<const A*>(residual),
-              static_cast<const I*>(index), static_cast<T*>(grad_logits), grad_stride, tiles,
-              vocab_size, k, through_mean);
+      C10_CUDA_CHECK(cudaFuncSetAttribute(topk_mse_backward_kernel<T, I>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          kTileShared<T>));
+      topk_mse_backward_kernel<T, I><<<static_cast<unsigned>(rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
+          static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const I*>(index),
+          static_cast<T*>(grad_logits), grad_stride, tiles, vocab_size, k, through_mean);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
