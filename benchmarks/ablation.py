@@ -16,9 +16,9 @@ from tofu_table import COLUMNS, begin, markdown, parser_of, summary, write
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "published loss": {"normalize": False, "top_k": 5000},
-    "not normalized": {"normalize": False},
-    "K=1": {"top_k": 1},
+    "no anchors": {"anchors": 0},
+    "K=5": {"top_k": 5},
+    "K=50": {"top_k": 50},
     "K=1000": {"top_k": 1000},
     "K=5000": {"top_k": 5000},
     "K=V": {"top_k": 10**9},
@@ -28,8 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "N=10": {"n": 10},
     "N=all": {"n": -1},
     "target detached": {"target": "global_mean_detached"},
-    "target local mean": {"target": "local_mean"},
+    "target local mean, K=50": {"target": "local_mean", "top_k": 50},
+    "target local mean, K=5": {"target": "local_mean", "top_k": 5},
     "KL forward": {"kl_direction": "forward"},
+    "KL times 4": {"lambda_kl": 4.0},
+    "not normalized": {"normalize": False},
+    "linear decay": {"lr_scheduler": "linear"},
+    "published loss": {"normalize": False, "top_k": 5000, "anchors": 0},
 }
 
 

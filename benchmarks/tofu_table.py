@@ -77,14 +77,15 @@ class Preset:
     teach_batch: int
     epochs: int
     batch_size: int
+    anchors: int  # everyday prompts whose answers PALU keeps; no other method has a KL to keep them by
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     max_new_tokens: int
 
 
 PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
-    "tiny": Preset(20, 20, 10, 15, 2, 10, 8, 5, 4, 5, (5e-5,), (0,), 24),
+    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, 292, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, 40, (5e-5,), (0,), 24),
 }
 
 
@@ -170,7 +171,8 @@ class Bench:
             model, tokenizer = load(str(self.folder))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+            preset = self.preset
+            sizes = {"epochs": preset.epochs, "batch_size": preset.batch_size, "anchors": preset.anchors}
             result = palu.unlearn(
                 model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings
             )

@@ -137,7 +137,7 @@ def unlearn(
             parameters,
             config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=accelerator.device.type in ("cpu", "cuda"),
         )
         objective, optimizer = accelerator.prepare(objective, optimizer)
         feed = Feed(
