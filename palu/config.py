@@ -81,7 +81,7 @@ class UnlearnConfig:
 
     objective: str = "palu"
     n: int = 3
-    top_k: int = 1
+    top_k: int = 5
     target: str | float = "global_mean"
     normalize: bool = True
     gamma: float | None = None
