@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "target local mean": {"target": "local_mean"},
     "target local mean, K=50": {"target": "local_mean", "top_k": 50},
     "KL forward": {"kl_direction": "forward"},
+    "KL times 4": {"lambda_kl": 4.0},
+    "KL times 4, another seed": {"lambda_kl": 4.0, "seed": 1},
     "not normalized": {"normalize": False},
     "linear decay": {"lr_scheduler": "linear"},
     "published loss": {"normalize": False, "top_k": 5000, "anchors": 0},
