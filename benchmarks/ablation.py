@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "target local mean": {"target": "local_mean"},
     "target local mean, K=50": {"target": "local_mean", "top_k": 50},
     "KL forward": {"kl_direction": "forward"},
+    "KL times 2": {"lambda_kl": 2.0},
+    "KL times 2, another seed": {"lambda_kl": 2.0, "seed": 1},
     "KL times 4": {"lambda_kl": 4.0},
     "KL times 4, another seed": {"lambda_kl": 4.0, "seed": 1},
     "not normalized": {"normalize": False},
