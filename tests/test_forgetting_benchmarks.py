@@ -131,6 +131,7 @@ def test_no_model_sees_the_holdout(preset: str) -> None:
 
 def test_each_variant_of_the_ablation_is_a_configuration_of_its_own() -> None:
     assert ablation.VARIANTS["default"] == {}
+    assert not any("," in name for name in ablation.VARIANTS), "--variants separates names by commas"
     configs = {UnlearnConfig(**settings) for settings in ablation.VARIANTS.values()}
     assert len(configs) == len(ablation.VARIANTS), "a variant that changes nothing, or the same as another"
 
