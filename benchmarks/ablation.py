@@ -16,9 +16,11 @@ from tofu_table import COLUMNS, begin, markdown, parser_of, summary, write
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "published loss": {"normalize": False, "top_k": 5000},
-    "not normalized": {"normalize": False},
+    "another seed": {"seed": 1},
+    "a third seed": {"seed": 2},
+    "no anchors": {"anchors": 0},
     "K=1": {"top_k": 1},
+    "K=50": {"top_k": 50},
     "K=1000": {"top_k": 1000},
     "K=5000": {"top_k": 5000},
     "K=V": {"top_k": 10**9},
@@ -29,7 +31,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "N=all": {"n": -1},
     "target detached": {"target": "global_mean_detached"},
     "target local mean": {"target": "local_mean"},
+    "target local mean K=50": {"target": "local_mean", "top_k": 50},
     "KL forward": {"kl_direction": "forward"},
+    "KL times 2": {"lambda_kl": 2.0},
+    "KL times 2 another seed": {"lambda_kl": 2.0, "seed": 1},
+    "KL times 4": {"lambda_kl": 4.0},
+    "KL times 4 another seed": {"lambda_kl": 4.0, "seed": 1},
+    "not normalized": {"normalize": False},
+    "linear decay": {"lr_scheduler": "linear"},
+    "published loss": {"normalize": False, "top_k": 5000, "anchors": 0},
 }
 
 
@@ -51,9 +61,8 @@ def main() -> None:
             for seed in bench.preset.seeds:
                 # The default is one of the table's own runs.
                 name = "palu" if variant == "default" else variant.replace(" ", "-")
-                results = bench.unlearned(
-                    f"{name}-lr{rate:g}-seed{seed}", learning_rate=rate, seed=seed, **VARIANTS[variant]
-                )
+                settings = {"learning_rate": rate, "seed": seed} | VARIANTS[variant]
+                results = bench.unlearned(f"{name}-lr{rate:g}-seed{seed}", **settings)
                 runs.append(summary(results))
             values = {name: [run[name] for run in runs] for name in COLUMNS.values()}
             means = {name: None if None in of_seeds else mean(of_seeds) for name, of_seeds in values.items()}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import Loaded, Row, load, save, teach
+from _models import Loaded, Row, load, mixed_precision, save, teach
 from _stages import Stages, resumable
 from _timing import report
 from _workload import DATA
@@ -166,9 +166,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(device)  # type: ignore[arg-type]
-        return palu.evaluate.muse_news(
-            *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+            return palu.evaluate.muse_news(
+                *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
+            )
 
     def unlearned(method: str) -> dict[str, Any]:
         loaded = load(str(original))
@@ -214,8 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.data / "verbmem_forget.json").exists():
         parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
-    if torch.cuda.is_available():
-        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     with resumable():
         rows = run(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -120,7 +120,6 @@ def main() -> None:
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
-            bf16=True,
         )
         save((model, tokenizer), path)
 

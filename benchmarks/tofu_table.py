@@ -28,7 +28,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from _models import Loaded, Row, load, save, teach
+from _models import Loaded, Row, load, mixed_precision, save, teach
 from _stages import Stages, resumable
 from _timing import machine
 from _workload import DATA
@@ -77,14 +77,15 @@ class Preset:
     teach_batch: int
     epochs: int
     batch_size: int
+    anchors: int  # everyday prompts whose answers PALU keeps; no other method has a KL to keep them by
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     max_new_tokens: int
 
 
 PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
-    "tiny": Preset(20, 20, 10, 10, 3, 10, 8, 5, 4, 5, (5e-5,), (0,), 24),
+    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, 292, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, 40, (5e-5,), (0,), 24),
 }
 
 
@@ -153,14 +154,15 @@ class Bench:
 
     def _evaluate(self, loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(self.device)  # type: ignore[arg-type]
-        return palu.evaluate.tofu(
-            *loaded,
-            data=self.data.evaluated,
-            retain_results=retain,
-            fluency_model=self.fluency_model,
-            mia=("min_k", "min_k_plus_plus"),
-            max_new_tokens=self.preset.max_new_tokens,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+            return palu.evaluate.tofu(
+                *loaded,
+                data=self.data.evaluated,
+                retain_results=retain,
+                fluency_model=self.fluency_model,
+                mia=("min_k", "min_k_plus_plus"),
+                max_new_tokens=self.preset.max_new_tokens,
+            )
 
     def unlearned(self, name: str, **settings: Any) -> dict[str, Any]:
         """Results of the original unlearned with some settings, and what that cost."""
@@ -169,7 +171,8 @@ class Bench:
             model, tokenizer = load(str(self.folder))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+            preset = self.preset
+            sizes = {"epochs": preset.epochs, "batch_size": preset.batch_size, "anchors": preset.anchors}
             result = palu.unlearn(
                 model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings
             )
@@ -293,8 +296,7 @@ def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Ben
     """Check the data, choose the precision, and do what comes before the first run."""
     if not (arguments.data / "forget05.jsonl").exists():
         parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
-    if torch.cuda.is_available():
-        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     return Bench(arguments)
 
 

@@ -51,7 +51,7 @@ class UnlearnConfig:
             (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``.
         n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span.
         top_k: how many of the reference's highest logits are flattened at an onset token;
-            clamped to the vocabulary. The paper's is 5000.
+            clamped to the vocabulary. The paper's is 5000; few put the whole push on the tokens that matter.
         target: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
             gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
         normalize: divide each onset token's local entropy loss by its value for the reference, so that it starts at
@@ -99,7 +99,7 @@ class UnlearnConfig:
 
     objective: str = "palu"
     n: int = 3
-    top_k: int = 50
+    top_k: int = 5
     target: str | float = "global_mean"
     normalize: bool = True
     gamma: float | None = None

@@ -57,7 +57,7 @@ def consult(
         cache = read_cache(file, items) if file is not None else None
     if not everywhere(cache is not None, accelerator):  # else all have found it
         anchors = write_anchors(ref_model, everyday, accelerator, adapter=not own, progress=progress)
-        base = base_of(ref_model.to(accelerator.device))  # type: ignore[arg-type]
+        base = base_of(ref_model.to(accelerator.device))
         with (
             evaluating(base),
             autocast(accelerator),

@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.adapter import CausalLM
+from palu.adapter import CausalLM, base_of
 from palu.data import IGNORE, Example, load_forget, load_retain
 from palu.decoding import evaluating
 from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
@@ -109,11 +109,12 @@ def contrast_words(
     bare = load_retain(without, tokenizer, max_length=_MAX_LENGTH).examples
 
     check_model(model, tokenizer, full[0])
+    base_model = base_of(model)
     marginal = torch.zeros(len(head_of(model).weight), device=model.device)
     names = [f"forget row {i}" for i in chosen]
-    with tqdm(total=2 * len(chosen), desc="contrast", disable=not progress, leave=False) as bar, evaluating(model):
-        known = token_scores(model, full, names, batch_tokens=batch_tokens, bar=bar)
-        token_scores(model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
+    with tqdm(total=2 * len(chosen), desc="contrast", disable=not progress, leave=False) as bar, evaluating(base_model):
+        known = token_scores(base_model, full, names, batch_tokens=batch_tokens, bar=bar)
+        token_scores(base_model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
     base = (marginal / marginal.sum()).log().cpu()
 
     answers = []

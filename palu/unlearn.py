@@ -139,7 +139,7 @@ def unlearn(
             [p for p in trained.parameters() if p.requires_grad],
             config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=accelerator.device.type in ("cpu", "cuda"),
         )
         objective, optimizer = accelerator.prepare(objective, optimizer)
         parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded

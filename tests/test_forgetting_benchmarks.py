@@ -18,6 +18,8 @@ import muse_news  # noqa: E402
 import tofu_table  # noqa: E402
 from _stages import OutOfTimeError, Stages  # noqa: E402
 
+from palu.config import UnlearnConfig  # noqa: E402
+
 has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is not in ../shared")
 has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-News is not in ../shared")
 
@@ -127,6 +129,13 @@ def test_no_model_sees_the_holdout(preset: str) -> None:
         assert (len(data.forget), len(data.retain), len(data.evaluated.holdout)) == (200, 3400, 400)
 
 
+def test_each_variant_of_the_ablation_is_a_configuration_of_its_own() -> None:
+    assert ablation.VARIANTS["default"] == {}
+    assert not any("," in name for name in ablation.VARIANTS), "--variants separates names by commas"
+    configs = {UnlearnConfig(**settings) for settings in ablation.VARIANTS.values()}
+    assert len(configs) == len(ablation.VARIANTS), "a variant that changes nothing, or the same as another"
+
+
 # ---------------------------------------------------------------------------------------------------
 # MUSE-News
 
@@ -186,7 +195,7 @@ def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *
 
 @has_tofu
 def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    sizes = tofu_table.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
+    sizes = tofu_table.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, 4, (1e-3,), (0,), 3)
     monkeypatch.setitem(tofu_table.PRESETS, "tiny", sizes)
     record = command(monkeypatch, tofu_table, tmp_path, "--model", model_folder)
     assert [row["method"] for row in record["table"]] == ["original", "retain", *tofu_table.METHODS]

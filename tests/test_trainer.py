@@ -24,7 +24,7 @@ ARGUMENTS = {
     "per_device_train_batch_size": 3,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
-    "optim": "adamw_torch",
+    "optim": "adamw_torch_fused",
     "seed": 0,
     "report_to": "none",
     "disable_tqdm": True,

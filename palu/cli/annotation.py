@@ -39,7 +39,7 @@ def annotated(
     import palu
 
     asked = model() if how == "contrast" else None
-    return palu.annotate(forget, how, asked, tokenizer, progress=progress)  # type: ignore[operator]
+    return palu.annotate(forget, how, asked, tokenizer, progress=progress)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -152,7 +152,7 @@ def found_spans(
     processes = Accelerator()
     rows: list[Any] = [None]
     if processes.is_main_process:
-        model.to(processes.device)  # type: ignore[arg-type]
+        model.to(processes.device)
         rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress)]
         loaded = load_forget(rows[0], tokenizer, max_length=config.max_length)
         roles = token_roles(loaded.examples, tokenizer, config.n)

@@ -83,10 +83,10 @@ def main() -> None:
     lap = stopwatch(lap, "teach it 12 invented facts")
     before = Answers(model, tokenizer, secrets + kept, general)
     lap = stopwatch(lap, "answer")
-    given = what_is_given(kept, args.retain)
-    recorder = palu.Recorder(model, secrets, given["retain"], tokenizer=tokenizer, config=UNLEARN)
+    held = what_is_given(kept, args.retain)
+    recorder = palu.Recorder(model, secrets, held["retain"], tokenizer=tokenizer, config=UNLEARN)
     lap = stopwatch(lap, "record what it says")
-    result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given)
+    result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **held)
     lap = stopwatch(lap, f"unlearn 6 of them in {result.summary['steps']} steps")
     after = Answers(model, tokenizer, secrets + kept, general)
     stopwatch(lap, "answer")
@@ -119,12 +119,13 @@ def read_questions() -> tuple[Facts, Facts, Facts]:
 
 def what_is_given(kept: Facts, choice: str) -> dict[str, Any]:
     """Arguments of palu.unlearn for one of RETAIN."""
-    return {
+    choices: dict[str, dict[str, Any]] = {
         "both": {"retain": kept, "anchors": ANCHORS},
         "facts": {"retain": kept},
         "auto": {"retain": None, "anchors": ANCHORS},
         "none": {"retain": [], "lambda_retain": 0},
-    }[choice]
+    }
+    return choices[choice]
 
 
 def read_jsonl(path: Path) -> Facts:
