@@ -24,15 +24,16 @@ from _timing import report
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from palu.anchors import Everyday
 from palu.cache import Answers
 from palu.cache_file import cache_file
 from palu.config import UnlearnConfig
+from palu.consult import consult
 from palu.data import IGNORE, ORDINARY, Example
 from palu.demo.__main__ import load_smollm2
 from palu.fingerprint import Fingerprints
 from palu.objective import PaluObjective
 from palu.packing import Item, forget_items
-from palu.unlearn import consult
 
 MODES = ("memory", "disk", "again")
 SIZES = {"tiny": 100_000, "smollm2": 100}
@@ -76,7 +77,7 @@ def measure(mode: str, name: str, examples: int, folder: str) -> dict[str, Any]:
             row["hash_data_s"] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
         file = cache_file(config, PaluObjective.depends_on(config), accelerator, fingerprints)
-        cache, _ = consult(model, model, items, PaluObjective, config, accelerator, False, file)
+        cache, _ = consult(model, model, items, Everyday([], set(), 0), PaluObjective, config, accelerator, file=file)
         row["consult_s"] = round(time.perf_counter() - clock, 2)
     row["consult_peak_mib"] = memory.peak_mib
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
