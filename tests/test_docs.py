@@ -6,14 +6,17 @@ A page runs in a folder that holds what its examples name: `my-llama`, a tiny Ll
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from sybil import Example
 from sybil.document import Document
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from tiny import tiny_llama
 from tokenizers_for_tests import CHATML, byte_level
 from typer.testing import CliRunner
@@ -22,7 +25,7 @@ from palu.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Commands that something else runs: .ci/run, tests/test_build.py, tests/test_processes.py.
+# Commands that something else runs, or that need a GPU: .ci/run, tests/test_build.py, tests/test_processes.py.
 ELSEWHERE = ("make ", "pip ", "python -m palu.demo", "python benchmarks/", "accelerate ", "cmake ", "git ")
 
 FORGET = [
@@ -77,14 +80,24 @@ def run_commands(example: Example) -> None:
         if command.startswith("palu "):
             result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
             assert result.exit_code == 0, f"{command}\n{result.output}"
+        elif command.startswith("ACCELERATE_USE_CPU="):
+            places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            subprocess.run(command, shell=True, check=True, env=os.environ | {"PATH": places, "PYTHONPATH": str(ROOT)})
         else:
             assert not command or command.startswith(ELSEWHERE), f"nothing runs {command!r}"
+
+
+def write_yaml(example: Example) -> None:
+    """Write a YAML example to the file that its first line names."""
+    name = example.parsed.removeprefix("# ").partition(":")[0]
+    Path(name).write_text(example.parsed, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_examples_run(page: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    parsers = (PythonCodeBlockParser(), CodeBlockParser("sh", run_commands), SkipParser())
+    parsers = (PythonCodeBlockParser(), CodeBlockParser("sh", run_commands), CodeBlockParser("yaml", write_yaml))
     for example in Document.parse(str(page), *parsers).examples():
         example.evaluate()
