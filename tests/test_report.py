@@ -199,7 +199,7 @@ def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
 def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
     model, rows = tiny_llama(), forget_rows()
     config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5)
-    perform(tmp_path, model=model, forget=rows, retain=None, tokenizer=None, config=config)
+    perform(tmp_path, model=model, forget=rows, retain=[], tokenizer=None, config=config)
     page = Page(write_report(tmp_path))
     assert str(rows[0]["input_ids"][-1]) in page.text
     assert "Answers side by side" not in page.text
