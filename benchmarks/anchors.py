@@ -1,7 +1,7 @@
 """What a model should be given to hold on to while it forgets a few facts: the demo's task, once for each choice.
 
 SmolLM2-135M-Instruct is taught the demo's twelve facts once; then each choice of ``python -m palu.demo --retain`` is
-tried on these weights. Prints a table and one JSON line::
+tried on these weights. To the demo's ten general questions come thirty of general.jsonl. Prints a table and one JSON line::
 
     python benchmarks/anchors.py --output runs/anchors
 """
@@ -19,7 +19,7 @@ import transformers
 from _models import load, save
 
 import palu
-from palu.demo.__main__ import RETAIN, UNLEARN, Answers, outcome_of, read_questions, teach, what_is_given
+from palu.demo.__main__ import RETAIN, UNLEARN, Answers, outcome_of, read_jsonl, read_questions, teach, what_is_given
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     secrets, kept, general = read_questions()
+    general += read_jsonl(Path(__file__).with_name("general.jsonl"))
     taught = args.output / "taught"
     if not taught.exists():
         torch.manual_seed(0)

@@ -83,12 +83,9 @@ def test_the_list() -> None:
 
 def test_the_list_holds_no_question_that_the_demo_asks() -> None:
     """Else general facts would be kept for being anchors."""
-    folder = Path(palu.__file__).parent / "demo"
-    rows = [
-        json.loads(line)
-        for name in ("general", "facts")
-        for line in (folder / f"{name}.jsonl").read_text().splitlines()
-    ]
+    demo, benchmarks = Path(palu.__file__).parent / "demo", Path(__file__).parent.parent / "benchmarks"
+    files = (demo / "general.jsonl", demo / "facts.jsonl", benchmarks / "general.jsonl")
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     assert len(rows) == 52
     assert not {row["question"].casefold() for row in rows} & {prompt.casefold() for prompt in everyday_prompts()}
 
