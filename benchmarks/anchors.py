@@ -1,7 +1,7 @@
 """What a model should be given to hold on to while it forgets a few facts: the demo's task, once for each choice.
 
 SmolLM2-135M-Instruct is taught the demo's twelve facts once; then each choice of ``python -m palu.demo --retain`` is
-tried on these weights. To the demo's ten general questions come thirty of general.jsonl. Prints a table and one JSON line::
+tried on these weights. To the demo's ten general questions come thirty of general.jsonl. Prints a table, then JSON::
 
     python benchmarks/anchors.py --output runs/anchors
 """
