@@ -24,6 +24,12 @@ has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is no
 has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-News is not in ../shared")
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands choose one for their process, where the user has not."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Stages
 

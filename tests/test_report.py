@@ -405,7 +405,7 @@ def test_settings_in_plain_words(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
-    assert "the 50 logits" in asked and "the first 3 tokens" in asked
+    assert "the 5 logits" in asked and "the first 3 tokens" in asked
     assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
