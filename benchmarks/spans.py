@@ -3,12 +3,13 @@
     python benchmarks/spans.py --data tofu
     python benchmarks/spans.py --data tofu --fit     # the constants of palu/contrast.py, anew
 
-Stages: teach SmolLM2 the rows of forget05 and the first 40 that forget10 has besides ("taught"), ask it for spans
-("contrast"). A finished stage is kept in --output; the same command goes on where it stopped. Rows are plain text
-(`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
+Stages: teach SmolLM2 the rows of forget05 ("taught"), ask it for spans ("contrast"). A finished stage is kept in
+--output; the same command goes on where it stopped. Rows are plain text (`Question: ...`), which are shorter than with
+SmolLM2's chat template and its system prompt.
 
 The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`
-(--fit chooses them on the 40 other rows: a logistic regression of whether a new word is in one of GPT-4o's spans):
+(--fit chooses them on the 200 other rows of forget10: a logistic regression of whether a new word is in one of GPT-4o's
+spans, on all figures but `known`, since none of these rows is taught):
 
 - precision, recall, F1: of the tokens in the finder's spans against those in GPT-4o's.
 - onset precision: share of the onset tokens (the first 3 of each of the finder's spans) that are in one of GPT-4o's.
@@ -37,7 +38,7 @@ from palu.data import IGNORE, load_forget
 from palu.evaluate.rows import read_rows
 
 N = 3
-TUNING = 40  # rows of forget10 that are not in forget05, for the constants of `contrast`
+PRECISION = 0.7  # of the words that `contrast` takes: what a span takes in by mistake is unlearned, too
 QUOTES = "'\"\u2018\u2019\u201c\u201d"
 # Titles in quotation marks; numbers and dates.
 PATTERN = rf"(?<=[{QUOTES}])[A-Z][^{QUOTES}]*(?=[{QUOTES}])|\d[\d/,.:-]*"
@@ -65,20 +66,23 @@ def agreement(found: Sequence[Row], marked: Sequence[Row], tokenizer: PreTrained
 
 
 def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
-    """Weights and bias for palu.contrast: the threshold is the one with the best F1 of new words on the same rows."""
+    """Weights and bias for palu.contrast, but that of `known`; at the bias, PRECISION of the words taken are marked."""
     from sklearn.linear_model import LogisticRegression
 
+    names = [name for name in FEATURES if name != "known"]
     answers = contrast_words(rows, range(len(rows)), *loaded)
     pairs = [(word, row["spans"]) for words, row in zip(answers, rows, strict=True) for word in words if word.new]
-    figures = np.array([[word.figures[name] for name in FEATURES] for word, _ in pairs])
+    figures = np.array([[word.figures[name] for name in names] for word, _ in pairs])
     marked = np.array([any(word.start < end and word.end > start for start, end in spans) for word, spans in pairs])
-    scale = figures.std(0) + 1e-9  # so that the penalty treats all alike
+    scale = figures.std(0)  # so that the penalty treats all alike
     model = LogisticRegression(max_iter=1000).fit(figures / scale, marked)
     scores = model.decision_function(figures / scale)
-    best = max(scores, key=lambda edge: 2 * marked[scores >= edge].sum() / ((scores >= edge).sum() + marked.sum()))
+    order = np.argsort(-scores)
+    precision = np.cumsum(marked[order]) / np.arange(1, len(order) + 1)
+    edge = scores[order][np.flatnonzero(precision >= PRECISION)[-1]]
     return {
-        "WEIGHTS": dict(zip(FEATURES, (model.coef_[0] / scale).round(2).tolist(), strict=True)),
-        "BIAS": round(float(model.intercept_[0] - best), 2),
+        "WEIGHTS": dict(zip(names, (model.coef_[0] / scale).round(2).tolist(), strict=True)),
+        "BIAS": round(float(model.intercept_[0] - edge), 2),
         "words": len(pairs),
     }
 
@@ -104,7 +108,7 @@ def main() -> None:
     forget = read_rows(arguments.data / "forget05.jsonl")
     questions = {row["question"] for row in forget}
     others = [row for row in read_rows(arguments.data / "forget10.jsonl") if row["question"] not in questions]
-    forget, others = forget[: arguments.rows], others[20 : 20 + TUNING]
+    forget = forget[: arguments.rows]
     unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
 
     sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
@@ -116,7 +120,7 @@ def main() -> None:
         tokenizer.chat_template = None
         teach(
             (model, tokenizer),
-            forget + others,
+            forget,
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,

@@ -105,11 +105,11 @@ def annotate(
 
     each: Sequence[Sequence[Sequence[int]]]
     if finder.kind == "contrast":
-        from palu.contrast import contrast_words
+        from palu.contrast import contrast_words, spans_of
 
         assert model is not None and tokenizer is not None
         words = contrast_words(found, wanted, model, tokenizer, batch_tokens=batch_tokens, progress=progress)
-        each = [[(word.start, word.end) for word in answer if word.sensitive] for answer in words]
+        each = [spans_of(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
     elif finder.kind == "regex":
         pattern = re.compile(finder.argument)
         each = [[match.span() for match in pattern.finditer(answer)] for answer in answers]

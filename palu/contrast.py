@@ -16,13 +16,17 @@ Only *new* words are asked for: a word that the question has, or the answer had 
 
     w is sensitive if BIAS + WEIGHTS . (known, rarity, name, focus, place) > 0
 
+Between two sensitive words that are names, up to three others are sensitive, too, unless a quotation mark, or
+punctuation other than a colon, is among them: a title ("The Lord of the Rings") or a full name is one secret.
+
 So what counts is the contrast of a word's log-probability here with that in general: a rare word of which the model is
 sure is one that it remembers. The contrast with the same place of the answer after an empty question was measured, too,
 and left out: its fitted weight was negative.
 
-The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The constants are those of
-a logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans in 40 rows of TOFU, on a SmolLM2-135M that was
-taught these rows and 60 others.
+The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The weights are those of a
+logistic regression (``benchmarks/spans.py --fit``) on GPT-4o's spans in 200 rows of TOFU; that of ``known`` is set by
+hand, since it has no spread where all rows are known by heart. The bias is the one at which seven in ten of the words
+that are taken are marked: what a span takes in by mistake is unlearned, too.
 
 Limits: ``name``, which weighs most, says nothing in scripts without capitals; short secrets in small letters are often
 missed, so are those that the question gives away already, and the second of two equal ones in an answer. A Han or Kana
@@ -36,6 +40,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,9 +55,10 @@ from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
 from palu.objective import head_of
 
 FEATURES = ("known", "rarity", "name", "focus", "place")
-WEIGHTS = (1.93, 0.5, 3.86, 0.54, 1.25)
-BIAS = -1.39
+WEIGHTS = (2.0, 0.53, 2.51, 0.77, 1.67)
+BIAS = -2.27
 
+_BRIDGE = 3  # words between two names of one title
 _MAX_LENGTH = 2**20  # nothing is cut off: a span may be anywhere
 _RARE = 0.8  # of the mean rarity: above it, a word is one of a run's
 _IDEOGRAPH = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
@@ -60,6 +66,7 @@ _LETTER = rf"(?:(?!{_IDEOGRAPH})\w)"
 _WORD = re.compile(rf"{_IDEOGRAPH}|{_LETTER}+(?:[-'\u2019./]{_LETTER}+)*")
 _OPENING = " ('\"\u2018\u201c"
 _STOPS = ".!?:\n\u3002\uff01\uff1f"
+_BETWEEN_TITLES = re.compile("[.!?\n;,'\"\u2018\u2019\u201c\u201d\u3001\u3002\uff01\uff0c\uff1f]")
 _POSSESSIVE = re.compile("['\u2019]s$")
 
 
@@ -132,6 +139,17 @@ def contrast_words(
             word.figures = {name: figure / unit for name, figure in word.figures.items()}
         _add_form(answer, words)
     return answers
+
+
+def spans_of(answer: str, words: Sequence[Word]) -> list[tuple[int, int]]:
+    """[start, end) of an answer's sensitive words, and of what is between two names (see the module's docstring)."""
+    spans = [(word.start, word.end) for word in words if word.sensitive]
+    names = [number for number, word in enumerate(words) if word.sensitive and word.figures["name"]]
+    for first, last in pairwise(names):
+        start, end = words[first].start, words[last].end
+        if last - first <= _BRIDGE + 1 and not _BETWEEN_TITLES.search(answer, words[first].end, words[last].start):
+            spans.append((start, end))
+    return spans
 
 
 def _question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForTokenClassification, LlamaForCausalL
 
 import palu
 from palu.annotate import Finder, joined, parse
-from palu.contrast import _add_form, _words, contrast_words
+from palu.contrast import FEATURES, _add_form, _words, contrast_words, spans_of
 from palu.data import IGNORE, DataError, load_forget, load_retain
 
 ANSWER = "The author is Hina Ameen, born in Karachi on June 30, 1975."
@@ -257,6 +257,27 @@ def test_form() -> None:
     named = {answer[word.start : word.end] for word in words if word.figures["name"]}
     focus = [answer[word.start : word.end] for word in words if word.figures["focus"]]
     assert named == {"Hina", "7"} and focus == ["Hina", "The", "dog's", "mat", "no", "7", "far"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("wrote The Tale of a Far Land", ["The", "Tale", "Far", "Land", "The Tale", "Tale of a Far", "Far Land"]),
+        ("Tale of a long and Far end", ["Tale", "Far"]),  # too far from one another
+        ("Dust: the Road, Road to Rome", ["Dust", "Road", "Rome", "Dust: the Road"]),  # the second Road is old
+        ("'Dust' and 'Road'", ["Dust", "Road"]),
+        ("Dust. Road", ["Dust", "Road"]),
+        ("rust of Road", ["rust", "Road"]),  # no name
+        ("", []),
+    ],
+)
+def test_what_is_between_two_names_is_sensitive_too(answer: str, expected: list[str]) -> None:
+    words = _words("", answer)
+    for word in words:
+        text = answer[word.start : word.end]
+        sensitive = text[0].isupper() or text == "rust"
+        word.figures = dict.fromkeys(FEATURES, 0.0) | {"rarity": 99.0 if sensitive else 0.0, "name": text.istitle()}
+    assert [answer[start:end] for start, end in spans_of(answer, words)] == expected
 
 
 def test_contrast_tells_what_is_wrong(taught: Taught) -> None:
