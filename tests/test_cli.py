@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from test_evaluate_muse import small_data as muse_data
 from tiny import same_weights, tiny_llama, weights
 from tokenizers_for_tests import CHATML, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -502,6 +503,21 @@ def test_eval(folder: Path, tofu: Path, tmp_path: Path) -> None:
     assert results["forget_quality"]["agg_value"] == 1
     assert results["palu"]["split"] == "forget01"
     assert results["exact_memorization"]["agg_value"] == read(retain)["exact_memorization"]["agg_value"]
+
+
+def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
+    for name, rows in muse_data().items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    output = tmp_path / "results.json"
+    common = ["eval", "--model", folder / "model", "--benchmark", "muse-news", "--data", tmp_path, "--no-progress"]
+    result = palu_command(*common, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f"wrote {output}\n") and re.search(r"forget_verbmem_ROUGE +\d", result.stdout)
+    results = read(output)
+    assert results["palu"]["benchmark"] == "MUSE-News" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
+    result = palu_command(*common, "--retain-results", output, "--output", tmp_path / "again.json")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
 
 
 def test_eval_of_an_adapter_writes_into_its_folder(
