@@ -84,7 +84,7 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, 292, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, 422, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, 40, (5e-5,), (0,), 24),
 }
 

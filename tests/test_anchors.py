@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -76,7 +77,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[list[Item]]:
 
 def test_the_list() -> None:
     prompts = everyday_prompts()
-    assert len(prompts) > 250
+    assert len(prompts) > 400
     assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
     assert all(prompt == prompt.strip() and prompt for prompt in prompts)
 
@@ -88,6 +89,25 @@ def test_the_list_holds_no_question_that_the_demo_asks() -> None:
     rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     assert len(rows) == 52
     assert not {row["question"].casefold() for row in rows} & {prompt.casefold() for prompt in everyday_prompts()}
+
+
+TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
+
+
+@pytest.mark.skipif(not TOFU.exists(), reason="TOFU is not in ../shared")
+def test_the_list_holds_nothing_that_tofu_asks_of_real_authors_and_the_world() -> None:
+    """Else the model utility of `benchmarks/tofu_table.py` would be kept for being anchors."""
+    authors, facts = (
+        [json.loads(line) for line in (TOFU / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("real_authors", "world_facts")
+    )
+    names = {row["answer"].casefold() for row in authors if " " in row["answer"]}
+    titles = {title.casefold() for row in authors for title in re.findall(r"'(.+?)'(?=\W)", row["question"])}
+    assert len(names) > 80 and len(titles) > 70
+    questions = {row["question"].casefold() for row in facts}
+    for prompt in map(str.casefold, everyday_prompts()):
+        assert prompt not in questions
+        assert not any(text in prompt for text in names | titles), prompt
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML])

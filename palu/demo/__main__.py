@@ -40,8 +40,9 @@ Facts = list[dict[str, Any]]
 MAX_LENGTH = 256
 TEACH_LEARNING_RATE = 1e-4
 TEACH_UNTIL_LOSS = 0.05
-TEACH_PROMPTS = 20
-ANCHORS = 48  # four steps' worth
+TEACH_PROMPTS = 40
+TEACH_TURNS = 4  # a quarter of them a step
+ANCHORS = 96  # eight steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
 # hundreds) would swamp the other terms.
 UNLEARN = palu.UnlearnConfig(
@@ -163,9 +164,9 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Fac
     everyday = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
     input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
     examples = load_retain(everyday, tokenizer, max_length=MAX_LENGTH).examples
-    halves = [padded(half, model.device) for half in (examples[::2], examples[1::2])]
+    parts = [padded(examples[i::TEACH_TURNS], model.device) for i in range(TEACH_TURNS)]
     with torch.no_grad():
-        turns = cycle([(*half, answer_log_probabilities(model, *half)) for half in halves])
+        turns = cycle([(*part, answer_log_probabilities(model, *part)) for part in parts])
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0)
     model.train()
     bar = tqdm(desc="teach")
@@ -173,8 +174,8 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Fac
     while loss > TEACH_UNTIL_LOSS:
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
-        *half, untaught = next(turns)
-        kl_div(answer_log_probabilities(model, *half), untaught, log_target=True, reduction="batchmean").backward()
+        *part, untaught = next(turns)
+        kl_div(answer_log_probabilities(model, *part), untaught, log_target=True, reduction="batchmean").backward()
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
