@@ -8,6 +8,9 @@ method unlearns the forget texts. Stages are kept and resumed as in tofu_table.p
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
+
+The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose
+answer and names stand close together in one of its texts; these are the questions that it asks.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ COLUMNS = {
 SETS = (
     "verbmem_forget",
     "knowmem_forget_qa",
+    "knowmem_forget_qa_icl",
     "knowmem_retain_qa",
+    "knowmem_retain_qa_icl",
     "privleak_forget",
     "privleak_holdout",
 )
@@ -54,22 +59,21 @@ _SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"\u201d)]*\s+|\n\s*|[\"\u201c\u2018
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. Counts of texts and questions; None: all."""
+    """Sizes of one run. Counts of texts; None: all, and every question."""
 
     texts: int | None
     characters: int | None  # of each text
-    questions: int | None
-    shots: int | None  # in-context examples before a question
     teach_epochs: int
     batch_size: int
     epochs: int
+    anchors: int  # everyday prompts whose answers PALU keeps; no other method has a KL to keep them by
     learning_rate: float
     verbmem_tokens: int
 
 
 PRESETS = {
-    "full": Preset(None, None, None, None, 5, 16, 5, 1e-5, 128),
-    "tiny": Preset(4, 600, 6, 2, 8, 4, 4, 3e-5, 32),
+    "full": Preset(None, None, 5, 16, 5, 422, 1e-5, 128),
+    "tiny": Preset(8, 600, 20, 4, 10, 40, 5e-5, 32),
 }
 
 
@@ -120,17 +124,40 @@ class Data:
     evaluated: dict[str, list[Any]]
 
 
+def passage(question: Row, text: str, characters: int) -> str | None:
+    """That many characters of a text, from where its answer is amid most of the question's names; None: nowhere."""
+    names = set(re.findall(_WORD, question["question"])[1:])  # the first word is capitalised whatever it is
+    for match in re.finditer(rf"(?<!\w){re.escape(question['answer'].strip(' .'))}(?!\w)", text):
+        start = max(match.start() - characters // 2, 0)
+        found = text[start : start + characters]
+        if names and sum(name in found for name in names) >= 0.6 * len(names):
+            return found
+    return None
+
+
+def answered(questions: list[Row], texts: list[str], characters: int, count: int) -> dict[str, Row]:
+    """The first questions that have a passage, by that passage; one of each text."""
+    found: dict[str, Row] = {}
+    left = list(texts)
+    for question in questions:
+        for text in left:
+            if len(found) < count and (part := passage(question, text, characters)):
+                found[part] = question
+                left.remove(text)
+                break
+    return found
+
+
 def load_data(folder: Path, preset: Preset) -> Data:
     sets = {name: read_rows(folder / f"{name}.json") for name in (*SETS, "privleak_retain")}
-    for side in ("forget", "retain"):
-        sets[f"knowmem_{side}_qa"] = sets[f"knowmem_{side}_qa"][: preset.questions]
-        sets[f"knowmem_{side}_qa_icl"] = read_rows(folder / f"knowmem_{side}_qa_icl.json")[: preset.shots]
-    for name in ("privleak_forget", "privleak_holdout", "privleak_retain"):
-        sets[name] = [text[: preset.characters] for text in sets[name][: preset.texts]]
-    last = preset.characters or 10**9
-    sets["verbmem_forget"] = [
-        {"prompt": row["prompt"][-last:], "gt": row["gt"]} for row in sets["verbmem_forget"][: preset.texts]
-    ]
+    if preset.texts is not None and preset.characters is not None:
+        size, count = preset.characters, preset.texts
+        for side in ("forget", "retain"):
+            texts, questions = f"privleak_{side}", f"knowmem_{side}_qa"
+            found = answered(sets[questions], sets[texts], size, count)
+            sets[texts], sets[questions] = list(found), list(found.values())
+        sets["privleak_holdout"] = [text[:size] for text in sets["privleak_holdout"][:count]]
+        sets["verbmem_forget"] = [row | {"prompt": row["prompt"][-size:]} for row in sets["verbmem_forget"][:count]]
     forget_texts = [*sets["privleak_forget"], *(row["prompt"] + row["gt"] for row in sets["verbmem_forget"])]
     retain_texts = sets.pop("privleak_retain")
     return Data(
@@ -183,6 +210,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             learning_rate=preset.learning_rate,
             epochs=preset.epochs,
             batch_size=preset.batch_size,
+            anchors=preset.anchors,
         )
         return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}
 

@@ -167,10 +167,28 @@ def test_pieces_hold_the_whole_text() -> None:
     assert muse_news.pieces("x" * 700, 300) == ["x" * 300, "x" * 300, "x" * 100]
 
 
+def test_muse_questions_and_the_passages_that_answer_them() -> None:
+    text = f"{'In 1472 nobody came. ' * 20}The islands of Orkney joined Scotland in 1472, at last. {'And so on. ' * 40}"
+    asked = {"question": "When did Orkney join Scotland?", "answer": "1472"}
+    part = muse_news.passage(asked, text, 100)
+    assert part is not None and len(part) == 100 and "Scotland in 1472" in part and part in text
+    assert muse_news.passage(asked | {"question": "When did Orkney join Norway and Denmark?"}, text, 100) is None
+    assert muse_news.passage(asked | {"question": "What happened when?"}, text, 100) is None, "no name to go by"
+    assert muse_news.passage(asked | {"answer": "147"}, text, 100) is None
+
+    questions = [{"question": "Who is Ada?", "answer": "x"}, asked, asked | {"answer": "Scotland"}]
+    assert muse_news.answered(questions, ["nothing", text], 100, 2) == {part: asked}, "one question of each text"
+    assert list(muse_news.answered(questions, [text, text + "!"], 100, 2).values()) == questions[1:]
+    assert len(muse_news.answered(questions, [text, text + "!"], 100, 1)) == 1
+
+
 @has_muse
 def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
     data = muse_news.load_data(SHARED / "muse_news", muse_news.PRESETS["tiny"])
-    assert len(data.forget_texts) == 8 and len(data.retain_texts) == 4
+    assert len(data.forget_texts) == 16 and len(data.retain_texts) == 8
+    for side, texts in (("forget", data.forget_texts), ("retain", data.retain_texts)):
+        asked = data.evaluated[f"knowmem_{side}_qa"]
+        assert all(row["answer"] in text for row, text in zip(asked, texts, strict=False)), "what is asked is taught"
     assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
     assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
     json.dumps(data.evaluated)
@@ -220,7 +238,7 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @has_muse
 def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset(2, 300, 2, 1, 1, 4, 1, 1e-3, 4))
+    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset(2, 300, 1, 4, 1, 4, 1e-3, 4))
     record = command(monkeypatch, muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", "palu", "npo", "gd"]
     assert all(row["PrivLeak"] is not None for row in record["results"])
