@@ -9,6 +9,7 @@ tried on these weights. To the demo's ten general questions come thirty of gener
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/anchors"), help="folder for the taught model")
     parser.add_argument("--retain", nargs="+", choices=RETAIN, default=list(RETAIN), help="which choices to try")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="the demo's is 0")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     secrets, kept, general = read_questions()
@@ -41,16 +43,17 @@ def main() -> None:
     before = Answers(*load(str(taught)), secrets + kept, general)
 
     rows: list[dict[str, Any]] = []
-    for choice in args.retain:
+    for choice, seed in itertools.product(args.retain, args.seeds):
         model, tokenizer = load(str(taught))
         wall, cpu = time.perf_counter(), time.process_time()
         given = what_is_given(kept, choice)
-        result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, **given)
+        result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, seed=seed, **given)
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         after = Answers(model.eval(), tokenizer, secrets + kept, general)
         rows.append(
             {
                 "retain": choice,
+                "seed": seed,
                 **outcome_of(secrets, kept, general, before, after),
                 "anchors": result.summary["anchors"],
                 "steps": result.summary["steps"],
@@ -61,6 +64,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
 
     columns = {
+        "seed": "seed",
         "forget_still_produced": f"secrets produced, of {len(secrets)}",
         "retain_still_produced": f"retained facts, of {len(kept)}",
         "general_still_right": f"general facts, of {rows[0]['general_right_before']}",
@@ -68,7 +72,7 @@ def main() -> None:
         "steps": "steps",
         "cpu_seconds": "CPU seconds",
     }
-    print(f"\n| held on to | {' | '.join(columns.values())} |\n|---{'|---' * len(columns)}|")
+    print(f"\n| held on to | {' | '.join(columns.values())} |\n|---{'|---:' * len(columns)}|")
     for row in rows:
         figures = " | ".join(str(row[name]) for name in columns)
         print(f"| {row['retain']}: {RETAIN[row['retain']]} | {figures} |")
