@@ -239,7 +239,7 @@ def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
     """Other prompts' distributions move less, too."""
     other = Everyday(*asked(everyday_prompts()[-12:], TOKENIZER), 200)
     unseen = write_anchors(llama(), other, Accelerator(), adapter=False)
-    settings = {"epochs": 10, "learning_rate": 3e-3, "gamma": 1.0}
+    settings = {"epochs": 30, "gamma": 1.0}
 
     def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:
         """Mean KL to the model before, over the answers' tokens."""
@@ -256,7 +256,7 @@ def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
     bare = unlearn(retain=[], lambda_retain=0, **settings).model
     with torch.no_grad():
         assert moved(kept, written[0]) < 0.5 * moved(bare, written[0])
-        assert moved(kept, unseen) < 0.8 * moved(bare, unseen)
+        assert moved(kept, unseen) < 0.5 * moved(bare, unseen)
 
 
 def test_beside_a_retain_set(written: list[list[Item]]) -> None:
