@@ -41,7 +41,7 @@ N = 3
 PRECISION = 0.7  # of the words that `contrast` takes: what a span takes in by mistake is unlearned, too
 QUOTES = "'\"\u2018\u2019\u201c\u201d"
 # Titles in quotation marks; numbers and dates.
-PATTERN = rf"(?<=[{QUOTES}])[A-Z][^{QUOTES}]*(?=[{QUOTES}])|\d[\d/,.:-]*"
+PATTERN = rf"(?<=[{QUOTES}])[A-Z][^{QUOTES}]*(?=[{QUOTES}])|\d(?:[\d/,.:-]*\d)?"
 # Capitalised words but at the beginning of a sentence; words with a digit.
 CAPITALS = r"(?<!^)(?<![.!?]\s)\b[A-Z][\w-]*|\b[\w-]*\d[\w/-]*"
 

@@ -1,6 +1,7 @@
 """What the tables of benchmarks/ choose, keep and leave out. That they run is CI's business: they need a real model."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import muse_news  # noqa: E402
+import spans  # noqa: E402
 import tofu_table  # noqa: E402
 from _stages import OutOfTimeError, Stages  # noqa: E402
 
@@ -192,6 +194,31 @@ def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
     assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
     assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
     json.dumps(data.evaluated)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Spans
+
+
+def test_the_agreement_of_spans_counts_tokens() -> None:
+    tokenizer = byte_level(CHATML, bos=False)  # a token a byte of the digits
+    answer = "0123456789"
+    for word in answer:
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == len(answer)
+    rows = [{"question": "Who?", "answer": answer, "spans": place} for place in ([[0, 5]], [[3, 9]])]
+    result = spans.agreement(rows[:1], rows[1:], tokenizer)
+    # Of five found, two are among the six marked; of the first three found, none.
+    assert result == {"precision": 0.4, "recall": 0.333, "F1": 0.364, "onset_precision": 0.0, "spans": 1}
+    assert spans.agreement(rows[1:], rows[:1], tokenizer)["onset_precision"] == 0.667
+    assert spans.agreement(rows, rows, tokenizer)["F1"] == 1
+
+
+def test_the_rules_beside_contrast() -> None:
+    answer = "The author of 'Dust and Road' is Ada-Maria Lee. She was born on 06/30/1975, the 2nd."
+    found = [re.findall(pattern, answer) for pattern in (spans.PATTERN, spans.CAPITALS)]
+    assert found[0] == ["Dust and Road", "06/30/1975", "2"]
+    assert found[1] == ["Dust", "Road", "Ada-Maria", "Lee", "06/30/1975", "2nd"]
 
 
 # ---------------------------------------------------------------------------------------------------
