@@ -59,10 +59,9 @@ _SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"\u201d)]*\s+|\n\s*|[\"\u201c\u2018
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. Counts of texts; None: all, and every question."""
+    """Sizes of one run."""
 
-    texts: int | None
-    characters: int | None  # of each text
+    passages: tuple[int, int] | None  # how many of each set, and their characters; None: whole texts, every question
     teach_epochs: int
     batch_size: int
     epochs: int
@@ -72,8 +71,8 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(None, None, 5, 16, 5, 422, 1e-5, 128),
-    "tiny": Preset(8, 600, 20, 4, 10, 40, 5e-5, 32),
+    "full": Preset(None, 5, 16, 5, 422, 1e-5, 128),
+    "tiny": Preset((8, 600), 20, 4, 10, 40, 5e-5, 32),
 }
 
 
@@ -150,8 +149,8 @@ def answered(questions: list[Row], texts: list[str], characters: int, count: int
 
 def load_data(folder: Path, preset: Preset) -> Data:
     sets = {name: read_rows(folder / f"{name}.json") for name in (*SETS, "privleak_retain")}
-    if preset.texts is not None and preset.characters is not None:
-        size, count = preset.characters, preset.texts
+    if preset.passages is not None:
+        count, size = preset.passages
         for side in ("forget", "retain"):
             texts, questions = f"privleak_{side}", f"knowmem_{side}_qa"
             found = answered(sets[questions], sets[texts], size, count)

@@ -265,7 +265,7 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @has_muse
 def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset(2, 300, 1, 4, 1, 4, 1e-3, 4))
+    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset((2, 300), 1, 4, 1, 4, 1e-3, 4))
     record = command(monkeypatch, muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", "palu", "npo", "gd"]
     assert all(row["PrivLeak"] is not None for row in record["results"])
