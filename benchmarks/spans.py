@@ -3,9 +3,8 @@
     python benchmarks/spans.py --data tofu
     python benchmarks/spans.py --data tofu --fit     # the constants of palu/contrast.py, anew
 
-Stages: teach SmolLM2 the rows of forget05 ("taught"), ask it for spans ("contrast"). A finished stage is kept in
---output; the same command goes on where it stopped. Rows are plain text (`Question: ...`), which are shorter than with
-SmolLM2's chat template and its system prompt.
+SmolLM2 is taught the rows of forget05, and kept in --output; what it says of them is asked anew each time. Rows are
+plain text (`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
 
 The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`
 (--fit chooses them on the 200 other rows of forget10: a logistic regression of whether a new word is in one of GPT-4o's
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _models import Loaded, Row, load, save, teach
-from _stages import Stages, resumable
+from _stages import Stages
 from _timing import report
 from _workload import DATA
 from transformers import PreTrainedTokenizerBase
@@ -99,8 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--fit", action="store_true", help="fit the constants of `contrast` on the other rows, print them"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the finished stages")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
+    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the taught model")
     arguments = parser.parse_args()
     if not (arguments.data / "forget05.jsonl").exists():
         parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
@@ -112,7 +110,7 @@ def main() -> None:
     unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
 
     sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
-    stages = Stages(arguments.output, arguments.minutes, sizes)
+    stages = Stages(arguments.output, None, sizes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make_taught(path: Path) -> None:
@@ -127,29 +125,23 @@ def main() -> None:
         )
         save((model, tokenizer), path)
 
-    def find() -> dict[str, Any]:
-        model, tokenizer = load(str(folder))
-        model.to(device, torch.bfloat16)  # type: ignore[arg-type]
-        started = time.perf_counter()
-        rows = palu.annotate(unmarked, "contrast", model, tokenizer)
-        return {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
-
-    with resumable():
-        folder = stages.path("taught", make_taught)
-        if arguments.fit:
-            print(json.dumps(fit(others, load(str(folder)))))
-            return
-        contrast = stages.results("contrast", find)
-    tokenizer = load(str(folder))[1]
+    model, tokenizer = load(str(stages.path("taught", make_taught)))
+    if arguments.fit:
+        print(json.dumps(fit(others, (model, tokenizer))))
+        return
+    model.to(device, torch.bfloat16)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    contrast = palu.annotate(unmarked, "contrast", model, tokenizer)
+    seconds = round(time.perf_counter() - started, 1)
     found = {
         "whole": palu.annotate(unmarked, "whole"),
         "regex: titles in quotes, numbers": palu.annotate(unmarked, f"regex:{PATTERN}"),
         "regex: capitalised words, numbers": palu.annotate(unmarked, f"regex:{CAPITALS}"),
-        "contrast": contrast["rows"],
+        "contrast": contrast,
     }
     table = [{"finder": name, **agreement(rows, forget, tokenizer)} for name, rows in found.items()]
     tokens = sum(int((e.labels != IGNORE).sum()) for e in load_forget(forget, tokenizer, max_length=4096).examples)
-    details = {**sizes, "answer_tokens": tokens, "contrast_seconds": contrast["seconds"]}
+    details = {**sizes, "answer_tokens": tokens, "contrast_seconds": seconds}
     report("spans", table, device, details)
 
 
