@@ -141,6 +141,21 @@ def test_python_m() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "palu: No such command 'nothing'.\n")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes: int) -> None:
+    """Which aborts, now and then, while Gloo's threads hold tensors; what was said and the exit status stay."""
+    code = "import atexit, palu.cli; atexit.register(print, 'shut down'); palu.cli.main()"
+    for words, told in (("--version", (0, f"palu {palu.__version__}\n", "")), ("x", (2, "", "No such command 'x'.\n"))):
+        done = subprocess.run(
+            [sys.executable, "-c", code, words],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)},
+        )
+        shut_down = "shut down\n" if processes == 1 else ""
+        assert (done.returncode, done.stdout, done.stderr.removeprefix("palu: ")) == (told[0], told[1] + shut_down, told[2])
+
+
 def test_completion() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # The colon keeps bash from becoming python: typer asks which shell it was started from.

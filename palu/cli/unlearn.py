@@ -122,6 +122,7 @@ def unlearn(
         if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)
         raise
+    processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
         own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
