@@ -2,14 +2,15 @@
 
 A few facts to forget, with nothing else to hold on to, leave the gradient free to damage all other answers. So before
 the first step the reference answers the prompts of ``everyday.txt``; each answer is an example without a target, all
-of whose tokens are ordinary. Anchors are drawn beside the forget examples, as the retain set is.
+of whose tokens are ordinary. Anchors are drawn beside the forget examples and those of a retain set, which seldom holds
+what a model is asked every day.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -46,20 +47,20 @@ def everyday_prompts() -> list[str]:
 
 
 def load_everyday(
-    retain: Any,
     forget: int,
+    retain: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
     method: type[Objective],
     config: UnlearnConfig,
     processes: int,
 ) -> Everyday:
-    """The prompts to which a run wants answers: ``config.anchors`` or, where ``retain`` is None, all.
+    """The prompts to which a run wants answers: ``config.anchors``, or as that says.
 
     They are never more than the run draws, and none for a method without a KL.
 
     Args:
-        retain: as the user gave it.
         forget: how many examples are to be forgotten.
+        retain: how many are to be kept; ``None``: the user gave ``None``, and anchors must stand in for them.
         processes: how many take part in the run.
 
     Raises:
@@ -67,7 +68,9 @@ def load_everyday(
         ValueError: there are fewer prompts, or the KL has no weight.
     """
     texts = everyday_prompts()
-    count = (len(texts) if retain is None else 0) if config.anchors is None else config.anchors
+    # Beside retain examples, tokenised rows without a tokenizer or a run without the KL do without them.
+    possible = retain is None or (retain > 0 and tokenizer is not None and config.lambda_kl > 0)
+    count = (len(texts) if possible else 0) if config.anchors is None else config.anchors
     if count == 0 or not method.has_kl:
         return Everyday([], set(), config.max_length)
     wish = "retain = None" if config.anchors is None else f"anchors = {count}"
@@ -135,6 +138,6 @@ def write_anchors(
     if not anchors:
         raise DataError(
             f"the reference answers none of {len(prompts)} everyday prompts within max_length = {max_length} "
-            "tokens, so there is nothing to hold on to; raise max_length or give retain examples"
+            "tokens, so there is nothing to hold on to; raise max_length, or give retain examples and anchors=0"
         )
     return anchors

@@ -60,7 +60,8 @@ class UnlearnConfig:
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
         anchors: everyday prompts (:mod:`palu.anchors`) to which the reference's own answers are kept by the KL;
-            ``None``: all where the retain set is ``None``, else 0. Only as many are answered as the run draws.
+            ``None``: all; but 0 where ``retain`` is ``[]``, and beside retain examples without a tokenizer or with
+            ``lambda_kl = 0``. Only as many are answered as the run draws.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
         beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
         delta: SimNPO: margin on the mean token NLL.

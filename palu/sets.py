@@ -45,8 +45,8 @@ def read_sets(
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
     forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
-    # Without a retain set, the reference's own answers to everyday prompts are kept.
-    everyday = load_everyday(retain, len(forget_set.examples), tokenizer, method, config, processes)
+    kept = None if retain is None else len(retain_set.examples)
+    everyday = load_everyday(len(forget_set.examples), kept, tokenizer, method, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(everyday.prompts) > 0)
     alternates = (
         load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)

@@ -95,7 +95,7 @@ class PaluTrainer(Trainer):
             ``model`` as it is now: to resume, pass the starting model again, not a checkpoint's.
         args: Trainer's; ``None``: its defaults.
         config: the loss, ``retain_batch_size``, ``max_length``, ``stop_probability``, ``cache_dir``, ``chunk_bytes``.
-        processing_class: a fast tokenizer; not needed for tokenised input.
+        processing_class: a fast tokenizer; not needed for tokenised input, but for anchors.
         kwargs: what else Trainer takes, but for ``train_dataset``, ``compute_loss_func`` and ``model_init``.
 
     Attributes:

@@ -82,9 +82,9 @@ def unlearn(
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
         forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
             tokenised tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
-        retain: examples to keep by cross-entropy, in the same forms. ``None``: PALU keeps what the reference itself
-            answers to everyday prompts, by the KL (:mod:`palu.anchors`). ``[]``, and for another objective ``None``:
-            nothing, which needs ``lambda_retain=0``.
+        retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
+            what the reference itself answers to everyday prompts, by the KL (:mod:`palu.anchors`, and ``anchors`` in
+            the settings). ``[]``, and for another objective ``None``: nothing, which needs ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
 

@@ -259,16 +259,25 @@ def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
         assert moved(kept, unseen) < 0.5 * moved(bare, unseen)
 
 
-def test_beside_a_retain_set(written: list[list[Item]]) -> None:
-    result = unlearn(retain=TEXT_RETAIN, anchors=3)
+@pytest.mark.parametrize(("given", "asked_for"), [({"anchors": 3}, 3), ({}, DRAWN)])
+def test_beside_a_retain_set(given: dict[str, int], asked_for: int, written: list[list[Item]]) -> None:
+    result = unlearn(retain=TEXT_RETAIN, **given)
     assert result.summary["retain_examples"] == 2
-    assert result.summary["anchors"] + result.summary["anchors_skipped"] == 3
+    assert result.summary["anchors"] + result.summary["anchors_skipped"] == asked_for
     assert all(record["retain"] > 0 for record in result.history)
-    without = unlearn(retain=TEXT_RETAIN)
+    without = unlearn(retain=TEXT_RETAIN, anchors=0)
     assert (without.summary["anchors"], without.summary["anchors_skipped"]) == (0, 0)
     assert result.history[0]["local"] == pytest.approx(without.history[0]["local"], rel=1e-5)
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
     assert written[1] == []
+
+
+@pytest.mark.parametrize(
+    "given", [{"tokenizer": None, "forget": forget_rows(3), "retain": retain_rows(3)}, {"lambda_kl": 0}]
+)
+def test_beside_a_retain_set_where_there_can_be_none(given: dict[str, Any]) -> None:
+    result = unlearn(**{"retain": TEXT_RETAIN} | given)
+    assert (result.summary["anchors"], result.summary["anchors_skipped"]) == (0, 0)
 
 
 def test_the_weight_of_an_absent_retain_loss_does_not_matter() -> None:

@@ -246,7 +246,7 @@ def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *
 
 @has_tofu
 def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    sizes = tofu_table.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, 4, (1e-3,), (0,), 3)
+    sizes = tofu_table.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
     monkeypatch.setitem(tofu_table.PRESETS, "tiny", sizes)
     record = command(monkeypatch, tofu_table, tmp_path, "--model", model_folder)
     assert [row["method"] for row in record["table"]] == ["original", "retain", *tofu_table.METHODS]
@@ -262,10 +262,17 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [row["method"] for row in record["runs"]] == ["original", "retain", "default", "K=1"]
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
 
+    more = ("--methods", "palu,ga", "--learning-rates", "1e-3", "2e-3", "--seeds", "0", "1")
+    record = command(monkeypatch, tofu_table, tmp_path, "--model", model_folder, *more)
+    runs = [(row["method"], row["learning_rate"], row["seed"]) for row in record["runs"][2:]]
+    assert sorted(runs) == [(name, rate, seed) for name in ("ga", "palu") for rate in (1e-3, 2e-3) for seed in (0, 1)]
+    assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
 
 @has_muse
 def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset((2, 300), 1, 4, 1, 4, 1e-3, 4))
+    monkeypatch.setitem(muse_news.PRESETS, "tiny", muse_news.Preset((2, 300), 1, 4, 1, 1e-3, 4))
     record = command(monkeypatch, muse_news, tmp_path, "--model", model_folder)
-    assert [row["model"] for row in record["results"]] == ["retain", "original", "palu", "npo", "gd"]
+    assert [row["model"] for row in record["results"]] == ["retain", "original", *muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])

@@ -42,7 +42,8 @@ def unlearn(
     retain: Annotated[
         str,
         typer.Option(
-            help="What to keep: rows in the same form; auto: its own answers to everyday prompts; none: nothing.",
+            help="What to keep: rows in the same form, and beside them its own answers to everyday prompts; auto: "
+            "these alone; none: nothing.",
             metavar="FILE|auto|none",
         ),
     ] = "auto",
