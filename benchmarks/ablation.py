@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "another seed": {"seed": 1},
     "a third seed": {"seed": 2},
     "no anchors": {"anchors": 0},
+    "40 anchors": {"anchors": 40},
     "K=1": {"top_k": 1},
     "K=50": {"top_k": 50},
     "K=1000": {"top_k": 1000},

@@ -8,6 +8,7 @@ method unlearns the forget texts. Stages are kept and resumed as in tofu_table.p
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
+"palu_whole" takes all of a text as one span instead and acts on every token of it (n = -1).
 
 The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose
 answer and names stand close together in one of its texts; these are the questions that it asks.
@@ -34,7 +35,12 @@ from _workload import DATA
 import palu
 from palu.evaluate.rows import read_rows
 
-METHODS = ("palu", "npo", "gd")
+METHODS: dict[str, dict[str, Any]] = {
+    "palu": {"objective": "palu"},
+    "palu_whole": {"objective": "palu", "n": -1},
+    "npo": {"objective": "npo"},
+    "gd": {"objective": "gd"},
+}
 COLUMNS = {
     "VerbMem forget": "forget_verbmem_ROUGE",
     "KnowMem forget": "forget_knowmem_ROUGE",
@@ -65,14 +71,13 @@ class Preset:
     teach_epochs: int
     batch_size: int
     epochs: int
-    anchors: int  # everyday prompts whose answers PALU keeps; no other method has a KL to keep them by
     learning_rate: float
     verbmem_tokens: int
 
 
 PRESETS = {
-    "full": Preset(None, 5, 16, 5, 422, 1e-5, 128),
-    "tiny": Preset((8, 600), 20, 4, 10, 40, 5e-5, 32),
+    "full": Preset(None, 5, 16, 5, 1e-5, 128),
+    "tiny": Preset((8, 600), 20, 4, 10, 5e-5, 32),
 }
 
 
@@ -199,17 +204,19 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     def unlearned(method: str) -> dict[str, Any]:
         loaded = load(str(original))
+        forget = data.forget
+        if method == "palu_whole":
+            forget = [row | {"spans": [[0, len(row["completion"])]]} for row in forget]
         result = palu.unlearn(
             loaded[0],
             None,
-            data.forget,
+            forget,
             data.retain,
             tokenizer=plain(loaded)[1],
-            objective=method,
+            **METHODS[method],
             learning_rate=preset.learning_rate,
             epochs=preset.epochs,
             batch_size=preset.batch_size,
-            anchors=preset.anchors,
         )
         return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}
 

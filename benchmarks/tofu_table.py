@@ -9,8 +9,9 @@ same command goes on where it stopped; with --minutes it stops by itself (exit c
 fit. When all are done it writes tofu_<preset>.json, .md and .png to --results.
 
 The final weights are used, never a chosen epoch. Every method, PALU included, gets the same settings: the preset's
-learning rates, everything else at its default. The table shows of each method the setting with the highest forget
-quality among those that keep 0.95 of the original's model utility, or if none does, the one with the highest utility.
+learning rates and seeds, or those that are given; everything else is at its default. The table shows of each method the
+setting with the highest forget quality among those that keep 0.95 of the original's model utility, or if none does, the
+one with the highest utility.
 """
 
 from __future__ import annotations
@@ -77,15 +78,14 @@ class Preset:
     teach_batch: int
     epochs: int
     batch_size: int
-    anchors: int  # everyday prompts whose answers PALU keeps; no other method has a KL to keep them by
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     max_new_tokens: int
 
 
 PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, 422, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
-    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, 40, (5e-5,), (0,), 24),
+    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
 }
 
 
@@ -171,8 +171,7 @@ class Bench:
             model, tokenizer = load(str(self.folder))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            preset = self.preset
-            sizes = {"epochs": preset.epochs, "batch_size": preset.batch_size, "anchors": preset.anchors}
+            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
             result = palu.unlearn(
                 model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings
             )
@@ -194,11 +193,12 @@ def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     return more | {"seconds": None, "peak_gib": None} | results.get("cost", {}) | figures
 
 
-def run(bench: Bench, methods: list[str]) -> list[dict[str, Any]]:
+def run(
+    bench: Bench, methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     """A summary of each evaluation."""
     rows = [summary(bench.original, method="original"), summary(bench.retain, method="retain")]
-    preset = bench.preset
-    for seed, learning_rate, method in itertools.product(preset.seeds, preset.learning_rates, methods):
+    for seed, learning_rate, method in itertools.product(seeds, learning_rates, methods):
         results = bench.unlearned(
             f"{method}-lr{learning_rate:g}-seed{seed}", objective=method, learning_rate=learning_rate, seed=seed
         )
@@ -323,13 +323,16 @@ def write(arguments: argparse.Namespace, name: str, table: str, details: dict[st
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if unknown := set(methods) - METHODS.keys():
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     with resumable():
         bench = begin(parser, arguments)
-        rows = run(bench, methods)
+        learning_rates = arguments.learning_rates or bench.preset.learning_rates
+        rows = run(bench, methods, learning_rates, arguments.seeds or bench.preset.seeds)
     utility = bench.original["model_utility"]["agg_value"]
     table = chosen(rows, utility)
     path = write(arguments, "tofu", markdown(table, utility), {"table": table, "runs": rows})
