@@ -260,7 +260,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.scatter(
                 [row["model_utility"] for row in runs],
                 [row["forget_quality"] for row in runs],
-                color=colours[number],
+                color="tab:cyan" if method == "palu" else colours[number],
                 marker="*" if method == "palu" else "os^vDPX"[number],
                 s=140 if method == "palu" else 45,
                 label=label,
