@@ -65,6 +65,7 @@ def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, 
         retain_batch_size=6,
         gradient_accumulation_steps=1,
         stop_probability=None,
+        anchors=0,
         gradient_checkpointing=checkpointing,
         progress=False,
     )

@@ -45,7 +45,7 @@ def main() -> None:
                 secrets,
                 kept,
                 tokenizer=tokenizer,
-                config=UNLEARN.replace(**sizes, stop_probability=None, progress=False),
+                config=UNLEARN.replace(**sizes, stop_probability=None, anchors=0, progress=False),
                 checkpoint_dir=folder,
                 resume=resume,
             )

@@ -123,7 +123,7 @@ def what_is_given(kept: Facts, choice: str) -> dict[str, Any]:
     """Arguments of palu.unlearn for one of RETAIN."""
     choices: dict[str, dict[str, Any]] = {
         "both": {"retain": kept, "anchors": ANCHORS},
-        "facts": {"retain": kept},
+        "facts": {"retain": kept, "anchors": 0},
         "auto": {"retain": None, "anchors": ANCHORS},
         "none": {"retain": [], "lambda_retain": 0},
     }
