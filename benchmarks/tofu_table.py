@@ -332,10 +332,12 @@ def main() -> None:
     with resumable():
         bench = begin(parser, arguments)
         learning_rates = arguments.learning_rates or bench.preset.learning_rates
-        rows = run(bench, methods, learning_rates, arguments.seeds or bench.preset.seeds)
+        seeds = arguments.seeds or bench.preset.seeds
+        rows = run(bench, methods, learning_rates, seeds)
     utility = bench.original["model_utility"]["agg_value"]
     table = chosen(rows, utility)
-    path = write(arguments, "tofu", markdown(table, utility), {"table": table, "runs": rows})
+    details = {"learning_rates": learning_rates, "seeds": seeds, "table": table, "runs": rows}
+    path = write(arguments, "tofu", markdown(table, utility), details)
     plot(rows, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}: every run")
 
 

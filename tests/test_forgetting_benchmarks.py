@@ -267,6 +267,7 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     runs = [(row["method"], row["learning_rate"], row["seed"]) for row in record["runs"][2:]]
     assert sorted(runs) == [(name, rate, seed) for name in ("ga", "palu") for rate in (1e-3, 2e-3) for seed in (0, 1)]
     assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
+    assert (record["learning_rates"], record["seeds"]) == ([1e-3, 2e-3], [0, 1])
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
