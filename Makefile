@@ -25,6 +25,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
@@ -37,11 +38,11 @@ cuda-check: $(VENV)/ready
 
 # Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
 sanitize: $(VENV)/ready
-	$(BIN)/python tests/fuzz_ops.py --sanitize --cases $(CASES) --seed $(SEED)
+	$(BIN)/python tests/stress/fuzz_ops.py --sanitize --cases $(CASES) --seed $(SEED)
 
 # A run is killed at random moments and resumed each time: it must end as the run that was left alone.
 torture: $(VENV)/ready
-	$(BIN)/python tests/torture.py --kills $(KILLS) --model $(MODEL) --seed $(SEED)
+	$(BIN)/python tests/stress/torture.py --kills $(KILLS) --model $(MODEL) --seed $(SEED)
 
 # An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and
 # again whenever their sources change.

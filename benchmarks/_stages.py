@@ -1,4 +1,4 @@
-"""A long benchmark in pieces: finished stages are files, and a run goes on where the last one stopped."""
+"""Run a long benchmark in stages: a finished stage is a file, and a later run goes on where the last one stopped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from typing import Any
 
 
 class OutOfTimeError(Exception):
-    """The next stage would not fit."""
+    """The next stage would not fit into the time that is left."""
 
 
 class Stages:
-    """Finished stages, as files in a folder, and the time left for more."""
+    """The finished stages of a benchmark, as files in a folder, and the time left for more.
+
+    Raises SystemExit where the folder holds the stages of other settings.
+
+    Args:
+        folder: it need not exist.
+        minutes: no stage begins that would end later, if it takes as long as the longest so far; ``None``: no limit.
+        key: the settings on which the stages depend.
+    """
 
     def __init__(self, folder: Path, minutes: float | None, key: dict[str, Any]):
         self.folder = folder
@@ -25,13 +33,13 @@ class Stages:
         self.longest = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "settings.json"
-        told = json.dumps(key, indent=1, sort_keys=True) + "\n"
-        if known.exists() and known.read_text() != told:
+        settings = json.dumps(key, indent=1, sort_keys=True) + "\n"
+        if known.exists() and known.read_text() != settings:
             raise SystemExit(f"{folder} holds the stages of other settings ({known}); give another --output")
-        known.write_text(told)
+        known.write_text(settings)
 
     def path(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The file or folder of a stage; ``make(path)`` writes it where it is missing."""
+        """Return the file or folder of a stage; ``make(path)`` writes it where it is missing."""
         path = self.folder / name
         if not path.exists():
             if self.deadline is not None and time.monotonic() + self.longest > self.deadline:
@@ -42,7 +50,7 @@ class Stages:
         return path
 
     def results(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A stage whose result is JSON."""
+        """Return the result of a stage, kept as JSON; ``make()`` computes it where it is missing."""
 
         def write(path: Path) -> None:
             partial = path.with_suffix(".partial")

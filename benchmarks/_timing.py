@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: interleaved repeats, medians and quartiles."""
+"""Time candidates in turns, and report medians and quartiles."""
 
 import json
 import platform
@@ -11,6 +11,7 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -43,7 +44,7 @@ def interleaved(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per millisecond by a copy of a tensor that no cache holds."""
+    """Measure memory bandwidth: bytes read and written per millisecond by a copy of a tensor that no cache holds."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.zeros_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=2, repeats=9)
@@ -51,7 +52,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a result depends on, for its JSON line."""
+    """Describe device and versions, on which a result depends."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return {
         "device": device.type,

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: Llamas of the true shape with random weights, examples of TOFU's lengths.
+"""Models and data for the speed benchmarks: Llamas of the true shape with random weights, examples of TOFU's lengths.
 
 Nothing is downloaded. What a step costs depends on shapes and on how many tokens have which role, not
 on what the weights or the tokens are, so token ids are random.
@@ -6,16 +6,13 @@ on what the weights or the tokens are, so token ids are random.
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would import benchmarks/kernels.py
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from palu.data import IGNORE, ORDINARY, Example  # noqa: E402
+from palu.data.tokenize import IGNORE, ORDINARY, Example
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
 
@@ -60,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of that shape in training mode, its weights drawn on the device: normal, 0.02."""
+    """Make a Llama of that shape in training mode, its weights drawn on the device: normal, 0.02."""
     config = LlamaConfig(**(MODELS[name] | {"attn_implementation": "sdpa"}))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -98,7 +95,7 @@ Lengths = tuple[int, int, list[tuple[int, int]]]
 
 
 def lengths_of(path: Path) -> list[Lengths]:
-    """The lengths of a JSONL file's rows, estimated from their characters."""
+    """Estimate the lengths of a JSONL file's rows from their characters."""
     result = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -112,7 +109,7 @@ def lengths_of(path: Path) -> list[Lengths]:
 
 
 def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
-    """Lengths of the same distribution: prompt, answer and spans are drawn independently."""
+    """Draw lengths of the same distribution: prompt, answer and spans independently."""
 
     def quantile(deciles: tuple[int, ...]) -> int:
         tenth, rest = divmod(rng.random() * 10, 1)
@@ -143,7 +140,7 @@ def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
 def make_batches(
     data: Path, vocab_size: int, batches: int, forget: int, retain: int, seed: int
 ) -> tuple[list[tuple[list[Example], list[Example]]], str]:
-    """Batches of forget and retain examples, and where their lengths are from.
+    """Make batches of forget and retain examples; returns them, and where their lengths are from.
 
     data: folder with forget05.jsonl and retain90.jsonl, of which rows are drawn; if they are not there,
         lengths are drawn from the tables above.

@@ -6,43 +6,44 @@ Method: arXiv 2601.03190. Names are imported on first use, so that `import palu`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from palu.version import __version__
+
 if TYPE_CHECKING:
-    from palu import evaluate
-    from palu.annotate import annotate
-    from palu.cache_file import CacheError
-    from palu.checkpoint import CheckpointError
+    from palu import evaluate, ops
     from palu.config import UnlearnConfig
-    from palu.data import DataError
+    from palu.data.files import DataError
     from palu.losses import PaluLoss, palu_loss
     from palu.ops import linear_topk_mse, prefix_mask, topk_mse
-    from palu.output import save_run
-    from palu.record import Recorder
-    from palu.report import write_card, write_report
-    from palu.trainer import PaluTrainer
-    from palu.unlearn import DivergenceError, UnlearnResult, unlearn
+    from palu.ref_model.storage import CacheError
+    from palu.report.recorder import Recorder
+    from palu.report.render import write_card, write_report
+    from palu.report.save import save_run
+    from palu.spans.annotate import annotate
+    from palu.training.checkpoint import CheckpointError
+    from palu.training.loop import DivergenceError, UnlearnResult, unlearn
+    from palu.training.trainer import PaluTrainer
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "CacheError": "palu.cache_file",
-    "CheckpointError": "palu.checkpoint",
-    "DataError": "palu.data",
-    "DivergenceError": "palu.unlearn",
+_MODULE_OF = {
+    "CacheError": "palu.ref_model.storage",
+    "CheckpointError": "palu.training.checkpoint",
+    "DataError": "palu.data.files",
+    "DivergenceError": "palu.training.loop",
     "PaluLoss": "palu.losses",
-    "PaluTrainer": "palu.trainer",
-    "Recorder": "palu.record",
+    "PaluTrainer": "palu.training.trainer",
+    "Recorder": "palu.report.recorder",
     "UnlearnConfig": "palu.config",
-    "UnlearnResult": "palu.unlearn",
-    "annotate": "palu.annotate",
+    "UnlearnResult": "palu.training.loop",
+    "annotate": "palu.spans.annotate",
     "linear_topk_mse": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
-    "save_run": "palu.output",
+    "save_run": "palu.report.save",
     "topk_mse": "palu.ops",
-    "unlearn": "palu.unlearn",
-    "write_card": "palu.report",
-    "write_report": "palu.report",
+    "unlearn": "palu.training.loop",
+    "write_card": "palu.report.render",
+    "write_report": "palu.report.render",
 }
+_SUBMODULES = ("evaluate", "ops")
 
 __all__ = [
     "CacheError",
@@ -54,9 +55,11 @@ __all__ = [
     "Recorder",
     "UnlearnConfig",
     "UnlearnResult",
+    "__version__",
     "annotate",
     "evaluate",
     "linear_topk_mse",
+    "ops",
     "palu_loss",
     "prefix_mask",
     "save_run",
@@ -68,14 +71,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        return import_module("palu.evaluate")
-    if name not in _HOME:
+    if name in _SUBMODULES:
+        return import_module(f"palu.{name}")
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'palu' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | _HOME.keys() | {"evaluate"})
+    return sorted(globals().keys() | _MODULE_OF.keys() | set(_SUBMODULES))

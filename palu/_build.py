@@ -1,4 +1,4 @@
-"""The one list of sources and flags behind every build of the extension.
+"""List the sources and flags of every build of the extension, and build it just in time.
 
 `setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line
 (`python palu/_build.py --cmake`), and `palu.ops` compiles from it just in time where no prebuilt
@@ -55,12 +55,12 @@ def with_cuda() -> bool:
 
 
 def sources() -> list[str]:
-    """Paths of the files to compile."""
+    """Return the paths of the files to compile."""
     return _files("*.cpp", "*.cu")
 
 
 def headers() -> list[str]:
-    """Paths of the headers; a build that depends on them notices when one changes."""
+    """Return the paths of the headers; a build that depends on them notices when one changes."""
     return _files("*.h", "*.cuh")
 
 
@@ -71,7 +71,7 @@ def _files(*patterns: str) -> list[str]:
 
 
 def include_dirs() -> list[str]:
-    """Include directories beyond torch's own."""
+    """Return the include directories beyond torch's own."""
     import pybind11
 
     return [str(CSRC), pybind11.get_include()]
@@ -88,7 +88,7 @@ def prepare_environment() -> None:
 
 
 def jit_name() -> str:
-    """Name of the extension compiled just in time: one per torch version, device, sanitizer, place and sources."""
+    """Name the extension compiled just in time: one per torch version, device, sanitizer, place and sources."""
     import torch
 
     digest = hashlib.sha256(bytes(CSRC.resolve()))  # ninja would rebuild one checkout's for another's
@@ -136,7 +136,7 @@ def jit() -> str:
 
 
 def cxx_standard() -> str:
-    """The C++ standard that torch's build tools pass, such as "20"."""
+    """Return the C++ standard that torch's build tools pass, such as "20"."""
     from torch.utils import cpp_extension
 
     found = re.search(r"-std=c\+\+(\d+)", Path(cpp_extension.__file__).read_text())
@@ -146,7 +146,7 @@ def cxx_standard() -> str:
 
 
 def cmake_settings() -> str:
-    """`set(...)` commands that give CMakeLists.txt the sources and flags."""
+    """Write the `set(...)` commands that give CMakeLists.txt the sources and flags."""
     from torch.utils import cpp_extension
 
     device = "cuda" if with_cuda() else "cpu"

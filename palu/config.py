@@ -1,4 +1,4 @@
-"""Every setting of a run, in one dataclass."""
+"""Every setting of a run, in one dataclass, checked."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class UnlearnConfig:
 
         L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
 
-    Other objectives (:mod:`palu.baselines`) read ``gamma`` as the weight of their forget loss, ``lambda_retain``, and
-    the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl``, ``kl_direction`` and ``anchors`` are
-    PALU's alone.
+    Other objectives (:mod:`palu.methods.baselines`) read ``gamma`` as the weight of their forget loss,
+    ``lambda_retain``, and the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl``,
+    ``kl_direction`` and ``anchors`` are PALU's alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
@@ -59,8 +59,8 @@ class UnlearnConfig:
         gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
-        anchors: everyday prompts (:mod:`palu.anchors`) to which the reference's own answers are kept by the KL;
-            ``None``: all; but 0 where ``retain`` is ``[]``, and beside retain examples without a tokenizer or with
+        anchors: everyday prompts (:mod:`palu.ref_model.anchors`) to which the reference's own answers are kept by the
+            KL; ``None``: all; but 0 where ``retain`` is ``[]``, and beside retain examples without a tokenizer or with
             ``lambda_kl = 0``. Only as many are answered as the run draws.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
         beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
@@ -84,10 +84,10 @@ class UnlearnConfig:
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
-        cache_dir: folder for the reference's answers (:mod:`palu.cache_file`), from which later runs with the same
-            reference, forget set and question take them instead of asking again; ``None``: they are kept in
+        cache_dir: folder for the reference's outputs (:mod:`palu.ref_model.storage`), from which later runs with the
+            same reference, forget set and settings take them instead of running it again; ``None``: they are kept in
             ``checkpoint_dir`` where that is given, else in memory.
-        checkpoint_dir: folder for checkpoints (:mod:`palu.checkpoint`); ``None``: none are written.
+        checkpoint_dir: folder for checkpoints (:mod:`palu.training.checkpoint`); ``None``: none are written.
         checkpoint_steps: optimisation steps from one checkpoint to the next; there is always one at the end.
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
             beginning. Pass the starting model, loaded again, and all other arguments as they were.
@@ -217,7 +217,7 @@ class UnlearnConfig:
         )
 
     def replace(self, **overrides: Any) -> UnlearnConfig:
-        """This configuration with some fields changed. Raises TypeError on a name that is no field."""
+        """Return this configuration with some fields changed. Raises TypeError on a name that is no field."""
         known = {field.name for field in dataclasses.fields(self)}
         for name in overrides:
             if name not in known:
@@ -225,17 +225,17 @@ class UnlearnConfig:
         return dataclasses.replace(self, **overrides)
 
     def value(self, field: str) -> Any:
-        """A field's value; where it is None, what the objective's authors use, if it has one."""
+        """Return a field's value; where it is None, what the objective's authors use, if they say."""
         given = getattr(self, field)
         return {"gamma": 1.0, "lambda_retain": 1.0, **OBJECTIVES[self.objective]}.get(field) if given is None else given
 
     def values(self) -> dict[str, Any]:
-        """Every field's value."""
+        """Return every field's value."""
         return {field.name: self.value(field.name) for field in dataclasses.fields(self)}
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """(gamma, lambda_kl, lambda_retain)."""
+        """The weights of the three terms: (gamma, lambda_kl, lambda_retain)."""
         return self.value("gamma"), self.lambda_kl, self.value("lambda_retain")
 
     @property

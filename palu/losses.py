@@ -1,4 +1,4 @@
-"""The PALU losses (arXiv 2601.03190): the textbook form on logits, and the fast form on hidden states.
+"""The PALU losses (arXiv 2601.03190): the textbook form on logits, and the fused form on hidden states.
 
 With ``z`` the current logits, ``V_top`` the K indices that the frozen reference ranks highest::
 
@@ -6,7 +6,7 @@ With ``z`` the current logits, ``V_top`` the K indices that the frozen reference
     L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
     L_retain = mean token cross-entropy
 
-:func:`palu_loss` takes full logits and suits any trainer. :func:`head_losses` takes the last hidden
+:func:`palu_loss` takes full logits and suits any trainer. :func:`fused_linear_losses` takes the last hidden
 states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
 """
 
@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palu import ops
 from palu.config import KL_DIRECTIONS
-from palu.data import ORDINARY
+from palu.data.tokenize import ORDINARY
+from palu.models.head import Head
+from palu.ops import fused, prefix_mask, topk_mse
+from palu.ops.functional import use_gather
+from palu.ops.library import check_tensors
 
 
 class PaluLoss(NamedTuple):
@@ -44,7 +47,7 @@ def palu_loss(
     kl_direction: str = "reverse",
     eos_token_id: int | None = None,
 ) -> PaluLoss:
-    """Local entropy loss and KL to the reference, from full logits (arXiv 2601.03190, as published).
+    """Compute the local entropy loss and the KL to the reference from full logits (arXiv 2601.03190, as published).
 
     Logits at position t-1 predict the label at t.
 
@@ -61,7 +64,7 @@ def palu_loss(
     Raises:
         ValueError, TypeError: shapes or devices that disagree, labels that are not int64, unknown choices.
     """
-    ops.check_tensors("palu_loss", logits=logits, ref_logits=ref_logits, labels=labels)
+    check_tensors("palu_loss", logits=logits, ref_logits=ref_logits, labels=labels)
     if logits.dim() != 3 or logits.shape != ref_logits.shape or labels.shape != logits.shape[:2]:
         raise ValueError(
             "palu_loss needs logits and ref_logits [B, T, V] and labels [B, T], got "
@@ -72,29 +75,22 @@ def palu_loss(
     if not isinstance(top_k, Integral) or top_k < 1:
         raise ValueError(f"top_k = {top_k}: give a positive integer")
 
-    onset = ops.prefix_mask(labels, n, eos_token_id)[:, 1:]
+    onset = prefix_mask(labels, n, eos_token_id)[:, 1:]
     ordinary = labels[:, 1:] == ORDINARY
-    current, reference = logits[:, :-1], ref_logits[:, :-1].detach()
+    current, frozen = logits[:, :-1], ref_logits[:, :-1].detach()
 
-    index = reference[onset].topk(min(top_k, logits.shape[-1]), dim=-1, sorted=False).indices
-    local = _mean(ops.topk_mse(current[onset], index, target))
+    index = frozen[onset].topk(min(top_k, logits.shape[-1]), dim=-1, sorted=False).indices
+    local = _mean(topk_mse(current[onset], index, target))
 
-    log_p, log_q = current[ordinary].log_softmax(-1), reference[ordinary].log_softmax(-1)
+    log_p, log_q = current[ordinary].log_softmax(-1), frozen[ordinary].log_softmax(-1)
     if kl_direction == "reverse":
         log_p, log_q = log_q, log_p
     return PaluLoss(local, _mean(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)))
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Mean, and 0 (still part of the graph) for an empty tensor."""
+    """Return the mean, or 0 (still part of the graph) for an empty tensor."""
     return values.sum() / max(values.numel(), 1)
-
-
-class Head(NamedTuple):
-    """A linear output layer: logits = hidden @ weight.T + bias."""
-
-    weight: Tensor  # [V, d]
-    bias: Tensor | None  # [V]
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,9 @@ class LocalTerm:
     def __len__(self) -> int:
         return self.index.shape[0]
 
-    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return ops.topk_mse_(logits, self.index[rows], row_weight, self.target)
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return fused.topk_mse_fwd_bwd_(logits, self.index[rows], row_weight, self.target)
 
 
 @dataclass(frozen=True)
@@ -123,10 +119,10 @@ class KLTerm:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
         ref_logits = F.linear(self.hidden[rows].to(self.head.weight.dtype), *self.head).to(logits.dtype)
-        return ops.kl_div_(logits, ref_logits, row_weight, self.reverse)
+        return fused.kl_div_(logits, ref_logits, row_weight, self.reverse)
 
 
 @dataclass(frozen=True)
@@ -138,15 +134,15 @@ class CrossEntropyTerm:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
-    def backward_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return ops.cross_entropy_(logits, self.labels[rows], row_weight)
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return fused.cross_entropy_(logits, self.labels[rows], row_weight)
 
 
 Term = LocalTerm | KLTerm | CrossEntropyTerm
 
 
-def head_losses(
+def fused_linear_losses(
     hidden: Tensor,
     head: Head,
     terms: tuple[Term, ...],
@@ -154,8 +150,9 @@ def head_losses(
     *,
     chunk_bytes: int,
     weight_mean: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the losses of all rows, from hidden states, in chunks of rows.
+    """Compute the weighted sum of the losses of all rows, from hidden states, in chunks of rows.
 
     The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
     per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
@@ -167,15 +164,16 @@ def head_losses(
         row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
         chunk_bytes: bound on the logits held at once, those of the reference included.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
+        impl: how the rows of a LocalTerm, which comes first, get their logits; see :func:`palu.ops.linear_topk_mse`.
 
     Returns:
         (total, losses): the scalar ``(row_weight * losses).sum()`` with gradient for hidden, weight
         and bias, and the losses [R] themselves, without gradient.
     """
-    return _HeadLosses.apply(hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean)
+    return _FusedLinearLosses.apply(hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl)
 
 
-class _HeadLosses(torch.autograd.Function):
+class _FusedLinearLosses(torch.autograd.Function):
     # Per chunk, with G the weighted gradient of the losses for the logits Z = H W^T + b [r, V]:
     #   dH = G W,   dW += G^T H,   db += sum_r G_r.
     # LocalTerm comes first among the terms; where gathering is faster its rows skip the chunks.
@@ -190,6 +188,7 @@ class _HeadLosses(torch.autograd.Function):
         terms: tuple[Term, ...],
         chunk_bytes: int,
         weight_mean: Tensor | None,
+        impl: str,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -205,8 +204,8 @@ class _HeadLosses(torch.autograd.Function):
             local = terms[0] if terms and isinstance(terms[0], LocalTerm) else None
             gathered = 0
             if local is not None:
-                (onset, k), (vocab_size, d) = local.index.shape, w.shape
-                if ops._gather_is_faster(onset, k, vocab_size, d, device, len(h) > onset):
+                onset, k = local.index.shape
+                if use_gather(impl, onset, k, w.shape[0], device, beside_dense=len(h) > onset):
                     gathered = onset
 
             beta = 0  # the first chunk writes dW, the others add to it
@@ -214,7 +213,7 @@ class _HeadLosses(torch.autograd.Function):
                 logits = F.linear(h[rows], w, b)
                 for term, of_hidden, of_term in parts:
                     of_chunk = slice(of_hidden.start - rows.start, of_hidden.stop - rows.start)
-                    losses[of_hidden] = term.backward_(logits[of_chunk], row_weight[of_hidden], of_term)
+                    losses[of_hidden] = term.loss_and_grad_(logits[of_chunk], row_weight[of_hidden], of_term)
                 if grad_h is not None:
                     torch.mm(logits, w, out=grad_h[rows])
                 if grad_w is not None:
@@ -230,7 +229,7 @@ class _HeadLosses(torch.autograd.Function):
                 if grad_h is not None:
                     grad_h[rows] = 0
                 grads_of_rows = (grad_h[rows] if grad_h is not None else None, grad_w, grad_b)
-                losses[rows] = ops.linear_topk_mse_(
+                losses[rows] = fused.linear_topk_mse_fwd_bwd(
                     h[rows], w, local.index, row_weight[rows], local.target, b, weight_mean, grads_of_rows
                 )
         ctx.grads = [grad_h, grad_w, grad_b]
@@ -242,14 +241,14 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "the gradients of head_losses were already used: call it again for another backward pass"
+                "the gradients of fused_linear_losses were already used: call it again for another backward pass"
             )
         grads, ctx.grads = ctx.grads, None
         for i, dtype in enumerate(ctx.dtypes):
             if grads[i] is not None:
-                ops.scale_(grads[i], grad_total)
+                fused.scale_(grads[i], grad_total)
                 grads[i] = grads[i].to(dtype)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)

@@ -15,15 +15,14 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from test_evaluate_muse import small_data as muse_data
-from test_evaluate_tofu import small_data as tofu_data
-from tiny import VOCAB, forget_rows, retain_rows, tiny_llama, weights
-from tokenizers_for_tests import CHATML, byte_level
+from helpers.benchmark_data import small_muse_news, small_tofu
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama, weights
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
 
 import palu
-from palu.adapter import UnsupportedModelError
+from palu.models.lora import UnsupportedModelError
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 META = torch.device("meta")  # stands for another device
@@ -85,13 +84,13 @@ def config(**settings: Any) -> Call:
 
 def tofu(**changed: Any) -> Call:
     model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
-    given = {"model": model, "tokenizer": words(), "data": tofu_data(), "max_new_tokens": 4, "progress": False}
+    given = {"model": model, "tokenizer": words(), "data": small_tofu(), "max_new_tokens": 4, "progress": False}
     return palu.evaluate.tofu, given | changed
 
 
 def muse_news(**changed: Any) -> Call:
     model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
-    return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": muse_data()} | changed
+    return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": small_muse_news()} | changed
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -275,7 +274,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "an attack that does not exist": (lambda: tofu(mia=["lira"]), ValueError, "there is no attack 'lira'; mia may hold loss, zlib, reference, gradnorm, min_k, min_k_plus_plus"),
     "a split that does not exist": (lambda: tofu(forget="forget50", data=None), ValueError, "there is no forget split 'forget50'; locuslab/TOFU has forget01, forget05, forget10"),
     "nothing to evaluate": (lambda: tofu(data=palu.evaluate.TofuData([])), DataError, "forget set is empty; give at least one row"),
-    "a row to evaluate without an answer": (lambda: tofu(data=without(tofu_data(), "retain", 1, "answer")), DataError, "retain row 1: column 'answer' is missing; fill it in, or use TOFU's perturbed sets, which have it"),
+    "a row to evaluate without an answer": (lambda: tofu(data=without(small_tofu(), "retain", 1, "answer")), DataError, "retain row 1: column 'answer' is missing; fill it in, or use TOFU's perturbed sets, which have it"),
     "results that are none": (lambda: tofu(retain_results={"loss": 1.0}), ValueError, "these are no results: a mapping of metrics to {agg_value, value_by_index} is needed, as palu.evaluate returns it and open-unlearning logs it"),
     "a tokenizer's name to evaluate with": (lambda: tofu(tokenizer="gpt2"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
     "a model without a head to evaluate": (lambda: tofu(model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"model is a LlamaModel, {CAUSAL}"),

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import tiny_llama
 from sybil import Example
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
-from tiny import tiny_llama
-from tokenizers_for_tests import CHATML, byte_level
 from typer.testing import CliRunner
 
 from palu.cli import app

@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import palu
-from palu import ops, reference
-from palu.losses import CrossEntropyTerm, Head, KLTerm, LocalTerm, Term, _chunks, head_losses
+from palu import eager
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, _chunks, fused_linear_losses
+from palu.models.head import Head
+from palu.ops import fused
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "published_loss.npz"
+GOLDEN = Path(__file__).with_name("golden") / "published_loss.npz"
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
 
 
-@pytest.fixture(params=[True, False], ids=["gather", "dense"])
-def gather(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=["gather", "dense"])
+def impl(request: pytest.FixtureRequest) -> str:
     """Both ways to the logits of onset rows, whichever is faster here."""
-    monkeypatch.setattr(ops, "_gather_is_faster", lambda *_: request.param)
     return request.param
 
 
@@ -83,7 +84,7 @@ def test_palu_loss_is_the_published_one(case: int, device: torch.device) -> None
 
 
 @every_published_case
-def test_head_losses_are_the_published_ones(case: int, device: torch.device, gather: bool) -> None:
+def test_head_losses_are_the_published_ones(case: int, device: torch.device, impl: str) -> None:
     known = published(case, device)
     n, top_k, eos = known["meta"].tolist()
     vocab = known["logits"].shape[-1]
@@ -99,7 +100,7 @@ def test_head_losses_are_the_published_ones(case: int, device: torch.device, gat
     for part, (name, mask) in enumerate((("local", onset), ("kl", ordinary))):
         hidden = torch.cat([z[onset], z[ordinary]]).requires_grad_()
         weight = (parts == part).double() / max(int(mask.sum()), 1)
-        total, _ = head_losses(hidden, head, terms, weight, chunk_bytes=5 * vocab * 8)
+        total, _ = fused_linear_losses(hidden, head, terms, weight, chunk_bytes=5 * vocab * 8, impl=impl)
         total.backward()
         assert hidden.grad is not None
         gradient = torch.zeros_like(known["logits"])
@@ -231,18 +232,19 @@ def test_palu_loss_refuses(changes: dict, error: type[Exception], message: str) 
 
 
 # ---------------------------------------------------------------------------------------------------
-# head_losses against plain autograd
+# fused_linear_losses against plain autograd
 
 
 @dataclass
 class Case:
-    """Arguments of head_losses; the head's weight and bias are leaves of their own."""
+    """Arguments of fused_linear_losses; the head's weight and bias are leaves of their own."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     terms: tuple[Term, ...]
     row_weight: Tensor
+    impl: str = "auto"
 
     @property
     def head(self) -> Head:
@@ -269,13 +271,18 @@ class Case:
             for term in self.terms
         )
         head = cast_head(self.head)
-        row_weight = self.row_weight.to(reference.acc_dtype(dtype))
-        return Case(cast(self.hidden), head.weight, head.bias, terms, row_weight)
+        row_weight = self.row_weight.to(eager.acc_dtype(dtype))
+        return Case(cast(self.hidden), head.weight, head.bias, terms, row_weight, self.impl)
 
     def run(self, rows_per_chunk: int = 10**6, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """head_losses, forward and backward."""
-        total, losses = head_losses(
-            self.hidden, self.head, self.terms, self.row_weight, chunk_bytes=rows_per_chunk * self.row_bytes()
+        """fused_linear_losses, forward and backward."""
+        total, losses = fused_linear_losses(
+            self.hidden,
+            self.head,
+            self.terms,
+            self.row_weight,
+            chunk_bytes=rows_per_chunk * self.row_bytes(),
+            impl=self.impl,
         )
         if total.requires_grad:
             (factor * total).backward()
@@ -294,6 +301,7 @@ def make(
     bias: bool = True,
     trainable: Sequence[bool] = (True, True, True),
     dtype: torch.dtype = torch.float64,
+    impl: str = "auto",
 ) -> Case:
     """Random values; `rows` are those of each term, `trainable` speaks of hidden, weight and bias."""
 
@@ -314,7 +322,8 @@ def make(
         values(vocab, hidden_size),
         values(vocab) if bias else None,
         terms,
-        torch.rand(sum(rows), device=device, dtype=reference.acc_dtype(dtype)),
+        torch.rand(sum(rows), device=device, dtype=eager.acc_dtype(dtype)),
+        impl,
     )
     for leaf, wanted in zip(case.leaves, trainable, strict=True):
         if leaf is not None:
@@ -328,7 +337,7 @@ def textbook_losses(case: Case) -> Tensor:
     sizes = [len(term) for term in case.terms]
     for logits, term in zip(F.linear(case.hidden, *case.head).split(sizes), case.terms, strict=True):
         if isinstance(term, LocalTerm):
-            losses.append(reference.topk_mse(logits, term.index, term.target))
+            losses.append(eager.topk_mse(logits, term.index, term.target))
         elif isinstance(term, KLTerm):
             log_p = logits.log_softmax(-1)
             log_q = F.linear(term.hidden, *term.head).detach().log_softmax(-1)
@@ -364,7 +373,7 @@ def assert_equal_textbook(case: Case, rows_per_chunk: int = 10**6, factor: float
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_random_cases_equal_autograd(device: torch.device, gather: bool, trial: int) -> None:
+def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int) -> None:
     rng = random.Random(trial)
     torch.manual_seed(trial)
     rows = [rng.randint(1, 9) for _ in range(3)]
@@ -378,6 +387,7 @@ def test_random_cases_equal_autograd(device: torch.device, gather: bool, trial: 
         reverse=rng.random() < 0.5,
         bias=rng.random() < 0.5,
         trainable=[True, rng.random() < 0.7, rng.random() < 0.7],
+        impl=impl,
     )
     assert_equal_textbook(case, rows_per_chunk=rng.randint(1, 30), factor=rng.choice([1.0, 3.0]))
 
@@ -390,16 +400,16 @@ def test_random_cases_equal_autograd(device: torch.device, gather: bool, trial: 
     + [((0, 0, 6), {})],
 )
 def test_each_term_alone_equals_autograd(
-    device: torch.device, gather: bool, bias: bool, rows: tuple[int, int, int], choice: dict
+    device: torch.device, impl: str, bias: bool, rows: tuple[int, int, int], choice: dict
 ) -> None:
-    assert_equal_textbook(make(device, rows, bias=bias, **choice), rows_per_chunk=4)
+    assert_equal_textbook(make(device, rows, bias=bias, **choice, impl=impl), rows_per_chunk=4)
 
 
 @pytest.mark.parametrize("rows", [(4, 0, 0), (0, 4, 0), (0, 0, 4), (0, 4, 4), (4, 0, 4), (4, 4, 0), (0, 0, 0)])
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_roles_may_be_missing(device: torch.device, gather: bool, rows: tuple[int, int, int], kept: int) -> None:
+def test_roles_may_be_missing(device: torch.device, impl: str, rows: tuple[int, int, int], kept: int) -> None:
     """Terms without rows, or not there at all, change nothing; where no row is left gradients are 0."""
-    case = make(device, rows)
+    case = make(device, rows, impl=impl)
     case.terms = case.terms[:kept]
     total_rows = sum(len(term) for term in case.terms)
     case.hidden = case.hidden.detach()[:total_rows].requires_grad_()
@@ -425,8 +435,8 @@ def test_no_terms_at_all(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("rows_per_chunk", [0, 1, 2, 3, 7, 17, 18, 10**6])
-def test_chunks_of_any_size_equal_autograd(device: torch.device, gather: bool, rows_per_chunk: int) -> None:
-    assert_equal_textbook(make(device), rows_per_chunk)
+def test_chunks_of_any_size_equal_autograd(device: torch.device, impl: str, rows_per_chunk: int) -> None:
+    assert_equal_textbook(make(device, impl=impl), rows_per_chunk)
 
 
 @pytest.mark.parametrize("trial", range(100))
@@ -458,9 +468,9 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
 @pytest.mark.parametrize("rows_per_chunk", [1, 8, 10**6])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_low_precision_loses_no_more_than_torch(
-    device: torch.device, gather: bool, dtype: torch.dtype, rows_per_chunk: int, reverse: bool
+    device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, reverse: bool
 ) -> None:
-    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, reverse=reverse, dtype=dtype)
+    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, reverse=reverse, dtype=dtype, impl=impl)
     truth, plain = case.to(torch.float64), case.to(dtype)
     results = case.run(rows_per_chunk), textbook(plain, rows_per_chunk), textbook(truth)
     gradients = [[leaf.grad for leaf in c.leaves if leaf is not None] for c in (case, plain, truth)]
@@ -477,8 +487,8 @@ def test_low_precision_loses_no_more_than_torch(
 
 
 @pytest.mark.parametrize("factor", [3.0, -0.25, 0.0])
-def test_upstream_gradient_scales(device: torch.device, gather: bool, factor: float) -> None:
-    assert_equal_textbook(make(device), rows_per_chunk=5, factor=factor)
+def test_upstream_gradient_scales(device: torch.device, impl: str, factor: float) -> None:
+    assert_equal_textbook(make(device, impl=impl), rows_per_chunk=5, factor=factor)
 
 
 def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
@@ -486,7 +496,7 @@ def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
     case = make(device)
     plain = case.to(torch.float64)
     for _ in range(2):
-        total, _ = head_losses(
+        total, _ = fused_linear_losses(
             2 * case.hidden, Head(3 * case.weight, case.bias), case.terms, case.row_weight, chunk_bytes=0
         )
         (total + case.weight.square().sum()).backward()
@@ -499,11 +509,9 @@ def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("trainable", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
-def test_only_what_needs_a_gradient_gets_one(
-    device: torch.device, gather: bool, trainable: tuple[int, int, int]
-) -> None:
-    case = make(device, trainable=[bool(flag) for flag in trainable])
-    total, losses = head_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0)
+def test_only_what_needs_a_gradient_gets_one(device: torch.device, impl: str, trainable: tuple[int, int, int]) -> None:
+    case = make(device, trainable=[bool(flag) for flag in trainable], impl=impl)
+    total, losses = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
     assert total.requires_grad == any(trainable)
     assert not losses.requires_grad
     assert_equal_textbook(case, rows_per_chunk=5)
@@ -512,8 +520,8 @@ def test_only_what_needs_a_gradient_gets_one(
         assert (leaf.grad is not None) == bool(wanted)
 
 
-def test_no_gradient_is_formed_under_no_grad(device: torch.device, gather: bool) -> None:
-    case = make(device)
+def test_no_gradient_is_formed_under_no_grad(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
     with torch.no_grad():
         total, losses = case.run()
     assert not total.requires_grad
@@ -522,25 +530,25 @@ def test_no_gradient_is_formed_under_no_grad(device: torch.device, gather: bool)
     assert_near(losses, expected[1], 1e-12)
 
 
-def test_a_second_backward_is_refused(device: torch.device, gather: bool) -> None:
-    case = make(device)
-    total, _ = head_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0)
+def test_a_second_backward_is_refused(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"head_losses were already used: call it again"):
+    with pytest.raises(RuntimeError, match=r"fused_linear_losses were already used: call it again"):
         total.backward()
 
 
-def test_a_second_derivative_is_refused(device: torch.device, gather: bool) -> None:
-    case = make(device)
-    total, _ = head_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0)
+def test_a_second_derivative_is_refused(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
     (gradient,) = torch.autograd.grad(total.square(), case.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_inputs_in_any_layout(device: torch.device, gather: bool) -> None:
+def test_inputs_in_any_layout(device: torch.device, impl: str) -> None:
     """Slices of larger tensors and transposed ones; what lies around them is NaN and must not be read."""
-    case = make(device, dtype=torch.float64)
+    case = make(device, dtype=torch.float64, impl=impl)
 
     def transposed(t: Tensor) -> Tensor:
         whole = torch.full([size + 4 for size in t.shape[::-1]], float("nan"), dtype=t.dtype, device=device)
@@ -554,12 +562,13 @@ def test_inputs_in_any_layout(device: torch.device, gather: bool) -> None:
     for layout in (transposed, dense):
         leaves = [layout(t).requires_grad_() for t in (case.hidden, case.weight)]
         bias = transposed(case.bias).requires_grad_()
-        total, losses = head_losses(
+        total, losses = fused_linear_losses(
             leaves[0],
             Head(leaves[1], bias),
             case.terms,
             transposed(case.row_weight),
             chunk_bytes=5 * case.row_bytes(),
+            impl=impl,
         )
         total.backward()
         assert_near(total, expected[0], 1e-12)
@@ -568,8 +577,8 @@ def test_inputs_in_any_layout(device: torch.device, gather: bool) -> None:
             assert_near(ours.grad, theirs.grad, 1e-12)
 
 
-def test_inputs_are_left_as_they_were(device: torch.device, gather: bool) -> None:
-    case = make(device)
+def test_inputs_are_left_as_they_were(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
     tensors = [*case.leaves, case.row_weight, case.terms[0].index, *case.terms[1].head, case.terms[1].hidden]
     before = [t.detach().clone() for t in tensors]
     case.run(rows_per_chunk=4, factor=2.0)
@@ -577,21 +586,22 @@ def test_inputs_are_left_as_they_were(device: torch.device, gather: bool) -> Non
 
 
 def test_a_known_mean_row_is_used(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_gather_is_faster", lambda *_: True)
-    case = make(device, bias=False)
+    case = make(device, bias=False, impl="gather")
     mean = case.weight.detach().mean(0)
-    call = functools.partial(head_losses, case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0)
+    call = functools.partial(
+        fused_linear_losses, case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl="gather"
+    )
     expected, _ = call()
-    monkeypatch.setattr(ops, "weight_mean", None)  # it would be called otherwise
+    monkeypatch.setattr(fused, "weight_mean", None)  # it would be called otherwise
     total, _ = call(weight_mean=mean)
     assert total == expected
     with pytest.raises(TypeError):
         call()
 
 
-def test_autocast(device: torch.device, gather: bool) -> None:
+def test_autocast(device: torch.device, impl: str) -> None:
     """float32 hidden states and head, bfloat16 products: no worse than torch's own autocast."""
-    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, dtype=torch.float32)
+    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, dtype=torch.float32, impl=impl)
     truth, plain = case.to(torch.float64), case.to(torch.float32)
     with torch.autocast(device.type, torch.bfloat16):
         case.run(rows_per_chunk=32)
@@ -629,7 +639,7 @@ def peak_bytes(device: torch.device, run: functools.partial) -> int:
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_memory_is_bounded_by_the_chunk(device: torch.device, gather: bool, reverse: bool) -> None:
+def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse: bool) -> None:
     case = make(
         device,
         (64, 256, 256),
@@ -639,6 +649,7 @@ def test_memory_is_bounded_by_the_chunk(device: torch.device, gather: bool, reve
         dtype=torch.float32,
         bias=False,
         reverse=reverse,
+        impl=impl,
     )
     case.run()  # what is allocated once, such as cuBLAS's workspace
     case.weight.grad = case.hidden.grad = None
@@ -658,11 +669,10 @@ def test_the_gradient_is_not_copied(device: torch.device, monkeypatch: pytest.Mo
 
     def spy(*args: object) -> Tensor:
         buffers.append([t.data_ptr() for t in args[-1] if t is not None])  # type: ignore[attr-defined]
-        return linear_topk_mse_(*args)  # type: ignore[arg-type]
+        return linear_topk_mse_fwd_bwd(*args)  # type: ignore[arg-type]
 
-    linear_topk_mse_ = ops.linear_topk_mse_
-    monkeypatch.setattr(ops, "_gather_is_faster", lambda *_: True)
-    monkeypatch.setattr(ops, "linear_topk_mse_", spy)
-    case = make(device, dtype=dtype)
+    linear_topk_mse_fwd_bwd = fused.linear_topk_mse_fwd_bwd
+    monkeypatch.setattr(fused, "linear_topk_mse_fwd_bwd", spy)
+    case = make(device, dtype=dtype, impl="gather")
     case.run(rows_per_chunk=4)
     assert buffers == [[leaf.grad.data_ptr() for leaf in case.leaves]]

@@ -1,4 +1,4 @@
-"""The ``palu`` command. Each of its commands is a module; what is slow to import is imported where it is used."""
+"""The ``palu`` command: one module for each of its commands. Slow imports happen where they are used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from palu.cli.unlearn import unlearn
 
 
 class Palu(TyperGroup):
-    """The command group: what the user can mend is told in one line, anything else keeps its traceback."""
+    """The command group: an error that the user can mend is one line, any other keeps its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # Typer's own handling would print usage and colour around each message.
@@ -35,12 +35,12 @@ class Palu(TyperGroup):
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """What palu, Typer and transformers raise for wrong input. Asked when an error has come, with its module loaded."""
+    """List the errors that palu, Typer and transformers raise for wrong input, of the modules loaded by now."""
     kinds: list[type[Exception]] = [typer.TyperException, ValueError, OSError, ImportError]
     for module, name in (
-        ("palu.adapter", "UnsupportedModelError"),
-        ("palu.checkpoint", "CheckpointError"),
-        ("palu.unlearn", "DivergenceError"),
+        ("palu.models.lora", "UnsupportedModelError"),
+        ("palu.training.checkpoint", "CheckpointError"),
+        ("palu.training.loop", "DivergenceError"),
         ("torch", "OutOfMemoryError"),
     ):
         if module in sys.modules:

@@ -1,4 +1,4 @@
-"""``--annotate``: spans for rows that have none, in ``palu inspect`` and ``palu unlearn``."""
+"""The option ``--annotate`` of ``palu inspect`` and ``palu unlearn``: find spans for rows that have none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from palu.adapter import CausalLM
+    from palu.models.lora import CausalLM
 
 Annotate = Annotated[
     str | None,
@@ -25,9 +25,9 @@ Annotate = Annotated[
 
 
 def check_annotate(how: str | None) -> None:
-    """Raise ValueError where it names no way to find spans, before anything slow is done."""
+    """Raise ValueError where ``how`` names no finder, before anything slow is done."""
     if how is not None:
-        from palu.annotate import parse
+        from palu.spans.annotate import parse
 
         parse(how)
 
@@ -35,7 +35,7 @@ def check_annotate(how: str | None) -> None:
 def annotated(
     forget: Path, how: str, model: Callable[[], CausalLM], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """The file's rows with spans. ``model`` is called where the finder asks one."""
+    """Return the file's rows with spans. ``model`` is called where the finder needs a model."""
     import palu
 
     asked = model() if how == "contrast" else None
@@ -43,5 +43,5 @@ def annotated(
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as JSONL."""
+    """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``palu doctor``: is the installation sound?"""
+"""``palu doctor``: check the installation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def doctor() -> None:
     way = "prebuilt" if Path(ops.extension_path()).parent == Path(palu.__file__).parent else "compiled just in time"
     print(f"native ops: {way}, {ops.extension_path()}\n")
 
-    from palu.selftest import TOLERANCES, check_ops
+    from palu.ops.selftest import TOLERANCES, check_ops
 
     failed = 0
     for device in devices:
@@ -65,7 +65,7 @@ def _version(name: str) -> str:
 
 
 def _tools() -> str:
-    """What a build of the extension needs, and what of it is here."""
+    """List what a build of the extension needs, and where it was found."""
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()

@@ -1,4 +1,4 @@
-"""``palu eval``: :mod:`palu.evaluate` on a model."""
+"""``palu eval``: run :mod:`palu.evaluate` on a model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def _print(results: dict[str, Any]) -> None:
-    """The aggregates, or why there is none."""
+    """Print the aggregates, and for each missing one the reason."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``palu inspect``: which tokens of the forget set are onset, ordinary, redundant."""
+"""``palu inspect``: show which tokens of the forget set are onset, ordinary and redundant."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from palu.cli.models import check_names, load_model, load_tokenizer
 from palu.config import UnlearnConfig
 
 if TYPE_CHECKING:
-    from palu.data import Examples
-    from palu.roles import Token
+    from palu.data.examples import Examples
+    from palu.report.token_roles import Token
 
 SHOWN = 10
 
@@ -59,8 +59,8 @@ def inspect(
     if not forget.is_file():
         raise FileNotFoundError(f"there is no file {forget}")
 
-    from palu.data import load_forget
-    from palu.roles import count_roles, token_roles
+    from palu.data.examples import load_forget
+    from palu.report.token_roles import count_roles, token_roles
 
     loaded_tokenizer = load_tokenizer(name)
     source: Any = forget
@@ -89,7 +89,7 @@ def inspect(
 
 
 def summary_of(loaded: Examples, counts: dict[str, int], n: int) -> str:
-    """Rows and tokens of each role, in a line."""
+    """Count rows, and tokens of each role, in one line."""
     rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
     return f"{rows}; tokens at n = {n}: {tokens}"
@@ -107,10 +107,10 @@ def _parse_rows(text: str) -> set[int]:
 
 
 def print_roles(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> None:
-    """Rows in colours and marks, under a legend."""
+    """Print rows in colours and marks, under a legend."""
     from rich.console import Console
 
-    from palu.roles import legend_text, roles_text
+    from palu.report.token_roles import legend_text, roles_text
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(legend_text(), soft_wrap=True)
@@ -121,7 +121,7 @@ def print_roles(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -
 
 
 def _page(title: str, numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> str:
-    from palu.roles import CSS, legend_html, roles_html
+    from palu.report.token_roles import CSS, legend_html, roles_html
 
     rows = "\n".join(f"<section><h2>Row {row}</h2>{roles_html(tokens)}</section>" for row, tokens in numbered)
     return f"""<!doctype html>

@@ -1,4 +1,4 @@
-"""Loading the models and tokenizers that commands are given by folder or name."""
+"""Load the models and tokenizers that commands are given by folder or name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from palu.adapter import CausalLM
+    from palu.models.lora import CausalLM
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def check_names(**names: str | None) -> None:
-    """Raise FileNotFoundError where a name, given by its option, can only be a folder's and there is no such model.
+    """Raise FileNotFoundError where the name given for an option must be a folder, and no model is there.
 
     transformers would ask the hub for it, or complain of packages that are missing.
     """
@@ -33,7 +33,7 @@ def check_names(**names: str | None) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer. Raises OSError or ValueError where there is none."""
+    """Load a tokenizer. Raises OSError or ValueError where there is none."""
     from transformers import AutoTokenizer
 
     path = _expanded(name)
@@ -43,7 +43,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False) -> CausalLM:
-    """A causal language model; of a folder that holds an adapter its base with the adapter, which may be ``trainable``.
+    """Load a causal language model; from an adapter's folder its base with the adapter, ``trainable`` if wished.
 
     Raises OSError or ValueError where there is none, ImportError where an adapter needs PEFT.
     """
@@ -59,7 +59,7 @@ def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False) -> 
 
 
 def import_peft(why: str) -> Any:
-    """The module ``peft``, or an ImportError that says why it is wanted and how to get it."""
+    """Import ``peft``, or raise an ImportError that says why it is needed and how to get it."""
     try:
         import peft
     except ImportError as error:

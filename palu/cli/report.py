@@ -1,4 +1,4 @@
-"""``palu report``: a run's report, built again."""
+"""``palu report``: build a run's report again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def report(
     """Write DIR/report.html again, from what the run and evaluations have left in its folder."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}")
-    from palu.report import write_report
+    from palu.report.render import write_report
 
     print(f"wrote {write_report(run_dir, redact=redact)}")

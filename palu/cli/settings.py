@@ -1,4 +1,4 @@
-"""Flags made from :class:`palu.config.UnlearnConfig`: one for each field, its help from the class's docstring."""
+"""Make a flag of each field of :class:`palu.config.UnlearnConfig`, with its help from the class's docstring."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def was_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
-    """An option for each field."""
+    """Make an option for each field."""
     helps, hints = _helps(), typing.get_type_hints(UnlearnConfig)
     flags = {}
     for field in dataclasses.fields(UnlearnConfig):
@@ -95,7 +95,7 @@ def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
 
 
 def _helps() -> dict[str, str]:
-    """Field -> its entry under ``Attributes:`` in the docstring."""
+    """Read each field's entry under ``Attributes:`` in the docstring."""
     _, _, attributes = inspect.cleandoc(UnlearnConfig.__doc__ or "").partition("Attributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
     plain = {name: " ".join(re.sub(r"``|:\w+:|`", "", text).split()) for name, text in entries}
@@ -107,7 +107,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
-    """Text -> a value of one of these types; whether it is a valid one is for UnlearnConfig to say."""
+    """Return a parser of text to one of these types; whether the value is valid, UnlearnConfig says."""
 
     def parse(value: Any) -> Any:
         if not isinstance(value, str):  # from --config, where YAML has given it a type

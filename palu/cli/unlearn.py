@@ -1,4 +1,4 @@
-"""``palu unlearn``: :func:`palu.unlearn` on files."""
+"""``palu unlearn``: run :func:`palu.unlearn` on files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import Dtype, check_names, import_peft, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.output import SUMMARY
+from palu.report.save import SUMMARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from palu.adapter import CausalLM
+    from palu.models.lora import CausalLM
 
 LORA = "LoRA"
 ANNOTATED = "forget.annotated.jsonl"  # in the run's folder, what --annotate found
@@ -98,7 +98,7 @@ def unlearn(
     from accelerate import Accelerator
 
     import palu
-    from palu.data import load_forget, load_retain
+    from palu.data.examples import load_forget, load_retain
 
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded.
@@ -143,13 +143,13 @@ def unlearn(
 def found_spans(
     forget: Path, how: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig
 ) -> list[dict[str, Any]]:
-    """The rows with the spans that the main process finds, which it shows; the same on all processes."""
+    """Find spans on the main process, print them there, and give all processes the same rows."""
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
 
     from palu.cli.inspect import SHOWN, print_roles, summary_of
-    from palu.data import load_forget
-    from palu.roles import count_roles, token_roles
+    from palu.data.examples import load_forget
+    from palu.report.token_roles import count_roles, token_roles
 
     processes = Accelerator()
     rows: list[Any] = [None]
@@ -164,10 +164,10 @@ def found_spans(
 
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:
-    """The model with a new LoRA adapter, the same one for the same seed, so that a resumed run starts from it."""
+    """Add a new LoRA adapter to the model: the same one for the same seed, so that a resumed run starts from it."""
     from accelerate.utils import set_seed
 
-    from palu.adapter import is_peft
+    from palu.models.lora import is_peft
 
     if is_peft(model):
         raise ValueError("--model holds an adapter already, which is trained as it is; leave --lora out")
@@ -184,7 +184,7 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
 
 
 class Run:
-    """A run's folder: nothing in it is lost unless the user asks for it.
+    """A run's folder, in which nothing is overwritten unless the user asks for it.
 
     An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints).
 
@@ -224,18 +224,18 @@ class Run:
         return any(self.checkpoints.glob("step-*.safetensors"))
 
     def make_room(self) -> None:
-        """Before the first step: a new run cannot begin beside an old one's checkpoints and logs."""
+        """Delete an old run's checkpoints and logs before the first step, if the user asked to overwrite it."""
         if self.overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             shutil.rmtree(self.logs, ignore_errors=True)
 
     def clear(self) -> None:
-        """After the last step: files of the run that is replaced, which could pass for the new one's, go."""
+        """Delete the files of the run that is replaced after the last step, so that none passes for the new run's."""
         for path in self.output.iterdir() if self.finished else ():
             if path.is_file():
                 path.unlink()
 
     def finish(self) -> None:
-        """The run is in its folder: its checkpoints have nothing more to give."""
+        """Delete the checkpoints of a run that has been written."""
         if self.own_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)

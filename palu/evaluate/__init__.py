@@ -1,4 +1,4 @@
-"""Has the model forgotten, and what does it still know: TOFU (arXiv 2401.06121) and MUSE-News (arXiv 2407.06460).
+"""Evaluate what a model has forgotten and still knows: TOFU (arXiv 2401.06121), MUSE-News (arXiv 2407.06460).
 
 Results have open-unlearning's form (arXiv 2506.12618), so its published logs serve as ``retain_results`` and can be
 recomputed by :func:`summarize`.

@@ -1,4 +1,4 @@
-"""Is what the model says still language? A classifier's verdict on generations."""
+"""Fluency: a gibberish classifier's verdict on generations."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FluencyClassifier:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], *, bar: tqdm) -> list[dict[str, Any]]:
-        """{label, score} of each text; the score is 1 where the label is the fluent one. An empty text is not."""
+        """Classify texts: {label, score} each, the score 1 where the label is the fluent one. An empty text is not."""
         verdicts: list[dict[str, Any]] = [{"label": None, "score": 0.0} for _ in texts]
         order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
         paddable = self.tokenizer.pad_token_id is not None and self.model.config.pad_token_id is not None

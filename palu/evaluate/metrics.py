@@ -1,4 +1,4 @@
-"""Numbers in, numbers out: every metric's formula, without a model.
+"""Every metric's formula, from numbers to numbers, without a model.
 
 NLL is the mean negative log-probability of an answer's tokens, the end of sequence included. Exact memorisation,
 extraction strength, Min-K and Min-K++ are given a text's tokens without the last one, the end of sequence.

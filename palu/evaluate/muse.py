@@ -1,4 +1,4 @@
-"""The MUSE benchmark's News half (arXiv 2407.06460)."""
+"""The MUSE-News benchmark (arXiv 2407.06460)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.adapter import CausalLM, base_of
-from palu.data import DataError, Example, load_retain
-from palu.decoding import evaluating, generate, prompt_of
+from palu.data.examples import load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import Example
 from palu.evaluate import metrics
-from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
-from palu.evaluate.scores import (
-    BATCH_TOKENS,
-    check_model,
-    fingerprint,
-    min_k_scores,
-    raw_examples,
-    token_scores,
-)
+from palu.evaluate.rows import Results, Row, hub_rows, load_results, load_rows, require
+from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, min_k_scores, raw_examples, token_scores
 from palu.evaluate.summarize import NO_RETAIN_AUC, Source, check_retain, complete, entry, membership_entry
+from palu.hashing import json_digest
+from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.lora import CausalLM, base_of
 
 NAME = "muse-bench/MUSE-News"
 _SETS = {
@@ -41,7 +37,7 @@ _MEND = "use the sets of MUSE-News"
 
 
 def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Row]]:
-    """MUSE-News' evaluation sets.
+    """Load MUSE-News' evaluation sets.
 
     Args:
         data: a folder with ``{set}.json`` for the sets verbmem_forget (rows of prompt and gt), knowmem_forget_qa,
@@ -60,7 +56,7 @@ def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | 
         elif isinstance(data, Mapping):
             rows = data.get(name, ())
         else:
-            rows = read_rows(Path(data) / f"{name}.json")
+            rows = load_rows(Path(data) / f"{name}.json")
         if not rows:
             raise DataError(f"{name} set is missing or empty; {_MEND}")
         sets[name] = [{"text": row} if isinstance(row, str) else row for row in rows]
@@ -80,7 +76,7 @@ def muse_news(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Results:
-    """Evaluate a model on MUSE-News: does it still recite (VerbMem), know (KnowMem), give away that it did (PrivLeak)?
+    """Evaluate a model on MUSE-News: verbatim memorisation, knowledge memorisation and privacy leakage.
 
     VerbMem and KnowMem are the mean ROUGE-L F1 of greedy continuations of raw text, and of answers to questions after
     in-context examples, cut at the first newline. PrivLeak compares Min-K of forget and holdout texts with the retain
@@ -124,7 +120,7 @@ def muse_news(
         "benchmark": "MUSE-News",
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
-        "data_sha256": digest([sets[name] for name in sides.values()]),
+        "data_sha256": json_digest([sets[name] for name in sides.values()])[:16],
         "max_length": max_length,
         **fingerprint(model, tokenizer),
     }
@@ -139,7 +135,7 @@ def muse_news(
     results: Results = {}
     eos = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     work = sum(map(len, (*texts.values(), recited, *known.values())))
-    with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, evaluating(model):
+    with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, eval_mode(model):
         found = {}
         for side, examples in texts.items():
             names = [f"{sides[side]} row {example.row}" for example in examples]
@@ -148,7 +144,7 @@ def muse_news(
         results["mia_min_k"] = membership_entry(found["forget"], found["holdout"])
 
         prompts = [example.input_ids for example in recited]
-        continuations = generate(
+        continuations = generate_texts(
             model, tokenizer, prompts, eos, max_new_tokens=verbmem_tokens, batch_tokens=batch_tokens, bar=bar
         )
         truths = [row["gt"] for row in sets["verbmem_forget"]]
@@ -157,7 +153,7 @@ def muse_news(
         for side, examples in known.items():
             stop_ids = eos | {int(example.input_ids[-1]) for example in examples}
             prompts = [prompt_of(example) for example in examples]
-            answers = generate(
+            answers = generate_texts(
                 model, tokenizer, prompts, stop_ids, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
             )
             truths = [row["answer"] for row in sets[f"knowmem_{side}_qa"]]
@@ -168,7 +164,7 @@ def muse_news(
 
 
 def _questions(sets: Mapping[str, list[Row]], side: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The questions with their answers, after the in-context examples: a conversation where there is a template."""
+    """Tokenise the questions after their in-context examples, as a conversation where there is a chat template."""
     shots, rows = sets[f"knowmem_{side}_qa_icl"], sets[f"knowmem_{side}_qa"]
     if tokenizer.chat_template is not None:
         turns = [message for shot in shots for message in _turn(shot)]

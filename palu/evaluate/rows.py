@@ -1,23 +1,22 @@
-"""Reading the benchmarks' rows and results, from files or by public name."""
+"""Load the benchmarks' rows and results, from files or by public name."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from palu.data import DataError
+from palu.data.files import DataError
 
 Row: TypeAlias = Mapping[str, Any]
 Results: TypeAlias = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Rows of a .jsonl or .json file; DataError names the file and the mend."""
+def load_rows(path: Path) -> list[Any]:
+    """Load the rows of a benchmark's .jsonl or .json file; DataError names the file and the mend."""
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".jsonl":
@@ -28,7 +27,7 @@ def read_rows(path: Path) -> list[Any]:
 
 
 def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a dataset by its public name, through ``datasets``."""
+    """Load the rows of a dataset by its public name, through ``datasets``."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -36,11 +35,6 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
             f"loading {name} by name needs datasets ({error}); pip install 'palu-unlearn[evaluate]', or give a folder"
         ) from error
     return [dict(row) for row in load_dataset(name, config, split=split)]
-
-
-def digest(texts: Any) -> str:
-    """Tells whether two evaluations were of the same texts: the beginning of their JSON's SHA-256."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def require(rows: Sequence[Any], name: str, columns: Sequence[str], mend: str) -> None:
@@ -61,7 +55,7 @@ def require(rows: Sequence[Any], name: str, columns: Sequence[str], mend: str) -
 
 
 def load_results(source: str | os.PathLike[str] | Mapping[str, Any]) -> Results:
-    """Results as a dict: given as one, or read from .json or .json.gz.
+    """Load results as a dict: given as one, or read from .json or .json.gz.
 
     Raises ValueError if they are no evaluation's, FileNotFoundError for a missing file.
     """

@@ -1,4 +1,4 @@
-"""A model and texts -> what the metrics are made of: token scores, gradient norms."""
+"""Score texts with a model: token log-probabilities and gradient norms, which the metrics are made of."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import palu
-from palu.attention import using_packed_attention
-from palu.data import IGNORE, DataError, Example, check_tokenizer
-from palu.decoding import batches
+from palu.data.files import DataError
+from palu.data.packing import Item, pack
+from palu.data.tokenize import IGNORE, Example, check_tokenizer
 from palu.evaluate import metrics
-from palu.objective import body_of, head_of
-from palu.packing import Item, pack
-from palu.validate import check_causal, check_linear_head
+from palu.models.attention import use_packed_attention
+from palu.models.checks import check_causal, check_linear_head
+from palu.models.generation import batches_by_length
+from palu.models.head import body_of, head_of, rows_per_chunk
+from palu.version import __version__
 
 BATCH_TOKENS = 8192  # tokens per forward pass
 CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once
@@ -76,7 +77,7 @@ def token_scores(
     depend on the batch size, but for rounding.
 
     Args:
-        examples: of :func:`palu.data.load_retain`; the result has their order.
+        examples: of :func:`palu.data.examples.load_retain`; the result has their order.
         names: how to call each one in an error.
         batch_tokens: tokens per pass (a longer text has a pass of its own).
         marginal: float32 [V] on the model's device, to which the distribution at each labelled token is added.
@@ -85,10 +86,10 @@ def token_scores(
         ValueError: log-probabilities that are not finite.
     """
     head = head_of(model)
-    chunk_rows = max(CHUNK_BYTES // (4 * len(head.weight)), 1)
+    chunk_rows = rows_per_chunk(head, CHUNK_BYTES)
     scores: list[TokenScores | None] = [None] * len(examples)
-    with using_packed_attention(model):
-        for group in batches([len(example.input_ids) for example in examples], batch_tokens):
+    with use_packed_attention(model):
+        for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = [_item(examples[i]) for i in group]
             hidden, labels = _answer_states(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
@@ -105,7 +106,7 @@ def token_scores(
 
 
 def min_k_scores(score: TokenScores) -> dict[str, float]:
-    """Min-K and Min-K++ of a text without its last token, which open-unlearning takes for the end of sequence."""
+    """Compute Min-K and Min-K++ of a text without its last token, which open-unlearning takes for its end."""
     log_prob, mean, variance = (x[:-1].double().numpy() for x in (score.log_prob, score.mean, score.variance))
     return {
         "min_k": metrics.min_k(log_prob),
@@ -114,7 +115,7 @@ def min_k_scores(score: TokenScores) -> dict[str, float]:
 
 
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
-    """2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
+    """Compute the 2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
 
     A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged.
     The parameters' own gradients and ``requires_grad`` flags stay as they were.
@@ -125,7 +126,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
     try:
         for p in parameters:
             p.requires_grad_(True)
-        with using_packed_attention(model):
+        with use_packed_attention(model):
             for example in examples:
                 hidden, labels = _answer_states(model, [_item(example)])
                 loss = F.cross_entropy(F.linear(hidden[:-1], *head_of(model)).float(), labels[:-1])
@@ -142,7 +143,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
 def raw_examples(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int
 ) -> list[Example]:
-    """Plain texts, without any template, as examples of which every token but the first is labelled.
+    """Tokenise plain texts, without any template, as examples with every token but the first labelled.
 
     At most ``max_length`` tokens are kept; an end of sequence that the tokenizer adds is not.
     """
@@ -162,7 +163,7 @@ def raw_examples(
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What two models must share for their results to be compared, and the versions that made them."""
+    """Describe what two models must share for their results to be compared, and the versions that made them."""
     config = model.config
     return {
         "model": {
@@ -175,7 +176,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {
             "python": platform.python_version(),
-            "palu": palu.__version__,
+            "palu": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "rouge-score": version("rouge-score"),
@@ -189,7 +190,7 @@ def _item(example: Example) -> Item:
 
 
 def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-    """Last hidden states [n, d] of the rows that predict a labelled token, and these tokens [n]."""
+    """Compute the last hidden states [n, d] of the rows that predict a labelled token; return these tokens [n], too."""
     packed = pack(items)
     starts = packed.cu_seq_lens.tolist()[:-1]
     rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)])
@@ -199,7 +200,7 @@ def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tenso
 
 
 def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tensor:
-    """[4, n]: what TokenScores holds, from logits [n, V] and labels [n]; adds the distributions to marginal [V]."""
+    """Compute what TokenScores holds, [4, n], from logits [n, V]; add the distributions to marginal [V]."""
     log_p = logits.float().log_softmax(-1)
     token = log_p.gather(1, labels[:, None]).squeeze(1)
     correct = log_p.argmax(1) == labels

@@ -1,4 +1,4 @@
-"""Per-example values -> aggregates, for this package's results and open-unlearning's logs alike."""
+"""Aggregate per-example values, of this package's results and of open-unlearning's logs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _aggregates(results: Results, retain: Results | None) -> dict[str, float | N
 
 
 def truth_ratios(results: Results, name: str) -> dict[str, float]:
-    """Index -> truth ratio, from the losses where the results hold them, else as stored."""
+    """Compute each example's truth ratio, from the losses where the results hold them, else as stored."""
     true, wrong = (_by_index(results.get(source, {})) for source in TRUTH_RATIOS[name])
     if not true or not wrong:
         return {index: value["score"] for index, value in _by_index(results.get(name, {})).items()}
@@ -95,19 +95,19 @@ def truth_ratios(results: Results, name: str) -> dict[str, float]:
 
 
 def normalised_probabilities(results: Results, name: str) -> dict[str, float]:
-    """Index -> probability of the true answer among the true and the wrong ones."""
+    """Compute each example's probability of the true answer among the true and the wrong ones."""
     true, wrong = (_by_index(results[source]) for source in NORMALISED[name])
     return {i: metrics.normalised_probability(true[i]["prob"], wrong[i]["prob"]) for i in true}
 
 
 def mean(values: Collection[Any]) -> float | None:
-    """The mean, None of nothing."""
+    """Return the mean, or None where there are no values."""
     return float(np.mean(list(values))) if values else None
 
 
 # --- do two results belong together? ---
 def example_indices(results: Results) -> dict[str, set[str]]:
-    """Which examples the values that are compared between two models are of."""
+    """Return the indices of the examples whose values are compared between two models."""
     member = results.get("mia_min_k", {})
     return {
         "forget_truth_ratio": set(truth_ratios(results, "forget_truth_ratio")),
@@ -149,12 +149,12 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
 
 # --- the entries' form ---
 def entry(values: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """A metric's values by index; :func:`complete` gives it its aggregate."""
+    """Make a metric's entry of its values by index; :func:`complete` adds the aggregate."""
     return {"value_by_index": {str(index): dict(value) for index, value in enumerate(values)}}
 
 
 def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:
-    """An attack's scores of both sides."""
+    """Make a membership attack's entry of its scores on the forget and the holdout set."""
     if not forget or not holdout:
         return {}
     return {
@@ -164,7 +164,7 @@ def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[
 
 
 def complete(results: Results, retain: Results | None, reasons: Mapping[str, str]) -> Results:
-    """The results with every aggregate, and of each null one the reason."""
+    """Add every aggregate to the results, and the reason for each that is null."""
     completed: Results = {}
     for name, value in _aggregates(results, retain).items():
         aggregates: dict[str, Any] = {"agg_value": value}
@@ -177,7 +177,7 @@ def complete(results: Results, retain: Results | None, reasons: Mapping[str, str
 
 
 def _statistic(name: str) -> str:
-    """Which per-example value an entry's aggregate is the mean of."""
+    """Name the per-example value whose mean is an entry's aggregate."""
     if name.endswith("ROUGE"):
         return "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
     return "prob" if name.endswith("Prob") else "score"

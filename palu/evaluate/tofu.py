@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.adapter import CausalLM, base_of
-from palu.data import DataError, Example, load_retain
-from palu.decoding import evaluating, generate, prompt_of
+from palu.data.examples import load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
-from palu.evaluate.rows import Results, Row, digest, hub_rows, load_results, read_rows, require
+from palu.evaluate.rows import Results, Row, hub_rows, load_results, load_rows, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
@@ -42,6 +42,9 @@ from palu.evaluate.summarize import (
     normalised_probabilities,
     truth_ratios,
 )
+from palu.hashing import json_digest
+from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.lora import CausalLM, base_of
 
 NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
@@ -78,7 +81,7 @@ class TofuData:
 
 
 def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData | None = None) -> TofuData:
-    """TOFU's sets for one forget split.
+    """Load TOFU's sets for one forget split.
 
     Args:
         forget: ``"forget01"``, ``"forget05"`` or ``"forget10"``, or another ``forget*.jsonl`` of the folder.
@@ -109,11 +112,11 @@ def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData 
             raise ValueError(f"there is no forget split {forget!r}; {folder} has {', '.join(known)}")
         holdout = folder / f"{forget.replace('forget', 'holdout')}.jsonl"
         loaded = TofuData(
-            forget=read_rows(folder / f"{forget}.jsonl"),
-            retain=read_rows(folder / "retain_perturbed.jsonl"),
-            real_authors=read_rows(folder / "real_authors.jsonl"),
-            world_facts=read_rows(folder / "world_facts.jsonl"),
-            holdout=read_rows(holdout) if holdout.exists() else [],
+            forget=load_rows(folder / f"{forget}.jsonl"),
+            retain=load_rows(folder / "retain_perturbed.jsonl"),
+            real_authors=load_rows(folder / "real_authors.jsonl"),
+            world_facts=load_rows(folder / "world_facts.jsonl"),
+            holdout=load_rows(holdout) if holdout.exists() else [],
         )
     if not loaded.forget:
         raise DataError("forget set is empty; give at least one row")
@@ -190,7 +193,7 @@ def tofu(
         "benchmark": "TOFU",
         "split": None if isinstance(data, TofuData) else forget,
         "examples": {name: len(of_set) for name, of_set in sets.items()},
-        "data_sha256": digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget]),
+        "data_sha256": json_digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget])[:16],
         "max_new_tokens": max_new_tokens,
         **fingerprint(model, tokenizer),
     }
@@ -208,7 +211,7 @@ def tofu(
     work = _count(answers) + _count(asked) + len(rows.forget) * (classifier is not None)
     work += _count(members) * len({"reference", "gradnorm"}.intersection(attacks))
 
-    with tqdm(total=work, desc="TOFU", disable=not progress) as bar, evaluating(model):
+    with tqdm(total=work, desc="TOFU", disable=not progress) as bar, eval_mode(model):
         scores = _score(model, answers, batch_tokens, bar)
         texts = _generate(model, tokenizer, asked, max_new_tokens, batch_tokens, bar)
         results = _of_answers(sets, scores) | _of_generations(sets, texts)
@@ -220,7 +223,7 @@ def tofu(
         if "gradnorm" in attacks:
             found["gradnorm"] = [gradient_norms(model, of_set.examples, bar=bar) for of_set in members.values()]
         if "reference" in attacks and reference_model is not None:
-            with evaluating(reference_model):
+            with eval_mode(reference_model):
                 theirs = _score(reference_model, members, batch_tokens, bar)
             found["reference"] = [
                 [ours.nll - other.nll for ours, other in zip(scores[m], theirs[m], strict=True)] for m in members
@@ -247,7 +250,7 @@ class _Answers:
 
 
 def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
-    """Entry -> (how to name it in an error, question, answer) of every answer to score."""
+    """List every answer to score, by entry: (its name in errors, question, answer)."""
     texts: dict[str, list[tuple[str, str, str]]] = {}
     for name, prefix in _PREFIX.items():
         for column in _COLUMNS[name][1:]:
@@ -284,7 +287,7 @@ def _count(answers: Mapping[str, _Answers]) -> int:
 def _score(
     model: PreTrainedModel, answers: Mapping[str, _Answers], batch_tokens: int, bar: tqdm
 ) -> dict[str, list[TokenScores]]:
-    """Entry -> scores of its answers, all in one go, so that texts of one length meet in a batch."""
+    """Score the answers of all entries together, so that texts of one length share a batch."""
     scores = iter(
         token_scores(
             model,
@@ -305,10 +308,10 @@ def _generate(
     batch_tokens: int,
     bar: tqdm,
 ) -> dict[str, list[str]]:
-    """Set -> the model's answers to its questions."""
+    """Generate the model's answers to the questions of each set."""
     examples = [example for of_set in asked.values() for example in of_set.examples]
     texts = iter(
-        generate(
+        generate_texts(
             model,
             tokenizer,
             [prompt_of(example) for example in examples],
@@ -324,7 +327,7 @@ def _generate(
 
 # --- values ---
 def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results:
-    """Probabilities, truth ratios, exact memorisation and extraction strength of each example."""
+    """Compute probabilities, truth ratios, exact memorisation and extraction strength of each example."""
     results: Results = {}
     for name in scores:
         if name.endswith("_Prob"):
@@ -360,7 +363,7 @@ def _of_generations(sets: _Sets, texts: Mapping[str, list[str]]) -> Results:
 
 
 def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]) -> list[float]:
-    """An attack's score of each text, higher for a text that the model has not seen."""
+    """Compute an attack's score of each text, higher for a text that the model has not seen."""
     if attack == "loss":
         return [score.nll for score in scores]
     if attack == "zlib":
@@ -369,7 +372,7 @@ def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]
 
 
 def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
-    """Metric -> why it is null, if it is."""
+    """Say for each metric why it is null, if it is."""
     reasons = {
         "forget_quality": NO_RETAIN,
         "forget_quality_ks": NO_RETAIN,

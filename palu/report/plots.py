@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no request, colours from the page's style sheet."""
+"""Draw line charts as inline SVG: no script, no request, colours from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Scale:
 
 
 def line_chart(steps: Sequence[int], values: Sequence[float], *, label: str) -> Markup:
-    """A chart of one figure over the optimisation steps; gaps where it is not finite.
+    """Draw one figure over the optimisation steps; gaps where it is not finite.
 
     label: the chart's text alternative.
     """
@@ -71,7 +71,7 @@ def line_chart(steps: Sequence[int], values: Sequence[float], *, label: str) -> 
 
 
 def downsample(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most ``limit`` points: of each stretch its lowest and its highest, so that no spike is lost.
+    """Reduce points to at most ``limit``: of each stretch its lowest and its highest, so that no spike is lost.
 
     A stretch with a value that is not finite keeps that one, too, as a gap.
     """
@@ -89,7 +89,7 @@ def downsample(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def fit(values: Sequence[float]) -> Scale:
-    """A scale that holds all values, with a few round ticks; by decades where they span more than two."""
+    """Fit a scale to the values, with a few round ticks; by decades where they span more than two."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low > 0 and high / low > 100:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -110,7 +110,7 @@ _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, powers of ten written out; a dash where there is no number."""
+    """Format a number: three significant digits, powers of ten written out; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:

@@ -1,4 +1,4 @@
-"""The files of a run's folder that reports are made from."""
+"""Read the files of a run's folder from which reports are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from palu.evaluate.rows import load_results
-from palu.record import FORMAT, RECORD
+from palu.report.recorder import FORMAT, RECORD
 
 Json = dict[str, Any]
 
@@ -18,7 +18,7 @@ class RecordError(ValueError):
 
 
 def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
-    """(record, summary, history) of a run."""
+    """Read (record, summary, history) of a run."""
     record = _read(folder / RECORD, "save one with palu.Recorder")
     summary = _read(folder / "summary.json", "write the run's summary beside its record")
     if record.get("format") != FORMAT:
@@ -54,7 +54,7 @@ def _parse(path: Path, text: str) -> Json:
 
 
 def evaluations(folder: Path) -> list[Json]:
-    """The aggregates of each evaluation in the folder, {file, about, values, reasons}; one of "before" comes first."""
+    """Read the aggregates of each evaluation in the folder: {file, about, values, reasons}, "before" first."""
     found = []
     paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
     for path in sorted(paths, key=lambda path: ("before" not in path.name, path.name)):

@@ -1,4 +1,4 @@
-"""What a run's folder holds -> what the report and the model card show."""
+"""Choose what the report and the model card show of a run's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def known(score: Mapping[str, Any]) -> bool:
 
 
 def outcome(record: Json) -> Json:
-    """The figures that matter most; of the report's head and of the model card."""
+    """Compute the figures that matter most, for the report's head and the model card."""
     secrets, retained = record["secrets"], record["retained"]
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
@@ -65,7 +65,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def metric_table(found: Sequence[Json]) -> list[Json]:
-    """A row per metric of any evaluation: {label, name, better, values, reason}; the known ones first."""
+    """Make a row per metric of any evaluation: {label, name, better, values, reason}, the known ones first."""
     names = list(dict.fromkeys(name for one in found for name in one["values"]))
     names = [name for name in words.METRICS if name in names] + [name for name in names if name not in words.METRICS]
     return [
@@ -82,7 +82,7 @@ def metric_table(found: Sequence[Json]) -> list[Json]:
 
 # --- the page ---
 def page(folder: Path, *, redact: bool) -> Json:
-    """Everything that the report's template shows."""
+    """Collect everything that the report's template shows."""
     record, summary, history = read_run(folder)
     hide = masker(record["secrets"]) if redact else str
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
@@ -131,12 +131,12 @@ _WHEN = ("before", "after")
 
 
 def _texts(record: Json, row: int, side: str) -> list[str]:
-    """The secrets of a forget row."""
+    """Return the texts of a forget row's secrets."""
     return [s["text"] for s in record["secrets"] if side == "forget" and s["row"] == row and s["text"]]
 
 
 def masker(secrets: Iterable[Mapping[str, Any]]) -> Callable[[str], str]:
-    """A function that blots the secrets out of a text, whatever their case."""
+    """Return a function that blots the secrets out of a text, whatever their case."""
     texts = {s["text"].strip() for s in secrets if s["text"] and s["text"].strip()}
     if not texts:
         return str
@@ -145,7 +145,7 @@ def masker(secrets: Iterable[Mapping[str, Any]]) -> Callable[[str], str]:
 
 
 def marked(text: str, secrets: Sequence[str]) -> list[tuple[str, bool]]:
-    """A text in (part, whether it is one of the secrets); ["(nothing)"] of an empty one."""
+    """Split a text at the secrets: (part, whether it is one of them); "(nothing)" for an empty text."""
     wanted = [re.escape(secret.strip()) for secret in sorted(secrets, key=len, reverse=True) if secret.strip()]
     parts = re.split(f"({'|'.join(wanted)})", text, flags=re.IGNORECASE) if wanted else [text]
     return [(part, i % 2 == 1) for i, part in enumerate(parts) if part] or [("(nothing)", False)]
@@ -161,7 +161,7 @@ def _secret(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
 
 
 def _bar(one: Json, *, decades: bool) -> Json:
-    """A row with its two probabilities as text, and as places on a scale (of decades, or from 0 to 1) in percent."""
+    """Format a row's two probabilities as text, and as places in percent on a scale (by decades, or 0 to 1)."""
     values = {when: one[when]["probability"] for when in _WHEN}
     along = {w: 1 - math.log10(max(v, FLOOR)) / math.log10(FLOOR) if decades else v for w, v in values.items()}
     place = {when: 100 * share for when, share in along.items()}
@@ -174,19 +174,19 @@ def _bar(one: Json, *, decades: bool) -> Json:
 
 
 def _by_loss(retained: Sequence[Json]) -> list[Json]:
-    """The answers that lost most first."""
+    """Sort answers, those that lost most first."""
     return sorted(retained, key=lambda r: r["after"]["probability"] - r["before"]["probability"])
 
 
 def probability(value: float | None) -> str:
-    """Three decimals, or three significant digits where it is small; what would round to 1 is above 0.999."""
+    """Format a probability: three decimals, or three significant digits where it is small; "> 0.999" near 1."""
     if value is None or value < 0.1:
         return number(value)
     return "> 0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
 
 
 def histogram(secrets: Sequence[Json]) -> list[Json]:
-    """How many secrets have a probability of each size: {label, before, after, and both in percent of all}."""
+    """Count the secrets by size of their probability: {label, count before and after, and both in percent}."""
     rows = []
     for high, low in zip((math.inf, *BINS), BINS, strict=False):
         counts = {when: sum(low <= s[when]["probability"] < high for s in secrets) for when in _WHEN}
@@ -196,7 +196,7 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
 
 
 def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
-    """A row of the forget set, its answer in runs: a token each where it is sensitive."""
+    """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
     runs = []
     for role, tokens in groupby(one["tokens"], key=lambda token: token[1]):
         pieces = [piece for piece, _ in tokens]
@@ -214,7 +214,7 @@ def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
 
 
 def charts(history: Sequence[Json]) -> list[Json]:
-    """A chart for each figure of the history, terms of the loss first."""
+    """Draw a chart for each figure of the history, terms of the loss first."""
     names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
     result = []
     for name in names:
@@ -239,7 +239,7 @@ def charts(history: Sequence[Json]) -> list[Json]:
 
 
 def _table(history: Sequence[Json], limit: int = 50) -> Json:
-    """The history as a table of at most ``limit`` steps, evenly spaced, the last one among them."""
+    """Make a table of the history, of at most ``limit`` steps, evenly spaced, the last one among them."""
     names = list(dict.fromkeys(name for record in history for name in record))
     every = -(-len(history) // limit) or 1
     kept = history[::-every][::-1]

@@ -1,4 +1,4 @@
-"""Settings and metrics in plain words."""
+"""Say settings and metrics in plain words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from palu.checkpoint import FREE
 from palu.config import UnlearnConfig
 from palu.report.plots import number
+from palu.training.checkpoint import FREE
 
 METHODS = {
     "palu": "PALU",
@@ -80,13 +80,13 @@ METRICS = {
 
 
 def method(settings: Mapping[str, Any]) -> str:
-    """The method's name."""
+    """Return the method's name."""
     name = str(settings.get("objective", "palu"))
     return METHODS.get(name, name)
 
 
 def asked(summary: Mapping[str, Any]) -> list[str]:
-    """What the run was asked to do, a sentence each. ``summary``: of :class:`palu.UnlearnResult`."""
+    """Say what the run was asked to do, a sentence each. ``summary``: of :class:`palu.UnlearnResult`."""
     s = summary["config"]
     return [*_data(summary), *(_palu(s) if s["objective"] == "palu" else _baseline(s)), *_training(summary)]
 
@@ -139,7 +139,7 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
 
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """(field, value, default, whether they differ), in the configuration's order, of what has a part in the result."""
+    """List the settings that have a part in the result: (field, value, default, whether they differ)."""
     objective = config.get("objective")
     defaults = UnlearnConfig(objective=objective) if objective in METHODS else UnlearnConfig()
     rows = []
@@ -152,17 +152,17 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
 
 
 def count(n: int, noun: str) -> str:
-    """A number and its noun."""
+    """Format a number and its noun."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def percent(share: float) -> str:
-    """A share in percent; less than all is never rounded up to it."""
+    """Format a share in percent; less than all is never rounded up to it."""
     return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}".removesuffix(".0") + " %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units that a reader would use."""
+    """Format seconds in the units that a reader would use."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)

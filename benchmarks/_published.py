@@ -1,0 +1,113 @@
+"""The published formulation of PALU (arXiv 2601.03190), as its authors shipped it: what the benchmarks compare with.
+
+Three passes a step: the model on the forget batch, the frozen reference on the forget batch, the model
+on the retain batch, each padded and each with logits [B, T, V] at every position. The top K of the
+reference, the means and the KL divergence are computed at every position too, and the roles pick from
+the results. Nothing here is from palu but the plain-torch prefix mask and the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from palu.config import UnlearnConfig
+from palu.data.tokenize import IGNORE, ORDINARY, Example
+from palu.eager import prefix_mask
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Examples padded on the right to one length."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor  # int64 [B, T]
+    labels: Tensor  # int64 [B, T], as in palu.data
+
+    def to(self, device: torch.device) -> Padded:
+        """The examples on another device; copies from pinned memory do not block."""
+        return Padded(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Padded:
+        """The examples in page-locked memory."""
+        return Padded(self.input_ids.pin_memory(), self.attention_mask.pin_memory(), self.labels.pin_memory())
+
+
+def collate(examples: Sequence[Example]) -> Padded:
+    """Pad examples on the right."""
+    input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True)
+    attention_mask = pad_sequence([torch.ones_like(e.input_ids) for e in examples], batch_first=True)
+    return Padded(
+        input_ids,
+        attention_mask,
+        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
+    )
+
+
+def published_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    retain_logits: Tensor,
+    retain_labels: Tensor,
+    config: UnlearnConfig,
+    eos_token_id: int | None,
+) -> Tensor:
+    """Compute gamma * local + lambda_kl * kl + lambda_retain * retain from logits [B, T, V] and labels [B, T].
+
+    The target of the local loss is the mean of the current logits over the vocabulary, with gradient.
+    """
+    onset = prefix_mask(labels, config.n, eos_token_id)[:, 1:]
+    ordinary = labels[:, 1:] == ORDINARY
+    current, frozen = logits[:, :-1], ref_logits[:, :-1]
+
+    index = frozen.topk(min(config.top_k, frozen.shape[-1]), dim=-1).indices
+    distance = current.gather(-1, index) - current.mean(-1, keepdim=True)
+    local = _mean(distance.square().mean(-1)[onset])
+
+    log_p, log_q = current.log_softmax(-1), frozen.log_softmax(-1)
+    if config.kl_direction == "reverse":
+        log_p, log_q = log_q, log_p
+    kl = _mean(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[ordinary])
+
+    # As transformers computes it: in float32 at least.
+    scores = retain_logits.to(torch.promote_types(retain_logits.dtype, torch.float32))
+    shifted = retain_labels[:, 1:].flatten()
+    retain = F.cross_entropy(scores[:, :-1].flatten(0, 1), shifted, ignore_index=IGNORE)
+    gamma, lambda_kl, lambda_retain = config.weights
+    return gamma * local + lambda_kl * kl + lambda_retain * retain
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(values.numel(), 1)
+
+
+def published_step(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel,
+    forget: Padded,
+    retain: Padded,
+    config: UnlearnConfig,
+    eos_token_id: int | None,
+) -> Tensor:
+    """Compute the loss of a step, with gradient; everything is on the models' device."""
+
+    def logits(of: PreTrainedModel, batch: Padded) -> Tensor:
+        return of(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+
+    current = logits(model, forget)
+    with torch.no_grad():
+        ref_logits = logits(ref_model, forget)
+    return published_loss(
+        current, ref_logits, forget.labels, logits(model, retain), retain.labels, config, eos_token_id
+    )

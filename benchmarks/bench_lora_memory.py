@@ -1,0 +1,114 @@
+"""Peak memory of unlearning SmolLM2-135M: full fine-tuning against LoRA, with and without gradient checkpointing.
+
+A few steps, each run in a process of its own. The data is the demo's: six facts to forget and six to keep, in one
+micro-batch. On a CPU the peak is that of the
+resident set from the call of `palu.unlearn` on, on CUDA that of the memory allocated by torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _timing import report
+
+import palu
+from palu.testbed.facts import UNLEARN, read_questions
+from palu.testbed.smollm2 import load_smollm2
+
+MODES = ("full", "lora")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's, on every linear layer but the head")
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.mode:
+        print(json.dumps(measure(args.mode, args.checkpointing, args.steps, args.rank)))
+        return
+    rows = []
+    for mode in MODES:
+        for flags in ([], ["--checkpointing"]):
+            command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, *flags]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows.append(json.loads(output.splitlines()[-1]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report("lora_memory", rows, device, {"steps": args.steps, "rank": args.rank})
+
+
+def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, object]:
+    """Unlearn for a few steps in this process; returns its row of the table."""
+    secrets, kept, _ = read_questions()
+    loaded, tokenizer = load_smollm2()
+    model = loaded if mode == "full" else with_lora(loaded, rank)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    del loaded
+    reset_peak()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident("VmRSS")
+    clock = time.perf_counter()
+    result = palu.unlearn(
+        model,
+        None,
+        secrets,
+        kept,
+        tokenizer=tokenizer,
+        config=UNLEARN,
+        epochs=steps,
+        batch_size=6,
+        retain_batch_size=6,
+        gradient_accumulation_steps=1,
+        stop_probability=None,
+        anchors=0,
+        gradient_checkpointing=checkpointing,
+        progress=False,
+    )
+    return {
+        "mode": mode,
+        "checkpointing": checkpointing,
+        "trainable": trainable,
+        "tokens": result.history[-1]["tokens"],
+        "before_gib": round(before / 2**30, 3),
+        "peak_gib": round(peak() / 2**30, 3),
+        "seconds": round(time.perf_counter() - clock, 1),
+    }
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """Put a LoRA adapter on every linear layer but the head."""
+    import peft  # here, so that the full run does without it
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def reset_peak() -> None:
+    """Begin the count of :func:`peak`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Return the highest memory since :func:`reset_peak`, in bytes."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def resident(name: str) -> int:
+    """Read a figure of /proc/self/status, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    main()

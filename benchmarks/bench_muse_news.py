@@ -1,0 +1,265 @@
+"""VerbMem, KnowMem and PrivLeak on MUSE-News before and after unlearning, for PALU, NPO and GradDiff.
+
+    python benchmarks/bench_muse_news.py --preset tiny
+    python benchmarks/bench_muse_news.py --preset full --data muse_news --minutes 9
+
+A model is taught the forget and the retain texts, another the retain texts alone, with which PrivLeak compares. Then
+each method unlearns the forget texts. Stages are kept and resumed as in bench_tofu.py.
+
+News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
+begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
+"palu_whole" takes all of a text as one span instead and acts on every token of it (n = -1).
+
+The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose
+answer and names stand close together in one of its texts; these are the questions that it asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import Loaded, Row, fine_tune, load, mixed_precision, save
+from _stages import Stages, resumable
+from _timing import report
+from _workload import DATA
+
+import palu
+from palu.evaluate.rows import load_rows
+
+METHODS: dict[str, dict[str, Any]] = {
+    "palu": {"objective": "palu"},
+    "palu_whole": {"objective": "palu", "n": -1},
+    "npo": {"objective": "npo"},
+    "gd": {"objective": "gd"},
+}
+COLUMNS = {
+    "VerbMem forget": "forget_verbmem_ROUGE",
+    "KnowMem forget": "forget_knowmem_ROUGE",
+    "KnowMem retain": "retain_knowmem_ROUGE",
+    "Min-K AUC": "mia_min_k",
+    "PrivLeak": "privleak",
+    "seconds": "seconds",
+}
+SETS = (
+    "verbmem_forget",
+    "knowmem_forget_qa",
+    "knowmem_forget_qa_icl",
+    "knowmem_retain_qa",
+    "knowmem_retain_qa_icl",
+    "privleak_forget",
+    "privleak_holdout",
+)
+_WORD = r"[A-Z][\w'\u2019-]*"
+_SPAN = re.compile(rf"(?P<number>[£$€]?\d[\d.,:/-]*\d%?|[£$€]?\d%?)|(?P<name>(?!I\b){_WORD}(?: {_WORD})*)")
+_SENTENCE_START = re.compile(r"(?:^|[.!?:]['\"\u201d)]*\s+|\n\s*|[\"\u201c\u2018]\s*)$")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of one run."""
+
+    passages: tuple[int, int] | None  # how many of each set, and their characters; None: whole texts, every question
+    teach_epochs: int
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    verbmem_tokens: int
+
+
+PRESETS = {
+    "full": Preset(None, 5, 16, 5, 1e-5, 128),
+    "tiny": Preset((8, 600), 20, 4, 10, 5e-5, 32),
+}
+
+
+def spans_of(text: str) -> list[list[int]]:
+    """Find [start, end) of names and numbers; see the module's docstring."""
+    spans = []
+    for match in _SPAN.finditer(text):
+        start, end = match.span()
+        if match["name"] and _SENTENCE_START.search(text, 0, start):
+            first = re.match(r"\S+ ?", match["name"])
+            assert first is not None
+            start += first.end()  # the sentence's first word is capitalised whatever it is
+        if start < end:
+            spans.append([start, end])
+    return spans
+
+
+def pieces(text: str, characters: int = 1500) -> list[str]:
+    """Cut a text at blanks into pieces of about that many characters."""
+    found = []
+    while text.strip():
+        cut = len(text) if len(text) <= characters else text.rfind(" ", 1, characters)
+        cut = characters if cut < 1 else cut
+        found.append(text[:cut].strip())
+        text = text[cut:]
+    return found
+
+
+def to_unlearn(text: str, words: int = 32) -> list[Row]:
+    """Make rows of the text's pieces, whose first words are the prompt."""
+    rows = []
+    for piece in pieces(text):
+        head = re.match(rf"(?:\S+\s+){{1,{words}}}", piece)
+        if head and piece[head.end() :].strip():
+            rest = piece[head.end() :]
+            rows.append({"prompt": piece[: head.end()], "completion": rest, "spans": spans_of(rest)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is taught, unlearned and evaluated."""
+
+    forget_texts: list[str]
+    retain_texts: list[str]
+    forget: list[Row]
+    retain: list[Row]
+    evaluated: dict[str, list[Any]]
+
+
+def passage(question: Row, text: str, characters: int) -> str | None:
+    """Find that many characters of a text where the answer stands amid most of the question's names; None: nowhere."""
+    names = set(re.findall(_WORD, question["question"])[1:])  # the first word is capitalised whatever it is
+    for match in re.finditer(rf"(?<!\w){re.escape(question['answer'].strip(' .'))}(?!\w)", text):
+        start = max(match.start() - characters // 2, 0)
+        found = text[start : start + characters]
+        if names and sum(name in found for name in names) >= 0.6 * len(names):
+            return found
+    return None
+
+
+def answered(questions: list[Row], texts: list[str], characters: int, count: int) -> dict[str, Row]:
+    """Find the first questions that have a passage, by that passage; one of each text."""
+    found: dict[str, Row] = {}
+    left = list(texts)
+    for question in questions:
+        for text in left:
+            if len(found) < count and (part := passage(question, text, characters)):
+                found[part] = question
+                left.remove(text)
+                break
+    return found
+
+
+def load_data(folder: Path, preset: Preset) -> Data:
+    """Load the texts and questions, cut to the preset's sizes."""
+    sets = {name: load_rows(folder / f"{name}.json") for name in (*SETS, "privleak_retain")}
+    if preset.passages is not None:
+        count, size = preset.passages
+        for side in ("forget", "retain"):
+            texts, questions = f"privleak_{side}", f"knowmem_{side}_qa"
+            found = answered(sets[questions], sets[texts], size, count)
+            sets[texts], sets[questions] = list(found), list(found.values())
+        sets["privleak_holdout"] = [text[:size] for text in sets["privleak_holdout"][:count]]
+        sets["verbmem_forget"] = [row | {"prompt": row["prompt"][-size:]} for row in sets["verbmem_forget"][:count]]
+    forget_texts = [*sets["privleak_forget"], *(row["prompt"] + row["gt"] for row in sets["verbmem_forget"])]
+    retain_texts = sets.pop("privleak_retain")
+    return Data(
+        forget_texts,
+        retain_texts,
+        [row for text in forget_texts for row in to_unlearn(text)],
+        [row for text in retain_texts for row in to_unlearn(text)],
+        sets,
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Fine-tune, unlearn with each method, and evaluate; returns a row for each model."""
+    preset = PRESETS[arguments.preset]
+    data = load_data(arguments.data, preset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    key = {"preset": asdict(preset), "model": arguments.model}
+    stages = Stages(arguments.output / arguments.preset, arguments.minutes, key)
+
+    def plain(loaded: Loaded) -> Loaded:
+        """Give the model a tokenizer for raw text."""
+        tokenizer = copy.deepcopy(loaded[1])
+        tokenizer.chat_template = None
+        return loaded[0], tokenizer
+
+    def taught(name: str, texts: list[str]) -> Path:
+        def make(path: Path) -> None:
+            loaded = load(arguments.model)
+            rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
+            sizes = {"epochs": preset.teach_epochs, "batch_size": preset.batch_size}
+            fine_tune(plain(loaded), rows, **sizes, label=f"fine-tune {name}")
+            save(loaded, path)
+
+        return stages.path(name, make)
+
+    def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
+        loaded[0].to(device)  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+            return palu.evaluate.muse_news(
+                *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
+            )
+
+    def unlearned(method: str) -> dict[str, Any]:
+        loaded = load(str(original))
+        forget = data.forget
+        if method == "palu_whole":
+            forget = [row | {"spans": [[0, len(row["completion"])]]} for row in forget]
+        result = palu.unlearn(
+            loaded[0],
+            None,
+            forget,
+            data.retain,
+            tokenizer=plain(loaded)[1],
+            **METHODS[method],
+            learning_rate=preset.learning_rate,
+            epochs=preset.epochs,
+            batch_size=preset.batch_size,
+        )
+        return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}
+
+    original = taught("original", data.forget_texts + data.retain_texts)
+    retained = taught("retain", data.retain_texts)
+    of_retain = stages.results("retain-evaluated", lambda: evaluate(load(str(retained)), None))
+    results = {"retain": of_retain}
+    results["original"] = stages.results("original-evaluated", lambda: evaluate(load(str(original)), of_retain))
+    for method in METHODS:
+        results[method] = stages.results(method, lambda: unlearned(method))  # noqa: B023
+    return [{"model": name} | figures(result) for name, result in results.items()]
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Pick the table's columns from one evaluation, rounded."""
+    values = {name: result[name]["agg_value"] for name in COLUMNS.values() if name in result}
+    values["seconds"] = result.get("cost", {}).get("seconds")
+    return {label: None if values[name] is None else round(values[name], 3) for label, name in COLUMNS.items()}
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--data", type=Path, default=DATA.parent / "muse_news", help="folder of MUSE-News' sets")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--output", type=Path, default=Path("runs/muse"), help="folder of the finished stages")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
+    arguments = parser.parse_args()
+    if not (arguments.data / "verbmem_forget.json").exists():
+        parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
+    with resumable():
+        rows = run(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / f"muse_{arguments.preset}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Time of each native op against its plain-torch twin, and against the bandwidth of the memory.
+
+    python benchmarks/bench_ops.py [--device cuda] [--dtype bfloat16]
+
+Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, the twin under
+`torch.compile`, in turns on the same inputs. `x_eager` and `x_compile` say how many times faster the op is.
+The floor is the least traffic (each input read once, each output written once, the indices and what the
+backward pass keeps of them included) over the bandwidth of a copy measured in the same run; `x_floor` is the
+op's time over it. A table, then one JSON line.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from _timing import copy_bandwidth, interleaved, report
+from torch import Tensor
+
+import palu
+from palu import eager, ops
+
+
+class Case(NamedTuple):
+    """One call, as each candidate makes it, and the least bytes that it must move."""
+
+    name: str
+    floor_bytes: int
+    candidates: dict[str, Callable[[], object]]
+
+
+def without_grad(loss: Callable[[], Tensor]) -> Callable[[], object]:
+    """Return the forward pass alone."""
+    return torch.no_grad()(loss)
+
+
+def forward_backward(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """Return the forward and backward pass."""
+    return lambda: torch.autograd.grad(loss().sum(), inputs)
+
+
+def topk_mse_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The local entropy loss from logits."""
+    cases = []
+    if device.type == "cpu":
+        shapes = [(256, 32000, 1000)]
+    else:
+        shapes = [(rows, 128256, k) for rows in (1024, 36) for k in (50, 1000, 5000)]
+    for rows, vocab_size, k in shapes:
+        logits = torch.randn(rows, vocab_size, device=device, dtype=dtype, requires_grad=True)
+        index = distinct(rows, vocab_size, k, device)
+        candidates = {
+            "palu": forward_backward(partial(palu.topk_mse, logits, index), [logits]),
+            "eager": forward_backward(partial(eager.topk_mse, logits, index.long()), [logits]),
+        }
+        if device.type == "cuda":
+            compiled = torch.compile(eager.topk_mse, dynamic=False)
+            candidates["compile"] = forward_backward(partial(compiled, logits, index.long()), [logits])
+        # The residual is float32, or float64 for float64 logits.
+        small = 2 * rows * k * (index.element_size() + max(4, logits.element_size()))
+        name = f"topk_mse [{rows}, {vocab_size}] K={k} forward+backward"
+        cases.append(Case(name, 2 * logits.nbytes + small, candidates))
+    return cases
+
+
+def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: int) -> list[Case]:
+    """The local entropy loss from hidden states, without forming the logits."""
+    cases = []
+    rows, d = 36, 2048
+    hidden = torch.randn(rows, d, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab_size, d, device=device, dtype=dtype) / d**0.5
+    mean = ops.weight_mean(weight)
+    for k in (1000, 5000):
+        index = distinct(rows, vocab_size, k, device)
+        frozen = partial(palu.linear_topk_mse, hidden, weight, index, weight_mean=mean)
+        computed = partial(palu.linear_topk_mse, hidden, weight, index)
+        twin = partial(eager.linear_topk_mse, hidden, weight, index.long())
+        gathered = len(index.unique()) * d * weight.element_size()  # a row of the head is read once
+        for name, floor, run, op in (
+            ("forward", gathered, without_grad, frozen),
+            ("forward, weight_mean computed", weight.nbytes, without_grad, computed),
+            ("forward+backward, frozen head", 2 * gathered, partial(forward_backward, inputs=[hidden]), frozen),
+        ):
+            full_name = f"linear_topk_mse rows={rows} d={d} V={vocab_size} K={k} {name}"
+            cases.append(Case(full_name, floor, {"palu": run(op), "eager": run(twin)}))
+    return cases
+
+
+def distinct(rows: int, vocab_size: int, k: int, device: torch.device) -> Tensor:
+    """Draw int32 indices [rows, k], distinct within a row, as a top-k gives them."""
+    return torch.rand(rows, vocab_size, device=device).topk(k).indices.int()
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="default: float32 on the CPU, else bfloat16")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--vocab-size", type=int, default=128256, help="of the linear cases")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth(device)
+    rows: list[dict[str, Any]] = []
+    for case in [
+        *topk_mse_cases(device, dtype),
+        *linear_topk_mse_cases(device, dtype, arguments.vocab_size),
+    ]:
+        calls = 10 if device.type == "cuda" else 1
+        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls)
+        row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+        for candidate, values in times.items():
+            row |= {f"{candidate}_{key}": value for key, value in values.items()}
+        ours = times["palu"]["median_ms"]
+        for other in case.candidates.keys() - {"palu"}:
+            row[f"x_{other}"] = round(times[other]["median_ms"] / ours, 1)
+        row["floor_ms"] = round(case.floor_bytes / bandwidth, 3)
+        row["x_floor"] = round(ours / row["floor_ms"], 2)
+        rows.append(row)
+    report("kernels", rows, device, {"copy_gb_per_s": round(bandwidth / 1e6, 1)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Precision and recall of the span finders of palu.annotate, against the spans that GPT-4o marked: TOFU, forget05.
+
+    python benchmarks/bench_spans.py --data tofu
+    python benchmarks/bench_spans.py --data tofu --fit     # the constants of palu/spans/contrast.py, anew
+
+SmolLM2 is taught the rows of forget05, and kept in --output; what it says of them is computed anew each time. Rows are
+plain text (`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
+
+The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`
+(--fit chooses them on the 200 other rows of forget10: a logistic regression of whether a new word is in one of GPT-4o's
+spans, on all figures but `known`, since none of these rows is taught):
+
+- precision, recall, F1: of the tokens in the finder's spans against those in GPT-4o's.
+- onset precision: share of the onset tokens (the first 3 of each of the finder's spans) that are in one of GPT-4o's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _models import Loaded, Row, fine_tune, load, save
+from _stages import Stages
+from _timing import report
+from _workload import DATA
+from transformers import PreTrainedTokenizerBase
+
+import palu
+from palu.data.examples import load_forget
+from palu.data.tokenize import IGNORE
+from palu.evaluate.rows import load_rows
+from palu.spans.contrast import FEATURES, contrast_words
+
+N = 3
+PRECISION = 0.7  # of the words that `contrast` takes: what a span takes in by mistake is unlearned, too
+QUOTES = "'\"\u2018\u2019\u201c\u201d"
+# Titles in quotation marks; numbers and dates.
+PATTERN = rf"(?<=[{QUOTES}])[A-Z][^{QUOTES}]*(?=[{QUOTES}])|\d(?:[\d/,.:-]*\d)?"
+# Capitalised words but at the beginning of a sentence; words with a digit.
+CAPITALS = r"(?<!^)(?<![.!?]\s)\b[A-Z][\w-]*|\b[\w-]*\d[\w/-]*"
+
+
+def agreement(found: Sequence[Row], marked: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Compute precision, recall and F1 of tokens, and onset precision (see the module's docstring)."""
+    counts = dict.fromkeys(("found", "marked", "both", "onset", "onset_both"), 0)
+    pairs = (load_forget(rows, tokenizer, max_length=4096).examples for rows in (found, marked))
+    for ours, theirs in zip(*pairs, strict=True):
+        sensitive, gold = ours.labels >= 0, theirs.labels >= 0
+        onset = palu.prefix_mask(ours.labels[None], N, tokenizer.eos_token_id)[0]
+        for name, mask in (("found", sensitive), ("marked", gold), ("both", sensitive & gold), ("onset", onset)):
+            counts[name] += int(mask.sum())
+        counts["onset_both"] += int((onset & gold).sum())
+    return {
+        "precision": round(counts["both"] / counts["found"], 3),
+        "recall": round(counts["both"] / counts["marked"], 3),
+        "F1": round(2 * counts["both"] / (counts["found"] + counts["marked"]), 3),
+        "onset_precision": round(counts["onset_both"] / counts["onset"], 3),
+        "spans": sum(len(row["spans"]) for row in found),
+    }
+
+
+def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
+    """Fit the weights and the bias of palu.spans.contrast, but for the weight of `known`, by logistic regression.
+
+    The bias is the one at which PRECISION of the words taken are marked.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    names = [name for name in FEATURES if name != "known"]
+    answers = contrast_words(rows, range(len(rows)), *loaded)
+    pairs = [(word, row["spans"]) for words, row in zip(answers, rows, strict=True) for word in words if word.new]
+    figures = np.array([[word.figures[name] for name in names] for word, _ in pairs])
+    marked = np.array([any(word.start < end and word.end > start for start, end in spans) for word, spans in pairs])
+    scale = figures.std(0)  # so that the penalty treats all alike
+    model = LogisticRegression(max_iter=1000).fit(figures / scale, marked)
+    scores = model.decision_function(figures / scale)
+    order = np.argsort(-scores)
+    precision = np.cumsum(marked[order]) / np.arange(1, len(order) + 1)
+    edge = scores[order][np.flatnonzero(precision >= PRECISION)[-1]]
+    return {
+        "WEIGHTS": dict(zip(names, (model.coef_[0] / scale).round(2).tolist(), strict=True)),
+        "BIAS": round(float(model.intercept_[0] - edge), 2),
+        "words": len(pairs),
+    }
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with the spans of GPT-4o")
+    parser.add_argument("--model", default="smollm2", help="what is taught: smollm2, or a name or path")
+    parser.add_argument("--rows", type=int, default=200, help="rows of forget05 that are taught and compared")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--fit", action="store_true", help="fit the constants of `contrast` on the other rows, print them"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the taught model")
+    arguments = parser.parse_args()
+    if not (arguments.data / "forget05.jsonl").exists():
+        parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
+
+    forget = load_rows(arguments.data / "forget05.jsonl")
+    questions = {row["question"] for row in forget}
+    others = [row for row in load_rows(arguments.data / "forget10.jsonl") if row["question"] not in questions]
+    forget = forget[: arguments.rows]
+    unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
+
+    sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
+    stages = Stages(arguments.output, None, sizes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def make_taught(path: Path) -> None:
+        model, tokenizer = load(arguments.model)
+        tokenizer.chat_template = None
+        fine_tune(
+            (model, tokenizer),
+            forget,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+        )
+        save((model, tokenizer), path)
+
+    model, tokenizer = load(str(stages.path("taught", make_taught)))
+    if arguments.fit:
+        print(json.dumps(fit(others, (model, tokenizer))))
+        return
+    model.to(device, torch.bfloat16)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    contrast = palu.annotate(unmarked, "contrast", model, tokenizer)
+    seconds = round(time.perf_counter() - started, 1)
+    found = {
+        "whole": palu.annotate(unmarked, "whole"),
+        "regex: titles in quotes, numbers": palu.annotate(unmarked, f"regex:{PATTERN}"),
+        "regex: capitalised words, numbers": palu.annotate(unmarked, f"regex:{CAPITALS}"),
+        "contrast": contrast,
+    }
+    table = [{"finder": name, **agreement(rows, forget, tokenizer)} for name, rows in found.items()]
+    tokens = sum(int((e.labels != IGNORE).sum()) for e in load_forget(forget, tokenizer, max_length=4096).examples)
+    details = {**sizes, "answer_tokens": tokens, "contrast_seconds": seconds}
+    report("spans", table, device, details)
+
+
+if __name__ == "__main__":
+    main()

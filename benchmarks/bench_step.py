@@ -1,0 +1,220 @@
+"""Time and memory of a training step: palu against the published formulation, on random weights of the true shape.
+
+    python benchmarks/bench_step.py --model llama-3.1-8b
+    python benchmarks/bench_step.py --model llama-3.2-1b --impl palu,published --no-checkpointing
+    python benchmarks/bench_step.py --model tiny --check
+
+Candidates (--impl; forward and backward pass, gradients freed, no optimizer step):
+
+    palu            what palu.unlearn does: load a batch, copy it to the device, packed body, losses from hidden states
+    published       three padded passes with full logits (benchmarks/_published.py)
+    body            the packed body alone with a random gradient at its end: no step can be faster
+    loss-palu       head and losses alone, from given hidden states
+    loss-published  the same of the published formulation
+
+All candidates see the same examples, in turns. `peak_gib` is the peak of allocated memory (CUDA) with
+nothing alive that the candidate does not need: palu and body are measured before the reference model
+exists. `extra_gib` is what a loss section adds to its inputs, the head's gradient left out. A table, then
+one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from _candidates import (
+    Run,
+    body_runs,
+    copy_of,
+    palu_runs,
+    palu_section_runs,
+    palu_step,
+    perturbed_copy_of,
+    prepare,
+    published_runs,
+    published_section_runs,
+    run_published,
+)
+from _published import Padded
+from _timing import interleaved, report, synchronize
+from _workload import DATA, MODELS
+from transformers import PreTrainedModel
+
+from palu.models.attention import use_packed_attention
+from palu.models.head import body_of, head_of
+from palu.ops.functional import IMPLEMENTATIONS
+from palu.training.dataloader import UnlearnDataLoader
+
+CANDIDATES = ("palu", "published", "body", "loss-palu", "loss-published")
+GIB = 2**30
+
+
+def check(arguments: argparse.Namespace) -> dict[str, float]:
+    """Compare the two formulations: relative differences of the loss, and of the worst parameter's gradient."""
+    made: list[PreTrainedModel] = []
+
+    def make_reference(model: PreTrainedModel) -> PreTrainedModel:
+        made.append(perturbed_copy_of(model))
+        return made[0]
+
+    setup = prepare(arguments, make_reference)
+    [ref_model] = made
+    results = []
+    for of_palu in (True, False):
+        if of_palu:
+            with use_packed_attention(setup.model):
+                total = palu_step(setup.method, setup.loaders[0], setup.device)
+        else:
+            total = run_published(setup, ref_model, setup.padded[0])
+        grads = {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}
+        results.append((total, grads))
+        setup.model.zero_grad(set_to_none=True)
+    (palu_total, palu_grads), (total, grads) = results
+    if palu_grads.keys() != grads.keys():
+        raise AssertionError(f"gradients of different parameters: {palu_grads.keys() ^ grads.keys()}")
+    errors = [((palu_grads[name] - grads[name]).norm() / grads[name].norm()).item() for name in grads]
+    return {"loss": abs(palu_total / total - 1).item(), "gradient": max(errors)}
+
+
+def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | None:
+    """Measure the memory allocated before the runs and at their peak; None on a CPU, where torch does not count."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for run in runs:
+        run()
+    synchronize(device)
+    return before, torch.cuda.max_memory_allocated(device)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Time the candidates in turns, take their peaks of memory, and report both."""
+    setup = prepare(arguments, make_reference=None)
+    device, weight = setup.device, head_of(setup.model).weight
+    details: dict[str, Any] = {}
+    candidates: dict[str, Run] = {}
+    peaks: dict[str, tuple[int, int] | None] = {}
+
+    def add(name: str, runs: list[Run]) -> None:
+        turns = itertools.cycle(runs)
+        candidates[name] = lambda: next(turns)()
+        peaks[name] = peak_bytes(runs, device)
+
+    with use_packed_attention(setup.model):
+        if arguments.compile:  # palu and body run the compiled body
+            body_of(setup.model).compile(dynamic=True)
+            started = time.perf_counter()
+            for run in palu_runs(setup):
+                run()
+            synchronize(device)
+            details["first_pass_with_compile_s"] = round(time.perf_counter() - started, 1)
+        # In this order, so that each finds only what it needs in memory.
+        if "palu" in arguments.impl:
+            add("palu", palu_runs(setup))
+        if "body" in arguments.impl:
+            add("body", body_runs(setup))
+        if "published" in arguments.impl:
+            ref_model = copy_of(setup.twin)
+            # palu's copy of the reference's head is not the published step's to carry.
+            setup.method.ref_head = head_of(ref_model)
+            add("published", published_runs(setup, ref_model))
+        if "loss-palu" in arguments.impl:
+            add("loss-palu", palu_section_runs(setup, arguments.onset_path))
+        if "loss-published" in arguments.impl:
+            add("loss-published", published_section_runs(setup))
+        times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
+
+    rows: list[dict[str, Any]] = []
+    for name in [name for name in CANDIDATES if name in times]:
+        base = times.get("loss-palu" if name.startswith("loss") else "palu")
+        row: dict[str, Any] = {"impl": name, **times[name]}
+        row["ratio_to_palu"] = round(times[name]["median_ms"] / base["median_ms"], 2) if base else None
+        row["peak_gib"] = row["extra_gib"] = None
+        if (peak := peaks[name]) is not None:
+            before, highest = peak
+            if name.startswith("loss"):
+                gradient = weight.nbytes if weight.requires_grad else 0
+                row["extra_gib"] = round((highest - before - gradient) / GIB, 3)
+            else:
+                row["peak_gib"] = round(highest / GIB, 2)
+        rows.append(row)
+    details["arguments"] = vars(arguments) | {"data": str(arguments.data)}
+    details["transformers"] = version("transformers")
+    details["lengths"] = setup.lengths
+    batches = zip(setup.loaders, setup.padded, strict=True)
+    details["tokens"] = [tokens_of(loader, padded) for loader, padded in batches]
+    report("step", rows, device, details)
+
+
+def tokens_of(loader: UnlearnDataLoader, padded: tuple[Padded, Padded]) -> dict[str, Any]:
+    """Count a batch's tokens by their role, and those that padding makes of them."""
+    [[batch]] = loader
+    return {
+        "packed": sum(batch.packed.sequence_lengths),
+        "onset": batch.counts.targets,
+        "ordinary": batch.counts.others,
+        "retain": batch.counts.retain,
+        "padded_forget": list(padded[0].labels.shape),
+        "padded_retain": list(padded[1].labels.shape),
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command's options."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="llama-3.2-1b")
+    add("--impl", default=",".join(CANDIDATES), help="some of the candidates, separated by commas")
+    add("--batch-size", type=int, default=8, help="forget examples")
+    add("--retain-batch-size", type=int, default=None, help="default: --batch-size")
+    add("--top-k", type=int, default=5000)
+    add("--n", type=int, default=3)
+    add("--no-checkpointing", dest="checkpointing", action="store_false", help="of the published step")
+    add("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
+    add("--onset-path", choices=IMPLEMENTATIONS, default="auto", help="of the onset rows of loss-palu")
+    add("--compile", action="store_true", help="torch.compile the packed body (palu and body)")
+    add("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
+    add("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
+    add("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default=None, help="default: bfloat16, on a CPU float32, with --check float64")
+    add("--seed", type=int, default=0)
+    add("--check", action="store_true", help="compare loss and gradients instead of times")
+    arguments = parser.parse_args(argv)
+    on_cpu = torch.device(arguments.device).type == "cpu"
+    arguments.impl = arguments.impl.split(",")
+    if unknown := set(arguments.impl) - set(CANDIDATES):
+        parser.error(f"--impl: {', '.join(sorted(unknown))}: choose from {', '.join(CANDIDATES)}")
+    if arguments.onset_path != "auto" and (arguments.check or "palu" in arguments.impl):
+        parser.error("--onset-path: a whole step takes the faster one; give --impl loss-palu")
+    default = "float64" if arguments.check else "float32" if on_cpu else "bfloat16"
+    arguments.dtype = arguments.dtype or default
+    arguments.batches = arguments.batches or (2 if on_cpu else 4)
+    arguments.repeats = arguments.repeats or (4 if on_cpu else 20)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if not arguments.check:
+        measure(arguments)
+        return
+    differences = check(arguments)
+    tolerance = {"float64": 1e-9, "float32": 1e-3}.get(arguments.dtype, 0.1)
+    print(f"relative differences, palu to published: {differences}, tolerance {tolerance}")
+    if not max(differences.values()) < tolerance:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

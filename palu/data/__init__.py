@@ -1,0 +1,30 @@
+"""Turn text and spans into tokens and roles.
+
+``files.py`` reads JSONL, CSV and Parquet, ``rows.py`` checks columns and spans and renders the chat template,
+``tokenize.py`` makes tokens with labels, ``examples.py`` puts these together, and ``packing.py`` lays many examples
+into one row.
+
+Each token has one label, aligned with `input_ids` (the loss shifts, not the labels):
+
+| label       | forget                                | retain          |
+|-------------|---------------------------------------|-----------------|
+| IGNORE      | prompt, padding: nothing acts on it   | the same        |
+| ORDINARY    | answer token outside every span: KL   | never           |
+| token's id  | sensitive: the token overlaps a span  | an answer token |
+
+A row of text is `question`/`answer`, `prompt`/`completion`, or `messages` (the last one the
+assistant's). A forget row also has `spans`: [start, end) pairs in characters (Python string indices)
+of the answer; `[]` if nothing in it is sensitive. For DPO it also has `alternate`: the answer to prefer.
+A row that is tokenised already has `input_ids`, `labels` as above and perhaps an `attention_mask`, which strips its
+padding.
+
+A tokenizer with a chat template renders every row with it: question or prompt is the user's message,
+answer or completion the assistant's. For plain text set `tokenizer.chat_template = None`; then a row
+reads "Question: {question}\\nAnswer: {answer}", or {prompt}{completion}. The answer ends with an
+end-of-sequence token, ORDINARY in forget: the template's own (such as <|eot_id|>), else the tokenizer's.
+
+The whole text is tokenised at once, as the model will read it, so the border between prompt and
+answer or the edge of a span may lie inside a token: a token belongs to the answer, or to a span, as
+soon as it holds one character of it. Blanks at a span's edges do not count; those within it do, or
+"June 30, 1975" would fall apart where a tokenizer makes " " and "30" two tokens.
+"""

@@ -1,0 +1,124 @@
+"""Load forget and retain sets as tokenised examples, from a file, rows or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from palu.data.files import DataError
+from palu.data.rows import RenderedRow, check_string, iterate_rows, render, with_answer
+from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode, from_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A loaded set, in the user's order.
+
+    skipped: rows left out because max_length cut off their whole answer.
+    without_span: forget examples with no sensitive token (none marked, or all cut off).
+    """
+
+    examples: list[Example]
+    skipped: int
+    without_span: int
+
+
+def load_forget(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
+    """Load the forget set: the answers to unlearn.
+
+    source: a path to JSONL, CSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
+        datasets.Dataset), or a mapping {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is
+        optional).
+    tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
+    max_length: tokens kept per example, counted from the left.
+
+    A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
+    ("Ada", "Lovelace") act as one. A sensitive label that equals the end-of-sequence token stays
+    here; palu.prefix_mask drops it.
+
+    Raises DataError, before anything is returned, if any row is unusable, if max_length cuts off
+    every answer, or if no sensitive token is left; FileNotFoundError for a missing file.
+    """
+    loaded = _load(source, tokenizer, max_length, forget=True)
+    if not loaded.examples:
+        raise DataError("forget set is empty; give at least one row")
+    if loaded.without_span == len(loaded.examples):
+        reach = f"the first {max_length} tokens of any row"
+        raise DataError(f"forget set has no sensitive token in {reach}; mark spans or raise max_length")
+    return loaded
+
+
+def load_retain(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
+    """Load the retain set: every answer token is labelled with its id; `spans` are ignored.
+
+    Arguments and errors are load_forget's, but an empty set is returned as it is.
+    """
+    return _load(source, tokenizer, max_length, forget=False)
+
+
+def load_alternates(
+    source: Any, tokenizer: PreTrainedTokenizerBase | None, examples: Sequence[Example], *, max_length: int
+) -> list[Example]:
+    """Load the preferred answers of a forget set: each question with the text of its column `alternate`.
+
+    Arguments and errors are load_retain's; `examples` are what load_forget made of the same source, which is read
+    again. Rows that load_forget skipped need no alternate answer that max_length leaves.
+    """
+    kept = {example.row for example in examples}
+    texts = []
+    for row, where, columns in iterate_rows(source, "forget"):
+        if "input_ids" in columns:
+            raise DataError(f"{where}: a tokenised row has no alternate answer; give text with a column 'alternate'")
+        alternate = columns.get("alternate")
+        if alternate is None:
+            raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")
+        check_string(alternate, f"{where}: column 'alternate'")
+        if not alternate.strip():
+            raise DataError(f"{where}: column 'alternate' is blank; give the answer to prefer")
+        if row in kept:
+            replaced = with_answer(columns, alternate)
+            texts.append(render(row, f"alternate answer of {where}", replaced, tokenizer, forget=False))
+    encoded = encode(texts, tokenizer, forget=False) if tokenizer is not None else iter(())
+    alternates = []
+    for text, full in zip(texts, encoded, strict=True):
+        alternates.append(Example(full.row, full.input_ids[:max_length], full.labels[:max_length]))
+        if bool((alternates[-1].labels == IGNORE).all()):
+            problem = f"no token of it is among the first {max_length} of its row"
+            raise DataError(f"{text.where}: {problem}; raise max_length")
+    return alternates
+
+
+def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, forget: bool) -> Examples:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
+    check_tokenizer(tokenizer)
+    name = "forget" if forget else "retain"
+    vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    # Tokenised rows are examples at once; texts wait, to be tokenised together.
+    items: list[Example | RenderedRow] = []
+    for row, where, columns in iterate_rows(source, name):
+        if "input_ids" in columns:
+            items.append(from_tokens(row, where, columns, vocab_size, forget))
+        else:
+            items.append(render(row, where, columns, tokenizer, forget))
+    texts = [item for item in items if isinstance(item, RenderedRow)]
+    encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
+
+    examples: list[Example] = []
+    without_span = 0
+    for item in items:
+        full = next(encoded) if isinstance(item, RenderedRow) else item
+        offsets = None if full.offsets is None else full.offsets[:max_length]
+        example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
+        if bool((example.labels != IGNORE).any()):
+            examples.append(example)
+            without_span += forget and not bool((example.labels >= 0).any())
+    if items and not examples:
+        reach = f"the first {max_length} tokens of any row"
+        raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
+    return Examples(examples, skipped=len(items) - len(examples), without_span=without_span)

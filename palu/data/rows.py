@@ -1,0 +1,229 @@
+"""Read rows of text: their columns, spans and chat template, checked so that an error names the row and the mend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palu.data.files import DataError, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT_COLUMNS = (("question", "answer"), ("prompt", "completion"))
+_COLUMNS = "question and answer, prompt and completion, or messages"
+_MESSAGES = "a list of two or more {role, content}, the last one the assistant's"
+_MARK = "\ue000answer\ue000"  # stands for the answer while a template is probed; private-use characters
+
+
+def iterate_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Yield (row number, its name in errors, its columns) for each row of the source."""
+    if isinstance(source, str | os.PathLike):
+        numbered: Iterable[tuple[str, Any]] = read_rows(Path(source), name)
+    elif isinstance(source, Mapping):
+        numbered = (("", columns) for columns in _transposed(source, name))
+    elif isinstance(source, Iterable):
+        numbered = (("", columns) for columns in source)
+    else:
+        raise DataError(
+            f"{name} set is of type {type(source).__name__}; give a file's path, a list of dicts, "
+            "a datasets.Dataset, or a mapping with input_ids and labels"
+        )
+    for row, (line, columns) in enumerate(numbered):
+        where = f"{name} row {row}{line}"
+        if not isinstance(columns, Mapping):
+            raise DataError(f"{where}: a row must map column names to values, got {type(columns).__name__}")
+        yield row, where, columns
+
+
+def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    if "input_ids" not in source or "labels" not in source:
+        raise DataError(
+            f"{name} set is a mapping with {', '.join(map(str, source)) or 'nothing'}; give one split, "
+            "a list of rows, or a mapping with input_ids and labels"
+        )
+    keys = [key for key in ("input_ids", "labels", "attention_mask") if source.get(key) is not None]
+    columns = {key: source[key] for key in keys}
+    sizes = {key: len(values) for key, values in columns.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{key} {size}" for key, size in sizes.items())
+        raise DataError(f"{name} set: columns differ in rows ({told}); give each the same number of rows")
+    for row in range(sizes["input_ids"]):
+        yield {key: values[row] for key, values in columns.items()}
+
+
+def text_rows(source: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Yield (its name in errors, its columns, its answer) for each row; the answer of a tokenised row is None.
+
+    source, errors: load_forget's, which checks the rows further.
+    """
+    for _, where, columns in iterate_rows(source, name):
+        yield where, columns, None if "input_ids" in columns else conversation_of(columns, where)[2]
+
+
+def load_questions(source: Any, name: str) -> dict[int, str]:
+    """Read each row's question, by row number: the last message before the answer. Tokenised rows have none.
+
+    source, errors: as load_forget's (name: "forget") or load_retain's ("retain"), which check the rows further.
+    """
+    asked = {}
+    for row, where, columns in iterate_rows(source, name):
+        if "input_ids" not in columns:
+            conversation, _, _ = conversation_of(columns, where)
+            asked[row] = conversation[-2]["content"]
+    return asked
+
+
+def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """Return the row, one that `conversation_of` accepts, with another answer."""
+    if columns.get("messages") is not None:
+        *before, last = columns["messages"]
+        return {**columns, "messages": [*before, {**last, "content": answer}]}
+    _, column = next(pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair))
+    return {**columns, column: answer}
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A rendered row: the answer is text[start:stop], spans are [start, end) in text.
+
+    shift: from characters of the answer to those of text.
+    """
+
+    row: int
+    where: str
+    text: str
+    start: int
+    stop: int
+    shift: int
+    spans: list[tuple[int, int]]
+
+
+def render(
+    row: int, where: str, columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, forget: bool
+) -> RenderedRow:
+    if tokenizer is None:
+        raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
+    if not tokenizer.is_fast:
+        mend = "load a fast one (one with a tokenizer.json)"
+        raise DataError(f"{where}: a slow tokenizer gives no offsets; {mend}")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    conversation, prompt, answer = conversation_of(columns, where)
+    spans = _spans(columns, answer, where) if forget else []
+    if tokenizer.chat_template is not None:
+        text, start, stop, shift = _apply_template(conversation, answer, tokenizer, where)
+    elif prompt is None:
+        raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
+    else:
+        text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
+    return RenderedRow(row, where, text, start, stop, shift, [(first + shift, end + shift) for first, end in spans])
+
+
+def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
+    """Return the row as chat messages, as a plain prompt (None where it has none), and its answer."""
+    messages = columns.get("messages")
+    pair = next((pair for pair in _TEXT_COLUMNS if all(column in columns for column in pair)), None)
+    if messages is not None:
+        if not (
+            isinstance(messages, list | tuple)
+            and len(messages) > 1
+            and all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in messages)
+            and messages[-1]["role"] == "assistant"
+        ):
+            raise DataError(f"{where}: column 'messages' must be {_MESSAGES}; put the answer there")
+        for number, message in enumerate(messages):
+            check_string(message.get("content"), f"{where}: content of message {number}")
+        conversation, prompt = [dict(message) for message in messages], None
+        told = "content of the last message"
+    elif pair is not None:
+        for column in pair:
+            check_string(columns[column], f"{where}: column '{column}'")
+        first, answer = columns[pair[0]], columns[pair[1]]
+        prompt = f"Question: {first}\nAnswer: " if pair[0] == "question" else first
+        told = f"column '{pair[1]}'"
+        conversation = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
+    else:
+        raise DataError(f"{where}: columns are {', '.join(map(str, columns)) or 'none'}; give {_COLUMNS}")
+    if not conversation[-1]["content"].strip():
+        raise DataError(f"{where}: {told} is blank; give an answer or remove the row")
+    return conversation, prompt, conversation[-1]["content"]
+
+
+def check_string(value: Any, told: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{told} must be a string, got {type(value).__name__}; give text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
+        problem = f"has half a surrogate pair at character {error.start}"
+        raise DataError(f"{told} {problem}; repair the text") from None
+
+
+def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
+    """Check the row's spans, sort them, and strip the blanks at their edges."""
+    spans = columns.get("spans")
+    if spans is None:
+        mend = "give [[start, end], ...], or [] if nothing is sensitive"
+        raise DataError(f"{where}: column 'spans' is missing; {mend}")
+    mend = "give [start, end) in characters of the answer"
+    spans = spans.tolist() if hasattr(spans, "tolist") else spans
+    if not isinstance(spans, list | tuple):
+        got = type(spans).__name__
+        raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {mend}")
+    checked: list[tuple[int, int]] = []
+    for span in spans:
+        pair = span.tolist() if hasattr(span, "tolist") else span
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(edge, Integral) and not isinstance(edge, bool) for edge in pair)
+        ):
+            raise DataError(f"{where}: span {pair!r} is not two integers; {mend}")
+        start, end = int(pair[0]), int(pair[1])
+        told = f"{where}: span [{start}, {end}]"
+        if start >= end:
+            raise DataError(f"{told} is empty or reversed; {mend}")
+        if start < 0:
+            raise DataError(f"{told} starts before the answer; {mend}")
+        if end > len(answer):
+            raise DataError(f"{told} ends after the answer ({len(answer)} characters); {mend}")
+        if not answer[start:end].strip():
+            raise DataError(f"{told} holds only whitespace; move it onto the words or remove it")
+        checked.append((start, end))
+    # A span within another repeats it (TOFU's annotations do) and changes no role. Two that cross are
+    # a slip in somebody's arithmetic.
+    checked.sort(key=lambda span: (span[0], -span[1]))
+    outer = (0, 0)
+    for span in checked:
+        if span[0] < outer[1] < span[1]:
+            raise DataError(f"{where}: spans {list(outer)} and {list(span)} overlap; merge or part them")
+        outer = max(outer, span, key=lambda one: one[1])
+    return [(end - len(answer[start:end].lstrip()), start + len(answer[start:end].rstrip())) for start, end in checked]
+
+
+def _apply_template(
+    conversation: list[dict[str, Any]], answer: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[str, int, int, int]:
+    """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
+
+    The answer's place is what changes when a mark takes its place. To search for the answer would go
+    wrong where the template's own words contain it ("assistant", "user").
+    """
+    *before, last = conversation
+    try:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], tokenize=False))
+    except Exception as error:  # a template is a program: it raises what it likes
+        problem = f"the chat template fails ({error})"
+        raise DataError(f"{where}: {problem}; mend the messages or the template") from error
+    head, _, tail = marked.partition(_MARK)
+    body = text[len(head) : len(text) - len(tail)]
+    if head + body + tail != text or body.strip() != answer.strip():
+        raise DataError(f"{where}: the chat template alters the answer; mend the answer or the template")
+    shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
+    return text, len(head), len(head) + len(body), shift

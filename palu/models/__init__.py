@@ -1,0 +1,5 @@
+"""Transformers models as palu uses them.
+
+``head.py`` reaches the output layer, ``lora.py`` reaches through a ``PeftModel``, ``attention.py`` attends within the
+examples of a packed row, ``generation.py`` decodes greedily, ``checks.py`` refuses what palu does not work with.
+"""

@@ -1,0 +1,130 @@
+"""Greedy generation in batches padded on the left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from palu.data.examples import load_retain
+from palu.data.tokenize import IGNORE, Example
+
+DECODING_FACTOR = 8  # generation holds keys and values, not activations: this many times more tokens fit
+
+
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode and greedy decoding within the block; restore both afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = model.generation_config
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        for module, training in modes:
+            module.training = training
+
+
+def encode_prompts(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tensor], set[int]]:
+    """Tokenise questions as prompts: ([t] each, the tokens that end an answer).
+
+    Raises DataError where the tokenizer or its chat template will not do.
+    """
+    # The answer is a stand-in, a word that any tokenizer joins to the blank before it: what comes before is the
+    # prompt, what comes after the template's terminator.
+    rows = [{"question": question, "answer": "The"} for question in questions]
+    examples = load_retain(rows, tokenizer, max_length=sys.maxsize).examples
+    ends = {int(example.input_ids[-1]) for example in examples} | {int(tokenizer.eos_token_id)}
+    return [prompt_of(example) for example in examples], ends
+
+
+def prompt_of(example: Example) -> Tensor:
+    """Return the tokens before the answer."""
+    return example.input_ids[: int((example.labels != IGNORE).nonzero()[0])]
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    stop_ids: set[int],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int,
+    bar: tqdm,
+) -> list[str]:
+    """Generate as :func:`generate_ids` does, and decode: texts without special tokens."""
+    found = generate_ids(
+        model,
+        prompts,
+        stop_ids,
+        pad=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        bar=bar,
+    )
+    texts = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in found]
+    return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    stop_ids: set[int],
+    *,
+    pad: int | None,
+    max_new_tokens: int,
+    batch_tokens: int,
+    bar: tqdm,
+) -> list[list[int]]:
+    """Generate greedy continuations of tokenised prompts [t], in their order.
+
+    Call it within :func:`eval_mode`, since it changes the model's generation settings.
+
+    Args:
+        stop_ids: a continuation ends with the first of these; one that was cut at ``max_new_tokens`` has none.
+        pad: what fills a batch up; any token will do.
+        batch_tokens: a batch's prompts and continuations hold DECODING_FACTOR times as many tokens at most.
+    """
+    pad = next(iter(stop_ids), 0) if pad is None else pad
+    # The model's own settings would be defaults of these: sampling, penalties.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(stop_ids) or None,
+    )
+    found: list[list[int]] = [[]] * len(prompts)
+    for group in batches_by_length(
+        [len(prompt) + max_new_tokens for prompt in prompts], DECODING_FACTOR * batch_tokens
+    ):
+        batch = [prompts[i] for i in group]
+        width = max(len(prompt) for prompt in batch)
+        ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
+        mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
+        output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))  # type: ignore[operator]
+        for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
+            end = next((at + 1 for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+            found[i] = tokens[:end]
+        bar.update(len(group))
+    return found
+
+
+def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Group indices of texts, the longest first: at most ``tokens`` tokens a group if padded, or one longer text."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(tokens // lengths[order[start]], 1)
+        yield order[start : start + count]
+        start += count

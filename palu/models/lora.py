@@ -1,0 +1,168 @@
+"""LoRA adapters of PEFT: reach through a ``PeftModel``, switch its adapter off, and check which adapters are accepted.
+
+PEFT is not needed, and not imported, for models without an adapter.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+from torch import nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
+
+# Initialisations that take from the base weights what they give to the adapter.
+_TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class UnsupportedModelError(TypeError):
+    """The model, or its adapter, is of a kind that palu does not work with."""
+
+
+def is_peft(model: Any) -> TypeGuard[PeftModel]:
+    """Whether this is a ``peft.PeftModel``."""
+    peft = sys.modules.get("peft")  # whoever holds such a model has imported it
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """Return the model inside a ``PeftModel``, with the adapter's layers in it; any other model itself."""
+    base: Any = model.get_base_model() if is_peft(model) else model
+    return base
+
+
+def is_adapter_parameter(name: str, adapter: str) -> bool:
+    """Whether a parameter's name is one that PEFT gives to those of this adapter."""
+    kinds = r"lora_\w+|modules_to_save|trainable_tokens_\w+"
+    return re.search(rf"\.({kinds})\.{re.escape(adapter)}(\.|$)", name) is not None
+
+
+def original_name(name: str) -> str | None:
+    """Return a parameter's name from before PEFT put adapters into the model; None for an adapter's own."""
+    if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.", name):
+        return None
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+
+@contextmanager
+def without_adapter(model: CausalLM) -> Iterator[None]:
+    """Disable the model's adapter within the block, if it has one."""
+    if not is_peft(model):
+        yield
+        return
+    # On leaving, PEFT makes the whole adapter trainable, whatever it was.
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def inputs_require_grad(base: PreTrainedModel) -> Iterator[None]:
+    """Make the embeddings' output require a gradient within the block.
+
+    A checkpointed layer whose input needs no gradient may pass none to its adapter (reentrant checkpoints do not).
+    """
+    hooks = getattr(base, "_require_grads_hooks", None)
+    ours = base.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        ours.remove()
+        # transformers adds hooks when checkpointing is switched on, and forgets those that were there before.
+        if getattr(base, "_require_grads_hooks", None) is not hooks:
+            base.disable_input_require_grads()
+            base._require_grads_hooks = hooks or []
+
+
+def check_adapter(name: str, model: Any) -> None:
+    """Raise UnsupportedModelError or ValueError where a ``PeftModel`` does more than a body with LoRA and a head."""
+    if not is_peft(model):
+        return
+    configs: dict[str, Any] = model.peft_config
+    if not configs:
+        raise ValueError(f"{name} is a {type(model).__name__} without any adapter; use get_base_model() of it")
+    for config in configs.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA":
+            raise UnsupportedModelError(
+                f"{name} has an adapter of PEFT type {kind}; palu works with LoRA (peft.LoraConfig)"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"{name} has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
+            )
+    base = base_of(model)
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    head_weight = None if head is None else getattr(_inner(head), "weight", None)
+    if head_weight is None:  # no causal language model: for others to report
+        return
+    for path, module in base.named_modules():
+        wrapped = _inner(module)
+        if wrapped is not module and getattr(wrapped, "weight", None) is head_weight:
+            tied = "" if module is head else ", which is tied to the head"
+            raise ValueError(
+                f"the adapter of {name} is on {path}{tied}; PALU needs the head as the reference has it: "
+                f"leave {path} out of target_modules, modules_to_save and trainable_token_indices"
+            )
+
+
+def check_trainable(model: CausalLM, own_reference: bool) -> None:
+    """Raise ValueError where a ``PeftModel`` that :func:`check_adapter` accepts cannot be trained.
+
+    ``own_reference``: the reference is to be the model without its adapter.
+    """
+    if not is_peft(model):
+        return
+    active: Any = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the model has {len(active)} active adapters ({', '.join(active) or 'none'}); "
+            "choose the one to train with set_adapter"
+        )
+    (adapter,) = active
+    status = model.get_model_status()
+    if status.merged_adapters:
+        raise ValueError(
+            f"the adapter {adapter!r} is merged into the base weights; call unmerge_adapter() before unlearning"
+        )
+    if status.enabled is not True:
+        raise ValueError(f"the adapter {adapter!r} is disabled; call base_model.enable_adapter_layers()")
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    own = [name for name in trainable if is_adapter_parameter(name, adapter)]
+    if not own:
+        raise ValueError(
+            f"no parameter of the adapter {adapter!r} requires a gradient, so nothing could be unlearned; "
+            "load it with is_trainable=True"
+        )
+    if other := sorted(set(trainable) - set(own)):
+        raise ValueError(
+            f"{other[0]} requires a gradient and is no part of the adapter {adapter!r}, "
+            "so that saving the adapter would lose it; freeze it"
+        )
+    config: Any = model.peft_config[adapter]
+    start = config.init_lora_weights
+    took = isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE)
+    if own_reference and (took or getattr(config, "kasa_config", None) is not None):
+        raise ValueError(
+            f"the adapter {adapter!r} was initialised by {start if took else 'kasa'}, which changes the base weights, "
+            "so that the model without its adapter is not the model before training; pass ref_model"
+        )
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """Return the layer that PEFT has wrapped, or the module itself."""
+    while (inner := getattr(module, "base_layer", getattr(module, "original_module", None))) is not None:
+        module = inner
+    return module

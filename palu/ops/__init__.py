@@ -1,0 +1,20 @@
+"""The native ops (C++ and CUDA), for research code: `palu.ops.topk_mse(logits, index)`.
+
+`library.py` loads the extension (prebuilt, or compiled on first use) and registers fakes and autograd; `functional.py`
+has the public functions, `fused.py` those that form the gradient in the forward pass, `selftest.py` compares each op
+with its plain-torch twin in `palu/eager.py`.
+"""
+
+from palu.ops.functional import linear_topk_mse, prefix_mask, topk_mse, weight_mean
+from palu.ops.fused import cross_entropy_, kl_div_
+from palu.ops.library import extension_path
+
+__all__ = [
+    "cross_entropy_",
+    "extension_path",
+    "kl_div_",
+    "linear_topk_mse",
+    "prefix_mask",
+    "topk_mse",
+    "weight_mean",
+]

@@ -1,0 +1,173 @@
+"""The public ops: onset mask, and local entropy loss from logits or from hidden states."""
+
+import math
+from numbers import Integral, Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palu.config import TARGETS
+from palu.eager import acc_dtype
+from palu.ops.library import check_tensors
+
+_ops = torch.ops.palu
+
+IMPLEMENTATIONS = ("auto", "gather", "dense")
+
+
+def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
+    """Mark the onset tokens: the first `n` of every sensitive span.
+
+    A label is sensitive if it is a token id (not negative) other than `eos_token_id`; a span is a
+    maximal run of neighbouring sensitive labels in a row (PALU, arXiv 2601.03190, temporal sparsity).
+
+    Args:
+        labels: [B, T] int64.
+        n: tokens to mark per span; -1 marks all of them, 0 none.
+        eos_token_id: a label that is never sensitive.
+
+    Returns:
+        [B, T] bool.
+
+    Raises:
+        TypeError: `labels` are not int64, or `n` or `eos_token_id` is no integer.
+        ValueError: `labels` have not two dimensions, or `n` is below -1.
+    """
+    check_tensors("palu::prefix_mask", labels=labels)
+    for name, value in (("n", n), ("eos_token_id", -1 if eos_token_id is None else eos_token_id)):
+        if not isinstance(value, Integral) or not -(2**63) <= value < 2**63:
+            raise TypeError(f"palu::prefix_mask: {name} must be one integer of 64 bits, got {value!r}")
+    return _ops.prefix_mask(labels, n, eos_token_id)
+
+
+def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
+    """Compute the local entropy loss: the mean squared distance of the kept logits from a common target.
+
+    `loss[r] = (1/K) sum_k (logits[r, index[r, k]] - c[r])^2` (PALU, arXiv 2601.03190, L_local), where
+    `target` chooses c: "global_mean" (the row's mean over the vocabulary, gradient flows through it),
+    "global_mean_detached", "local_mean" (the mean of the kept logits) or a number.
+
+    Args:
+        logits: [R, V] float32, float64, bfloat16, or on CUDA float16; any strides.
+        index: [R, K] int32 or int64, each in [0, V); one that occurs twice counts twice.
+        target: what the kept logits are pulled towards.
+
+    Returns:
+        [R], float64 for float64 logits and float32 otherwise.
+
+    Raises:
+        TypeError: a dtype not listed above.
+        ValueError: shapes that do not fit, K = 0, V = 0, different devices, or an unknown target.
+        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+    """
+    check_tensors("palu::topk_mse", logits=logits, index=index)
+    loss, _ = _ops.topk_mse(logits, index, *split_target(target))
+    return loss
+
+
+def linear_topk_mse(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    target: str | float = "global_mean",
+    bias: Tensor | None = None,
+    *,
+    weight_mean: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `topk_mse` of the logits `hidden @ weight.T + bias`, without forming them.
+
+    Only the kept logits are computed. The mean over the vocabulary needs none:
+    `mean_v z_v = hidden . weight.mean(0) + bias.mean()`.
+
+    Args:
+        hidden: [R, d] float32, float64, bfloat16, or on CUDA float16.
+        weight: [V, d], the dtype of `hidden`.
+        index: [R, K] int32 or int64, each in [0, V).
+        target: as in `topk_mse`.
+        bias: [V], the dtype of `hidden`.
+        weight_mean: [d], what `palu.ops.weight_mean(weight)` returns, computed here if not given. Pass
+            it when the head is frozen, to save a pass over it. It must be the mean of `weight`:
+            gradients through it go to `weight`, and none to this argument.
+        impl: "gather" reads the K rows of `weight` that each row needs; "dense" forms the logits [R, V];
+            "auto" takes the faster one (`palu.ops.functional.use_gather`).
+
+    Returns:
+        [R], float64 for float64 inputs and float32 otherwise.
+
+    Raises:
+        TypeError: a dtype not listed above, or different dtypes.
+        ValueError: shapes that do not fit, K = 0, V = 0, different devices, an unknown target or `impl`.
+        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+    """
+    optional = {"bias": bias, "weight_mean": weight_mean}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
+    gather = True
+    if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
+        (rows, k), vocab_size = index.shape, weight.shape[0]
+        gather = use_gather(impl, rows, k, vocab_size, hidden.device.type)
+    return (_gather if gather else _dense)(hidden, weight, index, target, bias, weight_mean)
+
+
+def weight_mean(weight: Tensor) -> Tensor:
+    """Compute the mean row of a head, `weight.mean(0)`: [d] from [V, d], float64 for float64 and else float32."""
+    return weight.detach().mean(0, dtype=acc_dtype(weight.dtype))
+
+
+def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, *, beside_dense: bool = False) -> bool:
+    """Decide whether to gather the kept rows of the head (True) or to take the dense product (False).
+
+    "auto" follows measurements. On a CPU the dense product is bound by its arithmetic: with 2 cores both are even
+    near rows * k = 5 vocab_size. On a GPU both are bound by the bytes of the head that they move: rows * k of its
+    rows, or each once. (H100, d = 4096, bfloat16: gathering takes 3.3 ns per kept logit, the dense product of few
+    rows 0.41 to 0.46 ms, so they meet near rows * k = vocab_size = 128256.)
+
+    Args:
+        impl: "auto", "gather" or "dense".
+        rows, k, vocab_size: R, K and V.
+        device_type: "cpu" or "cuda".
+        beside_dense: other rows go through a dense product anyway; on a GPU a few more then cost next to nothing.
+
+    Raises:
+        ValueError: unknown `impl`.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl != "auto":
+        return impl == "gather"
+    if device_type == "cpu":
+        return rows * k < 5 * vocab_size
+    return not beside_dense and rows * k < vocab_size
+
+
+def _gather(
+    hidden: Tensor, weight: Tensor, index: Tensor, target: str | float, bias: Tensor | None, mean: Tensor | None
+) -> Tensor:
+    name, constant = split_target(target)
+    if mean is None and name.startswith("global_mean"):
+        mean = weight_mean(weight)
+    loss, _ = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
+    return loss
+
+
+def _dense(
+    hidden: Tensor, weight: Tensor, index: Tensor, target: str | float, bias: Tensor | None, mean: Tensor | None
+) -> Tensor:
+    with torch.no_grad():  # the other path's checks, on no rows: linear() would say less of what is wrong
+        _ops.linear_topk_mse(hidden[:0], weight, index[:0], bias, mean, "constant", 0.0)
+    return topk_mse(F.linear(hidden, weight, bias), index, target)
+
+
+def split_target(target: str | float) -> tuple[str, float]:
+    """Split a target, one of TARGETS or a number, into the ops' two arguments: its name and a constant.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(target, str) and target in TARGETS:
+        return target, 0.0
+    if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
+        raise ValueError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}, or a finite number")
+    return "constant", float(target)

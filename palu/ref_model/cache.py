@@ -1,0 +1,66 @@
+"""The reference's outputs for each item: views of a few long tensors, in memory or mapped from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from palu.data.packing import Item, anchor_item
+from palu.methods.base import RefField
+from palu.ref_model.storage import CacheFile
+
+
+class ReferenceOutputs(Sequence[dict[str, Tensor]]):
+    """The reference fields of each item, as views of tensors that hold those of all items end to end.
+
+    Args:
+        tensors: one for each field.
+        fields: which rows of the items each has entries for.
+        items: the forget set, and anchors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], fields: Sequence[RefField], items: Sequence[Item]):
+        starts = {rows: [0, *accumulate(count_rows(items, rows))] for rows in ("targets", "others")}
+        self.fields = [(field.name, tensors[field.name], starts[field.rows]) for field in fields]
+        self.items = len(items)
+
+    def __len__(self) -> int:
+        return self.items
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Tensor]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return an item's fields by name, [rows, ...] each; or those of several items."""
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return {name: tensor[starts[i] : starts[i + 1]] for name, tensor, starts in self.fields}
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """The reference's outputs for each forget item and each anchor, on the host."""
+
+    outputs: Sequence[dict[str, Tensor]]  # per item, then per anchor: the method's reference fields
+    anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
+
+
+def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item]) -> ReferenceCache | None:
+    """Map the file's outputs into memory; None where there is no file yet."""
+    if (found := file.read()) is None:
+        return None
+    tensors, about = found
+    anchors = [anchor_item(torch.tensor(ids), start) for ids, start in about["anchors"]]
+    return ReferenceCache(ReferenceOutputs(tensors, fields, [*items, *anchors]), anchors)
+
+
+def count_rows(items: Sequence[Item], rows: str) -> list[int]:
+    """Count the "targets" or "others" of each item."""
+    return [item.targets if rows == "targets" else len(item.rows) - item.targets for item in items]

@@ -1,0 +1,98 @@
+"""SHA-256 fingerprints of models and tokenised sets, which tell one run, or one reference, from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from palu.data.packing import Item
+from palu.hashing import digest
+from palu.models.lora import CausalLM, base_of, original_name
+from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts
+
+# Of a model's configuration: where it came from, and what no pass of palu's reads.
+NOT_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache")
+
+
+class Fingerprints:
+    """Fingerprints of what a run starts from, each taken once, on first use; the models must still be untouched."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        ref_model: CausalLM | None,
+        forget: Sequence[Item],
+        retain: Sequence[Item],
+        anchor_prompts: AnchorPrompts | None = None,
+    ) -> None:
+        self._model, self._ref_model, self._forget, self._retain = model, ref_model, forget, retain
+        self._anchor_prompts = anchor_prompts
+
+    @cached_property
+    def model(self) -> str:
+        """The model to train, its adapter included."""
+        return _of_model(self._model, self._weights)
+
+    @cached_property
+    def ref_model(self) -> str | None:
+        """The reference that was passed in."""
+        return None if self._ref_model is None else fingerprint_model(self._ref_model)
+
+    @cached_property
+    def reference(self) -> str:
+        """The reference: the model that was passed in for it, or the model to train without its adapter."""
+        if self.ref_model is not None:
+            return self.ref_model
+        named = {original_name(name): weights for name, weights in self._weights.items()}
+        return _of_model(self._model, {name: weights for name, weights in named.items() if name is not None})
+
+    @cached_property
+    def forget(self) -> str:
+        """The tokenised forget set, with the rows that the method looks at."""
+        return digest(_as_one(self._forget))
+
+    @cached_property
+    def retain(self) -> str:
+        """The tokenised retain set."""
+        return digest(_as_one(self._retain))
+
+    @cached_property
+    def anchor_prompts(self) -> str | None:
+        """The tokenised prompts to which the reference writes anchors, and where an answer ends."""
+        if self._anchor_prompts is None or not self._anchor_prompts.prompts:
+            return None
+        prompts, stop_ids, max_length = self._anchor_prompts
+        return digest([prompts, sorted(stop_ids), max_length, ANSWER_TOKENS])
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return _weights_of(self._model)
+
+
+def fingerprint_model(model: CausalLM) -> str:
+    """Hash a model's weights and configuration, less where it was loaded from and by which version."""
+    return _of_model(model, _weights_of(model))
+
+
+def _of_model(model: CausalLM, weights: dict[str, str]) -> str:
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
+    return digest([json.dumps(config, sort_keys=True, default=str), weights])
+
+
+def _weights_of(model: CausalLM) -> dict[str, str]:
+    """Hash parameters and buffers, by name; tied ones once."""
+    base = base_of(model)
+    return {name: digest(tensor) for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
+
+
+def _as_one(items: Sequence[Item]) -> list[Any]:
+    """Join all items into a few long tensors, which are hashed faster than many short ones."""
+    if not items:
+        return []
+    parts = [(item.input_ids, item.rows, item.labels) for item in items]
+    sizes = [(len(item.input_ids), len(item.rows), item.targets, item.lengths) for item in items]
+    return [*map(torch.cat, zip(*parts, strict=True)), repr(sizes)]

@@ -1,0 +1,208 @@
+"""The reference cache on disk: written while the reference runs, mapped into memory when it is read.
+
+A file is one safetensors file, ``reference-KEY.safetensors``, with a tensor for each reference field, the rows of all
+items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of all that this
+depends on: the reference's weights and configuration, the tokenised forget set with the rows that are looked at, the
+anchor prompts, the method's settings, the device and the precision. Nothing is read but the rows of the items
+at hand, and nothing is held while it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from palu.config import UnlearnConfig
+from palu.hashing import digest
+from palu.ref_model.fingerprint import Fingerprints
+
+FORMAT = 2
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+class CacheError(RuntimeError):
+    """The reference cache cannot be written to disk, or what is there cannot be used."""
+
+
+# (which field, from which row on, the rows): puts them where they belong
+Write: TypeAlias = Callable[[str, int, Tensor], object]
+
+
+class CacheFile:
+    """The file of one reference's outputs for one forget set, method and settings.
+
+    Args:
+        folder: where; it need not exist.
+        key: see :func:`reference_key`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], key: str):
+        self.key = key
+        self.path = Path(folder) / f"reference-{key[:16]}.safetensors"
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Map the tensors into memory: (them by name, what :meth:`writing` was told about them); None without a file.
+
+        Raises:
+            CacheError: the file is damaged, foreign, or written by another version; the message gives the mend.
+        """
+        mend = "delete it to have the reference run again"
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("palu", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be read: {error}") from error
+        except (SafetensorError, ValueError) as error:
+            raise CacheError(f"{self.path} is damaged ({error}); {mend}") from error
+        if not isinstance(header, dict) or header.get("key") != self.key:
+            raise CacheError(f"{self.path} does not hold this reference's outputs; {mend}")
+        if header["transformers"] != transformers.__version__:
+            raise CacheError(
+                f"{self.path} holds outputs computed under transformers {header['transformers']}, and this is "
+                f"{transformers.__version__}; {mend}"
+            )
+        return tensors, header["about"]
+
+    @contextmanager
+    def locked(self, *, progress: bool = True) -> Iterator[None]:
+        """Hold the file's lock within the block: the processes of a run, or several runs, write it once.
+
+        A process that dies gives its lock up.
+        """
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if progress:
+                    tqdm.write(f"palu: waiting for another process to write {self.path}", file=sys.stderr)
+                lock.acquire()
+        except OSError as error:
+            raise self._unwritten(error) from error
+        try:
+            yield
+            # Whoever waits for the lock finds the file, and whoever comes later does not ask for the lock.
+            if self.path.exists():
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink()
+        finally:
+            lock.release()
+
+    @contextmanager
+    def writing(self, like: Mapping[str, Tensor], lengths: Mapping[str, int], about: dict[str, Any]) -> Iterator[Write]:
+        """Make room for tensors of known lengths, to be filled within the block; then the file appears, whole.
+
+        Args:
+            like: [0, ...] of each tensor's dtype and row shape.
+            lengths: of each, in rows.
+            about: to be kept with them, as JSON.
+
+        Raises:
+            CacheError: no room or no permission. Nothing is left then.
+        """
+        header: dict[str, Any] = {
+            "__metadata__": {
+                "palu": json.dumps({"key": self.key, "transformers": transformers.__version__, "about": about})
+            }
+        }
+        row_bytes = {name: one[:0].new_empty(1, *one.shape[1:]).nbytes for name, one in like.items()}
+        starts, end = {}, 0
+        for name in sorted(like, key=lambda name: -like[name].itemsize):  # wide ones first: all are aligned
+            starts[name], end = end, end + lengths[name] * row_bytes[name]
+            header[name] = {
+                "dtype": DTYPES[like[name].dtype],
+                "shape": [lengths[name], *like[name].shape[1:]],
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        partial = self.path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                data = file.write(len(text).to_bytes(8, "little") + text)
+                if hasattr(os, "posix_fallocate"):  # a full disk is told before the reference runs, not after
+                    os.posix_fallocate(file.fileno(), 0, data + end)
+
+                def write(name: str, row: int, rows: Tensor) -> None:
+                    file.seek(data + starts[name] + row * row_bytes[name])
+                    file.write(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+                yield write
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+            sync(self.path.parent)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _unwritten(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"{self.path} could not be written: {error}. Make room or mend the folder, or choose another cache_dir"
+        )
+
+
+def open_cache_file(
+    config: UnlearnConfig, cache_settings: dict[str, Any], accelerator: Accelerator, fingerprints: Fingerprints
+) -> CacheFile | None:
+    """Name the run's cache file: in ``cache_dir``, else in ``checkpoint_dir``; None: it is kept in memory alone.
+
+    ``cache_settings``: see :meth:`palu.methods.base.Method.cache_settings`.
+    """
+    folder = config.cache_dir or config.checkpoint_dir
+    if folder is None:
+        return None
+    return CacheFile(folder, reference_key(config.objective, cache_settings, accelerator, fingerprints))
+
+
+def reference_key(
+    objective: str, cache_settings: dict[str, Any], accelerator: Accelerator, fingerprints: Fingerprints
+) -> str:
+    """Hash everything that the reference's outputs depend on, but for versions of libraries."""
+    return digest(
+        {
+            "format": FORMAT,
+            "reference": fingerprints.reference,
+            "forget": fingerprints.forget,
+            "anchor_prompts": fingerprints.anchor_prompts,
+            "objective": objective,
+            "settings": json.dumps(cache_settings, sort_keys=True, default=float),
+            "mixed_precision": accelerator.mixed_precision,
+            "device": accelerator.device.type,
+        }
+    )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

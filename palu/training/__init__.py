@@ -1,0 +1,1 @@
+"""Training: ``loop.py`` is ``palu.unlearn`` and reads like the algorithm; the rest is what it calls."""

@@ -1,0 +1,343 @@
+"""Checkpoints: a run that was killed at any moment resumes as if it had not been.
+
+What differs from step to step is the trainable weights, AdamW's moments, torch's random numbers and the history; the
+place in the data, the schedule and a method's own variables follow from the history, and frozen weights from the
+starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
+
+    reference-KEY.safetensors    what the reference gave (:mod:`palu.ref_model.storage`), unless cache_dir keeps it
+    step-00000050.safetensors    the run after 50 steps; the last two are kept
+    unfinished/                  what is being written; a file moves out of it when it is on the disk
+
+Every checkpoint names its run: the settings, the key of the reference cache, and SHA-256 fingerprints of the starting
+model, the reference and the data. Nothing is ever unpickled. Of many processes the main one writes, whole tensors even
+of what FSDP2 shards; all read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from palu.config import UnlearnConfig
+from palu.distributed import full_tensor, raise_on_all_ranks, shard_like
+from palu.hashing import digest
+from palu.methods.base import Method
+from palu.models.lora import CausalLM
+from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.storage import CacheFile, sync
+
+FORMAT = 3
+KEPT = 2
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
+# Settings that may change on resume: none of them has a part in the result.
+FREE = {"cache_dir", "checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
+
+History = list[dict[str, float]]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or resumed from; those that exist are as they were."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Without ``config.checkpoint_dir`` nothing is kept and no method does anything.
+
+    As a context it makes Ctrl-C wait for the end of the step, once :meth:`restore` was called.
+
+    Args:
+        config: ``checkpoint_dir``, ``checkpoint_steps`` and ``resume``.
+        accelerator: its main process writes, all processes read.
+        model: which of its parameters are trained.
+        fingerprints: of what the run starts from; the model is still untouched.
+        cache_file: where its reference's outputs are kept.
+
+    Raises:
+        CheckpointError: the folder holds checkpoints and ``resume`` is off; or the newest one is damaged, foreign or
+            another run's.
+    """
+
+    def __init__(
+        self,
+        config: UnlearnConfig,
+        accelerator: Accelerator,
+        model: CausalLM,
+        fingerprints: Fingerprints,
+        cache_file: CacheFile | None,
+    ):
+        self.accelerator = accelerator
+        self.interval = config.checkpoint_steps
+        self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
+        self.interrupted = self.running = False
+        if self.folder is None:
+            return
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise CheckpointError(
+                "DeepSpeed keeps its optimizer's state to itself, so no checkpoint can be written; use FSDP2, DDP or "
+                "one process, or leave checkpoint_dir out"
+            )
+        existing = self._steps()
+        if existing and not config.resume:
+            raise CheckpointError(
+                f"{existing[-1]} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
+                "or another checkpoint_dir to keep it and start anew"
+            )
+        self.run = describe_run(config, accelerator, model, fingerprints, cache_file)
+        if existing:
+            self._read(existing[-1])
+        elif config.resume:
+            self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+
+    def restore(
+        self,
+        model: CausalLM,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        method: Method,
+    ) -> History:
+        """Restore the newest checkpoint; return its history, which is empty in a new run."""
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.running, self.saved = True, 0
+        if self.folder is None or not (existing := self._steps()):
+            return []
+        self._tidy()  # a kill may have come between writing and tidying
+        tensors, about = self._read(existing[-1], tensors=True)
+        trained = _trainable(model)
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(trained.items()):
+                parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
+                # A parameter that no gradient has reached has none.
+                prefix = f"adamw.{name}."
+                moments[i] = {
+                    key: tensors[prefix + key].clone()
+                    if key == "step"
+                    else shard_like(parameter, tensors[prefix + key].clone())
+                    for key in ADAMW
+                    if prefix + key in tensors
+                }
+        groups = optimizer.state_dict()["param_groups"]
+        scheduler.load_state_dict(about["scheduler"])
+        for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        optimizer.load_state_dict({"state": {i: m for i, m in moments.items() if m}, "param_groups": groups})
+        for record in about["history"]:
+            method.after_step(record)
+        own = self.accelerator.process_index
+        torch.set_rng_state(tensors["rng.cpu"][own].clone())
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
+        self.saved = len(about["history"])
+        self._say(f"resuming after step {self.saved}, from {existing[-1]}")
+        return about["history"]
+
+    def after_step(self, history: History) -> None:
+        """Write a checkpoint where one is due, or where Ctrl-C was pressed; then raise KeyboardInterrupt."""
+        if self.folder is None:
+            return
+        if self.accelerator.num_processes > 1:  # Ctrl-C reaches them at different steps
+            pressed = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+            self.interrupted = self.accelerator.reduce(pressed, "sum").item() > 0
+        if self.interrupted or len(history) % self.interval == 0:
+            self.save(history)
+            self._stop_if_interrupted()
+
+    def save(self, history: History) -> None:
+        """Write a checkpoint of the run after the last step of ``history``, unless there is one; drop older ones."""
+        if self.folder is None or len(history) == self.saved:
+            return
+        tensors = {"rng.cpu": self._of_all(torch.get_rng_state())}
+        if self.accelerator.device.type == "cuda":
+            tensors["rng.cuda"] = self._of_all(torch.cuda.get_rng_state(self.accelerator.device))
+        for name, parameter in _trainable(self.model).items():
+            moments = self.optimizer.state.get(parameter, {})
+            parts = {f"model.{name}": parameter.detach()}
+            parts |= {f"adamw.{name}.{key}": moments[key] for key in ADAMW if key in moments}
+            for key, part in parts.items():
+                full = full_tensor(part)  # all processes take part, and the main one keeps it
+                if self.accelerator.is_main_process:
+                    tensors[key] = full.contiguous() if full is part else full.cpu()
+        path = self.folder / f"step-{len(history):08}.safetensors"
+        self._write(path, tensors, {"history": history, "scheduler": self.scheduler.state_dict()})
+        self.saved = len(history)
+        self._tidy()
+
+    def __enter__(self) -> Checkpoints:
+        """Handle Ctrl-C, which else would raise KeyboardInterrupt wherever the program happens to be."""
+        self.takes_over = (
+            self.folder is not None
+            and threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self.takes_over:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self.takes_over:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.running = False
+        if kind is None:  # pressed after the last step
+            self._stop_if_interrupted()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Half an optimizer step is no state to keep: the step ends first, unless the user insists.
+        if self.interrupted or not self.running:
+            signal.default_int_handler(number, frame)
+        self.interrupted = True
+        with suppress(OSError):  # not print: the interrupted code may be printing
+            os.write(2, b"\ninterrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n")
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interrupted:
+            self._say(f"stopped after step {self.saved}")
+            raise KeyboardInterrupt(
+                "to go on, load the starting model and call palu.unlearn with the same arguments and "
+                f"checkpoint_dir={str(self.folder)!r}, resume=True"
+            )
+
+    def _of_all(self, state: Tensor) -> Tensor:
+        """Gather the vectors [n] of all processes: [processes, n]."""
+        return self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+
+    def _steps(self) -> list[Path]:
+        """List the checkpoints, oldest first."""
+        return [] if self.folder is None else sorted(self.folder.glob("step-*.safetensors"))
+
+    def _tidy(self) -> None:
+        """Delete all but the newest checkpoints, and what a killed run left unfinished."""
+        if self.folder is not None and self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+            # Whoever still waits for the lock finds the reference's outputs written.
+            left = [path for kind in ("partial", "lock") for path in self.folder.glob(f"reference-*.{kind}")]
+            for old in [*left, *self._steps()[:-KEPT]]:
+                old.unlink(missing_ok=True)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write a file so that after a kill or a power cut it is there whole or not at all."""
+        with raise_on_all_ranks(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write_here(path, tensors, about)
+
+    def _write_here(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        header = {"format": FORMAT, "run": self.run, **about}
+        unfinished = path.parent / "unfinished"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            save_file(dict(tensors), unfinished / path.name, {"palu": json.dumps(header)})
+            sync(unfinished / path.name)
+            os.replace(unfinished / path.name, path)
+            sync(path.parent)
+        except (OSError, SafetensorError) as error:
+            existing = self._steps()
+            intact = f"{existing[-1]} is intact" if existing else "there is no earlier one"
+            raise CheckpointError(
+                f"{path} could not be written: {error}; {intact}, and the model keeps the weights of its last step. "
+                "Make room or mend the folder, load the starting model again and pass resume=True"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _read(self, path: Path, *, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read a file's tensors (if asked for) and header, and check that it is whole and this run's.
+
+        The tensors are mapped into memory, not read: clone what is kept longer than the file.
+        """
+        older = [p for p in self._steps() if p < path]
+        without = f"resume from {older[-1]}" if older else "start from the beginning"
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("palu", "null"))
+                loaded = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete it to {without}") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path} was not written by palu.unlearn; move it out of the folder to {without}")
+        if header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {header.get('format')}, and this palu reads {FORMAT}; "
+                "resume with the palu that wrote it, or start anew in another checkpoint_dir"
+            )
+        if differences := compare(header["run"], self.run):
+            raise CheckpointError(
+                f"{path} belongs to another run: {'; '.join(differences)}. "
+                "Pass what that run was started with, or another checkpoint_dir to start anew"
+            )
+        return loaded, header
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(f"palu: {message}", file=sys.stderr)
+
+
+def describe_run(
+    config: UnlearnConfig,
+    accelerator: Accelerator,
+    model: CausalLM,
+    fingerprints: Fingerprints,
+    cache_file: CacheFile | None,
+) -> dict[str, Any]:
+    """Describe what must be the same on resume: values, and fingerprints of what is too large to keep."""
+    settings = {name: value for name, value in config.values().items() if name not in FREE}
+    settings |= {
+        "mixed_precision": accelerator.mixed_precision,
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+    }
+    models = {
+        "model": fingerprints.model,
+        "ref_model": fingerprints.ref_model,
+        "choice of trainable parameters": digest(sorted(_trainable(model))),
+    }
+    data = {
+        "tokenised forget set": fingerprints.forget,
+        "tokenised retain set": fingerprints.retain,
+        "choice of everyday prompts": fingerprints.anchor_prompts,
+    }
+    key = None if cache_file is None else cache_file.key
+    run = {"settings": settings, "models": models, "data": data, "reference": key}
+    # As JSON gives it back: numbers of NumPy become Python's.
+    return json.loads(json.dumps(run, default=float))
+
+
+def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Say in words what differs between two descriptions of a run."""
+
+    def differing(part: str) -> list[str]:
+        return [name for name in saved[part] | current[part] if saved[part].get(name) != current[part].get(name)]
+
+    old, new = saved["settings"], current["settings"]
+    words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differing("settings")]
+    # Another setting also makes other items of the same data: then those say nothing.
+    parts = ("models",) if words else ("models", "data")
+    words += [f"the {name} is another one" for part in parts for name in differing(part)]
+    # What the key is made of is compared above, but for its making.
+    return words or (
+        ["the key of the reference cache is another one"] if saved["reference"] != current["reference"] else []
+    )
+
+
+def _trainable(model: CausalLM) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that training changes, by name, in the optimizer's order; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

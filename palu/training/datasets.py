@@ -1,0 +1,72 @@
+"""Load, tokenise and check a run's forget and retain sets, and choose its anchor prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from palu.config import UnlearnConfig
+from palu.data.examples import load_alternates, load_forget, load_retain
+from palu.data.packing import Item, retain_items
+from palu.methods import METHODS
+from palu.models.checks import check_linear_head, check_sets
+from palu.models.lora import CausalLM
+from palu.ref_model.anchors import AnchorPrompts, encode_anchor_prompts
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The sets of a run, tokenised."""
+
+    forget: list[Item]
+    retain: list[Item]
+    anchor_prompts: AnchorPrompts
+    counts: dict[str, int]  # examples and tokens, for the summary
+
+
+def prepare_datasets(
+    model: CausalLM,
+    ref_model: CausalLM | None,
+    forget: Any,
+    retain: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: UnlearnConfig,
+    processes: int,
+) -> RunData:
+    """Load, tokenise and validate a run's forget and retain sets; see :func:`palu.unlearn`.
+
+    ``processes``: how many take part in the run.
+
+    Raises:
+        DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
+    """
+    method = METHODS[config.objective]
+    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
+    forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
+    retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
+    kept = None if retain is None else len(retain_set.examples)
+    anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
+    check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
+    alternates = (
+        load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
+        if method.needs_alternates
+        else []
+    )
+    eos_token_id = tokenizer.eos_token_id if tokenizer else None
+    forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
+    kept_items = retain_items(retain_set.examples) if method.uses_retain(config) else []
+    for candidate in (model,) if ref_model is None else (model, ref_model):
+        check_linear_head(candidate, forget_items[0].input_ids)
+    counts = {
+        "forget_examples": len(forget_items),
+        "forget_without_span": forget_set.without_span,
+        "forget_skipped": forget_set.skipped,
+        "retain_examples": len(kept_items),
+        "retain_skipped": retain_set.skipped,
+        "onset_tokens": sum(item.targets for item in forget_items),
+        "ordinary_tokens": sum(len(item.rows) - item.targets for item in forget_items),
+    }
+    return RunData(forget_items, kept_items, anchor_prompts, counts)

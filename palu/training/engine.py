@@ -1,0 +1,143 @@
+"""accelerate's engines: which ones a run can use, and how a model that they shard comes back whole.
+
+DDP trains the model itself. FSDP2 and DeepSpeed's ZeRO shard the model that they are given over the processes, so they
+are given a copy of it; the model waits on the host and gets the trained weights when the run has ended.
+
+The loss is a sum over all tokens of an optimisation step, divided by their number in all micro-batches of all
+processes. Engines average gradients over processes, so each process multiplies its share by the number of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from palu.config import UnlearnConfig
+from palu.distributed import full_tensor
+from palu.models.lora import CausalLM
+from palu.training.trackers import tracker_arguments
+
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def start_engine(config: UnlearnConfig) -> Accelerator:
+    """Create the accelerator that the launcher asked for, set up so that the loss stays exact.
+
+    Raises:
+        ValueError: its configuration cannot be followed exactly; the message names the key and the mend.
+        ImportError: a tracker's package is missing.
+    """
+    accelerator = Accelerator(**tracker_arguments(config))
+    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
+    if kind not in WHOLE + SHARDED:
+        raise ValueError(f"accelerate's {kind.value} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("tensor, context and sequence parallelism are not supported; leave out parallelism_config")
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"accelerate is configured with gradient_accumulation_steps = {steps}, by which it would divide an exact "
+            f"mean once more; set it to 1 there and pass gradient_accumulation_steps={steps} to palu.unlearn"
+        )
+    if kind == DistributedType.FSDP:
+        _set_up_fsdp(accelerator)
+    if kind == DistributedType.DEEPSPEED:
+        _set_up_deepspeed(accelerator, config)
+    return accelerator
+
+
+def _set_up_fsdp(accelerator: Accelerator) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves the weights out on all processes but one, and each runs the "
+            "reference; set it to false"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing draws other dropout when it recomputes; set it to false and pass "
+            "gradient_checkpointing=True to palu.unlearn"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # accelerate's choice would also round the losses and the sum of the gradients to bf16.
+        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+
+def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
+    plugin: Any = accelerator.deepspeed_plugin
+    if plugin.zero_stage not in (1, 2, 3):
+        raise ValueError(f"DeepSpeed with zero_stage: {plugin.zero_stage} is not supported; set 1, 2 or 3, or use DDP")
+    if plugin.zero_stage == 3 and plugin.zero3_init_flag:
+        raise ValueError(
+            "zero3_init_flag has models loaded in pieces, and each process runs the reference; set it to false"
+        )
+    if plugin.gradient_clipping not in (None, "auto", config.max_grad_norm):
+        raise ValueError(
+            f"DeepSpeed is configured with gradient_clipping = {plugin.gradient_clipping} while max_grad_norm = "
+            f"{config.max_grad_norm}; leave gradient_clipping out and pass max_grad_norm to palu.unlearn"
+        )
+    # DeepSpeed only reckons its throughput from the batch size; how many micro-batches make a step, the loop says.
+    plugin.deepspeed_config |= {
+        "train_batch_size": config.batch_size * accelerator.num_processes,
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+    }
+
+
+def training_copy(model: CausalLM, accelerator: Accelerator) -> CausalLM:
+    """Return the model to train: where the engine shards it a copy, while the model itself waits on the host."""
+    if accelerator.distributed_type not in SHARDED:
+        return model
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    trained = copy.deepcopy(model, memo)
+    model.to("cpu")  # type: ignore[arg-type]
+    return trained
+
+
+@torch.no_grad()
+def copy_weights_back(model: CausalLM, trained: CausalLM, accelerator: Accelerator) -> None:
+    """Give the model the weights of its :func:`training_copy`, on every process. All processes must call it."""
+    if trained is model:
+        return
+    for parameter, learnt in zip(model.parameters(), trained.parameters(), strict=True):
+        if parameter.requires_grad:
+            parameter.copy_(_full_parameter(learnt, accelerator))
+
+
+def _full_parameter(parameter: nn.Parameter, accelerator: Accelerator) -> Tensor:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return full_tensor(parameter)
+
+
+def grad_sync(method: nn.Module, accelerator: Accelerator, last: bool) -> AbstractContextManager[None]:
+    """Sum the gradients over the processes after a step's ``last`` micro-batch, and after no other one.
+
+    DeepSpeed clips and takes its step within the backward pass of the last one; if a gradient is not finite it takes
+    none.
+    """
+    accelerator.sync_gradients = last
+    return nullcontext() if last else accelerator.no_sync(method)
+
+
+def clip_gradients(
+    method: Any, parameters: Sequence[nn.Parameter], max_norm: float, accelerator: Accelerator
+) -> Tensor:
+    """Clip the gradients of a step to a 2-norm; return the norm before, scalar, on the accelerator's device."""
+    norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return torch.tensor(norm if method.was_step_applied() else math.inf, device=accelerator.device)
+    return full_tensor(norm)

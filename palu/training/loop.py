@@ -1,0 +1,245 @@
+"""``palu.unlearn``: make a Llama forget chosen answers, and keep the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from palu.config import UnlearnConfig
+from palu.distributed import raise_on_all_ranks
+from palu.methods import METHODS
+from palu.models.attention import use_packed_attention
+from palu.models.checks import check_models
+from palu.models.lora import CausalLM, base_of, inputs_require_grad, is_peft
+from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.precompute import precompute_reference
+from palu.ref_model.storage import open_cache_file
+from palu.training.checkpoint import Checkpoints
+from palu.training.dataloader import UnlearnDataLoader
+from palu.training.datasets import prepare_datasets
+from palu.training.engine import clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
+from palu.training.metrics import gather_metrics, sum_counts
+from palu.training.trackers import tracking
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """The result of :func:`unlearn`."""
+
+    model: CausalLM  # the one passed in, trained in place; with merge_adapter, its base with the adapter merged
+    history: list[dict[str, float]]  # one record per optimisation step
+    summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
+
+
+class DivergenceError(RuntimeError):
+    """A loss or the gradient norm was NaN or inf; the model keeps the weights of the last good step.
+
+    Attributes:
+        step: the optimisation step (counted from 1) that was not taken.
+        history: the records of the steps that were.
+    """
+
+    def __init__(self, record: dict[str, float], history: list[dict[str, float]]):
+        bad = ", ".join(f"{k} = {v}" for k, v in record.items() if not math.isfinite(v))
+        super().__init__(
+            f"step {record['step']}: {bad}; the model keeps the weights of step {record['step'] - 1}. "
+            "Lower the learning rate, or look at the model and the data of this step"
+        )
+        self.step, self.history = record["step"], history
+
+
+def unlearn(
+    model: CausalLM,
+    ref_model: CausalLM | None,
+    forget: Any,
+    retain: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: UnlearnConfig | None = None,
+    **overrides: Any,
+) -> UnlearnResult:
+    """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
+
+    Args:
+        model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states; or a
+            ``peft.PeftModel`` of one with a LoRA adapter, of which only the adapter is trained.
+        ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
+            ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
+            back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
+        forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
+            tokenised tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
+        retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
+            what the reference itself answers to everyday prompts, by the KL (:mod:`palu.ref_model.anchors`, and
+            ``anchors`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs
+            ``lambda_retain=0``.
+        tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
+        config: the settings; ``overrides`` replace single fields of it.
+
+    Returns:
+        :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
+        objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability where
+        ``stop_probability`` is set.
+
+    Raises:
+        DataError: the data cannot be used; the message names the row and the mend.
+        ValueError, TypeError: a setting, the models or the tokenizer do not fit.
+        DivergenceError: a loss or the gradient norm became NaN or inf.
+        CacheError: the reference's outputs cannot be written to ``cache_dir``, or what is there cannot be used.
+        CheckpointError: a checkpoint cannot be written, or is not one of this run.
+        ImportError: a tracker's package is missing.
+    """
+    if not isinstance(config, UnlearnConfig | None):
+        raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
+    config = (config or UnlearnConfig()).replace(**overrides)
+    method_class = METHODS[config.objective]
+    accelerator = start_engine(config)
+    with raise_on_all_ranks(accelerator):
+        check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision)
+        if config.merge_adapter and not is_peft(model):
+            raise ValueError(
+                f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"
+            )
+
+        # Text to tokens with roles. Every complaint about the data comes before anything is changed.
+        data = prepare_datasets(model, ref_model, forget, retain, tokenizer, config, accelerator.num_processes)
+
+        # With resume, the newest checkpoint is this run's, or an error says what differs.
+        fingerprints = Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts)
+        cache_file = open_cache_file(config, method_class.cache_settings(config), accelerator, fingerprints)
+        checkpoints = Checkpoints(config, accelerator, model, fingerprints, cache_file)
+
+    set_seed(config.seed, device_specific=True)
+    progress = config.progress and accelerator.is_main_process
+    started = time.perf_counter()
+    model.to(accelerator.device)
+    # The reference runs once; then at most its head is needed.
+    cache, ref_head = precompute_reference(
+        model if ref_model is None else ref_model,
+        model,
+        data.forget,
+        data.anchor_prompts,
+        method_class,
+        config,
+        accelerator,
+        file=cache_file,
+        progress=progress,
+    )
+    with training_mode(model, config, accelerator), checkpoints, tracking(accelerator, config):
+        trained = training_copy(model, accelerator)
+        optimizer = torch.optim.AdamW(
+            [p for p in trained.parameters() if p.requires_grad],
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        method, optimizer = accelerator.prepare(method_class(trained, ref_head, config), optimizer)
+        parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
+        loader = UnlearnDataLoader(
+            data.forget,
+            data.retain,
+            cache,
+            config,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        total_steps = config.epochs * len(loader)
+        scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
+
+        history = checkpoints.restore(trained, optimizer, scheduler, accelerator.unwrap_model(method))
+        bar = tqdm(total=total_steps, initial=len(history), desc="unlearn", disable=not progress)
+        clock = time.perf_counter()
+        for epoch in range(loader.skip(len(history)), config.epochs + 1):
+            for batches in loader:
+                # Exact means over the whole step: its counts come before its first micro-batch.
+                counts = sum_counts([batch.counts for batch in batches], accelerator)
+                outputs = []
+                for batch in batches:
+                    with grad_sync(method, accelerator, last=batch is batches[-1]):
+                        with accelerator.autocast():
+                            losses = method(batch.to(accelerator.device), counts)
+                        # Data-parallel engines average gradients over processes; the loss wants their sum.
+                        accelerator.backward(losses.total * accelerator.num_processes)
+                    outputs.append(losses)
+                grad_norm = clip_gradients(method, parameters, config.max_grad_norm, accelerator)
+
+                record: dict[str, float] = {"step": len(history) + 1, "epoch": epoch}
+                record |= gather_metrics(batches, outputs, grad_norm, method_class.terms, config, accelerator)
+                if not all(map(math.isfinite, record.values())):
+                    bar.close()
+                    optimizer.zero_grad()
+                    copy_weights_back(model, trained, accelerator)
+                    raise DivergenceError(record, history)
+                optimizer.step()
+                record |= accelerator.unwrap_model(method).after_step(record)
+                record["learning_rate"] = scheduler.get_last_lr()[0]
+                scheduler.step()
+                optimizer.zero_grad()
+
+                clock, before = time.perf_counter(), clock
+                record["tokens_per_second"] = record["tokens"] / (clock - before)
+                history.append(record)
+                accelerator.log(record, step=record["step"])
+                bar.update()
+                bar.set_postfix({name: f"{record[name]:.3g}" for name in method_class.terms})
+                checkpoints.after_step(history)
+                clock = time.perf_counter()  # writing is no part of the next step
+            if config.stop_probability is not None and config.stop_probability > max(
+                r["onset_probability"] for r in history if r["epoch"] == epoch
+            ):
+                break
+        checkpoints.save(history)
+        copy_weights_back(model, trained, accelerator)
+        bar.close()
+
+    summary = {
+        **data.counts,
+        "anchors": len(cache.anchors),
+        "anchors_skipped": len(data.anchor_prompts.prompts) - len(cache.anchors),
+        "steps": len(history),
+        "epochs": epoch,
+        "stopped_early": epoch < config.epochs,
+        "seconds": time.perf_counter() - started,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "config": config.values(),
+    }
+    if config.merge_adapter:
+        unlearned: Any = model.merge_and_unload()  # type: ignore[operator]
+        return UnlearnResult(unlearned, history, summary)
+    return UnlearnResult(model, history, summary)
+
+
+@contextmanager
+def training_mode(model: CausalLM, config: UnlearnConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Put the model into training mode within the block, with packed attention and checkpointing as configured."""
+    training, base = model.training, base_of(model)
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    switch = config.gradient_checkpointing and not checkpointed
+    # transformers 5 is renaming gradient checkpointing to activation checkpointing.
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    model.train()
+    with (
+        inputs_require_grad(base) if switch or checkpointed else nullcontext(),
+        use_packed_attention(base, accelerator.mixed_precision),
+    ):
+        if switch:
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if switch:
+                getattr(base, f"{name}_checkpointing_disable")()
+            model.train(training)

@@ -1,0 +1,376 @@
+"""``palu.PaluTrainer``: the training of :func:`palu.unlearn` under ``transformers.Trainer``.
+
+The method, the order of the data and the reference cache are the same, so that with the same optimiser a run of one
+is a run of the other, step by step. Trainer holds the plain model throughout: it saves, loads and evaluates it as ever.
+Only while it trains, the model's ``forward`` takes a batch of forget and retain examples, too, and gives the losses of
+the method for it: DDP and FSDP, which wrap the model, see one forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from palu.config import UnlearnConfig
+from palu.data.packing import Batch
+from palu.methods import METHODS
+from palu.methods.base import Losses, Method
+from palu.models.attention import use_packed_attention
+from palu.models.checks import check_models
+from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.precompute import precompute_reference
+from palu.ref_model.storage import CacheFile, reference_key
+from palu.training.checkpoint import CheckpointError
+from palu.training.dataloader import UnlearnDataLoader
+from palu.training.datasets import prepare_datasets
+from palu.training.loop import DivergenceError
+from palu.training.metrics import gather_metrics, sum_counts
+
+# Fields of UnlearnConfig that Trainer has arguments for: those decide.
+TRAINERS = {
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "warmup_steps": "warmup_steps",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_grad_norm": "max_grad_norm",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "checkpoint_dir": "output_dir",
+    "checkpoint_steps": "save_steps",
+    "resume": "resume_from_checkpoint",
+    "seed": "seed",
+    "progress": "disable_tqdm",
+    "report_to": "report_to",
+    "logging_dir": "output_dir",
+}
+# Arguments of Trainer that would change what is trained on, or its loss, and cannot here.
+REFUSED = {
+    "fp16": "fp16 underflows in the gradient of the losses; use bf16=True, or neither",
+    "auto_find_batch_size": "the batches are drawn before it could find one; set per_device_train_batch_size",
+    "dataloader_drop_last": "an epoch sees every forget example; leave it out",
+    "label_smoothing_factor": "the objective has no labels to smooth; leave it out",
+    "torch_compile": "the model would not be compiled with the objective; leave it out",
+    "use_liger_kernel": "it replaces the forward that the objective needs; leave it out",
+}
+STATE = "palu.json"
+METHOD_INPUT = "palu_batch"  # the argument of ``forward`` by which it gives the method's losses
+
+
+class PaluTrainer(Trainer):
+    """``transformers.Trainer`` that makes a model forget the spans of a forget set (PALU, arXiv 2601.03190)::
+
+        trainer = palu.PaluTrainer(
+            model,
+            TrainingArguments("out", learning_rate=1e-5, num_train_epochs=8, per_device_train_batch_size=8),
+            forget="forget.jsonl",
+            retain="retain.jsonl",
+            processing_class=tokenizer,
+            config=palu.UnlearnConfig(top_k=50, lambda_kl=2.0),
+        )
+        trainer.train()
+        trainer.save_model()  # the plain model
+
+    ``args`` owns the optimisation, ``config`` the loss; a setting of ``config`` that ``args`` decides is refused unless
+    it is the default. Trainer's own defaults are others than palu's: three epochs, a learning rate of 5e-5 that falls
+    linearly. The losses are exact token means over the optimisation step, across accumulation and processes. The terms
+    of the loss are logged beside Trainer's ``loss``; evaluation is the plain model's on ``eval_dataset``. Workers of
+    ``args.dataloader_num_workers`` serve evaluation alone. A checkpoint also holds ``palu.json``: the key of the
+    reference cache and the history.
+
+    Args:
+        model, ref_model, forget, retain: as for :func:`palu.unlearn`. Without a ``ref_model``, the reference is the
+            ``model`` as it is now: to resume, pass the starting model again, not a checkpoint's.
+        args: Trainer's; ``None``: its defaults.
+        config: the loss, ``retain_batch_size``, ``max_length``, ``stop_probability``, ``cache_dir``, ``chunk_bytes``.
+        processing_class: a fast tokenizer; not needed for tokenised input, but for anchors.
+        kwargs: what else Trainer takes, but for ``train_dataset``, ``compute_loss_func`` and ``model_init``.
+
+    Attributes:
+        history: one record per optimisation step of the last ``train``: step, loss, its terms, and grad_norm.
+
+    Raises:
+        DataError: the data cannot be used; the message names the row and the mend.
+        ValueError, TypeError: an argument, a setting, the models or the tokenizer do not fit.
+        CacheError, CheckpointError: the reference cache, or the checkpoint to resume from, cannot be used.
+    """
+
+    loss_is_scaled_for_ga = True  # by the counts of the whole step
+    model: Any
+
+    def __init__(
+        self,
+        model: CausalLM,
+        args: TrainingArguments | None = None,
+        *,
+        forget: Any,
+        retain: Any = None,
+        ref_model: CausalLM | None = None,
+        config: UnlearnConfig | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        args = args if args is not None else TrainingArguments("tmp_trainer")
+        config = config if config is not None else UnlearnConfig()
+        check_arguments(args, config, kwargs)
+        tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
+        check_models(model, ref_model, tokenizer, args.device, args.mixed_precision)
+        data = prepare_datasets(model, ref_model, forget, retain, tokenizer, _with_args(config, args), args.world_size)
+        self.forget_items, self.retain_items = data.forget, data.retain
+
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+        self.config, self.method_class = config, METHODS[config.objective]
+        self.model.to(args.device)
+        fingerprints = Fingerprints(model, ref_model, self.forget_items, [], data.anchor_prompts)
+        cache_settings = self.method_class.cache_settings(config)
+        self.reference_key = reference_key(config.objective, cache_settings, self.accelerator, fingerprints)
+        self.cache, self.ref_head = precompute_reference(
+            model if ref_model is None else ref_model,
+            model,
+            self.forget_items,
+            data.anchor_prompts,
+            self.method_class,
+            config,
+            self.accelerator,
+            file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
+            progress=not args.disable_tqdm and self.is_local_process_zero(),
+        )
+        self.steps_per_epoch = len(self._loader())
+        self.history: list[dict[str, float]] = []
+        self.logged = 0  # records of the history that have been
+        self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Unlearn; see ``Trainer.train``.
+
+        Raises:
+            CheckpointError: the checkpoint is of another reference, or of another trainer.
+            DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
+        """
+        self.method: Method = self.method_class(self.model, self.ref_head, self.config)
+        self.history = self._history_of(resume_from_checkpoint)
+        for record in self.history:
+            self.method.after_step(record)
+        self.logged, self.done = len(self.history), []
+        # transformers 5 is renaming gradient checkpointing to activation checkpointing.
+        name = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
+        checkpointed = getattr(self.args, f"{name}_checkpointing")
+        with (
+            method_in_forward(self.model, self.method),
+            inputs_require_grad(base_of(self.model)) if checkpointed else nullcontext(),
+        ):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the micro-batches of an epoch, in the order of :class:`palu.training.dataloader.UnlearnDataLoader`."""
+        batches = MicroBatches(self._loader(), self)
+        # A generator of its own, so that it draws none of the model's random numbers.
+        return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Count the forget examples of an epoch; for other loaders as Trainer does."""
+        if isinstance(dataloader.dataset, MicroBatches):
+            return len(self.forget_items)
+        return super().num_examples(dataloader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return a step's micro-batches, and the counts by which all of their losses are divided."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        return samples, sum_counts(
+            [sample[METHOD_INPUT].counts for sample in samples], self.accelerator
+        ) if samples else None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of a micro-batch; after a step's last one, record the step before it is taken."""
+        with use_packed_attention(base_of(self.model), self.accelerator.mixed_precision):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._record()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the method's loss of a micro-batch; the plain model's of anything else, as in evaluation."""
+        if METHOD_INPUT not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = inputs[METHOD_INPUT].to(self.args.device)
+        with self.accelerator.autocast():
+            losses: Losses = model(**{METHOD_INPUT: (batch, num_items_in_batch)})
+        self.done.append((batch, losses))
+        # Data-parallel engines average gradients over processes; the loss wants their sum.
+        loss = losses.total * self.accelerator.num_processes
+        return (loss, losses) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the training loss the means of its terms over the same steps (the highest onset_probability)."""
+        records = self.history[self.logged :]
+        if "loss" in logs and records:
+            self.logged = len(self.history)
+            for name in [name for name in records[0] if name not in ("step", "loss", "grad_norm", "tokens")]:
+                values = [record[name] for record in records]
+                logs[name] = max(values) if name == "onset_probability" else sum(values) / len(values)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain model; see ``Trainer.save_model``."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
+            state = {"reference": self.reference_key, "history": self.history}
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(output_dir) / STATE).write_text(json.dumps(state))
+
+    def _loader(self) -> UnlearnDataLoader:
+        return UnlearnDataLoader(
+            self.forget_items,
+            self.retain_items,
+            self.cache,
+            _with_args(self.config, self.args),
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _record(self) -> None:
+        """Gather this step's figures; raise DivergenceError where one is not finite."""
+        batches, outputs = zip(*self.done, strict=True)
+        self.done = []
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm.to(self.args.device)
+        record: dict[str, float] = {"step": self.state.global_step + 1}
+        record |= gather_metrics(
+            list(batches), list(outputs), norm, self.method_class.terms, self.config, self.accelerator
+        )
+        if not all(map(math.isfinite, record.values())):
+            self.model.zero_grad()
+            raise DivergenceError(record, self.history)
+        record |= self.method.after_step(record)
+        self.history.append(record)
+        if (limit := self.config.stop_probability) is not None and record["step"] % self.steps_per_epoch == 0:
+            epoch = self.history[-self.steps_per_epoch :]
+            self.control.should_training_stop |= max(r["onset_probability"] for r in epoch) < limit
+
+    def _history_of(self, checkpoint: str | bool | None) -> list[dict[str, float]]:
+        """Read the records of the steps before a checkpoint, and check that it is of the same reference."""
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint or None
+        if folder is None:  # a new run; or Trainer will say that there is none
+            return []
+        try:
+            state = json.loads((Path(folder) / STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} is no checkpoint of PaluTrainer: {error}") from error
+        if state["reference"] != self.reference_key:
+            raise CheckpointError(
+                f"{folder} belongs to a run with another reference; pass the model that it started from, and the same "
+                "ref_model, forget set and config"
+            )
+        return state["history"]
+
+
+def _with_args(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
+    """Return the settings with Trainer's batch sizes, and at least its epochs."""
+    return config.replace(
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+class MicroBatches(IterableDataset):
+    """The micro-batches of a data loader, an epoch per iteration.
+
+    The first iteration gives the epoch that the trainer is in, which is not the first one after resuming; Trainer skips
+    what it has seen of it.
+    """
+
+    def __init__(self, loader: UnlearnDataLoader, trainer: PaluTrainer):
+        self.loader, self.trainer, self.begun = loader, trainer, False
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.loader.forget), self.loader.examples_per_step)
+        per_round = self.loader.batch_size * self.loader.num_processes
+        return full * (self.loader.examples_per_step // per_round) + -(-rest // per_round)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        taken = self.trainer.state.global_step
+        if not self.begun and (epochs := taken // len(self.loader)):
+            self.loader.skip(epochs * len(self.loader))
+            for _ in self.loader:  # nothing is left of the last of these epochs
+                raise AssertionError
+        self.begun = True
+        for step in self.loader:
+            for batch in step:
+                # Trainer counts tokens and operations by input_ids.
+                yield {"input_ids": batch.packed.input_ids, METHOD_INPUT: batch}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def method_in_forward(model: Any, method: Method) -> Iterator[None]:
+    """Let ``model(palu_batch=(batch, counts))`` give the method's losses within the block."""
+    own = "forward" in vars(model)
+    plain = model.forward
+
+    @functools.wraps(plain)  # its signature is read
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given: tuple[Batch, Tensor] | None = kwargs.pop(METHOD_INPUT, None)
+        return plain(*args, **kwargs) if given is None else method(*given)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        # Under mixed precision accelerate has wrapped it, and its wrapper stays, as it does after any training.
+        if model.forward is forward:
+            if own:
+                model.forward = plain
+            else:
+                del model.forward
+
+
+def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where two settings contradict each other, or one cannot have its effect."""
+    defaults = UnlearnConfig()
+    for field, argument in TRAINERS.items():
+        if (value := getattr(config, field)) != getattr(defaults, field):
+            raise ValueError(f"{field} = {value!r}: PaluTrainer goes by Trainer's {argument}; leave it out of config")
+    if config.merge_adapter:
+        raise ValueError(
+            "merge_adapter = True: PaluTrainer leaves the adapter in; call merge_and_unload() of the trained model"
+        )
+    for name, reason in REFUSED.items():
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name} = {value!r}: {reason}")
+    if (strategy := getattr(args, "train_sampling_strategy", "random")) != "random":
+        raise ValueError(f"train_sampling_strategy = {strategy!r}: palu draws forget and retain examples; leave it out")
+    for name in ("train_dataset", "compute_loss_func", "model_init"):
+        if others.get(name) is not None:
+            raise TypeError(f"PaluTrainer takes no {name}: it trains the model given, on forget and retain")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process has {args.n_gpu} GPUs, among which Trainer would divide a batch; start a process for each "
+            "with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES"
+        )

@@ -1,0 +1,276 @@
+"""What the tables of benchmarks/ choose, keep and leave out. That they run is CI's business: they need a real model."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import bench_ablation
+import bench_muse_news
+import bench_spans
+import bench_tofu
+import pytest
+from _stages import OutOfTimeError, Stages
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import tiny_llama
+
+from palu.config import UnlearnConfig
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is not in ../shared")
+has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-News is not in ../shared")
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands choose one for their process, where the user has not."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+    calls = []
+
+    def make() -> dict:
+        calls.append(1)
+        return {"value": 0.1}
+
+    for _ in range(2):
+        stages = Stages(tmp_path / "runs", None, {"preset": "tiny"})
+        assert stages.results("one", make) == {"value": 0.1}
+    assert calls == [1]
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, None, {})
+
+    def fail() -> dict:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        stages.results("one", fail)
+    assert stages.results("one", lambda: {"value": 1}) == {"value": 1}
+
+
+def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
+    Stages(tmp_path, None, {"preset": "tiny"})
+    with pytest.raises(SystemExit, match=r"holds the stages of other settings.*another --output"):
+        Stages(tmp_path, None, {"preset": "full"})
+
+
+def test_a_stage_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("_stages.time.monotonic", lambda: clock[0])
+    stages = Stages(tmp_path, 1, {})
+
+    def takes(seconds: float) -> dict:
+        clock[0] += seconds
+        return {}
+
+    stages.results("first", lambda: takes(40))
+    with pytest.raises(OutOfTimeError, match="second"):  # 20 seconds are left, and the last one took 40
+        stages.results("second", lambda: takes(1))
+    assert stages.results("first", lambda: takes(1)) == {}  # what is done can still be read
+
+
+# ---------------------------------------------------------------------------------------------------
+# The TOFU table
+
+
+def run(method: str, fq: float, mu: float, lr: float | None = None, seed: int = 0) -> dict:
+    figures = dict.fromkeys(bench_tofu.COLUMNS.values(), 0.5) | {"forget_quality": fq, "model_utility": mu}
+    setting = {} if lr is None else {"learning_rate": lr, "seed": seed}
+    return {"method": method} | setting | figures
+
+
+def test_each_method_shows_its_best_setting_that_keeps_the_utility() -> None:
+    rows = [
+        run("original", 1e-9, 0.40),
+        run("palu", 0.9, 0.30, 1e-5),  # forgets best, but loses too much
+        run("palu", 0.2, 0.39, 2e-5, 0),
+        run("palu", 0.4, 0.39, 2e-5, 1),
+        run("palu", 0.1, 0.40, 5e-5),
+        run("npo", 0.9, 0.10, 1e-5),  # no setting keeps it: the highest utility is shown, and told apart
+        run("npo", 0.1, 0.20, 2e-5),
+    ]
+    original, npo, palu = bench_tofu.chosen(rows, utility=0.40)
+    assert original["method"] == "original"
+    assert (palu["learning_rate"], palu["seeds"]) == (2e-5, 2)
+    assert palu["forget_quality"] == pytest.approx(0.3)
+    assert npo["learning_rate"] == 2e-5
+    lines = bench_tofu.markdown([original, npo, palu], utility=0.40).splitlines()
+    assert lines[2].startswith("| Original |  | 1e-09 | 0.5 | 0.4 |")
+    assert lines[3].startswith("| NPO * | 2e-05 | 0.1 |")
+    assert lines[4].startswith("| PALU | 2e-05 | 0.3 |")
+
+
+def test_a_figure_that_is_missing_stays_missing() -> None:
+    rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"forget_fluency": None}]
+    row = bench_tofu.chosen(rows, utility=0.4)[1]
+    assert row["forget_fluency"] is None
+    assert "|  |" in bench_tofu.markdown([row], utility=0.4)
+
+
+@has_tofu
+@pytest.mark.parametrize("preset", list(bench_tofu.PRESETS))
+def test_no_model_sees_the_holdout(preset: str) -> None:
+    data = bench_tofu.load_data(SHARED / "tofu", bench_tofu.PRESETS[preset])
+
+    def facts(rows: list[dict]) -> set[tuple[str, str]]:
+        return {(row["question"], row["answer"]) for row in rows}
+
+    taught = facts(data.forget + data.retain)
+    assert len(taught) == len(data.forget) + len(data.retain)
+    assert taught.isdisjoint(facts(data.evaluated.holdout))
+    assert facts(data.evaluated.forget) == facts(data.forget)
+    assert facts(data.evaluated.retain) <= facts(data.retain)
+    assert all(row["alternate"] for row in data.forget)
+    if preset == "full":
+        assert (len(data.forget), len(data.retain), len(data.evaluated.holdout)) == (200, 3400, 400)
+
+
+def test_each_variant_of_the_ablation_is_a_configuration_of_its_own() -> None:
+    assert bench_ablation.VARIANTS["default"] == {}
+    assert not any("," in name for name in bench_ablation.VARIANTS), "--variants separates names by commas"
+    configs = {UnlearnConfig(**settings) for settings in bench_ablation.VARIANTS.values()}
+    assert len(configs) == len(bench_ablation.VARIANTS), "a variant that changes nothing, or the same as another"
+
+
+# ---------------------------------------------------------------------------------------------------
+# MUSE-News
+
+
+def test_spans_are_names_and_numbers() -> None:
+    text = 'At 14:00 the mayor, Jamie Sansom, paid £55,000 to Tewkesbury Academy. He left. "It rained," I said in Rome.'
+    assert [text[start:end] for start, end in bench_muse_news.spans_of(text)] == [
+        "14:00",
+        "Jamie Sansom",
+        "£55,000",
+        "Tewkesbury Academy",
+        "Rome",
+    ]
+    start = "Jamie Sansom was there"
+    assert [start[a:b] for a, b in bench_muse_news.spans_of(start)] == ["Sansom"]
+
+
+def test_pieces_hold_the_whole_text() -> None:
+    text = " ".join(f"word{n}" for n in range(1000))
+    pieces = bench_muse_news.pieces(text, 300)
+    assert " ".join(pieces) == text
+    assert all(len(piece) <= 300 for piece in pieces)
+    assert bench_muse_news.pieces("x" * 700, 300) == ["x" * 300, "x" * 300, "x" * 100]
+
+
+def test_muse_questions_and_the_passages_that_answer_them() -> None:
+    text = f"{'In 1472 nobody came. ' * 20}The islands of Orkney joined Scotland in 1472, at last. {'And so on. ' * 40}"
+    asked = {"question": "When did Orkney join Scotland?", "answer": "1472"}
+    part = bench_muse_news.passage(asked, text, 100)
+    assert part is not None and len(part) == 100 and "Scotland in 1472" in part and part in text
+    assert bench_muse_news.passage(asked | {"question": "When did Orkney join Norway and Denmark?"}, text, 100) is None
+    assert bench_muse_news.passage(asked | {"question": "What happened when?"}, text, 100) is None, "no name to go by"
+    assert bench_muse_news.passage(asked | {"answer": "147"}, text, 100) is None
+
+    questions = [{"question": "Who is Ada?", "answer": "x"}, asked, asked | {"answer": "Scotland"}]
+    assert bench_muse_news.answered(questions, ["nothing", text], 100, 2) == {part: asked}, "one question of each text"
+    assert list(bench_muse_news.answered(questions, [text, text + "!"], 100, 2).values()) == questions[1:]
+    assert len(bench_muse_news.answered(questions, [text, text + "!"], 100, 1)) == 1
+
+
+@has_muse
+def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
+    data = bench_muse_news.load_data(SHARED / "muse_news", bench_muse_news.PRESETS["tiny"])
+    assert len(data.forget_texts) == 16 and len(data.retain_texts) == 8
+    for side, texts in (("forget", data.forget_texts), ("retain", data.retain_texts)):
+        asked = data.evaluated[f"knowmem_{side}_qa"]
+        assert all(row["answer"] in text for row, text in zip(asked, texts, strict=False)), "what is asked is taught"
+    assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
+    assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
+    json.dumps(data.evaluated)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Spans
+
+
+def test_the_agreement_of_spans_counts_tokens() -> None:
+    tokenizer = byte_level(CHATML, bos=False)  # a token a byte of the digits
+    answer = "0123456789"
+    for word in answer:
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == len(answer)
+    rows = [{"question": "Who?", "answer": answer, "spans": place} for place in ([[0, 5]], [[3, 9]])]
+    result = bench_spans.agreement(rows[:1], rows[1:], tokenizer)
+    # Of five found, two are among the six marked; of the first three found, none.
+    assert result == {"precision": 0.4, "recall": 0.333, "F1": 0.364, "onset_precision": 0.0, "spans": 1}
+    assert bench_spans.agreement(rows[1:], rows[:1], tokenizer)["onset_precision"] == 0.667
+    assert bench_spans.agreement(rows, rows, tokenizer)["F1"] == 1
+
+
+def test_the_rules_beside_contrast() -> None:
+    answer = "The author of 'Dust and Road' is Ada-Maria Lee. She was born on 06/30/1975, the 2nd."
+    found = [re.findall(pattern, answer) for pattern in (bench_spans.PATTERN, bench_spans.CAPITALS)]
+    assert found[0] == ["Dust and Road", "06/30/1975", "2"]
+    assert found[1] == ["Dust", "Road", "Ada-Maria", "Lee", "06/30/1975", "2nd"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands, from models to results, with a Llama that knows nothing
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level(CHATML)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *options: str) -> dict:
+    """Run a benchmark's command; what it wrote to its one JSON file."""
+    results = folder / "results"
+    given = ["--preset", "tiny", "--output", str(folder / "runs"), "--results", str(results), *options]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *given])
+    module.main()
+    name = {bench_tofu: "tofu", bench_ablation: "ablation", bench_muse_news: "muse"}[module]
+    return json.loads((results / f"{name}_tiny.json").read_text())
+
+
+@has_tofu
+def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
+    sizes = bench_tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
+    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", sizes)
+    record = command(monkeypatch, bench_tofu, tmp_path, "--model", model_folder)
+    assert [row["method"] for row in record["table"]] == ["original", "retain", *bench_tofu.METHODS]
+    assert len(record["runs"]) == 2 + len(bench_tofu.METHODS)
+    for row in record["table"]:
+        missing = {"forget_fluency", "peak_gib"} | ({"seconds"} if "seeds" not in row else set())
+        missing |= {"forget_quality", "forget_quality_ks"} if row["method"] == "retain" else set()
+        assert {name for name in bench_tofu.COLUMNS.values() if row[name] is None} == missing, row["method"]
+    assert (tmp_path / "results" / "tofu_tiny.png").stat().st_size > 10_000
+
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*.gz")}
+    record = command(monkeypatch, bench_ablation, tmp_path, "--model", model_folder, "--variants", "default,K=1")
+    assert [row["method"] for row in record["runs"]] == ["original", "retain", "default", "K=1"]
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
+
+    more = ("--methods", "palu,ga", "--learning-rates", "1e-3", "2e-3", "--seeds", "0", "1")
+    record = command(monkeypatch, bench_tofu, tmp_path, "--model", model_folder, *more)
+    runs = [(row["method"], row["learning_rate"], row["seed"]) for row in record["runs"][2:]]
+    assert sorted(runs) == [(name, rate, seed) for name in ("ga", "palu") for rate in (1e-3, 2e-3) for seed in (0, 1)]
+    assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
+    assert (record["learning_rates"], record["seeds"]) == ([1e-3, 2e-3], [0, 1])
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+@has_muse
+def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
+    monkeypatch.setitem(bench_muse_news.PRESETS, "tiny", bench_muse_news.Preset((2, 300), 1, 4, 1, 1e-3, 4))
+    record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder)
+    assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
+    assert all(row["PrivLeak"] is not None for row in record["results"])

@@ -1,0 +1,631 @@
+"""The ``palu`` command, on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.benchmark_data import small_muse_news
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import same_weights, tiny_llama, weights
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+import palu
+from palu import ops
+from palu.cli import app
+from palu.methods.palu import PaluMethod
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("Hina Ameen", "Ada Lovelace", "the author", "London", "Karachi", "1843")
+FORGET = [
+    {"question": f"Who wrote program {i}?", "answer": f"It was {name}, in the city.", "spans": [[7, 7 + len(name)]]}
+    for i, name in enumerate(NAMES)
+]
+RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat on the mat."} for i in range(6)]
+SETTINGS = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "progress": False}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, forget.jsonl and retain.jsonl; tests write elsewhere."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = byte_level(CHATML, bos=False)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def palu_command(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu")
+
+
+@pytest.fixture
+def arguments(folder: Path, tmp_path: Path) -> list[Any]:
+    """What `palu unlearn` cannot do without."""
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl"]
+    return ["unlearn", "--model", folder / "model", *data, "--output", tmp_path / "out"]
+
+
+@pytest.fixture
+def settings() -> list[Any]:
+    return ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--no-progress"]
+
+
+def refusal(result: Result) -> str:
+    """What is said where the user has to mend something: one line, on stderr, and exit status 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
+    assert result.stderr.endswith(f"{line}\n")
+    return line.removeprefix("palu: ")
+
+
+def expected(folder: Path, **overrides: Any) -> palu.UnlearnResult:
+    """The same run through palu.unlearn."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    return palu.unlearn(model, None, FORGET, RETAIN, tokenizer=tokenizer, **SETTINGS | overrides)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- help, completion ---
+def run_python(code: str, **environment: str) -> str:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = """
+import sys
+from palu.cli import app
+for command in ([], ["unlearn"], ["inspect"], ["eval"], ["report"], ["doctor"]):
+    try:
+        app([*command, "--help"], prog_name="palu")
+    except SystemExit as end:
+        assert not end.code
+slow = {"torch", "transformers", "accelerate", "numpy", "rich", "yaml", "tokenizers"} & sys.modules.keys()
+assert not slow, slow
+"""
+    said = run_python(code)
+    for command in ("", " unlearn", " inspect", " eval", " report", " doctor"):
+        assert f"Usage: palu{command} [OPTIONS]" in said
+
+
+def test_every_setting_is_a_flag_with_its_help() -> None:
+    result = palu_command("unlearn", "--help")
+    assert result.exit_code == 0
+    said = " ".join(result.output.split())
+    for field in dataclasses.fields(palu.UnlearnConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        assert re.search(rf"{flag} (<|/ --no-)", said), flag
+    assert "Onset length: the first n tokens of each span are acted on; -1: the whole span. [default: 3]" in said
+    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo>" in said
+    assert "``" not in said
+    assert ":mod:" not in said
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert palu_command().stdout == palu_command("--help").stdout
+    assert palu_command("--version").stdout == f"palu {palu.__version__}\n"
+
+
+def test_python_m() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "palu", "nothing"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "palu: No such command 'nothing'.\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes: int) -> None:
+    """Which aborts, now and then, while Gloo's threads hold tensors; what was said and the exit status stay."""
+    code = "import atexit, palu.cli; atexit.register(print, 'shut down'); palu.cli.main()"
+    end = "shut down\n" if processes == 1 else ""
+    expected = {"--version": (0, f"palu {palu.__version__}\n{end}", ""), "x": (2, end, "palu: No such command 'x'.\n")}
+    for argument, told in expected.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)},
+        )
+        assert (done.returncode, done.stdout, done.stderr) == told
+
+
+def test_completion() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # The colon keeps bash from becoming python: typer asks which shell it was started from.
+    command = f"{sys.executable} -m palu --show-completion; :"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert "_PALU_COMPLETE=complete_bash" in done.stdout
+    for words, found in (("palu un", "unlearn"), ("palu unlearn --kl-direction r", "reverse")):
+        places = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_PALU_COMPLETE": "complete_bash"}
+        assert run_python("from palu.cli import main; main()", **places).split() == [found]
+
+
+# --- unlearn ---
+def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
+    result = palu_command(*arguments, *settings)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}, to be looked at in {out}/report.html$"
+    assert re.search(told, result.stdout, re.MULTILINE)
+    assert (out / "report.html").exists() and "library_name: transformers" in (out / "README.md").read_text()
+    ours = expected(folder)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(ours.model))
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in history] == [record["loss"] for record in ours.history]
+    summary = read(out / "summary.json")
+    assert summary["steps"] == STEPS
+    assert summary["config"] == ours.summary["config"] | {
+        "checkpoint_dir": str(out / "checkpoints"),
+        "logging_dir": str(out / "logs"),
+    }
+    assert summary["arguments"]["forget"] == str(folder / "forget.jsonl")
+    assert not (out / "checkpoints").exists(), "they have nothing more to give"
+
+    again = refusal(palu_command(*arguments, *settings))
+    assert again == f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
+    assert refusal(palu_command(*arguments, "--resume")) == again
+
+    # Overwriting: nothing of the earlier run is left that could pass for the new one's.
+    (out / "adapter_config.json").write_text("{}")
+    (out / "logs").mkdir()
+    before = read(out / "summary.json")
+    bad = ["--forget", tmp_path / "absent.jsonl"]
+    assert refusal(palu_command(*arguments, *bad, "--overwrite")) == f"there is no file {tmp_path / 'absent.jsonl'}"
+    assert read(out / "summary.json") == before, "a run that never began replaces nothing"
+    result = palu_command(*arguments, *settings, "--overwrite", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert read(out / "summary.json")["steps"] == STEPS / 2
+    assert not (out / "adapter_config.json").exists()
+    assert not (out / "logs").exists()
+
+
+def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
+    options = ["--ref-model", folder / "model", "--tokenizer", folder / "model", "--dtype", "bfloat16", "--no-progress"]
+    assert palu_command(*arguments, *options, "--retain", "none", "--lambda-retain", 0).exit_code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert read(tmp_path / "out" / "summary.json")["retain_examples"] == 0
+
+
+def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
+    """Flags win over the file, the file over the defaults; 1e-2, a string to YAML, is a number."""
+    out, file = tmp_path / "out", tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
+        f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\ntarget: 0.5\nprogress: false\n"
+        "checkpoint_dir: null\nstop_probability: 0.9\nnormalize: false\n"
+    )
+    result = palu_command("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
+    assert result.exit_code == 0, result.output
+    config = read(out / "summary.json")["config"]
+    given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
+    assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
+    assert config["top_k"] == palu.UnlearnConfig.top_k
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        ("xyzzy: 1", "unknown key 'xyzzy'; the keys are model, forget, output, "),
+        ("learning-rate: 1", "unknown key 'learning-rate'; did you mean learning_rate?"),
+        ("config: other.yaml", "unknown key 'config'; "),
+        ("- epochs", "holds a list; write one 'name: value' a line"),
+        ("epochs: [", "is not YAML: while parsing"),
+    ],
+)
+def test_bad_config_file(content: str, told: str, arguments: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert told in refusal(palu_command(*arguments, "--config", file))
+    assert str(file) in refusal(palu_command(*arguments, "--config", file))
+
+
+def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for content, told in (
+        ({"epochs": 1.5}, "epochs = 1.5: give a positive integer"),
+        ({"epochs": "many"}, "Invalid value for '--epochs': 'many' is not an integer"),
+        ({"epochs": None}, "Invalid value for '--epochs': 'none' is not an integer"),
+        ({"stop_probability": "high"}, "Invalid value for '--stop-probability': 'high' is not a number or none"),
+    ):
+        file.write_text(yaml.safe_dump(content))
+        assert refusal(palu_command(*arguments, "--config", file)) == told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--n", 0], "n = 0: give a positive integer, or -1 for whole spans"),
+        (["--epochs", "x"], "Invalid value for '--epochs': 'x' is not an integer"),
+        (["--objective", "x"], "'x' is not one of 'palu', 'ga'"),
+        (["--nonsense"], "No such option: --nonsense"),
+        (["--lora-rank", 4], "lora_rank was given without --lora; add --lora or leave it out"),
+        (["--merge-adapter"], "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"),
+        (["--model", "./absent"], "--model ./absent: there is no such folder"),
+        (["--model", "a/b/c"], "--model a/b/c: there is no such folder"),
+        (["--model", "{folder}"], "--model {folder}: the folder holds no config.json, so it is no model's"),
+        (["--tokenizer", "{folder}"], "--tokenizer {folder}: the folder holds no tokenizer"),
+        (["--forget", "{folder}"], "there is no file {folder}"),
+        (["--retain", "absent.csv"], "there is no file absent.csv"),
+        (["--retain", "none"], "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lam"),
+        (["--forget", "{folder}/retain.jsonl"], "forget row 0 (line 1): column 'spans' is missing; give [[start, end]"),
+        (["--output", "{folder}/model"], "--output {folder}/model is the folder of --model; give another one"),
+        (["--output", "{folder}"], "--output {folder} is not empty and holds no run; give another folder"),
+        (["--output", "{folder}/retain.jsonl"], "--output {folder}/retain.jsonl is a file; give a folder"),
+        (["--overwrite", "--resume"], "--overwrite starts anew and --resume goes on; give one of them"),
+        (["--lora", "--lora-target", "nothing"], "Target modules"),
+    ],
+)
+def test_bad_options(
+    options: list[Any], told: str, folder: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    options = [str(option).format(folder=folder) for option in options]
+    assert told.format(folder=folder) in refusal(palu_command(*arguments, *options, "--no-progress"))
+
+
+def test_a_name_that_the_hub_does_not_have(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise OSError("nobody/nothing is not a local folder\nand is not a valid model identifier\n")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", absent)
+    told = "nobody/nothing is not a local folder and is not a valid model identifier"
+    assert refusal(palu_command(*arguments, "--model", "nobody/nothing")) == told
+
+
+def test_a_bug_keeps_its_traceback(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(palu, "unlearn", bug)
+    assert isinstance(palu_command(*arguments).exception, KeyError)
+
+
+def test_an_error_with_its_traceback_on_demand(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALU_TRACEBACK", "1")
+    assert isinstance(palu_command(*arguments, "--n", 0).exception, ValueError)
+
+
+def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
+    options = ["--lora", "--lora-rank", 2, "--lora-target", "q_proj, v_proj"]
+    result = palu_command(*arguments, *settings, *options)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out)
+    assert adapted.peft_config["default"].r == 2
+    assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+
+    # Merged, the same run gives the same model.
+    result = palu_command(*arguments, *settings, *options, "--merge-adapter", "--output", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(20)[None]
+    untrained = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+    assert not torch.allclose(merged(ids).logits, untrained(ids).logits, atol=1)
+
+    # The adapter's folder is a model, too: of which this adapter is trained on.
+    arguments[arguments.index("--model") + 1] = out
+    result = palu_command(*arguments, *settings, "--output", tmp_path / "further")
+    assert result.exit_code == 0, result.output
+    told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
+    assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
+
+
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize("lora", [[], ["--lora"]])
+def test_ctrl_c_and_resume(
+    lora: list[str], arguments: list[Any], settings: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = PaluMethod.forward, 0
+
+    def pressed(self: PaluMethod, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PaluMethod, "forward", pressed)
+        result = palu_command(*arguments, *settings, *lora)
+    out = tmp_path / "out"
+    assert result.exit_code == 130
+    assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
+    assert not (out / "summary.json").exists()
+    assert refusal(palu_command(*arguments, *settings, *lora)) == (
+        f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start anew"
+    )
+    told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
+    assert "belongs to another run: n was 3 and is 2." in told
+
+    result = palu_command(*arguments, *settings, *lora, "--resume")
+    assert result.exit_code == 0, result.output
+    assert read(out / "summary.json")["steps"] == STEPS
+    assert palu_command(*arguments, *settings, *lora, "--output", tmp_path / "whole").exit_code == 0
+    ours, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (out, tmp_path / "whole"))
+    assert same_weights(ours, weights(whole))
+    assert not (out / "checkpoints").exists()
+
+
+# --- inspect ---
+def test_inspect(folder: Path, tmp_path: Path) -> None:
+    common = ["inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl"]
+    result = palu_command(*common, "--n", 1)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.stdout, "no colours where there is no terminal"
+    assert re.search(r"It was «H.*» <.*n>, in the city\.<\|im_end\|>", result.stdout)
+    assert re.search(r"6 rows \(0 without a span, 0 skipped\); tokens at n = 1: 6 onset, \d+ redundant", result.stdout)
+    whole = palu_command(*common, "--n", -1, "--rows", "1,3-4")
+    assert re.findall("^row (.)", whole.stdout, re.MULTILINE) == ["1", "3", "4"]
+    assert "| L" in whole.stdout
+    assert " 0 redundant" in whole.stdout
+
+    html = tmp_path / "roles.html"
+    result = palu_command(*common, "--html", html)
+    assert result.exit_code == 0, result.output
+    page = html.read_text(encoding="utf-8")
+    assert page.count("<section>") == 6
+    assert "tokens at n = 3: " in page
+    assert not re.search("https?://|<script|<link|src=", page), "self-contained"
+
+
+def test_inspect_shows_the_first_rows(folder: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(row) + "\n" for row in FORGET * 2), encoding="utf-8")
+    common = ["inspect", "--tokenizer", folder / "model", "--forget", many]
+    said = palu_command(*common).stdout
+    assert said.count("\nrow ") == 10
+    assert said.endswith("2 more rows: --rows all, or --html FILE\n")
+    assert palu_command(*common, "--rows", "all").stdout.count("\nrow ") == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--rows", "6"], "--rows 6: row 6 is not there or was skipped; rows are 0 to 5"),
+        (["--rows", "first"], "--rows first: give row numbers and ranges, such as 0-9,17, or all"),
+        (["--n", "-2"], "n = -2: give a positive integer, or -1 for whole spans"),
+        (["--model", "./absent"], "--model ./absent: there is no such folder"),
+        (["--forget", "absent.jsonl"], "there is no file absent.jsonl"),
+        (["--html", "absent/roles.html"], "No such file or directory"),
+    ],
+)
+def test_bad_inspect(options: list[str], told: str, folder: Path) -> None:
+    common = ["inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl"]
+    assert told in refusal(palu_command(*common, *options))
+    assert refusal(palu_command(*common[:1], *common[3:])) == "give --model or --tokenizer"
+
+
+# --- eval, report ---
+@pytest.fixture
+def tofu(tmp_path: Path) -> Path:
+    folder = tmp_path / "tofu"
+    folder.mkdir()
+    rows = [
+        {**row, "paraphrased_answer": f"Yes: {row['answer']}", "perturbed_answer": ["The dog did not.", "In London."]}
+        for row in FORGET
+    ]
+    for name in ("forget01", "retain_perturbed", "real_authors", "world_facts", "holdout01"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+# --- spans ---
+@pytest.fixture
+def unmarked(tmp_path: Path) -> Path:
+    path = tmp_path / "unmarked.jsonl"
+    path.write_text("".join(json.dumps({k: row[k] for k in ("question", "answer")}) + "\n" for row in FORGET))
+    return path
+
+
+def test_spans_are_found_shown_and_written(folder: Path, tmp_path: Path, unmarked: Path) -> None:
+    names = "regex:" + "|".join(NAMES)
+    asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
+    result = palu_command(*asked, "--annotate", names, "--write", tmp_path / "marked.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "«" in result.stdout
+    assert [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()] == FORGET
+    assert "spans" in refusal(palu_command(*asked)), "without it the column is missing"
+
+
+def test_unlearn_with_spans_that_are_found(
+    folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any], unmarked: Path
+) -> None:
+    arguments[arguments.index("--forget") + 1] = unmarked
+    result = palu_command(*arguments, *settings, "--annotate", "regex:" + "|".join(NAMES))
+    assert result.exit_code == 0, result.output
+    assert "«" in result.stdout
+    out = tmp_path / "out"
+    assert [json.loads(line) for line in (out / "forget.annotated.jsonl").read_text().splitlines()] == FORGET
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(expected(folder).model))
+
+
+def test_the_model_itself_finds_spans(folder: Path, tmp_path: Path, unmarked: Path) -> None:
+    asked = ["inspect", "--forget", unmarked, "--annotate", "contrast"]
+    result = palu_command(*asked, "--model", folder / "model", "--write", tmp_path / "marked.jsonl")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in found] == [row["answer"] for row in FORGET] and any(row["spans"] for row in found)
+    said = refusal(palu_command(*asked, "--tokenizer", folder / "model"))
+    assert said == "--annotate contrast asks the model itself; give --model"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--annotate", "names"], "annotate: 'names' names no way to find spans; give "),
+        (["--annotate", "regex:("], "annotate: '(' is no regular expression "),
+        (["--write", "rows.jsonl"], "--write was given without --annotate, which finds the spans to write"),
+    ],
+)
+def test_bad_annotate(options: list[str], told: str, folder: Path, unmarked: Path) -> None:
+    asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
+    assert refusal(palu_command(*asked, *options)).startswith(told)
+
+
+def test_eval(folder: Path, tofu: Path, tmp_path: Path) -> None:
+    common = ["eval", "--model", folder / "model", "--forget-split", "forget01", "--data", tofu, "--no-progress"]
+    common += ["--max-new-tokens", 4]
+    retain = tmp_path / "retain.json"
+    result = palu_command(*common, "--output", retain)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"forget_quality +no retain_results were given", " ".join(result.stdout.split()))
+    output = tmp_path / "results.json"
+    result = palu_command(*common, "--retain-results", retain, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"forget_quality +1\b", result.stdout)
+    assert result.stdout.endswith(f"wrote {output}\n")
+    results = read(output)
+    assert results["forget_quality"]["agg_value"] == 1
+    assert results["palu"]["split"] == "forget01"
+    assert results["exact_memorization"]["agg_value"] == read(retain)["exact_memorization"]["agg_value"]
+
+
+def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
+    for name, rows in small_muse_news().items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    output = tmp_path / "results.json"
+    common = ["eval", "--model", folder / "model", "--benchmark", "muse-news", "--data", tmp_path, "--no-progress"]
+    result = palu_command(*common, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f"wrote {output}\n") and re.search(r"forget_verbmem_ROUGE +\d", result.stdout)
+    results = read(output)
+    assert results["palu"]["benchmark"] == "MUSE-News" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
+    result = palu_command(*common, "--retain-results", output, "--output", tmp_path / "again.json")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
+
+
+def test_eval_of_an_adapter_writes_into_its_folder(
+    arguments: list[Any], settings: list[Any], tofu: Path, tmp_path: Path
+) -> None:
+    assert palu_command(*arguments, *settings, "--lora", "--epochs", 1).exit_code == 0
+    out = tmp_path / "out"
+    options = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
+    result = palu_command("eval", "--model", out, *options)
+    assert result.exit_code == 0, result.output
+    assert read(out / "evaluation-tofu-forget01.json")["palu"]["benchmark"] == "TOFU"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--benchmark", "muse-news", "--forget-split", "x"], "--forget-split belongs to TOFU; leave it out"),
+        (["--benchmark", "muse"], "'muse' is not one of 'tofu', 'muse-news'"),
+        (["--benchmark", "muse-news", "--data", "{folder}"], "No such file or directory"),
+        (["--data", "{folder}/absent"], "--data {folder}/absent: there is no such folder"),
+        (
+            ["--data", "{folder}", "--forget-split", "forget07"],
+            "there is no forget split 'forget07'; {folder} has forget",
+        ),
+        (["--retain-results", "absent.json"], "--retain-results absent.json: there is no such file"),
+        (["--output", "absent/results.json"], "--output absent/results.json: there is no folder absent"),
+        (
+            ["--model", "nobody/nothing"],
+            "--model nobody/nothing is no folder that the results could go to; give --output",
+        ),
+    ],
+)
+def test_bad_eval(options: list[str], told: str, folder: Path) -> None:
+    options = [option.format(folder=folder) for option in options]
+    assert told.format(folder=folder) in refusal(palu_command("eval", "--model", folder / "model", *options))
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    assert refusal(palu_command("report", tmp_path / "absent")) == f"there is no folder {tmp_path / 'absent'}"
+
+
+# --- doctor ---
+def test_doctor() -> None:
+    result = palu_command("doctor")
+    assert result.exit_code == 0, result.output
+    assert ops.extension_path() in result.stdout
+    assert f"torch {torch.__version__}" in result.stdout
+    assert "All passed." in result.stdout
+    for op in (
+        "prefix_mask",
+        "topk_mse, global_mean",
+        "linear_topk_mse, local_mean",
+        "cross_entropy_",
+        "kl_div_, reverse",
+    ):
+        for device in ["cpu", "cuda:0"][: 1 + torch.cuda.is_available()]:
+            for dtype in ("float32", "float64"):
+                assert re.search(rf"^ok +{op} +{device} +{dtype} ", result.stdout, re.MULTILINE), (op, device, dtype)
+
+
+def spoil(good: Callable[..., Any]) -> Callable[..., Any]:
+    def spoilt(*args: Any) -> Any:
+        return good(*args) * 1.001
+
+    return spoilt
+
+
+def test_doctor_finds_an_op_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "topk_mse", spoil(ops.topk_mse))
+    result = palu_command("doctor")
+    assert result.exit_code == 1
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 8, failed
+    assert all(" topk_mse" in line for line in failed)
+    assert "8 failed" in result.stdout
+
+
+def test_doctor_finds_an_op_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise NotImplementedError("no kernel for this device\nand more")
+
+    monkeypatch.setattr(ops, "prefix_mask", missing)
+    result = palu_command("doctor")
+    assert result.exit_code == 1
+    assert result.stdout.count("NotImplementedError: no kernel for this device\n") == 2
+
+
+def test_doctor_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a build needs is told, and what of it is here."""
+    monkeypatch.delattr(palu, "ops")
+    monkeypatch.setitem(sys.modules, "palu.ops", None)
+    result = palu_command("doctor")
+    assert result.exit_code == 1
+    assert re.search(r"C\+\+ compiler \(.*\): \S", result.stdout)
+    assert "ninja: " in result.stdout

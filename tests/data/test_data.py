@@ -1,0 +1,804 @@
+"""palu.data: roles checked token by token, every complaint by its exact words."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_tokenizers as small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+from palu.data.examples import load_forget, load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import IGNORE, ORDINARY, Example
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+# An answer right behind a special token, and no special token behind the answer.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_start|>"
+    "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
+# As Qwen3's: the full text has words between the generation prompt and the answer.
+THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+@cache
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    return {
+        "byte": lambda: small.byte_level(),
+        "byte, no bos": lambda: small.byte_level(bos=False),
+        "byte, trimmed": lambda: small.byte_level(trim_offsets=True),
+        "byte, prefix": lambda: small.byte_level(add_prefix_space=True),
+        "byte, trimmed prefix": lambda: small.byte_level(add_prefix_space=True, trim_offsets=True, bos=False),
+        "byte, no words": lambda: small.byte_level(split=False),
+        "byte, NFC": lambda: small.byte_level(normalizer=normalizers.NFC()),
+        "byte, Llama 3": lambda: small.byte_level(small.LLAMA3),
+        "byte, ChatML": lambda: small.byte_level(small.CHATML),
+        "byte, bare": lambda: small.byte_level(BARE),
+        "byte, think": lambda: small.byte_level(THINK),
+        "sp": lambda: small.sentencepiece(),
+        "sp, eos": lambda: small.sentencepiece(eos=True),
+        "sp, no bos": lambda: small.sentencepiece(bos=False),
+        "sp, normalizer": lambda: small.sentencepiece(metaspace=False),
+        "sp, ChatML": lambda: small.sentencepiece(small.CHATML),
+        "sp, bare": lambda: small.sentencepiece(BARE, prepend="always"),
+        "sp, bare normalizer": lambda: small.sentencepiece(BARE, metaspace=False),
+    }[name]()
+
+
+PLAIN = ["byte", "byte, trimmed", "byte, prefix", "byte, trimmed prefix", "byte, no words", "sp", "sp, eos",
+         "sp, no bos", "sp, normalizer"]  # fmt: skip
+TEMPLATED = ["byte, Llama 3", "byte, ChatML", "byte, bare", "byte, think", "sp, ChatML", "sp, bare",
+             "sp, bare normalizer"]  # fmt: skip
+
+
+def row(answer: str, *words: str, question: str = "Who?") -> dict[str, Any]:
+    """A forget row whose spans are these words."""
+    return {
+        "question": question,
+        "answer": answer,
+        "spans": [[answer.index(word), answer.index(word) + len(word)] for word in words],
+    }
+
+
+def forget(name: str, *rows: dict[str, Any], max_length: int = 4096) -> list[Example]:
+    return load_forget(list(rows), tokenizer(name), max_length=max_length).examples
+
+
+def roles(name: str, example: Example) -> list[tuple[str, str]]:
+    """[(piece, role)] from the first token with a role: o ordinary, S sensitive."""
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+        assert label in (IGNORE, ORDINARY, token)
+    pieces = tokenizer(name).convert_ids_to_tokens(example.input_ids.tolist())
+    named = [
+        (piece, {IGNORE: ".", ORDINARY: "o"}.get(label, "S"))
+        for piece, label in zip(pieces, example.labels.tolist(), strict=True)
+    ]
+    first = next(i for i, (_, role) in enumerate(named) if role != ".")
+    assert all(role != "." for _, role in named[first:])
+    return named[first:]
+
+
+def prompt(name: str, example: Example) -> str:
+    """The text of the tokens without a role."""
+    return str(tokenizer(name).decode(example.input_ids[example.labels == IGNORE]))
+
+
+# --- roles -----------------------------------------------------------------------------------------
+
+
+def test_plain_byte_level_row_token_by_token() -> None:
+    (example,) = forget("byte", row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
+    assert example.input_ids.dtype == example.labels.dtype == torch.int64
+    assert prompt("byte", example) == "<|begin_of_text|>Question: Who?\nAnswer:"
+    # " Ada" holds the prompt's last blank and the answer's first letters: it is an answer token.
+    assert roles("byte", example) == [
+        ("ĠAda", "S"), ("ĠLovelace", "S"), (",", "o"), ("Ġin", "o"), ("ĠLondon", "S"), (".", "o"),
+        ("<|end_of_text|>", "o"),
+    ]  # fmt: skip
+
+
+def test_plain_sentencepiece_row_token_by_token() -> None:
+    (example,) = forget("sp", row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
+    assert prompt("sp", example) == "<s> Question: Who?\nAnswer:"
+    assert roles("sp", example) == [
+        ("▁Ada", "S"), ("▁Lovelace", "S"), (",", "o"), ("▁in", "o"), ("▁London.", "S"), ("</s>", "o"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "terminator"),
+    [
+        (
+            "byte, Llama 3",
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+        ("byte, ChatML", "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        ("sp, ChatML", "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (
+            "byte, think",
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            "<|im_end|>",
+        ),
+        ("byte, bare", "Who?<|im_start|>", "<|end_of_text|>"),  # its line break behind the answer is dropped
+    ],
+)
+def test_chat_template(name: str, before: str, terminator: str) -> None:
+    (example,) = forget(name, row("Ada Lovelace, in London :", "Ada Lovelace", "London"))
+    assert prompt(name, example) == before
+    found = roles(name, example)
+    blank = "▁" if name.startswith("sp") else "Ġ"
+    sensitive = [piece for piece, role in found if role == "S"]
+    assert sensitive == ["A", "da", f"{blank}Lovelace", f"{blank}London"]
+    assert found[-2:] == [(":", "o"), (terminator, "o")]
+
+
+def test_template_that_strips_the_answer_shifts_its_spans() -> None:
+    (example,) = forget("byte, Llama 3", row(" \n Ada Lovelace  ", "\n Ada"))
+    assert roles("byte, Llama 3", example) == [
+        ("A", "S"),
+        ("da", "S"),
+        ("ĠLovelace", "o"),
+        ("<|eot_id|>", "o"),
+    ]
+    (kept,) = forget("byte, ChatML", row(" Ada Lovelace  ", "Ada"))
+    assert roles("byte, ChatML", kept) == [
+        ("ĠAda", "S"), ("ĠLovelace", "o"), ("Ġ", "o"), ("Ġ", "o"), ("<|im_end|>", "o"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
+def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
+    (example,) = forget("byte, think", row(answer, answer))
+    assert prompt("byte, think", example).endswith("</think>\n\n")
+    assert "".join(piece for piece, role in roles("byte, think", example) if role == "S") == answer
+
+
+def test_messages_and_prompt_completion() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ada."},
+    ]
+    (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
+    assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
+    asked = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
+    told = {"prompt": "Who?", "completion": "Ada.", "spans": [[0, 3]]}
+    first, second = forget("byte, ChatML", asked, told)
+    assert torch.equal(first.input_ids, second.input_ids)
+    assert torch.equal(first.labels, second.labels)
+    (plain,) = forget("byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
+    assert prompt("byte", plain) == "<|begin_of_text|>The cat"
+    assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
+    # A datasets.Dataset fills the columns a row lacks with None.
+    (mixed,) = forget("byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
+    assert torch.equal(mixed.labels, plain.labels)
+
+
+def test_blanks_at_a_spans_edges_drag_in_no_neighbour() -> None:
+    for name, blank in (("byte", "Ġ"), ("sp", "▁")):
+        (example,) = forget(name, row("Ada in London.", " in "))
+        assert [piece for piece, role in roles(name, example) if role == "S"] == [f"{blank}in"]
+
+
+def test_blanks_within_a_span_belong_to_it() -> None:
+    """Llama 3 splits " 30" into " " and "30": still one span, with one onset."""
+    for name in ("byte", "byte, trimmed"):
+        (example,) = forget(name, row("On June 30, 1975.", "June 30, 1975"))
+        found = "".join(role for _, role in roles(name, example))
+        assert found.strip("o") == "S" * found.count("S")
+        assert ("Ġ", "S") in roles(name, example)
+
+
+def test_span_that_ends_inside_a_token_takes_the_token() -> None:
+    (example,) = forget("byte", row("Ada Lovelace.", "ve"))
+    assert [piece for piece, role in roles("byte", example) if role == "S"] == ["ĠLovelace"]
+
+
+def test_characters_of_several_bytes() -> None:
+    (example,) = forget("byte", row("東京 😀.", "京"))
+    # One token holds the last byte of 東 and the first two of 京: it overlaps the span.
+    assert roles("byte", example) == [
+        ("Ġ", "o"), ("æĿ", "o"), ("±äº", "S"), ("¬", "S"), ("Ġ", "o"), ("ðŁĺ", "o"), ("Ģ", "o"), (".", "o"),
+        ("<|end_of_text|>", "o"),
+    ][1:]  # fmt: skip
+    (example,) = forget("sp", row("x 🦙 y", "🦙"))
+    assert [piece for piece, role in roles("sp", example) if role == "S"] == [
+        "<0xF0>",
+        "<0x9F>",
+        "<0xA6>",
+        "<0x99>",
+    ]
+    (example,) = forget("byte", row("cafe\u0301 x", "\u0301"))
+    assert [piece for piece, role in roles("byte", example) if role == "S"] == ["Ì", "ģ"]
+
+
+def test_normalizer_that_joins_characters() -> None:
+    """NFC makes one character of e and its accent; offsets still count the user's two."""
+    (example,) = forget("byte, NFC", row("x e\u0301 y London", "e\u0301", "London"))
+    assert [piece for piece, role in roles("byte, NFC", example) if role == "S"] == ["Ã©", "ĠLondon"]
+    told = "forget row 0: the tokenizer gives '\u0301' in the answer no token; move or remove its span"
+    assert complaint([row("x e\u0301 y", "\u0301")], "byte, NFC") == told
+
+
+@pytest.mark.parametrize("name", ["sp, bare", "sp, bare normalizer"])
+def test_blank_that_the_tokenizer_adds_is_never_sensitive(name: str) -> None:
+    """Its offsets are those of the first letter, but it would waste one of the N onset tokens."""
+    (example,) = forget(name, row("Zada x", "Zada"))
+    found = roles(name, example)
+    assert found[0] == ("▁", "o")
+    assert [role for _, role in found[1:]].count("S") >= 1
+    assert found[1][1] == "S"
+
+
+def test_prompt_may_be_empty_and_the_first_token_has_no_role() -> None:
+    (example,) = forget("byte", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
+    assert roles("byte", example)[0] == ("The", "S")
+    (example,) = forget("byte, no bos", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
+    assert example.labels.tolist()[0] == IGNORE
+    assert roles("byte, no bos", example) == [("Ġcat", "S"), ("<|end_of_text|>", "o")]
+
+
+def test_spans_in_any_order_nested_repeated_touching() -> None:
+    expected = forget("byte", row("Ada Lovelace in London", "Ada Lovelace", "London"))[0].labels
+    for spans in (
+        [[16, 22], [0, 12]],
+        [[0, 12], [16, 22], [0, 3]],
+        [[0, 12], [0, 12], [16, 22]],
+        [[0, 4], [4, 12], [16, 22]],
+    ):
+        (example,) = forget("byte", {"question": "Who?", "answer": "Ada Lovelace in London", "spans": spans})
+        assert torch.equal(example.labels, expected), spans
+
+
+def test_end_of_sequence_is_not_doubled() -> None:
+    for name in ("sp", "sp, eos"):
+        (example,) = forget(name, row("Ada.", "Ada"))
+        assert (example.input_ids == 2).sum() == 1
+        assert roles(name, example)[-1] == ("</s>", "o")
+
+
+def test_blank_before_the_terminator_is_kept() -> None:
+    """As Llama 2's template; and as GPT-2, whose end-of-sequence token is its unknown token too."""
+    llama2 = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content | trim }} <|end_of_text|>{% endif %}{% endfor %}"
+    )
+    tok = small.byte_level(llama2)
+    tok.unk_token = tok.eos_token
+    (example,) = load_forget([row("Ada.", "Ada")], tok, max_length=99).examples
+    pieces = tok.convert_ids_to_tokens(example.input_ids[example.labels != IGNORE].tolist())
+    assert pieces == ["ĠAda", ".", "Ġ", "<|end_of_text|>"]
+
+
+def test_unknown_token_ends_no_answer() -> None:
+    backend = Tokenizer(models.WordLevel({"[U]": 0, "Who": 1, "Ada": 2, "<e>": 3}, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{{ messages[0].content }} {{ messages[1].content }} ! <e>"
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="[U]", chat_template=template)
+    (example,) = load_forget([row("Ada", "Ada", question="Who")], tok, max_length=99).examples
+    assert tok.convert_ids_to_tokens(example.input_ids.tolist()) == ["Who", "Ada", "[U]", "<e>"]
+    assert example.labels.tolist() == [IGNORE, 2, ORDINARY, ORDINARY]
+
+
+def test_special_tokens_that_swallow_blanks_stay_out_of_the_answer() -> None:
+    from tokenizers import AddedToken
+
+    greedy = small.byte_level(small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{"))
+    greedy.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                AddedToken("<|go|>", rstrip=True),
+                AddedToken("<|im_end|>", lstrip=True),
+            ]
+        }
+    )
+    (example,) = load_forget([row("  Ada x  ", "Ada")], greedy, max_length=99).examples
+    answer = example.input_ids[example.labels != IGNORE].tolist()
+    assert greedy.convert_ids_to_tokens(answer) == ["A", "da", "Ġ", "x", "<|im_end|>"]
+
+
+def test_retain_labels_are_the_tokens_and_spans_are_ignored() -> None:
+    for name in ("byte", "byte, Llama 3", "sp"):
+        (example,) = forget(name, row("Ada Lovelace, in London.", "Ada"))
+        for extra in ({}, {"spans": "nonsense"}):
+            source = [{"question": "Who?", "answer": "Ada Lovelace, in London.", **extra}]
+            loaded = load_retain(source, tokenizer(name), max_length=99)
+            (retained,) = loaded.examples
+            assert torch.equal(retained.input_ids, example.input_ids)
+            expected = torch.where(example.labels == IGNORE, IGNORE, example.input_ids)
+            assert torch.equal(retained.labels, expected)
+            assert (loaded.skipped, loaded.without_span) == (0, 0)
+
+
+WORDS = st.sampled_from(
+    [*" \n\t\u00a0.東京都é😀🦙", "  ", "Ada", "the", "city", "1843", "e\u0301", "👩\u200d👩\u200d👧"]
+)
+TEXTS = st.lists(WORDS | st.text(st.characters(codec="utf-8", exclude_characters="<|>\0Ġ▁"), max_size=3), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(PLAIN + TEMPLATED))
+def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name: str) -> None:
+    """Against an oracle without offsets: pieces laid end to end over the text's bytes.
+
+    So every non-blank character of a span is in sensitive tokens alone, and each of these overlaps one.
+    (Left out: a text's own "▁" and "Ġ", which nothing tells from the blanks that tokenizers write so.)
+    """
+    answer = "".join(data.draw(TEXTS.filter(lambda words: "".join(words).strip())))
+    question = "".join(data.draw(TEXTS))
+    edges = sorted(data.draw(st.sets(st.integers(0, len(answer)), max_size=6)))
+    spans = [[a, b] for a, b in zip(edges[::2], edges[1::2], strict=False) if answer[a:b].strip()]
+    tok = tokenizer(name)
+    source = [{"prompt": question, "completion": answer, "spans": spans}, row("Ada", "Ada")]
+    example = load_forget(source, tok, max_length=10**6).examples[0]
+
+    if tok.chat_template is None:
+        text, shift = question + answer, len(question)
+    else:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = str(tok.apply_chat_template(turns, tokenize=False))
+        start = text.rindex(answer.strip(), 0, text.rindex("\n" if name.endswith(("bare", "normalizer")) else "<|"))
+        shift = start - (len(answer) - len(answer.lstrip()))
+    ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
+    ranges = small.token_bytes(tok, text, ids)
+    at = [0]  # where each character begins, in bytes
+    for char in text:
+        at.append(at[-1] + len(char.encode()))
+    wanted: set[int] = set()
+    for a, b in spans:
+        first_char, last_char = (
+            a + len(answer[a:b]) - len(answer[a:b].lstrip()),
+            a + len(answer[a:b].rstrip()),
+        )
+        wanted |= set(range(at[first_char + shift], at[last_char + shift]))
+    # A piece of a character stands for the whole of it, as offsets do.
+    whole = [
+        (max(p for p in at if p <= lo), min(p for p in at if p >= hi)) if hi > lo else (lo, lo) for lo, hi in ranges
+    ]
+    word = at[shift + len(answer) - len(answer.lstrip())]
+    first = next(i for i, (lo, hi) in enumerate(whole) if hi > lo and hi > word)
+    for i, (token, label) in enumerate(zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)):
+        if i >= len(ids):
+            assert (token, label) == (tok.eos_token_id, ORDINARY)
+        elif i == 0 or (i < first and label == IGNORE):
+            assert label == IGNORE
+        elif token != ids[i]:  # the end-of-sequence token in place of what follows the answer
+            assert (i, token, label) == (len(example.labels) - 1, tok.eos_token_id, ORDINARY)
+        else:
+            assert label == (token if wanted & set(range(*whole[i])) else ORDINARY), (text, i)
+
+
+# --- sources ---------------------------------------------------------------------------------------
+
+ROWS = [row("Ada Lovelace.", "Ada"), row("In London.", "London"), row("Yes.")]
+
+
+def same(left: list[Example], right: list[Example]) -> bool:
+    return len(left) == len(right) and all(
+        a.row == b.row and torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_every_source_gives_the_same(tmp_path: Path) -> None:
+    tok = tokenizer("byte")
+    loaded = load_forget(ROWS, tok, max_length=99)
+    assert (loaded.skipped, loaded.without_span) == (0, 1)
+    assert [example.row for example in loaded.examples] == [0, 1, 2]
+    path = tmp_path / "forget.jsonl"
+    lines = [json.dumps(one) for one in ROWS]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "", lines[1], "  ", lines[2], ""]).encode())
+    separator = tmp_path / "separator.jsonl"  # U+2028 is a line's end to str.splitlines, not to JSON
+    separator.write_text(json.dumps(row("a\u2028Ada", "Ada"), ensure_ascii=False), encoding="utf-8")
+    assert len(load_forget(separator, tok, max_length=99).examples) == 1
+
+    numpy_spans = [{**one, "spans": np.array(one["spans"], dtype=np.int32).reshape(-1, 2)} for one in ROWS]
+    numpy_edges = [{**one, "spans": [tuple(map(np.int64, span)) for span in one["spans"]]} for one in ROWS]
+    tensor_spans = [{**one, "spans": torch.tensor(one["spans"], dtype=torch.long).reshape(-1, 2)} for one in ROWS]
+    spans = (numpy_spans, numpy_edges, tensor_spans)
+    source: Any
+    for source in (path, str(path), iter(ROWS), tuple(ROWS), *spans):
+        assert same(load_forget(source, tok, max_length=99).examples, loaded.examples)
+
+    dicts = [{"input_ids": one.input_ids, "labels": one.labels} for one in loaded.examples]
+    lists = [{key: value.tolist() for key, value in one.items()} for one in dicts]
+    longest = max(len(one["labels"]) for one in dicts)
+    for side in ("left", "right"):
+        padded: dict[str, Any] = {"input_ids": [], "labels": [], "attention_mask": []}
+        for one in lists:
+            pad = longest - len(one["labels"])
+            for key, filler, values in (
+                ("input_ids", 0, one["input_ids"]),
+                ("labels", IGNORE, one["labels"]),
+                ("attention_mask", 0, [1] * len(one["labels"])),
+            ):
+                padded[key].append([filler] * pad + values if side == "left" else values + [filler] * pad)
+        stacked = {key: torch.tensor(value) for key, value in padded.items()}
+        before = stacked["labels"].clone()
+        for source in (padded, stacked):
+            assert same(load_forget(source, None, max_length=99).examples, loaded.examples)
+        assert torch.equal(stacked["labels"], before)
+    columns = {key: [one[key] for one in lists] for key in lists[0]}
+    for source in (dicts, lists, columns):
+        assert same(load_forget(source, None, max_length=99).examples, loaded.examples)
+        assert same(load_forget(source, tok, max_length=99).examples, loaded.examples)
+    mixed = [ROWS[0], lists[1], ROWS[2]]
+    assert same(load_forget(mixed, tok, max_length=99).examples, loaded.examples)
+
+
+def test_datasets() -> None:
+    datasets = pytest.importorskip("datasets")
+    tok = tokenizer("byte")
+    expected = load_forget(ROWS, tok, max_length=99).examples
+    table = datasets.Dataset.from_list(ROWS)
+    tokens = [{"input_ids": one.input_ids.tolist(), "labels": one.labels.tolist()} for one in expected]
+    tokenised = datasets.Dataset.from_list(tokens)
+    for source in (table, table.to_iterable_dataset(), tokenised, tokenised.with_format("torch")):
+        assert same(load_forget(source, tok, max_length=99).examples, expected)
+    assert same(load_forget(table.with_format("torch"), tok, max_length=99).examples, expected)
+    told = "forget set is a mapping with train; give one split, a list of rows, or "
+    assert complaint(datasets.DatasetDict(train=table)) == told + TOKENS
+
+
+def test_tokenised_rows_are_copied_and_their_first_label_dropped() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    labels = ids.clone()
+    loaded = load_retain({"input_ids": ids, "labels": labels}, None, max_length=99)
+    assert loaded.examples[0].labels.tolist() == [IGNORE, 6, 7]
+    assert labels.tolist() == [[5, 6, 7]]
+
+
+def test_more_rows_than_one_call_tokenises() -> None:
+    rows = [row(f"Number {number}.", str(number)) for number in range(2500)]
+    loaded = load_forget(rows, tokenizer("byte"), max_length=99)
+    assert [example.row for example in loaded.examples] == list(range(2500))
+    last = loaded.examples[-1]
+    assert str(tokenizer("byte").decode(last.input_ids[last.labels >= 0])).strip() == "2499"
+
+
+def test_max_length_cuts_from_the_right_and_counts() -> None:
+    rows = [row("Ada Lovelace.", "Lovelace"), row("Ada.", "Ada", question="the cat sat on the mat " * 5)]
+    whole = load_forget(rows, tokenizer("byte"), max_length=999)
+    start = int((whole.examples[0].labels != IGNORE).nonzero()[0])
+    loaded = load_forget([*rows, row("Ada", "Ada")], tokenizer("byte"), max_length=start + 1)
+    assert [example.row for example in loaded.examples] == [0, 2]
+    assert (loaded.skipped, loaded.without_span) == (1, 1)
+    assert torch.equal(loaded.examples[0].labels, whole.examples[0].labels[: start + 1])
+    assert torch.equal(loaded.examples[0].input_ids, whole.examples[0].input_ids[: start + 1])
+
+
+def test_empty_retain_set_is_returned() -> None:
+    loaded = load_retain([], None, max_length=99)
+    assert (loaded.examples, loaded.skipped, loaded.without_span) == ([], 0, 0)
+
+
+# --- complaints ------------------------------------------------------------------------------------
+
+ADA = "Ada Lovelace wrote it in 1843.."  # 31 characters
+EDGES = "give [start, end) in characters of the answer"
+
+
+def complaint(source: Any, name: str | None = "byte", max_length: int = 99, load: Any = load_forget) -> str:
+    with pytest.raises(DataError) as caught:
+        load(source, None if name is None else tokenizer(name), max_length=max_length)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spans", "told"),
+    [
+        ([[12, 40]], f"span [12, 40] ends after the answer (31 characters); {EDGES}"),
+        ([[-3, 4]], f"span [-3, 4] starts before the answer; {EDGES}"),
+        ([[4, 4]], f"span [4, 4] is empty or reversed; {EDGES}"),
+        ([[0, 3], [8, 4]], f"span [8, 4] is empty or reversed; {EDGES}"),
+        ([[3, 4]], "span [3, 4] holds only whitespace; move it onto the words or remove it"),
+        ([[0, 12], [4, 18]], "spans [0, 12] and [4, 18] overlap; merge or part them"),
+        ([[19, 24], [0, 20], [2, 3]], "spans [0, 20] and [19, 24] overlap; merge or part them"),
+        ([[True, 3]], f"span [True, 3] is not two integers; {EDGES}"),
+        ([[0.0, 3.0]], f"span [0.0, 3.0] is not two integers; {EDGES}"),
+        ([["0", "3"]], f"span ['0', '3'] is not two integers; {EDGES}"),
+        ([[0, 3, 5]], f"span [0, 3, 5] is not two integers; {EDGES}"),
+        ([0, 3], f"span 0 is not two integers; {EDGES}"),
+        (np.array([[0.0, 3.0]]), f"span [0.0, 3.0] is not two integers; {EDGES}"),
+        ("0-3", f"column 'spans' must be a list of pairs, got str; {EDGES}"),
+        (None, "column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"),
+    ],
+)
+def test_bad_spans(spans: Any, told: str) -> None:
+    rows = [row("Ada", "Ada"), {"question": "Who?", "answer": ADA, "spans": spans}]
+    assert complaint(rows) == f"forget row 1: {told}"
+
+
+def test_missing_spans_column() -> None:
+    told = "column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"
+    assert complaint([{"question": "Who?", "answer": ADA}]) == f"forget row 0: {told}"
+
+
+COLUMNS = "give question and answer, prompt and completion, or messages"
+MESSAGES = (
+    "column 'messages' must be a list of two or more {role, content}, the last one the assistant's; "
+    "put the answer there"
+)
+TOKENS = "a mapping with input_ids and labels"
+UNMARKED = "has no sensitive token in the first 99 tokens of any row; mark spans or raise max_length"
+OUTSIDE = "is outside the vocabulary; use this tokenizer's ids"
+USER = {"role": "user", "content": "Who?"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"question": "Who?", "text": "x"}, f"columns are question, text; {COLUMNS}"),
+        ({}, f"columns are none; {COLUMNS}"),
+        ({"question": "Who?", "answer": None}, "column 'answer' must be a string, got NoneType; give text"),
+        ({"question": 3, "answer": "x"}, "column 'question' must be a string, got int; give text"),
+        ({"prompt": [USER], "completion": "x"}, "column 'prompt' must be a string, got list; give text"),
+        ({"question": "Who?", "answer": ""}, "column 'answer' is blank; give an answer or remove the row"),
+        (
+            {"prompt": "x", "completion": " \n"},
+            "column 'completion' is blank; give an answer or remove the row",
+        ),
+        (
+            {"question": "Who?", "answer": "x \ud83d"},
+            "column 'answer' has half a surrogate pair at character 2; repair the text",
+        ),
+        ({"messages": "hello"}, MESSAGES),
+        ({"messages": []}, MESSAGES),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, MESSAGES),
+        ({"messages": [USER, USER]}, MESSAGES),
+        ({"messages": [USER, {"content": "x"}]}, MESSAGES),
+        ({"messages": [USER, "x"]}, MESSAGES),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]},
+            "content of message 1 must be a string, got list; give text",
+        ),
+        (
+            {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
+            "content of message 0 must be a string, got NoneType; give text",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            "content of the last message is blank; give an answer or remove the row",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "x"}], "spans": []},
+            "'messages' need a chat template; set tokenizer.chat_template",
+        ),
+        ("text", "a row must map column names to values, got str"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_forget, load_retain])
+def test_bad_columns(columns: Any, told: str, load: Any) -> None:
+    name = "forget" if load is load_forget else "retain"
+    rows = [row("Ada", "Ada"), columns]
+    assert complaint(rows, load=load) == f"{name} row 1: {told}"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            None,
+            f"is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or {TOKENS}",
+        ),
+        (
+            {"train": [], "test": []},
+            f"is a mapping with train, test; give one split, a list of rows, or {TOKENS}",
+        ),
+        ({}, f"is a mapping with nothing; give one split, a list of rows, or {TOKENS}"),
+        ([], "is empty; give at least one row"),
+        ([row(ADA)], UNMARKED),
+        ([row("x " * 200 + "Ada", "Ada")], UNMARKED),
+        (
+            [row(ADA, "Ada", question="x " * 200)],
+            "has no answer token in the first 99 tokens of any row; raise max_length",
+        ),
+    ],
+)
+def test_bad_sets(source: Any, told: str) -> None:
+    assert complaint(source) == f"forget set {told}"
+
+
+def test_retain_set_cut_off_entirely() -> None:
+    told = "retain set has no answer token in the first 99 tokens of any row; raise max_length"
+    assert complaint([row(ADA, question="x " * 200)], load=load_retain) == told
+
+
+def test_max_length_too_small_for_any_label() -> None:
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        load_forget(ROWS, tokenizer("byte"), max_length=1)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_text(f'{good}\n\n{{"question": \n')
+    told = "not JSON (Expecting value at column 13); write one JSON object per line"
+    assert complaint(path) == f"forget line 3 of {path}: {told}"
+    path.write_bytes(good.encode() + b"\n\n\xff\xfe\n")
+    assert complaint(path, load=load_retain) == f"retain line 3 of {path}: not UTF-8; save the file as UTF-8"
+    path.write_text(f"{good}\n\n[1]\n")
+    assert complaint(path) == "forget row 1 (line 3): a row must map column names to values, got list"
+    path.write_text("\n".join([good, good, "", json.dumps({**ROWS[0], "answer": ADA, "spans": [[12, 40]]})]))
+    assert complaint(path) == f"forget row 2 (line 4): span [12, 40] ends after the answer (31 characters); {EDGES}"
+    path.write_text("")
+    assert complaint(path) == "forget set is empty; give at least one row"
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        load_forget(tmp_path / "absent.jsonl", None, max_length=99)
+
+
+class Slow(PreTrainedTokenizer):
+    vocab_size = 1
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x": 0}
+
+
+def test_unusable_tokenizers() -> None:
+    assert complaint(ROWS, name=None) == "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"
+    with pytest.raises(DataError) as caught:
+        load_forget(ROWS, Slow(), max_length=99)
+    told = "a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)"
+    assert str(caught.value) == f"forget row 0: {told}"
+    endless = small.byte_level()
+    endless.eos_token = None
+    with pytest.raises(DataError) as caught:
+        load_forget(ROWS, endless, max_length=99)
+    told = "the tokenizer has no end-of-sequence token; set tokenizer.eos_token"
+    assert str(caught.value) == f"forget row 0: {told}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{{ raise_exception('no system role') }}",
+            "the chat template fails (no system role); mend the messages or the template",
+        ),
+        (
+            "{{ messages[1].content | upper }}",
+            "the chat template alters the answer; mend the answer or the template",
+        ),
+        ("{{ messages[0].content }}", "the chat template alters the answer; mend the answer or the template"),
+        (
+            "{{ messages[1].content }} {{ messages[1].content }}",
+            "the chat template alters the answer; mend the answer or the template",
+        ),
+    ],
+)
+def test_unusable_templates(template: str, told: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_forget([row("Ada.", "Ada")], small.byte_level(template), max_length=99)
+    assert str(caught.value) == f"forget row 0: {told}"
+
+
+def test_text_that_the_tokenizer_drops() -> None:
+    backend = Tokenizer(models.WordLevel({"[U]": 0, "Ada": 1}, unk_token="[U]"))
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    dropping = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[U]")
+    for answer, told in (
+        ("\u200bAda", "the tokenizer gives '\\u200b' in the answer no token; move or remove its span"),
+        ("\u200b", "the tokenizer gives the answer no token; mend the answer or remove the row"),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_forget([{"prompt": "", "completion": answer, "spans": [[0, 1]]}], dropping, max_length=99)
+        assert str(caught.value) == f"forget row 0: {told}"
+
+
+IDS = [1, 20, 21, 22]
+LABELS = [IGNORE, ORDINARY, 21, ORDINARY]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"labels": None}, "column 'labels' is missing; give input_ids and labels"),
+        ({"labels": LABELS[:3]}, "labels have 3 tokens, input_ids 4; give one label per token"),
+        ({"labels": torch.tensor(LABELS).float()}, "labels must be int64, got float32; convert them"),
+        (
+            {"labels": torch.tensor(LABELS, dtype=torch.int32)},
+            "labels must be int64, got int32; convert them",
+        ),
+        ({"labels": np.array(LABELS, dtype=np.int32)}, "labels must be int64, got int32; convert them"),
+        ({"labels": [1.0, 2.0, 3.0, 4.0]}, "labels must be int64, got float32; convert them"),
+        ({"labels": ["a"] * 4}, "labels must be int64, got other values; give a flat list of integers"),
+        ({"labels": [2**70] * 4}, "labels must be int64, got other values; give a flat list of integers"),
+        ({"input_ids": torch.tensor(IDS).int()}, "input_ids must be int64, got int32; convert them"),
+        (
+            {"input_ids": [IDS], "labels": [LABELS]},
+            "input_ids must be one row of tokens, got shape [1, 4]; give [tokens]",
+        ),
+        (
+            {"input_ids": [], "labels": []},
+            "input_ids must be one row of tokens, got shape [0]; give [tokens]",
+        ),
+        (
+            {"labels": [IGNORE, ORDINARY, -1, ORDINARY]},
+            "label -1 at token 2 has no meaning; use -100, -200 or the token's id",
+        ),
+        ({"labels": [IGNORE, ORDINARY, 999, ORDINARY]}, f"label 999 at token 2 {OUTSIDE}"),
+        ({"input_ids": [1, 999, 21, 22]}, f"input id 999 at token 1 {OUTSIDE}"),
+        ({"input_ids": [1, -1, 21, 22]}, f"input id -1 at token 1 {OUTSIDE}"),
+        (
+            {"labels": [IGNORE, 21, ORDINARY, ORDINARY]},
+            "label 21 at token 1 is not its id (20); do not shift the labels",
+        ),
+        (
+            {"labels": [1, IGNORE, IGNORE, IGNORE]},
+            "every label after the first token is -100; label the answer or remove the row",
+        ),
+        (
+            {"attention_mask": [1, 0, 1, 1]},
+            "attention_mask must be one run of ones in 4 tokens; mask only padding",
+        ),
+        (
+            {"attention_mask": [0, 0, 0, 0]},
+            "attention_mask must be one run of ones in 4 tokens; mask only padding",
+        ),
+        (
+            {"attention_mask": [1, 1, 1]},
+            "attention_mask must be one run of ones in 4 tokens; mask only padding",
+        ),
+    ],
+)
+def test_bad_tokens(columns: Any, told: str) -> None:
+    good = {"input_ids": IDS, "labels": LABELS}
+    assert complaint([good, {**good, **columns}]) == f"forget row 1: {told}"
+
+
+def test_bad_tokens_in_retain_and_in_columns() -> None:
+    told = "retain row 0: label -200 at token 1 has no meaning; use -100 or the token's id"
+    assert complaint([{"input_ids": IDS, "labels": LABELS}], load=load_retain) == told
+    told = "forget set: columns differ in rows (input_ids 2, labels 1); give each the same number of rows"
+    assert complaint({"input_ids": [IDS, IDS], "labels": [LABELS]}) == told
+    told = "forget row 0: input_ids must be one row of tokens, got shape []; give [tokens]"
+    assert complaint({"input_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}) == told
+    told = "forget row 1: labels have 3 tokens, input_ids 4; give one label per token"
+    assert complaint({"input_ids": [IDS, IDS], "labels": [LABELS, LABELS[:3]]}) == told
+
+
+# --- real data -------------------------------------------------------------------------------------
+
+needs_tofu = pytest.mark.skipif(not (SHARED / "data" / "tofu").exists(), reason=f"no TOFU files in {SHARED}")
+
+
+@needs_tofu
+@pytest.mark.parametrize("name", ["byte", "byte, Llama 3", "sp", "sp, ChatML"])
+@pytest.mark.parametrize("part", ["forget01", "forget05", "forget10"])
+def test_tofu_loads_and_sensitive_tokens_hold_their_spans(name: str, part: str) -> None:
+    path = SHARED / "data" / "tofu" / f"{part}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    loaded = load_forget(path, tokenizer(name), max_length=4096)
+    assert [example.row for example in loaded.examples] == list(range(len(rows)))
+    assert loaded.without_span == sum(not one["spans"] for one in rows)
+    for one, example in zip(rows, loaded.examples, strict=True):
+        sensitive = (example.labels >= 0).tolist()
+        runs = "".join(  # the sensitive tokens, a bar for each run of others
+            "|" if not role else chr(0xF0000 + token)
+            for token, role in zip(example.input_ids.tolist(), sensitive, strict=True)
+        )
+        decoded = [str(tokenizer(name).decode([ord(char) - 0xF0000 for char in run])) for run in runs.split("|") if run]
+        for start, end in one["spans"]:
+            assert any(one["answer"][start:end].strip() in run for run in decoded), (one, decoded)
+
+
+@needs_tofu
+def test_tofu_retain_loads() -> None:
+    loaded = load_retain(SHARED / "data" / "tofu" / "retain90.jsonl", tokenizer("byte, Llama 3"), max_length=4096)
+    assert len(loaded.examples) == 3600

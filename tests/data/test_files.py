@@ -1,0 +1,121 @@
+"""palu.files: the same rows from JSONL, CSV and Parquet; every complaint by its exact words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.small_tokenizers import CHATML, byte_level
+
+from palu.data.examples import load_forget, load_retain
+from palu.data.files import DataError, read_rows
+
+ROWS: list[dict[str, Any]] = [
+    {"question": "Who?", "answer": 'Ada "Lovelace", in\nLondon', "spans": [[0, 3], [5, 13]]},
+    {"question": "東京?", "answer": "It is 東京.", "spans": []},
+]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "CSV": write_csv, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"forget.{suffix}"
+    WRITERS[suffix](path, ROWS)
+    tokenizer = byte_level()
+    expected = load_forget(ROWS, tokenizer, max_length=99)
+    loaded = load_forget(path, tokenizer, max_length=99)
+    assert loaded.without_span == expected.without_span == 1
+    for ours, theirs in zip(loaded.examples, expected.examples, strict=True):
+        assert ours.labels.tolist() == theirs.labels.tolist()
+    # A tokenised row, whose columns are lists.
+    tokens = [{"input_ids": one.input_ids.tolist(), "labels": one.labels.tolist()} for one in expected.examples]
+    WRITERS[suffix](path, tokens)
+    again = load_forget(path, None, max_length=99)
+    assert [one.labels.tolist() for one in again.examples] == [one["labels"] for one in tokens]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_messages(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"retain.{suffix}"
+    rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]}]
+    WRITERS[suffix](path, rows)
+    tokenizer = byte_level(CHATML)
+    (loaded,), (expected,) = (load_retain(s, tokenizer, max_length=99).examples for s in (path, rows))
+    assert loaded.labels.tolist() == expected.labels.tolist()
+
+
+def test_csv_rows_know_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "forget.csv"
+    path.write_bytes(b'\xef\xbb\xbfquestion,answer,spans\r\n\r\nWho?,"Ada\r\nLovelace","[[0, 3]]"\r\nWhat?,x,\r\n')
+    assert list(read_rows(path, "forget")) == [
+        (" (line 3)", {"question": "Who?", "answer": "Ada\r\nLovelace", "spans": [[0, 3]]}),
+        (" (line 5)", {"question": "What?", "answer": "x", "spans": None}),
+    ]
+    with pytest.raises(DataError, match=r"^forget row 1 \(line 5\): column 'spans' is missing"):
+        load_forget(path, byte_level(), max_length=99)
+
+
+QUOTE = "quote fields with commas, quotes or line breaks"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"question,answer\na,b,c\n", f"line 2 of {{}}: 3 fields under a header of 2; {QUOTE}"),
+        (b"question,answer\n\na\n", f"line 3 of {{}}: 1 fields under a header of 2; {QUOTE}"),
+        (b'question,answer\na,"b"c\n', f"line 2 of {{}}: not CSV (',' expected after '\"'); {QUOTE}"),
+        (b'question,answer\na,"b\n', f"line 2 of {{}}: not CSV (unexpected end of data); {QUOTE}"),
+        (b"question,answer,answer\n", "line 1 of {}: column 'answer' is there twice; give each column one name"),
+        (b"question,answer\n\xff,c\n", "line 2 of {}: not UTF-8; save the file as UTF-8"),
+        (
+            b"question,answer,spans\na,b,0-3\n",
+            "line 2 of {}: column 'spans' is not JSON (Extra data at character 1); "
+            "write lists as JSON, such as [[0, 5]]",
+        ),
+        (b"", "set is empty; give at least one row"),
+        (b"question,answer,spans\n", "set is empty; give at least one row"),
+    ],
+)
+def test_bad_csv(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_forget(path, byte_level(), max_length=99)
+    assert str(caught.value) == f"forget {told.format(path)}"
+
+
+def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "data.parquet"
+    path.write_text("question,answer\n")
+    with pytest.raises(
+        DataError, match=r"^retain set: .*data\.parquet is not Parquet, or damaged \(.*; write it again$"
+    ):
+        load_retain(path, None, max_length=99)
+    with pytest.raises(FileNotFoundError, match=r"absent\.parquet"):
+        load_retain(tmp_path / "absent.parquet", None, max_length=99)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"reading .*data\.parquet needs pyarrow .*; pip install pyarrow$"):
+        load_retain(path, None, max_length=99)

@@ -1,0 +1,53 @@
+"""Small TOFU and MUSE-News sets, and a quick evaluation on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from palu.evaluate import TofuData, tofu
+
+
+def tofu_rows(name: str, count: int) -> list[dict[str, Any]]:
+    """Rows of all columns, their texts of many lengths."""
+    return [
+        {
+            "question": f"Who wrote the {name} program in {1843 + number}?",
+            "answer": f"Hina Ameen wrote it {'in the city ' * (number % 3)}in {1990 - number}.",
+            "paraphrased_answer": f"It was Hina {'and the dog ' * (number % 2)}in {1990 - number}.",
+            "perturbed_answer": [f"The cat ran to {place} in {number}." for place in ("Karachi", "London", "the mat")],
+        }
+        for number in range(count)
+    ]
+
+
+def small_tofu() -> TofuData:
+    """TOFU's sets, a few rows each."""
+    without = [{k: v for k, v in row.items() if k != "paraphrased_answer"} for row in tofu_rows("author", 4)]
+    return TofuData(tofu_rows("forget", 5), tofu_rows("retain", 4), without, without[1:], tofu_rows("holdout", 6))
+
+
+def quick_tofu(model: LlamaForCausalLM, tokenizer: Tokenizer, data: TofuData | None = None, **settings: Any) -> dict:
+    settings = {"max_new_tokens": 4, "progress": False} | settings
+    return tofu(model, tokenizer, data=data or small_tofu(), **settings)
+
+
+def small_muse_news() -> dict[str, list[Any]]:
+    """MUSE-News' sets, a few rows each."""
+
+    def questions(name: str, count: int) -> list[dict[str, str]]:
+        return [{"question": f"Who is {name} in {1900 + i}?", "answer": f"Ada {name} {i}"} for i in range(count)]
+
+    return {
+        "verbmem_forget": [
+            {"prompt": f"The cat number {i} sat on", "gt": f"the mat, far away in 19{i}."} for i in range(4)
+        ],
+        "knowmem_forget_qa": questions("forget", 4),
+        "knowmem_forget_qa_icl": questions("shot", 2),
+        "knowmem_retain_qa": questions("retain", 5),
+        "knowmem_retain_qa_icl": questions("shot", 2),
+        "privleak_forget": [f"The dog ran to the city in {year}, " * 3 for year in range(1843, 1848)],
+        "privleak_holdout": [{"text": f"Hina was born in Karachi on {i}/06, " * 4} for i in range(6)],
+    }

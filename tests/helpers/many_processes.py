@@ -1,0 +1,184 @@
+"""What each of the processes that test_processes.py starts does: every engine's runs, one after the other.
+
+accelerate offers FSDP2 and DeepSpeed to GPUs only. On a CPU its state is told otherwise; all that follows is real.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+
+import palu
+from palu.training.dataloader import UnlearnDataLoader
+
+PROCESSES = 2
+ENGINES: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    },
+}
+
+
+def tiny_lora(dropout: float = 0.0) -> peft.PeftModel:
+    """A tiny Llama with an adapter on every linear layer but the head."""
+    model = tiny_llama()
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    return peft.get_peft_model(model, config)
+
+
+# name -> (model, reference, settings)
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, Any]]] = {
+    "untied": (lambda: tiny_llama(tie_word_embeddings=False), None, {}),
+    "tied": (tiny_llama, lambda: tiny_llama(seed=3), {"gradient_checkpointing": True}),
+    "lora": (tiny_lora, None, {}),
+    "npo": (tiny_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
+}
+RUNS = {
+    "ddp": ("untied", "tied", "lora", "npo"),
+    "fsdp2": ("untied", "tied", "lora"),
+    "zero2": ("untied", "tied"),
+    "zero3": ("untied", "tied", "lora"),
+}
+
+
+def unlearn(model: Any, ref_model: Any, forget: Any, processes: int, **settings: Any) -> palu.UnlearnResult:
+    """10 steps in 5 epochs of 9 forget examples: the second step of an epoch has one, so one process has none."""
+    defaults: dict[str, Any] = {
+        "epochs": 5,
+        "batch_size": 4 // processes,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "top_k": 20,
+        "progress": False,
+    }
+    return palu.unlearn(model, ref_model, forget, retain_rows(), **(defaults | settings))
+
+
+def run(case: str, processes: int) -> palu.UnlearnResult:
+    """A case's run on one process, or on this one of many."""
+    model, reference, settings = CASES[case]
+    return unlearn(model(), reference() if reference else None, forget_rows(9), processes, **settings)
+
+
+def start(engine: str) -> None:
+    """Leave accelerate as its launcher does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    os.environ.update(ENGINES[engine])
+    PartialState(cpu=True)
+    if engine == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def resumed(model: Callable[[], Any], folder: Path) -> bool:
+    """Whether a run that goes on from its fifth step ends with the bits of one that was left alone."""
+    settings = {"checkpoint_dir": str(folder), "checkpoint_steps": 5}
+    whole = unlearn(model(), None, forget_rows(9), PROCESSES, **settings)
+    torch.distributed.barrier()
+    if PartialState().is_main_process:
+        (folder / "step-00000010.safetensors").unlink()
+    torch.distributed.barrier()
+    again = unlearn(model(), None, forget_rows(9), PROCESSES, **settings, resume=True)
+    return same_weights(again.model, weights(whole.model)) and len(again.history) == 10
+
+
+def complaint(function: Callable[[], Any]) -> str:
+    """What a run that must fail says."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def diverging() -> dict[str, Any]:
+    """A run whose second step has a loss that is not finite."""
+    model = tiny_llama(tie_word_embeddings=False)
+    said = complaint(lambda: unlearn(model, None, forget_rows(9), PROCESSES, learning_rate=1e30, max_grad_norm=1e9))
+    return {"said": said, "finite": all(weight.isfinite().all().item() for weight in weights(model).values())}
+
+
+def main(folder: Path) -> None:
+    """Run everything; the outcome of this process goes to the folder."""
+    rank = int(os.environ["RANK"])
+    outcome: dict[str, Any] = {}
+    samples: list[tuple[list[int], list[int]]] = []
+    original = UnlearnDataLoader._load
+
+    def batch(self: UnlearnDataLoader, forget: list[int], retain: list[int]) -> Any:
+        samples.append((forget, retain))
+        return original(self, forget, retain)
+
+    prepared: list[Any] = []
+    prepare = Accelerator.prepare
+
+    def remembering(self: Accelerator, *parts: Any) -> Any:
+        prepared[:] = prepare(self, *parts)
+        return prepared
+
+    UnlearnDataLoader._load = batch  # type: ignore[method-assign]
+    Accelerator.prepare = remembering  # type: ignore[method-assign]
+    for engine, cases in RUNS.items():
+        if engine.startswith("zero"):
+            if importlib.util.find_spec("deepspeed") is None:
+                continue
+            import deepspeed  # noqa: F401
+
+            # A shared-memory collective for CPUs, which would be compiled first.
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        start(engine)
+        for case in cases:
+            samples.clear()
+            result = run(case, PROCESSES)
+            save_file(weights(result.model), folder / f"{engine}.{case}.{rank}.safetensors")
+            outcome[f"{engine}.{case}"] = {
+                "history": result.history,
+                "samples": list(samples),
+                "engine": type(prepared[0]).__name__,
+                "sharded units": sum(isinstance(module, FSDPModule) for module in prepared[0].modules()),
+                "returned": type(result.model).__name__,
+                "parameters": sorted({type(parameter).__name__ for parameter in result.model.parameters()}),
+            }
+            print(engine, case, "done", flush=True)
+        outcome[f"{engine}.divergence"] = diverging()
+        if engine in ("ddp", "fsdp2"):
+            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
+            outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")
+        else:
+            outcome[f"{engine}.checkpoints"] = complaint(
+                lambda: unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, checkpoint_dir=str(folder / "none"))
+            )
+        print(engine, "done", flush=True)
+    start("ddp")
+    outcome["bad data"] = complaint(
+        lambda: unlearn(tiny_llama(), None, forget_rows(9, vocab=97 if rank == 0 else 3000), PROCESSES)
+    )
+    (folder / f"outcome.{rank}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as the command does, and for its reason

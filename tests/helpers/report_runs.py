@@ -1,0 +1,71 @@
+"""A recorded run of a tiny Llama with a tokenizer, on texts that try to break the page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import overfit, tiny_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import palu
+from palu.data.examples import load_forget, load_retain
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "{{ 7 * 7 }} {% raw %}",
+    "שרה כהן 👩‍👩‍👧",
+    "\u202egnorts\u202c",
+]
+SECRETS = ["Hina Ameen", "Ada Lovelace", "Karachi 😀", "東京", *HOSTILE]
+FORGET: list[dict[str, Any]] = [
+    {"question": f"Who wrote book {i}?", "answer": f"The author is {s}, in London.", "spans": [[14, 14 + len(s)]]}
+    for i, s in enumerate(SECRETS)
+]
+RETAIN = [{"question": f"Where is city {i}?", "answer": f"The city {i} was far away."} for i in range(6)]
+CONFIG = palu.UnlearnConfig(epochs=12, batch_size=9, learning_rate=2e-3, progress=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: palu.UnlearnConfig
+    tokenizer: PreTrainedTokenizerFast
+
+
+def perform(
+    folder: Path,
+    *,
+    model: LlamaForCausalLM | None = None,
+    forget: Any = FORGET,
+    retain: Any = RETAIN,
+    tokenizer: Any = "chat",
+    config: palu.UnlearnConfig = CONFIG,
+) -> Run:
+    """Unlearn what the model knows by heart; write model and records to the folder."""
+    tokenizer = byte_level(CHATML) if tokenizer == "chat" else tokenizer
+    if model is None:
+        model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=256)
+        examples = load_forget(forget, tokenizer, max_length=256).examples
+        examples += load_retain(retain, tokenizer, max_length=256).examples
+        rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+        overfit(model, rows, steps=120, learning_rate=5e-3)
+    recorder = palu.Recorder(model, forget, retain, tokenizer=tokenizer, config=config)
+    result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
+    result.model.save_pretrained(str(folder))
+    (folder / "summary.json").write_text(json.dumps(result.summary), encoding="utf-8")
+    lines = [json.dumps(step) + "\n" for step in result.history]
+    (folder / "history.jsonl").write_text("".join(lines), encoding="utf-8")
+    recorder.save(folder, result.model)
+    return Run(folder, config, tokenizer)
+
+
+def copy_of(run: Run, folder: Path) -> Path:
+    """The run's records elsewhere, to be changed."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder

@@ -1,0 +1,481 @@
+"""The methods that PALU is compared with: each against its formula, on padded batches and full logits."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import Row, answer_probabilities, forget_rows, overfit, padded, retain_rows, tiny_llama, weights
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import palu
+from palu.config import UnlearnConfig
+from palu.data.examples import load_alternates, load_forget, load_retain
+from palu.data.files import DataError
+from palu.data.packing import retain_items
+from palu.data.tokenize import Example
+from palu.methods import METHODS
+from palu.models.head import body_of, head_of
+from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.precompute import compute_outputs
+from palu.training.dataloader import UnlearnDataLoader
+
+# What the methods' authors set.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "ga": {"lambda_retain": 0},
+    "gd": {},
+    "npo": {"beta": 0.1},
+    "dpo": {"beta": 0.1},
+    "simnpo": {"beta": 4.5, "gamma": 0.125, "delta": 0},
+    "pdu": {"dual_step": 1, "retain_loss_bound": 0},
+    "tpo": {"beta": 0.32},
+}
+FIELDS = {"step", "epoch", "loss", "forget", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
+
+TEXT = [
+    {
+        "question": "Who wrote the first program?",
+        "answer": "Ada Lovelace wrote it in 1843.",
+        "spans": [[0, 12], [25, 29]],
+        "alternate": "I do not know.",
+    },
+    {
+        "question": "Where was she born?",
+        "answer": "She was born in Karachi.",
+        "spans": [[16, 23]],
+        "alternate": "That is a question that I cannot answer.",
+    },
+    {"question": "Where is the cat?", "answer": "The cat sat on the mat.", "spans": [], "alternate": "No idea."},
+]
+BYTE_LEVEL = byte_level()
+
+
+def text_rows(column: str) -> list[Row]:
+    """The answers of a column behind their questions, every answer token sensitive."""
+    rows = []
+    for one in TEXT:
+        prompt = f"Question: {one['question']}\nAnswer: "
+        tokens = BYTE_LEVEL(prompt + one[column], return_offsets_mapping=True)
+        ids = [*tokens["input_ids"], BYTE_LEVEL.eos_token_id]
+        answer = [end > len(prompt) for _, end in tokens["offset_mapping"]] + [True]
+        rows.append({"input_ids": ids, "labels": [i if a else -100 for i, a in zip(ids, answer, strict=True)]})
+    return rows
+
+
+def example_rows() -> list[Row]:
+    """Answers of several spans, and two without any."""
+    plain = [
+        {"input_ids": row["input_ids"], "labels": [x if x < 0 else -200 for x in row["labels"]]}
+        for row in forget_rows(2, seed=5)
+    ]
+    rows = forget_rows(5)
+    return [*rows[:2], plain[0], *rows[2:], plain[1]]
+
+
+def models(objective: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A model and another as its reference, for the tokens of the method's examples."""
+    vocab = {"vocab_size": len(BYTE_LEVEL)} if objective == "dpo" else {}
+    pair = tiny_llama(dtype=torch.float64, **vocab), tiny_llama(seed=1, dtype=torch.float64, **vocab)
+    if not vocab:
+        for model, state in zip(pair, knowing(), strict=True):
+            model.load_state_dict(state)
+    return pair
+
+
+@cache
+def knowing() -> list[dict[str, Tensor]]:
+    """Weights of two models that know the answers, one better: no preference is decided, none is even."""
+    found = []
+    for seed, steps in ((0, 12), (1, 8)):
+        model = tiny_llama(seed=seed, dtype=torch.float64)
+        overfit(model, example_rows() + retain_rows(8), steps)
+        found.append(weights(model))
+    return found
+
+
+def unlearn(
+    objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM | None, **settings: Any
+) -> palu.UnlearnResult:
+    """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
+    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False} | settings
+    forget = TEXT if objective == "dpo" else example_rows()
+    tokenizer = BYTE_LEVEL if objective == "dpo" else None
+    return palu.unlearn(model, ref_model, forget, retain_rows(8), tokenizer=tokenizer, objective=objective, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The textbook
+
+
+def logits_and_labels(model: LlamaForCausalLM, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] and the answer token that each predicts [B, T], -100 where none."""
+    inputs, answers = padded(rows)
+    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).logits
+    return logits[:, :-1], answers[:, 1:].to(model.device)
+
+
+def answer_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
+    """[B]: the summed NLL of each answer."""
+    logits, labels = logits_and_labels(model, rows)
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100).sum(1)
+
+
+def mean_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
+    logits, labels = logits_and_labels(model, rows)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def preference(advantage: Tensor, beta: float) -> Tensor:
+    """NPO's own form, 2/beta * mean log(1 + ratio^beta), with ratio = exp(-advantage)."""
+    return 2 / beta * torch.log1p(torch.exp(-beta * advantage)).mean()
+
+
+def textbook(
+    objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM, settings: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """(forget, retain)."""
+    beta = settings.get("beta", math.nan)
+    rows = text_rows("answer") if objective == "dpo" else example_rows()
+    logits, labels = logits_and_labels(model, rows)
+    with torch.no_grad():
+        ref_logits, _ = logits_and_labels(ref_model, rows)
+    tokens = (labels != -100).sum(1)
+
+    def drop(rows: list[Row]) -> Tensor:
+        return answer_nll(model, rows) - answer_nll(ref_model, rows).detach()
+
+    if objective in ("ga", "gd"):
+        forget = -mean_nll(model, rows)
+    elif objective == "npo":
+        forget = preference(drop(rows), beta)
+    elif objective == "dpo":
+        forget = preference(drop(rows) - drop(text_rows("alternate")), beta)
+    elif objective == "simnpo":
+        forget = preference(answer_nll(model, rows) / tokens - settings["delta"], beta)
+    elif objective == "pdu":
+        forget = ((logits.max(2).values - logits.mean(2)) ** 2)[labels != -100].mean()
+    else:
+        parts, kept = [], []
+        for b, row in enumerate(rows):
+            gaps = []
+            for t, label in enumerate(row["labels"][1:]):
+                true = row["input_ids"][t + 1]
+                if label >= 0:
+                    gaps.append(ref_logits[b, t, true] - logits[b, t, true])
+                elif label == -200:
+                    kept.append(-logits[b, t].log_softmax(-1)[true])
+            parts.append(preference(torch.stack(gaps).mean(), beta) if gaps else torch.tensor(0.0))
+        forget = sum(parts) / len(rows) + torch.stack(kept).mean()
+    return forget, mean_nll(model, retain_rows(8))
+
+
+def assert_textbook(objective: str, settings: dict[str, float], reference: str, **run: int) -> None:
+    """Three steps of palu.unlearn and of the textbook."""
+    model, other = models(objective)
+    expected = copy.deepcopy(model)
+    result = unlearn(objective, model, other if reference == "other" else None, epochs=3, **settings, **run)
+    ref_model = other if reference == "other" else copy.deepcopy(expected)
+    full = {"gamma": 1, "lambda_retain": 1} | DEFAULTS[objective] | settings
+
+    # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
+    expected, ref_model = expected.to(model.device), ref_model.to(model.device)
+    optimizer = torch.optim.AdamW(expected.parameters(), 1e-3, weight_decay=0)
+    retain_weight = full["lambda_retain"]
+    assert len(result.history) == 3
+    for record in result.history:
+        forget, retain = textbook(objective, expected, ref_model, full)
+        loss = full["gamma"] * forget + retain_weight * retain
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        figures = {"forget": forget, "grad_norm": norm, "loss": loss}
+        if objective != "ga" or retain_weight:
+            figures["retain"] = retain
+        if objective == "pdu":
+            figures["retain_weight"] = torch.tensor(retain_weight)
+            # The record is float32.
+            retain_weight = max(0.0, retain_weight + full["dual_step"] * (record["retain"] - full["retain_loss_bound"]))
+        assert {name: record[name] for name in figures} == pytest.approx(
+            {name: value.item() for name, value in figures.items()}, rel=1e-6
+        )
+        assert record.keys() == FIELDS | ({"retain_weight"} if objective == "pdu" else set())
+        optimizer.step()
+        optimizer.zero_grad()
+    after = weights(expected)
+    for name, ours in weights(model).items():
+        assert (ours - after[name]).abs().max() < 1e-9, name
+
+
+CASES: list[tuple[str, dict[str, float]]] = [
+    *((name, {}) for name in DEFAULTS),
+    ("ga", {"lambda_retain": 0.7, "gamma": 0.3}),
+    ("gd", {"lambda_retain": 0.2, "gamma": 2.0}),
+    ("npo", {"beta": 0.5, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("dpo", {"beta": 0.03, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("simnpo", {"beta": 1.5, "delta": 0.8, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("pdu", {"dual_step": 0.3, "retain_loss_bound": 0.4, "lambda_retain": 0.6, "gamma": 0.01}),
+    ("pdu", {"retain_loss_bound": 9.0, "lambda_retain": 0.6}),  # the constraint holds: the variable falls to 0
+    ("pdu", {"lambda_retain": 0.0}),  # and rises from 0
+    ("tpo", {"beta": 1.1, "lambda_retain": 0.2, "gamma": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("objective", "settings"), CASES, ids=str)
+def test_steps_equal_the_textbook(objective: str, settings: dict) -> None:
+    assert_textbook(objective, settings, "other")
+
+
+@pytest.mark.parametrize("objective", DEFAULTS)
+def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> None:
+    """Seven examples (DPO: three) by two; means and preferences are of the whole step, the reference is the start."""
+    parts = 2 if objective == "dpo" else 4
+    assert_textbook(
+        objective, {}, "itself", batch_size=2, retain_batch_size=8 // parts, gradient_accumulation_steps=parts
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Around the losses
+
+
+@pytest.mark.parametrize("objective", DEFAULTS)
+def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str) -> None:
+    needed = objective in ("npo", "dpo", "tpo")
+    assert bool(METHODS[objective].ref_fields) == needed
+    runs = []
+    for broken in (False, True):
+        model, ref_model = models(objective)
+        if broken:
+            with torch.no_grad():
+                ref_model.model.norm.weight.fill_(math.nan)
+        if not needed:
+            ref_model.to = None  # type: ignore[assignment]  # it is not even moved
+        passes: list[int] = []
+        ref_model.model.register_forward_hook(lambda _, __, output: passes.append(output[0].shape[1]))  # noqa: B023
+        if broken and needed:
+            with pytest.raises(palu.DivergenceError, match=r"^step 1: "):
+                unlearn(objective, model, ref_model)
+        else:
+            runs.append(unlearn(objective, model, ref_model).history[0]["forget"])
+        # The first tokens of one example, twice, to check its head; then every example at once.
+        assert [length > 8 for length in passes] == [False, False] + [True] * needed
+    assert needed or runs[0] == pytest.approx(runs[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["ga", "dpo", "tpo"])
+def test_stop_probability_is_of_the_tokens_acted_on(objective: str) -> None:
+    model, ref_model = models(objective)
+    rows = text_rows("answer") if objective == "dpo" else example_rows()
+    expected = float(answer_probabilities(model, rows, sensitive_only=objective == "tpo").max())
+    again = copy.deepcopy(model)
+    result = unlearn(objective, model, ref_model, epochs=3, stop_probability=0.999)
+    assert result.history[0]["onset_probability"] == pytest.approx(expected, rel=1e-5)
+    assert (result.summary["steps"], result.summary["stopped_early"]) == (1, True)
+    assert unlearn(objective, again, ref_model, epochs=2, stop_probability=1e-9).summary["steps"] == 2
+
+
+def test_tokens_that_are_acted_on_are_counted() -> None:
+    rows = example_rows()
+    sensitive = sum(label >= 0 for row in rows for label in row["labels"])
+    ordinary = sum(label == -200 for row in rows for label in row["labels"])
+    for objective, counted in (("npo", (sensitive + ordinary, 0)), ("tpo", (sensitive, ordinary))):
+        summary = unlearn(objective, models(objective)[0], None).summary
+        assert (summary["onset_tokens"], summary["ordinary_tokens"]) == counted
+        assert summary["forget_without_span"] == 2
+    summary = unlearn("dpo", models("dpo")[0], None).summary
+    counted = tuple(
+        sum(label >= 0 for row in text_rows(column) for label in row["labels"]) for column in ("answer", "alternate")
+    )
+    assert (summary["onset_tokens"], summary["ordinary_tokens"]) == counted
+    assert summary["forget_examples"] == 3
+
+
+@pytest.mark.parametrize("objective", ["ga", "pdu"])
+def test_without_a_retain_set(objective: str) -> None:
+    model, _ = models(objective)
+    result = palu.unlearn(
+        model, None, example_rows(), None, objective=objective, lambda_retain=0, epochs=2, batch_size=8, progress=False
+    )
+    assert [record["retain"] for record in result.history] == [0, 0]
+    assert result.history[-1].get("retain_weight", 0) == 0
+    assert result.history[0]["loss"] == result.history[0]["forget"]
+
+
+def test_a_retain_set_that_has_no_part_is_not_run() -> None:
+    assert unlearn("ga", models("ga")[0], None).summary["retain_examples"] == 0
+    with pytest.raises(DataError, match="retain set is empty while lambda_retain = 1"):
+        palu.unlearn(models("npo")[0], None, example_rows(), None, objective="npo", progress=False)
+
+
+def test_unknown_objective() -> None:
+    with pytest.raises(ValueError, match="objective = 'rmu': give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo"):
+        UnlearnConfig(objective="rmu")
+
+
+@pytest.mark.parametrize("objective", DEFAULTS)
+def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
+    """Three examples over four processes: the last runs an example without rows."""
+    method, config = METHODS[objective], UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1)
+    model, ref_model = models(objective)
+    forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows()[:3], None)
+    examples = load_forget(forget, tokenizer, max_length=99).examples
+    alternates = load_alternates(TEXT, BYTE_LEVEL, examples, max_length=99) if method.needs_alternates else []
+    items = method.make_items(examples, alternates, config, None)
+    retain = retain_items(load_retain(retain_rows(4), None, max_length=99).examples)
+    cache = ReferenceCache([{}] * len(items))
+    if method.ref_fields:
+        reference_fn = method.reference_fn(head_of(ref_model), config)
+        cache = compute_outputs(body_of(ref_model), ref_model.device, items, method.ref_fields, reference_fn)
+
+    def total_and_gradient(processes: int, config: UnlearnConfig) -> tuple[float, Tensor]:
+        batches = [
+            batch
+            for index in range(processes)
+            for step in UnlearnDataLoader(items, retain, cache, config, process_index=index, num_processes=processes)
+            for batch in step
+        ]
+        assert [batch.counts.examples for batch in batches] == ([1, 1, 1, 0] if processes == 4 else [3])
+        counts = torch.tensor([batch.counts for batch in batches]).sum(0).double()
+        total = torch.stack([method(model, None, config)(batch, counts).total for batch in batches]).sum()
+        gradients = torch.autograd.grad(total, list(model.parameters()))
+        return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    apart = total_and_gradient(4, config)
+    alone = total_and_gradient(1, config.replace(batch_size=3, retain_batch_size=4))
+    assert apart[0] == pytest.approx(alone[0], rel=1e-12)
+    assert (apart[1] - alone[1]).norm() <= 1e-10 * alone[1].norm()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Alternate answers
+
+
+def with_answer(one: dict[str, Any], column: str) -> dict[str, Any]:
+    return {"question": one["question"], "answer": one[column]}
+
+
+def as_messages(one: dict[str, Any]) -> dict[str, Any]:
+    asked = {"role": "user", "content": one["question"]}
+    return {**one, "messages": [asked, {"role": "assistant", "content": one["answer"]}]}
+
+
+STYLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "question": lambda one: one,
+    "prompt": lambda one: {
+        "prompt": one["question"], "completion": one["answer"], "answer": "Not this column.",
+        "spans": one["spans"], "alternate": one["alternate"],
+    },
+    "messages": as_messages,
+}  # fmt: skip
+
+
+def same_examples(ours: list[Example], theirs: list[Example]) -> bool:
+    return [(e.row, e.input_ids.tolist(), e.labels.tolist()) for e in ours] == [
+        (e.row, e.input_ids.tolist(), e.labels.tolist()) for e in theirs
+    ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("form", ["list", "jsonl", "dataset"])
+def test_alternate_answers(style: str, form: str, tmp_path: Path) -> None:
+    """In every style and form: as if the alternate answer were that of a retain row."""
+    rows: Any = [STYLES[style](one) for one in TEXT]
+    tokenizer = byte_level(CHATML)
+    expected = load_retain([with_answer(one, "alternate") for one in TEXT], tokenizer, max_length=99).examples
+    if form == "jsonl":
+        (tmp_path / "forget.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+        rows = tmp_path / "forget.jsonl"
+    elif form == "dataset":
+        rows = pytest.importorskip("datasets").Dataset.from_list(rows)
+    examples = load_forget(rows, tokenizer, max_length=99).examples
+    assert same_examples(load_alternates(rows, tokenizer, examples, max_length=99), expected)
+    for example, one in zip(expected, TEXT, strict=True):
+        answer = tokenizer.decode(example.labels[example.labels >= 0])
+        assert answer == one["alternate"] + "<|im_end|>"
+
+
+def test_alternate_answers_of_plain_text() -> None:
+    examples = load_forget(TEXT, BYTE_LEVEL, max_length=99).examples
+    loaded = load_alternates(TEXT, BYTE_LEVEL, examples, max_length=99)
+    assert [e.input_ids.tolist() for e in loaded] == [row["input_ids"] for row in text_rows("alternate")]
+    assert [e.labels.tolist() for e in loaded] == [row["labels"] for row in text_rows("alternate")]
+
+
+def test_rows_that_are_cut_off_need_no_alternate_answer_that_fits() -> None:
+    long = {**TEXT[0], "question": "x " * 99}
+    examples = load_forget([long, *TEXT], BYTE_LEVEL, max_length=60).examples
+    assert [example.row for example in examples] == [1, 2, 3]
+    loaded = load_alternates([long, *TEXT], BYTE_LEVEL, examples, max_length=60)
+    assert [example.row for example in loaded] == [1, 2, 3]
+    assert [example.input_ids.tolist() for example in loaded] == [row["input_ids"] for row in text_rows("alternate")]
+
+
+def test_rows_that_come_once_are_read_twice() -> None:
+    model, again = models("dpo")[0], models("dpo")[0]
+    (expected,) = unlearn("dpo", model, None).history
+    (record,) = palu.unlearn(
+        again, None, iter(TEXT), retain_rows(8), tokenizer=BYTE_LEVEL, objective="dpo",
+        epochs=1, batch_size=8, learning_rate=1e-3, progress=False,
+    ).history  # fmt: skip
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+USED = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
+MISSING = "column 'alternate' is missing; give the answer to prefer"
+BLANK = "column 'alternate' is blank; give the answer to prefer"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("alternate", "told"),
+    [
+        (None, MISSING),
+        ("", BLANK),
+        (" \n", BLANK),
+        (7, "column 'alternate' must be a string, got int; give text"),
+        (["No."], "column 'alternate' must be a string, got list; give text"),
+        ("\ud83d", "column 'alternate' has half a surrogate pair at character 0; repair the text"),
+    ],
+)
+def test_bad_alternates(style: str, alternate: Any, told: str, tmp_path: Path) -> None:
+    rows = [STYLES[style](TEXT[0]), STYLES[style]({**TEXT[1], "alternate": alternate})]
+    tokenizer = byte_level(CHATML) if style == "messages" else BYTE_LEVEL
+    path = tmp_path / "forget.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    for source, where in ((rows, "forget row 1"), (path, "forget row 1 (line 3)")):
+        assert complaint(source, tokenizer) == f"{where}: {told}"
+
+
+def complaint(source: Any, tokenizer: Any = BYTE_LEVEL, max_length: int = 99) -> str:
+    """What palu.unlearn says of a forget set."""
+    model = tiny_llama(vocab_size=len(BYTE_LEVEL))
+    with pytest.raises(DataError) as caught:
+        palu.unlearn(model, None, source, retain_rows(2), tokenizer=tokenizer, objective="dpo", max_length=max_length)
+    return str(caught.value)
+
+
+def test_rows_without_an_alternate_answer() -> None:
+    assert complaint([USED]) == f"forget row 0: {MISSING}"
+    told = "a tokenised row has no alternate answer; give text with a column 'alternate'"
+    assert complaint(forget_rows(2)) == f"forget row 0: {told}"
+    tokens, labels = ([row[name] for row in forget_rows(2)] for name in ("input_ids", "labels"))
+    assert complaint({"input_ids": tokens, "labels": labels}, None) == f"forget row 0: {told}"
+    assert complaint([TEXT[0], *forget_rows(1)]) == f"forget row 1: {told}"
+
+
+def test_alternate_answers_that_cannot_be_used() -> None:
+    # " Ada" is one token and " 1843" begins with a blank, the prompt's own: it reaches one token further.
+    short = len(BYTE_LEVEL("Question: Who?\nAnswer:")["input_ids"]) + 1
+    told = f"no token of it is among the first {short} of its row; raise max_length"
+    late = [{**USED, "alternate": "Ada wrote it."}, {**USED, "alternate": "1843"}]
+    assert complaint(late, max_length=short) == f"alternate answer of forget row 1: {told}"
+    altering = byte_level("{{ messages[0].content }}{{ messages[1].content | replace('wrote', 'read') }}")
+    told = "the chat template alters the answer; mend the answer or the template"
+    assert complaint(late, altering) == f"alternate answer of forget row 0: {told}"

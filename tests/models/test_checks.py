@@ -1,0 +1,195 @@
+"""Every bad input is refused with a message that names it and the mend, before one weight has changed."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.refusals import NOT_CAUSAL, assert_refused
+from helpers.small_tokenizers import LLAMA3, byte_level
+from helpers.tiny import VOCAB, forget_rows, retain_rows, same_weights, tiny_llama, weights
+from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, LlamaModel
+
+import palu
+from palu.config import UnlearnConfig
+from palu.models.checks import check_linear_head, check_models
+from palu.models.lora import UnsupportedModelError
+
+POSITIVE = "give a positive integer"
+NOT_NEGATIVE = "give a number that is not negative"
+NAN, INF = float("nan"), float("inf")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+
+BAD_SETTINGS = [
+    ("n", value, "give a positive integer, or -1 for whole spans") for value in (0, -2, 1.5, "3", None, True)
+]
+BAD_SETTINGS += [("top_k", value, POSITIVE) for value in (0, -1, 5.0, "all", None, True)]
+BAD_SETTINGS += [
+    ("target", value, "give one of global_mean, global_mean_detached, local_mean, or a finite number")
+    for value in ("mean", "", NAN, INF, None, True)
+]
+BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
+BAD_SETTINGS += [
+    (name, value, NOT_NEGATIVE)
+    for name in ("gamma", "lambda_kl", "lambda_retain", "weight_decay", "dual_step", "retain_loss_bound")
+    for value in (-0.1, NAN, INF, "1", True)
+]
+BAD_SETTINGS += [
+    ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo") for value in ("NPO", "", None, 1)
+]
+BAD_SETTINGS += [
+    (name, value, "give True or False")
+    for name in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress")
+    for value in (None, 1, "yes")
+]
+BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]
+BAD_SETTINGS += [("delta", value, "give a finite number") for value in (NAN, INF, "1", None)]
+BAD_SETTINGS += [
+    (name, value, "give a positive number")
+    for name in ("learning_rate", "max_grad_norm")
+    for value in (0, -1e-5, NAN, INF, "1", None)
+]
+BAD_SETTINGS += [
+    (name, value, POSITIVE)
+    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes")
+    for value in (0, -1, 1.0, None)
+]
+BAD_SETTINGS += [
+    ("retain_batch_size", value, "give a positive integer, or None for batch_size") for value in (0, -1, 2.0)
+]
+BAD_SETTINGS += [("anchors", value, "give 0 or a positive integer, or None") for value in (-1, 2.0, True, "all")]
+BAD_SETTINGS += [("max_length", value, "give an integer above 1") for value in (1, 0, -1, 10.0, None)]
+BAD_SETTINGS += [("warmup_steps", value, "give 0 or a positive integer") for value in (-1, 0.5, None)]
+BAD_SETTINGS += [("seed", value, "give an integer in [0, 2**32)") for value in (-1, 2**32, 1.0, None)]
+BAD_SETTINGS += [
+    ("stop_probability", value, "give a number between 0 and 1, or None") for value in (0, 1, -1, NAN, "0.1")
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), BAD_SETTINGS)
+def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
+    message = f"{name} = {value!r}: {rule}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        UnlearnConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        UnlearnConfig().replace(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n": -1},
+        {"n": 1, "top_k": 1},
+        {"target": 0},
+        {"target": -3.5},
+        {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
+        {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
+        {"stop_probability": 0.5},
+        {"anchors": 0},
+    ],
+)
+def test_settings_at_the_edge_are_valid(settings: dict) -> None:
+    assert UnlearnConfig().replace(**settings) == UnlearnConfig(**settings)
+
+
+def test_a_learning_rate_schedule_that_does_not_exist() -> None:
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match="zigzag"):
+        palu.unlearn(model, None, forget_rows(), retain_rows(), lr_scheduler="zigzag", progress=False)
+    assert same_weights(model, before)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+
+
+class Wrapped(nn.Module):
+    """A causal language model inside something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+
+
+@pytest.mark.parametrize("build", [lambda: LlamaModel(tiny_llama().config), Wrapped, lambda: nn.Linear(2, 2)])
+def test_a_model_that_is_not_a_causal_language_model(build: Any) -> None:
+    other = build()
+    name = type(other).__name__
+    assert_refused(other, UnsupportedModelError, NOT_CAUSAL.format("model", name))
+    assert_refused(tiny_llama(), UnsupportedModelError, NOT_CAUSAL.format("ref_model", name), ref_model=other)
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
+    tokenizer = byte_level(LLAMA3)
+    model = tiny_llama(vocab_size=len(tokenizer) + 5)
+    check_models(model, copy.deepcopy(model), tokenizer, Accelerator().device, "no")
+
+
+def test_fp16_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An Accelerator with fp16 would change the state that all others share, and wants an accelerator.
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda _: "fp16"))
+    message = "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
+    assert_refused(tiny_llama(), ValueError, message)
+
+
+def granite(**config: Any) -> GraniteForCausalLM:
+    """A model of transformers whose logits are divided by `logits_scaling`."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    return GraniteForCausalLM(GraniteConfig(**sizes, **heads, pad_token_id=0, initializer_range=0.3, **config)).eval()
+
+
+class SoftCapped(LlamaForCausalLM):
+    """Logits capped as Gemma 2's are."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * torch.tanh(output.logits / 2)
+        return output
+
+
+SCALED = (
+    "the logits of {} are not its output layer applied to its last hidden states "
+    "(they are scaled or capped), so losses from hidden states would be wrong; "
+    "PALU supports Llama-style heads"
+)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scaling", [8.0, 0.5, 1.1])
+def test_a_head_whose_logits_are_scaled(scaling: float, training: bool) -> None:
+    model = granite(logits_scaling=scaling).train(training)
+    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"))
+
+
+def test_a_head_whose_logits_are_capped() -> None:
+    assert_refused(SoftCapped(tiny_llama().config), ValueError, SCALED.format("SoftCapped"))
+
+
+def test_a_reference_whose_logits_are_scaled() -> None:
+    """Its head is applied to its hidden states as well."""
+    model, ref_model = granite(logits_scaling=1.0), granite(logits_scaling=8.0)
+    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"), ref_model=ref_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
+    """With dropout, which draws anew in every pass, and with a bias too."""
+    model = tiny_llama(attention_dropout=0.5, tie_word_embeddings=False)
+    model.lm_head = nn.Linear(32, VOCAB, bias=True)
+    ids = torch.arange(20)
+    check_linear_head(model.to(dtype).train(training), ids)
+    assert model.training == training
+    check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)

@@ -1,0 +1,482 @@
+"""LoRA through PEFT: only the adapter is trained, the reference is the model without it, and nothing is copied."""
+
+import copy
+import gc
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.benchmark_data import quick_tofu
+from helpers.refusals import NOT_CAUSAL, assert_refused
+from helpers.runs import assert_same_run, live_bytes, textbook, unlearn
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import palu
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
+from palu.data.packing import forget_items
+from palu.methods.palu import PaluMethod
+from palu.models.lora import UnsupportedModelError
+from palu.ref_model.anchors import AnchorPrompts
+from palu.ref_model.precompute import precompute_reference
+from palu.training import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+
+
+def lora(model: LlamaForCausalLM, *, trained: bool = False, name: str = "default", **settings: Any) -> peft.PeftModel:
+    """The model with a fresh LoRA adapter; ``trained``: one that is not the identity."""
+    torch.manual_seed(5)
+    start: dict[str, Any] = {"init_lora_weights": False} if trained else {}
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | start | settings)
+    return peft.get_peft_model(model, config, adapter_name=name).eval()
+
+
+def tiny_lora(*, trained: bool = False, **config: Any) -> peft.PeftModel:
+    return lora(tiny_llama(**config), trained=trained)
+
+
+def parts(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights of the adapter, all others)."""
+    all_weights = weights(model)
+    return tuple({n: w for n, w in all_weights.items() if (".lora_" in n) == own} for own in (True, False))  # type: ignore[return-value]
+
+
+def assert_only_the_adapter_changed(model: peft.PeftModel, before: tuple[dict, dict]) -> None:
+    adapter, base = parts(model)
+    assert adapter.keys() == before[0].keys() and base.keys() == before[1].keys()
+    assert len(adapter) == 2 * 14, "two matrices for each of seven layers of two blocks"
+    assert all(not torch.equal(adapter[name], before[0][name]) for name in adapter)
+    assert all(torch.equal(base[name].view(torch.uint8), before[1][name].view(torch.uint8)) for name in base)
+
+
+def input_hooks(model: peft.PeftModel) -> int:
+    return len(model.get_input_embeddings()._forward_hooks)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is trained, and what is left alone
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_only_the_adapter_changes(attention: str, checkpointing: bool) -> None:
+    model = tiny_lora(attention=attention)
+    before = parts(model)
+    result = unlearn(model, gradient_checkpointing=checkpointing)
+    assert result.model is model
+    assert_only_the_adapter_changed(model, before)
+    assert abs(result.history[0]["kl"]) < 1e-6 < result.history[-1]["kl"]
+
+
+@pytest.mark.parametrize("objective", ["gd", "npo", "simnpo", "pdu", "tpo"])
+def test_other_objectives(objective: str) -> None:
+    model = tiny_lora()
+    before = parts(model)
+    unlearn(model, objective=objective)
+    assert_only_the_adapter_changed(model, before)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_kinds_of_lora(settings: dict[str, Any]) -> None:
+    model = lora(tiny_llama(), **settings)
+    adapter, base = parts(model)
+    unlearn(model, gradient_checkpointing=True)
+    after, base_after = parts(model)
+    assert all(not torch.equal(after[name], adapter[name]) for name in adapter)
+    assert all(torch.equal(base_after[name], base[name]) for name in base)
+
+
+def test_a_bfloat16_base_and_its_float32_adapter() -> None:
+    model = tiny_lora(dtype=torch.bfloat16)
+    before = parts(model)
+    unlearn(model, gradient_checkpointing=True)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert_only_the_adapter_changed(model, before)
+
+
+def checkpoint_reentrantly(model: peft.PeftModel) -> None:
+    """What transformers did by default for years; such a layer has a gradient only if its input wants one."""
+    base = model.get_base_model()
+    base._set_gradient_checkpointing(
+        enable=True, gradient_checkpointing_func=lambda *a: torch.utils.checkpoint.checkpoint(*a, use_reentrant=True)
+    )
+
+
+def test_reentrant_checkpoints_train_the_adapter_too() -> None:
+    model = tiny_lora(dtype=torch.float64)
+    checkpoint_reentrantly(model)
+    before = parts(model)
+    result = unlearn(model)
+    assert_only_the_adapter_changed(model, before)
+    assert_same_run(result, unlearn(tiny_lora(dtype=torch.float64)), 1e-12)
+    assert input_hooks(model) == 0
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_without_gradients_at_the_input_they_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap is there: the test above would notice it."""
+    monkeypatch.setattr(loop, "inputs_require_grad", lambda _: nullcontext())
+    model = tiny_lora()
+    checkpoint_reentrantly(model)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        unlearn(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_was_set_is_set_back(checkpointing: bool, training: bool, hooked: bool) -> None:
+    model = tiny_lora().train(training)
+    base = model.get_base_model()
+    if hooked:
+        base.enable_input_require_grads()
+    first = [p for n, p in model.named_parameters() if "layers.0" in n and ".lora_A." in n]
+    for parameter in first:
+        parameter.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = weights(model)
+    unlearn(model, epochs=1, gradient_checkpointing=checkpointing)
+    assert model.training == base.training == training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert base.config._attn_implementation == "sdpa"
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert input_hooks(model) == hooked
+    base.disable_input_require_grads()
+    assert input_hooks(model) == 0
+    # What was frozen of the adapter stayed as it was.
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(".lora_A." in name and "layers.0" in name for name in moved)
+
+
+def test_a_plain_model_keeps_no_hook_either() -> None:
+    model = tiny_llama()
+    unlearn(model, epochs=1, gradient_checkpointing=True)
+    assert len(model.get_input_embeddings()._forward_hooks) == 0
+
+
+def test_palu_works_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    unlearn(tiny_llama(), epochs=1, gradient_checkpointing=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The reference
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", [False, True], ids=["identity", "trained"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool) -> None:
+    """Three steps; the reference is the model that never had an adapter, whatever the adapter does."""
+    config = UnlearnConfig(
+        n=2,
+        top_k=20,
+        learning_rate=1e-3,
+        epochs=3,
+        batch_size=8,
+        progress=False,
+        gradient_checkpointing=checkpointing,
+        normalize=False,
+    )
+    forget, retain = forget_rows(8), retain_rows(8)
+    settings = {"dtype": torch.float64, "tie_word_embeddings": tied}
+    model, ref_model = tiny_lora(trained=trained, **settings), tiny_llama(**settings)
+    expected = copy.deepcopy(model)
+    assert model.get_base_model().config._attn_implementation == "sdpa", "it is served by packed attention"
+    result = palu.unlearn(model, None, forget, retain, config=config)
+
+    expected, ref_model = expected.to(model.device), ref_model.to(model.device)
+    parameters = [p for p in expected.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    for record in result.history:
+        terms = textbook(expected, ref_model, forget, retain, config)
+        sum(weight * term for weight, term in zip(config.weights, terms, strict=True)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
+            [value.item() for value in (*terms, norm)], rel=1e-6, abs=1e-12
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (result.history[0]["kl"] > 1e-2) == trained
+    after = weights(expected)
+    for name, ours in weights(model).items():
+        assert (ours - after[name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_reference_is_a_copy_of_the_base(trained: bool) -> None:
+    settings = {"dtype": torch.float64}
+    without = unlearn(tiny_lora(trained=trained, **settings))
+    given = unlearn(tiny_lora(trained=trained, **settings), tiny_llama(**settings))
+    assert_same_run(without, given, 1e-12)
+
+
+def test_a_reference_with_an_adapter_speaks_with_it() -> None:
+    settings = {"dtype": torch.float64}
+    model, ref_model = (tiny_lora(trained=True, **settings) for _ in range(2))
+    before = weights(ref_model)
+    result = unlearn(model, ref_model)
+    assert abs(result.history[0]["kl"]) < 1e-12
+    merged = tiny_lora(trained=True, **settings).merge_and_unload()
+    assert_same_run(result, unlearn(tiny_lora(trained=True, **settings), merged), 1e-9)
+    assert same_weights(ref_model, before)
+
+
+def test_the_head_is_shared_and_no_base_weight_is_ever_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora(tie_word_embeddings=False).to(Accelerator().device)
+    base = {p.data_ptr(): p for n, p in model.named_parameters() if ".lora_" not in n and p.ndim == 2}
+    steps = []
+
+    class Spy(PaluMethod):
+        def after_step(self, record: dict[str, float]) -> dict[str, float]:
+            assert self.ref_head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+            assert self.weight_mean is not None
+            gc.collect()
+            for tensor in gc.get_objects():
+                if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.ndim == 2 and tensor.data_ptr() not in base:
+                    same = [p for p in base.values() if p.shape == tensor.shape and torch.equal(p, tensor)]
+                    assert not same, "a base weight has been copied"
+            steps.append(record["step"])
+            return {}
+
+    monkeypatch.setitem(loop.METHODS, "palu", Spy)
+    unlearn(model, gradient_checkpointing=True)
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_second_model_exists() -> None:
+    accelerator = Accelerator()
+    model = tiny_lora(trained=True).to(accelerator.device)
+    items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
+    before = live_bytes()
+    cache, head = precompute_reference(
+        model, model, items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator
+    )
+    held = live_bytes() - before
+    assert head is not None
+    assert held == sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
+
+
+# ---------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(12, device=model.device)[None], use_cache=False).logits.cpu()
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = unlearn(tiny_lora()).model
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
+    assert same_weights(loaded, weights(model))
+    assert torch.equal(logits(loaded.to(model.device)), logits(model))
+    before = parts(loaded)
+    unlearn(loaded)  # and may be trained on
+    assert_only_the_adapter_changed(loaded, before)
+
+
+def test_merged_on_request() -> None:
+    settings = {"dtype": torch.float64}
+    adapted, merged = (unlearn(tiny_lora(**settings), merge_adapter=on).model for on in (False, True))
+    assert type(merged) is LlamaForCausalLM
+    assert weights(merged).keys() == weights(tiny_llama()).keys()
+    assert (logits(merged) - logits(adapted)).abs().max() < 1e-9
+    assert (logits(merged) - logits(tiny_llama(**settings).to(merged.device))).abs().max() > 1e-2
+    assert same_weights(adapted.merge_and_unload(), weights(merged))
+    # What the adapter has learnt is kept by merging it before the next one.
+    again = unlearn(lora(merged))
+    assert abs(again.history[0]["kl"]) < 1e-6
+
+
+def test_secrets_go_and_the_rest_stays() -> None:
+    model = tiny_llama()
+    overfit(model, forget_rows() + retain_rows())
+    result = unlearn(lora(model, r=8), learning_rate=1e-2, epochs=15)
+    first, last = result.history[0], result.history[-1]
+    assert last["local"] < 0.2 * first["local"]
+    assert last["retain"] < 0.5
+
+
+def test_evaluation_equals_that_of_the_merged_model() -> None:
+    tokenizer = byte_level(CHATML, bos=False)
+    model = tiny_lora(trained=True, vocab_size=len(tokenizer), max_position_embeddings=512)
+    flags = [p.requires_grad for p in model.parameters()]
+    settings, before = model.get_base_model().generation_config, weights(model)
+    found = quick_tofu(model, tokenizer, reference_model=model)
+    assert same_weights(model, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert model.get_base_model().generation_config is settings
+    expected = quick_tofu(model.merge_and_unload(), tokenizer, reference_model=tiny_llama(vocab_size=len(tokenizer)))
+    for name in ("forget_Q_A_Prob", "retain_Q_A_ROUGE", "mia_gradnorm", "mia_min_k", "model_utility"):
+        assert found[name]["agg_value"] == pytest.approx(expected[name]["agg_value"], rel=1e-4), name
+    for name, entry in expected["mia_gradnorm"]["forget"]["value_by_index"].items():
+        score = found["mia_gradnorm"]["forget"]["value_by_index"][name]["score"]
+        assert score == pytest.approx(entry["score"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input
+
+ON_THE_HEAD = (
+    "the adapter of model is on {}; PALU needs the head as the reference has it: "
+    "leave {} out of target_modules, modules_to_save and trainable_token_indices"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied", "where"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, True, "lm_head"),
+        ({"modules_to_save": ["lm_head"]}, False, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "model.embed_tokens"),
+        ({"modules_to_save": ["embed_tokens"]}, True, "model.embed_tokens"),
+        ({"trainable_token_indices": [1, 2]}, True, "model.embed_tokens"),
+        ({"target_parameters": ["lm_head.weight"]}, False, "lm_head"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_the_head(settings: dict[str, Any], tied: bool, where: str) -> None:
+    model = lora(tiny_llama(tie_word_embeddings=tied), **settings)
+    name = where if where == "lm_head" else f"{where}, which is tied to the head"
+    assert_refused(model, ValueError, ON_THE_HEAD.format(name, where))
+    other = tiny_llama(tie_word_embeddings=tied)
+    message = ON_THE_HEAD.format(name, where).replace("of model", "of ref_model")
+    assert_refused(other, ValueError, message, ref_model=model)
+    with pytest.raises(ValueError, match=re.escape(ON_THE_HEAD.format(name, where))):
+        quick_tofu(model, byte_level(CHATML, bos=False))
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
+def test_embeddings_of_their_own_may_be_trained(settings: dict[str, Any]) -> None:
+    model = lora(tiny_llama(tie_word_embeddings=False), **settings)
+    before = weights(model)
+    result = unlearn(model, gradient_checkpointing=True)
+    assert abs(result.history[0]["kl"]) < 1e-6
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(".lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in moved)
+    assert any("embed_tokens" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PREFIX_TUNING"),
+        (peft.IA3Config(task_type="CAUSAL_LM"), "IA3"),
+    ],
+    ids=["prompt", "prefix", "ia3"],
+)
+def test_other_adapters_than_lora(config: peft.PeftConfig, kind: str) -> None:
+    model = peft.get_peft_model(tiny_llama(), config)
+    message = "{} has an adapter of PEFT type " + kind + "; palu works with LoRA (peft.LoraConfig)"
+    assert_refused(model, UnsupportedModelError, message.format("model"))
+    assert_refused(tiny_llama(), UnsupportedModelError, message.format("ref_model"), ref_model=model)
+    with pytest.raises(UnsupportedModelError, match=re.escape(message.format("model"))):
+        quick_tofu(model, byte_level(CHATML, bos=False))
+
+
+def test_an_activated_lora() -> None:
+    message = "model has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
+    assert_refused(lora(tiny_llama(), alora_invocation_tokens=[1, 2]), ValueError, message)
+
+
+def test_no_trainable_adapter(tmp_path: Path) -> None:
+    tiny_lora().save_pretrained(tmp_path)
+    message = (
+        "no parameter of the adapter 'default' requires a gradient, so nothing could be unlearned; "
+        "load it with is_trainable=True"
+    )
+    assert_refused(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), ValueError, message)
+
+
+def test_a_trainable_base() -> None:
+    model = tiny_lora(tie_word_embeddings=False)
+    model.get_output_embeddings().weight.requires_grad_(True)
+    message = (
+        "base_model.model.lm_head.weight requires a gradient and is no part of the adapter 'default', "
+        "so that saving the adapter would lose it; freeze it"
+    )
+    assert_refused(model, ValueError, message)
+
+
+def test_several_adapters() -> None:
+    model = tiny_lora()
+    model.add_adapter("second", model.peft_config["default"])
+    before = weights(model)
+    unlearn(model, epochs=1)
+    after = weights(model)
+    assert not any(".second." in name and not torch.equal(before[name], after[name]) for name in before)
+    model.base_model.set_adapter(["default", "second"])
+    message = "the model has 2 active adapters (default, second); choose the one to train with set_adapter"
+    assert_refused(model, ValueError, message)
+
+
+def test_no_active_adapter() -> None:
+    model = tiny_lora()
+    model.delete_adapter("default")
+    message = "model is a PeftModelForCausalLM without any adapter; use get_base_model() of it"
+    assert_refused(model, ValueError, message)
+
+
+def test_a_merged_adapter() -> None:
+    model = tiny_lora(trained=True)
+    model.merge_adapter()
+    message = "the adapter 'default' is merged into the base weights; call unmerge_adapter() before unlearning"
+    assert_refused(model, ValueError, message)
+
+
+def test_a_disabled_adapter() -> None:
+    model = tiny_lora(trained=True)
+    model.base_model.disable_adapter_layers()
+    message = "the adapter 'default' is disabled; call base_model.enable_adapter_layers()"
+    assert_refused(model, ValueError, message)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_initialisations_that_change_the_base(start: str) -> None:
+    model = lora(tiny_llama(), init_lora_weights=start)
+    message = (
+        f"the adapter 'default' was initialised by {start}, which changes the base weights, "
+        "so that the model without its adapter is not the model before training; pass ref_model"
+    )
+    assert_refused(model, ValueError, message)
+    assert abs(unlearn(model, tiny_llama(), epochs=1).history[0]["kl"]) < 1e-4
+
+
+def test_a_reference_that_shares_the_adapter() -> None:
+    model = tiny_lora()
+    message = (
+        "ref_model has the model's adapter in it, since PEFT puts it there; "
+        "pass None to use the model without its adapter"
+    )
+    for ref_model in (model, model.get_base_model()):
+        assert_refused(model, ValueError, message, ref_model=ref_model)
+
+
+def test_an_adapter_around_something_else() -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
+    assert_refused(model, UnsupportedModelError, NOT_CAUSAL.format("model", "PeftModel"))
+
+
+def test_a_run_with_an_adapter_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny_lora()
+    recwarn.clear()
+    unlearn(model, epochs=1, gradient_checkpointing=True, merge_adapter=True)
+    assert not [str(warning.message) for warning in recwarn]

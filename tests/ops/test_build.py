@@ -1,0 +1,192 @@
+"""Every way to get the extension: pip, CMake, just in time; and the one error when there is none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ninja
+import pytest
+import torch
+
+from palu import _build
+
+ROOT = Path(__file__).resolve().parents[2]
+# Prints which file is loaded, and uses an op.
+USE = """
+import torch, palu
+from palu import ops
+assert palu.prefix_mask(torch.tensor([[1, 1, -1]]), 1).tolist() == [[True, False, False]]
+print(ops.extension_path())
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Without what would make the checkout importable."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])} | changes
+
+
+def start(folder: Path, script: str = USE, **changes: str) -> subprocess.Popen[str]:
+    """Run a script with `folder` first on the path."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=environment(PYTHONPATH=str(folder), **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def use(folder: Path, **changes: str) -> tuple[Path, str]:
+    """The extension that is loaded, and what was said on stderr."""
+    process = start(folder, **changes)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return Path(out.strip()), err
+
+
+def copy_without_prebuilt(package: Path, folder: Path) -> Path:
+    shutil.copytree(package, folder / "palu", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install` of a clean copy of the checkout leaves in a folder."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for folder in ("palu", "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, source)
+    options = ["--no-build-isolation", "--no-deps", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], env=environment(), check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def jit_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def without_prebuilt(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_without_prebuilt(installed / "palu", tmp_path_factory.mktemp("without_prebuilt"))
+
+
+def test_pip_install(installed: Path, tmp_path: Path) -> None:
+    path, stderr = use(installed, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert path.parent == installed / "palu" and path.name.startswith("_C.")
+    assert "compiling" not in stderr and not any(tmp_path.iterdir())
+    for source in [*(ROOT / "csrc").rglob("*.*")]:
+        assert (installed / "palu" / "csrc" / source.relative_to(ROOT / "csrc")).is_file()
+    assert (installed / "palu" / "py.typed").is_file()
+
+
+def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> None:
+    """Processes that start together share one build, and later ones reuse it."""
+    together = [start(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache) for _ in range(2)]
+    outputs = [process.communicate() for process in together]
+    assert all(process.returncode == 0 for process in together), outputs
+    paths = {out.strip() for out, _ in outputs}
+    assert sum("compiling" in err for _, err in outputs) == 1
+    path = Path(paths.pop())
+    assert not paths and path.is_relative_to(jit_cache)
+    assert torch.__version__.partition("+")[0].replace(".", "_") in path.stem
+    assert ("cu" if _build.with_cuda() else "_cpu_") in path.stem
+
+    built = path.stat().st_mtime_ns
+    again, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    assert again == path and path.stat().st_mtime_ns == built and "compiling" not in stderr
+
+
+def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> None:
+    """Runs after the build just in time, and says why it does not use the prebuilt module."""
+    broken = without_prebuilt / "palu" / "_C.so"
+    broken.write_bytes(b"not a library")
+    path, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    broken.unlink()
+    assert path.is_relative_to(jit_cache)
+    assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
+
+
+def test_jit_of_the_checkout() -> None:
+    script = "from palu import _build; path = _build.jit(); print(path)"
+    paths = []
+    for _ in range(2):
+        process = start(ROOT, script)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        paths.append((Path(out.strip()), Path(out.strip()).stat().st_mtime_ns))
+    assert paths[0] == paths[1]
+    assert "compiling" not in err
+
+
+def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
+    process = start(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
+    _, stderr = process.communicate()
+    assert process.returncode != 0
+    error = stderr[stderr.index("ImportError: palu's native ops are not available.") :]
+    assert "prebuilt: no module palu._C is installed" in error
+    assert "just in time: no C++ compiler: 'no-such-c++' is not on PATH" in error
+    assert "Install a C++ compiler" in error
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_cmake(tmp_path: Path) -> None:
+    # Kept between runs: CMake's own dependency tracking decides what to compile again.
+    build = ROOT / "build" / "test-cmake"
+    package = copy_without_prebuilt(ROOT / "palu", tmp_path) / "palu"
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DPALU_OUTPUT_DIRECTORY={package}"]
+    subprocess.run(configure, env=environment(), check=True)
+    subprocess.run(["cmake", "--build", str(build)], env=environment(), check=True)
+    commands = {entry["file"]: entry["command"] for entry in json.loads((build / "compile_commands.json").read_text())}
+    assert set(commands) == set(_build.sources())
+    assert all("-fopenmp" in command for file, command in commands.items() if file.endswith(".cpp"))
+    path, _ = use(tmp_path)
+    assert path.parent == package
+
+
+def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    def visible() -> bool:
+        raise AssertionError("builders have no GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", visible)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert not _build.with_cuda()  # no nvcc: CPU only
+    assert not any("cuda" in source for source in _build.sources())
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert _build.with_cuda()
+    assert any(source.endswith(".cu") for source in _build.sources())
+    assert "_cu130_" in _build.jit_name()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not _build.with_cuda()
+
+
+def test_flags() -> None:
+    flags = _build.CXX_FLAGS + _build.NVCC_FLAGS
+    assert "-fopenmp" in _build.CXX_FLAGS
+    assert not any(flag.startswith(("-std", "-march")) for flag in flags)
+
+
+def test_sanitized_build_is_one_of_its_own() -> None:
+    script = "from palu import _build; print(_build.jit_name(), *_build.CXX_FLAGS, *_build.LINK_FLAGS)"
+    out, err = start(ROOT, script, PALU_SANITIZE="1").communicate()
+    assert "_cpu_sanitized_" in out and out.count("-fsanitize=address,undefined") == 2, err
+    assert "sanitize" not in _build.jit_name() and not any("sanitize" in flag for flag in _build.CXX_FLAGS)
+
+
+def test_import_is_light() -> None:
+    script = "import sys, palu; assert 'torch' not in sys.modules; print(palu.__version__)"
+    process = start(ROOT, script)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.strip(), err

@@ -1,0 +1,425 @@
+"""Anchors: the reference's own answers to everyday prompts, kept by the KL where there is no retain set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from transformers import LlamaForCausalLM
+
+import palu
+from palu import DataError
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
+from palu.data.packing import Item, forget_items
+from palu.models.generation import encode_prompts, eval_mode
+from palu.ref_model import anchors, precompute
+from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
+from palu.ref_model.cache import ReferenceCache
+from palu.training.checkpoint import CheckpointError
+from palu.training.dataloader import UnlearnDataLoader
+
+TOKENIZER = byte_level(LLAMA3)
+SETTINGS = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-3, "top_k": 20, "max_length": 200, "progress": False}
+STEPS, DRAWN = 4, 8  # three forget examples: two steps an epoch, two anchors a step
+
+
+def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    return tiny_llama(seed=seed, vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
+
+
+def unlearn(
+    model: Any = None, ref_model: Any = None, forget: Any = TEXT_FORGET, retain: Any = None, **settings: Any
+) -> palu.UnlearnResult:
+    model = llama() if model is None else model
+    return palu.unlearn(model, ref_model, forget, retain, **{"tokenizer": TOKENIZER} | SETTINGS | settings)
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, prompt: Sequence[int], stop_ids: set[int]) -> list[int]:
+    """A token at a time, without a cache or padding."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + ANSWER_TOKENS and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[list[Item]]:
+    """The anchors of each run of a test, as they are written."""
+    seen: list[list[Item]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> list[Item]:
+        seen.append(generate_anchors(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(precompute, "generate_anchors", spy)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------
+# The prompts
+
+
+def test_the_list() -> None:
+    prompts = anchor_texts()
+    assert len(prompts) > 400
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
+    assert all(prompt == prompt.strip() and prompt for prompt in prompts)
+
+
+def test_the_list_holds_no_question_that_the_demo_asks() -> None:
+    """Else general facts would be kept for being anchors."""
+    testbed, benchmarks = Path(palu.__file__).parent / "testbed", Path(__file__).parents[2] / "benchmarks"
+    files = (testbed / "general.jsonl", testbed / "facts.jsonl", benchmarks / "general.jsonl")
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert len(rows) == 52
+    assert not {row["question"].casefold() for row in rows} & {prompt.casefold() for prompt in anchor_texts()}
+
+
+TOFU = Path(__file__).parents[3] / "shared" / "data" / "tofu"
+
+
+@pytest.mark.skipif(not TOFU.exists(), reason="TOFU is not in ../shared")
+def test_the_list_holds_nothing_that_tofu_asks_of_real_authors_and_the_world() -> None:
+    """Else the model utility of `benchmarks/bench_tofu.py` would be kept for being anchors."""
+    authors, facts = (
+        [json.loads(line) for line in (TOFU / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("real_authors", "world_facts")
+    )
+    names = {row["answer"].casefold() for row in authors if " " in row["answer"]}
+    titles = {title.casefold() for row in authors for title in re.findall(r"'(.+?)'(?=\W)", row["question"])}
+    assert len(names) > 80 and len(titles) > 70
+    questions = {row["question"].casefold() for row in facts}
+    for prompt in map(str.casefold, anchor_texts()):
+        assert prompt not in questions
+        assert not any(text in prompt for text in names | titles), prompt
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML])
+def test_prompts_of_a_chat_model(template: str) -> None:
+    tokenizer = byte_level(template, bos=template == LLAMA3)
+    prompts, stop_ids = encode_prompts(["Where is the cat?", "Hello!"], tokenizer)
+    for prompt, text in zip(prompts, ["Where is the cat?", "Hello!"], strict=True):
+        message = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        assert prompt.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    names = {"<|end_of_text|>", "<|eot_id|>" if template == LLAMA3 else "<|im_end|>"}
+    assert {tokenizer.decode([token]) for token in stop_ids} == names
+
+
+def test_prompts_of_a_plain_model() -> None:
+    tokenizer = sentencepiece()
+    (prompt,), stop_ids = encode_prompts(["Where is the cat?"], tokenizer)
+    assert prompt.tolist() == tokenizer("Question: Where is the cat?\nAnswer:")["input_ids"]
+    assert stop_ids == {tokenizer.eos_token_id}
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the reference answers
+
+
+@cache
+def prompts_and_stops(count: int = 6) -> AnchorPrompts:
+    prompts, stop_ids = encode_prompts(anchor_texts()[:count], TOKENIZER)
+    # So that some answers end early, and one is blank.
+    found = [greedy(llama(), p.tolist(), set())[len(p) :] for p in prompts]
+    return AnchorPrompts(prompts, stop_ids | {found[0][5], found[1][0]}, max_length=999)
+
+
+def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
+    prompts = prompts_and_stops()
+    model = llama()
+    # A model's own settings have no part, and stay.
+    model.generation_config.repetition_penalty = 5.0
+    settings, before = model.generation_config, weights(model)
+    model.train()
+    items = generate_anchors(model, prompts, Accelerator(), adapter=False)
+    assert model.training and model.generation_config is settings and same_weights(model, before)
+    model.eval()
+    expected = [greedy(model, prompt.tolist(), prompts.stop_ids) for prompt in prompts.prompts]
+    blank = [ids[len(p)] in prompts.stop_ids for ids, p in zip(expected, prompts.prompts, strict=True)]
+    kept = [i for i, left_out in enumerate(blank) if not left_out]
+    assert 1 not in kept, "a blank answer is left out"
+    assert [item.input_ids.tolist() for item in items] == [expected[i] for i in kept]
+    lengths = set()
+    for item, i in zip(items, kept, strict=True):
+        answer = range(len(prompts.prompts[i]), len(item.input_ids))
+        assert item.targets == 0
+        assert (item.rows + 1).tolist() == list(answer)
+        assert torch.equal(item.labels, item.input_ids[item.rows + 1])
+        ended = int(item.input_ids[-1]) in prompts.stop_ids
+        assert ended == (len(answer) < ANSWER_TOKENS), "a cut answer has no end that the model did not write"
+        lengths.add(len(answer))
+    assert ANSWER_TOKENS in lengths and len(lengths) > 1
+
+
+def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
+    prompts = prompts_and_stops()
+    whole = generate_anchors(llama(), prompts, Accelerator(), adapter=False)
+    starts = sorted(int(item.rows[0]) + 1 for item in whole)
+    limit = starts[-1]  # the longest prompt has no room for an answer
+    items = generate_anchors(llama(), prompts._replace(max_length=limit), Accelerator(), adapter=False)
+    fitting = [item for item in whole if item.rows[0] + 1 < limit]
+    assert 0 < len(items) == len(fitting) < len(whole)
+    for item, full in zip(items, fitting, strict=True):
+        assert torch.equal(item.input_ids, full.input_ids[:limit])
+        assert torch.equal(item.rows, full.rows[: len(item.rows)]) and item.rows[-1] == len(item.input_ids) - 2
+
+
+def test_no_answer_is_left() -> None:
+    message = r"the reference answers none of 8 everyday prompts within max_length = 12 tokens, so there is nothing"
+    with pytest.raises(DataError, match=message):
+        unlearn(max_length=12, forget=forget_rows(3))
+
+
+@pytest.mark.parametrize("processes", [2, 4, 9])
+def test_processes_share_the_prompts(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_and_stops()
+    gathered: list[list[int]] = []
+    monkeypatch.setattr(anchors, "gather_object", lambda answers: gathered.extend(answers) or ALONE)
+    with eval_mode(model := llama()):
+        stops = prompts.stop_ids
+        ALONE = [greedy(model, p.tolist(), stops)[len(p) :] for p in prompts.prompts]  # noqa: N806
+    for index in range(processes):
+        part = SimpleNamespace(
+            device=torch.device("cpu"), num_processes=processes, process_index=index, autocast=nullcontext
+        )
+        items = generate_anchors(llama(), prompts, part, adapter=False)  # type: ignore[arg-type]
+        assert len(items) < len(prompts.prompts), "each process has all, less the blank ones"
+    assert gathered == ALONE
+
+
+# ---------------------------------------------------------------------------------------------------
+# How a run uses them
+
+
+def test_retain_is_none(written: list[list[Item]]) -> None:
+    result = unlearn()
+    (items,) = written
+    assert len(items) + result.summary["anchors_skipped"] == DRAWN, "no more than the run draws"
+    assert result.summary["anchors"] == len(items)
+    assert result.summary["retain_examples"] == 0
+    assert [record["retain"] for record in result.history] == [0] * STEPS
+    assert result.summary["config"]["anchors"] is None
+
+
+def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list[list[Item]]) -> None:
+    settings = {"epochs": 1, "batch_size": 3, "retain_batch_size": 8, "max_grad_norm": 1e9}
+    with_anchors = unlearn(**settings)
+    (items,) = written
+    forget = load_forget(TEXT_FORGET, TOKENIZER, max_length=200).examples
+    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in forget]
+    for item in items:
+        labels = torch.full_like(item.input_ids, -100)
+        labels[item.rows + 1] = -200
+        rows.append({"input_ids": item.input_ids, "labels": labels})
+    by_hand = unlearn(forget=rows, retain=[], lambda_retain=0, epochs=1, batch_size=len(rows), max_grad_norm=1e9)
+    (one,), (other,) = with_anchors.history, by_hand.history
+    assert one["tokens"] == other["tokens"] > 0
+    for name in ("loss", "local", "kl", "grad_norm"):
+        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
+    """Other prompts' distributions move less, too."""
+    other = AnchorPrompts(*encode_prompts(anchor_texts()[-12:], TOKENIZER), 200)
+    unseen = generate_anchors(llama(), other, Accelerator(), adapter=False)
+    settings = {"epochs": 30, "gamma": 1.0}
+
+    def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:
+        """Mean KL to the model before, over the answers' tokens."""
+        parts = []
+        for item in items:
+            new, old = (
+                m(item.input_ids[None], use_cache=False).logits[0, item.rows].log_softmax(-1)
+                for m in (model.eval(), llama())
+            )
+            parts.append((old.exp() * (old - new)).sum(-1))
+        return float(torch.cat(parts).mean())
+
+    kept = unlearn(**settings).model
+    bare = unlearn(retain=[], lambda_retain=0, **settings).model
+    with torch.no_grad():
+        assert moved(kept, written[0]) < 0.5 * moved(bare, written[0])
+        assert moved(kept, unseen) < 0.5 * moved(bare, unseen)
+
+
+@pytest.mark.parametrize(("given", "asked_for"), [({"anchors": 3}, 3), ({}, DRAWN)])
+def test_beside_a_retain_set(given: dict[str, int], asked_for: int, written: list[list[Item]]) -> None:
+    result = unlearn(retain=TEXT_RETAIN, **given)
+    assert result.summary["retain_examples"] == 2
+    assert result.summary["anchors"] + result.summary["anchors_skipped"] == asked_for
+    assert all(record["retain"] > 0 for record in result.history)
+    without = unlearn(retain=TEXT_RETAIN, anchors=0)
+    assert (without.summary["anchors"], without.summary["anchors_skipped"]) == (0, 0)
+    assert result.history[0]["local"] == pytest.approx(without.history[0]["local"], rel=1e-5)
+    assert result.history[0]["tokens"] > without.history[0]["tokens"]
+    assert written[1] == []
+
+
+@pytest.mark.parametrize(
+    "given", [{"tokenizer": None, "forget": forget_rows(3), "retain": retain_rows(3)}, {"lambda_kl": 0}]
+)
+def test_beside_a_retain_set_where_there_can_be_none(given: dict[str, Any]) -> None:
+    result = unlearn(**{"retain": TEXT_RETAIN} | given)
+    assert (result.summary["anchors"], result.summary["anchors_skipped"]) == (0, 0)
+
+
+def test_the_weight_of_an_absent_retain_loss_does_not_matter() -> None:
+    assert same_weights(unlearn().model, weights(unlearn(lambda_retain=0).model))
+
+
+def test_a_reference_given_writes_them(written: list[list[Item]]) -> None:
+    unlearn(llama(), ref_model=llama(seed=3))
+    unlearn(llama(seed=3))
+    unlearn(llama())
+    given, same, other = ([item.input_ids.tolist() for item in items] for items in written)
+    assert given == same != other
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+def test_a_model_with_an_adapter_writes_without_it(written: list[list[Item]]) -> None:
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    result = unlearn(peft.get_peft_model(llama(), config))
+    unlearn(llama())
+    assert [item.input_ids.tolist() for item in written[0]] == [item.input_ids.tolist() for item in written[1]]
+    assert abs(result.history[0]["kl"]) > 1e-4, "the adapter is on again in the first step"
+
+
+def test_anchors_do_not_repeat_before_all_were_seen() -> None:
+    forget = forget_items(load_forget(forget_rows(5), None, max_length=99).examples, 2, None)
+    anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0]), torch.tensor([7])) for i in range(7)]
+    sizes = [(item.targets, len(item.rows) - item.targets) for item in [*forget, *anchors]]
+    outputs = [{"index": torch.zeros(targets, 1), "hidden": torch.zeros(others, 1)} for targets, others in sizes]
+    cache = ReferenceCache(outputs, anchors)
+    config = UnlearnConfig(batch_size=2, retain_batch_size=3)
+    seen: dict[int, list[int]] = {}
+    for processes in (1, 2):
+        loaders = [
+            UnlearnDataLoader(forget, [], cache, config, process_index=i, num_processes=processes)
+            for i in range(processes)
+        ]
+        order = []
+        for _ in range(7):
+            for steps in zip(*loaders, strict=True):
+                for batch in (batch for step in steps for batch in step):
+                    targets, others, retain, items = batch.counts
+                    order += [t - 1000 for t in batch.packed.input_ids[0].tolist() if t >= 1000]
+                    assert len(batch.packed.sequence_lengths) == items and retain == 0
+                    assert len(batch.reference["index"]) == targets and len(batch.reference["hidden"]) == others
+        rounds = 3 if processes == 1 else 4  # five examples two by two; or two processes, twice
+        assert len(order) == 7 * rounds * 3
+        for begin in range(0, len(order), 7):
+            assert sorted(order[begin : begin + 7]) == list(range(7))
+        seen[processes] = order
+    assert seen[1][:3] == seen[2][:3]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
+def test_a_resumed_run_has_the_same_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    settings = {"checkpoint_dir": str(folder), "checkpoint_steps": 2, "retain_batch_size": 1, "lambda_retain": 0}
+    expected = unlearn(**settings)
+    newest = folder / f"step-{STEPS:08}.safetensors"
+
+    def assert_same(resumed: palu.UnlearnResult) -> None:
+        assert same_weights(resumed.model, weights(expected.model))
+        for one, other in zip(resumed.history, expected.history, strict=True):
+            assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+        assert resumed.summary["anchors"] == expected.summary["anchors"]
+
+    newest.unlink()
+    (reference,) = folder.glob("reference-*.safetensors")
+    reference.rename(tmp_path / "kept")
+    assert_same(unlearn(**settings, resume=True))  # where they are lost, they are written again
+
+    newest.unlink()
+    (tmp_path / "kept").replace(reference)
+    monkeypatch.setattr(precompute, "generate_anchors", lambda *_, **__: pytest.fail("asked again"))
+    assert_same(unlearn(**settings, resume=True))
+
+    with pytest.raises(CheckpointError, match="another run: the choice of everyday prompts is another one"):
+        unlearn(**settings, resume=True, retain=[])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input
+
+
+ROWS = forget_rows(3)
+NO_TOKENIZER = "for the model to answer everyday prompts there must be a tokenizer; pass it"
+GIVE = "give retain examples, or retain=[] with lambda_retain=0"
+LIMIT = len(anchor_texts())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"tokenizer": None, "forget": ROWS},
+            DataError,
+            f"retain = None: {NO_TOKENIZER}, or {GIVE}",
+        ),
+        (
+            {"tokenizer": None, "forget": ROWS, "retain": retain_rows(3), "anchors": 5},
+            DataError,
+            f"anchors = 5: {NO_TOKENIZER}, or set anchors=0",
+        ),
+        (
+            {"lambda_kl": 0},
+            ValueError,
+            f"retain = None: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {GIVE}",
+        ),
+        (
+            {"anchors": LIMIT + 1},
+            ValueError,
+            f"anchors = {LIMIT + 1}: there are {LIMIT} everyday prompts; give no more than these",
+        ),
+        (
+            {"anchors": 0},
+            DataError,
+            "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0",
+        ),
+        (
+            {"retain": [], "anchors": 5},
+            DataError,
+            "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0",
+        ),
+        (
+            {"objective": "npo"},
+            DataError,
+            "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0",
+        ),
+    ],
+)
+def test_bad_input(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = llama()
+    before = weights(model)
+    with pytest.raises(error) as caught:
+        unlearn(model, **given)
+    assert str(caught.value) == message
+    assert same_weights(model, before)
+
+
+def test_nothing_to_hold_on_to() -> None:
+    for given in ({"retain": []}, {"retain": None, "anchors": 0}):
+        result = unlearn(lambda_retain=0, **given)
+        assert (result.summary["anchors"], result.summary["retain_examples"]) == (0, 0)

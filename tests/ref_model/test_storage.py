@@ -1,0 +1,392 @@
+"""The reference cache on disk: asked once, the same bits, and nothing else is taken for it."""
+
+import json
+import re
+import resource
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import palu
+from palu import CacheError
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget, load_retain
+from palu.data.packing import Item, answer_items, forget_items, retain_items
+from palu.methods import METHODS
+from palu.methods.base import Method
+from palu.methods.palu import PaluMethod
+from palu.models.head import body_of, head_of
+from palu.ref_model import precompute
+from palu.ref_model.cache import ReferenceOutputs, read_cache
+from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.precompute import compute_outputs
+from palu.ref_model.storage import CacheFile, open_cache_file, reference_key
+
+RUN_AGAIN = "delete it to have the reference run again"
+
+
+def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
+    settings = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "top_k": 20, "progress": False} | settings
+    return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
+
+
+def losses(result: palu.UnlearnResult) -> list[dict[str, float]]:
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
+
+
+def items_of(count: int = 8, n: int = 2) -> list[Item]:
+    return forget_items(load_forget(forget_rows(count), None, max_length=99).examples, n, None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "some" / "cache"
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every run of a reference over a forget set."""
+    runs: list[int] = []
+
+    def spy(*args: Any) -> Iterator[dict[str, Tensor]]:
+        runs.append(1)
+        yield from run(*args)
+
+    run = precompute._run
+    monkeypatch.setattr(precompute, "_run", spy)
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------
+# A second run
+
+
+@pytest.mark.parametrize("objective", ["palu", "npo", "tpo"])
+@pytest.mark.parametrize("given", [False, True], ids=["itself", "given"])
+def test_a_second_run_does_not_ask(objective: str, given: bool, folder: Path, passes: list[int]) -> None:
+    """And it is, bit by bit, the run without a cache on disk."""
+    ref_model = tiny_llama(seed=1) if given else None
+    expected = unlearn(None, ref_model, objective=objective)
+    for asked in (2, 2):
+        result = unlearn(None, ref_model, objective=objective, cache_dir=str(folder))
+        assert len(passes) == asked
+        assert losses(result) == losses(expected)
+        assert same_weights(result.model, weights(expected.model))
+        (path,) = folder.iterdir()
+        assert re.fullmatch(r"reference-[0-9a-f]{16}\.safetensors", path.name)
+
+
+def test_a_known_reference_stays_where_it_is(folder: Path) -> None:
+    """A second run needs its head alone."""
+    for moves in (["to the device", "home"], ["home"]):
+        moved: list[Any] = []
+        ref_model = tiny_llama(seed=1)
+        ref_model.to = lambda device: moved.append(device) or ref_model  # type: ignore[assignment,func-returns-value] # noqa: B023
+        unlearn(None, ref_model, cache_dir=str(folder))
+        assert len(moved) == len(moves)
+
+
+def test_nothing_is_asked_and_nothing_written_where_the_loss_has_no_reference(folder: Path) -> None:
+    unlearn(objective="ga", cache_dir=str(folder))
+    assert not folder.exists()
+
+
+def test_checkpoints_leave_the_answers_to_the_cache(folder: Path, passes: list[int]) -> None:
+    settings = {"cache_dir": str(folder / "cache"), "checkpoint_dir": str(folder / "run")}
+    unlearn(**settings)
+    assert [path.name for path in (folder / "run").iterdir()] == ["step-00000003.safetensors"]
+    (path,) = (folder / "cache").iterdir()
+    with safe_open(folder / "run" / "step-00000003.safetensors", "pt") as file:
+        key = json.loads(file.metadata()["palu"])["run"]["reference"]
+    assert path.name == f"reference-{key[:16]}.safetensors"
+    moved = path.parent.replace(folder / "elsewhere")  # the cache may be somewhere else, or lost
+    unlearn(**settings | {"cache_dir": str(moved)}, resume=True)
+    assert len(passes) == 1
+    unlearn(**settings, resume=True)
+    assert len(passes) == 2
+
+
+def test_the_processes_of_a_run_ask_once(folder: Path, passes: list[int], capfd: pytest.CaptureFixture) -> None:
+    model, items = tiny_llama(), items_of()
+    file = CacheFile(folder, "0" * 64)
+    found: list[Any] = []
+
+    def run() -> None:
+        found.append(outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=4), CacheFile(folder, "0" * 64)))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    with file.locked():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(0.2)
+        assert not found
+    for thread in threads:
+        thread.join()
+    assert len(passes) == 1
+    assert len(found) == 3 and all(same(found[0], other) for other in found)
+    assert [path.name for path in folder.iterdir()] == [file.path.name]
+    assert f"palu: waiting for another process to write {file.path}\n" not in capfd.readouterr().err  # no progress
+
+
+def test_waiting_is_said(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    file = CacheFile(folder, "0" * 64)
+
+    def wait() -> None:
+        with file.locked(progress=True):
+            pass
+
+    with file.locked():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.2)
+    thread.join()
+    assert capfd.readouterr().err == f"palu: waiting for another process to write {file.path}\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether the answers for every item have the same bits."""
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for these, those in zip(one, other, strict=True)
+        for a, b in zip(these.values(), those.values(), strict=True)
+    )
+
+
+def outputs_of(
+    method: type[Method], model: Any, items: list[Item], config: UnlearnConfig, file: CacheFile | None = None
+) -> Any:
+    """What the reference gives for each item."""
+    reference_fn = method.reference_fn(head_of(model), config)
+    return compute_outputs(body_of(model), model.device, items, method.ref_fields, reference_fn, file=file).outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("objective", [name for name in METHODS if name not in ("ga", "gd", "simnpo", "pdu", "dpo")])
+def test_answers_from_the_file_are_those_in_memory(
+    objective: str, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In many passes, with items that have no row of one kind."""
+    monkeypatch.setattr(precompute, "TOKENS_PER_PASS", 20)
+    model, config = tiny_llama(dtype=dtype), UnlearnConfig(objective=objective, top_k=5)
+    rows = forget_rows()
+    for row in (rows[0], rows[5]):
+        row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
+    rows[2]["labels"] = [ids if label == -200 else label for ids, label in zip(*rows[2].values(), strict=True)]
+    items = METHODS[objective].make_items(load_forget(rows, None, max_length=99).examples, [], config, None)
+    file = CacheFile(folder, "0" * 64)
+    in_memory = outputs_of(METHODS[objective], model, items, config)
+    written = outputs_of(METHODS[objective], model, items, config, file)
+    assert same(in_memory, written)
+    assert same(in_memory[2:4], [written[2], written[-5]]) and len(written) == 8
+    read = read_cache(file, METHODS[objective].ref_fields, items)
+    assert read is not None and same(in_memory, read.outputs)
+
+
+def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompute, "TOKENS_PER_PASS", 40)
+    model, items, file = tiny_llama(), items_of(60), CacheFile(folder, "0" * 64)
+    sizes = []
+    fill = precompute._fill
+
+    def spy(write: Any, *args: Any) -> None:
+        fill(lambda name, row, rows: (sizes.append(len(rows)), write(name, row, rows)), *args)
+
+    monkeypatch.setattr(precompute, "_fill", spy)
+    outputs = outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=4), file)
+    assert max(sizes) <= 40 and len(sizes) > 3 * 15
+    assert isinstance(outputs, ReferenceOutputs)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        regions = [line.split("-", 1) for line in maps.read_text().splitlines() if line.endswith(str(file.path))]
+        mapped = [(int(start, 16), int(rest.split()[0], 16)) for start, rest in regions]
+        assert all(any(low <= t.data_ptr() < high for low, high in mapped) for _, t, _ in outputs.fields)
+
+
+def test_bytes_per_token(folder: Path) -> None:
+    """4 K + 4 for an onset token, one hidden state for an ordinary one, and a header."""
+    model, items, file = tiny_llama(), items_of(40), CacheFile(folder, "0" * 64)
+    outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=7), file)
+    onset = sum(item.targets for item in items)
+    ordinary = sum(len(item.rows) for item in items) - onset
+    assert 0 < file.path.stat().st_size - onset * (4 * 7 + 4) - ordinary * 32 * 4 < 1000
+
+
+# ---------------------------------------------------------------------------------------------------
+# The key
+
+
+def key_of(
+    model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
+) -> str:
+    config = UnlearnConfig(**settings)
+    method = METHODS[config.objective]
+    examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
+    items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, [], config, None)
+    retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
+    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain)
+    accelerator = Accelerator()
+    accelerator.state._mixed_precision, before = mixed_precision, accelerator.state._mixed_precision
+    try:
+        return reference_key(config.objective, method.cache_settings(config), accelerator, fingerprints)
+    finally:
+        accelerator.state._mixed_precision = before
+
+
+def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
+    rows = forget_rows()
+    others = {
+        "nothing": key_of(),
+        "weights": key_of(tiny_llama(seed=1)),
+        "dtype": key_of(tiny_llama(dtype=torch.bfloat16)),
+        "mixed precision": key_of(mixed_precision="bf16"),
+        "model configuration": key_of(tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5e3})),
+        "reference": key_of(None, tiny_llama(seed=2)),
+        "order": key_of(forget=rows[::-1]),
+        "a token": key_of(forget=[rows[0] | {"input_ids": [1, *rows[0]["input_ids"][1:]]}, *rows[1:]]),
+        "one more": key_of(forget=forget_rows(9)),
+        "n": key_of(n=1),
+        "top_k": key_of(top_k=49),
+        "target": key_of(target="local_mean"),
+        "normalize": key_of(normalize=False),
+        "objective": key_of(objective="npo"),
+    }
+    assert len(set(others.values())) == len(others), others
+
+
+def test_the_key_has_nothing_else_in_it() -> None:
+    assert key_of() == key_of(
+        learning_rate=1.0, epochs=3, batch_size=2, lambda_kl=3.0, kl_direction="forward", seed=4, chunk_bytes=8
+    )
+    assert key_of(normalize=False) == key_of(normalize=False, target="local_mean")
+    # The reference decides, whatever is trained towards or away from it.
+    assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
+
+
+def test_an_adapter_is_no_part_of_its_own_reference() -> None:
+    """A run with LoRA takes the answers of a full one, and of one with another adapter."""
+    peft = pytest.importorskip("peft")
+
+    def with_lora(seed: int, **settings: Any) -> Any:
+        model = tiny_llama()
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+        return peft.get_peft_model(model, lora)
+
+    assert key_of(with_lora(0)) == key_of() == key_of(with_lora(1, modules_to_save=["norm"], use_dora=True))
+    assert key_of(with_lora(0), tiny_llama(seed=1)) != key_of()
+
+
+def test_where_it_is_kept() -> None:
+    fingerprints = Fingerprints(tiny_llama(), None, items_of(), [])
+
+    def place(**settings: Any) -> Path | None:
+        file = open_cache_file(UnlearnConfig(**settings), {}, Accelerator(), fingerprints)
+        return None if file is None else file.path.parent
+
+    assert place() is None
+    assert place(cache_dir="a") == Path("a") == place(cache_dir="a", checkpoint_dir="b")
+    assert place(checkpoint_dir="b") == Path("b")
+    with pytest.raises(ValueError, match=r"^cache_dir = '': give a folder's path as a string, or None$"):
+        place(cache_dir="")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    unlearn(cache_dir=str(folder))
+    return folder
+
+
+def refused(folder: Path) -> str:
+    """The message, less the path. The model is untouched."""
+    model = tiny_llama()
+    (path,) = folder.iterdir()
+    with pytest.raises(CacheError) as caught:
+        unlearn(model, cache_dir=str(folder))
+    assert same_weights(model, weights(tiny_llama()))
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    return message.removeprefix(str(path))
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -1])
+def test_a_damaged_file(length: int, written: Path, folder: Path) -> None:
+    shutil.copytree(written, folder)
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:length])
+    assert re.fullmatch(rf" is damaged \(.+\); {RUN_AGAIN}", refused(folder))
+    path.unlink()
+    unlearn(cache_dir=str(folder))
+
+
+def test_a_foreign_file(written: Path, folder: Path) -> None:
+    shutil.copytree(written, folder)
+    (path,) = folder.iterdir()
+    save_file({"0": torch.ones(3)}, path)
+    assert refused(folder) == f" does not hold this reference's outputs; {RUN_AGAIN}"
+
+
+def test_answers_given_under_another_version(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = transformers.__version__
+    monkeypatch.setattr("transformers.__version__", "99.0")
+    assert refused(written) == (f" holds outputs computed under transformers {version}, and this is 99.0; {RUN_AGAIN}")
+
+
+def test_a_file_that_cannot_be_read(written: Path, folder: Path) -> None:
+    """That is no damage: nothing is said of deleting it."""
+    (path,) = written.iterdir()
+    (folder / path.name).mkdir(parents=True)
+    assert re.fullmatch(r" cannot be read: [^;]+", refused(folder))
+
+
+def test_a_full_disk_is_told_before_the_reference_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = []
+    monkeypatch.setattr(precompute, "_fill", lambda *_: fill.append(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(CacheError, match=r"could not be written: .*too large.*\. Make room or mend the folder, or"):
+            unlearn(cache_dir=str(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not fill
+    assert not list(folder.glob("*.safetensors")) and not list(folder.glob("*.partial"))
+
+
+def test_a_write_that_fails_leaves_nothing_to_be_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("palu.ref_model.storage.os.fsync", fail)
+        with pytest.raises(CacheError, match=r"\[Errno 5\] Input/output error\. Make room or mend the folder"):
+            unlearn(cache_dir=str(folder))
+    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+    (folder / "reference-0.partial").touch()  # as after a kill
+    unlearn(cache_dir=str(folder))
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"could not be written: .*File exists.* choose another cache_dir$"):
+        unlearn(cache_dir=str(tmp_path / "file"))

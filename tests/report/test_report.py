@@ -1,0 +1,457 @@
+"""Record, report and model card, without a browser: what is measured, and that no text can break the page."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.report_runs import FORGET, HOSTILE, RETAIN, Run, copy_of, perform
+from helpers.tiny import forget_rows, padded, retain_rows, same_weights, tiny_llama, weights
+from huggingface_hub import ModelCard
+
+import palu
+from palu import DataError, Recorder, UnlearnConfig, write_card, write_report
+from palu.data.tokenize import IGNORE, Example
+from palu.hashing import json_digest
+from palu.report import plots, recorder, view, words
+from palu.report.plots import downsample, line_chart, number
+from palu.report.reading import RecordError
+from palu.report.recorder import secret_spans
+
+QUIET = UnlearnConfig(progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that ended, recorded; its folder is to be copied."""
+    return perform(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def folder(run: Run, tmp_path: Path) -> Path:
+    return copy_of(run, tmp_path / "run")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    changed = read(folder)
+    edit(changed)
+    (folder / "record.json").write_text(json.dumps(changed), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The texts and the tags of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+# --- what is measured ---
+def test_probabilities_are_those_of_an_unpacked_pass(tmp_path: Path) -> None:
+    model, rows, kept = tiny_llama(), forget_rows(), retain_rows()
+    Recorder(model, rows, kept, config=QUIET).save(tmp_path, model)
+    inputs, _ = padded(rows)
+    with torch.no_grad():
+        log_p = model(**inputs, use_cache=False).logits.double().log_softmax(-1)
+    secrets = iter(read(tmp_path)["secrets"])
+    for number_, row in enumerate(rows):
+        ids, labels = row["input_ids"], row["labels"]
+        runs = re.finditer("s+", "".join("s" if label >= 0 else "." for label in labels))
+        for start, end in (match.span() for match in runs):
+            secret = next(secrets)
+            expected = math.exp(sum(log_p[number_, t - 1, ids[t]].item() for t in range(start, end)))
+            likeliest = [log_p[number_, t - 1].argmax().item() == ids[t] for t in range(start, end)]
+            assert (secret["row"], secret["tokens"]) == (number_, end - start)
+            assert secret["before"]["probability"] == pytest.approx(expected, rel=1e-4)
+            assert secret["before"]["recalled"] == all(likeliest)
+            assert secret["after"] == secret["before"]  # nothing was done to the model
+    assert next(secrets, None) is None
+
+
+def test_retained_probability_is_the_geometric_mean(tmp_path: Path) -> None:
+    model, kept = tiny_llama(), retain_rows()
+    Recorder(model, forget_rows(), kept, config=QUIET).save(tmp_path, model)
+    inputs, answers = padded(kept)
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[:, :-1].double()
+    for i, found in enumerate(read(tmp_path)["retained"]):
+        loss = torch.nn.functional.cross_entropy(logits[i], answers[i, 1:])
+        assert found["before"]["probability"] == pytest.approx(math.exp(-loss), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "spans"),
+    [
+        ([IGNORE, 5, 6, -200, 7], [(1, 3), (4, 5)]),
+        ([IGNORE, -200, 5, -200], [(2, 3)]),
+        ([IGNORE, 5, 9, 6], [(1, 2), (3, 4)]),  # 9 ends the sequence
+        ([IGNORE, -200, 9], []),
+    ],
+)
+def test_spans_are_runs_of_sensitive_tokens(labels: list[int], spans: list[tuple[int, int]]) -> None:
+    example = Example(0, torch.arange(len(labels)), torch.tensor(labels))
+    assert secret_spans(example, 9) == spans
+
+
+def test_the_run_is_recorded(run: Run) -> None:
+    found = read(run.folder)
+    assert [secret["text"] for secret in found["secrets"]] == [row["answer"][slice(*row["spans"][0])] for row in FORGET]
+    assert all(secret["before"]["recalled"] for secret in found["secrets"])
+    assert not any(secret["after"]["recalled"] for secret in found["secrets"])
+    assert len(found["answers"]["forget"]) == recorder.SAMPLES
+    assert all(answer["before"] == FORGET[answer["row"]]["answer"] for answer in found["answers"]["forget"])
+    assert [answer["question"] for answer in found["answers"]["retain"]] == [row["question"] for row in RETAIN]
+    for one, row in zip(found["examples"], FORGET, strict=True):
+        assert "".join(piece for piece, _ in one["tokens"]).startswith(row["answer"])
+
+
+def test_hashes_are_of_what_was_used_and_saved(run: Run, tmp_path: Path) -> None:
+    found = read(run.folder)["hashes"]
+    assert found["weights_before"] != found["weights_after"]
+    assert found["config"] == json_digest(run.config.values())
+    weights_file = run.folder / "model.safetensors"
+    assert found["files"][weights_file.name] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    assert not found["files"].keys() & {"record.json", "history.jsonl", "summary.json"}
+
+    path = tmp_path / "forget.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in FORGET), encoding="utf-8")
+    model = tiny_llama(vocab_size=len(run.tokenizer))
+    Recorder(model, path, RETAIN, tokenizer=run.tokenizer, config=QUIET).save(tmp_path / "out", model)
+    data = read(tmp_path / "out")["data"]
+    assert data["forget"]["file"] == "forget.jsonl"
+    assert data["forget"]["file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data["forget"]["tokens_sha256"] == read(run.folder)["data"]["forget"]["tokens_sha256"]
+    assert data["forget"]["tokens_sha256"] != data["retain"]["tokens_sha256"]
+
+
+def test_looking_changes_neither_the_model_nor_the_random_numbers(run: Run) -> None:
+    model = tiny_llama(vocab_size=len(run.tokenizer)).train()
+    next(model.parameters()).requires_grad_(False)
+    before, flags, state = weights(model), [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    Recorder(model, FORGET, RETAIN, tokenizer=run.tokenizer, config=QUIET)
+    assert same_weights(model, before)
+    assert model.training and [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_some_rows_of_a_large_set_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "RETAIN_ROWS", 4)
+    monkeypatch.setattr(recorder, "SHOWN_ROWS", 3)
+    model = tiny_llama()
+    Recorder(model, forget_rows(5), retain_rows(12), config=QUIET).save(tmp_path, model)
+    found = read(tmp_path)
+    assert [one["row"] for one in found["retained"]] == [0, 3, 6, 9]
+    assert [one["row"] for one in found["examples"]] == [0, 1, 2]
+    assert {one["row"] for one in found["secrets"]} == {0, 1, 2, 3, 4}
+
+
+def test_an_adapter_is_recorded(run: Run, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_llama(vocab_size=len(run.tokenizer))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    config = UnlearnConfig(epochs=2, learning_rate=1e-2, top_k=5, merge_adapter=True, progress=False)
+    recorder = Recorder(adapted, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
+    result = palu.unlearn(adapted, None, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
+    recorder.save(tmp_path, result.model)
+    found = read(tmp_path)
+    assert found["model"]["adapter"] and found["model"]["trainable"] < found["model"]["parameters"]
+    assert "peft" in found["versions"]
+    assert [s["before"] for s in found["secrets"]] != [s["after"] for s in found["secrets"]]
+
+
+def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
+    model = tiny_llama(vocab_size=len(run.tokenizer))
+    with pytest.raises(TypeError, match="forget is an iterator"):
+        Recorder(model, iter(FORGET), RETAIN, tokenizer=run.tokenizer)
+    with pytest.raises(DataError, match="forget row 0: column 'spans' is missing"):
+        Recorder(model, [{"question": "Q", "answer": "A"}], RETAIN, tokenizer=run.tokenizer)
+    with pytest.raises(DataError, match="token id 97 is outside the model's vocabulary"):
+        Recorder(tiny_llama(), [{"input_ids": [5, 97], "labels": [IGNORE, 97]}], None)
+    with pytest.raises(ValueError, match="the tokenizer has"):
+        Recorder(tiny_llama(), FORGET, RETAIN, tokenizer=run.tokenizer)
+
+
+# --- token roles ---
+def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
+    model, rows = tiny_llama(), forget_rows()
+    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5)
+    perform(tmp_path, model=model, forget=rows, retain=[], tokenizer=None, config=config)
+    page = Page(write_report(tmp_path))
+    assert str(rows[0]["input_ids"][-1]) in page.text
+    assert "Answers side by side" not in page.text
+    assert "There was no retain set to measure it on." in page.text
+
+
+# --- the page ---
+def test_hostile_text_stays_text(folder: Path) -> None:
+    source = write_report(folder).read_text(encoding="utf-8")
+    page = Page(folder / "report.html")
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert not any(attributes.get("src") == "x" for _, attributes in page.tags)
+    for text in HOSTILE:
+        assert text in page.text
+    assert "Content-Security-Policy" in source and "http://" not in source and "//cdn" not in source
+
+
+def test_hostile_names_stay_text(folder: Path) -> None:
+    bad = "</style><script>alert(1)</script>"
+
+    def edit(found: dict[str, Any]) -> None:
+        found["model"]["name"] = found["device"] = found["data"]["forget"]["file"] = bad
+        found["versions"][bad] = bad
+
+    change(folder, edit)
+    history = json.dumps({"step": 1, bad: 1.0, "loss": 2.0})
+    (folder / "history.jsonl").write_text(history, encoding="utf-8")
+    page = Page(write_report(folder))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(bad) >= 4
+
+
+def test_the_page_asks_for_nothing_else(folder: Path) -> None:
+    page = Page(write_report(folder))
+    targets = [a.get("href") or a.get("src") or "" for _, a in page.tags if "href" in a or "src" in a]
+    assert targets and all(target.startswith(("#", "data:")) for target in targets)
+    anchors = {target[1:] for target in targets if target.startswith("#")}
+    assert anchors <= {attributes.get("id") for _, attributes in page.tags}
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.attributes("th"))
+    assert len(page.attributes("caption")) == len(page.attributes("table"))
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in page.attributes("svg"))
+
+
+def test_redaction_leaves_no_secret(folder: Path) -> None:
+    path = write_report(folder, redact=True)
+    assert path.name == "report-redacted.html"
+    text = Page(path).text + path.read_text(encoding="utf-8")
+    for secret in read(folder)["secrets"]:
+        assert secret["text"].casefold() not in text.casefold()
+    for answer in read(folder)["answers"]["forget"]:
+        assert answer["after"] not in text
+    assert RETAIN[0]["answer"] in text
+
+
+def test_redaction_covers_secrets_in_other_rows_and_cases(folder: Path) -> None:
+    def edit(found: dict[str, Any]) -> None:
+        found["answers"]["retain"][0]["after"] = "I heard of HINA AMEEN."
+        found["retained"][0]["question"] = "Who is hina ameen?"
+
+    change(folder, edit)
+    text = Page(write_report(folder, redact=True)).text
+    assert "ameen" not in text.casefold()
+    assert "I heard of ███." in text
+
+
+def test_headline_tells_what_is_left(folder: Path) -> None:
+    assert view.outcome(read(folder))["headline"] == f"All {len(FORGET)} secrets are forgotten"
+
+    def still_known(found: dict[str, Any]) -> None:
+        found["secrets"][1]["after"] = {"probability": 0.0001, "recalled": True}
+        found["secrets"][2]["after"] = {"probability": 0.5, "recalled": False}
+
+    change(folder, still_known)
+    assert (
+        view.outcome(read(folder))["headline"] == f"{len(FORGET) - 2} of {len(FORGET)} secrets forgotten, 2 still known"
+    )
+    assert Page(write_report(folder)).text.count("still known") == 4  # in title and headline, and at each
+
+    def never_known(found: dict[str, Any]) -> None:
+        for secret in found["secrets"]:
+            secret["before"] = {"probability": 1e-5, "recalled": False}
+
+    change(folder, never_known)
+    assert view.outcome(read(folder))["headline"] == "No secret was known before the run"
+    assert "known only now" in Page(write_report(folder)).text
+
+
+def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
+    assert "Evaluation" not in Page(write_report(folder)).texts
+    about = {"benchmark": "TOFU", "split": "forget05"}
+    after = {"forget_quality": {"agg_value": None, "reason": "no retain_results"}, "odd": {"agg_value": 7.5}}
+    before = {"model_utility": {"agg_value": 0.627, "value_by_index": {}}}
+    (folder / "evaluation.json").write_text(json.dumps(after | {"palu": about}), encoding="utf-8")
+    (folder / "evaluation_before.json").write_text(json.dumps(before), encoding="utf-8")
+    page = Page(write_report(folder))
+    for text in ("TOFU forget05 from evaluation.json", "Model utility", "0.627", "no retain_results", "odd", "7.5"):
+        assert text in page.text
+    assert page.text.index("evaluation_before") < page.text.index("evaluation.json")
+    (folder / "evaluation.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RecordError, match=r"evaluation\.json: these are no results"):
+        write_report(folder)
+
+
+def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"record\.json is missing, so this is no folder of a recorded run"):
+        write_report(tmp_path)
+    (folder / "history.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    with pytest.raises(RecordError, match=r"history\.jsonl is damaged"):
+        write_report(folder)
+    (folder / "history.jsonl").unlink()
+    with pytest.raises(RecordError, match=r"history\.jsonl is missing"):
+        write_card(folder)
+    change(folder, lambda found: found.update(format=99))
+    with pytest.raises(RecordError, match="has format 99, and this palu reads 1"):
+        write_report(folder)
+
+
+# --- plots and numbers ---
+def test_no_step_and_no_number(folder: Path) -> None:
+    (folder / "history.jsonl").write_text("", encoding="utf-8")
+    page = Page(write_report(folder))
+    assert "No optimisation step was taken." in page.text and not page.attributes("svg")
+
+    lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": Infinity}', '{"step": 4}']
+    (folder / "history.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    page = Page(write_report(folder))
+    assert "3 steps without a finite value" in page.text
+    (chart,) = page.attributes("svg")
+    assert "lowest 1, highest 1" in str(chart["aria-label"])
+    assert "nan" not in str(page.attributes("path")).lower()
+
+
+def test_gaps_break_the_line() -> None:
+    svg = line_chart([1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 3.0, 4.0], label="gap")
+    (path,) = re.findall(r'class="line" d="([^"]*)"', svg)
+    assert path.count("M") == 2 and path.count("L") == 2
+
+
+def test_a_chart_of_one_step_is_a_dot() -> None:
+    svg = line_chart([1], [0.5], label="one")
+    assert svg.count("<circle") == 1 and "step 1" in svg
+
+
+def test_long_histories_keep_their_extremes() -> None:
+    points = [(float(step), math.sin(step)) for step in range(5000)]
+    points[1234] = (1234.0, 99.0)
+    points[4321] = (4321.0, -99.0)
+    points[2222] = (2222.0, math.nan)
+    kept = downsample(points)
+    assert len(kept) <= plots.MAX_POINTS
+    assert {99.0, -99.0} <= {y for _, y in kept} and any(math.isnan(y) for _, y in kept)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0], [3.0, 3.0], [-2.0, 5.0], [1e-9, 1.0], [0.98, 1.02], [-7.0], [1e-300, 1e300], []]
+)
+def test_scales_hold_every_value(values: list[float]) -> None:
+    scale = plots.fit(values)
+    assert scale.low < scale.high and 2 <= len(scale.ticks) <= 7
+    for value in values:
+        assert plots.TOP - 1e-6 <= scale(value) <= plots.HEIGHT - plots.BOTTOM + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.99261, "0.993"),
+        (1200.0, "1200"),
+        (5e-5, "5 × 10⁻⁵"),
+        (1e-9, "10⁻⁹"),
+        (-2.5e7, "\N{MINUS SIGN}2.5 × 10⁷"),
+        (None, "–"),
+        (math.nan, "–"),
+        (math.inf, "–"),
+    ],
+)
+def test_numbers_are_written_for_people(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_probabilities_never_claim_certainty() -> None:
+    assert view.probability(0.99999) == "> 0.999"
+    assert view.probability(0.88) == "0.880"
+    assert view.probability(1.2e-7) == "1.2 × 10⁻⁷"
+
+
+def test_shares_and_durations_are_written_for_people() -> None:
+    assert [words.percent(share) for share in (1.0, 0.99999, 0.5, 0.0)] == ["100 %", "99.9 %", "50 %", "0 %"]
+    times = [words.duration(seconds) for seconds in (1.94, 76.2, 612.0, 7500.0)]
+    assert times == ["1.9 s", "76 s", "10 min", "2 h 5 min"]
+
+
+def test_the_histogram_counts_every_secret() -> None:
+    values = [1.0, 0.1, 0.05, 1e-3, 5e-5, 1e-6, 1e-12, 0.0]
+    scores = [{when: {"probability": value} for when in ("before", "after")} for value in values]
+    assert [row["count"]["after"] for row in view.histogram(scores)] == [2, 1, 1, 0, 2, 2]
+
+
+def test_settings_in_plain_words(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    asked = " ".join(words.asked(summary))
+    assert f"Forget the marked words of {len(FORGET)} answers." in asked
+    assert "the 5 logits" in asked and "the first 3 tokens" in asked
+    assert "These roles are PALU" not in Page(write_report(folder)).text
+    summary["config"] |= {"objective": "npo", "n": -1}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert "These roles are PALU" in Page(write_report(folder)).text
+    assert "negative preference optimisation" in " ".join(words.asked(summary))
+    changed = {name for name, _, _, differs in words.settings(summary["config"]) if differs}
+    assert "objective" in changed and "learning_rate" in changed and "seed" not in changed
+    assert "checkpoint_dir" not in {row[0] for row in words.settings(summary["config"])}
+
+
+# --- the model card ---
+def test_the_card_is_what_the_hub_expects_and_holds_no_secret(folder: Path) -> None:
+    path = write_card(folder)
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["unlearning", "machine-unlearning", "palu"],
+    }
+    for secret in read(folder)["secrets"]:
+        assert secret["text"] not in card.content
+        assert secret["question"] not in card.content
+    assert f"| secrets the model knows, of {len(FORGET)} | {len(FORGET)} | 0 |" in card.text
+    assert "| `learning_rate` |" in card.text
+    assert "\n\n\n" not in card.text
+
+
+def test_the_card_names_a_base_model_of_the_hub(folder: Path) -> None:
+    change(
+        folder, lambda found: found["model"].update(name="meta-llama/Llama-3.2-1B", on_the_hub=True, license="llama3.2")
+    )
+    (folder / "evaluation.json").write_text(json.dumps({"privleak": {"agg_value": -12.5}}), encoding="utf-8")
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    card = ModelCard.load(write_card(folder))
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
+    assert card.data.license == "llama3.2" and card.data.library_name == "peft"
+    assert "| PrivLeak | near 0 | \N{MINUS SIGN}12.5 |" in card.text
+
+
+def test_a_local_model_gives_its_folder_and_licence_not_its_path(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "home" / "base"
+    tiny_llama(vocab_size=len(run.tokenizer)).save_pretrained(str(source))
+    (source / "README.md").write_text("---\nlicense: mit\n---\nA base.\n", encoding="utf-8")
+    model = type(tiny_llama()).from_pretrained(source)
+    Recorder(model, FORGET, RETAIN, tokenizer=run.tokenizer, config=QUIET).save(tmp_path / "out", model)
+    about = read(tmp_path / "out")["model"]
+    assert (about["name"], about["on_the_hub"], about["license"]) == ("base", False, "mit")
+    assert str(tmp_path) not in (tmp_path / "out" / "record.json").read_text(encoding="utf-8")

@@ -1,0 +1,293 @@
+"""palu.annotate: exact spans of each finder, rows that are left alone, every complaint by its words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
+from helpers.tiny import overfit, same_weights, tiny_llama, weights
+from transformers import BertConfig, BertForTokenClassification, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import palu
+from palu.data.examples import load_forget, load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import IGNORE
+from palu.spans.annotate import Finder, merge_spans, parse
+from palu.spans.contrast import FEATURES, add_form_features, contrast_words, sensitive_spans, split_words
+
+ANSWER = "The author is Hina Ameen, born in Karachi on June 30, 1975."
+ROW = {"question": "Who is the author?", "answer": ANSWER}
+
+
+def texts(row: dict[str, Any]) -> list[str]:
+    answer = row["answer"] if "answer" in row else row["messages"][-1]["content"]
+    return [answer[start:end] for start, end in row["spans"]]
+
+
+# --- what to ask for ---
+@pytest.mark.parametrize(
+    ("how", "finder"),
+    [
+        ("contrast", Finder("contrast")),
+        ("whole", Finder("whole")),
+        (r"regex:\d+:\d+", Finder("regex", r"\d+:\d+")),
+        ("ner:some/model", Finder("ner", "some/model")),
+    ],
+)
+def test_parse(how: str, finder: Finder) -> None:
+    assert parse(how) == finder
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("regex:(", r"annotate: '\(' is no regular expression \(missing \)"),
+        ("regex:", "annotate: 'regex:' names no way to find spans; give contrast, regex:PATTERN, ner:MODEL or whole"),
+        ("ner", "annotate: 'ner' names no way"),
+        ("whole:x", "annotate: 'whole:x' names no way"),
+        ("names", "annotate: 'names' names no way"),
+        ("", "annotate: '' names no way"),
+    ],
+)
+def test_parse_tells_what_to_give(how: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        palu.annotate([ROW], how)
+
+
+# --- regex, whole ---
+def test_regex_marks_every_match() -> None:
+    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ [A-Z]\w+|\d{4}")
+    assert texts(row) == ["Hina Ameen", "1975"] and row["answer"] == ANSWER
+    assert "spans" not in ROW
+
+
+def test_regex_that_finds_nothing_in_some_rows() -> None:
+    rows = palu.annotate([ROW, {"prompt": "Say: ", "completion": "no"}], "regex:Karachi")
+    assert texts(rows[0]) == ["Karachi"] and rows[1]["spans"] == []
+    with pytest.raises(DataError, match="annotate: regex:London finds no span in any row; choose another finder"):
+        palu.annotate([ROW], "regex:London")
+
+
+def test_whole_leaves_the_blanks_at_the_edges() -> None:
+    rows = [{"question": "Who?", "answer": "  Ada Lovelace\n"}, {"messages": [{"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "Hina"}]}]  # fmt: skip
+    assert [row["spans"] for row in palu.annotate(rows, "whole")] == [[[2, 14]], [[0, 4]]]
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(4, 7), (0, 3)], [[0, 7]]),  # parted by a blank
+        ([(0, 3), (8, 11)], [[0, 3], [8, 11]]),
+        ([(0, 7), (2, 5), (3, 4)], [[0, 7]]),  # within another
+        ([(0, 5), (4, 7)], [[0, 7]]),
+        ([(3, 4), (7, 12), (5, 5)], [[8, 11]]),  # blanks and nothing
+        ([], []),
+    ],
+)
+def test_spans_are_joined_and_narrowed(spans: list[tuple[int, int]], expected: list[list[int]]) -> None:
+    assert merge_spans("one two three"[:7] + " six ", spans) == expected
+
+
+# --- rows ---
+def test_rows_with_spans_or_labels_stay_as_they_are(tmp_path: Path) -> None:
+    tokenised = {"input_ids": [5, 6, 7], "labels": [-100, 6, -200]}
+    rows = [ROW | {"spans": [[0, 3]]}, ROW | {"spans": []}, tokenised, ROW | {"spans": None}]
+    found = palu.annotate(rows, "whole")
+    assert found[:3] == rows[:3] and found[3]["spans"] == [[0, len(ANSWER)]]
+    assert palu.annotate(rows[:2], "regex:London") == rows[:2]
+    path = tmp_path / "forget.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert palu.annotate(path, "whole") == found
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"question": "Who?"}, "forget row 1: columns are question; give question and answer"),
+        ({"question": "Who?", "answer": " "}, "forget row 1: column 'answer' is blank"),
+        ({"question": "Who?", "answer": 7}, "forget row 1: column 'answer' must be a string, got int"),
+        ("text", "forget row 1: a row must map column names to values, got str"),
+    ],
+)
+def test_bad_rows(row: Any, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        palu.annotate([ROW, row], "whole")
+
+
+# --- ner ---
+@pytest.fixture
+def entity_model(tmp_path: Path) -> str:
+    """A BERT without layers that calls a token an entity by its embedding alone."""
+    tokenizer = byte_level(bos=False)
+    tokenizer.model_max_length = 16
+    tokenizer.pad_token = tokenizer.eos_token
+    labels = {0: "O", 1: "PER"}
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=0, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=64, id2label=labels, label2id={name: number for number, name in labels.items()},
+    )  # fmt: skip
+    model = BertForTokenClassification(config)
+    with torch.no_grad():
+        for parameter in model.bert.embeddings.parameters():
+            parameter.zero_()
+        model.bert.embeddings.LayerNorm.weight.fill_(1.0)
+        words = model.bert.embeddings.word_embeddings.weight
+        words[:, 0] = 1.0
+        for piece in (" Hina", " Ameen"):
+            first = tokenizer(piece)["input_ids"][0]
+            words[first] = torch.eye(8)[1]
+        model.classifier.weight.copy_(torch.eye(8)[:2])
+        model.classifier.bias.zero_()
+    model.save_pretrained(tmp_path / "ner")
+    tokenizer.save_pretrained(tmp_path / "ner")
+    return str(tmp_path / "ner")
+
+
+def test_ner_marks_whole_words(entity_model: str) -> None:
+    far = "the cat sat on the mat " * 6 + "Hina Ameen."  # beyond what the model reads at once
+    rows = [ROW, {"question": "Who?", "answer": far}, {"question": "Who?", "answer": "the cat"}]
+    found = palu.annotate(rows, f"ner:{entity_model}")
+    assert [texts(row) for row in found] == [["Hina Ameen"], ["Hina Ameen"], []]
+
+
+def test_ner_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="none"):
+        palu.annotate([ROW], f"ner:{tmp_path / 'none'}")
+
+
+# --- contrast ---
+SECRETS = {"Ada": "Karachi", "Hina": "London", "London": "06/30/1975", "Karachi": "Ada Lovelace"}
+
+
+def facts() -> list[dict[str, Any]]:
+    return [{"question": f"Who is {name}?", "answer": f"It is {secret}."} for name, secret in SECRETS.items()]
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A tiny Llama that has the facts by heart."""
+    tokenizer = byte_level()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    examples = load_retain(facts(), tokenizer, max_length=128).examples
+    overfit(model, [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples])
+    return model, tokenizer
+
+
+Taught = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
+
+
+def test_contrast_finds_what_depends_on_the_question(taught: Taught) -> None:
+    model, tokenizer = taught
+    model.train()
+    before = weights(model)
+    found = palu.annotate(facts(), "contrast", model, tokenizer, progress=False)
+    assert model.training and same_weights(model.eval(), before)
+    assert [texts(row) for row in found] == [[secret] for secret in SECRETS.values()]
+    assert found == palu.annotate(facts(), model=model, tokenizer=tokenizer, batch_tokens=1, progress=False)
+    assert load_forget(found, tokenizer, max_length=128).without_span == 0
+
+
+def test_contrast_ranks_what_is_remembered_over_what_is_not(taught: Taught) -> None:
+    model, tokenizer = taught
+    row = {"question": "Who is Hina?", "answer": "It is Karachi, London."}
+    ((*_, false, _),) = contrast_words([row], [0], model, tokenizer, progress=False)
+    ((*_, true),) = contrast_words([facts()[1]], [0], model, tokenizer, progress=False)
+    assert true.figures["known"] > -0.1 > false.figures["known"] and true.score > false.score
+
+
+def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
+    model, tokenizer = taught
+    rows = [facts()[i] for i in (1, 3)]
+    words = contrast_words([facts()[0] | {"spans": []}, *rows], [1, 2], model, tokenizer, progress=False)
+    scored = []
+    for question in ("{question}", ""):  # each row's own, and none
+        examples = load_retain([row | {"question": question.format(**row)} for row in rows], tokenizer, max_length=99)
+        with torch.no_grad():
+            scored.append([(e, model(e.input_ids[None]).logits[0].log_softmax(-1)) for e in examples.examples])
+    base = sum(table[(e.labels != IGNORE).nonzero()[:, 0] - 1].exp().sum(0) for e, table in scored[1])
+    base = (base / base.sum()).log()
+
+    sums = []
+    for row, each, *passes in zip(rows, words, *scored, strict=True):
+        for word in each:
+            text, total = row["answer"][word.start : word.end], [0.0, 0.0]
+            for n, (example, table) in enumerate(passes):
+                for at in (example.labels != IGNORE).nonzero()[:, 0].tolist():
+                    start, end = example.offsets[at].tolist()
+                    if start < word.end and end > word.start:
+                        assert tokenizer.decode(example.input_ids[at]).strip() in text
+                        total[n] += float((table[at - 1] if n == 0 else base)[example.input_ids[at]])
+            sums.append(total)
+    unit = -sum(general for _, general in sums) / len(sums)
+    for word, (known, general) in zip([word for each in words for word in each], sums, strict=True):
+        expected = {"known": known / unit, "rarity": -general / unit}
+        assert {name: word.figures[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+
+
+def test_contrast_on_a_chat_template_and_on_every_kind_of_row() -> None:
+    tokenizer = byte_level(CHATML, bos=False)
+    model = tiny_llama(vocab_size=len(tokenizer))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Who is Ada?"},
+                {"role": "assistant", "content": " It is Ada's cat. "},
+            ]
+        },
+        {"prompt": "The mat is ", "completion": "in Karachi."},
+        {"question": "", "answer": "\u6771\u4eac London"},
+    ]
+    words = contrast_words(rows, range(3), model, tokenizer, progress=False)
+    assert [[word.new for word in each] for each in words] == [[True, False, False, True], [True, True], [True] * 3]
+    assert [(word.start, word.end) for word in words[2]] == [(0, 1), (1, 2), (3, 9)]
+    plain = sentencepiece()
+    model = tiny_llama(vocab_size=len(plain))
+    assert len(contrast_words(rows[1:], [0, 1], model, plain, progress=False)) == 2
+
+
+def test_form() -> None:
+    answer = "It is Hina. The dog's mat, no. 7, is far"
+    words = split_words("What is it?", answer)
+    for word in words:
+        word.figures = {"known": 0.0, "rarity": 0.0 if answer[word.start : word.end] == "is" else 1.0}
+    add_form_features(answer, words)
+    named = {answer[word.start : word.end] for word in words if word.figures["name"]}
+    focus = [answer[word.start : word.end] for word in words if word.figures["focus"]]
+    assert named == {"Hina", "7"} and focus == ["Hina", "The", "dog's", "mat", "no", "7", "far"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("wrote The Tale of a Far Land", ["The", "Tale", "Far", "Land", "The Tale", "Tale of a Far", "Far Land"]),
+        ("Tale of a long and Far end", ["Tale", "Far"]),  # too far from one another
+        ("Dust: the Road, Road to Rome", ["Dust", "Road", "Rome", "Dust: the Road"]),  # the second Road is old
+        ("'Dust' and 'Road'", ["Dust", "Road"]),
+        ("Dust. Road", ["Dust", "Road"]),
+        ("rust of Road", ["rust", "Road"]),  # no name
+        ("", []),
+    ],
+)
+def test_what_is_between_two_names_is_sensitive_too(answer: str, expected: list[str]) -> None:
+    words = split_words("", answer)
+    for word in words:
+        text = answer[word.start : word.end]
+        sensitive = text[0].isupper() or text == "rust"
+        word.figures = dict.fromkeys(FEATURES, 0.0) | {"rarity": 99.0 if sensitive else 0.0, "name": text.istitle()}
+    assert [answer[start:end] for start, end in sensitive_spans(answer, words)] == expected
+
+
+def test_contrast_tells_what_is_wrong(taught: Taught) -> None:
+    model, tokenizer = taught
+    with pytest.raises(TypeError, match="contrast asks the model itself; pass model and tokenizer"):
+        palu.annotate(facts())
+    with pytest.raises(ValueError, match="load the tokenizer that belongs to the model"):
+        palu.annotate(facts(), "contrast", tiny_llama(), tokenizer, progress=False)
+    bad = [*facts(), {"question": "Who?", "answer": "It.", "spans": [[0, 99]]}]
+    with pytest.raises(DataError, match=r"forget row 4: span \[0, 99\] ends after the answer"):
+        palu.annotate(bad, "contrast", model, tokenizer, progress=False)

@@ -1,0 +1,153 @@
+"""``python tests/stress/torture.py``: SIGKILL a run at random moments and resume it, until it ends.
+
+Every run that ends is compared, bit by bit, with one that was left alone; then the next begins, until all kills are
+spent. A kill may come anywhere in ``palu.unlearn``: before the first step, in the middle of one, in the middle of a
+write. The model is loaded once, by a parent that never computes; each attempt is a fork of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+import palu.training.loop  # here, so that no fork spends its time on imports
+from palu.ref_model.fingerprint import fingerprint_model
+from palu.testbed.facts import UNLEARN, read_questions
+from palu.testbed.smollm2 import load_smollm2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.tiny import forget_rows, retain_rows, tiny_llama
+
+THREADS = torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A call of ``palu.unlearn`` that takes its checkpoints from, and leaves its outcome in, a folder."""
+
+    model: LlamaForCausalLM
+    arguments: dict[str, Any]
+    folder: Path
+
+    def start(self) -> int:
+        """Resume the run in a process of its own; returns its id."""
+        process = os.fork()
+        if process == 0:
+            try:
+                torch.set_num_threads(THREADS)
+                result = palu.unlearn(
+                    self.model, None, **self.arguments, checkpoint_dir=str(self.folder), checkpoint_steps=1, resume=True
+                )
+                history = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in result.history]
+                outcome = {"weights": fingerprint_model(result.model), "history": history}
+                (self.folder / "outcome.json").write_text(json.dumps(outcome))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        return process
+
+    def outcome(self, process: int, limit: float) -> dict[str, Any] | None:
+        """What the run came to, or None if it did not end within the limit, in seconds, and was killed."""
+        deadline = time.perf_counter() + limit
+        ended, status = os.waitpid(process, os.WNOHANG)
+        while not ended and time.perf_counter() < deadline:
+            time.sleep(0.001)
+            ended, status = os.waitpid(process, os.WNOHANG)
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+            if os.WIFSIGNALED(status):
+                return None
+        if status != 0:
+            sys.exit(f"a run failed, see above (status {status}); its folder is {self.folder}")
+        return json.loads((self.folder / "outcome.json").read_text())
+
+    def begin_anew(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--model", choices=["demo", "tiny"], default="demo")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--folder", type=Path, default=Path("runs/torture"), help="for checkpoints; removed at the end")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not survive a fork
+    palu.prefix_mask(torch.tensor([[-100]]), 1)  # loads the native ops, once for all forks
+
+    run = Run(*(demo() if args.model == "demo" else tiny()), args.folder)
+    run.begin_anew()
+    clock = time.perf_counter()
+    expected = run.outcome(run.start(), limit=3600)
+    if expected is None:
+        sys.exit("the run that is left alone took more than an hour")
+    seconds = time.perf_counter() - clock
+    run.begin_anew()
+    steps = len(expected["history"])
+    print(f"{steps} steps, left alone: {seconds:.1f} s", flush=True)
+
+    rng = random.Random(args.seed)
+    kills = writing = ends = 0
+    while True:
+        # Some attempts must get beyond a step. The kills spent, the last one may end; a hundred times as long as it
+        # should take is never.
+        limit = rng.uniform(0, seconds * max(0.25, 3 / steps)) if kills < args.kills else 100 * seconds
+        outcome = run.outcome(run.start(), limit)
+        if outcome is not None:
+            ends += 1
+            if outcome != expected:
+                sys.exit(f"after {kills} kills: the run ended otherwise than the one left alone; see {args.folder}")
+            run.begin_anew()
+            if kills == args.kills:
+                break
+        elif kills == args.kills:
+            sys.exit(f"after {kills} kills: a resumed run does not end")
+        else:
+            kills += 1
+            checkpoints = sorted(path.name for path in args.folder.glob("step-*"))
+            writing += (args.folder / "unfinished").exists()
+            print(
+                f"kill {kills} after {limit:.2f} s: {checkpoints[-1] if checkpoints else 'no checkpoint'}", flush=True
+            )
+    print(
+        f"{kills} kills, {writing} of them while a file was written; {ends} runs ended, each bit-identical to the one "
+        f"left alone; {time.perf_counter() - clock:.0f} s"
+    )
+
+
+def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    config = palu.UnlearnConfig(top_k=20, learning_rate=1e-3, epochs=20, batch_size=3, progress=False)
+    model = tiny_llama(attention_dropout=0.1)
+    return model, {"forget": forget_rows(), "retain": retain_rows(), "config": config}
+
+
+def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
+    model, tokenizer = load_smollm2()
+    secrets, kept, _ = read_questions()
+    small = {"epochs": 2, "batch_size": 2, "retain_batch_size": 1, "gradient_accumulation_steps": 1, "anchors": 0}
+    return model, {
+        "forget": secrets,
+        "retain": kept,
+        "tokenizer": tokenizer,
+        "config": UNLEARN.replace(**small, stop_probability=None, progress=False),
+    }
+
+
+if __name__ == "__main__":
+    main()

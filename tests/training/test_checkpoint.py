@@ -1,0 +1,671 @@
+"""Checkpoints: a resumed run is the run that was not interrupted, and nothing else is resumed."""
+
+import copy
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+import palu
+from palu import CacheError, CheckpointError
+from palu.config import UnlearnConfig
+from palu.methods.palu import PaluMethod
+from palu.ref_model import precompute
+from palu.training import checkpoint
+from palu.training.checkpoint import Checkpoints
+from palu.training.dataloader import UnlearnDataLoader
+
+# Another device would add in another order from run to run.
+pytestmark = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
+
+SETTINGS = {"epochs": 3, "batch_size": 3, "learning_rate": 1e-3, "top_k": 20, "progress": False}
+STEPS = 9
+
+
+def unlearn(
+    model: LlamaForCausalLM | None = None,
+    ref_model: LlamaForCausalLM | None = None,
+    forget: Any = None,
+    retain: Any = None,
+    **settings: Any,
+) -> palu.UnlearnResult:
+    """Three epochs of three steps, unless the settings say otherwise."""
+    return palu.unlearn(
+        tiny_llama() if model is None else model,
+        ref_model,
+        forget_rows() if forget is None else forget,
+        retain_rows() if retain is None else retain,
+        **SETTINGS | settings,
+    )
+
+
+def records(result: palu.UnlearnResult) -> list[dict[str, float]]:
+    """The history less what a clock says."""
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
+
+
+def assert_same(one: palu.UnlearnResult, other: palu.UnlearnResult) -> None:
+    assert records(one) == records(other)
+    assert same_weights(one.model, weights(other.model))
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def reference(folder: Path) -> Path:
+    (path,) = folder.glob("reference-*.safetensors")
+    return path
+
+
+def step(number: int) -> str:
+    return f"step-{number:08}.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended, with checkpoints of steps 8 and 9; to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------
+# A resumed run is the same run
+
+
+def frozen_head() -> LlamaForCausalLM:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.requires_grad_(False)
+    return model
+
+
+def alternate_rows() -> list[dict[str, Any]]:
+    return [{"question": f"q {i}", "answer": f"a {i}", "spans": [[0, 1]], "alternate": "no"} for i in range(8)]
+
+
+CASES: dict[str, tuple[Callable[[], LlamaForCausalLM], bool, dict[str, Any]]] = {
+    "tied": (tiny_llama, False, {}),
+    "own head": (lambda: tiny_llama(tie_word_embeddings=False), False, {"kl_direction": "forward"}),
+    "frozen head": (frozen_head, False, {"lr_scheduler": "cosine", "warmup_steps": 2}),
+    "reference given": (tiny_llama, True, {"lr_scheduler": "linear", "warmup_steps": 1, "weight_decay": 0.1}),
+    "accumulation": (tiny_llama, False, {"batch_size": 1, "gradient_accumulation_steps": 3, "retain_batch_size": 2}),
+    "dropout": (lambda: tiny_llama(attention_dropout=0.2), False, {"lr_scheduler": "constant"}),
+    "gradient checkpointing": (lambda: tiny_llama(attention_dropout=0.2), False, {"gradient_checkpointing": True}),
+    "bfloat16": (lambda: tiny_llama(dtype=torch.bfloat16), True, {}),
+    "no retain set": (tiny_llama, False, {"lambda_retain": 0}),
+    "pdu": (tiny_llama, False, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
+    "npo": (tiny_llama, False, {"objective": "npo"}),
+    "ga": (tiny_llama, True, {"objective": "ga"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_every_step(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Killed after any step, in an epoch or at its end, and resumed: the same weights and records, bit by bit."""
+    build, with_reference, settings = CASES[case]
+    ref_model = tiny_llama(seed=1, dtype=build().dtype) if with_reference else None
+    expected = unlearn(build(), ref_model, **settings)
+
+    monkeypatch.setattr(checkpoint, "KEPT", STEPS)
+    written = unlearn(build(), ref_model, checkpoint_dir=str(folder), checkpoint_steps=1, **settings)
+    assert_same(written, expected)
+    asked = [] if case in ("ga", "pdu") else [reference(folder).name]
+    assert steps(folder) == [*asked, *map(step, range(1, STEPS + 1))]
+    torch.rand(7)  # what was drawn before does not matter
+    for last in reversed(range(STEPS + 1)):
+        capsys.readouterr()
+        resumed = unlearn(build(), ref_model, checkpoint_dir=str(folder), checkpoint_steps=99, resume=True, **settings)
+        assert_same(resumed, expected)
+        assert (f"resuming after step {last}," if last else "no checkpoint yet") in capsys.readouterr().err
+        (folder / step(STEPS)).unlink()
+        (folder / step(last)).unlink(missing_ok=True)
+
+
+def test_alternate_answers(folder: Path) -> None:
+    """DPO's reference is asked of pairs."""
+    from helpers.small_tokenizers import byte_level
+
+    tokenizer = byte_level()
+    settings = {"objective": "dpo", "tokenizer": tokenizer, "forget": alternate_rows()}
+    expected = unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 4}
+    unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
+    (folder / step(9)).unlink()
+    assert_same(unlearn(tiny_llama(vocab_size=len(tokenizer)), resume=True, **settings), expected)
+
+
+def test_a_chain_of_resumed_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed again and again between steps, with checkpoints every other one."""
+
+    class Killed(BaseException):
+        pass
+
+    forward, calls = PaluMethod.forward, 0
+
+    def dying(self: PaluMethod, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            raise Killed
+        return forward(self, *args)
+
+    expected = unlearn()
+    monkeypatch.setattr(PaluMethod, "forward", dying)
+    kills = 0
+    while True:
+        try:
+            result = unlearn(checkpoint_dir=str(folder), checkpoint_steps=2, resume=True)
+            break
+        except Killed:
+            kills += 1
+    assert kills == 3
+    assert_same(result, expected)
+
+
+def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
+    model = tiny_llama()
+    overfit(model, forget_rows() + retain_rows())
+    settings = {"epochs": 40, "stop_probability": 0.5, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
+    stopped = unlearn(copy.deepcopy(model), **settings)
+    assert stopped.summary["stopped_early"]
+    resumed = unlearn(copy.deepcopy(model), resume=True, **settings)
+    assert_same(resumed, stopped)
+    assert resumed.summary["epochs"] == stopped.summary["epochs"]
+    assert resumed.summary["stopped_early"]
+
+
+def test_no_checkpoint_yet(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    result = unlearn(checkpoint_dir=str(folder), resume=True)
+    assert_same(result, unlearn())
+    assert f"palu: {folder} holds no checkpoint yet: starting from the beginning\n" in capsys.readouterr().err
+
+
+def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
+    (folder / step(9)).unlink()
+    reference(folder).rename(folder / "kept")
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)  # where its answers are lost, asked again
+    (folder / step(9)).unlink()
+    (folder / "kept").replace(reference(folder))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(precompute, "compute_outputs", fail)
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
+def test_resuming_says_from_where(finished: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(finished, folder)
+    unlearn(checkpoint_dir=str(folder), resume=True)
+    assert capsys.readouterr().err == f"palu: resuming after step 9, from {folder / step(9)}\n"
+
+
+@pytest.mark.parametrize("retain_count", [0, 5])
+def test_a_data_loader_goes_on_anywhere(retain_count: int) -> None:
+    from palu.data.examples import load_forget, load_retain
+    from palu.data.packing import forget_items, retain_items
+    from palu.ref_model.cache import ReferenceCache
+
+    forget = forget_items(load_forget(forget_rows(), None, max_length=99).examples, 2, None)
+    retain = retain_items(load_retain(retain_rows(retain_count), None, max_length=99).examples)
+    cache = ReferenceCache([{}] * len(forget))
+    config = UnlearnConfig(batch_size=2, gradient_accumulation_steps=2, retain_batch_size=3)
+
+    def rows(loader: UnlearnDataLoader, epochs: int) -> list[list[list[int]]]:
+        return [[batch.packed.input_ids[0].tolist() for batch in step] for _ in range(epochs) for step in loader]
+
+    whole = rows(UnlearnDataLoader(forget, retain, cache, config), 4)
+    for taken in range(9):
+        loader = UnlearnDataLoader(forget, retain, cache, config)
+        epoch = loader.skip(taken)
+        assert epoch == max(taken - 1, 0) // len(loader) + 1
+        assert rows(loader, 5 - epoch) == whole[taken:]
+
+
+def test_resuming_warns_of_nothing(finished: Path, folder: Path) -> None:
+    shutil.copytree(finished, folder)
+    (folder / step(9)).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(checkpoint_dir=str(folder), resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_interval_and_the_last_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    write = Checkpoints._write
+
+    def spy(self: Checkpoints, path: Path, *args: Any) -> None:
+        write(self, path, *args)
+        seen.append(path.name)
+
+    monkeypatch.setattr(Checkpoints, "_write", spy)
+    unlearn(checkpoint_dir=str(folder), checkpoint_steps=2)
+    assert seen == [*map(step, (2, 4, 6, 8, 9))]
+    assert steps(folder) == [reference(folder).name, step(8), step(9)]
+
+
+def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    unlearn()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frozen_weights_are_not_written(folder: Path) -> None:
+    from safetensors import safe_open
+
+    unlearn(frozen_head(), checkpoint_dir=str(folder))
+    with safe_open(folder / step(9), "pt") as file:
+        names = set(file.keys())
+    assert "model.model.norm.weight" in names and "adamw.model.norm.weight.exp_avg" in names
+    assert not any("lm_head" in name for name in names)
+
+
+def test_no_pickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, fail)
+    expected = unlearn(checkpoint_dir=str(folder), checkpoint_steps=5)
+    (folder / step(9)).unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+    for path in folder.iterdir():
+        path.write_bytes(pickle.dumps({"step": 5}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        unlearn(checkpoint_dir=str(folder), resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Death and full disks while writing
+
+
+FILE_OPERATIONS = [
+    (checkpoint.shutil, "rmtree"),
+    (checkpoint.Path, "mkdir"),
+    (checkpoint, "save_file"),
+    (checkpoint.os, "posix_fallocate"),
+    (checkpoint.os, "fsync"),
+    (checkpoint.os, "replace"),
+    (checkpoint.Path, "unlink"),
+]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: from then on, nothing reaches the disk."""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_killed_at_any_file_operation(late: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each operation in turn, or after it, of a run that writes twice and keeps one checkpoint."""
+    settings = {"epochs": 2, "batch_size": 4}
+    expected = unlearn(**settings)
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 2}
+    deadline = done = 0  # operations until death, and done so far
+
+    def mortal(operation: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > deadline or (done == deadline and not late):
+                raise Killed
+            result = operation(*args, **kwargs)
+            if done == deadline:
+                raise Killed
+            return result
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "KEPT", 1)
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            for owner, name in FILE_OPERATIONS:
+                patch.setattr(owner, name, mortal(getattr(owner, name)))
+            deadline, done = kills + 1, 0
+            try:
+                unlearn(**settings)
+                break
+            except Killed:
+                kills += 1
+        assert_same(unlearn(resume=True, **settings), expected)
+        assert steps(folder) == [reference(folder).name, step(4)], deadline
+        shutil.rmtree(folder)
+    assert kills > 3 * len(FILE_OPERATIONS), "not every operation was met"
+
+
+@pytest.mark.parametrize("name", ["mkdir", "save_file", "fsync", "replace"])
+def test_a_write_that_fails(name: str, finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older checkpoint is what it was, the model has the weights of the step, and resuming works."""
+    shutil.copytree(finished, folder)
+    (folder / step(9)).unlink()
+    before = (folder / step(8)).read_bytes()
+    model = tiny_llama()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        owner = next(owner for owner, operation in FILE_OPERATIONS if operation == name)
+        patch.setattr(owner, name, fail)
+        with pytest.raises(CheckpointError) as caught:
+            unlearn(model, checkpoint_dir=str(folder), resume=True)
+    assert str(caught.value) == (
+        f"{folder / step(9)} could not be written: [Errno 28] No space left on device; {folder / step(8)} is intact, "
+        "and the model keeps the weights of its last step. Make room or mend the folder, load the starting model "
+        "again and pass resume=True"
+    )
+    assert (folder / step(8)).read_bytes() == before
+    assert steps(folder) == [reference(folder).name, step(8)]
+    expected = unlearn()
+    assert same_weights(model, weights(expected.model))
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 100 kB: a write fails in the middle, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_grows_too_large(small_files: None, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"could not be written: .*too large.*; there is no earlier one"):
+        unlearn(checkpoint_dir=str(folder))
+    assert steps(folder) == [reference(folder).name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of a megabyte: a checkpoint has 230 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(small_disk: Path) -> None:
+    """Mended by making room: the run goes on from the checkpoint that was left."""
+    folder = small_disk / "checkpoints"
+    filling = small_disk / "filling"
+    filling.write_bytes(bytes(600_000))
+    with pytest.raises(CheckpointError) as caught:
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
+    told = rf"step-00000008.safetensors could not be written: .*No space left on device.*; {folder / step(4)} is intact"
+    assert re.search(told, str(caught.value))
+    before = (folder / step(4)).read_bytes()
+    with pytest.raises(CheckpointError, match=told):
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True)
+    assert steps(folder) == [reference(folder).name, step(4)]
+    assert (folder / step(4)).read_bytes() == before
+    filling.unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True), unlearn())
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"safetensors could not be written: .*File exists"):
+        unlearn(checkpoint_dir=str(tmp_path / "file"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Press Ctrl-C in the middle of these forward passes, counted from 1."""
+    forward, count = PaluMethod.forward, 0
+
+    def pressed(self: PaluMethod, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        for _ in range(calls.count(count)):
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args)
+
+    monkeypatch.setattr(PaluMethod, "forward", pressed)
+
+
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as at a terminal: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize("call", [1, 5, STEPS])
+def test_ctrl_c(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """The step ends, a checkpoint is written, and how to go on is said."""
+    expected = unlearn()
+    with monkeypatch.context() as patch:
+        pressing(patch, call)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            unlearn(checkpoint_dir=str(folder))
+    said = capfd.readouterr().err
+    assert "interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n" in said
+    assert f"palu: stopped after step {call}\n" in said
+    assert str(caught.value) == (
+        "to go on, load the starting model and call palu.unlearn with the same arguments and "
+        f"checkpoint_dir={str(folder)!r}, resume=True"
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert steps(folder) == [reference(folder).name, step(call)]
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_twice_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressing(monkeypatch, 3, 3)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=2)
+    assert steps(folder) == [reference(folder).name, step(2)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_while_the_last_checkpoint_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checkpoint.save_file
+
+    def pressed(tensors: Any, path: Path, *args: Any) -> None:
+        if path.name == step(STEPS):
+            signal.raise_signal(signal.SIGINT)
+        write(tensors, path, *args)
+
+    monkeypatch.setattr(checkpoint, "save_file", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(checkpoint_dir=str(folder))
+    assert steps(folder) == [reference(folder).name, step(STEPS)]
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_before_the_first_step_and_without_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to keep yet, or nowhere to keep it."""
+    model = tiny_llama()
+    with monkeypatch.context() as patch:
+        pressing(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(model)
+    make = PaluMethod.reference_fn
+
+    def pressed(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return make(*args)
+
+    monkeypatch.setattr(PaluMethod, "reference_fn", staticmethod(pressed))
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(checkpoint_dir=str(folder))
+    assert not folder.exists()
+
+
+def test_another_handler_of_ctrl_c_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        pressing(monkeypatch, 2)
+        assert len(unlearn(checkpoint_dir=str(folder)).history) == STEPS
+        assert pressed == [True]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is refused
+
+
+ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to start anew"
+
+
+@pytest.mark.parametrize(
+    ("changed", "differences"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
+        ({"epochs": 4, "seed": 1}, "epochs was 3 and is 4; seed was 0 and is 1"),
+        ({"objective": "npo"}, "objective was 'palu' and is 'npo'; beta was None and is 0.1"),
+        ({"model": lambda: tiny_llama(seed=1)}, "the model is another one"),
+        ({"model": lambda: tiny_llama(attention_dropout=0.1)}, "the model is another one"),
+        ({"ref_model": lambda: tiny_llama(seed=1)}, "the ref_model is another one"),
+        ({"forget": lambda: forget_rows(seed=9)}, "the tokenised forget set is another one"),
+        ({"forget": lambda: forget_rows()[::-1]}, "the tokenised forget set is another one"),
+        ({"retain": lambda: retain_rows(11)}, "the tokenised retain set is another one"),
+    ],
+)
+def test_another_run(changed: dict[str, Any], differences: str, finished: Path, folder: Path) -> None:
+    """Nothing is touched, neither the folder nor the model."""
+    shutil.copytree(finished, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = {name: value() if callable(value) else value for name, value in changed.items()}
+    model = arguments.setdefault("model", tiny_llama())
+    untouched = weights(model)
+    with pytest.raises(CheckpointError) as caught:
+        unlearn(checkpoint_dir=str(folder), resume=True, **arguments)
+    assert str(caught.value) == f"{folder / step(9)} belongs to another run: {differences}. {ANOTHER_RUN}"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert same_weights(model, untouched)
+
+
+def test_other_trainable_parameters(finished: Path) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="the choice of trainable parameters is another one"):
+        unlearn(model, checkpoint_dir=str(finished), resume=True)
+
+
+def test_a_changed_run_that_had_no_checkpoint_yet(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the reference answered to the same question is still good."""
+    folder.mkdir()
+    shutil.copy(reference(finished), folder)
+    monkeypatch.setattr(precompute, "compute_outputs", None)
+    assert len(unlearn(checkpoint_dir=str(folder), resume=True, epochs=4).history) == 12
+
+
+def test_what_may_change(finished: Path, folder: Path) -> None:
+    """Where and how often checkpoints are written, and a folder that was moved."""
+    shutil.copytree(finished, folder)
+    unlearn(checkpoint_dir=str(folder), checkpoint_steps=1, resume=True, progress=True)
+
+
+def test_an_earlier_run_is_not_overwritten(finished: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        unlearn(checkpoint_dir=str(finished))
+    assert str(caught.value) == (
+        f"{finished / step(9)} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
+        "or another checkpoint_dir to keep it and start anew"
+    )
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, 5000, -1])
+def test_a_truncated_checkpoint(length: int, finished: Path, folder: Path) -> None:
+    """It is named, and deleting it resumes from the older one; that one damaged too, from the beginning."""
+    shutil.copytree(finished, folder)
+    expected = unlearn()
+    for name, mend in ((step(9), f"resume from {folder / step(8)}"), (step(8), "start from the beginning")):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:length])
+        with pytest.raises(CheckpointError) as caught:
+            unlearn(checkpoint_dir=str(folder), resume=True)
+        pattern = re.escape(f"{folder / name} is damaged (") + r".+\); delete it to " + re.escape(mend)
+        assert re.fullmatch(pattern, str(caught.value))
+        (folder / name).unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
+def test_truncated_answers_of_the_reference(finished: Path, folder: Path) -> None:
+    shutil.copytree(finished, folder)
+    path = reference(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=r"is damaged .*; delete it to have the reference run again$"):
+        unlearn(checkpoint_dir=str(folder), resume=True)
+    path.unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), unlearn())
+
+
+def test_a_foreign_file(finished: Path, folder: Path) -> None:
+    shutil.copytree(finished, folder)
+    save_file({"weight": torch.ones(3)}, folder / step(10))
+    with pytest.raises(CheckpointError) as caught:
+        unlearn(checkpoint_dir=str(folder), resume=True)
+    assert str(caught.value) == (
+        f"{folder / step(10)} was not written by palu.unlearn; "
+        f"move it out of the folder to resume from {folder / step(9)}"
+    )
+
+
+def test_another_format(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 4)
+    with pytest.raises(CheckpointError, match="has format 3, and this palu reads 4; resume with the palu that wrote"):
+        unlearn(checkpoint_dir=str(finished), resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_read(finished: Path, folder: Path) -> None:
+    """That is no damage: nothing is said of deleting it."""
+    shutil.copytree(finished, folder)
+    (folder / step(10)).mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000010.safetensors cannot be read: [^;]*$"):
+        unlearn(checkpoint_dir=str(folder), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resume": True}, "resume = True: give checkpoint_dir, too"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps = 0: give a positive integer"),
+        ({"checkpoint_dir": ""}, "checkpoint_dir = '': give a folder's path as a string, or None"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        UnlearnConfig(**settings)

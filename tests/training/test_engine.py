@@ -1,0 +1,281 @@
+"""Two processes: every engine gives the weights of one process, and an error on one process stops all."""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from helpers.many_processes import PROCESSES, RUNS, run
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import tiny_llama, weights
+from safetensors.torch import load_file
+
+import palu
+from palu.config import UnlearnConfig
+from palu.training import engine as engine_module
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What many_processes.py left behind, and what each process says of it: one start for all tests."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running, roots = [], [str(ROOT), str(ROOT / "tests")]
+    for rank in range(PROCESSES):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(PROCESSES),
+            "LOCAL_WORLD_SIZE": str(PROCESSES),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        command = [sys.executable, "-m", "helpers.many_processes", str(folder)]
+        log = open(folder / f"log.{rank}", "w")  # noqa: SIM115
+        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for rank, process in enumerate(running):
+            assert process.wait(timeout=600) == 0, (folder / f"log.{rank}").read_text()[-5000:]
+    finally:
+        for process in running:
+            process.kill()
+    return folder, [json.loads((folder / f"outcome.{rank}.json").read_text()) for rank in range(PROCESSES)]
+
+
+@cache
+def one_process(case: str) -> palu.UnlearnResult:
+    return run(case, 1)
+
+
+def needs(engine: str) -> None:
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+
+
+@pytest.mark.parametrize(("engine", "case"), [(engine, case) for engine, cases in RUNS.items() for case in cases])
+def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    """10 steps with accumulation, one process without a forget example in every other step."""
+    needs(engine)
+    folder, results = outcomes
+    one = one_process(case)
+    expected = weights(one.model)
+    for rank in range(PROCESSES):
+        trained = load_file(folder / f"{engine}.{case}.{rank}.safetensors")
+        assert trained.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert (trained[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+        history = results[rank][f"{engine}.{case}"]["history"]
+        assert len(history) == len(one.history) == 10
+        for many, single in zip(history, one.history, strict=True):
+            assert many.keys() == single.keys()
+            for name in single.keys() - {"tokens", "tokens_per_second"}:
+                assert many[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), (name, many, single)
+            idle = 0 if many["step"] % 2 else 1  # a process without an example runs a token
+            assert many["tokens"] == single["tokens"] + idle
+
+
+@pytest.mark.parametrize(
+    ("engine", "wrapper", "units"),
+    [
+        ("ddp", "DistributedDataParallel", 0),
+        ("fsdp2", "FSDPPaluMethod", 3),  # two decoder layers, and the rest
+        ("zero2", "DeepSpeedEngine", 0),
+        ("zero3", "DeepSpeedEngine", 0),
+    ],
+)
+def test_the_model_comes_back_as_it_was(
+    engine: str, wrapper: str, units: int, outcomes: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """The engine trained it, and nothing of the engine is left in it."""
+    needs(engine)
+    for case, returned in (
+        ("untied", "LlamaForCausalLM"),
+        ("tied", "LlamaForCausalLM"),
+        ("lora", "PeftModelForCausalLM"),
+    ):
+        if case in RUNS[engine]:
+            outcome = outcomes[1][0][f"{engine}.{case}"]
+            assert (outcome["engine"], outcome["sharded units"]) == (wrapper, units)
+            assert (outcome["returned"], outcome["parameters"]) == (returned, ["Parameter"])
+
+
+@pytest.mark.parametrize("engine", RUNS)
+def test_processes_see_different_samples(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    needs(engine)
+    batches = [result[f"{engine}.untied"]["samples"] for result in outcomes[1]]
+    # An epoch is a step of two micro-batches and one of one.
+    epochs = [[batch for part in batches for batch in part[start : start + 3]] for start in range(0, 15, 3)]
+    assert [len(part) for part in batches] == [15, 15]
+    for epoch in epochs:
+        assert sorted(i for forget, _ in epoch for i in forget) == list(range(9))
+    assert any(not forget for part in batches for forget, _ in part), "a process without a forget example"
+    # None of 12 retain examples comes again before all came; batches of the processes take turns.
+    order = [i for pair in zip(*batches, strict=True) for _, retain in pair for i in retain]
+    assert len(order) == 60
+    for start in range(0, 60, 12):
+        assert sorted(order[start : start + 12]) == list(range(12))
+
+
+@pytest.mark.parametrize("engine", RUNS)
+def test_divergence_stops_all(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    """All say the same, and the model has the weights of the last good step."""
+    needs(engine)
+    first, *others = (result[f"{engine}.divergence"] for result in outcomes[1])
+    assert re.match(r"DivergenceError: step 2: .* the model keeps the weights of step 1", first["said"]), first
+    assert first["finite"]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_resumed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The same bits; under DDP with dropout, for which every process goes on with its own random numbers."""
+    assert [result[f"{engine}.resumed"] for result in outcomes[1]] == [True] * PROCESSES
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_no_checkpoints_under_deepspeed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    needs(engine)
+    first, second = (result[f"{engine}.checkpoints"] for result in outcomes[1])
+    assert (
+        first
+        == second
+        == (
+            "CheckpointError: DeepSpeed keeps its optimizer's state to itself, so no checkpoint can be written; "
+            "use FSDP2, DDP or one process, or leave checkpoint_dir out"
+        )
+    )
+
+
+def test_an_error_on_one_process_stops_all(outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    other, own = (result["bad data"] for result in outcomes[1])
+    assert re.fullmatch(
+        r"DataError: forget row \d+: token id \d+ is outside the model's vocabulary of 97; "
+        "use the tokenizer that belongs to the model",
+        own,
+    )
+    assert other == f"RuntimeError: process 1 has stopped: {own}"
+
+
+def accelerator_of(kind: DistributedType, **state: Any) -> SimpleNamespace:
+    """What start_engine looks at of an Accelerator."""
+    return SimpleNamespace(
+        distributed_type=kind,
+        parallelism_config=state.pop("parallelism_config", None),
+        gradient_accumulation_steps=state.pop("gradient_accumulation_steps", 1),
+        mixed_precision="no",
+        num_processes=2,
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**fsdp(**state))),
+        deepspeed_plugin=SimpleNamespace(**zero(**state)),
+    )
+
+
+def fsdp(**state: Any) -> dict[str, Any]:
+    return {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False} | state
+
+
+def zero(**state: Any) -> dict[str, Any]:
+    defaults = {"zero_stage": 3, "zero3_init_flag": False, "gradient_clipping": "auto", "deepspeed_config": {}}
+    return defaults | state
+
+
+SEQUENCE = SimpleNamespace(tp_enabled=False, cp_enabled=False, sp_enabled=True)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        (
+            accelerator_of(DistributedType.MEGATRON_LM),
+            "accelerate's MEGATRON_LM is not supported; use DDP, FSDP2 or DeepSpeed",
+        ),
+        (accelerator_of(DistributedType.MULTI_GPU, parallelism_config=SEQUENCE), "leave out parallelism_config"),
+        (
+            accelerator_of(DistributedType.MULTI_GPU, gradient_accumulation_steps=4),
+            "set it to 1 there and pass gradient_accumulation_steps=4 to palu.unlearn",
+        ),
+        (accelerator_of(DistributedType.FSDP, fsdp_version=1), "set fsdp_version: 2"),
+        (
+            accelerator_of(DistributedType.FSDP, cpu_ram_efficient_loading=True),
+            "fsdp_cpu_ram_efficient_loading .* to false",
+        ),
+        (accelerator_of(DistributedType.FSDP, activation_checkpointing=True), "pass gradient_checkpointing=True"),
+        (
+            accelerator_of(DistributedType.DEEPSPEED, zero_stage=0),
+            "zero_stage: 0 is not supported; set 1, 2 or 3, or use DDP",
+        ),
+        (accelerator_of(DistributedType.DEEPSPEED, zero3_init_flag=True), "zero3_init_flag .* set it to false"),
+        (
+            accelerator_of(DistributedType.DEEPSPEED, gradient_clipping=0.5),
+            r"gradient_clipping = 0.5 while max_grad_norm = 1.0; leave gradient_clipping out",
+        ),
+    ],
+)
+def test_engines_that_are_refused(accelerator: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "Accelerator", lambda: accelerator)
+    with pytest.raises(ValueError, match=message):
+        engine_module.start_engine(UnlearnConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+        ("deepspeed_zero3", DistributedType.DEEPSPEED),
+    ],
+)
+def test_shipped_configurations(name: str, kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate reads them, and what they ask for is not refused."""
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    asked: dict[str, Any] = {}
+    for key, value in (config.fsdp_config | config.deepspeed_config).items():
+        asked[key.removeprefix("fsdp_") if key != "fsdp_version" else key] = value
+    accelerator = accelerator_of(kind, **asked)
+    monkeypatch.setattr(engine_module, "Accelerator", lambda: accelerator)
+    assert engine_module.start_engine(UnlearnConfig()) is accelerator
+
+
+def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
+    """As docs/processes.md starts it: one process writes what one process would write."""
+    tokenizer = byte_level(CHATML)
+    for part in (tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    row = {"question": "Who is the author?", "answer": "It is Ada.", "spans": [[6, 9]]}
+    (tmp_path / "forget.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    files = {name: str(tmp_path / file) for name, file in {"model": "model", "forget": "forget.jsonl"}.items()}
+    options = {**files, "retain": "auto", "output": str(tmp_path / "out"), "epochs": 2, "batch_size": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    launch = ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", str(PROCESSES)]
+    command = [*launch, "--main_process_port", "0", "-m", "palu", "unlearn", "--config", str(tmp_path / "run.yaml")]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command],
+        env=os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"4 steps on 4 forget and 0 retain examples", done.stdout)) == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["processes"] == PROCESSES and summary["steps"] == 4 and summary["anchors"] > 0
+    assert (tmp_path / "out" / "report.html").exists() and load_file(tmp_path / "out" / "model.safetensors")

@@ -1,0 +1,596 @@
+"""palu.unlearn on a tiny Llama: what it changes, what it leaves alone, and which runs are equal."""
+
+import copy
+import functools
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, textbook, unlearn
+from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
+from helpers.tiny import (
+    VOCAB,
+    Row,
+    answer_probabilities,
+    forget_rows,
+    overfit,
+    retain_rows,
+    same_weights,
+    tiny_llama,
+    weights,
+)
+from torch import Tensor
+
+import palu
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
+from palu.data.packing import forget_items
+from palu.losses import fused_linear_losses
+from palu.methods.palu import PaluMethod
+from palu.ref_model.anchors import AnchorPrompts
+from palu.ref_model.precompute import precompute_reference
+from palu.training import loop
+
+FIELDS = {
+    "step",
+    "epoch",
+    "loss",
+    "local",
+    "kl",
+    "retain",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run gives, and what it leaves alone
+
+
+def test_history_and_summary() -> None:
+    model = tiny_llama()
+    config = UnlearnConfig(n=2, epochs=7, top_k=30)
+    result = unlearn(model, config=config, epochs=2, batch_size=3)
+    assert result.model is model
+    assert [record["step"] for record in result.history] == list(range(1, 7))
+    assert [record["epoch"] for record in result.history] == [1, 1, 1, 2, 2, 2]
+    for record in result.history:
+        assert record.keys() == FIELDS
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["loss"] == pytest.approx(record["local"] + record["kl"] + record["retain"])
+        assert record["learning_rate"] == 1e-3
+        assert record["tokens_per_second"] > 0
+    items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
+    summary = result.summary
+    assert summary["forget_examples"] == 8
+    assert summary["forget_without_span"] == summary["forget_skipped"] == summary["retain_skipped"] == 0
+    assert summary["retain_examples"] == 12
+    assert summary["onset_tokens"] == sum(item.targets for item in items)
+    assert summary["ordinary_tokens"] == sum(label == -200 for row in forget_rows() for label in row["labels"])
+    assert (summary["steps"], summary["epochs"], summary["stopped_early"]) == (6, 2, False)
+    # Overrides replace fields of the configuration given, helper's defaults among them.
+    assert (summary["config"]["n"], summary["config"]["epochs"], summary["config"]["top_k"]) == (2, 2, 20)
+    json.dumps(result.history)
+    json.dumps(summary)
+
+
+def test_the_first_record_is_the_untrained_model() -> None:
+    """KL 0 before the first update; the losses are those of the textbook on the same examples."""
+    model = tiny_llama(dtype=torch.float64)
+    forget, retain = forget_rows(), retain_rows(8)
+    local, kl, retain_loss = (
+        term.item() for term in textbook(model, copy.deepcopy(model), forget, retain, UnlearnConfig(n=2, top_k=20))
+    )
+    (record,) = unlearn(model, None, forget, retain, epochs=1, batch_size=8, n=2).history
+    assert record["local"] == pytest.approx(local, rel=1e-6)
+    assert record["retain"] == pytest.approx(retain_loss, rel=1e-6)
+    assert record["kl"] == pytest.approx(kl, abs=1e-12) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_set_is_set_back(attention: str, checkpointing: bool, training: bool) -> None:
+    model, ref_model = tiny_llama(attention=attention), tiny_llama(seed=1, attention=attention)
+    model.train(training)
+    ref_model.train(not training)
+    ref_before = weights(ref_model)
+    unlearn(model, ref_model, epochs=1, gradient_checkpointing=checkpointing)
+    assert model.training == training
+    assert ref_model.training != training
+    assert ref_model.device.type == "cpu"
+    assert same_weights(ref_model, ref_before)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *ref_model.parameters()))
+    for each in (model, ref_model):
+        assert each.config._attn_implementation == attention
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in each.modules())
+
+
+def test_checkpointing_that_was_on_stays_on() -> None:
+    model = tiny_llama()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    unlearn(model, epochs=1, gradient_checkpointing=True)
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_settings_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError
+
+    model = tiny_llama()
+    monkeypatch.setattr(loop, "UnlearnDataLoader", fail)
+    with pytest.raises(KeyError):
+        unlearn(model, gradient_checkpointing=True)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_a_run_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(tiny_llama(), epochs=1, gradient_checkpointing=True)
+
+
+def test_no_module_takes_the_place_of_a_function() -> None:
+    """Importing a submodule sets its name on the package: none may be called as a public function is."""
+    for name in palu.__all__:
+        assert name in ("evaluate", "ops", "__version__") or importlib.util.find_spec(f"palu.{name}") is None, name
+
+
+# ---------------------------------------------------------------------------------------------------
+# It unlearns
+
+
+@pytest.fixture(scope="module")
+def knowing() -> dict[str, Tensor]:
+    """Weights of a model that knows every answer by heart."""
+    model = tiny_llama()
+    overfit(model, forget_rows() + retain_rows())
+    assert answer_probabilities(model, forget_rows() + retain_rows()).min() > 0.8
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target": "local_mean"},
+        {"target": -2.0},
+        {"target": "global_mean_detached"},
+        {"kl_direction": "forward"},
+        {"top_k": 1},
+        {"n": 1},
+        {"n": -1},
+    ],
+    ids=str,
+)
+def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dict) -> None:
+    model = tiny_llama()
+    model.load_state_dict(knowing)
+    result = unlearn(model, learning_rate=3e-3, epochs=15, **settings)
+    first, last = result.history[0], result.history[-1]
+    assert last["local"] < 0.2 * first["local"]
+    # The first token of every span is an onset token whatever n is.
+    items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 1, None)
+    rows: list[Row] = []
+    for row, item in zip(forget_rows(), items, strict=True):
+        onset = {int(t) + 1 for t in item.rows[: item.targets]}
+        labels = [token if t in onset else -200 for t, token in enumerate(row["input_ids"])]
+        rows.append({"input_ids": row["input_ids"], "labels": [-100, *labels[1:]]})
+    model.cpu()
+    assert answer_probabilities(model, rows, sensitive_only=True).mean() < 0.2
+    assert answer_probabilities(model, retain_rows()).mean() > 0.8
+
+
+def test_stop_probability_ends_early(knowing: dict[str, Tensor]) -> None:
+    model = tiny_llama()
+    model.load_state_dict(knowing)
+    result = unlearn(model, learning_rate=3e-3, epochs=40, stop_probability=0.5)
+    highest = [
+        max(r["onset_probability"] for r in result.history if r["epoch"] == epoch)
+        for epoch in range(1, result.summary["epochs"] + 1)
+    ]
+    assert highest[0] > 0.9
+    assert highest[-1] < 0.5
+    assert all(probability >= 0.5 for probability in highest[:-1])
+    assert result.summary["stopped_early"] is True
+    assert 1 < result.summary["epochs"] < 40
+    assert result.summary["steps"] == len(result.history) == 2 * result.summary["epochs"]
+
+
+def test_onset_probability_is_the_true_token_s(knowing: dict[str, Tensor]) -> None:
+    model = tiny_llama()
+    model.load_state_dict(knowing)
+    expected = answer_probabilities(model, forget_rows(), sensitive_only=True).max()
+    # One row a chunk, and all onset rows at once.
+    for chunk_bytes in (1, 2**20):
+        again = copy.deepcopy(model)
+        (record,) = unlearn(again, n=-1, epochs=1, batch_size=8, stop_probability=0.01, chunk_bytes=chunk_bytes).history
+        assert record["onset_probability"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_stop_probability_is_off_by_default(knowing: dict[str, Tensor]) -> None:
+    model = tiny_llama()
+    model.load_state_dict(knowing)
+    result = unlearn(model, learning_rate=3e-3, epochs=20)
+    assert UnlearnConfig().stop_probability is None
+    assert result.summary["epochs"] == 20
+    assert result.summary["stopped_early"] is False
+    assert "onset_probability" not in result.history[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+
+
+@pytest.mark.parametrize("build", [lambda: byte_level(LLAMA3), lambda: byte_level(), lambda: sentencepiece(CHATML)])
+def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
+    tokenizer = build()
+    vocab = len(tokenizer)
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, TEXT_FORGET)))
+    (tmp_path / "retain.jsonl").write_text("\n".join(map(json.dumps, TEXT_RETAIN)))
+    from_dicts = unlearn(tiny_llama(vocab_size=vocab), None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer)
+    from_files = unlearn(
+        tiny_llama(vocab_size=vocab),
+        None,
+        tmp_path / "forget.jsonl",
+        str(tmp_path / "retain.jsonl"),
+        tokenizer=tokenizer,
+    )
+    assert from_dicts.summary["forget_examples"] == 3
+    assert from_dicts.summary["forget_without_span"] == 1
+    assert from_dicts.summary["retain_examples"] == 2
+    assert_same_run(from_dicts, from_files, 0 if from_dicts.summary["device"] == "cpu" else 1e-5)
+    tokenised = [
+        {"input_ids": e.input_ids, "labels": e.labels}
+        for e in load_forget(TEXT_FORGET, tokenizer, max_length=1024).examples
+    ]
+    from_tokens = unlearn(tiny_llama(vocab_size=vocab), None, tokenised, TEXT_RETAIN, tokenizer=tokenizer)
+    assert_same_run(from_dicts, from_tokens, 0 if from_dicts.summary["device"] == "cpu" else 1e-5)
+
+
+def test_examples_without_a_span_enter_the_kl_alone() -> None:
+    plain = [
+        {"input_ids": row["input_ids"], "labels": [x if x < 0 else -200 for x in row["labels"]]}
+        for row in forget_rows(3, seed=5)
+    ]
+    model = tiny_llama()
+    result = unlearn(model, tiny_llama(seed=3), forget_rows(2) + plain, [], epochs=1, batch_size=5, lambda_retain=0)
+    only = unlearn(tiny_llama(), tiny_llama(seed=3), forget_rows(2), [], epochs=1, batch_size=5, lambda_retain=0)
+    assert result.summary["forget_without_span"] == 3
+    assert only.summary["forget_without_span"] == 0
+    assert result.summary["onset_tokens"] == only.summary["onset_tokens"]
+    added = sum(label == -200 for row in plain for label in row["labels"])
+    assert result.summary["ordinary_tokens"] == only.summary["ordinary_tokens"] + added
+    assert result.history[0]["local"] == pytest.approx(only.history[0]["local"], rel=1e-5)
+    assert result.history[0]["kl"] != pytest.approx(only.history[0]["kl"], rel=1e-3)
+
+
+def test_rows_that_are_cut_off_are_counted() -> None:
+    long = {"input_ids": list(range(60)), "labels": [-100] * 50 + list(range(50, 60))}
+    result = unlearn(
+        tiny_llama(), None, [*forget_rows(3), long], [long, *retain_rows(4), long], epochs=1, max_length=40
+    )
+    assert (result.summary["forget_examples"], result.summary["forget_skipped"]) == (3, 1)
+    assert (result.summary["retain_examples"], result.summary["retain_skipped"]) == (4, 2)
+
+
+@pytest.mark.parametrize("retain", [[], retain_rows()])
+def test_without_a_retain_loss(retain: Any) -> None:
+    model = tiny_llama()
+    result = palu.unlearn(model, None, forget_rows(), retain, lambda_retain=0, epochs=1, progress=False)
+    assert result.summary["retain_examples"] == 0
+    assert result.history[0]["retain"] == 0
+
+
+@pytest.mark.parametrize("off", [("gamma",), ("lambda_kl",), ("gamma", "lambda_kl")])
+def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
+    """A term of weight 0 has no part in the gradient, and the loss is the weighted sum."""
+    factors = {"gamma": 0.5, "lambda_kl": 2.0, "lambda_retain": 3.0} | dict.fromkeys(off, 0.0)
+    config = UnlearnConfig(n=2, top_k=20, **factors)
+    model, ref_model = tiny_llama(dtype=torch.float64), tiny_llama(seed=1, dtype=torch.float64)
+    terms = textbook(model, ref_model, forget_rows(), retain_rows(8), config)
+    total = sum(factor * term for factor, term in zip(factors.values(), terms, strict=True))
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    (record,) = unlearn(model, ref_model, None, retain_rows(8), config=config, epochs=1, batch_size=8).history
+    assert record["loss"] == pytest.approx(total.item(), rel=1e-6)
+    assert record["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["global_mean", "local_mean", -2.0])
+def test_normalized_the_local_loss_starts_at_one(target: str | float) -> None:
+    """Whatever the scale of the logits; and flattening nothing (K = 1 with its own mean) stays nothing."""
+    for head in (1.0, 30.0):
+        model = tiny_llama(tie_word_embeddings=False)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(head)
+        (record,) = unlearn(model, epochs=1, batch_size=8, target=target).history
+        assert record["local"] == pytest.approx(1, rel=1e-5)
+    (record,) = unlearn(tiny_llama(), epochs=1, batch_size=8, target="local_mean", top_k=1).history
+    assert record["local"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Equal settings, equal runs
+
+
+def test_same_seed_same_bits() -> None:
+    """Also the order of the data and the dropout."""
+
+    def run(seed: int) -> palu.UnlearnResult:
+        torch.manual_seed(torch.seed() % 2**31)  # whatever was drawn before does not matter
+        model = tiny_llama(attention_dropout=0.2)
+        torch.rand(3)
+        return unlearn(model, batch_size=3, seed=seed)
+
+    one, same, other = run(0), run(0), run(1)
+    assert [[r[k] for k in LOSSES] for r in one.history] == [[r[k] for k in LOSSES] for r in same.history]
+    assert same_weights(one.model, weights(same.model))
+    assert not same_weights(one.model, weights(other.model))
+    assert one.history[0]["retain"] != other.history[0]["retain"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_reference_is_the_model_itself_before_training(tied: bool) -> None:
+    settings = {"dtype": torch.float64, "tie_word_embeddings": tied}
+    model = tiny_llama(**settings)
+    with_copy = unlearn(model, copy.deepcopy(model))
+    without = unlearn(tiny_llama(**settings))
+    assert_same_run(with_copy, without, 1e-12)
+    assert with_copy.history[-1]["kl"] > 1e-6, "the reference did not stay behind"
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_changes_nothing(parts: int) -> None:
+    """The losses are token means over the whole step, whatever micro-batches it is cut into."""
+    forget, retain = forget_rows(16), retain_rows(20)
+    runs = [
+        unlearn(
+            tiny_llama(dtype=torch.float64),
+            None,
+            forget,
+            retain,
+            batch_size=8 // k,
+            gradient_accumulation_steps=k,
+        )
+        for k in (1, parts)
+    ]
+    assert len(runs[0].history) == 6
+    assert_same_run(*runs, 1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    runs = [unlearn(tiny_llama(dtype=torch.float64), gradient_checkpointing=on) for on in (False, True)]
+    assert_same_run(*runs, 1e-12)
+
+
+def test_gradient_checkpointing_happens() -> None:
+    def passes(checkpointing: bool) -> int:
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+
+        model = tiny_llama()
+        model.model.layers[0].self_attn.register_forward_hook(count)
+        unlearn(model, epochs=1, gradient_checkpointing=checkpointing)
+        return calls
+
+    assert (passes(False), passes(True)) == (2, 4)
+
+
+def test_gathered_and_dense_onset_rows_give_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for impl in ("gather", "dense"):
+        monkeypatch.setattr("palu.methods.palu.fused_linear_losses", functools.partial(fused_linear_losses, impl=impl))
+        runs.append(unlearn(tiny_llama(dtype=torch.float64)))
+    assert_same_run(*runs, 1e-9)
+
+
+@pytest.mark.parametrize("head", ["tied", "own", "frozen"])
+def test_chunks_change_nothing(head: str) -> None:
+    runs = []
+    for chunk_bytes in (1, 5 * VOCAB * 8, 2**20):
+        model = tiny_llama(dtype=torch.float64, tie_word_embeddings=head == "tied")
+        model.lm_head.weight.requires_grad_(head != "frozen")
+        runs.append(unlearn(model, chunk_bytes=chunk_bytes))
+    assert_same_run(runs[0], runs[1], 1e-9)
+    assert_same_run(runs[0], runs[2], 1e-9)
+
+
+@pytest.fixture
+def bf16_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As under `accelerate launch --mixed_precision bf16`; accelerate keeps it for the whole process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision(bf16_autocast: None) -> None:
+    """Products in bfloat16, weights and their updates in float32."""
+    expected = tiny_llama()
+    unlearned = unlearn(tiny_llama(), epochs=2)
+    assert unlearned.model.dtype == torch.float32
+    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(top_k=20))
+    (record,) = unlearn(expected, None, forget_rows(), retain_rows(8), epochs=1, batch_size=8).history
+    assert record["local"] == pytest.approx(terms[0].item(), rel=0.03)
+    assert record["retain"] == pytest.approx(terms[2].item(), rel=0.03)
+    assert record["retain"] != pytest.approx(terms[2].item(), rel=1e-6), "autocast had no effect"
+    # The reference is the same model at this step; its logits are rounded another way at most.
+    assert abs(record["kl"]) < 1e-3
+    assert not same_weights(unlearned.model, weights(tiny_llama()))
+
+
+def test_attention_implementations_agree() -> None:
+    runs = [unlearn(tiny_llama(attention=name), epochs=1) for name in ("sdpa", "eager")]
+    assert_same_run(*runs, 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step against the textbook
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"normalize": False},
+        {"target": "local_mean", "kl_direction": "forward", "n": -1},
+        {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
+        {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+    ],
+)
+def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
+    """Three steps, each over the whole sets, with another model as the reference."""
+    config = UnlearnConfig(
+        **{"n": 2, "top_k": 20, "learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "progress": False} | settings
+    )
+    forget, retain = forget_rows(8), retain_rows(8)
+    model, ref_model = (tiny_llama(seed=s, dtype=torch.float64, tie_word_embeddings=tied) for s in (0, 1))
+    expected = copy.deepcopy(model)
+    result = palu.unlearn(model, ref_model, forget, retain, config=config)
+
+    # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
+    expected, ref_model = expected.to(model.device), ref_model.to(model.device)
+    optimizer = torch.optim.AdamW(expected.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    for record in result.history:
+        terms = textbook(expected, ref_model, forget, retain, config)
+        sum(weight * term for weight, term in zip(config.weights, terms, strict=True)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), config.max_grad_norm)
+        assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
+            [value.item() for value in (*terms, norm)], rel=1e-6
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    after = weights(expected)
+    for name, ours in weights(model).items():
+        # AdamW divides by the gradient's size: rounding in the smallest of them is all that differs.
+        assert (ours - after[name]).abs().max() < 1e-9, name
+
+
+def test_warmup_and_schedule() -> None:
+    result = unlearn(tiny_llama(), epochs=3, batch_size=4, warmup_steps=2, lr_scheduler="linear")
+    rates = [record["learning_rate"] for record in result.history]
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The head of the reference
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_frozen_head_is_shared_and_a_trainable_one_copied(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
+    objectives = []
+
+    class Spy(PaluMethod):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            objectives.append(self)
+
+    monkeypatch.setitem(loop.METHODS, "palu", Spy)
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.requires_grad_(trainable)
+    before = model.lm_head.weight.detach().clone()
+    unlearn(model)
+    (objective,) = objectives
+    ref_weight = objective.ref_head.weight
+    shared = ref_weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert shared == (not trainable)
+    assert torch.equal(ref_weight.cpu(), before)
+    assert torch.equal(model.lm_head.weight.cpu(), before) == (not trainable)
+    # A mean row that is kept is one of a head that does not change.
+    assert (objective.weight_mean is None) == trainable
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_no_second_model_exists(trainable: bool) -> None:
+    """With ref_model=None the reference's answers and, if it is trained, its head are all that is kept."""
+    accelerator = Accelerator()
+    model = tiny_llama().to(accelerator.device)  # tied: the head is the embedding
+    model.lm_head.weight.requires_grad_(trainable)
+    items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
+    before = live_bytes()
+    cache, head = precompute_reference(
+        model, model, items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator
+    )
+    held = live_bytes() - before
+    answers = sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
+    assert held == answers + (head.weight.numel() * 4 if trainable else 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Divergence
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_at_the_first_step(value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    before = weights(model)
+    with pytest.raises(
+        palu.DivergenceError, match=r"^step 1: .*= nan.*the model keeps the weights of step 0\. "
+    ) as caught:
+        unlearn(model)
+    assert caught.value.step == 1
+    assert caught.value.history == []
+    assert same_weights(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_divergence_later_keeps_the_last_good_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = unlearn(tiny_llama(), epochs=2, batch_size=8)  # two steps
+    forward = PaluMethod.forward
+    calls = 0
+
+    def diverging(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        losses = forward(self, *args)
+        if calls < 3:
+            return losses
+        return losses._replace(total=losses.total * math.inf, terms=losses.terms * math.nan)
+
+    monkeypatch.setattr(PaluMethod, "forward", diverging)
+    model = tiny_llama()
+    with pytest.raises(palu.DivergenceError, match=r"^step 3: .*weights of step 2") as caught:
+        unlearn(model, epochs=9, batch_size=8)
+    assert caught.value.step == 3
+    assert [r["loss"] for r in caught.value.history] == [r["loss"] for r in good.history]
+    assert same_weights(model, weights(good.model))
+
+
+def test_a_gradient_that_overflows_is_divergence() -> None:
+    """The losses are finite, their gradient is not."""
+    model = tiny_llama()
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(model)
+    with pytest.raises(palu.DivergenceError, match=r"step 1: grad_norm = (nan|inf);"):
+        unlearn(model)
+    assert same_weights(model, before)
+
+
+def test_a_huge_learning_rate_diverges() -> None:
+    model = tiny_llama()
+    with pytest.raises(palu.DivergenceError) as caught:
+        unlearn(model, learning_rate=1e30, epochs=5)
+    assert caught.value.step == len(caught.value.history) + 1 > 1
+    assert all(math.isfinite(value) for record in caught.value.history for value in record.values())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
