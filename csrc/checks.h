@@ -11,19 +11,15 @@
 #include <string>
 #include <string_view>
 
+#include "topk_mse.h"
+
 namespace palu {
 
-enum class Target { kGlobalMean, kGlobalMeanDetached, kLocalMean, kConstant };
-
-inline bool is_global(Target target) { return target == Target::kGlobalMean || target == Target::kGlobalMeanDetached; }
-
-inline Target parse_target(const char* op, std::string_view target) {
-  if (target == "global_mean") return Target::kGlobalMean;
-  if (target == "global_mean_detached") return Target::kGlobalMeanDetached;
-  if (target == "local_mean") return Target::kLocalMean;
-  TORCH_CHECK_VALUE(target == "constant", op, ": unknown target '", target,
-                    "'; choose 'global_mean', 'global_mean_detached', 'local_mean' or 'constant'");
-  return Target::kConstant;
+inline Center parse_target(const char* op, std::string_view target) {
+  if (target == "global_mean" || target == "global_mean_detached") return Center::kGlobalMean;
+  if (target == "local_mean") return Center::kLocalMean;
+  TORCH_CHECK_VALUE(target == "constant", op, ": unknown target '", target, "'");
+  return Center::kConstant;
 }
 
 // The dtype that sums are kept in, and that losses and residuals come back in.
@@ -95,16 +91,20 @@ inline void check_index(const char* op, const at::Tensor& index, int64_t rows, i
                     text(index.size(1)), " and V = ", text(vocab_size));
 }
 
-// A matrix or vector that a kernel writes: contiguous elements in a row, rows that do not overlap. No op
-// records that it writes in place, so a graph that has the tensor in it would go wrong without a word.
+// No op records that it writes in place, so a graph that has the tensor in it would go wrong without a word.
+inline void check_no_graph(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(!t.requires_grad() || !c10::GradMode::is_enabled(), op, ": ", name,
+              " requires grad and would be overwritten; use torch.no_grad()");
+}
+
+// A matrix or vector that a kernel writes: contiguous elements in a row, rows that do not overlap.
 inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.numel() == 0 || t.size(-1) == 1 || t.stride(-1) == 1, op, ": ", name,
                     " must have unit stride in its last dimension, got strides ", text(t.strides()));
   TORCH_CHECK_VALUE(t.numel() == 0 || t.dim() < 2 || t.size(0) == 1 || t.stride(0) >= t.size(1), op, ": ", name,
                     " must not have rows that overlap, got shape ", text(t.sizes()), " and strides ",
                     text(t.strides()));
-  TORCH_CHECK(!t.requires_grad() || !c10::GradMode::is_enabled(), op, ": ", name,
-              " requires grad and would be overwritten; use torch.no_grad()");
+  check_no_graph(op, name, t);
 }
 
 inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
@@ -122,7 +122,7 @@ inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
   TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", text(n));
 }
 
-inline Target check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
+inline Center check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
   constexpr const char* op = "palu::topk_mse";
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
@@ -171,7 +171,7 @@ inline void check_linear(const char* op, const at::Tensor& hidden, const at::Ten
   }
 }
 
-inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
+inline Center check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
                                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& weight_mean,
                                     std::string_view target) {
   constexpr const char* op = "palu::linear_topk_mse";
@@ -181,10 +181,10 @@ inline Target check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& 
     check_dtype(op, "bias", *bias, hidden.scalar_type());
     check_shape(op, "bias", *bias, {weight.size(0)});
   }
-  const Target parsed = parse_target(op, target);
-  TORCH_CHECK_VALUE(!is_global(parsed) || weight_mean, op, ": target '", target,
+  const Center center = parse_target(op, target);
+  TORCH_CHECK_VALUE(center != Center::kGlobalMean || weight_mean, op, ": target '", target,
                     "' needs weight_mean = weight.mean(0)");
-  return parsed;
+  return center;
 }
 
 inline void check_linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
@@ -232,6 +232,17 @@ inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits
   check_device(op, "ref_logits", ref_logits, "logits", logits);
   check_dtype(op, "ref_logits", ref_logits, logits.scalar_type());
   check_shape(op, "ref_logits", ref_logits, logits.sizes());
+}
+
+inline void check_scale_(const at::Tensor& tensor, const at::Tensor& factor) {
+  constexpr const char* op = "palu::scale_";
+  check_floating(op, "tensor", tensor);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": tensor must be contiguous, got strides ", text(tensor.strides()));
+  check_no_graph(op, "tensor", tensor);
+  check_device(op, "factor", factor, "tensor", tensor);
+  check_dim(op, "factor", factor, 0);
+  TORCH_CHECK_TYPE(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble, op,
+                   ": factor must be float32 or float64, got ", dtype_name(factor.scalar_type()));
 }
 
 }  // namespace palu

@@ -1,5 +1,5 @@
 // The schema of every palu op, and the Python module whose import registers them.
-// Kernels live in cpu/ and cuda/; fakes and autograd in palu/ops.py.
+// Kernels live in cpu/ and cuda/; fakes and autograd in palu/ops/library.py.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 

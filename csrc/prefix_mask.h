@@ -8,13 +8,19 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
-namespace palu::cpu {
+namespace palu {
 
-void prefix_mask(const int64_t* labels,   // [B,T], elements strides[0] and strides[1] apart
-                 const int64_t* strides,  // [2]
-                 bool* mask,              // [B,T], contiguous
-                 int64_t batch, int64_t length, int64_t n, std::optional<int64_t> eos_token_id);
+// What the kernels of both devices take.
+struct PrefixMask {
+  const int64_t* labels;  // [B,T]
+  int64_t batch_stride;   // in elements
+  int64_t token_stride;
+  bool* mask;  // [B,T], contiguous
+  int64_t batch;
+  int64_t length;
+  int64_t n;
+  int64_t eos;  // a negative value: no label is end-of-sequence
+};
 
-}  // namespace palu::cpu
+}  // namespace palu

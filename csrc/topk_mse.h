@@ -17,30 +17,17 @@
 //   local_mean:   the residuals sum to zero, hence sum_k g[r,k] = 0 and the second term vanishes.
 //   the others:   dc/dz = 0.
 //
-// An index that occurs twice in a row counts twice. dtypes: T is the logits' dtype; A, float64 for
-// float64 logits and float32 otherwise, holds every sum, the loss and the residual; I is int32 or int64.
+// An index that occurs twice in a row counts twice.
+//
+//   logits z, grad_logits   T [R,V]   float32, float64, bfloat16, on CUDA float16
+//   index i                 I [R,K]   int32 or int64, every value in [0, V)
+//   loss, grad G            A [R]     A is float64 for T = float64, else float32; every sum is in A
+//   residual                A [R,K]
 #pragma once
 
-#include <cstdint>
+namespace palu {
 
-#include "checks.h"
+// Where c comes from. Whether the gradient flows through it is a question for the backward pass alone.
+enum class Center { kGlobalMean, kLocalMean, kConstant };
 
-namespace palu::cpu {
-
-template <typename T, typename A, typename I>
-void topk_mse(const T* logits,  // [R,V], rows row_stride apart, unit stride inside a row
-              int64_t row_stride,
-              const I* index,  // [R,K], contiguous, every value in [0, V)
-              A* loss,         // [R]
-              A* residual,     // [R,K], contiguous
-              int64_t rows, int64_t vocab_size, int64_t k, Target target, A constant);
-
-// Overwrites every element of grad_logits.
-template <typename T, typename A, typename I>
-void topk_mse_backward(const A* grad,      // [R]
-                       const A* residual,  // [R,K], contiguous
-                       const I* index,     // [R,K], contiguous, every value in [0, V)
-                       T* grad_logits,     // [R,V], rows row_stride apart, unit stride inside a row
-                       int64_t row_stride, int64_t rows, int64_t vocab_size, int64_t k, bool through_mean);
-
-}  // namespace palu::cpu
+}  // namespace palu

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../checks.h"
 #include "vector.h"
 
 namespace palu::cpu {
@@ -58,11 +59,11 @@ void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows
   }
 }
 
-// From z [K] in residual: residual = z - c and its mean square. global_mean is c for those targets.
+// From z [K] in residual: residual = z - c and its mean square.
 template <typename A>
-A finish_row(A* residual /* [K] */, int64_t k, Target target, A global_mean, A constant) {
-  const A c = target == Target::kConstant    ? constant
-              : target == Target::kLocalMean ? static_cast<A>(sum(residual, k) / k)
+A finish_row(A* residual /* [K] */, int64_t k, Center center, A global_mean, A constant) {
+  const A c = center == Center::kConstant    ? constant
+              : center == Center::kLocalMean ? static_cast<A>(sum(residual, k) / k)
                                              : global_mean;
   for (int64_t i = 0; i < k; ++i) residual[i] -= c;
   return dot(residual, residual, k) / static_cast<A>(k);

@@ -1,3 +1,7 @@
+// topk_mse of hidden @ weight^T + bias; formulas and the gradient's derivation are in csrc/linear_topk_mse.h.
+//
+// The pairs (r,k) are visited grouped by vocabulary entry (a stable counting sort), so each row of
+// weight is read once and in address order, and every sum has one fixed order.
 #include "../linear_topk_mse.h"
 
 #include <ATen/ops/empty.h>
@@ -27,90 +31,122 @@ inline void prefetch_row(const T* row /* [d] */, int64_t d) {
   }
 }
 
-}  // namespace
+// Strides count elements, from a row to the next; inside a row elements are neighbours.
+template <typename T, typename A, typename I>
+struct LinearTopkMse {
+  const A* hidden;  // [R,d], contiguous
+  const T* weight;  // [V,d]
+  int64_t weight_stride;
+  const I* index;        // [R,K], contiguous, every value in [0, V)
+  const int32_t* order;  // [R*K], positions in index, grouped by its value
+  const T* bias;         // [V], contiguous, or null
+  const A* weight_mean;  // [d], contiguous; read for the global mean only
+  A* loss;               // [R]
+  A* residual;           // [R,K], contiguous
+  int64_t rows, vocab_size, hidden_size, k;
+  Center center;
+  A constant;
+};
 
 template <typename T, typename A, typename I>
-void linear_topk_mse(const A* hidden, const T* weight, int64_t weight_stride, const I* index, const int32_t* order,
-                     const T* bias, const A* weight_mean, A* loss, A* residual, int64_t rows, int64_t vocab_size,
-                     int64_t d, int64_t k, Target target, A constant) {
-  at::parallel_for(0, rows * k, row_grain(d), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t i = order[p], v = index[i];
-      if (p + 1 < end) prefetch_row(weight + index[order[p + 1]] * weight_stride, d);
-      const A z = dot(hidden + i / k * d, weight + v * weight_stride, d);
-      residual[i] = bias ? z + static_cast<A>(bias[v]) : z;
+void linear_topk_mse(const LinearTopkMse<T, A, I>& p) {
+  const int64_t d = p.hidden_size, k = p.k;
+  at::parallel_for(0, p.rows * k, row_grain(d), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = p.order[n], v = p.index[i];
+      if (n + 1 < end) prefetch_row(p.weight + p.index[p.order[n + 1]] * p.weight_stride, d);
+      const A z = dot(p.hidden + i / k * d, p.weight + v * p.weight_stride, d);
+      p.residual[i] = p.bias ? z + static_cast<A>(p.bias[v]) : z;
     }
   });
-  const double bias_mean = bias && is_global(target) ? sum(bias, vocab_size) / vocab_size : 0;
-  at::parallel_for(0, rows, row_grain(d + k), [&](int64_t begin, int64_t end) {
+  const bool global = p.center == Center::kGlobalMean;
+  const double bias_mean = p.bias && global ? sum(p.bias, p.vocab_size) / p.vocab_size : 0;
+  at::parallel_for(0, p.rows, row_grain(d + k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const A mean = is_global(target) ? dot(hidden + r * d, weight_mean, d) + static_cast<A>(bias_mean) : A(0);
-      loss[r] = finish_row(residual + r * k, k, target, mean, constant);
+      const A mean = global ? dot(p.hidden + r * d, p.weight_mean, d) + static_cast<A>(bias_mean) : A(0);
+      p.loss[r] = finish_row(p.residual + r * k, k, p.center, mean, p.constant);
     }
   });
 }
 
 template <typename T, typename A, typename I>
-void linear_topk_mse_backward(const A* grad, const A* residual, const A* hidden, const T* weight, int64_t weight_stride,
-                              const I* index, const int32_t* order, const int32_t* group_end, const A* weight_mean,
-                              T* grad_hidden, int64_t grad_hidden_stride, T* grad_weight, int64_t grad_weight_stride,
-                              T* grad_bias, int64_t rows, int64_t vocab_size, int64_t d, int64_t k, bool through_mean) {
+struct LinearTopkMseBackward {
+  const A* grad;      // [R]
+  const A* residual;  // [R,K], contiguous
+  const A* hidden;    // [R,d], contiguous
+  const T* weight;    // [V,d]
+  int64_t weight_stride;
+  const I* index;            // [R,K], contiguous, every value in [0, V)
+  const int32_t* order;      // [R*K], positions in index, grouped by its value
+  const int32_t* group_end;  // [V]; the group of entry v is order[group_end[v-1] : group_end[v]]
+  const A* weight_mean;      // [d], contiguous; read only if through_mean
+  T* grad_hidden;            // [R,d], or null: not asked for
+  int64_t grad_hidden_stride;
+  T* grad_weight;  // [V,d], or null: not asked for
+  int64_t grad_weight_stride;
+  T* grad_bias;  // [V], contiguous, or null: not asked for
+  int64_t rows, vocab_size, hidden_size, k;
+  bool through_mean;
+};
+
+template <typename T, typename A, typename I>
+void linear_topk_mse_backward(const LinearTopkMseBackward<T, A, I>& p) {
+  const int64_t rows = p.rows, d = p.hidden_size, k = p.k;
   // g[r,k] = scale[r] * residual[r,k]
   std::vector<A> scale(rows), share(rows);
   for (int64_t r = 0; r < rows; ++r) {
-    scale[r] = A(2) / static_cast<A>(k) * grad[r];
-    share[r] = through_mean ? mean_share(residual + r * k, k, scale[r], vocab_size) : A(0);
+    scale[r] = A(2) / static_cast<A>(k) * p.grad[r];
+    share[r] = p.through_mean ? mean_share(p.residual + r * k, k, scale[r], p.vocab_size) : A(0);
   }
 
-  if (grad_hidden) {
+  if (p.grad_hidden) {
     const at::Tensor sums = at::zeros({rows, d}, at::CppTypeToScalarType<A>::value);
     A* out = sums.mutable_data_ptr<A>();
     // Threads take columns, not pairs: no sum is split, so the result does not depend on their number.
     constexpr int64_t block = 64;
     at::parallel_for(0, (d + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * block, width = std::min(d, end * block) - first;
-      for (int64_t p = 0; p < rows * k; ++p) {
-        const int64_t i = order[p], r = i / k;
-        if (p + 1 < rows * k) prefetch_row(weight + index[order[p + 1]] * weight_stride + first, width);
-        add_scaled(out + r * d + first, scale[r] * residual[i], weight + index[i] * weight_stride + first, width);
+      for (int64_t n = 0; n < rows * k; ++n) {
+        const int64_t i = p.order[n], r = i / k;
+        if (n + 1 < rows * k) prefetch_row(p.weight + p.index[p.order[n + 1]] * p.weight_stride + first, width);
+        const T* row = p.weight + p.index[i] * p.weight_stride + first;
+        add_scaled(out + r * d + first, scale[r] * p.residual[i], row, width);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        if (through_mean)
-          add_scaled(out + r * d + first, static_cast<A>(vocab_size) * share[r], weight_mean + first, width);
-        add_rounded(grad_hidden + r * grad_hidden_stride + first, out + r * d + first, width);
+        if (p.through_mean)
+          add_scaled(out + r * d + first, static_cast<A>(p.vocab_size) * share[r], p.weight_mean + first, width);
+        add_rounded(p.grad_hidden + r * p.grad_hidden_stride + first, out + r * d + first, width);
       }
     });
   }
 
-  if (grad_weight || grad_bias) {
+  if (p.grad_weight || p.grad_bias) {
     // What every vocabulary entry receives through the mean.
     std::vector<A> common(d);
     double common_bias = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      if (grad_weight) add_scaled(common.data(), share[r], hidden + r * d, d);
+      if (p.grad_weight) add_scaled(common.data(), share[r], p.hidden + r * d, d);
       common_bias += share[r];
     }
-    at::parallel_for(0, vocab_size, row_grain(d), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, p.vocab_size, row_grain(d), [&](int64_t begin, int64_t end) {
       std::vector<A> sums(d);
       for (int64_t v = begin; v < end; ++v) {
-        const int64_t first = v == 0 ? 0 : group_end[v - 1], last = group_end[v];
-        if (first == last && !through_mean) continue;
+        const int64_t first = v == 0 ? 0 : p.group_end[v - 1], last = p.group_end[v];
+        if (first == last && !p.through_mean) continue;
         A bias_sum = static_cast<A>(common_bias);
-        if (grad_weight) std::copy(common.begin(), common.end(), sums.begin());
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t i = order[p], r = i / k;
-          const A g = scale[r] * residual[i];
-          if (grad_weight) add_scaled(sums.data(), g, hidden + r * d, d);
+        if (p.grad_weight) std::copy(common.begin(), common.end(), sums.begin());
+        for (int64_t n = first; n < last; ++n) {
+          const int64_t i = p.order[n], r = i / k;
+          const A g = scale[r] * p.residual[i];
+          if (p.grad_weight) add_scaled(sums.data(), g, p.hidden + r * d, d);
           bias_sum += g;
         }
-        if (grad_weight) add_rounded(grad_weight + v * grad_weight_stride, sums.data(), d);
-        if (grad_bias) add_rounded(grad_bias + v, &bias_sum, 1);
+        if (p.grad_weight) add_rounded(p.grad_weight + v * p.grad_weight_stride, sums.data(), d);
+        if (p.grad_bias) add_rounded(p.grad_bias + v, &bias_sum, 1);
       }
     });
   }
 }
-
-namespace {
 
 struct Groups {
   at::Tensor order;      // int32 [R*K]: positions in index, grouped by its value
@@ -148,8 +184,8 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& t) {
 std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, const at::Tensor& weight,
                                                       const at::Tensor& index, const std::optional<at::Tensor>& bias,
                                                       const std::optional<at::Tensor>& weight_mean,
-                                                      std::string_view target_name, double constant) {
-  const Target target = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target_name);
+                                                      std::string_view target, double constant) {
+  const Center center = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target);
   const int64_t rows = hidden.size(0), d = hidden.size(1), vocab_size = weight.size(0), k = index.size(1);
   const auto options = hidden.options().dtype(acc_dtype(hidden.scalar_type()));
   at::Tensor loss = at::empty({rows}, options), residual = at::empty({rows, k}, options);
@@ -165,10 +201,23 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
       const I* values = i.const_data_ptr<I>();
       check_index_values(op, values, rows, k, vocab_size);
       const Groups groups = group_by_value(op, values, rows * k, vocab_size);
-      linear_topk_mse<T, A, I>(h.const_data_ptr<A>(), w.const_data_ptr<T>(), w.stride(0), values,
-                               groups.order.const_data_ptr<int32_t>(), data_or_null<T>(b), data_or_null<A>(mean),
-                               loss.mutable_data_ptr<A>(), residual.mutable_data_ptr<A>(), rows, vocab_size, d, k,
-                               target, static_cast<A>(constant));
+      LinearTopkMse<T, A, I> p{};
+      p.hidden = h.const_data_ptr<A>();
+      p.weight = w.const_data_ptr<T>();
+      p.weight_stride = w.stride(0);
+      p.index = values;
+      p.order = groups.order.const_data_ptr<int32_t>();
+      p.bias = data_or_null<T>(b);
+      p.weight_mean = data_or_null<A>(mean);
+      p.loss = loss.mutable_data_ptr<A>();
+      p.residual = residual.mutable_data_ptr<A>();
+      p.rows = rows;
+      p.vocab_size = vocab_size;
+      p.hidden_size = d;
+      p.k = k;
+      p.center = center;
+      p.constant = static_cast<A>(constant);
+      linear_topk_mse(p);
     });
   });
   return {loss, residual};
@@ -196,12 +245,27 @@ void linear_topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& resid
       const I* values = i.const_data_ptr<I>();
       check_index_values(op, values, rows, k, vocab_size);
       const Groups groups = group_by_value(op, values, rows * k, vocab_size);
-      linear_topk_mse_backward<T, A, I>(
-          g.const_data_ptr<A>(), res.const_data_ptr<A>(), h.const_data_ptr<A>(), w.const_data_ptr<T>(), w.stride(0),
-          values, groups.order.const_data_ptr<int32_t>(), groups.group_end.const_data_ptr<int32_t>(),
-          data_or_null<A>(mean), buffer_or_null<T>(grad_hidden), grad_hidden ? grad_hidden->stride(0) : 0,
-          buffer_or_null<T>(grad_weight), grad_weight ? grad_weight->stride(0) : 0, buffer_or_null<T>(grad_bias), rows,
-          vocab_size, d, k, through_mean);
+      LinearTopkMseBackward<T, A, I> p{};
+      p.grad = g.const_data_ptr<A>();
+      p.residual = res.const_data_ptr<A>();
+      p.hidden = h.const_data_ptr<A>();
+      p.weight = w.const_data_ptr<T>();
+      p.weight_stride = w.stride(0);
+      p.index = values;
+      p.order = groups.order.const_data_ptr<int32_t>();
+      p.group_end = groups.group_end.const_data_ptr<int32_t>();
+      p.weight_mean = data_or_null<A>(mean);
+      p.grad_hidden = buffer_or_null<T>(grad_hidden);
+      p.grad_hidden_stride = grad_hidden ? grad_hidden->stride(0) : 0;
+      p.grad_weight = buffer_or_null<T>(grad_weight);
+      p.grad_weight_stride = grad_weight ? grad_weight->stride(0) : 0;
+      p.grad_bias = buffer_or_null<T>(grad_bias);
+      p.rows = rows;
+      p.vocab_size = vocab_size;
+      p.hidden_size = d;
+      p.k = k;
+      p.through_mean = through_mean;
+      linear_topk_mse_backward(p);
     });
   });
 }

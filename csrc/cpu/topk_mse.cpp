@@ -1,3 +1,4 @@
+// topk_mse over rows of logits; formulas and the gradient's derivation are in csrc/topk_mse.h.
 #include "../topk_mse.h"
 
 #include <ATen/ops/empty.h>
@@ -14,30 +15,55 @@
 #endif
 
 namespace palu::cpu {
+namespace {
+
+// Strides count elements, from a row to the next; inside a row elements are neighbours.
+template <typename T, typename A, typename I>
+struct TopkMse {
+  const T* logits;  // [R,V]
+  int64_t logits_stride;
+  const I* index;  // [R,K], contiguous, every value in [0, V)
+  A* loss;         // [R]
+  A* residual;     // [R,K], contiguous
+  int64_t rows, vocab_size, k;
+  Center center;
+  A constant;
+};
 
 template <typename T, typename A, typename I>
-void topk_mse(const T* logits, int64_t row_stride, const I* index, A* loss, A* residual, int64_t rows,
-              int64_t vocab_size, int64_t k, Target target, A constant) {
-  at::parallel_for(0, rows, row_grain(vocab_size), [&](int64_t begin, int64_t end) {
+void topk_mse(const TopkMse<T, A, I>& p) {
+  const int64_t k = p.k, vocab_size = p.vocab_size;
+  at::parallel_for(0, p.rows, row_grain(vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const T* z = logits + r * row_stride;
-      const A mean = is_global(target) ? static_cast<A>(sum(z, vocab_size) / vocab_size) : A(0);
-      for (int64_t i = r * k; i < (r + 1) * k; ++i) residual[i] = static_cast<A>(z[index[i]]);
-      loss[r] = finish_row(residual + r * k, k, target, mean, constant);
+      const T* z = p.logits + r * p.logits_stride;
+      const A mean = p.center == Center::kGlobalMean ? static_cast<A>(sum(z, vocab_size) / vocab_size) : A(0);
+      for (int64_t i = r * k; i < (r + 1) * k; ++i) p.residual[i] = static_cast<A>(z[p.index[i]]);
+      p.loss[r] = finish_row(p.residual + r * k, k, p.center, mean, p.constant);
     }
   });
 }
 
 template <typename T, typename A, typename I>
-void topk_mse_backward(const A* grad, const A* residual, const I* index, T* grad_logits, int64_t row_stride,
-                       int64_t rows, int64_t vocab_size, int64_t k, bool through_mean) {
-  at::parallel_for(0, rows, row_grain(vocab_size), [&](int64_t begin, int64_t end) {
+struct TopkMseBackward {
+  const A* grad;      // [R]
+  const A* residual;  // [R,K], contiguous
+  const I* index;     // [R,K], contiguous, every value in [0, V)
+  T* grad_logits;     // [R,V], every element is overwritten
+  int64_t grad_logits_stride;
+  int64_t rows, vocab_size, k;
+  bool through_mean;
+};
+
+template <typename T, typename A, typename I>
+void topk_mse_backward(const TopkMseBackward<T, A, I>& p) {
+  const int64_t k = p.k, vocab_size = p.vocab_size;
+  at::parallel_for(0, p.rows, row_grain(vocab_size), [&](int64_t begin, int64_t end) {
     // Duplicates add up in A: in place where the output has that dtype, else in a row of scratch.
     std::vector<A> scratch(std::is_same_v<T, A> ? 0 : vocab_size);
     for (int64_t r = begin; r < end; ++r) {
-      const A scale = A(2) / static_cast<A>(k) * grad[r];
-      const A share = through_mean ? mean_share(residual + r * k, k, scale, vocab_size) : A(0);
-      T* out = grad_logits + r * row_stride;
+      const A scale = A(2) / static_cast<A>(k) * p.grad[r];
+      const A share = p.through_mean ? mean_share(p.residual + r * k, k, scale, vocab_size) : A(0);
+      T* out = p.grad_logits + r * p.grad_logits_stride;
       A* sums;
       if constexpr (std::is_same_v<T, A>) {
         sums = out;
@@ -45,13 +71,11 @@ void topk_mse_backward(const A* grad, const A* residual, const I* index, T* grad
         sums = scratch.data();
       }
       std::fill_n(sums, vocab_size, share);
-      for (int64_t i = r * k; i < (r + 1) * k; ++i) sums[index[i]] += scale * residual[i];
+      for (int64_t i = r * k; i < (r + 1) * k; ++i) sums[p.index[i]] += scale * p.residual[i];
       if constexpr (!std::is_same_v<T, A>) round_to(out, sums, vocab_size);
     }
   });
 }
-
-namespace {
 
 // A fresh output of many pages costs more in page faults than in writes; huge pages mend that.
 void advise_huge_pages(const at::Tensor& t) {
@@ -65,8 +89,8 @@ void advise_huge_pages(const at::Tensor& t) {
 }
 
 std::tuple<at::Tensor, at::Tensor> topk_mse_op(const at::Tensor& logits, const at::Tensor& index,
-                                               std::string_view target_name, double constant) {
-  const Target target = check_topk_mse(logits, index, target_name);
+                                               std::string_view target, double constant) {
+  const Center center = check_topk_mse(logits, index, target);
   const int64_t rows = logits.size(0), vocab_size = logits.size(1), k = index.size(1);
   const auto options = logits.options().dtype(acc_dtype(logits.scalar_type()));
   at::Tensor loss = at::empty({rows}, options), residual = at::empty({rows, k}, options);
@@ -77,10 +101,19 @@ std::tuple<at::Tensor, at::Tensor> topk_mse_op(const at::Tensor& logits, const a
       using T = decltype(t);
       using A = decltype(a);
       using I = decltype(j);
-      const I* values = i.const_data_ptr<I>();
-      check_index_values("palu::topk_mse", values, rows, k, vocab_size);
-      topk_mse<T, A, I>(z.const_data_ptr<T>(), z.stride(0), values, loss.mutable_data_ptr<A>(),
-                        residual.mutable_data_ptr<A>(), rows, vocab_size, k, target, static_cast<A>(constant));
+      TopkMse<T, A, I> p{};
+      p.logits = z.const_data_ptr<T>();
+      p.logits_stride = z.stride(0);
+      p.index = i.const_data_ptr<I>();
+      p.loss = loss.mutable_data_ptr<A>();
+      p.residual = residual.mutable_data_ptr<A>();
+      p.rows = rows;
+      p.vocab_size = vocab_size;
+      p.k = k;
+      p.center = center;
+      p.constant = static_cast<A>(constant);
+      check_index_values("palu::topk_mse", p.index, rows, k, vocab_size);
+      topk_mse(p);
     });
   });
   return {loss, residual};
@@ -97,12 +130,19 @@ void topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& residual, co
       using T = decltype(t);
       using A = decltype(a);
       using I = decltype(j);
-      const I* values = i.const_data_ptr<I>();
-      check_index_values("palu::topk_mse_backward", values, rows, k, vocab_size);
+      TopkMseBackward<T, A, I> p{};
+      p.grad = g.const_data_ptr<A>();
+      p.residual = res.const_data_ptr<A>();
+      p.index = i.const_data_ptr<I>();
+      p.grad_logits = grad_logits.mutable_data_ptr<T>();
+      p.grad_logits_stride = grad_logits.stride(0);
+      p.rows = rows;
+      p.vocab_size = vocab_size;
+      p.k = k;
+      p.through_mean = through_mean;
+      check_index_values("palu::topk_mse_backward", p.index, rows, k, vocab_size);
       advise_huge_pages(grad_logits);
-      topk_mse_backward<T, A, I>(g.const_data_ptr<A>(), res.const_data_ptr<A>(), values,
-                                 grad_logits.mutable_data_ptr<T>(), grad_logits.stride(0), rows, vocab_size, k,
-                                 through_mean);
+      topk_mse_backward(p);
     });
   });
 }

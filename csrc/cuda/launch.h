@@ -1,122 +1,145 @@
-// Launchers of the CUDA kernels, for register.cpp. The formulas are in csrc/*.h; here are pointers,
-// shapes and strides only, so that the .cu files need no torch header beyond c10/cuda.
+// Launchers of the CUDA kernels, for register.cpp, and the structs of their arguments. The formulas are
+// in csrc/*.h; here are pointers, sizes and strides only, so that the .cu files need no torch header
+// beyond c10/cuda.
 //
 // T is the dtype of logits, hidden and weight (`Dtype`); A, float64 for float64 and float32 otherwise,
 // holds every sum, loss and residual; I is the dtype of the index (int64 if `index64`, else int32).
-// Strides count elements; the last stride is 1 wherever none is given. Every launcher accepts
-// rows = 0. Every kernel is deterministic: sums are trees of one fixed shape, and no float is ever
-// added atomically, so torch.use_deterministic_algorithms needs no special case.
+// Strides count elements, from a row to the next; inside a row elements are neighbours. Every launcher
+// accepts rows = 0. Every kernel is deterministic: sums are trees of one fixed shape, and no float is
+// ever added atomically, so torch.use_deterministic_algorithms needs no special case.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "../prefix_mask.h"
+#include "../topk_mse.h"
+
 namespace palu::cuda {
 
 enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
-enum class Center { kGlobalMean, kLocalMean, kConstant };
 
-void prefix_mask(const int64_t* labels,  // [B,T]
-                 int64_t batch_stride, int64_t token_stride,
-                 bool* mask,  // [B,T], contiguous
-                 int64_t batch, int64_t length, int64_t n,
-                 int64_t eos,  // a negative value: no label is end-of-sequence
-                 cudaStream_t stream);
+void prefix_mask(const PrefixMask& p, cudaStream_t stream);
 
-void topk_mse(Dtype dtype, bool index64,
-              const void* logits,  // T [R,V]
-              int64_t logits_stride,
-              const void* index,  // I [R,K], contiguous
-              void* loss,         // A [R]
-              void* residual,     // A [R,K], contiguous
-              int64_t rows, int64_t vocab_size, int64_t k, Center center, double constant, cudaStream_t stream);
+struct TopkMse {
+  Dtype dtype;
+  bool index64;
+  const void* logits;  // T [R,V]
+  int64_t logits_stride;
+  const void* index;  // I [R,K], contiguous
+  void* loss;         // A [R]
+  void* residual;     // A [R,K], contiguous
+  int64_t rows, vocab_size, k;
+  Center center;
+  double constant;
+};
+void topk_mse(const TopkMse& p, cudaStream_t stream);
 
-// Overwrites every element of grad_logits.
-void topk_mse_backward(Dtype dtype, bool index64,
-                       const void* grad,      // A [R], contiguous
-                       const void* residual,  // A [R,K], contiguous
-                       const void* index,     // I [R,K], contiguous
-                       void* grad_logits,     // T [R,V]
-                       int64_t grad_stride, int64_t rows, int64_t vocab_size, int64_t k, bool through_mean,
-                       cudaStream_t stream);
+struct TopkMseBackward {
+  Dtype dtype;
+  bool index64;
+  const void* grad;      // A [R], contiguous
+  const void* residual;  // A [R,K], contiguous
+  const void* index;     // I [R,K], contiguous
+  void* grad_logits;     // T [R,V], every element is overwritten
+  int64_t grad_logits_stride;
+  int64_t rows, vocab_size, k;
+  bool through_mean;
+};
+void topk_mse_backward(const TopkMseBackward& p, cudaStream_t stream);
 
-void linear_topk_mse(Dtype dtype, bool index64,
-                     const void* hidden,  // T [R,d], contiguous
-                     const void* weight,  // T [V,d]
-                     int64_t weight_stride,
-                     const void* index,        // I [R,K], contiguous
-                     const void* bias,         // T [V], contiguous, or null
-                     const void* weight_mean,  // A [d], contiguous; read for the global mean only
-                     const void* bias_mean,    // A [1], or null without bias; read for the global mean only
-                     void* loss,               // A [R]
-                     void* residual,           // A [R,K], contiguous
-                     int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, Center center, double constant,
-                     cudaStream_t stream);
+struct LinearTopkMse {
+  Dtype dtype;
+  bool index64;
+  const void* hidden;  // T [R,d], contiguous
+  const void* weight;  // T [V,d]
+  int64_t weight_stride;
+  const void* index;        // I [R,K], contiguous
+  const void* bias;         // T [V], contiguous, or null
+  const void* weight_mean;  // A [d], contiguous; read for the global mean only
+  const void* bias_mean;    // A [1], or null without bias; read for the global mean only
+  void* loss;               // A [R]
+  void* residual;           // A [R,K], contiguous
+  int64_t rows, vocab_size, hidden_size, k;
+  Center center;
+  double constant;
+};
+void linear_topk_mse(const LinearTopkMse& p, cudaStream_t stream);
 
-// shift[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r.
-void linear_mean_shift(Dtype dtype,
-                       const void* grad,      // A [R], contiguous
-                       const void* residual,  // A [R,K], contiguous
-                       void* shift,           // A [R]
-                       int64_t rows, int64_t vocab_size, int64_t k, cudaStream_t stream);
+// The gradients, in up to three steps.
+struct LinearTopkMseBackward {
+  Dtype dtype;
+  bool index64;
+  const void* grad;      // A [R], contiguous
+  const void* residual;  // A [R,K], contiguous
+  void* shift;           // A [R], or null: the gradient does not flow through the mean
+  int64_t rows, vocab_size, hidden_size, k;
+
+  // linear_grad_hidden only
+  const void* weight;  // T [V,d]
+  int64_t weight_stride;
+  const void* index;        // I [R,K], contiguous
+  const void* weight_mean;  // A [d], contiguous; read with shift only
+  void* partial;            // A [slices,R,d], scratch
+  void* grad_hidden;        // T [R,d]
+  int64_t grad_hidden_stride;
+
+  // linear_grad_weight only
+  const void* hidden;           // T [R,d], contiguous
+  const void* sorted_index;     // I [R*K], index.flatten() in ascending order
+  const int64_t* sorted_order;  // [R*K], where each stood before a stable sort
+  int64_t* offsets;             // [V+1], scratch
+  void* mean_row;               // A [d], scratch, or null where shift or grad_weight is
+  void* grad_weight;            // T [V,d], or null: not asked for
+  int64_t grad_weight_stride;
+  void* grad_bias;  // T [V], contiguous, or null: not asked for
+};
+
+// shift[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r. Before the others.
+void linear_mean_shift(const LinearTopkMseBackward& p, cudaStream_t stream);
+
+// grad_hidden[r] += sum_k g[r,k] weight[i_rk] + V s[r] weight_mean
+void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream);
 
 // How many slices of K the gradient of hidden is summed in (rows > 0); partial has this many.
 int64_t linear_grad_hidden_slices(int64_t rows, int64_t k);
 
-// grad_hidden[r] += sum_k g[r,k] weight[i_rk] + V s[r] weight_mean
-void linear_grad_hidden(Dtype dtype, bool index64,
-                        const void* grad,      // A [R], contiguous
-                        const void* residual,  // A [R,K], contiguous
-                        const void* weight,    // T [V,d]
-                        int64_t weight_stride,
-                        const void* index,        // I [R,K], contiguous
-                        const void* weight_mean,  // A [d], contiguous; read with shift only
-                        const void* shift,        // A [R], or null: the gradient does not flow through the mean
-                        void* partial,            // A [slices,R,d], scratch
-                        void* grad_hidden,        // T [R,d]
-                        int64_t grad_hidden_stride, int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k,
-                        cudaStream_t stream);
-
 // grad_weight[v] += sum_{(r,k): i_rk=v} g[r,k] hidden[r] + sum_r s[r] hidden[r]
 // grad_bias[v]   += sum_{(r,k): i_rk=v} g[r,k] + sum_r s[r]
-void linear_grad_weight(Dtype dtype, bool index64,
-                        const void* grad,             // A [R], contiguous
-                        const void* residual,         // A [R,K], contiguous
-                        const void* hidden,           // T [R,d], contiguous
-                        const void* sorted_index,     // I [R*K], index.flatten() in ascending order
-                        const int64_t* sorted_order,  // [R*K], where each stood before a stable sort
-                        const void* shift,            // A [R], or null: the gradient does not flow through the mean
-                        int64_t* offsets,             // [V+1], scratch
-                        void* mean_row,               // A [d], scratch, or null where shift is
-                        void* grad_weight,            // T [V,d], or null: not asked for
-                        int64_t grad_weight_stride,
-                        void* grad_bias,  // T [V], contiguous, or null: not asked for
-                        int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream);
+void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream);
 
-// In place: logits becomes row_weight[r] (softmax(z) - onehot(label)).
-void cross_entropy_(Dtype dtype,
-                    void* logits,  // T [R,V]
-                    int64_t logits_stride,
-                    const int64_t* labels,   // [R], contiguous
-                    const void* row_weight,  // A [R], contiguous
-                    void* loss,              // A [R]
-                    int64_t rows, int64_t vocab_size, cudaStream_t stream);
+struct CrossEntropy {
+  Dtype dtype;
+  void* logits;  // T [R,V], overwritten with the weighted gradient
+  int64_t logits_stride;
+  const int64_t* labels;   // [R], contiguous
+  const void* row_weight;  // A [R], contiguous
+  void* loss;              // A [R]
+  int64_t rows, vocab_size;
+};
+void cross_entropy_(const CrossEntropy& p, cudaStream_t stream);
 
-// In place: logits becomes row_weight[r] times the gradient of the row's KL divergence.
-void kl_div_(Dtype dtype,
-             void* logits,  // T [R,V]
-             int64_t logits_stride,
-             const void* ref_logits,  // T [R,V]
-             int64_t ref_stride,
-             const void* row_weight,  // A [R], contiguous
-             void* loss,              // A [R]
-             int64_t rows, int64_t vocab_size, bool reverse, cudaStream_t stream);
+struct KlDiv {
+  Dtype dtype;
+  void* logits;  // T [R,V], overwritten with the weighted gradient
+  int64_t logits_stride;
+  const void* ref_logits;  // T [R,V]
+  int64_t ref_logits_stride;
+  const void* row_weight;  // A [R], contiguous
+  void* loss;              // A [R]
+  int64_t rows, vocab_size;
+  bool reverse;
+};
+void kl_div_(const KlDiv& p, cudaStream_t stream);
 
-// tensor *= factor, where factor lies on the device: no host synchronisation.
-void scale_(Dtype dtype, bool factor64,
-            void* tensor,        // T [n], contiguous
-            const void* factor,  // float64 [1] if factor64, else float32 [1]
-            int64_t n, cudaStream_t stream);
+struct Scale {
+  Dtype dtype;
+  bool factor64;
+  void* tensor;        // T [n], contiguous
+  const void* factor;  // float64 [1] if factor64, else float32 [1]; on the device: no host synchronisation
+  int64_t n;
+};
+void scale_(const Scale& p, cudaStream_t stream);
 
 }  // namespace palu::cuda

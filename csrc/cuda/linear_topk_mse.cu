@@ -7,6 +7,7 @@
 //
 // kWidth is the number of elements per access: 16 bytes where every row starts on a 16-byte boundary
 // and d is a multiple, else 1.
+#include "../linear_topk_mse.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -313,39 +314,37 @@ __global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __res
 
 }  // namespace
 
-void linear_topk_mse(Dtype dtype, bool index64, const void* hidden, const void* weight, int64_t weight_stride,
-                     const void* index, const void* bias, const void* weight_mean, const void* bias_mean, void* loss,
-                     void* residual, int64_t rows, int64_t vocab_size, int64_t hidden_size, int64_t k, Center center,
-                     double constant, cudaStream_t stream) {
-  if (rows == 0) return;
-  dispatch(dtype, [&](auto t) {
+void linear_topk_mse(const LinearTopkMse& p, cudaStream_t stream) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
     const bool packed =
-        is_packed<T>(hidden, hidden_size, hidden_size) && is_packed<T>(weight, weight_stride, hidden_size);
-    dispatch_index(index64, [&](auto i) {
+        is_packed<T>(p.hidden, p.hidden_size, p.hidden_size) && is_packed<T>(p.weight, p.weight_stride, p.hidden_size);
+    dispatch_index(p.index64, [&](auto i) {
       using I = decltype(i);
       dispatch_width<T>(packed, [&](auto width) {
-        gather_dot_kernel<T, I, decltype(width)::value><<<blocks_for(rows * k, kThreads / 32), kThreads, 0, stream>>>(
-            static_cast<const T*>(hidden), static_cast<const T*>(weight), weight_stride, static_cast<const I*>(index),
-            static_cast<const T*>(bias), static_cast<A*>(residual), rows * k, vocab_size, hidden_size, k);
+        gather_dot_kernel<T, I, decltype(width)::value>
+            <<<blocks_for(p.rows * p.k, kThreads / 32), kThreads, 0, stream>>>(
+                static_cast<const T*>(p.hidden), static_cast<const T*>(p.weight), p.weight_stride,
+                static_cast<const I*>(p.index), static_cast<const T*>(p.bias), static_cast<A*>(p.residual),
+                p.rows * p.k, p.vocab_size, p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });
-    center_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-        static_cast<const T*>(hidden), static_cast<const A*>(weight_mean), static_cast<const A*>(bias_mean),
-        static_cast<A*>(loss), static_cast<A*>(residual), hidden_size, k, center, static_cast<A>(constant));
+    center_kernel<T><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
+        static_cast<const T*>(p.hidden), static_cast<const A*>(p.weight_mean), static_cast<const A*>(p.bias_mean),
+        static_cast<A*>(p.loss), static_cast<A*>(p.residual), p.hidden_size, p.k, p.center, static_cast<A>(p.constant));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
-void linear_mean_shift(Dtype dtype, const void* grad, const void* residual, void* shift, int64_t rows,
-                       int64_t vocab_size, int64_t k, cudaStream_t stream) {
-  if (rows == 0) return;
-  dispatch(dtype, [&](auto t) {
+void linear_mean_shift(const LinearTopkMseBackward& p, cudaStream_t stream) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto t) {
     using A = Acc<decltype(t)>;
-    mean_shift_kernel<A><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-        static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<A*>(shift), vocab_size, k);
+    mean_shift_kernel<A><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
+        static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<A*>(p.shift), p.vocab_size, p.k);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -355,67 +354,63 @@ int64_t linear_grad_hidden_slices(int64_t rows, int64_t k) {
   return wanted < chunks ? wanted : chunks;
 }
 
-void linear_grad_hidden(Dtype dtype, bool index64, const void* grad, const void* residual, const void* weight,
-                        int64_t weight_stride, const void* index, const void* weight_mean, const void* shift,
-                        void* partial, void* grad_hidden, int64_t grad_hidden_stride, int64_t rows, int64_t vocab_size,
-                        int64_t hidden_size, int64_t k, cudaStream_t stream) {
-  if (rows == 0 || hidden_size == 0) return;
-  const int64_t slices = linear_grad_hidden_slices(rows, k);
-  dispatch(dtype, [&](auto t) {
+void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.hidden_size == 0) return;
+  const int64_t slices = linear_grad_hidden_slices(p.rows, p.k);
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    dispatch_index(index64, [&](auto i) {
+    dispatch_index(p.index64, [&](auto i) {
       using I = decltype(i);
-      dispatch_width<T>(is_packed<T>(weight, weight_stride, hidden_size), [&](auto width) {
+      dispatch_width<T>(is_packed<T>(p.weight, p.weight_stride, p.hidden_size), [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        const dim3 blocks(static_cast<unsigned>(rows * slices), blocks_for(hidden_size / kWidth, kThreads));
+        const dim3 blocks(static_cast<unsigned>(p.rows * slices), blocks_for(p.hidden_size / kWidth, kThreads));
         grad_hidden_slice_kernel<T, I, kWidth><<<blocks, kThreads, 0, stream>>>(
-            static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const T*>(weight), weight_stride,
-            static_cast<const I*>(index), static_cast<A*>(partial), rows, slices, vocab_size, hidden_size, k);
+            static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const T*>(p.weight),
+            p.weight_stride, static_cast<const I*>(p.index), static_cast<A*>(p.partial), p.rows, slices, p.vocab_size,
+            p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });
-    grad_hidden_kernel<T><<<blocks_for(rows * hidden_size, kThreads), kThreads, 0, stream>>>(
-        static_cast<const A*>(partial), static_cast<const A*>(weight_mean), static_cast<const A*>(shift),
-        static_cast<T*>(grad_hidden), grad_hidden_stride, rows, slices, vocab_size, hidden_size);
+    grad_hidden_kernel<T><<<blocks_for(p.rows * p.hidden_size, kThreads), kThreads, 0, stream>>>(
+        static_cast<const A*>(p.partial), static_cast<const A*>(p.weight_mean), static_cast<const A*>(p.shift),
+        static_cast<T*>(p.grad_hidden), p.grad_hidden_stride, p.rows, slices, p.vocab_size, p.hidden_size);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
-void linear_grad_weight(Dtype dtype, bool index64, const void* grad, const void* residual, const void* hidden,
-                        const void* sorted_index, const int64_t* sorted_order, const void* shift, int64_t* offsets,
-                        void* mean_row, void* grad_weight, int64_t grad_weight_stride, void* grad_bias, int64_t rows,
-                        int64_t vocab_size, int64_t hidden_size, int64_t k, cudaStream_t stream) {
-  if (rows == 0) return;
-  dispatch_index(index64, [&](auto i) {
+void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream) {
+  if (p.rows == 0) return;
+  dispatch_index(p.index64, [&](auto i) {
     using I = decltype(i);
-    offsets_kernel<I><<<blocks_for(vocab_size + 1, kThreads), kThreads, 0, stream>>>(
-        static_cast<const I*>(sorted_index), offsets, rows * k, vocab_size);
+    offsets_kernel<I><<<blocks_for(p.vocab_size + 1, kThreads), kThreads, 0, stream>>>(
+        static_cast<const I*>(p.sorted_index), p.offsets, p.rows * p.k, p.vocab_size);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  dispatch(dtype, [&](auto t) {
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    if (grad_weight && hidden_size > 0) {
-      if (shift) {
-        mean_row_kernel<T><<<blocks_for(hidden_size, kThreads), kThreads, 0, stream>>>(
-            static_cast<const T*>(hidden), static_cast<const A*>(shift), static_cast<A*>(mean_row), rows, hidden_size);
+    if (p.grad_weight && p.hidden_size > 0) {
+      if (p.shift) {
+        mean_row_kernel<T><<<blocks_for(p.hidden_size, kThreads), kThreads, 0, stream>>>(
+            static_cast<const T*>(p.hidden), static_cast<const A*>(p.shift), static_cast<A*>(p.mean_row), p.rows,
+            p.hidden_size);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       }
-      const bool packed =
-          is_packed<T>(hidden, hidden_size, hidden_size) && is_packed<T>(grad_weight, grad_weight_stride, hidden_size);
+      const bool packed = is_packed<T>(p.hidden, p.hidden_size, p.hidden_size) &&
+                          is_packed<T>(p.grad_weight, p.grad_weight_stride, p.hidden_size);
       dispatch_width<T>(packed, [&](auto width) {
-        grad_weight_kernel<T, decltype(width)::value><<<static_cast<unsigned>(vocab_size), kThreads, 0, stream>>>(
-            static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const T*>(hidden), sorted_order,
-            offsets, shift ? static_cast<const A*>(mean_row) : nullptr, static_cast<T*>(grad_weight),
-            grad_weight_stride, hidden_size, k);
+        grad_weight_kernel<T, decltype(width)::value><<<static_cast<unsigned>(p.vocab_size), kThreads, 0, stream>>>(
+            static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const T*>(p.hidden),
+            p.sorted_order, p.offsets, p.shift ? static_cast<const A*>(p.mean_row) : nullptr,
+            static_cast<T*>(p.grad_weight), p.grad_weight_stride, p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     }
-    if (grad_bias) {
-      grad_bias_kernel<T><<<blocks_for(vocab_size, kThreads), kThreads, 0, stream>>>(
-          static_cast<const A*>(grad), static_cast<const A*>(residual), sorted_order, offsets,
-          static_cast<const A*>(shift), static_cast<T*>(grad_bias), rows, vocab_size, k);
+    if (p.grad_bias) {
+      grad_bias_kernel<T><<<blocks_for(p.vocab_size, kThreads), kThreads, 0, stream>>>(
+          static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), p.sorted_order, p.offsets,
+          static_cast<const A*>(p.shift), static_cast<T*>(p.grad_bias), p.rows, p.vocab_size, p.k);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });

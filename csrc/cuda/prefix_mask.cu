@@ -1,9 +1,10 @@
-// Onset mask, see csrc/prefix_mask.h for the definition.
+// Onset mask; its definition is in csrc/prefix_mask.h.
 //
 // A warp per row takes 32 labels a step. One ballot gives the sensitive ones; a label's place in its
 // span is its distance to the last lane before it that is not sensitive, plus, if there is none, the
 // length of the span that the step before left open. The labels of 8 steps are loaded together, so
 // that a long row does not wait for memory at every step. Bytes: 8 read and 1 written per label.
+#include "../prefix_mask.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -46,12 +47,11 @@ __global__ void prefix_mask_kernel(const int64_t* __restrict__ labels,  // [B,T]
 
 }  // namespace
 
-void prefix_mask(const int64_t* labels, int64_t batch_stride, int64_t token_stride, bool* mask, int64_t batch,
-                 int64_t length, int64_t n, int64_t eos, cudaStream_t stream) {
-  if (batch == 0 || length == 0) return;
-  const auto blocks = static_cast<unsigned>((batch + kWarps - 1) / kWarps);
-  prefix_mask_kernel<<<blocks, 32 * kWarps, 0, stream>>>(labels, batch_stride, token_stride, mask, batch, length, n,
-                                                         eos);
+void prefix_mask(const PrefixMask& p, cudaStream_t stream) {
+  if (p.batch == 0 || p.length == 0) return;
+  const auto blocks = static_cast<unsigned>((p.batch + kWarps - 1) / kWarps);
+  prefix_mask_kernel<<<blocks, 32 * kWarps, 0, stream>>>(p.labels, p.batch_stride, p.token_stride, p.mask, p.batch,
+                                                         p.length, p.n, p.eos);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

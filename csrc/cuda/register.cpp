@@ -15,7 +15,6 @@
 namespace palu {
 namespace {
 
-using cuda::Center;
 using cuda::Dtype;
 
 // Makes the tensor's device current, and knows its current stream.
@@ -38,37 +37,52 @@ Dtype dtype_of(const at::Tensor& t) {
 
 bool is_int64(const at::Tensor& index) { return index.scalar_type() == at::kLong; }
 
-Center center_of(Target target) {
-  if (is_global(target)) return Center::kGlobalMean;
-  return target == Target::kLocalMean ? Center::kLocalMean : Center::kConstant;
-}
-
 at::TensorOptions acc_options(const at::Tensor& t) { return t.options().dtype(acc_dtype(t.scalar_type())); }
 
 // Rows of contiguous elements, at any distance: copied only where the elements themselves are apart.
 at::Tensor with_unit_stride(const at::Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 const void* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+void* buffer_or_null(const std::optional<at::Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
 at::Tensor prefix_mask(const at::Tensor& labels, int64_t n, std::optional<int64_t> eos_token_id) {
   check_prefix_mask(labels, n);
   const OnDeviceOf device(labels);
   at::Tensor mask = at::empty(labels.sizes(), labels.options().dtype(at::kBool));
-  cuda::prefix_mask(labels.const_data_ptr<int64_t>(), labels.stride(0), labels.stride(1), mask.mutable_data_ptr<bool>(),
-                    labels.size(0), labels.size(1), n, eos_token_id.value_or(-1), device.stream);
+  PrefixMask p{};
+  p.labels = labels.const_data_ptr<int64_t>();
+  p.batch_stride = labels.stride(0);
+  p.token_stride = labels.stride(1);
+  p.mask = mask.mutable_data_ptr<bool>();
+  p.batch = labels.size(0);
+  p.length = labels.size(1);
+  p.n = n;
+  p.eos = eos_token_id.value_or(-1);
+  cuda::prefix_mask(p, device.stream);
   return mask;
 }
 
 std::tuple<at::Tensor, at::Tensor> topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target,
                                             double constant) {
-  const Target parsed = check_topk_mse(logits, index, target);
+  const Center center = check_topk_mse(logits, index, target);
   const OnDeviceOf device(logits);
   const at::Tensor z = with_unit_stride(logits), i = index.contiguous();
   at::Tensor loss = at::empty({z.size(0)}, acc_options(z));
   at::Tensor residual = at::empty(i.sizes(), acc_options(z));
-  cuda::topk_mse(dtype_of(z), is_int64(i), z.const_data_ptr(), z.stride(0), i.const_data_ptr(), loss.mutable_data_ptr(),
-                 residual.mutable_data_ptr(), z.size(0), z.size(1), i.size(1), center_of(parsed), constant,
-                 device.stream);
+  cuda::TopkMse p{};
+  p.dtype = dtype_of(z);
+  p.index64 = is_int64(i);
+  p.logits = z.const_data_ptr();
+  p.logits_stride = z.stride(0);
+  p.index = i.const_data_ptr();
+  p.loss = loss.mutable_data_ptr();
+  p.residual = residual.mutable_data_ptr();
+  p.rows = z.size(0);
+  p.vocab_size = z.size(1);
+  p.k = i.size(1);
+  p.center = center;
+  p.constant = constant;
+  cuda::topk_mse(p, device.stream);
   return {loss, residual};
 }
 
@@ -77,30 +91,55 @@ void topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const
   check_topk_mse_backward(grad, residual, index, grad_logits);
   const OnDeviceOf device(grad_logits);
   const at::Tensor g = grad.contiguous(), e = residual.contiguous(), i = index.contiguous();
-  cuda::topk_mse_backward(dtype_of(grad_logits), is_int64(i), g.const_data_ptr(), e.const_data_ptr(),
-                          i.const_data_ptr(), grad_logits.mutable_data_ptr(), grad_logits.stride(0),
-                          grad_logits.size(0), grad_logits.size(1), i.size(1), through_mean, device.stream);
+  cuda::TopkMseBackward p{};
+  p.dtype = dtype_of(grad_logits);
+  p.index64 = is_int64(i);
+  p.grad = g.const_data_ptr();
+  p.residual = e.const_data_ptr();
+  p.index = i.const_data_ptr();
+  p.grad_logits = grad_logits.mutable_data_ptr();
+  p.grad_logits_stride = grad_logits.stride(0);
+  p.rows = grad_logits.size(0);
+  p.vocab_size = grad_logits.size(1);
+  p.k = i.size(1);
+  p.through_mean = through_mean;
+  cuda::topk_mse_backward(p, device.stream);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight,
                                                    const at::Tensor& index, const std::optional<at::Tensor>& bias,
                                                    const std::optional<at::Tensor>& weight_mean,
                                                    std::string_view target, double constant) {
-  const Target parsed = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target);
+  const Center center = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target);
   const OnDeviceOf device(hidden);
   const at::Tensor h = hidden.contiguous(), w = with_unit_stride(weight), i = index.contiguous();
   std::optional<at::Tensor> b, w_mean, b_mean;
   if (bias) b = bias->contiguous();
-  if (is_global(parsed)) {
+  if (center == Center::kGlobalMean) {
     w_mean = weight_mean->contiguous();
     if (b) b_mean = b->mean(0, /*keepdim=*/false, acc_dtype(h.scalar_type()));
   }
   at::Tensor loss = at::empty({h.size(0)}, acc_options(h));
   at::Tensor residual = at::empty(i.sizes(), acc_options(h));
-  cuda::linear_topk_mse(dtype_of(h), is_int64(i), h.const_data_ptr(), w.const_data_ptr(), w.stride(0),
-                        i.const_data_ptr(), data_or_null(b), data_or_null(w_mean), data_or_null(b_mean),
-                        loss.mutable_data_ptr(), residual.mutable_data_ptr(), h.size(0), w.size(0), h.size(1),
-                        i.size(1), center_of(parsed), constant, device.stream);
+  cuda::LinearTopkMse p{};
+  p.dtype = dtype_of(h);
+  p.index64 = is_int64(i);
+  p.hidden = h.const_data_ptr();
+  p.weight = w.const_data_ptr();
+  p.weight_stride = w.stride(0);
+  p.index = i.const_data_ptr();
+  p.bias = data_or_null(b);
+  p.weight_mean = data_or_null(w_mean);
+  p.bias_mean = data_or_null(b_mean);
+  p.loss = loss.mutable_data_ptr();
+  p.residual = residual.mutable_data_ptr();
+  p.rows = h.size(0);
+  p.vocab_size = w.size(0);
+  p.hidden_size = h.size(1);
+  p.k = i.size(1);
+  p.center = center;
+  p.constant = constant;
+  cuda::linear_topk_mse(p, device.stream);
   return {loss, residual};
 }
 
@@ -116,14 +155,22 @@ void linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual
   const int64_t k = index.size(1);
   if (rows == 0) return;
   const OnDeviceOf device(hidden);
-  const Dtype dtype = dtype_of(hidden);
   const at::Tensor g = grad.contiguous(), e = residual.contiguous(), i = index.contiguous();
+  cuda::LinearTopkMseBackward p{};
+  p.dtype = dtype_of(hidden);
+  p.index64 = is_int64(i);
+  p.grad = g.const_data_ptr();
+  p.residual = e.const_data_ptr();
+  p.rows = rows;
+  p.vocab_size = vocab_size;
+  p.hidden_size = d;
+  p.k = k;
 
-  std::optional<at::Tensor> shift;
+  at::Tensor shift;
   if (through_mean) {
     shift = at::empty({rows}, acc_options(hidden));
-    cuda::linear_mean_shift(dtype, g.const_data_ptr(), e.const_data_ptr(), shift->mutable_data_ptr(), rows, vocab_size,
-                            k, device.stream);
+    p.shift = shift.mutable_data_ptr();
+    cuda::linear_mean_shift(p, device.stream);
   }
   if (grad_hidden) {
     const at::Tensor w = with_unit_stride(weight);
@@ -131,10 +178,14 @@ void linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual
     if (through_mean) w_mean = weight_mean->contiguous();
     const int64_t slices = cuda::linear_grad_hidden_slices(rows, k);
     at::Tensor partial = at::empty({slices, rows, d}, acc_options(hidden));
-    cuda::linear_grad_hidden(dtype, is_int64(i), g.const_data_ptr(), e.const_data_ptr(), w.const_data_ptr(),
-                             w.stride(0), i.const_data_ptr(), data_or_null(w_mean), data_or_null(shift),
-                             partial.mutable_data_ptr(), grad_hidden->mutable_data_ptr(), grad_hidden->stride(0), rows,
-                             vocab_size, d, k, device.stream);
+    p.weight = w.const_data_ptr();
+    p.weight_stride = w.stride(0);
+    p.index = i.const_data_ptr();
+    p.weight_mean = data_or_null(w_mean);
+    p.partial = partial.mutable_data_ptr();
+    p.grad_hidden = grad_hidden->mutable_data_ptr();
+    p.grad_hidden_stride = grad_hidden->stride(0);
+    cuda::linear_grad_hidden(p, device.stream);
   }
   if (grad_weight || grad_bias) {
     const at::Tensor h = hidden.contiguous();
@@ -143,12 +194,15 @@ void linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual
     at::Tensor offsets = at::empty({vocab_size + 1}, i.options().dtype(at::kLong));
     std::optional<at::Tensor> mean_row;
     if (grad_weight && through_mean) mean_row = at::empty({d}, acc_options(hidden));
-    cuda::linear_grad_weight(
-        dtype, is_int64(i), g.const_data_ptr(), e.const_data_ptr(), h.const_data_ptr(), sorted_index.const_data_ptr(),
-        sorted_order.const_data_ptr<int64_t>(), data_or_null(shift), offsets.mutable_data_ptr<int64_t>(),
-        mean_row ? mean_row->mutable_data_ptr() : nullptr, grad_weight ? grad_weight->mutable_data_ptr() : nullptr,
-        grad_weight ? grad_weight->stride(0) : 0, grad_bias ? grad_bias->mutable_data_ptr() : nullptr, rows, vocab_size,
-        d, k, device.stream);
+    p.hidden = h.const_data_ptr();
+    p.sorted_index = sorted_index.const_data_ptr();
+    p.sorted_order = sorted_order.const_data_ptr<int64_t>();
+    p.offsets = offsets.mutable_data_ptr<int64_t>();
+    p.mean_row = buffer_or_null(mean_row);
+    p.grad_weight = buffer_or_null(grad_weight);
+    p.grad_weight_stride = grad_weight ? grad_weight->stride(0) : 0;
+    p.grad_bias = buffer_or_null(grad_bias);
+    cuda::linear_grad_weight(p, device.stream);
   }
 }
 
@@ -157,8 +211,16 @@ at::Tensor cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, co
   const OnDeviceOf device(logits);
   const at::Tensor l = labels.contiguous(), w = row_weight.contiguous();
   at::Tensor loss = at::empty({logits.size(0)}, acc_options(logits));
-  cuda::cross_entropy_(dtype_of(logits), logits.mutable_data_ptr(), logits.stride(0), l.const_data_ptr<int64_t>(),
-                       w.const_data_ptr(), loss.mutable_data_ptr(), logits.size(0), logits.size(1), device.stream);
+  cuda::CrossEntropy p{};
+  p.dtype = dtype_of(logits);
+  p.logits = logits.mutable_data_ptr();
+  p.logits_stride = logits.stride(0);
+  p.labels = l.const_data_ptr<int64_t>();
+  p.row_weight = w.const_data_ptr();
+  p.loss = loss.mutable_data_ptr();
+  p.rows = logits.size(0);
+  p.vocab_size = logits.size(1);
+  cuda::cross_entropy_(p, device.stream);
   return loss;
 }
 
@@ -167,22 +229,31 @@ at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const
   const OnDeviceOf device(logits);
   const at::Tensor q = with_unit_stride(ref_logits), w = row_weight.contiguous();
   at::Tensor loss = at::empty({logits.size(0)}, acc_options(logits));
-  cuda::kl_div_(dtype_of(logits), logits.mutable_data_ptr(), logits.stride(0), q.const_data_ptr(), q.stride(0),
-                w.const_data_ptr(), loss.mutable_data_ptr(), logits.size(0), logits.size(1), reverse, device.stream);
+  cuda::KlDiv p{};
+  p.dtype = dtype_of(logits);
+  p.logits = logits.mutable_data_ptr();
+  p.logits_stride = logits.stride(0);
+  p.ref_logits = q.const_data_ptr();
+  p.ref_logits_stride = q.stride(0);
+  p.row_weight = w.const_data_ptr();
+  p.loss = loss.mutable_data_ptr();
+  p.rows = logits.size(0);
+  p.vocab_size = logits.size(1);
+  p.reverse = reverse;
+  cuda::kl_div_(p, device.stream);
   return loss;
 }
 
 void scale_(const at::Tensor& tensor, const at::Tensor& factor) {
-  constexpr const char* op = "palu::scale_";
-  check_floating(op, "tensor", tensor);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": tensor must be contiguous, got strides ", text(tensor.strides()));
-  check_device(op, "factor", factor, "tensor", tensor);
-  check_dim(op, "factor", factor, 0);
-  TORCH_CHECK_TYPE(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble, op,
-                   ": factor must be float32 or float64, got ", dtype_name(factor.scalar_type()));
+  check_scale_(tensor, factor);
   const OnDeviceOf device(tensor);
-  cuda::scale_(dtype_of(tensor), factor.scalar_type() == at::kDouble, tensor.mutable_data_ptr(),
-               factor.const_data_ptr(), tensor.numel(), device.stream);
+  cuda::Scale p{};
+  p.dtype = dtype_of(tensor);
+  p.factor64 = factor.scalar_type() == at::kDouble;
+  p.tensor = tensor.mutable_data_ptr();
+  p.factor = factor.const_data_ptr();
+  p.n = tensor.numel();
+  cuda::scale_(p, device.stream);
 }
 
 }  // namespace

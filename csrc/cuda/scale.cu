@@ -1,5 +1,6 @@
-// tensor *= factor, with the factor on the device: a loss scale that is nearly always 1 costs one tiny
-// launch and neither a pass over the tensor nor a host synchronisation.
+// scale_, see csrc/scale.h, with the factor on the device: one that is 1 costs one tiny launch and neither
+// a pass over the tensor nor a host synchronisation.
+#include "../scale.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -37,17 +38,18 @@ __global__ __launch_bounds__(kThreads) void scale_kernel(T* tensor,             
 
 }  // namespace
 
-void scale_(Dtype dtype, bool factor64, void* tensor, const void* factor, int64_t n, cudaStream_t stream) {
-  if (n == 0) return;
-  dispatch(dtype, [&](auto t) {
+void scale_(const Scale& p, cudaStream_t stream) {
+  if (p.n == 0) return;
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int64_t per_block = int64_t{kThreads} * kUnroll * kPack<T>;
-    const int64_t needed = (n + kPack<T> - 1 + per_block - 1) / per_block;
+    const int64_t needed = (p.n + kPack<T> - 1 + per_block - 1) / per_block;
     const auto blocks = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
-    if (factor64) {
-      scale_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(tensor), static_cast<const double*>(factor), n);
+    auto* tensor = static_cast<T*>(p.tensor);
+    if (p.factor64) {
+      scale_kernel<<<blocks, kThreads, 0, stream>>>(tensor, static_cast<const double*>(p.factor), p.n);
     } else {
-      scale_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(tensor), static_cast<const float*>(factor), n);
+      scale_kernel<<<blocks, kThreads, 0, stream>>>(tensor, static_cast<const float*>(p.factor), p.n);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -1,13 +1,4 @@
-// Losses over whole rows of logits, with the gradient formed in place in the same launch.
-//
-// With m = max_v z_v and S = sum_v exp(z_v - m): lse = m + log S, softmax(z)_v = exp(z_v - m) / S.
-//
-// Cross-entropy:   loss = lse - z_label                     dloss/dz_v = P_v - [v = label]
-//
-// KL, with P = softmax(z) (theta) and Q = softmax(z') (reference):
-//   forward        loss = sum_v Q_v (log Q_v - log P_v)     dloss/dz_v = P_v - Q_v
-//   reverse        loss = sum_v P_v (log P_v - log Q_v)     dloss/dz_v = P_v ((log P_v - log Q_v) - loss)
-//   (reverse: dP_u/dz_v = P_u ([u = v] - P_v), and sum_u P_u dlog P_u/dz_v = 0)
+// cross_entropy_ and kl_div_; formulas are in csrc/softmax_loss.h.
 //
 // The reverse gradient needs its row's loss first. With D = softmax(d) the distribution that averages
 // and O = softmax(o) the other,
@@ -19,6 +10,7 @@
 // A team of blocks per row makes two passes: the first streams the row from device memory, the second
 // finds it in L2 and writes the gradient. Device memory traffic: cross-entropy one read and one write
 // of the logits, KL one more read for the reference.
+#include "../softmax_loss.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -197,26 +189,24 @@ __global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(T* logits,  // [
 
 }  // namespace
 
-void cross_entropy_(Dtype dtype, void* logits, int64_t logits_stride, const int64_t* labels, const void* row_weight,
-                    void* loss, int64_t rows, int64_t vocab_size, cudaStream_t stream) {
-  dispatch(dtype, [&](auto t) {
+void cross_entropy_(const CrossEntropy& p, cudaStream_t stream) {
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    launch_rows(cross_entropy_kernel<T>, rows, vocab_size * static_cast<int64_t>(sizeof(T)), stream,
-                static_cast<T*>(logits), logits_stride, labels, static_cast<const A*>(row_weight),
-                static_cast<A*>(loss), vocab_size);
+    launch_rows(cross_entropy_kernel<T>, p.rows, p.vocab_size * static_cast<int64_t>(sizeof(T)), stream,
+                static_cast<T*>(p.logits), p.logits_stride, p.labels, static_cast<const A*>(p.row_weight),
+                static_cast<A*>(p.loss), p.vocab_size);
   });
 }
 
-void kl_div_(Dtype dtype, void* logits, int64_t logits_stride, const void* ref_logits, int64_t ref_stride,
-             const void* row_weight, void* loss, int64_t rows, int64_t vocab_size, bool reverse, cudaStream_t stream) {
-  dispatch(dtype, [&](auto t) {
+void kl_div_(const KlDiv& p, cudaStream_t stream) {
+  dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    launch_rows(reverse ? kl_div_kernel<T, true> : kl_div_kernel<T, false>, rows,
-                2 * vocab_size * static_cast<int64_t>(sizeof(T)), stream, static_cast<T*>(logits), logits_stride,
-                static_cast<const T*>(ref_logits), ref_stride, static_cast<const A*>(row_weight), static_cast<A*>(loss),
-                vocab_size);
+    launch_rows(p.reverse ? kl_div_kernel<T, true> : kl_div_kernel<T, false>, p.rows,
+                2 * p.vocab_size * static_cast<int64_t>(sizeof(T)), stream, static_cast<T*>(p.logits), p.logits_stride,
+                static_cast<const T*>(p.ref_logits), p.ref_logits_stride, static_cast<const A*>(p.row_weight),
+                static_cast<A*>(p.loss), p.vocab_size);
   });
 }
 

@@ -9,6 +9,7 @@
 // before the row, and stay in registers: all of them up to K = kKept * kBlock, beyond that they are read
 // again. The gather reads single elements of a row that was just streamed, from L2; the scatter of the
 // backward pass writes them into a tile of the row in shared memory.
+#include "../topk_mse.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -214,38 +215,34 @@ __global__ __launch_bounds__(kTileThreads,
 
 }  // namespace
 
-void topk_mse(Dtype dtype, bool index64, const void* logits, int64_t logits_stride, const void* index, void* loss,
-              void* residual, int64_t rows, int64_t vocab_size, int64_t k, Center center, double constant,
-              cudaStream_t stream) {
-  if (rows == 0) return;
-  dispatch(dtype, [&](auto t) {
-    dispatch_index(index64, [&](auto i) {
+void topk_mse(const TopkMse& p, cudaStream_t stream) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto t) {
+    dispatch_index(p.index64, [&](auto i) {
       using T = decltype(t);
       using I = decltype(i);
       using A = Acc<T>;
-      topk_mse_kernel<T, I><<<static_cast<unsigned>(rows), kBlock, 0, stream>>>(
-          static_cast<const T*>(logits), logits_stride, static_cast<const I*>(index), static_cast<A*>(loss),
-          static_cast<A*>(residual), vocab_size, k, center, static_cast<A>(constant));
+      topk_mse_kernel<T, I><<<static_cast<unsigned>(p.rows), kBlock, 0, stream>>>(
+          static_cast<const T*>(p.logits), p.logits_stride, static_cast<const I*>(p.index), static_cast<A*>(p.loss),
+          static_cast<A*>(p.residual), p.vocab_size, p.k, p.center, static_cast<A>(p.constant));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
 }
 
-void topk_mse_backward(Dtype dtype, bool index64, const void* grad, const void* residual, const void* index,
-                       void* grad_logits, int64_t grad_stride, int64_t rows, int64_t vocab_size, int64_t k,
-                       bool through_mean, cudaStream_t stream) {
-  if (rows == 0) return;
-  dispatch(dtype, [&](auto t) {
-    dispatch_index(index64, [&](auto i) {
+void topk_mse_backward(const TopkMseBackward& p, cudaStream_t stream) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto t) {
+    dispatch_index(p.index64, [&](auto i) {
       using T = decltype(t);
       using I = decltype(i);
       using A = Acc<T>;
-      const int64_t tiles = (vocab_size + kPack<T> - 1 + kTile<T> - 1) / kTile<T>;  // at the largest lead
+      const int64_t tiles = (p.vocab_size + kPack<T> - 1 + kTile<T> - 1) / kTile<T>;  // at the largest lead
       C10_CUDA_CHECK(cudaFuncSetAttribute(topk_mse_backward_kernel<T, I>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           kTileShared<T>));
-      topk_mse_backward_kernel<T, I><<<static_cast<unsigned>(rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
-          static_cast<const A*>(grad), static_cast<const A*>(residual), static_cast<const I*>(index),
-          static_cast<T*>(grad_logits), grad_stride, tiles, vocab_size, k, through_mean);
+      topk_mse_backward_kernel<T, I><<<static_cast<unsigned>(p.rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
+          static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const I*>(p.index),
+          static_cast<T*>(p.grad_logits), p.grad_logits_stride, tiles, p.vocab_size, p.k, p.through_mean);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });

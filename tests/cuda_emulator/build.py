@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = "csrc/cuda"  # of the project
+CSRC = "csrc"  # of the project
 ARCHITECTURES = (800, 900)  # before Hopper, Hopper
 KINDS = ("fast", "checked")
 
@@ -87,21 +87,22 @@ def build(
     jobs: int = 1,
 ) -> dict[tuple[int, str], Path]:
     """Rewrite the sources and compile a library for each architecture and kind."""
-    source = project / SOURCES
-    texts = {p.name: p.read_text() for p in sorted(source.iterdir()) if p.suffix in (".cu", ".cuh", ".h")}
-    rewritten = folder / "sources"
-    rewritten.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        target = rewritten / (name.removesuffix(".cu") + ".cu.cpp" if name.endswith(".cu") else name)
-        target.write_text(rewrite(text, f"{SOURCES}/{name}"))
+    sources = folder / CSRC
+    (sources / "cuda").mkdir(parents=True, exist_ok=True)
+    for path in sorted([*(project / CSRC).glob("*.h"), *(project / CSRC / "cuda").glob("*.[ch]*")]):
+        if path.suffix == ".cpp":  # register.cpp needs torch
+            continue
+        name = path.relative_to(project)
+        target = folder / (f"{name}.cpp" if path.suffix == ".cu" else name)
+        target.write_text(rewrite(path.read_text(), str(name)))
 
     libraries, commands, links = {}, [], []
     for architecture in architectures:
         for kind in kinds:
             flags = [*FLAGS, *(["-mfma"] if has_fma() else []), f"-D__CUDA_ARCH__={architecture}"]
-            flags += [f"-I{HERE / 'include'}", f"-I{rewritten}"]
+            flags += [f"-I{HERE / 'include'}", f"-I{sources / 'cuda'}"]
             objects = []
-            for path in [HERE / "emulate.cpp", HERE / "wrappers.cpp", *sorted(rewritten.glob("*.cu.cpp"))]:
+            for path in [HERE / "emulate.cpp", HERE / "wrappers.cpp", *sorted((sources / "cuda").glob("*.cu.cpp"))]:
                 mine = path.parent == HERE
                 special = [] if kind == "fast" else ["-DEMU_CHECKED"] if mine else CHECKED
                 objects.append(folder / f"{path.stem}_{architecture}_{kind}.o")

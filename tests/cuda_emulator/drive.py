@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import math
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -99,8 +100,8 @@ class Placed:
 class Phase:
     """One call of a launcher."""
 
-    function: str
-    arguments: list[Any]  # numbers, Placed, or None
+    launcher: str
+    arguments: dict[str, Any]  # the members of its struct: numbers, Placed, or None
     writes: list[str]
     fresh: list[str] = field(default_factory=list)  # of these, what must not be read before it is written
 
@@ -127,11 +128,29 @@ class Case:
 # The emulated machine
 
 
+C_TYPES = {"bool": ctypes.c_bool, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+C_TYPES |= {"Dtype": ctypes.c_int, "Center": ctypes.c_int}
+
+
+def read_structs(csrc: Path) -> dict[str, type[ctypes.Structure]]:
+    """The struct that each launcher in launch.h takes, by the launcher's name."""
+    text = re.sub(r"//.*", "", (csrc / "prefix_mask.h").read_text() + (csrc / "cuda" / "launch.h").read_text())
+    structs = {}
+    for struct, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+        fields = []
+        for kind, names in re.findall(r"(?:const )?(\w+\*?) ([\w, ]+);", body):
+            of = ctypes.c_void_p if kind.endswith("*") else C_TYPES[kind]
+            fields += [(name, of) for name in names.split(", ")]
+        structs[struct] = type(struct, (ctypes.Structure,), {"_fields_": fields})
+    launchers = re.findall(r"void (\w+)\(const (\w+)& p, cudaStream_t stream\);", text)
+    return {launcher: structs[struct] for launcher, struct in launchers}
+
+
 class Machine:
     """One library: an architecture, fast or checked."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, structs: dict[str, type[ctypes.Structure]]) -> None:
+        self.path, self.structs = path, structs
         self.library = ctypes.CDLL(str(path))
         self.library.emu_report.restype = ctypes.c_char_p
 
@@ -148,15 +167,17 @@ class Machine:
             int(initialised),
         )
 
-    def call(self, function: str, arguments: list[Any]) -> None:
-        def as_c(value: Any) -> Any:
-            if isinstance(value, Placed):
-                return ctypes.c_void_p(value.pointer)
-            if value is None:
-                return ctypes.c_void_p(0)
-            return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
-
-        getattr(self.library, function)(*map(as_c, arguments))
+    def call(self, launcher: str, arguments: dict[str, Any]) -> None:
+        struct = self.structs[launcher]
+        members = [name for name, _ in struct._fields_]
+        if sorted(members) != sorted(arguments):
+            raise TypeError(f"{launcher} takes {', '.join(members)}; given: {', '.join(arguments)}")
+        values = {name: value.pointer if isinstance(value, Placed) else value for name, value in arguments.items()}
+        p = struct(**{name: value for name, value in values.items() if value is not None})
+        function = getattr(self.library, f"palu_{launcher}")
+        function.restype = ctypes.c_bool
+        if not function(ctypes.byref(p), ctypes.c_int64(ctypes.sizeof(p))):
+            raise TypeError(f"{struct.__name__} has another size in {self.path}")
 
     def report(self) -> list[list[str]]:
         return [line.split("\t") for line in self.library.emu_report().decode().splitlines()]
@@ -202,7 +223,7 @@ class Driver:
                     machine.begin(order, self.cases[case.op] * 31 + number, preempt)
                     for placed in case.buffers:
                         machine.register(placed, placed.name in phase.writes, placed.name not in phase.fresh)
-                    machine.call(phase.function, phase.arguments)
+                    machine.call(phase.launcher, phase.arguments)
                     for kind_of_line, *rest in machine.report():
                         if kind_of_line == "violation":
                             if case.asserts and rest[0] == "assertion":
@@ -212,7 +233,7 @@ class Driver:
                                     case, rest[0], machine.source_line(rest[2]), rest[3] if rest[0] != "race" else ""
                                 )
                         elif kind_of_line == "buffer":
-                            touched.append([phase.function, *rest])
+                            touched.append([phase.launcher, *rest])
                 self.runs[case.op] += 1
                 if case.asserts:
                     if not asserted:
@@ -251,12 +272,12 @@ class Driver:
 
     def note_bytes(self, case: Case, architecture: int, touched: list[list[str]]) -> None:
         sizes = {placed.name: placed.element for placed in case.buffers}
-        for function in dict.fromkeys(line[0] for line in touched):
-            lines = [line for line in touched if line[0] == function and (int(line[2]) or int(line[3]))]
+        for launcher in dict.fromkeys(line[0] for line in touched):
+            lines = [line for line in touched if line[0] == launcher and (int(line[2]) or int(line[3]))]
             asked = sum(int(line[2]) + int(line[3]) for line in lines)
             least = sum((int(line[4]) + int(line[5])) * sizes[line[1]] for line in lines)
             self.bytes.append(
-                f"\n{function}, {architecture}, {case.text}\n"
+                f"\n{launcher}, {architecture}, {case.text}\n"
                 f"  {asked / 1e6:.3f} MB asked for, {least / 1e6:.3f} MB touched"
             )
             for _, name, *numbers in lines:
@@ -425,13 +446,14 @@ def prefix_mask(draw: Draw, batch: int | None = None, length: int | None = None,
         strides = placed.stride, 1
     mask = Placed("mask", None, (batch, length), torch.bool)
     truth = eager.prefix_mask(labels, min(n, 2**40), eos)
-    call = [placed, *strides, mask, batch, length, n, -1 if eos is None else eos]
+    call = {"labels": placed, "batch_stride": strides[0], "token_stride": strides[1], "mask": mask}
+    call |= {"batch": batch, "length": length, "n": n, "eos": -1 if eos is None else eos}
     text = f"[{batch}, {length}] {layout}, n {n}, eos {eos}, gaps {gaps}"
     return Case(
         "prefix_mask",
         text,
         [placed, mask],
-        [Phase("palu_prefix_mask", call, ["mask"], ["mask"])],
+        [Phase("prefix_mask", call, ["mask"], ["mask"])],
         [Output(mask, truth, None)],
     )
 
@@ -461,20 +483,16 @@ def topk_mse(
     loss, residual = Placed("loss", None, (rows,), acc(dtype)), Placed("residual", None, (rows, k), acc(dtype))
     code, through = DTYPES.index(dtype), target == "global_mean"
     where, constant = center(target)
-    int64 = int(at.dtype == torch.int64)
+    int64 = at.dtype == torch.int64
+    both = {"dtype": code, "index64": int64, "index": index, "residual": residual}
+    both |= {"rows": rows, "vocab_size": vocabulary, "k": k}
+    forward = both | {"logits": logits, "logits_stride": logits.stride, "loss": loss}
+    forward |= {"center": where, "constant": constant}
+    backward = both | {"grad": grad, "grad_logits": gradient, "grad_logits_stride": gradient.stride}
+    backward |= {"through_mean": through}
     phases = [
-        Phase(
-            "palu_topk_mse",
-            [code, int64, logits, logits.stride, index, loss, residual, rows, vocabulary, k, where, constant],
-            ["loss", "residual"],
-            ["loss", "residual", "grad_logits"],
-        ),
-        Phase(
-            "palu_topk_mse_backward",
-            [code, int64, grad, residual, index, gradient, gradient.stride, rows, vocabulary, k, int(through)],
-            ["grad_logits"],
-            ["grad_logits"],
-        ),
+        Phase("topk_mse", forward, ["loss", "residual"], ["loss", "residual", "grad_logits"]),
+        Phase("topk_mse_backward", backward, ["grad_logits"], ["grad_logits"]),
     ]
 
     def twin(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -538,73 +556,23 @@ def linear(
     weight_mean = Placed("weight_mean", w.mean(0, dtype=acc(dtype))) if is_global else None
     bias_mean = Placed("bias_mean", b.mean(0, dtype=acc(dtype)).reshape(1)) if is_global and b is not None else None
     loss, residual = Placed("loss", None, (rows,), acc(dtype)), Placed("residual", None, (rows, k), acc(dtype))
-    code, int64 = DTYPES.index(dtype), int(at.dtype == torch.int64)
+    code, int64 = DTYPES.index(dtype), at.dtype == torch.int64
     where, constant = center(target)
-    phases = [
-        Phase(
-            "palu_linear_topk_mse",
-            [
-                code,
-                int64,
-                hidden,
-                weight,
-                weight.stride,
-                index,
-                bias,
-                weight_mean,
-                bias_mean,
-                loss,
-                residual,
-                rows,
-                vocabulary,
-                size,
-                k,
-                where,
-                constant,
-            ],
-            ["loss", "residual"],
-            ["loss", "residual"],
-        )
-    ]
+    both = {"dtype": code, "index64": int64, "hidden": hidden, "weight": weight, "weight_stride": weight.stride}
+    both |= {"index": index, "weight_mean": weight_mean, "residual": residual}
+    both |= {"rows": rows, "vocab_size": vocabulary, "hidden_size": size, "k": k}
+    forward = both | {"bias": bias, "bias_mean": bias_mean, "loss": loss, "center": where, "constant": constant}
+    phases = [Phase("linear_topk_mse", forward, ["loss", "residual"], ["loss", "residual"])]
     buffers = [hidden, weight, index, grad, loss, residual]
     buffers += [p for p in (bias, weight_mean, bias_mean) if p]
+
     shift = Placed("shift", None, (rows,), acc(dtype)) if through else None
-    if through:
-        buffers.append(shift)
-        phases.append(
-            Phase("palu_linear_mean_shift", [code, grad, residual, shift, rows, vocabulary, k], ["shift"], ["shift"])
-        )
     grads: list[Placed | None] = [None, None, None]
+    partial = sorted_index = sorted_order = offsets = mean_row = None
     if wanted[0]:
         slices = min(-(-1024 // rows), -(-k // 32)) if rows else 1
         partial = Placed("partial", None, (slices * rows, size), acc(dtype))
         grads[0] = Placed("grad_hidden", before[0], stride=size + (0 if plain else draw.one(0, 0, 3)))
-        buffers += [partial, grads[0]]
-        phases.append(
-            Phase(
-                "palu_linear_grad_hidden",
-                [
-                    code,
-                    int64,
-                    grad,
-                    residual,
-                    weight,
-                    weight.stride,
-                    index,
-                    weight_mean,
-                    shift,
-                    partial,
-                    grads[0],
-                    grads[0].stride,
-                    rows,
-                    vocabulary,
-                    size,
-                    k,
-                ],
-                ["partial", "grad_hidden"],
-                ["partial"],
-            )
-        )
     if wanted[1] or wanted[2]:
         ordered, order = torch.sort(at.flatten(), stable=True)
         sorted_index, sorted_order = Placed("sorted_index", ordered), Placed("sorted_order", order)
@@ -614,33 +582,20 @@ def linear(
             grads[1] = Placed("grad_weight", before[1], stride=size + (0 if plain else draw.one(0, 0, 3, 8)))
         if wanted[2]:
             grads[2] = Placed("grad_bias", before[2])
-        buffers += [p for p in (sorted_index, sorted_order, offsets, mean_row, grads[1], grads[2]) if p]
-        phases.append(
-            Phase(
-                "palu_linear_grad_weight",
-                [
-                    code,
-                    int64,
-                    grad,
-                    residual,
-                    hidden,
-                    sorted_index,
-                    sorted_order,
-                    shift,
-                    offsets,
-                    mean_row,
-                    grads[1],
-                    grads[1].stride if grads[1] else 0,
-                    grads[2],
-                    rows,
-                    vocabulary,
-                    size,
-                    k,
-                ],
-                ["offsets", "mean_row", "grad_weight", "grad_bias"],
-                ["offsets", "mean_row"],
-            )
-        )
+    of_backward = [shift, partial, sorted_index, sorted_order, offsets, mean_row, *grads]
+    buffers += [p for p in of_backward if p]
+    backward = both | {"grad": grad, "shift": shift, "partial": partial, "offsets": offsets, "mean_row": mean_row}
+    backward |= {"sorted_index": sorted_index, "sorted_order": sorted_order}
+    backward |= {"grad_hidden": grads[0], "grad_hidden_stride": grads[0].stride if grads[0] else 0}
+    backward |= {"grad_weight": grads[1], "grad_weight_stride": grads[1].stride if grads[1] else 0}
+    backward |= {"grad_bias": grads[2]}
+    if through:
+        phases.append(Phase("linear_mean_shift", backward, ["shift"], ["shift"]))
+    if wanted[0]:
+        phases.append(Phase("linear_grad_hidden", backward, ["partial", "grad_hidden"], ["partial"]))
+    if wanted[1] or wanted[2]:
+        written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
+        phases.append(Phase("linear_grad_weight", backward, written, ["offsets", "mean_row"]))
 
     def twin(h: Tensor, w: Tensor, b: Tensor | None, start: list[Tensor | None]) -> list[Tensor | None]:
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (h, w, b)]
@@ -710,12 +665,14 @@ def softmax_loss(
     lead = first_row * vocabulary % (16 // z.element_size())
     logits = Placed("logits", z, **({"lead": lead} if plain else draw.layout(vocabulary)))
     weight, loss = Placed("row_weight", weights), Placed("loss", None, (rows,), acc(dtype))
-    buffers, code = [logits, weight, loss], DTYPES.index(dtype)
+    buffers = [logits, weight, loss]
+    call = {"dtype": DTYPES.index(dtype), "logits": logits, "logits_stride": logits.stride}
+    call |= {"row_weight": weight, "loss": loss, "rows": rows, "vocab_size": vocabulary}
     if op == "cross_entropy_":
         label = Placed("labels", labels)
         buffers.append(label)
-        call = [code, logits, logits.stride, label, weight, loss, rows, vocabulary]
-        function, twin, more = "palu_cross_entropy", eager.cross_entropy_, [labels]
+        call |= {"labels": label}
+        launcher, twin, more = "cross_entropy_", eager.cross_entropy_, [labels]
     else:
         # The other row: like the first, or unlike it; in the same place of a 16-byte pack, or not.
         other = (
@@ -730,8 +687,8 @@ def softmax_loss(
         ref = Placed("ref_logits", other, **({} if plain else layout if same_place else draw.layout(vocabulary)))
         buffers.append(ref)
         reverse = op == "kl_div_ reverse"
-        call = [code, logits, logits.stride, ref, ref.stride, weight, loss, rows, vocabulary, int(reverse)]
-        function, twin, more = "palu_kl_div", eager.kl_div_, [other, reverse]
+        call |= {"ref_logits": ref, "ref_logits_stride": ref.stride, "reverse": reverse}
+        launcher, twin, more = "kl_div_", eager.kl_div_, [other, reverse]
 
     def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         values = z.to(dtype, copy=True)  # it is overwritten
@@ -763,7 +720,7 @@ def softmax_loss(
     text = f"{short(dtype)} [{rows}, {vocabulary}], logits {kind} {logits.place()}"
     if op != "cross_entropy_":
         text += f", ref {ref.place()}"
-    return Case(op, text, buffers, [Phase(function, call, ["logits", "loss"], ["loss"])], outputs)
+    return Case(op, text, buffers, [Phase(launcher, call, ["logits", "loss"], ["loss"])], outputs)
 
 
 def scale(draw: Draw, n: int | None = None, dtype: torch.dtype | None = None, factor: float | None = None) -> Case:
@@ -775,9 +732,9 @@ def scale(draw: Draw, n: int | None = None, dtype: torch.dtype | None = None, fa
     by = Placed("factor", torch.tensor(factor, dtype=draw.one(torch.float32, torch.float64)))
     truth = values.double() * by.view.double().to(acc(dtype)).double()
     twin = values.clone().mul_(by.view)
-    call = [DTYPES.index(dtype), int(by.element == 8), tensor, by, n]
+    call = {"dtype": DTYPES.index(dtype), "factor64": by.element == 8, "tensor": tensor, "factor": by, "n": n}
     text = f"{short(dtype)} [{n}] {tensor.place()} by {factor} {short(by.view.dtype)}"
-    return Case("scale_", text, [tensor, by], [Phase("palu_scale", call, ["tensor"])], [Output(tensor, truth, twin)])
+    return Case("scale_", text, [tensor, by], [Phase("scale_", call, ["tensor"])], [Output(tensor, truth, twin)])
 
 
 def out_of_range(draw: Draw) -> Case:
@@ -789,8 +746,8 @@ def out_of_range(draw: Draw) -> Case:
         case.phases = case.phases[kind == "topk_mse_backward" :][:1]
     elif kind.startswith("linear"):
         case = linear(draw, rows=2, vocabulary=9, size=draw.one(7, 64), k=40, target="local_mean")
-        names = [phase.function for phase in case.phases]
-        wanted = "palu_linear_grad_hidden" if kind.endswith("grad_hidden") else "palu_linear_topk_mse"
+        names = [phase.launcher for phase in case.phases]
+        wanted = "linear_grad_hidden" if kind.endswith("grad_hidden") else "linear_topk_mse"
         if wanted not in names:
             return out_of_range(draw)
         case.phases = [case.phases[names.index(wanted)]]
@@ -804,7 +761,7 @@ def out_of_range(draw: Draw) -> Case:
         value = bound
     placed.initial_view.view(-1)[-1] = value
     for p in case.buffers:  # an earlier phase's results, where only a later one runs
-        if p.name == "residual" and case.phases[0].function != "palu_topk_mse":
+        if p.name == "residual" and case.phases[0].launcher != "topk_mse":
             p.initial_view.fill_(0.5)
     case.op, case.text, case.asserts = "out of range", f"{kind} {name} {value}: {case.text}", True
     return case
@@ -857,45 +814,25 @@ def sizes_for_bytes() -> list[Callable[[Draw], Case]]:
 
 def large_launches(machine: Machine) -> list[str]:
     """Sizes near the limits of the grid, planned but not run: each must be refused or launched whole."""
-    pointer = Placed("nothing", torch.zeros(16))
-    trials = {
-        "topk_mse rows 2^31": (
-            "palu_topk_mse",
-            [3, 0, pointer, 1, pointer, pointer, pointer, 2**31, 1, 1, 0, 0.0],
-            2**31,
-        ),
-        "topk_mse rows 2^32 + 5": (
-            "palu_topk_mse",
-            [3, 0, pointer, 1, pointer, pointer, pointer, 2**32 + 5, 1, 1, 0, 0.0],
-            2**32 + 5,
-        ),
-        "topk_mse_backward rows 2^29, 8 tiles": (
-            "palu_topk_mse_backward",
-            [3, 0, pointer, pointer, pointer, pointer, 2**18 - 8, 2**29, 2**18 - 8, 1, 0],
-            2**32,
-        ),
-        "prefix_mask batch 2^34 + 4": ("palu_prefix_mask", [pointer, 0, 1, pointer, 2**34 + 4, 1, 1, -1], 2**32 + 1),
-        "cross_entropy_ rows 2^32 + 5": (
-            "palu_cross_entropy",
-            [3, pointer, 1, pointer, pointer, pointer, 2**32 + 5, 1],
-            2**32 + 5,
-        ),
-        "linear rows*K 2^36": (
-            "palu_linear_topk_mse",
-            [3, 0, pointer, pointer, 8, pointer, None, None, None, pointer, pointer, 2**20, 9, 8, 2**16, 1, 0.0],
-            2**33,
-        ),
-    }
+    trials = [  # launcher, what is large, sizes, how many blocks they need
+        ("topk_mse", "rows 2^31", {"rows": 2**31, "vocab_size": 1, "k": 1}, 2**31),
+        ("topk_mse", "rows 2^32 + 5", {"rows": 2**32 + 5, "vocab_size": 1, "k": 1}, 2**32 + 5),
+        ("topk_mse_backward", "rows 2^29, 8 tiles", {"rows": 2**29, "vocab_size": 2**18 - 8, "k": 1}, 2**32),
+        ("prefix_mask", "batch 2^34 + 4", {"batch": 2**34 + 4, "length": 1, "n": 1}, 2**32 + 1),
+        ("cross_entropy_", "rows 2^32 + 5", {"rows": 2**32 + 5, "vocab_size": 1}, 2**32 + 5),
+        ("linear_topk_mse", "rows K 2^36", {"rows": 2**20, "vocab_size": 9, "hidden_size": 8, "k": 2**16}, 2**33),
+    ]
     lines = []
-    for name, (function, arguments, needed) in trials.items():
+    for launcher, what, sizes, needed in trials:
         machine.begin(dry=True)
-        machine.call(function, arguments)
+        members = [name for name, _ in machine.structs[launcher]._fields_]
+        machine.call(launcher, dict.fromkeys(members) | sizes)
         report = machine.report()
         refused = any(line[0] == "violation" for line in report)
         grid = next(line[1] for line in report if line[0] == "launch").split(" grid ")[1].split()[0]
         whole = int(grid.split(",")[0]) == needed
         outcome = "CUDA refuses it" if refused else "LAUNCHED" if whole else "TRUNCATED, wrong results"
-        lines.append(f"{name}: needs {needed} blocks, grid {grid}: {outcome}")
+        lines.append(f"{launcher} {what}: needs {needed} blocks, grid {grid}: {outcome}")
     return lines
 
 
@@ -928,7 +865,8 @@ def main() -> int:
             began = time.perf_counter()
             libraries = build.build(options.project, folder, options.arch, kinds, options.jobs)
             print(f"built in {time.perf_counter() - began:.0f} s", flush=True)
-        machines = {key: Machine(path) for key, path in libraries.items()}
+        structs = read_structs(options.project / build.CSRC)
+        machines = {key: Machine(path, structs) for key, path in libraries.items()}
         driver = Driver(machines, schedules)
         if options.bytes:
             driver.schedules = [("checked", 0, 0)]

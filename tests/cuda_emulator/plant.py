@@ -41,8 +41,8 @@ EXCHANGES = [
     ("topk_mse.cu", "if (k > kKept * kBlock) load_index", "if (false) load_index", "topk"),
     (
         "topk_mse.cu",
-        "const int64_t tiles = (vocab_size + kPack<T> - 1 + kTile<T> - 1)",
-        "const int64_t tiles = (vocab_size + kTile<T> - 1)",
+        "const int64_t tiles = (p.vocab_size + kPack<T> - 1 + kTile<T> - 1)",
+        "const int64_t tiles = (p.vocab_size + kTile<T> - 1)",
         "topk",
     ),
     ("softmax_loss.cu", "part.raise(max_of<T>(packs));", "part.max = fmax(part.max, max_of<T>(packs));", "cross"),
@@ -87,7 +87,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch, "project")
-            shutil.copytree(options.project / "csrc" / "cuda", copy / "csrc" / "cuda")
+            shutil.copytree(options.project / "csrc", copy / "csrc")
             (copy / "palu").mkdir()
             for twins in ("eager.py", "reference.py"):
                 if (options.project / "palu" / twins).exists():
