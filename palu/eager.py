@@ -1,7 +1,6 @@
 """Plain-torch twins of the native ops, with the same signatures. Importing this module compiles nothing.
 
-Tests and benchmarks compare the ops with them, and `cross_entropy_` and `kl_div_` are the CPU kernels of
-their ops. Formulas: PALU, arXiv 2601.03190.
+Tests and benchmarks compare the ops with them. Formulas: PALU, arXiv 2601.03190.
 """
 
 import torch

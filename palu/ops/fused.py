@@ -62,7 +62,4 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """Multiply a tensor by a scalar tensor: free where that is 1, and without waiting for a GPU."""
-    if tensor.is_cuda:
-        _ops.scale_(tensor, factor)
-    elif factor != 1:
-        tensor.mul_(factor)
+    _ops.scale_(tensor, factor)

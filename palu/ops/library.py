@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu import _build, eager
+from palu import _build
 from palu.eager import acc_dtype
 
 Gradients = tuple[Tensor | None, ...]
@@ -121,13 +121,13 @@ def _writes_only(*_: Any) -> None:
 
 _register_fake("topk_mse_backward")(_writes_only)
 _register_fake("linear_topk_mse_backward")(_writes_only)
+_register_fake("scale_")(_writes_only)
 
 
 def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, reverse: bool = False) -> Tensor:
     return torch.empty_like(row_weight, memory_format=torch.contiguous_format)
 
 
-_register_fake("scale_")(_writes_only)
 _register_fake("cross_entropy_")(_loss_of_rows)
 _register_fake("kl_div_")(_loss_of_rows)
 
@@ -185,55 +185,3 @@ def _linear_topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradi
 torch.library.register_autograd(
     "palu::linear_topk_mse", _linear_topk_mse_backward, setup_context=_linear_topk_mse_context
 )
-
-
-# ---------------------------------------------------------------------------------------------------
-# CPU kernels written in torch
-
-
-def _check_rows(op: str, logits: Tensor, row_weight: Tensor, **others: tuple[Tensor, torch.dtype, Any]) -> None:
-    """What csrc/checks.h asks of the arguments on CUDA."""
-    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(
-            f"palu::{op}: logits must be float32, float64 or bfloat16 on the CPU, got {_name(logits.dtype)}"
-        )
-    if logits.dim() != 2:
-        raise ValueError(f"palu::{op}: logits must have 2 dimensions, got shape {list(logits.shape)}")
-    if logits.shape[0] and not logits.shape[1]:
-        raise ValueError(f"palu::{op}: the vocabulary is empty")
-    if logits.shape[0]:
-        (rows, columns), (row_stride, stride) = logits.shape, logits.stride()
-        if columns > 1 and stride != 1:
-            raise ValueError(
-                f"palu::{op}: logits must have unit stride in its last dimension, got strides {list(logits.stride())}"
-            )
-        if rows > 1 and row_stride < columns:
-            raise ValueError(
-                f"palu::{op}: logits must not have rows that overlap, got shape {list(logits.shape)} and strides "
-                f"{list(logits.stride())}"
-            )
-    if logits.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"palu::{op}: logits requires grad and would be overwritten; use torch.no_grad()")
-    others["row_weight"] = (row_weight, acc_dtype(logits.dtype), logits.shape[:1])
-    check_tensors(f"palu::{op}", logits=logits, **{name: tensor for name, (tensor, _, _) in others.items()})
-    for name, (tensor, dtype, shape) in others.items():
-        if tensor.dtype != dtype:
-            raise TypeError(f"palu::{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
-        if tensor.shape != shape:
-            raise ValueError(f"palu::{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@torch.library.impl("palu::cross_entropy_", "cpu")
-def _(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor:
-    _check_rows("cross_entropy_", logits, row_weight, labels=(labels, torch.int64, logits.shape[:1]))
-    return eager.cross_entropy_(logits, labels, row_weight)
-
-
-@torch.library.impl("palu::kl_div_", "cpu")
-def _(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:
-    _check_rows("kl_div_", logits, row_weight, ref_logits=(ref_logits, logits.dtype, logits.shape))
-    return eager.kl_div_(logits, ref_logits, row_weight, reverse)

@@ -301,6 +301,32 @@ def test_in_place_losses_survive_large_logits(device: torch.device) -> None:
         torch.testing.assert_close(same, torch.zeros(2, device=device))
 
 
+def test_in_place_losses_under_autocast(device: torch.device) -> None:
+    """The caller's autocast has no say in a kernel's arithmetic."""
+    logits, ref_logits, labels, weight = rowwise(torch.float32, device)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda z: raw.cross_entropy_(z, labels, weight),
+        lambda z: raw.kl_div_(z, ref_logits, weight, False),
+        lambda z: raw.kl_div_(z, ref_logits, weight, True),
+    ]
+    for call in calls:
+        plain, cast = logits.clone(), logits.clone()
+        loss = call(plain)
+        with torch.autocast(device.type, torch.bfloat16):
+            assert torch.equal(call(cast), loss)
+        assert torch.equal(cast, plain)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
+def test_scale_(device: torch.device, factor: float) -> None:
+    for dtype in float_dtypes(device):
+        for of_factor in (torch.float32, torch.float64):
+            tensor = torch.randn(3, 5, device=device, dtype=dtype)
+            expected = tensor * factor
+            raw.scale_(tensor, torch.tensor(factor, device=device, dtype=of_factor))
+            assert torch.equal(tensor, expected)
+
+
 # -------------------------------------------------------------------------------------------- empty
 
 
@@ -333,6 +359,7 @@ def op_arguments(device: torch.device) -> dict[str, Any]:
         "index": torch.randint(0, 6, (2, 4), device=device),
         "labels": torch.randint(0, 6, (2,), device=device),
         "row_weight": torch.ones(2, device=device),
+        "factor": torch.tensor(2.0, device=device),
     }
 
 
@@ -341,6 +368,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_topk_mse": lambda a, **o: palu.linear_topk_mse(a["hidden"], a["weight"], a["index"], bias=a["bias"], **o),
     "cross_entropy_": lambda a: raw.cross_entropy_(a["logits"], a["labels"], a["row_weight"]),
     "kl_div_": lambda a: raw.kl_div_(a["logits"], a["ref_logits"], a["row_weight"], False),
+    "scale_": lambda a: raw.scale_(a["logits"], a["factor"]),
 }
 
 BAD: list[tuple[str, dict[str, Callable[[Tensor], Tensor]], type[Exception], str]] = [
@@ -363,6 +391,11 @@ BAD: list[tuple[str, dict[str, Callable[[Tensor], Tensor]], type[Exception], str
     ("cross_entropy_", {"logits": lambda t: t[:, :0]}, ValueError, "the vocabulary is empty"),
     ("kl_div_", {"ref_logits": lambda t: t.double()}, TypeError, "ref_logits must be float32, got float64"),
     ("kl_div_", {"ref_logits": lambda t: t[:, :5]}, ValueError, "ref_logits must have shape [2, 6], got [2, 5]"),
+    ("scale_", {"logits": lambda t: t.int()}, TypeError, "tensor must be float32, float64, bfloat16 or (CUDA only) float16, got int32"),
+    ("scale_", {"logits": lambda t: t[:, :5]}, ValueError, "tensor must be contiguous, got strides [6, 1]"),
+    ("scale_", {"logits": lambda t: t.requires_grad_()}, RuntimeError, "tensor requires grad and would be overwritten"),
+    ("scale_", {"factor": lambda t: t[None]}, ValueError, "factor must have 0 dimensions, got shape [1]"),
+    ("scale_", {"factor": lambda t: t.bfloat16()}, TypeError, "factor must be float32 or float64, got bfloat16"),
 ]  # fmt: skip
 
 
@@ -505,7 +538,7 @@ def test_meta_tensor_beside_others(device: torch.device, op: str, monkeypatch: p
     """torch calls the fake then, whose results and buffers nobody would fill."""
     arguments = op_arguments(device) | {"residual": torch.ones(2, 4, device=device)}
     arguments |= {"ref_logits": arguments["logits"].clone(), "head": torch.ones(6, 6, device=device)}
-    spoiled = "row_weight" if op in WRITTEN else "index"
+    spoiled = "factor" if op == "scale_" else "row_weight" if op in WRITTEN else "index"
     arguments[spoiled] = arguments[spoiled].to("meta")
     message = rf"palu::{op}: \w+ is on \S+ but \w+ is on \S+; move it there$"
     with pytest.raises(ValueError, match=message):
@@ -591,6 +624,7 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
         (raw.cross_entropy_, (plain(3, 9), labels, plain(3, of=acc))),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), False)),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), True)),
+        (raw.scale_, (plain(3, 9), torch.tensor(2.0, device=device))),
     ]  # fmt: skip
     for target in ("global_mean", "global_mean_detached", "local_mean", "constant"):
         samples += [

@@ -596,7 +596,7 @@ def kl_div_(draw: Draw) -> Call:
 def scale_(draw: Draw) -> Call:
     shape = tuple(draw.size() for _ in range(draw.random.randint(1, 2)))
     dtype = draw.floating()
-    tensor = draw.normal(shape, dtype, buffer=True)
+    tensor = draw.normal(shape, dtype, buffer=True).contiguous()
     factor = torch.tensor(draw.one(1.0, 0.0, -2.5), dtype=draw.one(torch.float32, torch.float64))
 
     def run(a: Arguments) -> list[Tensor]:
@@ -610,21 +610,9 @@ def scale_(draw: Draw) -> Call:
         {"tensor": tensor, "factor": factor},
         written=["tensor"],
     )
-    # On a CPU it is torch's own multiplication, with torch's own errors; the op itself is CUDA's.
-    bad_factor = draw.one(torch.ones(2), torch.ones(0), torch.ones((), device="meta"), torch.tensor(2j))
-    call.bad = [draw.scalar("factor", bad_factor, RuntimeError)]
-    twice = torch.tensor(2.0)
-    call.bad.append(
-        Bad("integer tensor", lambda a: a.update(tensor=a["tensor"].int(), factor=twice), (RuntimeError,)),
-    )
-    if tensor.numel() and shape[0] > 1:
-        call.bad.append(
-            Bad(
-                "tensor expanded",
-                lambda a: a.update(tensor=a["tensor"][:1].expand(shape), factor=twice),
-                (RuntimeError,),
-            ),
-        )
+    call.bad = [draw.dtype("tensor", NOT_FLOATS), draw.dtype("factor", [torch.bfloat16, *NOT_FLOATS])]
+    call.bad += [Bad("factor of one dimension", lambda a: a.update(factor=a["factor"][None]), (ValueError,))]
+    call.bad += [*map(draw.device, call.tensors()), draw.sparse("tensor"), *draw.buffers(call)]
     return call
 
 
