@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import build
+import rewrite
 import torch
 from torch import Tensor
 
@@ -844,7 +844,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts of the names of ops, separated by commas")
     parser.add_argument("--quick", action="store_true", help="two schedules a case instead of five, no fixed cases")
     parser.add_argument("--folder", type=Path, help="where to build; what is there already is used")
-    parser.add_argument("--arch", type=int, nargs="+", default=list(build.ARCHITECTURES))
+    parser.add_argument("--arch", type=int, nargs="+", default=list(rewrite.ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     parser.add_argument("--bytes", action="store_true", help="count the bytes of a few large cases, nothing else")
     options = parser.parse_args()
@@ -863,9 +863,9 @@ def main() -> int:
         libraries = {(a, kind): folder / f"emulated_{a}_{kind}.so" for a in options.arch for kind in kinds}
         if not all(path.exists() for path in libraries.values()):
             began = time.perf_counter()
-            libraries = build.build(options.project, folder, options.arch, kinds, options.jobs)
+            libraries = rewrite.build(options.project, folder, options.arch, kinds, options.jobs)
             print(f"built in {time.perf_counter() - began:.0f} s", flush=True)
-        structs = read_structs(options.project / build.CSRC)
+        structs = read_structs(options.project / rewrite.CSRC)
         machines = {key: Machine(path, structs) for key, path in libraries.items()}
         driver = Driver(machines, schedules)
         if options.bytes:

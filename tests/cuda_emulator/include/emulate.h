@@ -1,6 +1,6 @@
 // What CUDA C++ sources see when g++ compiles them for the emulation: the keywords, the built-in
 // variables, the intrinsics and the part of the runtime API that they use. The machine behind it,
-// fibers for threads and the checks, is emulate.cpp; build.py turns what is not C++ (launches,
+// fibers for threads and the checks, is emulate.cpp; rewrite.py turns what is not C++ (launches,
 // shared variables, inline assembly) into calls of what is declared here.
 #pragma once
 
@@ -226,7 +226,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
-// ---- PTX; build.py turns asm("a.b.c ...") into ptx::a_b_c(operands, outputs first) ----
+// ---- PTX; rewrite.py turns asm("a.b.c ...") into ptx::a_b_c(operands, outputs first) ----
 
 template <typename T>
 T* __cvta_generic_to_global(T* p) {

@@ -1,6 +1,6 @@
 """Compile a project's CUDA kernels for the emulation: rewrite what is not C++, then call g++.
 
-    python tests/cuda_emulator/build.py . FOLDER  # writes FOLDER/emulated_{arch}_{kind}.so
+    python tests/cuda_emulator/rewrite.py . FOLDER  # writes FOLDER/emulated_{arch}_{kind}.so
 
 Kinds: "fast" runs the kernels as they are, "checked" sees every access (emulate.cpp says how).
 """
