@@ -849,9 +849,7 @@ def main() -> int:
     parser.add_argument("--bytes", action="store_true", help="count the bytes of a few large cases, nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    package = options.project / "palu"
-    twins = next(path for path in (package / "eager.py", package / "reference.py") if path.exists())
-    spec = importlib.util.spec_from_file_location("twins", twins)
+    spec = importlib.util.spec_from_file_location("eager", options.project / "palu" / "eager.py")
     global eager
     eager = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(eager)

@@ -89,9 +89,7 @@ def main() -> int:
             copy = Path(scratch, "project")
             shutil.copytree(options.project / "csrc", copy / "csrc")
             (copy / "palu").mkdir()
-            for twins in ("eager.py", "reference.py"):
-                if (options.project / "palu" / twins).exists():
-                    shutil.copy(options.project / "palu" / twins, copy / "palu")
+            shutil.copy(options.project / "palu" / "eager.py", copy / "palu")
             (copy / "csrc" / "cuda" / name).write_text(text)
             command = [sys.executable, HERE / "drive.py", copy, "--quick", "--arch", "900", "--only", ops]
             command += ["--cases", str(options.cases)]
