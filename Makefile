@@ -1,18 +1,21 @@
-# make test | make demo | make lint | make cuda-check | make sanitize | make torture. Each creates its environment first.
+# make test | make demo | make lint | make cuda-check | make cuda-emulate | make sanitize | make torture.
+# Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulator/*.cpp tests/cuda_emulator/include/emulate.h)
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
+# Random cases of each op that "make cuda-emulate" runs; 25 take some minutes.
+EMULATED ?= 25
 # What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
 KILLS ?= 50
 MODEL ?= demo
 
-.PHONY: test demo lint format cuda-check sanitize torture clean
+.PHONY: test demo lint format cuda-check cuda-emulate sanitize torture clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -35,6 +38,10 @@ format: $(VENV)/ready
 # Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
 cuda-check: $(VENV)/ready
 	$(BIN)/python palu/_build.py --cuda-check
+
+# Runs the CUDA kernels on a CPU and compares them with their twins; needs neither nvcc nor a GPU, but g++.
+cuda-emulate: $(VENV)/ready
+	$(BIN)/python tests/cuda_emulator/drive.py . --quick --cases $(EMULATED)
 
 # Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
 sanitize: $(VENV)/ready
