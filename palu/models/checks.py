@@ -48,6 +48,11 @@ def check_models(
         raise ValueError(
             "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
         )
+    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()) and device.type != "cpu":
+        raise ValueError(
+            "the model's trainable weights are in float16, in which gradients and AdamW's steps underflow; "
+            "load it with dtype=torch.bfloat16 or torch.float32"
+        )
     if head_of(model).weight.dtype == torch.float16 and device.type == "cpu":
         raise ValueError(
             "the model is in float16, which the CPU kernels do not support; "

@@ -1,6 +1,6 @@
 """Checkpoints: a run that was killed at any moment resumes as if it had not been.
 
-What differs from step to step is the trainable weights, AdamW's moments, torch's random numbers and the history; the
+What differs from step to step is the trainable weights, AdamW's state, torch's random numbers and the history; the
 place in the data, the schedule and a method's own variables follow from the history, and frozen weights from the
 starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
 
@@ -42,10 +42,11 @@ from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import CacheFile, sync
+from palu.training.optimizer import load_state
 
 FORMAT = 3
 KEPT = 2
-ADAMW = ("step", "exp_avg", "exp_avg_sq")
+ADAMW = ("step", "exp_avg", "exp_avg_sq", "kahan_comp")  # what an optimizer keeps of a parameter
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {"cache_dir", "checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
 
@@ -119,24 +120,15 @@ class Checkpoints:
         self._tidy()  # a kill may have come between writing and tidying
         tensors, about = self._read(existing[-1], tensors=True)
         trained = _trainable(model)
-        moments: dict[int, dict[str, Tensor]] = {}
+        states: list[dict[str, Tensor]] = []
         with torch.no_grad():
-            for i, (name, parameter) in enumerate(trained.items()):
+            for name, parameter in trained.items():
                 parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
-                # A parameter that no gradient has reached has none.
                 prefix = f"adamw.{name}."
-                moments[i] = {
-                    key: tensors[prefix + key].clone()
-                    if key == "step"
-                    else shard_like(parameter, tensors[prefix + key].clone())
-                    for key in ADAMW
-                    if prefix + key in tensors
-                }
-        groups = optimizer.state_dict()["param_groups"]
+                saved = {key: tensors[prefix + key].clone() for key in ADAMW if prefix + key in tensors}
+                states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
-        for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        optimizer.load_state_dict({"state": {i: m for i, m in moments.items() if m}, "param_groups": groups})
+        load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
         for record in about["history"]:
             method.after_step(record)
         own = self.accelerator.process_index
@@ -168,7 +160,7 @@ class Checkpoints:
         for name, parameter in _trainable(self.model).items():
             moments = self.optimizer.state.get(parameter, {})
             parts = {f"model.{name}": parameter.detach()}
-            parts |= {f"adamw.{name}.{key}": moments[key] for key in ADAMW if key in moments}
+            parts |= {f"adamw.{name}.{key}": moments[key] for key in ADAMW if isinstance(moments.get(key), Tensor)}
             for key, part in parts.items():
                 full = full_tensor(part)  # all processes take part, and the main one keeps it
                 if self.accelerator.is_main_process:

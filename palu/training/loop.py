@@ -30,6 +30,7 @@ from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import prepare_datasets
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
 from palu.training.metrics import gather_metrics, sum_counts
+from palu.training.optimizer import make_optimizer
 from palu.training.trackers import tracking
 
 
@@ -137,12 +138,7 @@ def unlearn(
     )
     with training_mode(model, config, accelerator), checkpoints, tracking(accelerator, config):
         trained = training_copy(model, accelerator)
-        optimizer = torch.optim.AdamW(
-            [p for p in trained.parameters() if p.requires_grad],
-            config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
+        optimizer = make_optimizer(trained.parameters(), config, accelerator)
         method, optimizer = accelerator.prepare(method_class(trained, ref_head, config), optimizer)
         parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
         loader = UnlearnDataLoader(

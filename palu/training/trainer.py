@@ -128,6 +128,7 @@ class PaluTrainer(Trainer):
         check_arguments(args, config, kwargs)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_models(model, ref_model, tokenizer, args.device, args.mixed_precision)
+        check_dtype(model, kwargs)
         data = prepare_datasets(model, ref_model, forget, retain, tokenizer, _with_args(config, args), args.world_size)
         self.forget_items, self.retain_items = data.forget, data.retain
 
@@ -349,6 +350,16 @@ def method_in_forward(model: Any, method: Method) -> Iterator[None]:
                 model.forward = plain
             else:
                 del model.forward
+
+
+def check_dtype(model: CausalLM, others: dict[str, Any]) -> None:
+    """Raise ValueError where Trainer's own optimizer would round away the steps of bfloat16 weights."""
+    own = others.get("optimizers", (None, None))[0] is None and others.get("optimizer_cls_and_kwargs") is None
+    if own and any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "the model's trainable weights are in bfloat16, in which Trainer's optimizers round most steps away; load "
+            "it with dtype=torch.float32 and set bf16=True, or pass optimizers=(one with Kahan summation, None)"
+        )
 
 
 def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict[str, Any]) -> None:

@@ -53,10 +53,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
     "tied": (tiny_llama, lambda: tiny_llama(seed=3), {"gradient_checkpointing": True}),
     "lora": (tiny_lora, None, {}),
     "npo": (tiny_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
+    "bfloat16": (lambda: tiny_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
 }
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "npo"),
-    "fsdp2": ("untied", "tied", "lora"),
+    "ddp": ("untied", "tied", "lora", "npo", "bfloat16"),
+    "fsdp2": ("untied", "tied", "lora", "bfloat16"),
     "zero2": ("untied", "tied"),
     "zero3": ("untied", "tied", "lora"),
 }

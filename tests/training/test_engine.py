@@ -76,17 +76,19 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
     folder, results = outcomes
     one = one_process(case)
     expected = weights(one.model)
+    # Two processes add their gradients in another order, and in bfloat16 a rounding of a weight is 4e-3 of it.
+    of_weights, rel, of_noise = (2e-2, 5e-2, 2e-2) if case == "bfloat16" else (1e-5, 1e-4, 1e-6)
     for rank in range(PROCESSES):
         trained = load_file(folder / f"{engine}.{case}.{rank}.safetensors")
         assert trained.keys() == expected.keys()
         for name, weight in expected.items():
-            assert (trained[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+            assert (trained[name] - weight).abs().max() <= of_weights * weight.abs().max(), name
         history = results[rank][f"{engine}.{case}"]["history"]
         assert len(history) == len(one.history) == 10
         for many, single in zip(history, one.history, strict=True):
             assert many.keys() == single.keys()
             for name in single.keys() - {"tokens", "tokens_per_second"}:
-                assert many[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), (name, many, single)
+                assert many[name] == pytest.approx(single[name], rel=rel, abs=of_noise), (name, many, single)
             idle = 0 if many["step"] % 2 else 1  # a process without an example runs a token
             assert many["tokens"] == single["tokens"] + idle
 

@@ -1,0 +1,139 @@
+"""Weights in bfloat16 train as those in float32 do, but for the rounding of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.refusals import assert_refused
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, TrainingArguments
+
+import palu
+from palu.config import UnlearnConfig
+from palu.models.checks import check_models
+from palu.training.optimizer import load_state, make_optimizer
+
+RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
+
+
+def bf16_llama() -> LlamaForCausalLM:
+    return tiny_llama(dtype=torch.bfloat16, initializer_range=0.05)
+
+
+def unlearn(model: Any, **settings: Any) -> palu.UnlearnResult:
+    settings = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "top_k": 20, "progress": False} | settings
+    return palu.unlearn(model, None, forget_rows(), retain_rows(), **settings)
+
+
+def change(model: LlamaForCausalLM, start: dict[str, Tensor]) -> Tensor:
+    after = weights(model)
+    return torch.cat([(after[name].float() - start[name].float()).flatten() for name in start])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def test_bfloat16_weights_train_as_float32_ones_do() -> None:
+    """Twenty steps: the same update, rounded; plain AdamW's points elsewhere."""
+    start = weights(bf16_llama())
+    model = bf16_llama().float()
+    exact = unlearn(model)
+    full = change(model, start)
+    rounded = torch.cat([w.bfloat16().float().flatten() for w in weights(model).values()])
+    rounded -= torch.cat([w.float().flatten() for w in start.values()])
+
+    low = bf16_llama()
+    result = unlearn(low)
+    assert low.dtype == torch.bfloat16 and len(result.history) == 20
+    ours = change(low, start)
+    # What the final rounding alone does to the exact update bounds what can be had.
+    assert cosine(ours, full) > 0.9 * cosine(rounded, full)
+    assert 0.8 < ours.norm() / rounded.norm() < 1.25
+    for record, expected in zip(result.history, exact.history, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+    plain = bf16_llama()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "palu.training.loop.make_optimizer", lambda p, *_: torch.optim.AdamW(list(p), RATE, weight_decay=0)
+        )
+        unlearn(plain)
+    assert cosine(change(plain, start), full) < 0.8 * cosine(ours, full), "the test would pass without compensation"
+
+
+def test_float32_weights_have_torchs_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palu.training.optimizer.optimi", None)  # it would be called otherwise
+    unlearn(tiny_llama(), epochs=1)
+    with pytest.raises(AttributeError):
+        unlearn(bf16_llama(), epochs=1)
+
+
+def test_a_run_in_bfloat16_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    """The compensation is part of a checkpoint."""
+    expected = weights(unlearn(bf16_llama()).model)
+    folder = tmp_path / "checkpoints"
+    unlearn(bf16_llama(), checkpoint_dir=str(folder), checkpoint_steps=7)
+    (folder / "step-00000020.safetensors").unlink()
+    resumed = bf16_llama()
+    result = unlearn(resumed, checkpoint_dir=str(folder), resume=True)
+    assert len(result.history) == 20
+    assert same_weights(resumed, expected)
+
+
+def test_state_of_weights_in_two_dtypes_is_restored() -> None:
+    """A float32 weight beside bfloat16 ones has no compensation, and its moments are kept."""
+    config, accelerator = UnlearnConfig(learning_rate=1e-2), Accelerator()
+
+    def start() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(5).to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+
+    def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.sin(torch.arange(5.0) + number).to(parameter.dtype)
+        optimizer.step()
+
+    whole = start()
+    optimizer = make_optimizer(whole, config, accelerator)
+    for number in range(3):
+        step(whole, optimizer, number)
+    again = [nn.Parameter(p.detach().clone()) for p in whole]
+    restored = make_optimizer(again, config, accelerator)
+    states = [{k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)} for p in whole]
+    assert [sorted(state) for state in states] == [["exp_avg", "exp_avg_sq", "kahan_comp"], ["exp_avg", "exp_avg_sq"]]
+    load_state(restored, states, [1e-2], 3)
+    for number in range(3, 6):
+        step(whole, optimizer, number)
+        step(again, restored, number)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_float16_weights_are_refused_on_every_device() -> None:
+    message = (
+        "the model is in float16, which the CPU kernels do not support; "
+        "load it with dtype=torch.bfloat16 or torch.float32"
+    )
+    assert_refused(tiny_llama(dtype=torch.float16), ValueError, message)
+
+    with pytest.raises(
+        ValueError, match=r"^the model's trainable weights are in float16, in which .*underflow; load it"
+    ):
+        check_models(tiny_llama(dtype=torch.float16), None, None, torch.device("cuda"), "no")
+    frozen = tiny_llama(dtype=torch.float16).requires_grad_(False)
+    frozen.model.norm.float().requires_grad_(True)
+    check_models(frozen, None, None, torch.device("cuda"), "no")
+
+
+def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"trainable weights are in bfloat16.*dtype=torch\.float32 and set bf16=True"):
+        palu.PaluTrainer(bf16_llama(), args, forget=forget_rows(), retain=retain_rows())
+    model = bf16_llama()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    palu.PaluTrainer(model, args, forget=forget_rows(), retain=retain_rows(), optimizers=(optimizer, None))
