@@ -28,3 +28,9 @@ answer or the edge of a span may lie inside a token: a token belongs to the answ
 soon as it holds one character of it. Blanks at a span's edges do not count; those within it do, or
 "June 30, 1975" would fall apart where a tokenizer makes " " and "30" two tokens.
 """
+
+from palu.data.examples import Examples, load_forget, load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import IGNORE, ORDINARY, Example
+
+__all__ = ["IGNORE", "ORDINARY", "DataError", "Example", "Examples", "load_forget", "load_retain"]
