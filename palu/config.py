@@ -78,6 +78,8 @@ class UnlearnConfig:
         retain_batch_size: retain examples, and anchors, per micro-batch and process; ``None``: ``batch_size``.
         gradient_accumulation_steps: micro-batches per optimisation step.
         max_length: tokens per example; longer ones are cut on the right.
+        allow_cut_spans: whether ``max_length`` may cut off spans of the forget set, or parts of them. What is cut off
+            is not forgotten. False: that is an error, which names the rows.
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
@@ -125,6 +127,7 @@ class UnlearnConfig:
     retain_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     max_length: int = 1024
+    allow_cut_spans: bool = False
     stop_probability: float | None = None
 
     gradient_checkpointing: bool = False
@@ -168,7 +171,7 @@ class UnlearnConfig:
             "anchors",
             "give 0 or a positive integer, or None",
         )
-        for field in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress"):
+        for field in ("normalize", "allow_cut_spans", "gradient_checkpointing", "merge_adapter", "resume", "progress"):
             require(isinstance(getattr(self, field), bool), field, "give True or False")
         for field in ("gamma", "lambda_retain"):
             value = getattr(self, field)

@@ -191,6 +191,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "no rows to forget": (lambda: unlearn(forget=[]), DataError, "forget set is empty; give at least one row"),
     "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
     "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length"),
+    "a span that is cut off": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3] * 9, "labels": [-100, 2, 3] * 9}], max_length=20), DataError, "forget set: max_length = 20 cuts off spans of 1 row (1), which would not be forgotten; set max_length = 27, or allow_cut_spans = True to go on without them"),
     "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; raise max_length"),
     "no rows to retain": (lambda: unlearn(retain=[], lambda_retain=0.5), DataError, "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"),
     "nothing given to retain": (lambda: unlearn(retain=None), DataError, "retain = None: for the model to answer everyday prompts there must be a tokenizer; pass it, or give retain examples, or retain=[] with lambda_retain=0"),

@@ -68,9 +68,9 @@ def inspect(
         source = annotated(forget, annotate, lambda: load_model(str(model)), loaded_tokenizer)
         if write is not None:
             write_rows(write, source)
-    loaded = load_forget(source, loaded_tokenizer, max_length=max_length)
+    loaded = load_forget(source, loaded_tokenizer, max_length=max_length, allow_cut_spans=True)
     roles = token_roles(loaded.examples, loaded_tokenizer, n)
-    summary = summary_of(loaded, count_roles(roles), n)
+    summary = summary_of(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
     if rows is not None and rows != "all":
         wanted = _parse_rows(rows)
@@ -88,9 +88,12 @@ def inspect(
             print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
 
 
-def summary_of(loaded: Examples, counts: dict[str, int], n: int) -> str:
-    """Count rows, and tokens of each role, in one line."""
+def summary_of(loaded: Examples, counts: dict[str, int], n: int, max_length: int) -> str:
+    """Count rows, those of which max_length cuts off spans, and tokens of each role, in one line."""
     rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
+    if cut := len(loaded.cut_rows):
+        told = f"{cut} row{'s' * (cut > 1)}"
+        rows += f"; max_length = {max_length} cuts off spans of {told}, {loaded.spans_length} would cut off none"
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
     return f"{rows}; tokens at n = {n}: {tokens}"
 

@@ -104,7 +104,7 @@ def unlearn(
     # Complaints about the data come before a large model is loaded.
     tokens = load_tokenizer(tokenizer or model)
     if annotate is None:
-        load_forget(forget, tokens, max_length=config.max_length)
+        load_forget(forget, tokens, max_length=config.max_length, allow_cut_spans=config.allow_cut_spans)
     load_retain(retain_source or [], tokens, max_length=config.max_length)
     trained = load_model(model, dtype, trainable=True)
     reference = None if ref_model is None else load_model(ref_model, dtype)
@@ -156,10 +156,11 @@ def found_spans(
     if processes.is_main_process:
         model.to(processes.device)
         rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress)]
-        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length)
+        # Spans that max_length cuts off are shown here, and refused by the run.
+        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length, allow_cut_spans=True)
         roles = token_roles(loaded.examples, tokenizer, config.n)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
-        print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n))
+        print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n, config.max_length))
     return broadcast_object_list(rows)[0]
 
 

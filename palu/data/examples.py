@@ -14,20 +14,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_NAMED_ROWS = 10  # how many rows an error names
+
+
 @dataclass(frozen=True)
 class Examples:
     """A loaded set, in the user's order.
 
     skipped: rows left out because max_length cut off their whole answer.
-    without_span: forget examples with no sensitive token (none marked, or all cut off).
+    without_span: forget examples in which no token is sensitive, cut off or not.
+    cut_rows: forget rows, in order, of which max_length cuts off a sensitive token; skipped ones are among them.
+    all_spans_cut: forget examples that have lost every sensitive token.
+    spans_length: the max_length that would cut off no sensitive token of these rows; 0 where there are none.
     """
 
     examples: list[Example]
     skipped: int
     without_span: int
+    cut_rows: tuple[int, ...] = ()
+    all_spans_cut: int = 0
+    spans_length: int = 0
 
 
-def load_forget(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
+def load_forget(
+    source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int, allow_cut_spans: bool = False
+) -> Examples:
     """Load the forget set: the answers to unlearn.
 
     source: a path to JSONL, CSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
@@ -35,27 +46,36 @@ def load_forget(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_l
         optional).
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
+    allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
     ("Ada", "Lovelace") act as one. A sensitive label that equals the end-of-sequence token stays
     here; palu.prefix_mask drops it.
 
     Raises DataError, before anything is returned, if any row is unusable, if max_length cuts off
-    every answer, or if no sensitive token is left; FileNotFoundError for a missing file.
+    every answer, if no sensitive token is left, or if one is cut off and allow_cut_spans is False;
+    FileNotFoundError for a missing file.
     """
     loaded = _load(source, tokenizer, max_length, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
-    if loaded.without_span == len(loaded.examples):
+    if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"forget set has no sensitive token in {reach}; mark spans or raise max_length")
+    if loaded.cut_rows and not allow_cut_spans:
+        count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
+        told = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
+        raise DataError(
+            f"forget set: max_length = {max_length} cuts off spans of {told}, which would not be forgotten; "
+            f"set max_length = {loaded.spans_length}, or allow_cut_spans = True to go on without them"
+        )
     return loaded
 
 
 def load_retain(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
     """Load the retain set: every answer token is labelled with its id; `spans` are ignored.
 
-    Arguments and errors are load_forget's, but an empty set is returned as it is.
+    Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
     return _load(source, tokenizer, max_length, forget=False)
 
@@ -110,15 +130,31 @@ def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: in
     encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
 
     examples: list[Example] = []
-    without_span = 0
+    cut_rows: list[int] = []
+    without_span = all_spans_cut = spans_length = 0
     for item in items:
         full = next(encoded) if isinstance(item, RenderedRow) else item
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
-        if bool((example.labels != IGNORE).any()):
+        answered = bool((example.labels != IGNORE).any())
+        if answered:
             examples.append(example)
-            without_span += forget and not bool((example.labels >= 0).any())
+        if forget:
+            sensitive = (full.labels >= 0).nonzero().flatten().tolist()
+            if not sensitive:
+                without_span += answered
+            elif sensitive[-1] >= max_length:
+                cut_rows.append(full.row)
+                all_spans_cut += answered and sensitive[0] >= max_length
+                spans_length = max(spans_length, sensitive[-1] + 1)
     if items and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
-    return Examples(examples, skipped=len(items) - len(examples), without_span=without_span)
+    return Examples(
+        examples,
+        skipped=len(items) - len(examples),
+        without_span=without_span,
+        cut_rows=tuple(cut_rows),
+        all_spans_cut=all_spans_cut,
+        spans_length=spans_length,
+    )

@@ -93,7 +93,13 @@ def asked(summary: Mapping[str, Any]) -> list[str]:
 
 def _data(summary: Mapping[str, Any]) -> list[str]:
     plain, skipped = summary["forget_without_span"], summary["forget_skipped"] + summary["retain_skipped"]
-    sentences = [f"Forget the marked words of {count(summary['forget_examples'] - plain, 'answer')}."]
+    cut, lost = summary.get("forget_spans_cut", 0), summary.get("forget_all_spans_cut", 0)  # not in older summaries
+    sentences = [f"Forget the marked words of {count(summary['forget_examples'] - plain - lost, 'answer')}."]
+    if cut:
+        length = f"the maximum length of {count(summary['config']['max_length'], 'token')}"
+        sentences.append(f"Marked words of {count(cut, 'answer')} were cut off by {length}: these are not forgotten.")
+    if lost:
+        sentences.append(f"No marked word is left in {count(lost, 'answer')}, so nothing is forgotten there.")
     if plain:
         sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
     kept, anchors = summary["retain_examples"], summary.get("anchors", 0)

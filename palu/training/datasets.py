@@ -45,7 +45,7 @@ def prepare_datasets(
     """
     method = METHODS[config.objective]
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
-    forget_set = load_forget(forget, tokenizer, max_length=config.max_length)
+    forget_set = load_forget(forget, tokenizer, max_length=config.max_length, allow_cut_spans=config.allow_cut_spans)
     retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
     kept = None if retain is None else len(retain_set.examples)
     anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
@@ -63,6 +63,8 @@ def prepare_datasets(
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
+        "forget_spans_cut": len(forget_set.cut_rows),
+        "forget_all_spans_cut": forget_set.all_spans_cut,
         "forget_skipped": forget_set.skipped,
         "retain_examples": len(kept_items),
         "retain_skipped": retain_set.skipped,

@@ -208,6 +208,37 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert not (out / "logs").exists()
 
 
+def test_spans_that_max_length_cuts_off(
+    folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path
+) -> None:
+    long = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
+    forget = tmp_path / "long.jsonl"
+    forget.write_text("".join(json.dumps(row) + "\n" for row in [*FORGET, long]), encoding="utf-8")
+    arguments[arguments.index("--forget") + 1] = forget
+    said = refusal(palu_command(*arguments, *settings, "--max-length", 80))
+    told = re.fullmatch(
+        r"forget set: max_length = 80 cuts off spans of 1 row \(6\), which would not be forgotten; "
+        r"set max_length = (\d+), or allow_cut_spans = True to go on without them",
+        said,
+    )
+    assert told, said
+    assert not (tmp_path / "out").exists()
+    asked = ["inspect", "--model", folder / "model", "--forget", forget, "--max-length"]
+    looked = palu_command(*asked, 80)
+    assert looked.exit_code == 0, looked.output
+    line = (
+        f"7 rows (0 without a span, 0 skipped); max_length = 80 cuts off spans of 1 row, {told[1]} would cut off none;"
+    )
+    assert line in looked.stdout
+    assert "7 rows (0 without a span, 0 skipped); tokens at" in palu_command(*asked, told[1]).stdout
+    result = palu_command(*arguments, *settings, "--max-length", 80, "--allow-cut-spans")
+    assert result.exit_code == 0, result.output
+    summary = read(tmp_path / "out" / "summary.json")
+    assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "No marked word is left in 1 answer" in card and "without marked words" not in card
+
+
 def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     options = ["--ref-model", folder / "model", "--tokenizer", folder / "model", "--dtype", "bfloat16", "--no-progress"]
     assert palu_command(*arguments, *options, "--retain", "none", "--lambda-retain", 0).exit_code == 0

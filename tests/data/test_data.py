@@ -476,11 +476,54 @@ def test_max_length_cuts_from_the_right_and_counts() -> None:
     rows = [row("Ada Lovelace.", "Lovelace"), row("Ada.", "Ada", question="the cat sat on the mat " * 5)]
     whole = load_forget(rows, tokenizer("byte"), max_length=999)
     start = int((whole.examples[0].labels != IGNORE).nonzero()[0])
-    loaded = load_forget([*rows, row("Ada", "Ada")], tokenizer("byte"), max_length=start + 1)
+    rows = [*rows, row("Ada", "Ada")]
+    loaded = load_forget(rows, tokenizer("byte"), max_length=start + 1, allow_cut_spans=True)
     assert [example.row for example in loaded.examples] == [0, 2]
-    assert (loaded.skipped, loaded.without_span) == (1, 1)
+    assert (loaded.skipped, loaded.without_span) == (1, 0)
     assert torch.equal(loaded.examples[0].labels, whole.examples[0].labels[: start + 1])
     assert torch.equal(loaded.examples[0].input_ids, whole.examples[0].input_ids[: start + 1])
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_spans_that_max_length_cuts_off_are_counted(tokenised: bool) -> None:
+    long = "the cat sat on the mat " * 9
+    rows = [
+        row("Ada Lovelace did.", "Ada"),
+        row(f"{long}Ada.", "Ada"),  # all of its spans are beyond
+        row(f"Ada {long}Lovelace", "Ada", "Lovelace"),  # one of two
+        row("Ada.", "Ada", question=long),  # the whole answer is
+        row("Ada."),
+        row(f"{long}Ada."),
+        row("Ada.", question=long),
+    ]
+    whole = load_forget(rows, tokenizer("byte"), max_length=999)
+    assert (whole.without_span, whole.cut_rows, whole.all_spans_cut, whole.spans_length) == (3, (), 0, 0)
+    source: Any = rows
+    if tokenised:
+        source = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in whole.examples]
+    with pytest.raises(DataError) as caught:
+        load_forget(source, tokenizer("byte"), max_length=30)
+    needed = max(int((e.labels >= 0).nonzero()[-1]) + 1 for e in whole.examples if e.row in (1, 2, 3))
+    assert str(caught.value) == (
+        "forget set: max_length = 30 cuts off spans of 3 rows (1, 2, 3), which would not be forgotten; "
+        f"set max_length = {needed}, or allow_cut_spans = True to go on without them"
+    )
+    loaded = load_forget(source, tokenizer("byte"), max_length=30, allow_cut_spans=True)
+    assert [example.row for example in loaded.examples] == [0, 1, 2, 4, 5]
+    assert (loaded.skipped, loaded.without_span) == (2, 2)
+    assert (loaded.cut_rows, loaded.all_spans_cut, loaded.spans_length) == ((1, 2, 3), 1, needed)
+    assert load_forget(source, tokenizer("byte"), max_length=needed).cut_rows == ()
+    with pytest.raises(DataError, match=rf"max_length = {needed - 1} cuts off spans of 1 row \(\d\), which"):
+        load_forget(source, tokenizer("byte"), max_length=needed - 1)
+
+
+def test_ten_rows_with_cut_spans_are_named() -> None:
+    rows = [{"input_ids": IDS, "labels": LABELS}, *[{"input_ids": IDS * 2, "labels": LABELS * 2}] * 11]
+    with pytest.raises(DataError, match=r"of 11 rows \(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\.\), which .* = 7, or"):
+        load_forget(rows, None, max_length=4)
+    with pytest.raises(DataError, match=r"of 10 rows \(1, 2, 3, 4, 5, 6, 7, 8, 9, 10\), which"):
+        load_forget(rows[:-1], None, max_length=4)
+    assert load_retain([{"input_ids": IDS * 2, "labels": [-100, *IDS[1:]] * 2}], None, max_length=4).cut_rows == ()
 
 
 def test_empty_retain_set_is_returned() -> None:

@@ -46,7 +46,7 @@ BAD_SETTINGS += [
 ]
 BAD_SETTINGS += [
     (name, value, "give True or False")
-    for name in ("normalize", "gradient_checkpointing", "merge_adapter", "resume", "progress")
+    for name in ("normalize", "allow_cut_spans", "gradient_checkpointing", "merge_adapter", "resume", "progress")
     for value in (None, 1, "yes")
 ]
 BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]

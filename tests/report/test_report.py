@@ -417,6 +417,33 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert "checkpoint_dir" not in {row[0] for row in words.settings(summary["config"])}
 
 
+def test_spans_that_were_cut_off_are_told(tmp_path: Path) -> None:
+    ids = list(range(1, 61))
+    lost = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 50 + ids[55:]}
+    plain = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 55}
+    forget = [*forget_rows(3), {"input_ids": ids, "labels": [IGNORE] * 5 + ids[5:]}, lost, plain]
+    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5, max_length=40)
+    with pytest.raises(DataError, match=r"max_length = 40 cuts off spans of 2 rows \(3, 4\), which"):
+        Recorder(tiny_llama(), forget, [], config=config)
+    config = config.replace(allow_cut_spans=True)
+    perform(tmp_path, model=tiny_llama(), forget=forget, retain=[], tokenizer=None, config=config)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    told = [
+        "Forget the marked words of 4 answers.",
+        "Marked words of 2 answers were cut off by the maximum length of 40 tokens: these are not forgotten.",
+        "No marked word is left in 1 answer, so nothing is forgotten there.",
+        "Hold the model to what it said before on 1 answer without marked words.",
+    ]
+    assert words.asked(summary)[:4] == told
+    page, card = Page(write_report(tmp_path)).text, ModelCard.load(write_card(tmp_path)).text
+    for sentence in told:
+        assert sentence in page and sentence in card
+    assert "| `allow_cut_spans` | yes | no |" in card
+    # A summary of an earlier version.
+    del summary["forget_spans_cut"], summary["forget_all_spans_cut"]
+    assert words.asked(summary)[:2] == ["Forget the marked words of 5 answers.", told[3]]
+
+
 # --- the model card ---
 def test_the_card_is_what_the_hub_expects_and_holds_no_secret(folder: Path) -> None:
     path = write_card(folder)

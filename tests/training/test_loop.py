@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers.refusals import assert_refused
 from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, textbook, unlearn
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import (
@@ -280,11 +281,28 @@ def test_examples_without_a_span_enter_the_kl_alone() -> None:
 
 def test_rows_that_are_cut_off_are_counted() -> None:
     long = {"input_ids": list(range(60)), "labels": [-100] * 50 + list(range(50, 60))}
-    result = unlearn(
-        tiny_llama(), None, [*forget_rows(3), long], [long, *retain_rows(4), long], epochs=1, max_length=40
-    )
+    forget, retain = [*forget_rows(3), long], [long, *retain_rows(4), long]
+    result = unlearn(tiny_llama(), None, forget, retain, epochs=1, max_length=40, allow_cut_spans=True)
     assert (result.summary["forget_examples"], result.summary["forget_skipped"]) == (3, 1)
+    assert (result.summary["forget_spans_cut"], result.summary["forget_all_spans_cut"]) == (1, 0)
     assert (result.summary["retain_examples"], result.summary["retain_skipped"]) == (4, 2)
+
+
+def test_spans_that_are_cut_off_are_refused_unless_allowed() -> None:
+    ids = list(range(1, 61))
+    cut = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 50 + ids[55:]}
+    plain = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 55}
+    forget = [*forget_rows(3), cut, plain]
+    message = (
+        "forget set: max_length = 40 cuts off spans of 1 row (3), which would not be forgotten; "
+        "set max_length = 60, or allow_cut_spans = True to go on without them"
+    )
+    assert_refused(tiny_llama(), palu.DataError, message, forget=forget, max_length=40)
+    whole = unlearn(tiny_llama(), None, forget, epochs=1, max_length=60).summary
+    assert (whole["forget_without_span"], whole["forget_spans_cut"], whole["forget_all_spans_cut"]) == (1, 0, 0)
+    allowed = unlearn(tiny_llama(), None, forget, epochs=1, max_length=40, allow_cut_spans=True).summary
+    assert (allowed["forget_without_span"], allowed["forget_spans_cut"], allowed["forget_all_spans_cut"]) == (1, 1, 1)
+    assert allowed["forget_examples"] == 5 and allowed["config"]["allow_cut_spans"] is True
 
 
 @pytest.mark.parametrize("retain", [[], retain_rows()])

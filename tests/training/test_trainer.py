@@ -65,6 +65,13 @@ def figures(history: list[dict[str, float]]) -> list[dict[str, float]]:
 # The run of palu.unlearn
 
 
+def test_spans_that_max_length_cuts_off(tmp_path: Path) -> None:
+    with pytest.raises(palu.DataError, match=r"^forget set: max_length = 9 cuts off spans of \d rows \("):
+        trainer(tmp_path, config={"max_length": 9})
+    allowed = trainer(tmp_path, config={"max_length": 9, "allow_cut_spans": True})
+    assert all(len(item.input_ids) <= 9 for item in allowed.forget_items)
+
+
 def with_lora() -> Any:
     peft = pytest.importorskip("peft")
     model = tiny_llama()
