@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -32,6 +35,24 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kl_direction": KL_DIRECTIONS,
     "lr_scheduler": LR_SCHEDULERS,
 }
+
+# Arguments of apply_chat_template that are palu's own.
+_NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
+
+
+def template_kwargs(given: Any) -> dict[str, Any] | None:
+    """Copy ``chat_template_kwargs``, as JSON gives it back. Raises ValueError where it is not valid."""
+    if given is None:
+        return None
+    told = f"chat_template_kwargs = {given!r}"
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"{told}: give a mapping of names to values, or None")
+    if own := [name for name in _NOT_FOR_TEMPLATES if name in given]:
+        raise ValueError(f"{told}: leave out {own[0]}, which palu sets itself")
+    try:
+        return json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError(f"{told}: give values that JSON has (text, numbers, lists, ...); a date is text") from None
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,9 @@ class UnlearnConfig:
         max_length: tokens per example; longer ones are cut on the right.
         allow_cut_spans: whether ``max_length`` may cut off spans of the forget set, or parts of them. What is cut off
             is not forgotten. False: that is an error, which names the rows.
+        chat_template_kwargs: values for the tokenizer's chat template, by name, such as
+            ``{"date_string": "26 Jul 2024", "enable_thinking": False}``: passed to ``apply_chat_template`` wherever a
+            text is rendered. ``None``: none.
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
@@ -128,6 +152,7 @@ class UnlearnConfig:
     gradient_accumulation_steps: int = 1
     max_length: int = 1024
     allow_cut_spans: bool = False
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     stop_probability: float | None = None
 
     gradient_checkpointing: bool = False
@@ -191,6 +216,8 @@ class UnlearnConfig:
             "retain_batch_size",
             "give a positive integer, or None for batch_size",
         )
+        # A copy: the caller's may change.
+        object.__setattr__(self, "chat_template_kwargs", template_kwargs(self.chat_template_kwargs))
         require(is_int(self.max_length) and self.max_length > 1, "max_length", "give an integer above 1")
         require(
             is_int(self.warmup_steps) and self.warmup_steps >= 0,
@@ -234,7 +261,7 @@ class UnlearnConfig:
 
     def values(self) -> dict[str, Any]:
         """Return every field's value."""
-        return {field.name: self.value(field.name) for field in dataclasses.fields(self)}
+        return copy.deepcopy({field.name: self.value(field.name) for field in dataclasses.fields(self)})
 
     @property
     def weights(self) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,13 +33,19 @@ def check_annotate(how: str | None) -> None:
 
 
 def annotated(
-    forget: Path, how: str, model: Callable[[], CausalLM], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
+    forget: Path,
+    how: str,
+    model: Callable[[], CausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the file's rows with spans. ``model`` is called where the finder needs a model."""
     import palu
 
     asked = model() if how == "contrast" else None
-    return palu.annotate(forget, how, asked, tokenizer, progress=progress)
+    return palu.annotate(forget, how, asked, tokenizer, progress=progress, chat_template_kwargs=chat_template_kwargs)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

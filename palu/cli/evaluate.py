@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from palu.cli.models import Dtype, check_names, load_model, load_tokenizer
+from palu.cli.settings import TemplateKwargs
+from palu.config import template_kwargs
 
 
 def evaluate(
@@ -48,6 +50,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="TOFU: bound on an answer's length. [default: 200]", min=1)
     ] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Has a model forgotten, and what does it still know?"""
@@ -55,6 +58,7 @@ def evaluate(
     for name, value in {"forget_split": forget_split, "reference_model": reference_model, **for_tofu}.items():
         if benchmark != "tofu" and value is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to TOFU; leave it out")
+    template_kwargs(chat_template_kwargs)  # says what is wrong with them
     split = forget_split or "forget05"
     check_names(model=model, tokenizer=tokenizer, reference_model=reference_model)
     if retain_results is not None and not retain_results.is_file():
@@ -75,6 +79,7 @@ def evaluate(
     device = Accelerator().device
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
+    options["chat_template_kwargs"] = chat_template_kwargs
     if benchmark == "tofu":
         palu.evaluate.load_tofu(split, data)  # complaints come before a model is loaded
         options |= {name: value for name, value in for_tofu.items() if value is not None}

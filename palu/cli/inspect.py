@@ -11,6 +11,7 @@ import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import check_names, load_model, load_tokenizer
+from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def inspect(
     ] = None,
     n: Annotated[int, typer.Option(help="Onset length; -1: the whole span.")] = UnlearnConfig.n,
     max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = UnlearnConfig.max_length,
+    chat_template_kwargs: TemplateKwargs = None,
     rows: Annotated[
         str | None,
         typer.Option(help=f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
@@ -51,7 +53,8 @@ def inspect(
     if annotate == "contrast" and model is None:
         raise ValueError("--annotate contrast asks the model itself; give --model")
     check_annotate(annotate)
-    UnlearnConfig(n=n, max_length=max_length)  # says what is wrong with them
+    # Says what is wrong with them.
+    UnlearnConfig(n=n, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     name = tokenizer or model
     if name is None:
         raise ValueError("give --model or --tokenizer")
@@ -65,10 +68,23 @@ def inspect(
     loaded_tokenizer = load_tokenizer(name)
     source: Any = forget
     if annotate is not None:
-        source = annotated(forget, annotate, lambda: load_model(str(model)), loaded_tokenizer)
+        source = annotated(
+            forget,
+            annotate,
+            lambda: load_model(str(model)),
+            loaded_tokenizer,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         if write is not None:
             write_rows(write, source)
-    loaded = load_forget(source, loaded_tokenizer, max_length=max_length, allow_cut_spans=True)
+    loaded = load_forget(
+        source,
+        loaded_tokenizer,
+        max_length=max_length,
+        allow_cut_spans=True,
+        chat_template_kwargs=chat_template_kwargs,
+        check_prompts=True,
+    )
     roles = token_roles(loaded.examples, loaded_tokenizer, n)
     summary = summary_of(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import re
 import types
 import typing
@@ -103,7 +104,7 @@ def _helps() -> dict[str, str]:
 
 
 def _metavar(kind: Any) -> str:
-    return {types.NoneType: "none"}.get(kind, kind.__name__)
+    return {types.NoneType: "none", dict: "json"}.get(typing.get_origin(kind) or kind, kind.__name__)
 
 
 def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
@@ -114,6 +115,8 @@ def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
             return value
         if types.NoneType in kinds and value.lower() == "none":
             return None
+        if any(typing.get_origin(kind) is dict for kind in kinds):
+            return json_value(value)
         for kind in _NUMBERS:
             if kind in kinds:
                 try:
@@ -126,6 +129,25 @@ def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
         return value
 
     return parse
+
+
+def json_value(value: Any) -> Any:
+    """Parse JSON text; a value that ``--config`` has given a type stays as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        mend = 'write a mapping, such as {"enable_thinking": false}'
+        raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {mend}") from None
+
+
+TemplateKwargs = Annotated[
+    Any,
+    typer.Option(
+        parser=json_value,
+        metavar="<json>",
+        help='Values for the chat template, by name, such as {"enable_thinking": false}.',
+    ),
+]
 
 
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:

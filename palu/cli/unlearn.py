@@ -103,9 +103,13 @@ def unlearn(
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded.
     tokens = load_tokenizer(tokenizer or model)
+    rendering: dict[str, Any] = {
+        "max_length": config.max_length,
+        "chat_template_kwargs": config.chat_template_kwargs,
+    }
     if annotate is None:
-        load_forget(forget, tokens, max_length=config.max_length, allow_cut_spans=config.allow_cut_spans)
-    load_retain(retain_source or [], tokens, max_length=config.max_length)
+        load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
+    load_retain(retain_source or [], tokens, **rendering)
     trained = load_model(model, dtype, trainable=True)
     reference = None if ref_model is None else load_model(ref_model, dtype)
     if lora:
@@ -153,11 +157,12 @@ def found_spans(
 
     processes = Accelerator()
     rows: list[Any] = [None]
+    template: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs}
     if processes.is_main_process:
         model.to(processes.device)
-        rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress)]
+        rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress, **template)]
         # Spans that max_length cuts off are shown here, and refused by the run.
-        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length, allow_cut_spans=True)
+        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length, allow_cut_spans=True, **template)
         roles = token_roles(loaded.examples, tokenizer, config.n)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
         print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n, config.max_length))

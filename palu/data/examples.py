@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError
-from palu.data.rows import RenderedRow, check_string, iterate_rows, render, with_answer
+from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode, from_tokens
 
 if TYPE_CHECKING:
@@ -37,7 +37,13 @@ class Examples:
 
 
 def load_forget(
-    source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int, allow_cut_spans: bool = False
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    allow_cut_spans: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    check_prompts: bool = False,
 ) -> Examples:
     """Load the forget set: the answers to unlearn.
 
@@ -47,6 +53,9 @@ def load_forget(
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
+    chat_template_kwargs: what the chat template is given beside the messages.
+    check_prompts: warn, naming the first row, where the text before the answer is not the prompt that the chat
+        template gives for generation.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
     ("Ada", "Lovelace") act as one. A sensitive label that equals the end-of-sequence token stays
@@ -56,7 +65,8 @@ def load_forget(
     every answer, if no sensitive token is left, or if one is cut off and allow_cut_spans is False;
     FileNotFoundError for a missing file.
     """
-    loaded = _load(source, tokenizer, max_length, forget=True)
+    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
+    loaded = _load(source, renderer, max_length, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
@@ -72,22 +82,36 @@ def load_forget(
     return loaded
 
 
-def load_retain(source: Any, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int) -> Examples:
+def load_retain(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    check_prompts: bool = False,
+) -> Examples:
     """Load the retain set: every answer token is labelled with its id; `spans` are ignored.
 
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
-    return _load(source, tokenizer, max_length, forget=False)
+    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
+    return _load(source, renderer, max_length, forget=False)
 
 
 def load_alternates(
-    source: Any, tokenizer: PreTrainedTokenizerBase | None, examples: Sequence[Example], *, max_length: int
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
     """Load the preferred answers of a forget set: each question with the text of its column `alternate`.
 
     Arguments and errors are load_retain's; `examples` are what load_forget made of the same source, which is read
     again. Rows that load_forget skipped need no alternate answer that max_length leaves.
     """
+    renderer = Renderer(tokenizer, chat_template_kwargs)
     kept = {example.row for example in examples}
     texts = []
     for row, where, columns in iterate_rows(source, "forget"):
@@ -101,7 +125,7 @@ def load_alternates(
             raise DataError(f"{where}: column 'alternate' is blank; give the answer to prefer")
         if row in kept:
             replaced = with_answer(columns, alternate)
-            texts.append(render(row, f"alternate answer of {where}", replaced, tokenizer, forget=False))
+            texts.append(renderer.render(row, f"alternate answer of {where}", replaced, forget=False))
     encoded = encode(texts, tokenizer, forget=False) if tokenizer is not None else iter(())
     alternates = []
     for text, full in zip(texts, encoded, strict=True):
@@ -112,7 +136,8 @@ def load_alternates(
     return alternates
 
 
-def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, forget: bool) -> Examples:
+def _load(source: Any, renderer: Renderer, max_length: int, forget: bool) -> Examples:
+    tokenizer = renderer.tokenizer
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
     check_tokenizer(tokenizer)
@@ -125,7 +150,7 @@ def _load(source: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: in
         if "input_ids" in columns:
             items.append(from_tokens(row, where, columns, vocab_size, forget))
         else:
-            items.append(render(row, where, columns, tokenizer, forget))
+            items.append(renderer.render(row, where, columns, forget))
     texts = [item for item in items if isinstance(item, RenderedRow)]
     encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
 

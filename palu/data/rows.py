@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palu.config import template_kwargs
 from palu.data.files import DataError, read_rows
 
 if TYPE_CHECKING:
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 _TEXT_COLUMNS = (("question", "answer"), ("prompt", "completion"))
 _COLUMNS = "question and answer, prompt and completion, or messages"
 _MESSAGES = "a list of two or more {role, content}, the last one the assistant's"
+_OF_TRANSFORMERS = ("chat_template", "documents", "tools")  # arguments of apply_chat_template itself
+_SHOWN = 60  # characters of a prompt in a warning
 _MARK = "\ue000answer\ue000"  # stands for the answer while a template is probed; private-use characters
 
 
@@ -92,6 +98,7 @@ class RenderedRow:
     """A rendered row: the answer is text[start:stop], spans are [start, end) in text.
 
     shift: from characters of the answer to those of text.
+    complete: whether the text has its special tokens in it, as a chat template writes them: the tokenizer adds none.
     """
 
     row: int
@@ -101,27 +108,109 @@ class RenderedRow:
     stop: int
     shift: int
     spans: list[tuple[int, int]]
+    complete: bool
 
 
-def render(
-    row: int, where: str, columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, forget: bool
-) -> RenderedRow:
-    if tokenizer is None:
-        raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
-    if not tokenizer.is_fast:
-        mend = "load a fast one (one with a tokenizer.json)"
-        raise DataError(f"{where}: a slow tokenizer gives no offsets; {mend}")
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    conversation, prompt, answer = conversation_of(columns, where)
-    spans = _spans(columns, answer, where) if forget else []
-    if tokenizer.chat_template is not None:
-        text, start, stop, shift = _apply_template(conversation, answer, tokenizer, where)
-    elif prompt is None:
-        raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
-    else:
-        text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
-    return RenderedRow(row, where, text, start, stop, shift, [(first + shift, end + shift) for first, end in spans])
+class Renderer:
+    """Renders rows of text as the model is to read them.
+
+    Args:
+        tokenizer: whose chat template is applied, if it has one; None: every row is refused.
+        chat_template_kwargs: what the template is given beside the messages.
+        check_prompts: warn of the first row whose prompt is not the one that the template gives for generation.
+
+    Raises ValueError where chat_template_kwargs is not valid, or the template does not know a name in it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        check_prompts: bool = False,
+    ):
+        self.tokenizer, self.kwargs = tokenizer, template_kwargs(chat_template_kwargs) or {}
+        self.check_prompts = check_prompts
+        template = None if tokenizer is None else tokenizer.chat_template
+        if self.kwargs and template is None:
+            raise ValueError(f"chat_template_kwargs = {self.kwargs!r}: there is no chat template; leave it out")
+        for name in self.kwargs:  # a template would pass over it
+            if name not in _OF_TRANSFORMERS and not re.search(rf"\b{re.escape(name)}\b", str(template)):
+                told = f"chat_template_kwargs = {self.kwargs!r}: the chat template knows no {name}"
+                raise ValueError(f"{told}; mend the name or leave it out")
+
+    def render(self, row: int, where: str, columns: Mapping[str, Any], forget: bool) -> RenderedRow:
+        """Render a row. Raises DataError where it or the tokenizer cannot be used."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
+        if not tokenizer.is_fast:
+            mend = "load a fast one (one with a tokenizer.json)"
+            raise DataError(f"{where}: a slow tokenizer gives no offsets; {mend}")
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        conversation, prompt, answer = conversation_of(columns, where)
+        spans = _spans(columns, answer, where) if forget else []
+        asked = all(column in columns for column in _TEXT_COLUMNS[0])  # a question is wrapped, whatever is in it
+        rendered = prompt is not None and not asked and self._is_rendered(prompt)
+        if prompt is not None and (rendered or tokenizer.chat_template is None):
+            text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
+            if rendered:  # what ends the answer is no part of it
+                stop -= len(answer) - len(self._special_end.sub("", answer))
+        elif tokenizer.chat_template is not None:
+            text, start, stop, shift = _apply_template(conversation, answer, tokenizer, self.kwargs, where)
+            if self.check_prompts:
+                self._compare_prompts(conversation[:-1], text[:start], tokenizer, where)
+        else:
+            raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
+        complete = rendered or tokenizer.chat_template is not None
+        in_text = [(first + shift, end + shift) for first, end in spans]
+        return RenderedRow(row, where, text, start, stop, shift, in_text, complete)
+
+    def _is_rendered(self, prompt: str) -> bool:
+        """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
+        bos = self.tokenizer.bos_token if self.tokenizer is not None else None
+        return bool((bos and prompt.startswith(bos)) or self._special.search(prompt))
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches a special token; an unknown token is special by name only."""
+        assert self.tokenizer is not None
+        names = {added.content for added in self.tokenizer.added_tokens_decoder.values() if added.special}
+        names = (names | set(self.tokenizer.all_special_tokens)) - {self.tokenizer.unk_token, ""}
+        return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
+
+    @cached_property
+    def _special_end(self) -> re.Pattern[str]:
+        """Matches the special tokens at the end of a text, and blanks around them."""
+        return re.compile(rf"(?:\s*(?:{self._special.pattern}))+\s*\Z")
+
+    def _compare_prompts(
+        self, before: list[dict[str, Any]], trained: str, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> None:
+        """Warn, once, where the text before the answer is not the prompt that the model is asked with.
+
+        Blanks at the end are not compared: they are in the answer's first token.
+        """
+        try:
+            asked = str(
+                tokenizer.apply_chat_template(before, **self.kwargs, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            problem = f"the chat template gives no prompt for generation ({error})"
+        else:
+            if asked.rstrip(" ") == trained.rstrip(" "):
+                return
+            pairs = enumerate(zip(asked, trained, strict=False))
+            common = next((i for i, (one, other) in pairs if one != other), min(len(asked), len(trained)))
+            there, here = (text[common : common + _SHOWN] for text in (asked, trained))
+            problem = (
+                f"the prompt that is trained on has {here!r} where the chat template's prompt for generation "
+                f"(add_generation_prompt=True) has {there!r}"
+            )
+        self.check_prompts = False
+        mend = "set chat_template_kwargs, such as {'enable_thinking': False}, or mend the template"
+        warnings.warn(f"{where}: {problem}, so the model is not trained as it is asked; {mend}", stacklevel=2)
 
 
 def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
@@ -207,7 +296,11 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
 
 
 def _apply_template(
-    conversation: list[dict[str, Any]], answer: str, tokenizer: PreTrainedTokenizerBase, where: str
+    conversation: list[dict[str, Any]],
+    answer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    where: str,
 ) -> tuple[str, int, int, int]:
     """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
 
@@ -216,8 +309,8 @@ def _apply_template(
     """
     *before, last = conversation
     try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
-        marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], tokenize=False))
+        text = str(tokenizer.apply_chat_template(conversation, **kwargs, tokenize=False))
+        marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], **kwargs, tokenize=False))
     except Exception as error:  # a template is a program: it raises what it likes
         problem = f"the chat template fails ({error})"
         raise DataError(f"{where}: {problem}; mend the messages or the template") from error

@@ -100,7 +100,6 @@ def _integers(columns: Mapping[str, Any], column: str, where: str, any_dtype: bo
 
 def encode(texts: list[RenderedRow], tokenizer: PreTrainedTokenizerBase, forget: bool) -> Iterator[Example]:
     """Tokenise and label rendered rows: one Example per row, not yet truncated."""
-    templated = tokenizer.chat_template is not None
     eos = tokenizer.eos_token_id
     # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
     # special by name only.
@@ -108,16 +107,21 @@ def encode(texts: list[RenderedRow], tokenizer: PreTrainedTokenizerBase, forget:
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
     for begin in range(0, len(texts), _CHUNK):
         chunk = texts[begin : begin + _CHUNK]
-        batch = tokenizer(
-            [text.text for text in chunk], add_special_tokens=not templated,  # a template writes its own
-            return_offsets_mapping=True, padding=False, truncation=False, verbose=False,
-        )  # fmt: skip
+        encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
+        for complete in {text.complete for text in chunk}:
+            part = [number for number, text in enumerate(chunk) if text.complete is complete]
+            batch = tokenizer(
+                [chunk[number].text for number in part], add_special_tokens=not complete,
+                return_offsets_mapping=True, padding=False, truncation=False, verbose=False,
+            )  # fmt: skip
+            for i, number in enumerate(part):
+                encodings[number] = batch["input_ids"][i], batch.tokens(i), batch["offset_mapping"][i]
         for number, text in enumerate(chunk):
-            ids, pieces = batch["input_ids"][number], batch.tokens(number)
-            offsets = _untrimmed(batch["offset_mapping"][number], text.text)
+            ids, pieces, trimmed = encodings[number]
+            offsets = _untrimmed(trimmed, text.text)
             inside = _answer_tokens(text, ids, offsets, special)
             # The answer's terminator is the first special token after it (blanks may come between).
-            terminators = special if templated else {eos}
+            terminators = special if text.complete else {eos}
             after = inside[-1] + 1
             end = next((i for i in range(after, len(ids)) if ids[i] in terminators), None)
             ids = [*ids[:after], eos] if end is None else ids[: end + 1]

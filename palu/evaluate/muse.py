@@ -74,6 +74,7 @@ def muse_news(
     knowmem_tokens: int = 32,
     max_length: int = 2048,
     batch_tokens: int = BATCH_TOKENS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
     """Evaluate a model on MUSE-News: verbatim memorisation, knowledge memorisation and privacy leakage.
@@ -90,6 +91,7 @@ def muse_news(
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
         max_length: tokens of a PrivLeak text that are looked at.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
+        chat_template_kwargs: what the chat template is given beside the messages.
         progress: show a progress bar.
 
     Returns:
@@ -114,7 +116,7 @@ def muse_news(
     recited = raw_examples(
         [row["prompt"] for row in sets["verbmem_forget"]], tokenizer, "verbmem_forget", max_length=max_length
     )
-    known = {side: _questions(sets, side, tokenizer) for side in ("forget", "retain")}
+    known = {side: _questions(sets, side, tokenizer, chat_template_kwargs) for side in ("forget", "retain")}
 
     metadata = {
         "benchmark": "MUSE-News",
@@ -122,6 +124,7 @@ def muse_news(
         "examples": {name: len(rows) for name, rows in sets.items()},
         "data_sha256": json_digest([sets[name] for name in sides.values()])[:16],
         "max_length": max_length,
+        **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         **fingerprint(model, tokenizer),
     }
     retain = None if retain_results is None else load_results(retain_results)
@@ -163,7 +166,12 @@ def muse_news(
     return complete(results, retain, {"privleak": NO_RETAIN_AUC})
 
 
-def _questions(sets: Mapping[str, list[Row]], side: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _questions(
+    sets: Mapping[str, list[Row]],
+    side: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> list[Example]:
     """Tokenise the questions after their in-context examples, as a conversation where there is a chat template."""
     shots, rows = sets[f"knowmem_{side}_qa_icl"], sets[f"knowmem_{side}_qa"]
     if tokenizer.chat_template is not None:
@@ -174,7 +182,7 @@ def _questions(sets: Mapping[str, list[Row]], side: str, tokenizer: PreTrainedTo
         asked = [
             {"prompt": f"{before}Question: {row['question']}\nAnswer: ", "completion": row["answer"]} for row in rows
         ]
-    return load_retain(asked, tokenizer, max_length=sys.maxsize).examples
+    return load_retain(asked, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs).examples
 
 
 def _turn(row: Row) -> list[dict[str, str]]:

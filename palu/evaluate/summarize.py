@@ -129,6 +129,7 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
         ("model", "model", "train the retain model from the same base model"),
         ("tokenizer_vocabulary", "tokenizer vocabulary", "use the same tokenizer for both models"),
         ("max_length", "max_length", "cut the texts at the same length"),
+        ("chat_template_kwargs", "chat_template_kwargs", "give the same ones for both models"),
         ("data_sha256", "evaluation data", "evaluate both models on the same rows"),
     ):
         ours, other = metadata.get(key), theirs.get(key)

@@ -139,6 +139,7 @@ def tofu(
     mia: Sequence[str] = ATTACKS,
     max_new_tokens: int = 200,
     batch_tokens: int = BATCH_TOKENS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
     """Evaluate a model on TOFU.
@@ -161,6 +162,7 @@ def tofu(
         mia: which attacks to run; gradnorm costs a backward pass for each example.
         max_new_tokens: bound on a generation.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
+        chat_template_kwargs: what the chat template is given beside the messages.
         progress: show a progress bar.
 
     Returns:
@@ -183,7 +185,7 @@ def tofu(
         require(holdout, "holdout", _COLUMNS["holdout"], _MEND)
         rows = replace(rows, holdout=[dict(row) for row in holdout])
     sets: _Sets = {name: getattr(rows, name) for name in _COLUMNS}
-    answers = {name: _tokenise(texts, tokenizer) for name, texts in _texts(sets).items()}
+    answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}
     for name, candidate in (("model", model), ("reference_model", reference_model)):
         if candidate is not None:
             check_model(candidate, tokenizer, answers["forget_Q_A_Prob"].examples[0], name)
@@ -195,6 +197,7 @@ def tofu(
         "examples": {name: len(of_set) for name, of_set in sets.items()},
         "data_sha256": json_digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget])[:16],
         "max_new_tokens": max_new_tokens,
+        **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         **fingerprint(model, tokenizer),
     }
     retain = None if retain_results is None else load_results(retain_results)
@@ -265,14 +268,19 @@ def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
     return texts
 
 
-def _tokenise(texts: Sequence[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase) -> _Answers:
+def _tokenise(
+    texts: Sequence[tuple[str, str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> _Answers:
+    rendering: dict[str, Any] = {"max_length": sys.maxsize, "chat_template_kwargs": chat_template_kwargs}
     rows = [{"question": question, "answer": answer} for _, question, answer in texts]
     try:
-        examples = load_retain(rows, tokenizer, max_length=sys.maxsize).examples
+        examples = load_retain(rows, tokenizer, **rendering).examples
     except DataError:
         for (name, _, _), row in zip(texts, rows, strict=True):  # which one is it?
             try:
-                load_retain([row], tokenizer, max_length=sys.maxsize)
+                load_retain([row], tokenizer, **rendering)
             except DataError as error:
                 raise DataError(str(error).replace("retain row 0", name)) from None
         raise

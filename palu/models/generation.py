@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,11 @@ def eval_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def encode_prompts(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tensor], set[int]]:
+def encode_prompts(
+    questions: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[Tensor], set[int]]:
     """Tokenise questions as prompts: ([t] each, the tokens that end an answer).
 
     Raises DataError where the tokenizer or its chat template will not do.
@@ -41,7 +45,7 @@ def encode_prompts(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase)
     # The answer is a stand-in, a word that any tokenizer joins to the blank before it: what comes before is the
     # prompt, what comes after the template's terminator.
     rows = [{"question": question, "answer": "The"} for question in questions]
-    examples = load_retain(rows, tokenizer, max_length=sys.maxsize).examples
+    examples = load_retain(rows, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs).examples
     ends = {int(example.input_ids[-1]) for example in examples} | {int(tokenizer.eos_token_id)}
     return [prompt_of(example) for example in examples], ends
 

@@ -86,7 +86,8 @@ def encode_anchor_prompts(
     per_step = processes * config.gradient_accumulation_steps
     steps = config.epochs * -(-forget // (config.batch_size * per_step))
     drawn = steps * per_step * (config.retain_batch_size or config.batch_size)
-    return AnchorPrompts(*encode_prompts(texts[: min(count, drawn)], tokenizer), config.max_length)
+    prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
+    return AnchorPrompts(prompts, stop_ids, config.max_length)
 
 
 def generate_anchors(

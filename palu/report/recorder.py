@@ -85,10 +85,12 @@ class Recorder:
         if not self.active:
             return
         check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
-        forget_set = load_forget(
-            forget, tokenizer, max_length=self.config.max_length, allow_cut_spans=self.config.allow_cut_spans
-        )
-        retain_set = load_retain(retain, tokenizer, max_length=self.config.max_length)
+        rendering: dict[str, Any] = {
+            "max_length": self.config.max_length,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
+        }
+        forget_set = load_forget(forget, tokenizer, allow_cut_spans=self.config.allow_cut_spans, **rendering)
+        retain_set = load_retain(retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
         check_linear_head(model, forget_set.examples[0].input_ids)

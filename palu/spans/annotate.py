@@ -64,6 +64,7 @@ def annotate(
     *,
     batch_tokens: int = 8192,
     progress: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Find the spans of rows that have none.
 
@@ -75,6 +76,7 @@ def annotate(
         tokenizer: for ``contrast``, the model's own fast tokenizer.
         batch_tokens: for ``contrast``, tokens per forward pass.
         progress: show a progress bar.
+        chat_template_kwargs: for ``contrast``, what the chat template is given beside the messages.
 
     Returns:
         Copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the answer;
@@ -107,7 +109,15 @@ def annotate(
         from palu.spans.contrast import contrast_words, sensitive_spans
 
         assert model is not None and tokenizer is not None
-        words = contrast_words(found, wanted, model, tokenizer, batch_tokens=batch_tokens, progress=progress)
+        words = contrast_words(
+            found,
+            wanted,
+            model,
+            tokenizer,
+            batch_tokens=batch_tokens,
+            progress=progress,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         each = [sensitive_spans(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
     elif finder.kind == "regex":
         pattern = re.compile(finder.argument)

@@ -98,12 +98,14 @@ def contrast_words(
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Word]]:
     """Score every word of the answers of some rows, in two teacher-forced passes over these answers.
 
     Args:
         rows: the forget set; it is checked as a whole, so that errors name its rows.
         chosen: which of the rows, of text, by number; their spans need not be there. The result has this order.
+        chat_template_kwargs: what the chat template is given beside the messages.
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """
@@ -111,10 +113,11 @@ def contrast_words(
     filled = list(rows)
     for i, (_, answer) in zip(chosen, asked, strict=True):
         filled[i] = {**rows[i], "spans": [[0, len(answer)]]}
-    loaded = {example.row: example for example in load_forget(filled, tokenizer, max_length=_MAX_LENGTH).examples}
+    rendering: dict[str, Any] = {"max_length": _MAX_LENGTH, "chat_template_kwargs": chat_template_kwargs}
+    loaded = {example.row: example for example in load_forget(filled, tokenizer, **rendering).examples}
     full = [replace(e, labels=e.input_ids.where(e.labels != IGNORE, IGNORE)) for e in (loaded[i] for i in chosen)]
     without = [{"question": "", "answer": answer} for _, answer in asked]
-    bare = load_retain(without, tokenizer, max_length=_MAX_LENGTH).examples
+    bare = load_retain(without, tokenizer, **rendering).examples
 
     check_model(model, tokenizer, full[0])
     base_model = base_of(model)

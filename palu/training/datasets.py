@@ -45,16 +45,16 @@ def prepare_datasets(
     """
     method = METHODS[config.objective]
     forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
-    forget_set = load_forget(forget, tokenizer, max_length=config.max_length, allow_cut_spans=config.allow_cut_spans)
-    retain_set = load_retain(retain if retain is not None else [], tokenizer, max_length=config.max_length)
+    rendering: dict[str, Any] = {
+        "max_length": config.max_length,
+        "chat_template_kwargs": config.chat_template_kwargs,
+    }
+    forget_set = load_forget(forget, tokenizer, allow_cut_spans=config.allow_cut_spans, check_prompts=True, **rendering)
+    retain_set = load_retain(retain if retain is not None else [], tokenizer, check_prompts=True, **rendering)
     kept = None if retain is None else len(retain_set.examples)
     anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
-    alternates = (
-        load_alternates(forget, tokenizer, forget_set.examples, max_length=config.max_length)
-        if method.needs_alternates
-        else []
-    )
+    alternates = load_alternates(forget, tokenizer, forget_set.examples, **rendering) if method.needs_alternates else []
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
     kept_items = retain_items(retain_set.examples) if method.uses_retain(config) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,9 @@ def tracking(accelerator: Accelerator, config: UnlearnConfig) -> Iterator[None]:
     """Open the trackers within the block, for ``accelerator.log``; close them, whatever happened."""
     if config.trackers and accelerator.is_main_process:
         Path(config.logging_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(
-        os.environ.get("WANDB_PROJECT", "palu"), config.values(), {"wandb": {"dir": config.logging_dir}}
-    )
+    # TensorBoard takes no mappings.
+    settings = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in config.values().items()}
+    accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "palu"), settings, {"wandb": {"dir": config.logging_dir}})
     try:
         yield
     finally:

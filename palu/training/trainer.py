@@ -95,8 +95,8 @@ class PaluTrainer(Trainer):
         model, ref_model, forget, retain: as for :func:`palu.unlearn`. Without a ``ref_model``, the reference is the
             ``model`` as it is now: to resume, pass the starting model again, not a checkpoint's.
         args: Trainer's; ``None``: its defaults.
-        config: the loss, ``retain_batch_size``, ``max_length``, ``allow_cut_spans``, ``stop_probability``,
-            ``cache_dir``, ``chunk_bytes``.
+        config: the loss, ``retain_batch_size``, ``max_length``, ``allow_cut_spans``, ``chat_template_kwargs``,
+            ``stop_probability``, ``cache_dir``, ``chunk_bytes``.
         processing_class: a fast tokenizer; not needed for tokenised input, but for anchors.
         kwargs: what else Trainer takes, but for ``train_dataset``, ``compute_loss_func`` and ``model_init``.
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from helpers.benchmark_data import small_muse_news
-from helpers.small_tokenizers import CHATML, byte_level
+from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,6 +237,66 @@ def test_spans_that_max_length_cuts_off(
     assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "No marked word is left in 1 answer" in card and "without marked words" not in card
+
+
+def test_values_for_the_chat_template(
+    folder: Path, arguments: list[Any], settings: list[Any], unmarked: Path, tofu: Path, tmp_path: Path
+) -> None:
+    """As JSON text, or as a mapping in a file; for every command that renders texts."""
+    dated = tmp_path / "dated"
+    byte_level(DATED, bos=False).save_pretrained(dated)
+    arguments += ["--tokenizer", dated, *settings, "--epochs", 1]
+    arguments[arguments.index("--forget") + 1] = unmarked
+    arguments += ["--annotate", "regex:" + "|".join(NAMES)]
+    value = '{"date_string": "26 Jul 2024"}'
+    result = palu_command(*arguments, "--chat-template-kwargs", value)
+    assert result.exit_code == 0, result.output
+    summary = read(tmp_path / "out" / "summary.json")
+    assert summary["config"]["chat_template_kwargs"] == json.loads(value)
+    assert f"| `chat_template_kwargs` | {value} | none |" in (tmp_path / "out" / "README.md").read_text(
+        encoding="utf-8"
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text("chat_template_kwargs:\n  date_string: 26 Jul 2024\n")
+    assert palu_command(*arguments, "--config", file, "--overwrite").exit_code == 0
+    assert read(tmp_path / "out" / "summary.json")["config"] == summary["config"]
+
+    asked = ["inspect", "--tokenizer", dated, "--forget", folder / "forget.jsonl", "--html", tmp_path / "roles.html"]
+    assert palu_command(*asked, "--chat-template-kwargs", value).exit_code == 0
+    assert "26 Jul 2024" in (tmp_path / "roles.html").read_text(encoding="utf-8").replace("</span>", "").replace(
+        "|", ""
+    )
+    evaluated = [
+        "eval",
+        "--model",
+        folder / "model",
+        "--tokenizer",
+        dated,
+        "--forget-split",
+        "forget01",
+        "--data",
+        tofu,
+    ]
+    evaluated += ["--no-progress", "--max-new-tokens", 1, "--output", tmp_path / "results.json"]
+    assert palu_command(*evaluated, "--chat-template-kwargs", value).exit_code == 0
+    assert read(tmp_path / "results.json")["palu"]["chat_template_kwargs"] == json.loads(value)
+
+    for bad, told in (
+        (
+            "{date",
+            "is not JSON (Expecting property name enclosed in double quotes at character 1); write a mapping, such as",
+        ),
+        ("[1]", "chat_template_kwargs = [1]: give a mapping of names to values, or None"),
+        (
+            '{"date": 1}',
+            "chat_template_kwargs = {'date': 1}: the chat template knows no date; mend the name or leave it out",
+        ),
+    ):
+        for command in ([*arguments, "--overwrite"], asked, evaluated):
+            assert told in refusal(palu_command(*command, "--chat-template-kwargs", bad))
+    file.write_text("chat_template_kwargs:\n  date_string: 2024-07-26\n")
+    told = "give values that JSON has (text, numbers, lists, ...); a date is text"
+    assert told in refusal(palu_command(*arguments, "--config", file, "--overwrite"))
 
 
 def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[Any], tmp_path: Path) -> None:

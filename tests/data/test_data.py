@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from palu.data.examples import load_forget, load_retain
+from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE, ORDINARY, Example
+from palu.models.generation import encode_prompts
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -31,6 +34,16 @@ BARE = (
 THINK = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+# As Qwen3's: an empty thought before the answer, which the prompt for generation has only without thinking.
+THINKING = THINK + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# As Mistral's: a blank before the answer, but none at the end of the prompt for generation.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -529,6 +542,123 @@ def test_ten_rows_with_cut_spans_are_named() -> None:
 def test_empty_retain_set_is_returned() -> None:
     loaded = load_retain([], None, max_length=99)
     assert (loaded.examples, loaded.skipped, loaded.without_span) == ([], 0, 0)
+
+
+# --- chat templates --------------------------------------------------------------------------------
+
+
+def same_as(one: Example, other: Example) -> bool:
+    assert one.offsets is not None and other.offsets is not None
+    pairs = ((one.input_ids, other.input_ids), (one.labels, other.labels), (one.offsets, other.offsets))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_values_for_the_chat_template() -> None:
+    dated, fixed = (
+        small.byte_level(small.DATED),
+        small.byte_level(small.DATED.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")),
+    )
+    given = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}, "max_length": 99}
+    rows = [row("Ada did.", "Ada") | {"alternate": "No."}]
+    (forget,), (expected,) = (
+        load_forget(rows, t, **g).examples for t, g in ((dated, given), (fixed, {"max_length": 99}))
+    )
+    assert same_as(forget, expected) and "26 Jul 2024" in dated.decode(forget.input_ids)
+    (retain,), (expected,) = (
+        load_retain(rows, t, **g).examples for t, g in ((dated, given), (fixed, {"max_length": 99}))
+    )
+    assert same_as(retain, expected)
+    (alternate,) = load_alternates(rows, dated, [forget], **given)
+    (expected,) = load_alternates(rows, fixed, [forget], max_length=99)
+    assert torch.equal(alternate.input_ids, expected.input_ids)
+    ours, theirs = encode_prompts(["Who?"], dated, given["chat_template_kwargs"]), encode_prompts(["Who?"], fixed)
+    assert torch.equal(ours[0][0], theirs[0][0]) and ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"enable_thinkin": False}, "the chat template knows no enable_thinkin; mend the name or leave it out"),
+        ({"tokenize": True}, "leave out tokenize, which palu sets itself"),
+        ("{}", "give a mapping of names to values, or None"),
+    ],
+)
+def test_bad_values_for_the_chat_template(given: Any, told: str) -> None:
+    for load in (load_forget, load_retain):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'chat_template_kwargs = {given!r}: {told}')}$"):
+            load(ROWS, small.byte_level(THINKING), max_length=99, chat_template_kwargs=given)
+    with pytest.raises(
+        ValueError, match=r"^chat_template_kwargs = \{'a': 1\}: there is no chat template; leave it out$"
+    ):
+        load_forget(ROWS, small.byte_level(), max_length=99, chat_template_kwargs={"a": 1})
+
+
+def test_a_prompt_that_generation_does_not_give() -> None:
+    rows, thinking = [row("Ada.", "Ada"), row("Ada.", "Ada", question="Where?")], small.byte_level(THINKING)
+    told = (
+        "{} row 0: the prompt that is trained on has '<think>\\n\\n</think>\\n\\n' where the chat template's prompt "
+        "for generation (add_generation_prompt=True) has '', so the model is not trained as it is asked; "
+        "set chat_template_kwargs, such as {{'enable_thinking': False}}, or mend the template"
+    )
+    for load, name in ((load_forget, "forget"), (load_retain, "retain")):
+        with pytest.warns(UserWarning, match="trained on") as caught:
+            load(rows, thinking, max_length=99, check_prompts=True)
+        assert [str(one.message) for one in caught] == [told.format(name)], "once a set"
+    without = small.byte_level("{% if messages | length < 2 %}{{ raise_exception('no') }}{% endif %}" + small.CHATML)
+    with pytest.warns(UserWarning, match=r"^forget row 0: the chat template gives no prompt for generation \(no\), so"):
+        load_forget(rows, without, max_length=99, check_prompts=True)
+
+
+@pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3, MISTRAL, BARE, THINKING, None])
+def test_a_prompt_that_generation_gives(template: str | None) -> None:
+    """Also for several turns, blanks around an answer, and rows that are rendered or tokenised already."""
+    turns = [{"role": role, "content": "Who?"} for role in ("user", "assistant", "user")]
+    rows: list[dict[str, Any]] = [row(" Ada. ", "Ada"), {"input_ids": IDS, "labels": LABELS}]
+    rows.append({"prompt": "<|im_start|>Who?", "completion": "Ada", "spans": [[0, 3]]})
+    if template is not None:
+        rows.append({"messages": [*turns, {"role": "assistant", "content": "Ada"}], "spans": [[0, 3]]})
+    kwargs = {"enable_thinking": False} if template == THINKING else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, check_prompts=True)
+
+
+@pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_prompt_that_is_rendered_already(template: str, whole: bool) -> None:
+    """It gives the tokens and roles of the row that the template renders."""
+    tok = small.byte_level(template)
+    columns = row("Ada Lovelace, in London.", "Ada Lovelace", "London")
+    message = [{"role": "user", "content": columns["question"]}]
+    text = str(tok.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    end = "<|eot_id|>" if template == small.LLAMA3 else "<|im_end|>\n"
+    completion = columns["answer"] + end * whole
+    rendered = {"prompt": text, "completion": completion, "spans": columns["spans"]}
+    wrapped, plain = columns, row("Ada.", "Ada")
+    examples = load_forget([plain, rendered, wrapped, rendered], tok, max_length=99).examples
+    expected = examples[2]
+    if not whole:  # no end is told: it is the tokenizer's
+        ids, labels = expected.input_ids.clone(), expected.labels.clone()
+        ids[-1] = tok.eos_token_id
+        expected = Example(2, ids, labels, expected.offsets)
+    assert same_as(examples[1], expected) and same_as(examples[3], expected)
+    assert same_as(examples[0], load_forget([plain], tok, max_length=99).examples[0])
+    (kept,) = load_retain([rendered], tok, max_length=99).examples
+    assert torch.equal(kept.input_ids, expected.input_ids)
+    assert torch.equal(kept.labels != IGNORE, expected.labels != IGNORE)
+
+
+@pytest.mark.parametrize("name", ["byte", "sp"])
+def test_a_rendered_prompt_gets_no_second_bos(name: str) -> None:
+    tok = tokenizer(name)
+    plain, rendered = "Who? ", f"{tok.bos_token}Who? "
+    rows = [{"prompt": text, "completion": "Ada.", "spans": [[0, 3]]} for text in (plain, rendered, plain)]
+    one, two, three = load_forget(rows, tok, max_length=99).examples
+    assert two.input_ids.tolist().count(tok.bos_token_id) == 1
+    if name == "byte":  # the other one puts a blank before a text
+        assert same_as(one, two)
+    assert same_as(one, three)
+    assert one.input_ids[0] == two.input_ids[0] == tok.bos_token_id and two.input_ids[-1] == tok.eos_token_id
 
 
 # --- complaints ------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Llama 3.2's: today's date, unless it is given another one.
+DATED = (
+    "<|im_start|>system\n{% if date_string is defined %}{{ date_string }}{% else %}"
+    "{{ strftime_now('%d %b %Y') }}{% endif %}<|im_end|>\n" + CHATML
+)
 
 
 def byte_level(

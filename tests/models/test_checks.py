@@ -1,6 +1,8 @@
 """Every bad input is refused with a message that names it and the mend, before one weight has changed."""
 
 import copy
+import datetime
+import json
 import re
 from typing import Any
 
@@ -72,6 +74,19 @@ BAD_SETTINGS += [
     ("stop_probability", value, "give a number between 0 and 1, or None") for value in (0, 1, -1, NAN, "0.1")
 ]
 
+BAD_SETTINGS += [
+    ("chat_template_kwargs", value, "give a mapping of names to values, or None")
+    for value in ("{}", [], 1, True, {1: 2})
+]
+BAD_SETTINGS += [
+    ("chat_template_kwargs", value, "give values that JSON has (text, numbers, lists, ...); a date is text")
+    for value in ({"date_string": datetime.date(2024, 7, 26)}, {"x": NAN}, {"x": {1, 2}})
+]
+BAD_SETTINGS += [
+    ("chat_template_kwargs", {name: True}, f"leave out {name}, which palu sets itself")
+    for name in ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
+]
+
 
 @pytest.mark.parametrize(("name", "value", "rule"), BAD_SETTINGS)
 def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
@@ -93,10 +108,31 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},
         {"anchors": 0},
+        {"chat_template_kwargs": {}},
+        {
+            "chat_template_kwargs": {
+                "date_string": "26 Jul 2024",
+                "enable_thinking": False,
+                "tools": [{"a": [None, 1.5]}],
+            }
+        },
     ],
 )
 def test_settings_at_the_edge_are_valid(settings: dict) -> None:
     assert UnlearnConfig().replace(**settings) == UnlearnConfig(**settings)
+
+
+def test_values_for_the_chat_template_are_not_shared() -> None:
+    given = {"tools": ["one"]}
+    config = UnlearnConfig(chat_template_kwargs=given)
+    again, values = config.replace(n=1), config.values()
+    json.dumps(values)
+    assert hash(config) == hash(UnlearnConfig())
+    given["tools"].append("two")
+    values["chat_template_kwargs"]["tools"].append("three")
+    assert again.chat_template_kwargs is not None
+    again.chat_template_kwargs["tools"].append("four")
+    assert config.chat_template_kwargs == {"tools": ["one"]} == config.values()["chat_template_kwargs"]
 
 
 def test_a_learning_rate_schedule_that_does_not_exist() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: a resumed run is the run that was not interrupted, and nothing else is resumed."""
 
 import copy
+import datetime
 import pickle
 import re
 import resource
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.small_tokenizers import DATED, byte_level
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
+from transformers.utils import chat_template_utils
 
 import palu
 from palu import CacheError, CheckpointError
@@ -199,6 +203,42 @@ def test_no_checkpoint_yet(folder: Path, capsys: pytest.CaptureFixture) -> None:
     result = unlearn(checkpoint_dir=str(folder), resume=True)
     assert_same(result, unlearn())
     assert f"palu: {folder} holds no checkpoint yet: starting from the beginning\n" in capsys.readouterr().err
+
+
+def test_values_for_the_chat_template_are_a_part_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them, the texts of a template with today's date in it are other ones tomorrow."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return datetime.datetime(2026, 1, day)
+
+    day = 1
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    tokenizer = byte_level(DATED)
+    settings: dict[str, Any] = {"forget": TEXT_FORGET, "retain": TEXT_RETAIN, "tokenizer": tokenizer, "anchors": 4}
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 1, "batch_size": 1}
+
+    def run(date: str | None, **overrides: Any) -> palu.UnlearnResult:
+        values = None if date is None else {"date_string": date}
+        model = tiny_llama(vocab_size=len(tokenizer))
+        return unlearn(model, chat_template_kwargs=values, **settings | overrides)
+
+    expected = run("26 Jul 2024")
+    day = 2
+    (folder / step(9)).unlink()
+    resumed = run("26 Jul 2024", resume=True)
+    assert_same(resumed, expected)
+    assert resumed.summary["config"]["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
+    told = "chat_template_kwargs was {'date_string': '26 Jul 2024'} and is "
+    for date, now in (("27 Jul 2024", "{'date_string': '27 Jul 2024'}"), (None, "None")):
+        with pytest.raises(CheckpointError, match=re.escape(told + now)):
+            run(date, resume=True)
+    shutil.rmtree(folder)
+    run(None)
+    day = 3
+    with pytest.raises(CheckpointError, match="the tokenised forget set is another one"):
+        run(None, resume=True)
 
 
 def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

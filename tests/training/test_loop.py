@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.refusals import assert_refused
 from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, textbook, unlearn
-from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
+from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import (
     VOCAB,
     Row,
@@ -286,6 +286,40 @@ def test_rows_that_are_cut_off_are_counted() -> None:
     assert (result.summary["forget_examples"], result.summary["forget_skipped"]) == (3, 1)
     assert (result.summary["forget_spans_cut"], result.summary["forget_all_spans_cut"]) == (1, 0)
     assert (result.summary["retain_examples"], result.summary["retain_skipped"]) == (4, 2)
+
+
+def test_every_text_is_rendered_with_the_values_for_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of both sets, of the alternate answers, of the anchors' prompts and of the record."""
+    tokenizer = byte_level(DATED)
+    seen: list[tuple[str, Any]] = []
+    render = tokenizer.apply_chat_template
+
+    def record(conversation: Any, **kwargs: Any) -> Any:
+        seen.append((conversation[0]["content"], kwargs.get("date_string")))
+        return render(conversation, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", record)
+    config = UnlearnConfig(epochs=1, progress=False, chat_template_kwargs={"date_string": "26 Jul 2024"})
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    palu.Recorder(model, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, config=config)
+    assert {question for question, _ in seen} == {row["question"] for row in TEXT_FORGET + TEXT_RETAIN}
+    palu.unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, config=config)
+    assert len({question for question, _ in seen}) == 5 + 8, "anchors, too"
+    forget = [{**row, "alternate": "No."} for row in TEXT_FORGET]
+    palu.unlearn(model, None, forget, TEXT_RETAIN, tokenizer=tokenizer, config=config, objective="dpo")
+    palu.annotate([{"question": "Who?", "answer": "Ada."}, TEXT_FORGET[0]], "contrast", model, tokenizer, progress=False,
+                  chat_template_kwargs=config.chat_template_kwargs)  # fmt: skip
+    assert {date for _, date in seen} == {"26 Jul 2024"}
+
+
+def test_a_prompt_that_generation_does_not_give_is_told_once() -> None:
+    thought = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    tokenizer = byte_level(CHATML.replace("{{ m['content'] }}", thought + "{{ m['content'] }}"))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    with pytest.warns(UserWarning, match="prompt for generation") as caught:
+        unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, epochs=1)
+    told = [str(one.message) for one in caught if "prompt for generation" in str(one.message)]
+    assert [one.partition(":")[0] for one in told] == ["forget row 0", "retain row 0"]
 
 
 def test_spans_that_are_cut_off_are_refused_unless_allowed() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.small_tokenizers import DATED, byte_level
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 
 import palu
@@ -23,7 +24,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = unlearn(report_to="tensorboard", logging_dir=str(tmp_path / "logs"))
+    dated = {"tokenizer": byte_level(DATED), "model": tiny_llama(vocab_size=len(byte_level(DATED))), "anchors": 0}
+    values = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+    result = unlearn(report_to="tensorboard", logging_dir=str(tmp_path / "logs"), **dated, **values)
     events = EventAccumulator(str(tmp_path / "logs" / "palu"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == result.history[0].keys()
@@ -31,7 +34,8 @@ def test_tensorboard(tmp_path: Path) -> None:
         logged = events.Scalars(name)
         assert [event.step for event in logged] == [1, 2, 3, 4]
         assert [event.value for event in logged] == pytest.approx([record[name] for record in result.history])
-    assert list((tmp_path / "logs").rglob("hparams.yml")), "the configuration is there"
+    (settings,) = (tmp_path / "logs").rglob("hparams.yml")
+    assert "26 Jul 2024" in settings.read_text(), "the configuration is there"
 
 
 class Wandb:
