@@ -307,8 +307,8 @@ def test_every_text_is_rendered_with_the_values_for_the_chat_template(monkeypatc
     assert len({question for question, _ in seen}) == 5 + 8, "anchors, too"
     forget = [{**row, "alternate": "No."} for row in TEXT_FORGET]
     palu.unlearn(model, None, forget, TEXT_RETAIN, tokenizer=tokenizer, config=config, objective="dpo")
-    palu.annotate([{"question": "Who?", "answer": "Ada."}, TEXT_FORGET[0]], "contrast", model, tokenizer, progress=False,
-                  chat_template_kwargs=config.chat_template_kwargs)  # fmt: skip
+    unmarked, values = {"question": "Who?", "answer": "Ada."}, {"chat_template_kwargs": config.chat_template_kwargs}
+    palu.annotate([unmarked, TEXT_FORGET[0]], "contrast", model, tokenizer, progress=False, **values)
     assert {date for _, date in seen} == {"26 Jul 2024"}
 
 
