@@ -209,6 +209,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a token beyond the vocabulary, to retain": (lambda: unlearn(retain=with_token(retain_rows(3), VOCAB)), DataError, f"retain row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
     # Tokenizers
     "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
+    "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
     "a slow tokenizer": (lambda: text(tokenizer=Slow()), DataError, "forget row 0: a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)"),
     "a tokenizer's name": (lambda: text(tokenizer="meta-llama/Llama-3.2-1B"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
     "a tokenizer without an end of sequence": (lambda: text(tokenizer=endless()), DataError, "forget row 0: the tokenizer has no end-of-sequence token; set tokenizer.eos_token"),

@@ -65,6 +65,7 @@ def load_forget(
     every answer, if no sensitive token is left, or if one is cut off and allow_cut_spans is False;
     FileNotFoundError for a missing file.
     """
+    check_tokenizer(tokenizer)
     renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
     loaded = _load(source, renderer, max_length, forget=True)
     if not loaded.examples:
@@ -94,6 +95,7 @@ def load_retain(
 
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
+    check_tokenizer(tokenizer)
     renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
     return _load(source, renderer, max_length, forget=False)
 
@@ -111,6 +113,7 @@ def load_alternates(
     Arguments and errors are load_retain's; `examples` are what load_forget made of the same source, which is read
     again. Rows that load_forget skipped need no alternate answer that max_length leaves.
     """
+    check_tokenizer(tokenizer)
     renderer = Renderer(tokenizer, chat_template_kwargs)
     kept = {example.row for example in examples}
     texts = []
@@ -140,7 +143,6 @@ def _load(source: Any, renderer: Renderer, max_length: int, forget: bool) -> Exa
     tokenizer = renderer.tokenizer
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
-    check_tokenizer(tokenizer)
     name = "forget" if forget else "retain"
     vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
 
