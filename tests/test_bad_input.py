@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
 
 import palu
+from palu.data.examples import load_forget
+from palu.data.tokenize import IGNORE, ORDINARY
 from palu.models.lora import UnsupportedModelError
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -390,7 +392,7 @@ def test_a_tokenizer_that_adds_no_end_of_sequence() -> None:
     answer = plain(f"Question: Who?\nAnswer: {row()['answer']}")["input_ids"]
     summary = function(**arguments).summary
     held = summary["onset_tokens"] + summary["ordinary_tokens"]
-    alone = palu.data.load_forget([row()], plain, max_length=99).examples[0]
+    alone = load_forget([row()], plain, max_length=99).examples[0]
     assert alone.input_ids.tolist() == [*answer, plain.eos_token_id]
-    assert int(alone.labels[-1]) == palu.data.ORDINARY
-    assert 0 < held <= int((alone.labels != palu.data.IGNORE).sum())
+    assert int(alone.labels[-1]) == ORDINARY
+    assert 0 < held <= int((alone.labels != IGNORE).sum())
