@@ -2,8 +2,9 @@
 
 transformers' own SDPA path masks a packed row with a dense block-causal mask: correct, but every token is
 multiplied with every other. Registered here as ``"palu_packed"``: torch's variable-length FlashAttention for half
-types on CUDA, one causal call per example on a CPU. Elsewhere (float32 on CUDA, where a call per example would cost
-more in launches than it saves) and for models set to another implementation, transformers' own path stays.
+types on CUDA, one causal call per example on a CPU, with the layer's sliding window where it has one. Elsewhere
+(float32 on CUDA, where a call per example would cost more in launches than it saves) and for models set to another
+implementation, transformers' own path stays.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+# For models whose layers are all full attention no mask is made. For the others transformers makes those that are
+# not plainly causal: a layer that does not say its window (Qwen2-MoE, PhiMoE), or has chunks (Llama 4), needs them.
+PLAIN, MASKED = "palu_packed", "palu_packed_masked"
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# What transformers' models may give to an attention function beside a mask and a window, to other scores than
+# q k^T * scaling.
+_OTHER_SCORES = ("position_bias", "softcap", "s_aux", "sinks", "indices", "block_indices")
 
 
 def packed_attention(
@@ -27,18 +39,24 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sequence_lengths: tuple[int, ...],
-    **_: Any,
+    **other: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally within each example.
+    """Attend causally within each example; a token sees itself and the ``sliding_window - 1`` tokens before it.
+
+    A layer that masks what no window describes, or asks for other scores, gets transformers' SDPA, with the mask.
 
     Args:
         query: [1, H, T, D]; key, value: [1, H_kv, T, D].
+        attention_mask: [1, 1, T, T], bool, of transformers, or None: causal within each example. With a window it
+            says no more than that does.
+        sliding_window: in tokens; None: the example's beginning is the border.
         cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
         max_length_q: length of the longest example.
         sequence_lengths: length of each example; they add up to T.
@@ -46,6 +64,13 @@ def packed_attention(
     Returns:
         ([1, T, H, D], None), as transformers' attention functions do.
     """
+    masked = attention_mask is not None and sliding_window is None
+    if masked or any(other.get(name) is not None for name in _OTHER_SCORES):
+        if attention_mask is None:
+            blocks = [_band(length, sliding_window, query.device) for length in sequence_lengths]
+            attention_mask = torch.block_diag(*blocks).bool()[None, None]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
+    binds = sliding_window is not None and sliding_window < max_length_q
     if query.is_cuda:
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
             query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
@@ -62,22 +87,47 @@ def packed_attention(
             max_length_q,
             max_length_q,
             scale=scaling,
-            window_size=(-1, 0),
+            # As in FlashAttention: how many tokens to the left and to the right of itself a token sees.
+            window_size=(sliding_window - 1 if binds and sliding_window is not None else -1, 0),
             **gqa,
         )
         return out[None], None
     parts = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
-    joined = torch.cat(
-        [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-            for q, k, v in zip(*parts, strict=True)
-        ],
-        dim=2,
-    )
-    return joined.transpose(1, 2).contiguous(), None
+    examples = [
+        F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **_mask(q, sliding_window))
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(examples, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("palu_packed", packed_attention)
+def _mask(query: Tensor, window: int | None) -> dict[str, Any]:
+    """Return SDPA's arguments for an example: a mask only where the window binds."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True}
+    return {"attn_mask": _band(length, window, query.device)}
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Mark which tokens (columns) each token of an example sees: bool [length, length]."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def _mask_of_model(*, local_size: int | None = None, use_vmap: bool = False, **arguments: Any) -> Tensor | None:
+    """Make a mask as transformers does for SDPA, but none where it would be causal within each example.
+
+    ``local_size``: of a window or a chunk. ``use_vmap``: the model adds a rule of its own.
+    """
+    if local_size is None and not use_vmap:
+        return None
+    mask: Tensor | None = sdpa_mask(local_size=local_size, use_vmap=use_vmap, **arguments)
+    return mask
+
+
+AttentionInterface.register(PLAIN, packed_attention)
+AttentionInterface.register(MASKED, packed_attention)
+AttentionMaskInterface.register(MASKED, _mask_of_model)
 
 
 @contextmanager
@@ -88,10 +138,14 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
     """
     half = mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
     served = model.device.type == "cpu" or (model.device.type == "cuda" and half)
-    if not served or model.config._attn_implementation != "sdpa" or getattr(model.config, "attention_dropout", 0.0):
+    config: Any = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    served = served and layers <= _LAYERS and not getattr(model.config, "attention_dropout", 0.0)
+    if not served or model.config._attn_implementation != "sdpa":
         yield
         return
-    model.set_attn_implementation("palu_packed")
+    plain = layers == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    model.set_attn_implementation(PLAIN if plain else MASKED)
     try:
         yield
     finally:

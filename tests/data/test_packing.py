@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from palu.data.packing import Batch, Item, answer_items, forget_items, pack, pai
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
 from palu.methods.palu import PaluMethod
-from palu.models.attention import use_packed_attention
+from palu.models.attention import packed_attention, use_packed_attention
 from palu.models.head import body_of, head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
@@ -78,6 +79,63 @@ def test_an_example_does_not_see_the_others(device: torch.device, attention: str
     assert torch.equal(changed[:before], original[:before])
     assert torch.equal(changed[middle:after], original[middle:after])
     assert (changed[before:middle] != original[before:middle]).any(dim=1).all()
+
+
+def band(length: int, window: int) -> Tensor:
+    """Which tokens (columns) each token sees: itself and the window - 1 before it."""
+    place = torch.arange(length)
+    back = place[:, None] - place
+    return (back >= 0) & (back < window)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 12, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dtype, window: int) -> None:
+    """Against a dense mask; some examples are longer than the window, some are not."""
+    if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("float32 on CUDA stays with transformers' attention")
+    torch.manual_seed(0)
+    lengths = (5, 12, 8)
+    packed = pack([Item(torch.arange(n), torch.arange(0), torch.arange(0)) for n in lengths]).to(device)
+    heads = (4, 2, 2)
+    tensors = [torch.randn(1, h, 25, 16, device=device, dtype=dtype, requires_grad=True) for h in heads]
+    module = torch.nn.Module()
+    inputs = packed.inputs()
+    ours, _ = packed_attention(module, *tensors, None, scaling=0.3, sliding_window=window, **inputs)
+    mask = torch.block_diag(*(band(n, window) for n in lengths)).bool().to(device)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    theirs = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    upstream = torch.randn_like(theirs)
+    gradients = torch.autograd.grad((ours * upstream).sum(), tensors)
+    expected = torch.autograd.grad((theirs * upstream).sum(), exact)
+    largest = max(gradient.norm() for gradient in expected)  # a window of 1 gives the scores no gradient
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one - other).norm() <= tolerance * largest
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = (5, 12)
+    inputs = pack([Item(torch.arange(n), torch.arange(0), torch.arange(0)) for n in lengths]).inputs()
+    tensors = [torch.randn(1, 4, 17, 16) for _ in range(3)]
+    module = torch.nn.Module()
+    mask = torch.block_diag(*(band(n, window or 17) for n in lengths)).bool()
+    bias = torch.randn(1, 4, 17, 17)
+
+    def expected(scores: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*tensors, attn_mask=scores).transpose(1, 2)
+
+    ours, _ = packed_attention(module, *tensors, None, sliding_window=window, position_bias=bias, **inputs)
+    torch.testing.assert_close(ours, expected(bias.masked_fill(~mask, -torch.inf)))
+    # A mask without a window: chunks, or a window that the layer does not tell.
+    odd = mask & (torch.rand(17, 17) < 0.5) | torch.eye(17, dtype=torch.bool)
+    ours, _ = packed_attention(module, *tensors, odd[None, None], **inputs)
+    torch.testing.assert_close(ours, expected(odd))
+    with pytest.raises(ValueError, match="softcap"):
+        packed_attention(module, *tensors, None, sliding_window=window, softcap=30.0, **inputs)
 
 
 def test_packed_attention_is_taken_back_after_an_error() -> None:
