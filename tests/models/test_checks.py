@@ -17,7 +17,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, Ll
 
 import palu
 from palu.config import UnlearnConfig
-from palu.models.checks import check_linear_head, check_models
+from palu.models.checks import HEAD_FIELDS, check_linear_head, check_models
 from palu.models.lora import UnsupportedModelError
 
 POSITIVE = "give a positive integer"
@@ -202,11 +202,44 @@ SCALED = (
 )
 
 
+GRANITE = (
+    "the logits of GraniteForCausalLM are scaled or capped (logits_scaling = {} in its configuration), "
+    "so losses from hidden states would be wrong; PALU supports Llama-style heads"
+)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("scaling", [8.0, 0.5, 1.1])
 def test_a_head_whose_logits_are_scaled(scaling: float, training: bool) -> None:
     model = granite(logits_scaling=scaling).train(training)
-    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"))
+    assert_refused(model, ValueError, GRANITE.format(scaling))
+
+
+class Scaled(LlamaForCausalLM):
+    """Logits scaled by what no configuration tells."""
+
+    factor = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.factor
+        return output
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.0001), (torch.bfloat16, 1.02)], ids=str)
+def test_a_factor_beyond_the_error_of_the_dtype(dtype: torch.dtype, factor: float) -> None:
+    model = Scaled(tiny_llama().config).to(dtype)
+    check_linear_head(model, torch.arange(20))
+    model.factor = factor
+    assert_refused(model, ValueError, SCALED.format("Scaled"))
+
+
+def test_the_parts_of_a_model_keep_their_modes() -> None:
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_linear_head(model, torch.arange(20))
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_head_whose_logits_are_capped() -> None:
@@ -216,7 +249,7 @@ def test_a_head_whose_logits_are_capped() -> None:
 def test_a_reference_whose_logits_are_scaled() -> None:
     """Its head is applied to its hidden states as well."""
     model, ref_model = granite(logits_scaling=1.0), granite(logits_scaling=8.0)
-    assert_refused(model, ValueError, SCALED.format("GraniteForCausalLM"), ref_model=ref_model)
+    assert_refused(model, ValueError, GRANITE.format(8.0), ref_model=ref_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -229,3 +262,17 @@ def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
     check_linear_head(model.to(dtype).train(training), ids)
     assert model.training == training
     check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)
+
+
+@pytest.mark.parametrize("field", HEAD_FIELDS)
+def test_a_head_is_known_by_its_configuration(field: str) -> None:
+    """Also where the logits are too small to show it."""
+    model = tiny_llama()
+    ids = torch.arange(20)
+    neutral: Any = HEAD_FIELDS[field]
+    for value in {None, neutral}:
+        setattr(model.config, field, value)
+        check_linear_head(model, ids)
+    setattr(model.config, field, 30.0)
+    with pytest.raises(ValueError, match=rf"LlamaForCausalLM are scaled or capped \({field} = 30.0 in its config"):
+        check_linear_head(model, ids)
