@@ -157,6 +157,10 @@ def fused_linear_losses(
     The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
     per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
 
+    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and
+    rounded once at the end; each chunk's own product is rounded as torch's products are. Until the forward pass is
+    over this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096], beside 1.05 GB.
+
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
         head: weight [V, d] and bias [V] or None, same dtype as ``hidden`` (autocast is honoured).
@@ -171,6 +175,46 @@ def fused_linear_losses(
         and bias, and the losses [R] themselves, without gradient.
     """
     return _FusedLinearLosses.apply(hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl)
+
+
+class _GradientSum:
+    """Adds up a gradient of the head, part by part; in float32 where several parts are bfloat16 or float16.
+
+    Otherwise the parts are added to each other in the buffer that is the result.
+    """
+
+    def __init__(self, like: Tensor, several: bool):
+        self.part = like.new_empty(like.shape)
+        half = like.dtype in (torch.bfloat16, torch.float16)
+        self.total = like.new_zeros(like.shape, dtype=torch.float32) if half and several else None
+        self.begun = False  # whether ``part`` holds anything
+
+    def _next(self) -> bool:
+        """Add the last part to the total; whether the next one is to be added to what the buffer holds."""
+        begun, self.begun = self.begun, True
+        if self.total is None:
+            return begun
+        if begun:
+            # On a CPU torch converts the whole addend first: block by block that is a megabyte.
+            block = 2**18 if self.part.device.type == "cpu" else self.part.numel()
+            for total, part in zip(self.total.view(-1).split(block), self.part.view(-1).split(block), strict=True):
+                total += part
+        return False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
+
+    def buffer(self) -> Tensor:
+        """Return a buffer of the parts' dtype, to which the next part is to be added."""
+        return self.part if self._next() else self.part.zero_()
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum for a leaf of this dtype: rounded once, if that is the parts' (under autocast it is not)."""
+        begun = self._next()
+        if self.total is None:
+            return self.part if begun else self.part.zero_()
+        return self.part.copy_(self.total) if dtype == self.part.dtype else self.total
 
 
 class _FusedLinearLosses(torch.autograd.Function):
@@ -198,8 +242,6 @@ class _FusedLinearLosses(torch.autograd.Function):
             losses = row_weight.new_empty(len(h))
             need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
             grad_h = h.new_empty(h.shape) if need_hidden else None
-            grad_w = w.new_empty(w.shape) if need_weight else None
-            grad_b = torch.zeros_like(b) if b is not None and need_bias else None
 
             local = terms[0] if terms and isinstance(terms[0], LocalTerm) else None
             gathered = 0
@@ -208,31 +250,39 @@ class _FusedLinearLosses(torch.autograd.Function):
                 if use_gather(impl, onset, k, w.shape[0], device, beside_dense=len(h) > onset):
                     gathered = onset
 
-            beta = 0  # the first chunk writes dW, the others add to it
-            for rows, parts in _chunks(terms, gathered, chunk_bytes // (w.shape[0] * w.element_size())):
+            chunks = list(_chunks(terms, gathered, chunk_bytes // (w.shape[0] * w.element_size())))
+            several = len(chunks) + (gathered > 0) > 1
+            sum_w = _GradientSum(w, several) if need_weight else None
+            sum_b = _GradientSum(b, several) if b is not None and need_bias else None
+            for rows, parts in chunks:
                 logits = F.linear(h[rows], w, b)
                 for term, of_hidden, of_term in parts:
                     of_chunk = slice(of_hidden.start - rows.start, of_hidden.stop - rows.start)
                     losses[of_hidden] = term.loss_and_grad_(logits[of_chunk], row_weight[of_hidden], of_term)
                 if grad_h is not None:
                     torch.mm(logits, w, out=grad_h[rows])
-                if grad_w is not None:
-                    torch.addmm(grad_w, logits.t(), h[rows], beta=beta, out=grad_w)
-                    beta = 1
-                if grad_b is not None:
-                    grad_b += logits.sum(0)
+                if sum_w is not None:
+                    sum_w.add_product(logits.t(), h[rows])
+                if sum_b is not None:
+                    sum_b.buffer().add_(logits.sum(0))
                 del logits
-            if grad_w is not None and beta == 0:
-                grad_w.zero_()
             if local is not None and gathered:
                 rows = slice(0, gathered)
                 if grad_h is not None:
                     grad_h[rows] = 0
-                grads_of_rows = (grad_h[rows] if grad_h is not None else None, grad_w, grad_b)
+                grads_of_rows = (
+                    grad_h[rows] if grad_h is not None else None,
+                    sum_w.buffer() if sum_w is not None else None,
+                    sum_b.buffer() if sum_b is not None else None,
+                )
                 losses[rows] = fused.linear_topk_mse_fwd_bwd(
                     h[rows], w, local.index, row_weight[rows], local.target, b, weight_mean, grads_of_rows
                 )
-        ctx.grads = [grad_h, grad_w, grad_b]
+        ctx.grads = [
+            grad_h,
+            sum_w.result(weight.dtype) if sum_w is not None else None,
+            sum_b.result(bias.dtype) if sum_b is not None and bias is not None else None,
+        ]
         ctx.mark_non_differentiable(losses)
         return (row_weight * losses).sum(), losses
 

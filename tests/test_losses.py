@@ -486,6 +486,49 @@ def test_low_precision_loses_no_more_than_torch(
         assert ours.dtype == theirs.dtype
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
+def test_many_chunks_lose_no_more_than_one(
+    device: torch.device, impl: str, weight_dtype: torch.dtype, bias: bool
+) -> None:
+    """The head's gradient is added up in float32: in bfloat16 a sum of 400 chunks would stand still."""
+    case = make(device, (40, 0, 360), vocab=61, hidden_size=16, bias=bias, dtype=weight_dtype, impl=impl)
+    with torch.no_grad():
+        case.hidden.add_(1)  # so that the chunks' parts do not cancel each other
+    one, truth = case.to(weight_dtype), case.to(torch.float64)
+    with torch.autocast(device.type, torch.bfloat16, enabled=weight_dtype == torch.float32):
+        case.run(rows_per_chunk=1)
+        one.run()
+    truth.run()
+    for ours, theirs, true in list(zip(case.leaves, one.leaves, truth.leaves, strict=True))[1:]:
+        if true is None:
+            continue
+        assert ours.grad.dtype == weight_dtype
+        lost, lost_by_one = ((x.grad.double() - true.grad).norm() / true.grad.norm() for x in (ours, theirs))
+        assert lost <= 1.1 * lost_by_one + torch.finfo(torch.bfloat16).eps / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sum_of_full_precision_keeps_its_bits(device: torch.device, dtype: torch.dtype) -> None:
+    """Chunk after chunk is added to the buffer, the gathered rows last."""
+    case = make(device, (5, 6, 7), dtype=dtype, impl="gather", bias=False)
+    case.run(rows_per_chunk=4)
+    local = case.terms[0]
+    weight, hidden = case.weight.detach(), case.hidden.detach()
+    expected = torch.zeros_like(weight)
+    for chunk, parts in _chunks(case.terms, 5, 4):
+        logits = hidden[chunk] @ weight.t()
+        for term, of_hidden, of_term in parts:
+            at = slice(of_hidden.start - chunk.start, of_hidden.stop - chunk.start)
+            term.loss_and_grad_(logits[at], case.row_weight[of_hidden], of_term)
+        expected.addmm_(logits.t(), hidden[chunk])
+    gathered = None, expected, None
+    fused.linear_topk_mse_fwd_bwd(
+        hidden[:5], weight, local.index, case.row_weight[:5], local.target, None, None, gathered
+    )
+    assert torch.equal(case.weight.grad, expected)
+
+
 @pytest.mark.parametrize("factor", [3.0, -0.25, 0.0])
 def test_upstream_gradient_scales(device: torch.device, impl: str, factor: float) -> None:
     assert_equal_textbook(make(device, impl=impl), rows_per_chunk=5, factor=factor)
@@ -660,6 +703,17 @@ def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse
     assert gradients + row < peak < gradients + 2 * chunk + 2**18
     whole = peak_bytes(device, functools.partial(case.run))
     assert whole > gradients + 512 * row > gradients + 2 * chunk + 2**18, "the bound would hold without chunks"
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 10**6])
+def test_memory_of_a_head_in_bfloat16(device: torch.device, rows_per_chunk: int) -> None:
+    """As the docstring says: the sum in float32 beside the gradient where there are several chunks."""
+    case = make(device, (8, 0, 24), vocab=8192, hidden_size=256, dtype=torch.bfloat16, bias=False, impl="dense")
+    case.run(rows_per_chunk)
+    case.weight.grad = case.hidden.grad = None
+    gradient = (6 if rows_per_chunk == 1 else 2) * case.weight.numel()
+    peak = peak_bytes(device, functools.partial(case.run, rows_per_chunk))
+    assert gradient <= peak < gradient + 2 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
