@@ -26,6 +26,7 @@ _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # For models whose layers are all full attention no mask is made. For the others transformers makes those that are
 # not plainly causal: a layer that does not say its window (Qwen2-MoE, PhiMoE), or has chunks (Llama 4), needs them.
+# That costs a bool [T, T] a pass where the row is longer than the window, and a wait for the GPU.
 PLAIN, MASKED = "palu_packed", "palu_packed_masked"
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -50,7 +51,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend causally within each example; a token sees itself and the ``sliding_window - 1`` tokens before it.
 
-    A layer that masks what no window describes, or asks for other scores, gets transformers' SDPA, with the mask.
+    A layer that masks what no window describes, asks for other scores or drops some (GPT-2 in training), gets
+    transformers' SDPA, with the mask.
 
     Args:
         query: [1, H, T, D]; key, value: [1, H_kv, T, D].
@@ -65,7 +67,7 @@ def packed_attention(
         ([1, T, H, D], None), as transformers' attention functions do.
     """
     masked = attention_mask is not None and sliding_window is None
-    if masked or any(other.get(name) is not None for name in _OTHER_SCORES):
+    if masked or other.get("dropout") or any(other.get(name) is not None for name in _OTHER_SCORES):
         if attention_mask is None:
             blocks = [_band(length, sliding_window, query.device) for length in sequence_lengths]
             attention_mask = torch.block_diag(*blocks).bool()[None, None]

@@ -134,6 +134,11 @@ def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int 
     odd = mask & (torch.rand(17, 17) < 0.5) | torch.eye(17, dtype=torch.bool)
     ours, _ = packed_attention(module, *tensors, odd[None, None], **inputs)
     torch.testing.assert_close(ours, expected(odd))
+    torch.manual_seed(1)
+    ours, _ = packed_attention(module, *tensors, None, sliding_window=window, dropout=0.5, **inputs)
+    torch.manual_seed(1)
+    dropped = F.scaled_dot_product_attention(*tensors, attn_mask=mask, dropout_p=0.5).transpose(1, 2)
+    torch.testing.assert_close(ours, dropped)
     with pytest.raises(ValueError, match="softcap"):
         packed_attention(module, *tensors, None, sliding_window=window, softcap=30.0, **inputs)
 
