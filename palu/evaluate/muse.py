@@ -111,7 +111,7 @@ def muse_news(
         side: raw_examples([row["text"] for row in sets[name]], tokenizer, name, max_length=max_length)
         for side, name in sides.items()
     }
-    check_model(model, tokenizer, texts["forget"][0])
+    check_model(model, tokenizer, [example for side in texts.values() for example in side])
     model = base_of(model)
     recited = raw_examples(
         [row["prompt"] for row in sets["verbmem_forget"]], tokenizer, "verbmem_forget", max_length=max_length

@@ -20,7 +20,7 @@ from palu.data.packing import Item, pack
 from palu.data.tokenize import IGNORE, Example, check_tokenizer
 from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
-from palu.models.checks import check_causal, check_linear_head
+from palu.models.checks import check_causal, check_linear_head, check_packing
 from palu.models.generation import batches_by_length
 from palu.models.head import body_of, head_of, rows_per_chunk
 from palu.version import __version__
@@ -49,8 +49,10 @@ class TokenScores:
         return float(torch.tensor(-self.nll).double().exp())
 
 
-def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example, name: str = "model") -> None:
-    """Raise UnsupportedModelError or ValueError where a model cannot be scored, or not with this tokenizer."""
+def check_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], name: str = "model"
+) -> None:
+    """Raise UnsupportedModelError or ValueError where a model cannot score these texts, or not with this tokenizer."""
     check_causal(name, model)
     vocab_size = len(head_of(model).weight)
     if len(tokenizer) > vocab_size:
@@ -58,7 +60,8 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, example: Example
             f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {vocab_size}; "
             "load the tokenizer that belongs to the model"
         )
-    check_linear_head(model, example.input_ids)
+    check_linear_head(model, examples[0].input_ids)
+    check_packing(name, model, model.device, longest=max(len(example.input_ids) for example in examples))
 
 
 @torch.no_grad()

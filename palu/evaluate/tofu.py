@@ -186,9 +186,10 @@ def tofu(
         rows = replace(rows, holdout=[dict(row) for row in holdout])
     sets: _Sets = {name: getattr(rows, name) for name in _COLUMNS}
     answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}
+    examples = [example for texts in answers.values() for example in texts.examples]
     for name, candidate in (("model", model), ("reference_model", reference_model)):
         if candidate is not None:
-            check_model(candidate, tokenizer, answers["forget_Q_A_Prob"].examples[0], name)
+            check_model(candidate, tokenizer, examples, name)
     model, reference_model = base_of(model), None if reference_model is None else base_of(reference_model)
 
     metadata = {

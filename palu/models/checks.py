@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import Examples
 from palu.data.files import DataError
+from palu.data.packing import Item, Packed, pack
 from palu.data.tokenize import check_tokenizer
+from palu.models.attention import use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
@@ -81,6 +86,11 @@ def check_causal(name: str, model: CausalLM) -> None:
         raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
             "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    if base.get_decoder() is base:
+        raise UnsupportedModelError(
+            f"{name} is a {type(base).__name__}, whose get_decoder() gives no body apart from its head; "
+            "load a model of a kind that docs/models.md lists as supported"
         )
     if (missing := next((path for path, p in base.named_parameters() if p.is_meta), None)) is not None:
         raise ValueError(
@@ -160,3 +170,107 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return 8 * 2**-10  # TensorFloat-32 keeps ten bits
     return 1000 * torch.finfo(torch.float32).eps  # for float64, too: norms and softmax round to float32
+
+
+class Probe(NamedTuple):
+    """The two examples of :func:`check_packing`, in tokens."""
+
+    first: int
+    second: int
+    border: int  # from this token of the second on, a window leaves something out
+
+
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
+
+
+def choose_probe(config: Any, longest: int) -> Probe:
+    """Choose the lengths for a text configuration, and for a run whose longest text has ``longest`` tokens.
+
+    A window that is wider than that never binds in the run, and is not probed. For the others the second example is
+    twice as long as the widest of them, or as the longest text. So the probe costs about as much as the body's pass
+    over that text, on a CPU too, and never more for a model that has wider windows.
+    """
+    given = [getattr(config, name, None) for name in _WINDOWS]
+    windows = [window for window in given if isinstance(window, int) and 0 < window < longest]
+    length = max([24, *(min(2 * window, longest) for window in windows)])
+    positions = getattr(config, "max_position_embeddings", None) or length
+    return Probe(min(16, positions), min(length, positions), max(windows, default=8))
+
+
+@torch.no_grad()
+def check_packing(
+    name: str, model: CausalLM, device: torch.device, mixed_precision: str = "no", *, longest: int
+) -> None:
+    """Raise UnsupportedModelError or ValueError where packed examples do not give what separate passes give.
+
+    Two examples of random tokens go through the body in one row, with the run's attention, device and precision, and
+    each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so do
+    the random numbers. Only the forward pass is compared.
+
+    Args:
+        name: "model" or "ref_model", for the message.
+        device: the run's; the model is moved there and back.
+        mixed_precision: accelerate's: "no", "bf16" or "fp16".
+        longest: tokens of the run's longest text; see :func:`choose_probe`.
+    """
+    base = base_of(model)
+    probe = choose_probe(base.config.get_text_config(), longest)
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = head_of(base).weight.shape[0]
+    ids = [torch.randint(vocab_size, (length,), generator=generator) for length in probe[:2]]
+    packed = pack([Item(i, i[:0], i[:0]) for i in ids]).to(device)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    home, body = base.device, body_of(base)
+    if device != home:
+        base.to(device)  # type: ignore[arg-type]
+    try:
+        with (
+            eval_mode(base),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.autocast(device.type, half) if half is not None else nullcontext(),
+        ):
+            alone = [body(input_ids=i[None].to(device), use_cache=False).last_hidden_state[0] for i in ids]
+            own = base.config._attn_implementation
+            with use_packed_attention(base, mixed_precision):
+                switched = base.config._attn_implementation != own
+                wrong = _packing_error(body, packed, alone, probe, half or base.dtype)
+            mendable = wrong and switched and not _packing_error(body, packed, alone, probe, half or base.dtype)
+    finally:
+        if device != home:
+            base.to(home)  # type: ignore[arg-type]
+    if not wrong:
+        return
+    kind = type(base).__name__
+    if mendable:
+        raise ValueError(
+            f"{name} is a {kind}, whose examples palu's packed attention does not keep apart ({wrong}), while "
+            'transformers\' own does; load it with attn_implementation="eager"'
+        )
+    raise UnsupportedModelError(
+        f"{name} is a {kind}, which does not keep packed examples apart ({wrong}); "
+        "palu packs examples into one row, so load a model of a kind that docs/models.md lists as supported"
+    )
+
+
+def _packing_error(
+    body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], probe: Probe, dtype: torch.dtype
+) -> str:
+    """Say how the packed row's hidden states differ from those of the examples alone; "" where they do not."""
+    try:
+        together = body(**packed.inputs()).last_hidden_state[0].split(probe[:2])
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    first, second = (
+        (p.float() - a.float()).norm(dim=1) / a.float().norm(dim=1) for p, a in zip(together, alone, strict=True)
+    )
+    # What a convolution or a recurrent state carries across a border fades, and a window binds from its width on.
+    # Means, since in a mixture of experts rounding may send single tokens to another expert.
+    parts = [first, second[:8], second[probe.border :]]
+    difference = float(torch.stack([part.mean() for part in parts if len(part)]).max())
+    tolerance = _tolerance(dtype, packed.input_ids.device)
+    if not difference > tolerance:  # NaN weights pass: the first step reports them
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"relative difference of hidden states to separate passes {difference:.1e}, in {name} at most {tolerance:.1e}"
+    )

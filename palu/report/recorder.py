@@ -26,7 +26,7 @@ from palu.data.rows import load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
-from palu.models.checks import check_linear_head, check_models, check_sets
+from palu.models.checks import check_linear_head, check_models, check_packing, check_sets
 from palu.models.generation import eval_mode, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.ref_model.fingerprint import fingerprint_model
@@ -94,6 +94,8 @@ class Recorder:
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
         check_linear_head(model, forget_set.examples[0].input_ids)
+        longest = max(len(example.input_ids) for example in [*forget_set.examples, *retain_set.examples])
+        check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
         self.spans = [secret_spans(example, self._eos) for example in self.forget]
         with_secret = [i for i, spans in enumerate(self.spans) if spans]

@@ -119,7 +119,7 @@ def contrast_words(
     without = [{"question": "", "answer": answer} for _, answer in asked]
     bare = load_retain(without, tokenizer, **rendering).examples
 
-    check_model(model, tokenizer, full[0])
+    check_model(model, tokenizer, full)
     base_model = base_of(model)
     marginal = torch.zeros(len(head_of(model).weight), device=model.device)
     names = [f"forget row {i}" for i in chosen]

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.packing import Item, retain_items
 from palu.methods import METHODS
-from palu.models.checks import check_linear_head, check_sets
+from palu.models.checks import check_linear_head, check_packing, check_sets
 from palu.models.lora import CausalLM
-from palu.ref_model.anchors import AnchorPrompts, encode_anchor_prompts
+from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,14 @@ def prepare_datasets(
     retain: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
+    *,
     processes: int,
+    device: torch.device,
+    mixed_precision: str,
 ) -> RunData:
     """Load, tokenise and validate a run's forget and retain sets; see :func:`palu.unlearn`.
 
-    ``processes``: how many take part in the run.
+    ``processes``: how many take part in the run. ``device`` and ``mixed_precision`` (accelerate's) are the run's.
 
     Raises:
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
@@ -58,8 +62,14 @@ def prepare_datasets(
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
     kept_items = retain_items(retain_set.examples) if method.uses_retain(config) else []
-    for candidate in (model,) if ref_model is None else (model, ref_model):
+    texts = [length for item in [*forget_items, *kept_items] for length in item.lengths or (len(item.input_ids),)]
+    texts += [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
+    for name, candidate in (("model", model), ("ref_model", ref_model)):
+        if candidate is None:
+            continue
         check_linear_head(candidate, forget_items[0].input_ids)
+        if name == "model" or method.needs_ref_head or method.ref_fields:  # else a reference does not run
+            check_packing(name, candidate, device, mixed_precision, longest=max(texts))
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,

@@ -130,7 +130,17 @@ class PaluTrainer(Trainer):
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_models(model, ref_model, tokenizer, args.device, args.mixed_precision)
         check_dtype(model, kwargs)
-        data = prepare_datasets(model, ref_model, forget, retain, tokenizer, _with_args(config, args), args.world_size)
+        data = prepare_datasets(
+            model,
+            ref_model,
+            forget,
+            retain,
+            tokenizer,
+            _with_args(config, args),
+            processes=args.world_size,
+            device=args.device,
+            mixed_precision=args.mixed_precision,
+        )
         self.forget_items, self.retain_items = data.forget, data.retain
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
