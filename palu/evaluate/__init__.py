@@ -6,6 +6,7 @@ recomputed by :func:`summarize`.
 
 from palu.evaluate.muse import load_muse_news, muse_news
 from palu.evaluate.summarize import summarize
-from palu.evaluate.tofu import TofuData, load_tofu, tofu
+from palu.evaluate.tofu import tofu
+from palu.evaluate.tofu_data import TofuData, load_tofu
 
 __all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "summarize", "tofu"]

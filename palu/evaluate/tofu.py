@@ -6,9 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
-from palu.evaluate.rows import Results, Row, hub_rows, load_results, load_rows, require
+from palu.evaluate.rows import Results, Row, load_results, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
@@ -42,87 +41,15 @@ from palu.evaluate.summarize import (
     normalised_probabilities,
     truth_ratios,
 )
+from palu.evaluate.tofu_data import COLUMNS, MEND, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
 from palu.models.generation import eval_mode, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 
-NAME = "locuslab/TOFU"
-SPLITS = ("forget01", "forget05", "forget10")
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
-# The sets, and how the names of their entries begin.
-_PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
-_COLUMNS = {
-    "forget": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
-    "retain": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
-    "real_authors": ("question", "answer", "perturbed_answer"),
-    "world_facts": ("question", "answer", "perturbed_answer"),
-    "holdout": ("question", "answer"),
-}
 # What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
 _MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
-_MEND = "fill it in, or use TOFU's perturbed sets, which have it"
-
-
-@dataclass(frozen=True)
-class TofuData:
-    """TOFU's sets, each a list of rows.
-
-    Every row has ``question``, ``answer`` and ``perturbed_answer`` (a list of wrong answers), in ``forget`` and
-    ``retain`` also ``paraphrased_answer``. Rows of ``holdout``, which no model has seen, need question and answer only.
-    Any set but ``forget`` may be empty; what depends on it is then null.
-    """
-
-    forget: list[dict[str, Any]]
-    retain: list[dict[str, Any]] = field(default_factory=list)
-    real_authors: list[dict[str, Any]] = field(default_factory=list)
-    world_facts: list[dict[str, Any]] = field(default_factory=list)
-    holdout: list[dict[str, Any]] = field(default_factory=list)
-
-
-def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData | None = None) -> TofuData:
-    """Load TOFU's sets for one forget split.
-
-    Args:
-        forget: ``"forget01"``, ``"forget05"`` or ``"forget10"``, or another ``forget*.jsonl`` of the folder.
-        data: a folder with ``{forget}.jsonl``, ``retain_perturbed.jsonl``, ``real_authors.jsonl``,
-            ``world_facts.jsonl`` and perhaps ``holdout*.jsonl`` of the same number; None: ``locuslab/TOFU`` by name.
-
-    Raises:
-        ValueError: there is no such split.
-        DataError: a row lacks a column, or the forget set is empty.
-        FileNotFoundError: a file is missing.
-    """
-    if isinstance(data, TofuData):
-        loaded = data
-    elif data is None:
-        if forget not in SPLITS:
-            raise ValueError(f"there is no forget split {forget!r}; {NAME} has {', '.join(SPLITS)}")
-        loaded = TofuData(
-            forget=hub_rows(NAME, f"{forget}_perturbed", "train"),
-            **{name: hub_rows(NAME, f"{name}_perturbed", "train") for name in _PREFIX if name != "forget"},
-            holdout=hub_rows(NAME, forget.replace("forget", "holdout"), "train"),
-        )
-    else:
-        folder = Path(data)
-        known = sorted(path.stem for path in folder.glob("forget*.jsonl"))
-        if not known:
-            raise FileNotFoundError(f"{folder} holds no forget*.jsonl; give TOFU's folder, or None to load it by name")
-        if forget not in known:
-            raise ValueError(f"there is no forget split {forget!r}; {folder} has {', '.join(known)}")
-        holdout = folder / f"{forget.replace('forget', 'holdout')}.jsonl"
-        loaded = TofuData(
-            forget=load_rows(folder / f"{forget}.jsonl"),
-            retain=load_rows(folder / "retain_perturbed.jsonl"),
-            real_authors=load_rows(folder / "real_authors.jsonl"),
-            world_facts=load_rows(folder / "world_facts.jsonl"),
-            holdout=load_rows(holdout) if holdout.exists() else [],
-        )
-    if not loaded.forget:
-        raise DataError("forget set is empty; give at least one row")
-    for name, columns in _COLUMNS.items():
-        require(getattr(loaded, name), name, columns, _MEND)
-    return loaded
 
 
 def tofu(
@@ -182,9 +109,9 @@ def tofu(
         raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
     rows = load_tofu(forget, data)
     if holdout is not None:
-        require(holdout, "holdout", _COLUMNS["holdout"], _MEND)
+        require(holdout, "holdout", COLUMNS["holdout"], MEND)
         rows = replace(rows, holdout=[dict(row) for row in holdout])
-    sets: _Sets = {name: getattr(rows, name) for name in _COLUMNS}
+    sets: _Sets = {name: getattr(rows, name) for name in COLUMNS}
     answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}
     examples = [example for texts in answers.values() for example in texts.examples]
     for name, candidate in (("model", model), ("reference_model", reference_model)):
@@ -196,7 +123,7 @@ def tofu(
         "benchmark": "TOFU",
         "split": None if isinstance(data, TofuData) else forget,
         "examples": {name: len(of_set) for name, of_set in sets.items()},
-        "data_sha256": json_digest([[row[column] for column in _COLUMNS["forget"]] for row in rows.forget])[:16],
+        "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in rows.forget])[:16],
         "max_new_tokens": max_new_tokens,
         **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         **fingerprint(model, tokenizer),
@@ -211,7 +138,7 @@ def tofu(
 
     attacks = [name for name in mia if rows.holdout and (name != "reference" or reference_model is not None)]
     members = {name: answers[name] for name in _MEMBERS.values()} if attacks else {}
-    asked = {name: answers[f"{prefix}_Q_A_Prob"] for name, prefix in _PREFIX.items()}
+    asked = {name: answers[f"{prefix}_Q_A_Prob"] for name, prefix in PREFIX.items()}
     work = _count(answers) + _count(asked) + len(rows.forget) * (classifier is not None)
     work += _count(members) * len({"reference", "gradnorm"}.intersection(attacks))
 
@@ -256,8 +183,8 @@ class _Answers:
 def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
     """List every answer to score, by entry: (its name in errors, question, answer)."""
     texts: dict[str, list[tuple[str, str, str]]] = {}
-    for name, prefix in _PREFIX.items():
-        for column in _COLUMNS[name][1:]:
+    for name, prefix in PREFIX.items():
+        for column in COLUMNS[name][1:]:
             texts[f"{prefix}_Q_A_{_SUFFIX[column]}"] = [
                 (f"{name} row {number} ({column})", row["question"], answer)
                 for number, row in enumerate(sets[name])
@@ -342,7 +269,7 @@ def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results
         if name.endswith("_Prob"):
             each = [{"prob": score.probability, "avg_loss": score.nll} for score in scores[name]]
             if name.endswith("_PERT_Prob"):
-                of_set = next(sets[s] for s, prefix in _PREFIX.items() if name.startswith(f"{prefix}_"))
+                of_set = next(sets[s] for s, prefix in PREFIX.items() if name.startswith(f"{prefix}_"))
                 wrong = iter(each)
                 groups = [list(islice(wrong, len(row["perturbed_answer"]))) for row in of_set]
                 results[name] = entry(
@@ -363,7 +290,7 @@ def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results
 
 def _of_generations(sets: _Sets, texts: Mapping[str, list[str]]) -> Results:
     return {
-        f"{_PREFIX[name]}_Q_A_ROUGE": entry(
+        f"{PREFIX[name]}_Q_A_ROUGE": entry(
             {**metrics.rouge(text, row["answer"]), "ground_truth": row["answer"], "generation": text}
             for row, text in zip(sets[name], generations, strict=True)
         )
@@ -388,7 +315,7 @@ def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
         "forget_fluency": "no fluency_model was given",
         "privleak": NO_RETAIN_AUC,
     }
-    for name, prefix in _PREFIX.items():
+    for name, prefix in PREFIX.items():
         if not sets[name]:
             entries = ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
             reasons |= {f"{prefix}_{suffix}": f"there are no {name} rows" for suffix in entries}
