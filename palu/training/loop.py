@@ -30,7 +30,7 @@ from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import prepare_datasets
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
 from palu.training.metrics import gather_metrics, sum_counts
-from palu.training.optimizer import make_optimizer
+from palu.training.optimizer import check_weight_decay, dither, make_optimizer
 from palu.training.trackers import tracking
 
 
@@ -108,6 +108,7 @@ def unlearn(
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
         check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision)
+        check_weight_decay(model, config)
         if config.merge_adapter and not is_peft(model):
             raise ValueError(
                 f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"
@@ -151,6 +152,7 @@ def unlearn(
         trained = training_copy(model, accelerator)
         optimizer = make_optimizer(trained.parameters(), config, accelerator)
         method, optimizer = accelerator.prepare(method_class(trained, ref_head, config), optimizer)
+        dither(optimizer, config.seed)
         parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
         loader = UnlearnDataLoader(
             data.forget,
