@@ -70,8 +70,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from palu import _build, ops, reference  # noqa: E402
+from palu import _build, eager, ops  # noqa: E402
 from palu.eager import acc_dtype  # noqa: E402
+from palu.ops import fused  # noqa: E402
 
 raw = torch.ops.palu
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
@@ -300,7 +301,7 @@ def prefix_mask(draw: Draw) -> Call:
     call = Call(
         "prefix_mask",
         lambda a: [ops.prefix_mask(**a)],
-        lambda a: [reference.prefix_mask(**a)],
+        lambda a: [eager.prefix_mask(**a)],
         {
             "labels": labels,
             "n": draw.one(-1, 0, 1, 2, 3, 1000, 2**63 - 1),
@@ -360,7 +361,7 @@ def topk_mse(draw: Draw) -> Call:
     call = Call(
         "topk_mse",
         lambda a: loss_and_gradients(ops.topk_mse, a, wanted, "create_graph" in a),
-        lambda a: loss_and_gradients(reference.topk_mse, in_double(a), wanted),
+        lambda a: loss_and_gradients(eager.topk_mse, in_double(a), wanted),
         arguments,
         error=256 * eps(acc_dtype(dtype)) * scale**2 * (1 + largest(arguments.get("grad"))),
     )
@@ -413,7 +414,7 @@ def linear_topk_mse(draw: Draw) -> Call:
     call = Call(
         "linear_topk_mse",
         lambda a: loss_and_gradients(ops.linear_topk_mse, a, wanted, "create_graph" in a),
-        lambda a: loss_and_gradients(reference.linear_topk_mse, in_double(a), wanted),
+        lambda a: loss_and_gradients(eager.linear_topk_mse, in_double(a), wanted),
         arguments,
         error=256 * eps(acc) * (scale**2 + scale * (1 + largest(grad)) * through),
     )
@@ -600,7 +601,7 @@ def scale_(draw: Draw) -> Call:
     factor = torch.tensor(draw.one(1.0, 0.0, -2.5), dtype=draw.one(torch.float32, torch.float64))
 
     def run(a: Arguments) -> list[Tensor]:
-        ops.scale_(**a)
+        fused.scale_(**a)
         return []
 
     call = Call(
