@@ -65,8 +65,8 @@ class Fingerprints:
         """The tokenised prompts to which the reference writes anchors, and where an answer ends."""
         if self._anchor_prompts is None or not self._anchor_prompts.prompts:
             return None
-        prompts, stop_ids, max_length = self._anchor_prompts
-        return digest([prompts, sorted(stop_ids), max_length, ANSWER_TOKENS])
+        asked = self._anchor_prompts
+        return digest([asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS])
 
     @cached_property
     def _weights(self) -> dict[str, str]:

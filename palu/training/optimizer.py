@@ -31,7 +31,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW for the parameters that require a gradient.
 
-    DeepSpeed keeps float32 copies of bfloat16 weights itself, so it gets torch's.
+    DeepSpeed is to keep float32 copies of bfloat16 weights itself, so it gets torch's (not tried: see docs/memory.md).
     """
     trained = [p for p in parameters if p.requires_grad]
     compensated = any(p.dtype == torch.bfloat16 for p in trained)
