@@ -23,7 +23,7 @@ from torch import Tensor
 
 from palu.config import KL_DIRECTIONS
 from palu.data.tokenize import ORDINARY
-from palu.models.head import Head
+from palu.models.head import Head, softcap_
 from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
 from palu.ops.library import check_tensors
@@ -121,7 +121,9 @@ class KLTerm:
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        ref_logits = F.linear(self.hidden[rows].to(self.head.weight.dtype), *self.head).to(logits.dtype)
+        ref_logits = self.head.product(self.hidden[rows]).to(logits.dtype)
+        if self.head.softcap is not None:
+            softcap_(ref_logits, self.head.softcap)
         return fused.kl_div_(logits, ref_logits, row_weight, self.reverse)
 
 
@@ -157,24 +159,36 @@ def fused_linear_losses(
     The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
     per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
 
+    A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so the onset rows
+    of a capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
+
     In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and
     rounded once at the end; each chunk's own product is rounded as torch's products are. Until the forward pass is
     over this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096], beside 1.05 GB.
 
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
-        head: weight [V, d] and bias [V] or None, same dtype as ``hidden`` (autocast is honoured).
+        head: weight [V, d] and bias [V] or None, same dtype as ``hidden`` (autocast is honoured); scale and cap.
         terms: what each row is judged by; their lengths add up to R.
         row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
-        chunk_bytes: bound on the logits held at once, those of the reference included.
+        chunk_bytes: bound on the logits held at once, those of the reference and a cap's slopes included.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
         impl: how the rows of a LocalTerm, which comes first, get their logits; see :func:`palu.ops.linear_topk_mse`.
 
     Returns:
         (total, losses): the scalar ``(row_weight * losses).sum()`` with gradient for hidden, weight
         and bias, and the losses [R] themselves, without gradient.
+
+    Raises:
+        ValueError: ``impl="gather"`` with a capped head.
     """
-    return _FusedLinearLosses.apply(hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl)
+    if head.softcap is not None:
+        if impl == "gather":
+            raise ValueError('impl = "gather" needs logits that are not capped; give "auto" or "dense"')
+        impl = "dense"
+    return _FusedLinearLosses.apply(
+        hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl, head.scale, head.softcap
+    )
 
 
 class _GradientSum:
@@ -220,6 +234,8 @@ class _GradientSum:
 class _FusedLinearLosses(torch.autograd.Function):
     # Per chunk, with G the weighted gradient of the losses for the logits Z = H W^T + b [r, V]:
     #   dH = G W,   dW += G^T H,   db += sum_r G_r.
+    # A scale s is in H and b from the start (Head.scaled), so dH and db are multiplied by it at the end. With a cap c
+    # the losses get c tanh(Z / c), and G is multiplied by 1 - tanh^2(Z / c) before the products.
     # LocalTerm comes first among the terms; where gathering is faster its rows skip the chunks.
 
     @staticmethod
@@ -233,12 +249,16 @@ class _FusedLinearLosses(torch.autograd.Function):
         chunk_bytes: int,
         weight_mean: Tensor | None,
         impl: str,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        ctx.factors = scale, 1.0, scale
         with torch.autocast(device, enabled=False):
-            h, w, b = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+            scaled = Head(weight, bias, scale).scaled
+            h, w, b = scaled(hidden).to(dtype), weight.to(dtype), scaled(bias).to(dtype) if bias is not None else None
             losses = row_weight.new_empty(len(h))
             need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
             grad_h = h.new_empty(h.shape) if need_hidden else None
@@ -250,22 +270,29 @@ class _FusedLinearLosses(torch.autograd.Function):
                 if use_gather(impl, onset, k, w.shape[0], device, beside_dense=len(h) > onset):
                     gathered = onset
 
-            chunks = list(_chunks(terms, gathered, chunk_bytes // (w.shape[0] * w.element_size())))
+            budget = chunk_bytes // (w.shape[0] * w.element_size())
+            caps = [softcap, *(term.head.softcap for term in terms if isinstance(term, KLTerm))]
+            if dtype != row_weight.dtype and any(caps):
+                budget -= -(-budget // 8)  # for softcap_'s float32
+            chunks = list(_chunks(terms, gathered, budget, copies=1 if softcap is None else 2))
             several = len(chunks) + (gathered > 0) > 1
             sum_w = _GradientSum(w, several) if need_weight else None
             sum_b = _GradientSum(b, several) if b is not None and need_bias else None
             for rows, parts in chunks:
                 logits = F.linear(h[rows], w, b)
+                slope = softcap_(logits, softcap, slope=True) if softcap is not None else None
                 for term, of_hidden, of_term in parts:
                     of_chunk = slice(of_hidden.start - rows.start, of_hidden.stop - rows.start)
                     losses[of_hidden] = term.loss_and_grad_(logits[of_chunk], row_weight[of_hidden], of_term)
+                if slope is not None:
+                    logits *= slope
                 if grad_h is not None:
                     torch.mm(logits, w, out=grad_h[rows])
                 if sum_w is not None:
                     sum_w.add_product(logits.t(), h[rows])
                 if sum_b is not None:
                     sum_b.buffer().add_(logits.sum(0))
-                del logits
+                del logits, slope
             if local is not None and gathered:
                 rows = slice(0, gathered)
                 if grad_h is not None:
@@ -294,25 +321,26 @@ class _FusedLinearLosses(torch.autograd.Function):
                 "the gradients of fused_linear_losses were already used: call it again for another backward pass"
             )
         grads, ctx.grads = ctx.grads, None
-        for i, dtype in enumerate(ctx.dtypes):
+        for i, (dtype, factor) in enumerate(zip(ctx.dtypes, ctx.factors, strict=True)):
             if grads[i] is not None:
-                fused.scale_(grads[i], grad_total)
+                fused.scale_(grads[i], grad_total if factor == 1 else grad_total * factor)
                 grads[i] = grads[i].to(dtype)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 7)
 
 
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
 
 
-def _chunks(terms: tuple[Term, ...], start: int, budget: int) -> Iterator[tuple[slice, list[Part]]]:
+def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1) -> Iterator[tuple[slice, list[Part]]]:
     """Yield rows of ``hidden`` from ``start`` on, and the parts of the terms that lie in them.
 
-    Chunks hold ``budget`` rows of logits at most (a row with reference logits counts twice), or one row.
+    Chunks hold ``budget`` rows of logits at most, or one row. A row counts ``copies`` times, and once more where it
+    has reference logits.
     """
     rows, cost, offset = start, 0, 0
     parts: list[Part] = []
     for term in terms:
-        price = 2 if isinstance(term, KLTerm) else 1
+        price = copies + isinstance(term, KLTerm)
         row = max(start - offset, 0)
         while row < len(term):
             take = min(len(term) - row, max((budget - cost) // price, 0 if parts else 1))

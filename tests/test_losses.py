@@ -16,11 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 import palu
 from palu import eager
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, _chunks, fused_linear_losses
-from palu.models.head import Head
+from palu.models.head import Head, softcap_
 from palu.ops import fused
 
 GOLDEN = Path(__file__).with_name("golden") / "published_loss.npz"
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
+HEADS = [
+    (0.0625, None),
+    (0.3, None),
+    (1.0, 3.0),
+    (0.3, 2.0),
+    (8.0, 30.0),
+]  # (scale, softcap); logits are near 3 * scale
 
 
 @pytest.fixture(params=["gather", "dense"])
@@ -245,10 +252,12 @@ class Case:
     terms: tuple[Term, ...]
     row_weight: Tensor
     impl: str = "auto"
+    scale: float = 1.0
+    softcap: float | None = None
 
     @property
     def head(self) -> Head:
-        return Head(self.weight, self.bias)
+        return Head(self.weight, self.bias, self.scale, self.softcap)
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -264,7 +273,7 @@ class Case:
             return t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
 
         def cast_head(head: Head) -> Head:
-            return Head(*(None if t is None else cast(t) for t in head))
+            return head._replace(weight=cast(head.weight), bias=None if head.bias is None else cast(head.bias))
 
         terms = tuple(
             replace(term, hidden=cast(term.hidden), head=cast_head(term.head)) if isinstance(term, KLTerm) else term
@@ -272,7 +281,9 @@ class Case:
         )
         head = cast_head(self.head)
         row_weight = self.row_weight.to(eager.acc_dtype(dtype))
-        return Case(cast(self.hidden), head.weight, head.bias, terms, row_weight, self.impl)
+        return replace(
+            self, hidden=cast(self.hidden), weight=head.weight, bias=head.bias, terms=terms, row_weight=row_weight
+        )
 
     def run(self, rows_per_chunk: int = 10**6, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """fused_linear_losses, forward and backward."""
@@ -302,14 +313,21 @@ def make(
     trainable: Sequence[bool] = (True, True, True),
     dtype: torch.dtype = torch.float64,
     impl: str = "auto",
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_scale: float = 1.0,
+    ref_softcap: float | None = None,
 ) -> Case:
-    """Random values; `rows` are those of each term, `trainable` speaks of hidden, weight and bias."""
+    """Random values; `rows` are those of each term, `trainable` speaks of hidden, weight and bias.
+
+    A capped head has no gathered rows.
+    """
 
     def values(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
     local, kl, retain = rows
-    ref_head = Head(values(vocab, hidden_size), values(vocab) if bias else None)
+    ref_head = Head(values(vocab, hidden_size), values(vocab) if bias else None, ref_scale, ref_softcap)
     # Not the reference's own: an index may name a logit twice.
     index = torch.randint(vocab, (local, top_k), device=device, dtype=torch.int32)
     terms = (
@@ -323,7 +341,9 @@ def make(
         values(vocab) if bias else None,
         terms,
         torch.rand(sum(rows), device=device, dtype=eager.acc_dtype(dtype)),
-        impl,
+        impl if softcap is None else "auto",
+        scale,
+        softcap,
     )
     for leaf, wanted in zip(case.leaves, trainable, strict=True):
         if leaf is not None:
@@ -331,16 +351,22 @@ def make(
     return case
 
 
+def textbook_logits(hidden: Tensor, head: Head) -> Tensor:
+    """As transformers forms them: each operation rounds to the dtype."""
+    logits = head.scale * F.linear(hidden, head.weight, head.bias)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
 def textbook_losses(case: Case) -> Tensor:
     """Losses [R] with all logits at once, by torch's own operations."""
     losses = []
     sizes = [len(term) for term in case.terms]
-    for logits, term in zip(F.linear(case.hidden, *case.head).split(sizes), case.terms, strict=True):
+    for logits, term in zip(textbook_logits(case.hidden, case.head).split(sizes), case.terms, strict=True):
         if isinstance(term, LocalTerm):
             losses.append(eager.topk_mse(logits, term.index, term.target))
         elif isinstance(term, KLTerm):
             log_p = logits.log_softmax(-1)
-            log_q = F.linear(term.hidden, *term.head).detach().log_softmax(-1)
+            log_q = textbook_logits(term.hidden, term.head).detach().log_softmax(-1)
             if term.reverse:
                 losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
             else:
@@ -388,8 +414,36 @@ def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int
         bias=rng.random() < 0.5,
         trainable=[True, rng.random() < 0.7, rng.random() < 0.7],
         impl=impl,
+        scale=rng.choice([1.0, 0.0625, 0.3]),
+        softcap=rng.choice([None, None, 2.0]),
+        ref_scale=rng.choice([1.0, 0.5]),
+        ref_softcap=rng.choice([None, 3.0]),
     )
     assert_equal_textbook(case, rows_per_chunk=rng.randint(1, 30), factor=rng.choice([1.0, 3.0]))
+
+
+@pytest.mark.parametrize(("scale", "softcap"), HEADS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 10**6])
+def test_scaled_and_capped_heads_equal_autograd(
+    device: torch.device, impl: str, scale: float, softcap: float | None, target: str | float, rows_per_chunk: int
+) -> None:
+    """All three terms; the reference's head has a scale and a cap of its own."""
+    for frozen in (False, True):
+        for bias in (False, True):
+            case = make(
+                device,
+                target=target,
+                reverse=frozen,
+                bias=bias,
+                trainable=(True, not frozen, not frozen),
+                impl=impl,
+                scale=scale,
+                softcap=softcap,
+                ref_scale=0.5,
+                ref_softcap=4.0,
+            )
+            assert_equal_textbook(case, rows_per_chunk, factor=3.0)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -444,9 +498,9 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
     rng = random.Random(trial)
     rows = [rng.choice([0, rng.randint(1, 12)]) for _ in range(3)]
     terms = make(torch.device("cpu"), rows).terms
-    start, budget = rng.choice([0, rows[0]]), rng.randint(0, 20)
+    start, budget, copies = rng.choice([0, rows[0]]), rng.randint(0, 20), rng.randint(1, 2)
     seen: list[tuple[Term, int, int]] = []
-    for chunk, parts in _chunks(terms, start, budget):
+    for chunk, parts in _chunks(terms, start, budget, copies=copies):
         assert chunk.start == parts[0][1].start
         assert chunk.stop == parts[-1][1].stop
         cost = 0
@@ -456,7 +510,7 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
                 range(of_term.start, of_term.stop),
             )
             seen += [(term, *pair) for pair in zip(hidden_rows, term_rows, strict=True)]
-            cost += len(term_rows) * (2 if isinstance(term, KLTerm) else 1)
+            cost += len(term_rows) * (copies + 1 if isinstance(term, KLTerm) else copies)
         assert cost <= budget or chunk.stop - chunk.start == 1
     every = [(term, row) for term in terms for row in range(len(term))]
     expected = [(term, number, row) for number, (term, row) in enumerate(every)][start:]
@@ -467,10 +521,30 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows_per_chunk", [1, 8, 10**6])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), *HEADS])
 def test_low_precision_loses_no_more_than_torch(
-    device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, reverse: bool
+    device: torch.device,
+    impl: str,
+    dtype: torch.dtype,
+    rows_per_chunk: int,
+    reverse: bool,
+    scale: float,
+    softcap: float | None,
 ) -> None:
-    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, reverse=reverse, dtype=dtype, impl=impl)
+    case = make(
+        device,
+        (20, 24, 28),
+        vocab=211,
+        hidden_size=16,
+        top_k=30,
+        reverse=reverse,
+        dtype=dtype,
+        impl=impl,
+        scale=scale,
+        softcap=softcap,
+        ref_scale=scale,
+        ref_softcap=softcap,
+    )
     truth, plain = case.to(torch.float64), case.to(dtype)
     results = case.run(rows_per_chunk), textbook(plain, rows_per_chunk), textbook(truth)
     gradients = [[leaf.grad for leaf in c.leaves if leaf is not None] for c in (case, plain, truth)]
@@ -484,6 +558,37 @@ def test_low_precision_loses_no_more_than_torch(
         # A little is allowed where torch is right by luck, as it is for a scalar.
         assert lost <= 1.5 * torch_lost + 4 * torch.finfo(dtype).eps * true.norm()
         assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "softcap"), HEADS)
+def test_logits_of_a_head_lose_no_more_than_torch(dtype: torch.dtype, scale: float, softcap: float | None) -> None:
+    hidden, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((64, 32), (300, 32), (300,)))
+    head = Head(weight, bias, scale, softcap)
+    truth = textbook_logits(hidden.double(), head._replace(weight=weight.double(), bias=bias.double()))
+    lost, torch_lost = ((z - truth).norm() for z in (head.logits(hidden), textbook_logits(hidden, head)))
+    assert head.logits(hidden).dtype == torch.float32
+    assert lost <= 1.1 * torch_lost
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (3, 5), (17, 33)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_cap_and_its_slope_are_rounded_once(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    logits = 60 * torch.randn(shape, dtype=dtype)
+    t = (logits.double() / 30).tanh()
+    slope = softcap_(logits, 30.0, slope=True)
+    assert slope is not None
+    assert slope.shape == logits.shape
+    exact = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(eager.acc_dtype(dtype)).eps
+    assert ((logits - 30 * t).abs() <= exact * (30 * t).abs()).all()
+    # 1 - t^2 itself cancels near the cap, in float32 as in torch's own.
+    assert ((slope - (1 - t * t)).abs() <= exact * (1 - t * t) + 4 * torch.finfo(eager.acc_dtype(dtype)).eps).all()
+
+
+def test_gathering_is_refused_for_a_capped_head(device: torch.device) -> None:
+    case = replace(make(device, softcap=2.0), impl="gather")
+    with pytest.raises(ValueError, match=r'^impl = "gather" needs logits that are not capped; give "auto" or "dense"$'):
+        case.run()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -622,7 +727,7 @@ def test_inputs_in_any_layout(device: torch.device, impl: str) -> None:
 
 def test_inputs_are_left_as_they_were(device: torch.device, impl: str) -> None:
     case = make(device, impl=impl)
-    tensors = [*case.leaves, case.row_weight, case.terms[0].index, *case.terms[1].head, case.terms[1].hidden]
+    tensors = [*case.leaves, case.row_weight, case.terms[0].index, *case.terms[1].head[:2], case.terms[1].hidden]
     before = [t.detach().clone() for t in tensors]
     case.run(rows_per_chunk=4, factor=2.0)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
@@ -703,6 +808,32 @@ def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse
     assert gradients + row < peak < gradients + 2 * chunk + 2**18
     whole = peak_bytes(device, functools.partial(case.run))
     assert whole > gradients + 512 * row > gradients + 2 * chunk + 2**18, "the bound would hold without chunks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(0, 0, 512), (512, 0, 0), (0, 512, 0)], ids=["retain", "local", "kl"])
+def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
+    device: torch.device, dtype: torch.dtype, rows: tuple[int, int, int]
+) -> None:
+    """Slopes and float32 values count, so that it holds no more than a head without a cap."""
+    peaks = []
+    for softcap in (None, 2.0):
+        case = make(
+            device,
+            rows,
+            vocab=4096,
+            hidden_size=16,
+            dtype=dtype,
+            bias=False,
+            trainable=(True, False, False),
+            impl="dense",
+            softcap=softcap,
+            ref_softcap=softcap,
+        )
+        case.run()
+        case.hidden.grad = None
+        peaks.append(peak_bytes(device, functools.partial(case.run, 64)))
+    assert 32 * case.row_bytes() < peaks[1] <= peaks[0] + 2**14, peaks
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 10**6])

@@ -96,7 +96,7 @@ def token_scores(
             items = [_item(examples[i]) for i in group]
             hidden, labels = _answer_states(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
-            table = torch.cat([_score_rows(F.linear(h, *head), y, marginal) for h, y in chunks], dim=1).cpu()
+            table = torch.cat([_score_rows(head.logits(h), y, marginal) for h, y in chunks], dim=1).cpu()
             for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
                 if not bool(part[0].isfinite().all()):
                     raise ValueError(
@@ -132,7 +132,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
         with use_packed_attention(model):
             for example in examples:
                 hidden, labels = _answer_states(model, [_item(example)])
-                loss = F.cross_entropy(F.linear(hidden[:-1], *head_of(model)).float(), labels[:-1])
+                loss = F.cross_entropy(head_of(model).logits(hidden[:-1]).float(), labels[:-1])
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 each = [g.float().norm() for g in gradients if g is not None]
                 norms.append(float(torch.stack(each).norm()))

@@ -57,7 +57,7 @@ class Method(nn.Module):
     """A method of unlearning: which rows it looks at, what it wants of the reference, and its loss.
 
     Args:
-        model: a causal language model whose logits are ``output_embeddings(body(...))``.
+        model: a causal language model whose logits are ``head_of(model).logits(body(...))``.
         ref_head: the frozen reference's head (the model's own where that is frozen), if ``needs_ref_head``, else None.
         config: the settings; ``stop_probability`` decides whether probabilities are computed.
     """

@@ -31,7 +31,7 @@ from palu.data.packing import Batch, Item, answer_items, forget_items, pair_item
 from palu.data.tokenize import Example
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
-from palu.models.head import Head, map_logits, nll, to_acc_dtype
+from palu.models.head import Head, map_logits, nll
 from palu.models.lora import CausalLM
 
 
@@ -50,7 +50,7 @@ class Baseline(Method):
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, [forget, retain])."""
         answers = len(batch.item)
-        forget = self.forget_loss(to_acc_dtype(F.linear(hidden[:answers], *head)), batch, shares)
+        forget = self.forget_loss(head.logits(hidden[:answers]), batch, shares)
         retained, _ = fused_linear_losses(
             hidden[answers:],
             head,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from palu.config import UnlearnConfig
@@ -14,7 +13,7 @@ from palu.data.packing import Batch, Item, forget_items
 from palu.data.tokenize import Example
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
-from palu.models.head import Head, head_of, rows_per_chunk, to_acc_dtype
+from palu.models.head import Head, head_of, rows_per_chunk
 from palu.models.lora import CausalLM
 from palu.ops import topk_mse, weight_mean
 
@@ -39,7 +38,8 @@ class PaluMethod(Method):
     def __init__(self, model: CausalLM, ref_head: Head, config: UnlearnConfig):
         super().__init__(model, ref_head, config)
         head = head_of(model)
-        self.weight_mean = None if head.weight.requires_grad else weight_mean(head.weight)
+        needed = not head.weight.requires_grad and head.softcap is None
+        self.weight_mean = weight_mean(head.weight) if needed else None
 
     @staticmethod
     def make_items(
@@ -55,9 +55,7 @@ class PaluMethod(Method):
         rows = rows_per_chunk(ref_head, config.chunk_bytes)
 
         def reference_fields(states: RefRows) -> dict[str, Tensor]:
-            chunks = [
-                _highest(to_acc_dtype(F.linear(chunk, *ref_head)), k, config) for chunk in states.targets.split(rows)
-            ]
+            chunks = [_highest(ref_head.logits(chunk), k, config) for chunk in states.targets.split(rows)]
             index, scale = map(torch.cat, zip(*chunks, strict=True))
             return {"index": index, "scale": scale, "hidden": states.others}
 

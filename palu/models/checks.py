@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
@@ -117,46 +116,35 @@ def check_sets(
                 )
 
 
-# Fields of transformers' configurations by which a model changes what its output layer gives (MiniCPM3 and Inkling:
-# what it is given), and the value that changes nothing. Found in the modeling files of transformers 5.24.
-HEAD_FIELDS = {
-    "final_logit_softcapping": None,  # Gemma 2, 3, 3n and 4, VaultGemma, NanoChat, Beam, Inkling 2
-    "logits_soft_cap": None,  # RecurrentGemma
-    "output_logit_soft_cap": None,  # xLSTM
-    "logit_scale": 1,  # Cohere
-    "logits_scaling": 1,  # Granite, MiniCPM3, HyperCLOVA X
-    "lm_head_multiplier": 1,  # Falcon-H1
-    "logits_mup_width_multiplier": 1,  # Inkling
-}
-
-
 @torch.no_grad()
 def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
-    """Raise ValueError where logits are not ``hidden @ weight.T + bias`` (scaled or soft-capped heads).
+    """Raise ValueError where a model's logits are not those that :func:`palu.models.head.head_of` leads to.
 
-    The configuration's own fields come first: at small logits a cap changes next to nothing, and training makes them
-    grow. What they do not tell, a pass over a few tokens does, within the dtype's error.
+    A pass over a few tokens tells, within the dtype's error. At small logits a cap changes next to nothing, and
+    training makes them grow; so in a second pass they are enlarged to 1000, beyond any cap.
     """
-    base = base_of(model)
-    config = base.config.get_text_config()
-    for field, neutral in HEAD_FIELDS.items():
-        value = getattr(config, field, None)
-        if value is not None and value != neutral:
-            raise ValueError(
-                f"the logits of {type(base).__name__} are scaled or capped ({field} = {value!r} in its configuration), "
-                "so losses from hidden states would be wrong; PALU supports Llama-style heads"
-            )
+    base, head = base_of(model), head_of(model)
+    layer = base.get_output_embeddings()
     ids = input_ids[None, :8].to(base.device)
-    with eval_mode(base):  # dropout would draw differently in the two passes
-        logits = base(input_ids=ids, use_cache=False).logits.float()
-        linear = F.linear(body_of(base)(input_ids=ids, use_cache=False).last_hidden_state, *head_of(base)).float()
-    # Both passes are the same computation up to the hidden states. NaN weights pass: the first step reports them.
+    # Both are the same computation up to the hidden states. NaN weights pass: the first step reports them.
     tolerance = _tolerance(base.dtype, base.device) / 4
-    if logits.shape != linear.shape or (logits - linear).norm() > tolerance * linear.norm():
-        raise ValueError(
-            f"the logits of {type(base).__name__} are not its output layer applied to its last hidden states "
-            "(they are scaled or capped), so losses from hidden states would be wrong; PALU supports Llama-style heads"
-        )
+    with eval_mode(base):  # dropout would draw differently in the two passes
+        hidden = body_of(base)(input_ids=ids, use_cache=False).last_hidden_state
+        largest = float(head.product(hidden).abs().max())
+        for factor in (1.0, 1000 / largest if largest > 0 else 1.0):
+            enlarge = layer.register_forward_hook(lambda module, given, output, by=factor: output * by)
+            try:
+                theirs = base(input_ids=ids, use_cache=False).logits.float()
+            finally:
+                enlarge.remove()
+            ours = head._replace(scale=factor * head.scale).logits(hidden).float()
+            if theirs.shape != ours.shape or (theirs - ours).norm() > tolerance * ours.norm():
+                raise ValueError(
+                    f"the logits of {type(base).__name__} are not its output layer applied to its last hidden states, "
+                    f"scaled by {head.scale:g} and {f'capped at {head.softcap:g}' if head.softcap else 'not capped'} "
+                    "as its configuration says, so losses from hidden states would be wrong; load a model of a kind "
+                    "that docs/models.md lists as supported"
+                )
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:

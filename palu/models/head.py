@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,71 @@ from torch import Tensor, nn
 from palu.eager import acc_dtype
 from palu.models.lora import CausalLM, base_of
 
+# Fields of transformers' text configurations by which a model changes what its output layer gives (MiniCPM3 and
+# Inkling: what it is given, which without a bias is the same). Scales come before a cap. Found in the modeling files
+# of transformers 5.24.
+HEAD_FIELDS: dict[str, Literal["cap", "multiply", "divide"]] = {
+    "final_logit_softcapping": "cap",  # Gemma 2, 3, 3n and 4, VaultGemma, NanoChat, Beam, Inkling 2, Muse
+    "logits_soft_cap": "cap",  # RecurrentGemma
+    "output_logit_soft_cap": "cap",  # xLSTM
+    "logit_scale": "multiply",  # Cohere
+    "lm_head_multiplier": "multiply",  # Falcon-H1
+    "output_multiplier": "multiply",  # Muse
+    "logits_scaling": "divide",  # Granite, MiniCPM3
+    "logits_mup_width_multiplier": "divide",  # Inkling
+}
+_MULTIPLIES_BY_LOGITS_SCALING = "hyperclovax"  # a model type: Granite's field, used the other way round
+
 
 class Head(NamedTuple):
-    """A linear output layer: logits = hidden @ weight.T + bias."""
+    """An output layer: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the cap.
+
+    The scale is multiplied into hidden states and bias. So the mean over the vocabulary stays linear in them, and what
+    takes the scaled ones need not know of it. A power of two, as most models have, is exact. Any other rounds each
+    hidden state once more, in bfloat16 by up to 2^-8 of it. These errors are independent of each other, and come in a
+    logit to what rounding that logit does, which scaling the logits instead would do.
+    """
 
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Multiply hidden states or the bias by the scale."""
+        return values if self.scale == 1 else values * self.scale
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Compute the scaled logits before the cap [..., V] from hidden states [..., d], in the weight's dtype."""
+        bias = None if self.bias is None else self.scaled(self.bias)
+        return F.linear(self.scaled(hidden).to(self.weight.dtype), self.weight, bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits [..., V] from last hidden states [..., d], with gradient: float32, of float64 float64."""
+        logits = to_acc_dtype(self.product(hidden))
+        if self.softcap is None:
+            return logits
+        logits = logits / self.softcap
+        return logits.tanh_() * self.softcap
+
+
+def softcap_(logits: Tensor, softcap: float, *, slope: bool = False) -> Tensor | None:
+    """Cap contiguous logits in place: softcap * tanh(logits / softcap); return the slope 1 - tanh^2 if it is asked for.
+
+    In bfloat16 and float16 both are computed in float32, a sixteenth of the logits at a time, and rounded once. From
+    rounded logits the slope would be wrong: in bfloat16 by up to 2 % at 0.9 of the cap, and by all of it near the cap.
+    Rounded itself it is right to 0.4 %, as the gradient is that it is multiplied by.
+    """
+    flat = logits.view(-1)
+    size = max(len(flat) if logits.dtype == acc_dtype(logits.dtype) else -(-len(flat) // 16), 1)
+    slopes = torch.empty_like(flat) if slope else None
+    for start in range(0, len(flat), size):
+        part = slice(start, start + size)
+        t = to_acc_dtype(flat[part]).div_(softcap).tanh_()
+        if slopes is not None:
+            torch.addcmul(t.new_ones(()), t, t, value=-1, out=slopes[part])
+        torch.mul(t, softcap, out=flat[part])
+    return None if slopes is None else slopes.view_as(logits)
 
 
 def body_of(model: CausalLM) -> nn.Module:
@@ -26,14 +87,36 @@ def body_of(model: CausalLM) -> nn.Module:
 
 
 def head_of(model: CausalLM) -> Head:
-    """Return the output layer's weight [V, d] and bias."""
-    layer = base_of(model).get_output_embeddings()
-    return Head(layer.weight, getattr(layer, "bias", None))
+    """Return the output layer's weight [V, d] and bias, with the scale and the cap of the model's configuration.
+
+    Raises ValueError where a field of HEAD_FIELDS is no positive number.
+    """
+    base = base_of(model)
+    config: Any = base.config.get_text_config()
+    scale, softcap = 1.0, None
+    for field, use in HEAD_FIELDS.items():
+        value = getattr(config, field, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+            raise ValueError(
+                f"{field} = {value!r} in the configuration of {type(base).__name__}: palu reads it as what the logits "
+                "are scaled by or capped at, and knows positive numbers only"
+            )
+        if use == "cap":
+            softcap = float(value)
+        elif use == "multiply" or (field == "logits_scaling" and config.model_type == _MULTIPLIES_BY_LOGITS_SCALING):
+            scale *= float(value)
+        else:
+            scale /= float(value)
+    layer = base.get_output_embeddings()
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
 def rows_per_chunk(head: Head, chunk_bytes: int) -> int:
-    """Return how many rows of float32 logits fit into ``chunk_bytes``; at least one."""
-    return max(chunk_bytes // (head.weight.shape[0] * 4), 1)
+    """Return how many rows of float32 logits (while they are capped, two of each) fit into it; at least one."""
+    copies = 1 if head.softcap is None else 2
+    return max(chunk_bytes // (head.weight.shape[0] * 4 * copies), 1)
 
 
 @torch.no_grad()
@@ -43,7 +126,7 @@ def map_logits(
     """Apply a function of logits [r, V] and labels [r] to chunks of the rows with hidden states [R, d]: [R]."""
     rows = rows_per_chunk(head, chunk_bytes)
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
-    return torch.cat([function(to_acc_dtype(F.linear(h, *head)), label) for h, label in chunks])
+    return torch.cat([function(head.logits(h), label) for h, label in chunks])
 
 
 def to_acc_dtype(logits: Tensor) -> Tensor:

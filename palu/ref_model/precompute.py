@@ -93,12 +93,12 @@ def precompute_reference(
 
 def _frozen_head(ref_model: CausalLM, own: bool, accelerator: Accelerator) -> Head:
     """Return the reference's head, copied only where training will change it or mixed precision casts it."""
-    weight, bias = head_of(ref_model)
-    will_change = own and weight.requires_grad
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else weight.dtype
-    return Head(
-        weight.detach().to(accelerator.device, dtype, copy=will_change),
-        None if bias is None else bias.detach().to(accelerator.device, dtype, copy=will_change),
+    head = head_of(ref_model)
+    will_change = own and head.weight.requires_grad
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else head.weight.dtype
+    return head._replace(
+        weight=head.weight.detach().to(accelerator.device, dtype, copy=will_change),
+        bias=None if head.bias is None else head.bias.detach().to(accelerator.device, dtype, copy=will_change),
     )
 
 

@@ -17,7 +17,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, Ll
 
 import palu
 from palu.config import UnlearnConfig
-from palu.models.checks import HEAD_FIELDS, check_linear_head, check_models
+from palu.models.checks import check_linear_head, check_models
+from palu.models.head import HEAD_FIELDS
 from palu.models.lora import UnsupportedModelError
 
 POSITIVE = "give a positive integer"
@@ -195,24 +196,11 @@ class SoftCapped(LlamaForCausalLM):
         return output
 
 
-SCALED = (
-    "the logits of {} are not its output layer applied to its last hidden states "
-    "(they are scaled or capped), so losses from hidden states would be wrong; "
-    "PALU supports Llama-style heads"
+NOT_THE_HEAD = (
+    "the logits of {} are not its output layer applied to its last hidden states, scaled by {} and {} as its "
+    "configuration says, so losses from hidden states would be wrong; load a model of a kind that docs/models.md lists "
+    "as supported"
 )
-
-
-GRANITE = (
-    "the logits of GraniteForCausalLM are scaled or capped (logits_scaling = {} in its configuration), "
-    "so losses from hidden states would be wrong; PALU supports Llama-style heads"
-)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("scaling", [8.0, 0.5, 1.1])
-def test_a_head_whose_logits_are_scaled(scaling: float, training: bool) -> None:
-    model = granite(logits_scaling=scaling).train(training)
-    assert_refused(model, ValueError, GRANITE.format(scaling))
 
 
 class Scaled(LlamaForCausalLM):
@@ -231,7 +219,7 @@ def test_a_factor_beyond_the_error_of_the_dtype(dtype: torch.dtype, factor: floa
     model = Scaled(tiny_llama().config).to(dtype)
     check_linear_head(model, torch.arange(20))
     model.factor = factor
-    assert_refused(model, ValueError, SCALED.format("Scaled"))
+    assert_refused(model, ValueError, NOT_THE_HEAD.format("Scaled", 1, "not capped"))
 
 
 def test_the_parts_of_a_model_keep_their_modes() -> None:
@@ -242,14 +230,13 @@ def test_the_parts_of_a_model_keep_their_modes() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-def test_a_head_whose_logits_are_capped() -> None:
-    assert_refused(SoftCapped(tiny_llama().config), ValueError, SCALED.format("SoftCapped"))
-
-
-def test_a_reference_whose_logits_are_scaled() -> None:
-    """Its head is applied to its hidden states as well."""
-    model, ref_model = granite(logits_scaling=1.0), granite(logits_scaling=8.0)
-    assert_refused(model, ValueError, GRANITE.format(8.0), ref_model=ref_model)
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_cap_that_no_configuration_tells(size: float) -> None:
+    """Also where the logits are too small to show it: 1e-3 of them, and the cap changes 1e-7 of that."""
+    model = SoftCapped(tiny_llama().config)
+    with torch.no_grad():
+        model.model.norm.weight *= size
+    assert_refused(model, ValueError, NOT_THE_HEAD.format("SoftCapped", 1, "not capped"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -264,15 +251,34 @@ def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
     check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)
 
 
+@pytest.mark.parametrize("scaling", [8.0, 6.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scaled_heads_pass(scaling: float, dtype: torch.dtype) -> None:
+    check_linear_head(granite(logits_scaling=scaling).to(dtype), torch.arange(20))
+
+
 @pytest.mark.parametrize("field", HEAD_FIELDS)
-def test_a_head_is_known_by_its_configuration(field: str) -> None:
-    """Also where the logits are too small to show it."""
+def test_a_field_that_the_model_does_not_read(field: str) -> None:
+    """Gemma 3 with images has a cap in its configuration, and does not apply it."""
     model = tiny_llama()
-    ids = torch.arange(20)
-    neutral: Any = HEAD_FIELDS[field]
-    for value in {None, neutral}:
+    with torch.no_grad():
+        model.model.norm.weight *= 1e-3  # too small to show a cap of 30
+    for value in (None, *([1] if HEAD_FIELDS[field] != "cap" else [])):
         setattr(model.config, field, value)
-        check_linear_head(model, ids)
-    setattr(model.config, field, 30.0)
-    with pytest.raises(ValueError, match=rf"LlamaForCausalLM are scaled or capped \({field} = 30.0 in its config"):
-        check_linear_head(model, ids)
+        check_linear_head(model, torch.arange(20))
+    setattr(model.config, field, 32.0)
+    scale = {"cap": "1", "multiply": "32", "divide": "0.03125"}[HEAD_FIELDS[field]]
+    cap = "capped at 32" if HEAD_FIELDS[field] == "cap" else "not capped"
+    assert_refused(model, ValueError, NOT_THE_HEAD.format("LlamaForCausalLM", scale, cap))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "inv_sqrt_d_model", True, NAN, INF])
+def test_a_field_that_is_no_positive_number(value: Any) -> None:
+    """MPT's `logit_scale` may be a name."""
+    model = tiny_llama()
+    model.config.logit_scale = value
+    message = (
+        f"logit_scale = {value!r} in the configuration of LlamaForCausalLM: palu reads it as what the logits are "
+        "scaled by or capped at, and knows positive numbers only"
+    )
+    assert_refused(model, ValueError, message)

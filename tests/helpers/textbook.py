@@ -1,0 +1,148 @@
+"""PALU as a plain loop: a pass for each example, full logits of both models, torch's own operations; nothing of palu's.
+
+What ``palu.unlearn`` does in packed rows, from hidden states and in chunks must come to the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import Row
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+import palu
+
+GAMMA, LAMBDA_KL, LAMBDA_RETAIN, MAX_GRAD_NORM = 1.3, 0.7, 0.5, 1.0
+STEPS, LEARNING_RATE, N, TOP_K = 10, 1e-3, 2, 5
+
+
+class Doubled(TorchFunctionMode):
+    """Within the block nothing asks for float32 and gets it: models of float64 that round on the way do not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {name: torch.float64 if a is torch.float32 else a for name, a in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def train(
+    model: PreTrainedModel,
+    forget: list[Row],
+    retain: list[Row],
+    *,
+    kl_direction: str,
+    ref_model: PreTrainedModel | None = None,
+) -> list[dict[str, float]]:
+    """Take steps of AdamW in place, each on all examples; return each step's figures as `palu.unlearn` names them.
+
+    The loss is that of docs/maths.md, with the global mean as the target, normalised: GAMMA * local + ...
+    """
+    reference = copy.deepcopy(model) if ref_model is None else ref_model
+    reference.requires_grad_(False).eval()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    history = []
+    for _ in range(STEPS):
+        local, kl, kept = [], [], []
+        highest = 0.0
+        for row in forget:
+            z, ref = logits(model, row), logits(reference, row)
+            place = 0  # in a span, from 1
+            for t, label in enumerate(row["labels"]):
+                place = place + 1 if label >= 0 else 0
+                if 0 < place <= N:
+                    local.append(flatness(z[t - 1], ref[t - 1]) / flatness(ref[t - 1], ref[t - 1]))
+                    highest = max(highest, float(z[t - 1].softmax(0)[label]))
+                elif label == -200:
+                    p, q = z[t - 1].log_softmax(0), ref[t - 1].log_softmax(0)
+                    first, second = (q, p) if kl_direction == "forward" else (p, q)
+                    kl.append((first.exp() * (first - second)).sum())
+        for row in retain:
+            answer = torch.tensor(row["labels"])[1:]
+            kept += F.cross_entropy(logits(model, row)[:-1], answer, reduction="none")[answer >= 0].unbind()
+        means = {name: torch.stack(x).mean() for name, x in (("local", local), ("kl", kl), ("retain", kept))}
+        loss = GAMMA * means["local"] + LAMBDA_KL * means["kl"] + LAMBDA_RETAIN * means["retain"]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        figures = {"loss": loss, "grad_norm": norm, **means}
+        history.append({name: float(x.detach()) for name, x in figures.items()} | {"onset_probability": highest})
+    return history
+
+
+def logits(model: PreTrainedModel, row: Row) -> Tensor:
+    """Compute the model's own logits [T, V] of one example alone."""
+    return model(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0]
+
+
+def flatness(z: Tensor, ref: Tensor) -> Tensor:
+    """Compute the local entropy loss of one position, from logits [V]."""
+    return (z[ref.topk(TOP_K).indices] - z.mean()).square().mean()
+
+
+def rows(vocab: int, *, sensitive: bool) -> list[Row]:
+    """A prompt of 4 tokens, then an answer; of a forget set, with ordinary and sensitive tokens."""
+    rng = random.Random(vocab + sensitive)
+    made = []
+    for length in (14, 19, 16, 12):
+        ids = [rng.randrange(vocab) for _ in range(length)]
+        labels = [-100] * 4 + [
+            i if not sensitive or t == 0 or (t > 1 and rng.random() < 0.5) else -200 for t, i in enumerate(ids[4:])
+        ]
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def assert_unlearn_equals(
+    model: PreTrainedModel,
+    *,
+    tolerance: float,
+    ref_model: PreTrainedModel | None = None,
+    kl_direction: str = "reverse",
+    **settings: Any,
+) -> None:
+    """Assert that ``palu.unlearn`` and :func:`train` take a model to the same weights, and report the same figures.
+
+    Args:
+        tolerance: of the difference, relative to how far all weights have moved.
+        settings: for ``palu.unlearn`` alone.
+    """
+    vocab = model.get_output_embeddings().weight.shape[0]
+    forget, retain = rows(vocab, sensitive=True), rows(vocab, sensitive=False)
+    before, expected = flat(model), copy.deepcopy(model)
+    # Two micro-batches a step, which hold all examples, in an order that palu draws.
+    history = palu.unlearn(
+        model,
+        ref_model,
+        forget,
+        retain,
+        **{"epochs": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": LEARNING_RATE}
+        | {"n": N, "top_k": TOP_K, "kl_direction": kl_direction, "max_grad_norm": MAX_GRAD_NORM, "anchors": 0}
+        | {"gamma": GAMMA, "lambda_kl": LAMBDA_KL, "lambda_retain": LAMBDA_RETAIN}
+        | {"stop_probability": 1e-9, "progress": False}
+        | settings,
+    ).history
+    figures = train(expected, forget, retain, kl_direction=kl_direction, ref_model=ref_model)
+    moved = (flat(expected) - before).norm()
+    assert (flat(model) - flat(expected)).norm() <= tolerance * moved
+    assert moved >= 0.3 * LEARNING_RATE * STEPS * len(before) ** 0.5
+    assert len(history) == STEPS
+    for record, step in zip(history, figures, strict=True):
+        # The history is float32; a KL that starts at 0 is noise.
+        assert {name: record[name] for name in step} == pytest.approx(step, rel=max(tolerance, 2e-6), abs=1e-6)
+
+
+def flat(model: PreTrainedModel) -> Tensor:
+    """All parameters that are trained, one after the other."""
+    return torch.cat([p.detach().double().flatten() for p in model.parameters() if p.requires_grad])

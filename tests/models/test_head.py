@@ -1,0 +1,224 @@
+"""Heads whose logits are scaled or capped: palu's logits, losses, runs and scores are those of the model itself."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from helpers import textbook
+from helpers.runs import unlearn
+from helpers.tiny import VOCAB
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from palu.config import OBJECTIVES
+from palu.data.examples import load_retain
+from palu.evaluate.scores import gradient_norms, token_scores
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
+from palu.models.checks import check_linear_head
+from palu.models.head import Head, body_of, head_of
+from palu.models.lora import CausalLM
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
+SIZES |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+MINICPM = {"num_key_value_heads": 4, "dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8}
+MINICPM |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+
+class Kind(NamedTuple):
+    """A model, and what its head does."""
+
+    config: str  # transformers' class
+    settings: dict[str, Any]
+    scale: float
+    softcap: float | None
+
+    def build(self, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**SIZES | self.settings | changes)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        return model.to(dtype)
+
+
+GEMMA2 = Kind("Gemma2Config", {"final_logit_softcapping": 3.0, "tie_word_embeddings": False}, 1, 3)
+GEMMA3 = Kind("Gemma3TextConfig", {"final_logit_softcapping": 20.0}, 1, 20)
+GRANITE = Kind("GraniteConfig", {"logits_scaling": 6.0}, 1 / 6, None)
+COHERE = Kind("CohereConfig", {"logit_scale": 0.0625}, 0.0625, None)
+TRAINED = [GEMMA2, GEMMA3, GRANITE, COHERE]
+KINDS = [
+    *TRAINED,
+    Kind("Gemma2Config", {"final_logit_softcapping": None}, 1, None),
+    Kind("GraniteConfig", {"logits_scaling": 8.0}, 0.125, None),
+    Kind("Cohere2Config", {"logit_scale": 0.8333}, 0.8333, None),
+    Kind("HyperCLOVAXConfig", {"logits_scaling": 0.25}, 0.25, None),  # the field of Granite, the other way round
+    Kind("MiniCPM3Config", MINICPM, 0.25, None),
+    Kind("NanoChatConfig", {"final_logit_softcapping": 15.0}, 1, 15),
+    Kind("VaultGemmaConfig", {"final_logit_softcapping": 30.0}, 1, 30),
+    Kind("RecurrentGemmaConfig", {"logits_soft_cap": 5.0, "lru_width": 32}, 1, 5),
+    Kind("FalconH1Config", MAMBA | {"lm_head_multiplier": 0.4}, 0.4, None),
+]
+
+
+def name(kind: Kind) -> str:
+    return f"{kind.config}, {kind.scale:.3g}, {kind.softcap}"
+
+
+@contextmanager
+def last_hidden_states(model: PreTrainedModel, states: Tensor) -> Iterator[None]:
+    """Within the block the model's body gives these, whatever it is asked; the head stays the model's own."""
+
+    def replace(module: Any, given: Any, output: Any) -> Any:
+        output.last_hidden_state = states
+        return output
+
+    hook = body_of(model).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def own_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The logits [R, V] that the model's own code forms of hidden states [R, d]."""
+    with last_hidden_states(model, states[None]):
+        return model(input_ids=torch.zeros(1, len(states), dtype=torch.int64), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_the_head_is_read_from_the_configuration(kind: Kind) -> None:
+    model = kind.build()
+    head = head_of(model)
+    assert head.scale == pytest.approx(kind.scale, rel=1e-12)
+    assert head.softcap == kind.softcap
+    states = torch.randn(20, 32, dtype=torch.float64, requires_grad=True)
+    ours, theirs = head.logits(states), own_logits(model, states)
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    slopes = [torch.autograd.grad(z.square().sum(), (states, head.weight)) for z in (ours, theirs)]
+    assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(*slopes, strict=True))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_linear_head(kind.build(dtype), torch.arange(20))
+
+
+@pytest.mark.parametrize("kind", TRAINED, ids=name)
+@pytest.mark.parametrize("target", ["global_mean", "global_mean_detached", "local_mean", 0.5])
+def test_losses_equal_autograd_through_the_model(kind: Kind, target: str | float) -> None:
+    model = kind.build()
+    weight = head_of(model).weight
+    ref_head = Head(torch.randn_like(weight), None, 0.7, 4.0)
+    index, labels = torch.randint(VOCAB, (5, 6)), torch.randint(VOCAB, (7,))
+    ref_states, row_weight = torch.randn(6, 32, dtype=torch.float64), torch.rand(18, dtype=torch.float64)
+    states = torch.randn(18, 32, dtype=torch.float64, requires_grad=True)
+
+    local, kl, retain = own_logits(model, states).split([5, 6, 7])
+    kept = local.gather(1, index)
+    mean = {"local_mean": kept.mean(1), "global_mean": local.mean(1), "global_mean_detached": local.mean(1).detach()}
+    c = mean.get(str(target), torch.full((5,), 0.5, dtype=torch.float64))
+    p, q = kl.log_softmax(1), (4 * torch.tanh(0.7 * ref_states @ ref_head.weight.T / 4)).log_softmax(1)
+    losses = [
+        (kept - c[:, None]).square().mean(1),
+        (p.exp() * (p - q)).sum(1),
+        F.cross_entropy(retain, labels, reduction="none"),
+    ]
+    expected = (row_weight * torch.cat(losses)).sum()
+    gradients = torch.autograd.grad(expected, (states, weight))
+
+    terms = LocalTerm(index, target), KLTerm(ref_states, ref_head, reverse=True), CrossEntropyTerm(labels)
+    for rows_per_chunk, trainable in itertools.product((1, 4, 10**6), (True, False)):
+        weight.requires_grad_(trainable)
+        leaves = (states, weight) if trainable else (states,)
+        total, _ = fused_linear_losses(
+            states, head_of(model), terms, row_weight, chunk_bytes=rows_per_chunk * VOCAB * 8
+        )
+        assert total.item() == pytest.approx(expected.item(), rel=1e-9)
+        for ours, theirs in zip(torch.autograd.grad(total, leaves), gradients, strict=False):
+            assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs; test_packing_probe.py has ten steps of every kind
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", TRAINED, ids=name)
+def test_ten_steps_with_a_small_chunk_and_a_frozen_head(kind: Kind, frozen: bool) -> None:
+    with textbook.Doubled():
+        model = kind.build(tie_word_embeddings=False)
+        head_of(model).weight.requires_grad_(not frozen)
+        textbook.assert_unlearn_equals(model, tolerance=1e-8, chunk_bytes=5 * VOCAB * 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (GRANITE, {"logits_scaling": 1.0}),
+        (GRANITE, {"logits_scaling": 16.0}),
+        (GEMMA2, {"final_logit_softcapping": None}),
+        (GEMMA2, {"final_logit_softcapping": 10.0}),
+    ],
+)
+def test_a_reference_with_another_scale_or_cap(kind: Kind, changes: dict[str, Any]) -> None:
+    """Each head has its own."""
+    with textbook.Doubled():
+        ref_model = kind.build(**changes)
+        textbook.assert_unlearn_equals(kind.build(), ref_model=ref_model, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("kind", TRAINED, ids=name)
+def test_ten_steps_of_a_lora_adapter(kind: Kind) -> None:
+    """The reference is the base model, whose head is the model's own."""
+    with textbook.Doubled():
+        settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        model: CausalLM = get_peft_model(kind.build(), settings)
+        textbook.assert_unlearn_equals(model.double(), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("palu", "dpo")])
+def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
+    """A sixth of the logits is what a head with a sixth of the weights gives. DPO, on text only, is NPO's code."""
+    scaled, plain = GRANITE.build(tie_word_embeddings=False), GRANITE.build(tie_word_embeddings=False)
+    plain.config.logits_scaling = 1.0
+    with torch.no_grad():
+        plain.lm_head.weight /= 6
+    records = []
+    for model in (scaled, plain):
+        model.lm_head.weight.requires_grad_(False)
+        forget = textbook.rows(VOCAB, sensitive=True)
+        result = unlearn(
+            model, None, forget, textbook.rows(VOCAB, sensitive=False), objective=objective, stop_probability=1e-9
+        )
+        records += result.history
+    half = len(records) // 2
+    for ours, theirs in zip(records[:half], records[half:], strict=True):
+        for figure in ("loss", "forget", "retain", "grad_norm", "onset_probability"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-5), figure
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("kind", TRAINED, ids=name)
+def test_scores_are_those_of_the_models_logits(kind: Kind) -> None:
+    model = kind.build(torch.float32)
+    rows = textbook.rows(VOCAB, sensitive=False)
+    examples = load_retain(rows, None, max_length=100).examples
+    names = [f"row {i}" for i in range(len(rows))]
+    scores = token_scores(model, examples, names, batch_tokens=1000, bar=tqdm(disable=True))
+    norms = gradient_norms(model, examples, bar=tqdm(disable=True))
+    for row, score, norm in zip(rows, scores, norms, strict=True):
+        answer = torch.tensor(row["labels"])[1:]
+        logits = textbook.logits(model, row)[:-1][answer >= 0]
+        expected = logits.log_softmax(1).gather(1, answer[answer >= 0, None])[:, 0]
+        assert torch.allclose(score.log_prob, expected.detach(), atol=1e-4)
+        assert torch.equal(score.correct, logits.argmax(1) == answer[answer >= 0])
+        loss = F.cross_entropy(logits[:-1], answer[answer >= 0][:-1])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        assert norm == pytest.approx(float(torch.stack([g.norm() for g in gradients]).norm()), rel=1e-3)
