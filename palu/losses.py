@@ -185,7 +185,8 @@ def fused_linear_losses(
     if head.softcap is not None:
         if impl == "gather":
             raise ValueError('impl = "gather" needs logits that are not capped; give "auto" or "dense"')
-        impl = "dense"
+        if impl == "auto":
+            impl = "dense"
     return _FusedLinearLosses.apply(
         hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl, head.scale, head.softcap
     )

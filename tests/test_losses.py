@@ -586,9 +586,11 @@ def test_a_cap_and_its_slope_are_rounded_once(dtype: torch.dtype, shape: tuple[i
 
 
 def test_gathering_is_refused_for_a_capped_head(device: torch.device) -> None:
-    case = replace(make(device, softcap=2.0), impl="gather")
+    case = make(device, softcap=2.0)
     with pytest.raises(ValueError, match=r'^impl = "gather" needs logits that are not capped; give "auto" or "dense"$'):
-        case.run()
+        replace(case, impl="gather").run()
+    with pytest.raises(ValueError, match=r"^unknown impl 'fast'"):
+        replace(case, impl="fast").run()
 
 
 @pytest.mark.parametrize("bias", [True, False])

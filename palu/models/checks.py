@@ -121,7 +121,7 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
     """Raise ValueError where a model's logits are not those that :func:`palu.models.head.head_of` leads to.
 
     A pass over a few tokens tells, within the dtype's error. At small logits a cap changes next to nothing, and
-    training makes them grow; so in a second pass they are enlarged to 1000, beyond any cap.
+    training makes them grow; so in a second pass they are enlarged to 1000, beyond usual caps.
     """
     base, head = base_of(model), head_of(model)
     layer = base.get_output_embeddings()
