@@ -62,7 +62,7 @@ def train(
                 place = place + 1 if label >= 0 else 0
                 if 0 < place <= N:
                     local.append(flatness(z[t - 1], ref[t - 1]) / flatness(ref[t - 1], ref[t - 1]))
-                    highest = max(highest, float(z[t - 1].softmax(0)[label]))
+                    highest = max(highest, float(z[t - 1].detach().softmax(0)[label]))
                 elif label == -200:
                     p, q = z[t - 1].log_softmax(0), ref[t - 1].log_softmax(0)
                     first, second = (q, p) if kl_direction == "forward" else (p, q)
