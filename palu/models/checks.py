@@ -126,11 +126,12 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
     base, head = base_of(model), head_of(model)
     layer = base.get_output_embeddings()
     ids = input_ids[None, :8].to(base.device)
-    # Both are the same computation up to the hidden states. NaN weights pass: the first step reports them.
-    tolerance = _tolerance(base.dtype, base.device) / 4
     with eval_mode(base):  # dropout would draw differently in the two passes
         hidden = body_of(base)(input_ids=ids, use_cache=False).last_hidden_state
-        largest = float(head.product(hidden).abs().max())
+        product = head.product(hidden)
+        # Both are the same computation up to the hidden states. NaN weights pass: the first step reports them.
+        tolerance = _tolerance(product.dtype, base.device) / 4  # under autocast not the weights' dtype
+        largest = float(product.abs().max())
         for factor in (1.0, 1000 / largest if largest > 0 else 1.0):
             enlarge = layer.register_forward_hook(lambda module, given, output, by=factor: output * by)
             try:

@@ -105,6 +105,8 @@ def test_the_head_is_read_from_the_configuration(kind: Kind) -> None:
     assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(*slopes, strict=True))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check_linear_head(kind.build(dtype), torch.arange(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        check_linear_head(kind.build(torch.float32), torch.arange(20))
 
 
 @pytest.mark.parametrize("kind", TRAINED, ids=name)
