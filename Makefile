@@ -1,4 +1,4 @@
-# make test | make demo | make lint | make cuda-check | make cuda-emulate | make sanitize | make torture.
+# make test | make demo | make lint | make wheel | make cuda-check | make cuda-emulate | make sanitize | make torture.
 # Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
@@ -14,8 +14,10 @@ EMULATED ?= 25
 # What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
 KILLS ?= 50
 MODEL ?= demo
+# Where "make wheel" puts the wheel.
+DIST ?= dist
 
-.PHONY: test demo lint format cuda-check cuda-emulate sanitize torture clean
+.PHONY: test demo lint format wheel cuda-check cuda-emulate sanitize torture clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -34,6 +36,11 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# A wheel with the native ops in it, for this platform, Python and torch: to be installed where there is no compiler.
+wheel: $(VENV)/ready
+	rm -rf build/lib.* # else modules that are no more would be in it
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
 
 # Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
 cuda-check: $(VENV)/ready

@@ -76,7 +76,8 @@ inline void check_floating(const char* op, const char* name, const at::Tensor& t
   TORCH_CHECK_TYPE(dtype != at::kHalf || !t.is_cpu(), op, ": ", name,
                    " is float16, which the CPU kernels do not support; use bfloat16 or float32");
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-                   ": ", name, " must be float32, float64, bfloat16 or (CUDA only) float16, got ", dtype_name(dtype));
+                   ": ", name, " must be float32, float64, bfloat16 or (not on a CPU) float16, got ",
+                   dtype_name(dtype));
 }
 
 // index [R,K] for R rows over a vocabulary of V entries; its values are checked on the device.

@@ -1,7 +1,12 @@
 // The schema of every palu op, and the Python module whose import registers them.
-// Kernels live in cpu/ and cuda/; fakes and autograd in palu/ops/library.py.
+// Kernels live in cpu/ and cuda/, for other devices in palu/ops/twins.py; fakes and autograd in palu/ops/library.py.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+
+#include "checks.h"
 
 TORCH_LIBRARY(palu, m) {
   m.def("prefix_mask(Tensor labels, int n, int? eos_token_id=None) -> Tensor");
@@ -24,6 +29,36 @@ TORCH_LIBRARY(palu, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
   m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
   m.def("scale_(Tensor(a!) tensor, Tensor factor) -> ()");
+
+  // The argument checks alone, for kernels that are not written in C++: the arguments are the op's.
+  using Optional = std::optional<at::Tensor>;
+  m.def("_check_prefix_mask(Tensor labels, int n, int? eos_token_id=None) -> ()",
+        [](const at::Tensor& labels, int64_t n, std::optional<int64_t>) { palu::check_prefix_mask(labels, n); });
+  m.def("_check_topk_mse(Tensor logits, Tensor index, str target, float constant) -> ()",
+        [](const at::Tensor& logits, const at::Tensor& index, std::string_view target, double) {
+          palu::check_topk_mse(logits, index, target);
+        });
+  m.def(
+      "_check_topk_mse_backward(Tensor grad, Tensor residual, Tensor index, bool through_mean, Tensor grad_logits)"
+      " -> ()",
+      [](const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index, bool,
+         const at::Tensor& grad_logits) { palu::check_topk_mse_backward(grad, residual, index, grad_logits); });
+  m.def(
+      "_check_linear_topk_mse(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, Tensor? weight_mean,"
+      " str target, float constant) -> ()",
+      [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index, const Optional& bias,
+         const Optional& weight_mean, std::string_view target,
+         double) { palu::check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target); });
+  m.def(
+      "_check_linear_topk_mse_backward(Tensor grad, Tensor residual, Tensor hidden, Tensor weight, Tensor index,"
+      " Tensor? weight_mean, bool through_mean, Tensor? grad_hidden, Tensor? grad_weight, Tensor? grad_bias) -> ()",
+      palu::check_linear_topk_mse_backward);
+  m.def("_check_cross_entropy_(Tensor logits, Tensor labels, Tensor row_weight) -> ()", palu::check_cross_entropy_);
+  m.def("_check_kl_div_(Tensor logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> ()",
+        [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
+          palu::check_kl_div_(logits, ref_logits, row_weight);
+        });
+  m.def("_check_scale_(Tensor tensor, Tensor factor) -> ()", palu::check_scale_);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Registers the torch.ops.palu operators when imported."; }

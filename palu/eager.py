@@ -1,13 +1,24 @@
 """Plain-torch twins of the native ops, with the same signatures. Importing this module compiles nothing.
 
-Tests and benchmarks compare the ops with them. Formulas: PALU, arXiv 2601.03190.
+Tests and benchmarks compare the ops with them, and they serve devices without native kernels (`palu/ops/twins.py`).
+Formulas: PALU, arXiv 2601.03190.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy_", "kl_div_", "linear_topk_mse", "prefix_mask", "topk_mse"]
+__all__ = [
+    "cross_entropy_",
+    "kl_div_",
+    "linear_topk_mse",
+    "linear_topk_mse_backward",
+    "prefix_mask",
+    "scale_",
+    "topk_mse",
+    "topk_mse_backward",
+    "topk_residual",
+]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,6 +43,11 @@ def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tens
 
 def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
     """Twin of `palu.topk_mse`."""
+    return topk_residual(logits, index, target).square().mean(1)
+
+
+def topk_residual(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
+    """Compute the distances [R, K] of the kept logits from the target, whose mean square is `topk_mse`."""
     kept = logits.gather(1, index.long()).to(acc_dtype(logits.dtype))
     if target == "local_mean":
         c: Tensor | float = kept.mean(1, keepdim=True)
@@ -40,7 +56,31 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
         c = c.detach() if target == "global_mean_detached" else c
     else:
         c = float(target)
-    return (kept - c).square().mean(1)
+    return kept - c
+
+
+def topk_mse_backward(grad: Tensor, residual: Tensor, index: Tensor, through_mean: bool, grad_logits: Tensor) -> None:
+    """Twin of the backward pass of `topk_mse`: `grad_logits` [R, V] become the gradient (`csrc/topk_mse.h`).
+
+    Args:
+        grad: [R], of the losses.
+        residual: [R, K], of `topk_residual`, in the dtype of `grad`.
+        index: [R, K].
+        through_mean: whether the gradient flows through the mean over the vocabulary.
+        grad_logits: [R, V], overwritten.
+    """
+    of_kept, of_all = _of_logits(grad, residual, index, through_mean, grad_logits.shape[1])
+    grad_logits.copy_(of_kept.add_(of_all))
+
+
+def _of_logits(
+    grad: Tensor, residual: Tensor, index: Tensor, through_mean: bool, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """(what each logit receives for being kept [R, V], what all logits of a row receive through the mean [R, 1])."""
+    g = 2 / max(index.shape[1], 1) * grad[:, None] * residual
+    of_kept = grad.new_zeros(len(grad), vocab_size).scatter_add_(1, index.long(), g)
+    of_all = -g.sum(1, keepdim=True) / max(vocab_size, 1) if through_mean else torch.zeros_like(grad[:, None])
+    return of_kept, of_all
 
 
 def linear_topk_mse(
@@ -56,6 +96,43 @@ def linear_topk_mse(
     return topk_mse(F.linear(hidden, weight, bias), index, target)
 
 
+def linear_topk_mse_backward(
+    grad: Tensor,
+    residual: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    weight_mean: Tensor | None,
+    through_mean: bool,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Twin of the backward pass of `linear_topk_mse`: the gradient is added (`csrc/linear_topk_mse.h`).
+
+    It forms the gradient of the logits [R, V], and copies `hidden` and `weight` to the dtype of `grad`.
+
+    Args:
+        grad, residual, index, through_mean: as in `topk_mse_backward`.
+        hidden: [R, d].
+        weight: [V, d].
+        weight_mean: [d], the mean row of `weight`; needed for `grad_hidden` where `through_mean`.
+        grad_hidden, grad_weight, grad_bias: [R, d], [V, d] and [V], added to; None: not asked for.
+    """
+    vocab_size = weight.shape[0]
+    of_kept, of_all = _of_logits(grad, residual, index, through_mean, vocab_size)
+    if grad_hidden is not None:
+        sums = of_kept @ weight.to(grad.dtype)
+        if through_mean and weight_mean is not None:
+            sums += vocab_size * of_all * weight_mean
+        grad_hidden += sums
+    of_logits = of_kept.add_(of_all)
+    if grad_weight is not None:
+        grad_weight += of_logits.t() @ hidden.to(grad.dtype)
+    if grad_bias is not None:
+        grad_bias += of_logits.sum(0)
+
+
 def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor:
     """Cross-entropy of each row; `logits` become its gradient times `row_weight`.
 
@@ -67,16 +144,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     Returns:
         [R], `logsumexp(z) - z[label]`, not weighted, in the dtype of `row_weight`.
     """
-    z = logits.to(row_weight.dtype)  # the same tensor unless a half type
+    z = logits.to(row_weight.dtype)
     label = labels[:, None]
     picked = z.gather(1, label)[:, 0]
     top, where = z.max(1) if z.numel() else (picked, labels)
-    probability = torch.softmax(z, 1, out=z)
+    probability = torch.softmax(z, 1)
     # At the largest logit softmax cannot underflow, and there z - log softmax(z) = logsumexp(z).
     loss = top - probability.gather(1, where[:, None])[:, 0].log() - picked
-    probability.mul_(row_weight[:, None]).scatter_add_(1, label, -row_weight[:, None])
-    if z is not logits:
-        logits.copy_(z)
+    logits.copy_(probability.mul_(row_weight[:, None]).scatter_add_(1, label, -row_weight[:, None]))
     return loss
 
 
@@ -94,8 +169,7 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
     Returns:
         [R], not weighted, in the dtype of `row_weight`.
     """
-    z = logits.to(row_weight.dtype)  # the same tensor unless a half type
-    log_p = torch.log_softmax(z, 1, out=z)
+    log_p = torch.log_softmax(logits, 1, dtype=row_weight.dtype)
     log_q = torch.log_softmax(ref_logits, 1, dtype=row_weight.dtype)
     if reverse:
         log_ratio = log_q.neg_().add_(log_p)
@@ -106,10 +180,13 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
         q = log_q.exp()
         loss = _row_dot(q, log_q.sub_(log_p))
         gradient = log_p.exp_().sub_(q)
-    gradient.mul_(row_weight[:, None])
-    if z is not logits:
-        logits.copy_(z)
+    logits.copy_(gradient.mul_(row_weight[:, None]))
     return loss
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor by a scalar tensor, float32 or float64, in place."""
+    tensor.view(-1).mul_(factor.view(1))  # one dimension: a scalar would be rounded to the tensor's dtype first
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ PACKAGES = ("transformers", "accelerate", "peft", "datasets", "tensorboard", "wa
 
 
 def doctor() -> None:
-    """Tell which native ops are loaded, and try each against its plain-PyTorch twin.
+    """Tell which native ops are loaded and what serves each device; try every op against its plain-PyTorch twin.
 
     Exit status 1: they do not load, or one of them fails.
     """
@@ -29,10 +29,11 @@ def doctor() -> None:
     print(f"torch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
+        devices.append(torch.device(found.type, torch.accelerator.current_device_index()))
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         print(f"device {device}: {name}")
     try:
         from palu import ops
@@ -40,16 +41,21 @@ def doctor() -> None:
         print(f"\n{error}\n\n{_tools()}")
         raise typer.Exit(1) from None
     way = "prebuilt" if Path(ops.extension_path()).parent == Path(palu.__file__).parent else "compiled just in time"
-    print(f"native ops: {way}, {ops.extension_path()}\n")
+    print(f"native ops: {way}, {ops.extension_path()}")
 
+    from palu.ops.library import NATIVE_DEVICES, no_native_kernels
     from palu.ops.selftest import TOLERANCES, check_ops
 
+    for device in devices:
+        native = device.type in NATIVE_DEVICES
+        print(f"kernels on {device}: {'native' if native else no_native_kernels(device.type)}")
+    print()
     failed = 0
     for device in devices:
         for check in check_ops(device):
             failed += not check.passed
-            found = check.problem or f"{check.error:.1e}"
-            print(f"{'ok' if check.passed else 'FAILED':7} {check.op:38} {check.device:7} {check.dtype:8} {found}")
+            told = check.problem or f"{check.error:.1e}"
+            print(f"{'ok' if check.passed else 'FAILED':7} {check.op:38} {check.device:7} {check.dtype:8} {told}")
     bounds = ", ".join(f"{str(dtype).removeprefix('torch.')} {bound:.0e}" for dtype, bound in TOLERANCES.items())
     print(f"\nLargest difference to the twin, relative; allowed: {bounds}.", "All passed." if not failed else "")
     if failed:

@@ -5,6 +5,7 @@ has the public functions, `fused.py` those that form the gradient in the forward
 with its plain-torch twin in `palu/eager.py`.
 """
 
+from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
 from palu.ops.functional import linear_topk_mse, prefix_mask, topk_mse, weight_mean
 from palu.ops.fused import cross_entropy_, kl_div_
 from palu.ops.library import extension_path

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from palu.config import TARGETS
 from palu.eager import acc_dtype
-from palu.ops.library import check_tensors
+from palu.ops.library import NATIVE_DEVICES, check_tensors
 
 _ops = torch.ops.palu
 
@@ -49,7 +49,7 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
     "global_mean_detached", "local_mean" (the mean of the kept logits) or a number.
 
     Args:
-        logits: [R, V] float32, float64, bfloat16, or on CUDA float16; any strides.
+        logits: [R, V] float32, float64, bfloat16, or (not on a CPU) float16; any strides.
         index: [R, K] int32 or int64, each in [0, V); one that occurs twice counts twice.
         target: what the kept logits are pulled towards.
 
@@ -82,7 +82,7 @@ def linear_topk_mse(
     `mean_v z_v = hidden . weight.mean(0) + bias.mean()`.
 
     Args:
-        hidden: [R, d] float32, float64, bfloat16, or on CUDA float16.
+        hidden: [R, d] float32, float64, bfloat16, or (not on a CPU) float16.
         weight: [V, d], the dtype of `hidden`.
         index: [R, K] int32 or int64, each in [0, V).
         target: as in `topk_mse`.
@@ -127,7 +127,7 @@ def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, 
     Args:
         impl: "auto", "gather" or "dense".
         rows, k, vocab_size: R, K and V.
-        device_type: "cpu" or "cuda".
+        device_type: "cpu", "cuda" or another one.
         beside_dense: other rows go through a dense product anyway; on a GPU a few more then cost next to nothing.
 
     Raises:
@@ -137,6 +137,8 @@ def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, 
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl != "auto":
         return impl == "gather"
+    if device_type not in NATIVE_DEVICES:  # the twin of the gather forms all logits, too
+        return False
     if device_type == "cpu":
         return rows * k < 5 * vocab_size
     return not beside_dense and rows * k < vocab_size

@@ -43,6 +43,21 @@ def _load() -> str:
 
 _extension_path = _load()
 _ops = torch.ops.palu
+# Kinds of device whose kernels are in the extension; elsewhere those of palu/ops/twins.py serve.
+NATIVE_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("palu::topk_mse", kind.upper())
+)
+
+
+def no_native_kernels(kind: str) -> str:
+    """Say what serves a kind of device that has no native kernels here, why, and the mend if there is one."""
+    if kind != "cuda" or torch.version.cuda is None:  # ROCm calls itself cuda, too
+        return f"palu has no native kernels for {kind} devices: plain PyTorch stands in there, which is slower"
+    return (
+        "palu's native ops were built without CUDA, where nvcc was not found: plain PyTorch stands in on cuda devices, "
+        f"which is slower. Install the CUDA toolkit {torch.version.cuda}, and where palu's ops are prebuilt install "
+        "palu again (pip install --no-build-isolation)"
+    )
 
 
 def extension_path() -> str:

@@ -1,11 +1,13 @@
-"""Every way to get the extension: pip, CMake, just in time; and the one error when there is none."""
+"""Every way to get the extension: wheel, CMake, just in time; and the one error when there is none."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import ninja
 import pytest
@@ -55,16 +57,28 @@ def copy_without_prebuilt(package: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install` of a clean copy of the checkout leaves in a folder."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make wheel` makes of a clean copy of the checkout."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for folder in ("palu", "csrc"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, source)
-    options = ["--no-build-isolation", "--no-deps", "--target", str(target)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], env=environment(), check=True)
+    # This environment serves, whatever it is; make is told that it is up to date.
+    venv = sys.prefix
+    command = ["make", "-o", f"{venv}/ready", f"VENV={venv}", f"DIST={dist}", "wheel"]
+    subprocess.run(command, cwd=source, env=environment(), check=True)
+    (found,) = dist.glob("palu_unlearn-*.whl")
+    return found
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install` leaves in a folder."""
+    target = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(command, env=environment(), check=True)
     return target
 
 
@@ -85,6 +99,29 @@ def test_pip_install(installed: Path, tmp_path: Path) -> None:
     for source in [*(ROOT / "csrc").rglob("*.*")]:
         assert (installed / "palu" / "csrc" / source.relative_to(ROOT / "csrc")).is_file()
     assert (installed / "palu" / "py.typed").is_file()
+
+
+def test_wheel_in_a_fresh_environment_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    """It has this one's torch, and nothing on PATH."""
+    venv, empty = tmp_path / "venv", tmp_path / "empty"
+    empty.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    paths = sysconfig.get_paths(vars={"base": str(venv), "platbase": str(venv)})
+    # Of a folder that a .pth file names, .pth files are not read: an editable palu there stays out.
+    Path(paths["purelib"], "torch.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    command = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, env=environment(), check=True)
+    bare = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    bare |= {"PATH": str(empty), "CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(empty)}
+    options: dict[str, Any] = {"cwd": empty, "env": bare, "capture_output": True, "text": True}
+    used = subprocess.run([venv / "bin" / "python", "-c", USE], **options)
+    assert used.returncode == 0, used.stderr
+    assert Path(used.stdout.strip()).parent == Path(paths["purelib"], "palu")
+    doctor = subprocess.run([venv / "bin" / "palu", "doctor"], **options)
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert "native ops: prebuilt" in doctor.stdout and "All passed." in doctor.stdout
+    assert "kernels on cpu: native" in doctor.stdout
+    assert not any(empty.iterdir())
 
 
 def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> None:

@@ -372,14 +372,14 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 BAD: list[tuple[str, dict[str, Callable[[Tensor], Tensor]], type[Exception], str]] = [
-    ("topk_mse", {"logits": lambda t: t.int()}, TypeError, "logits must be float32, float64, bfloat16 or (CUDA only) float16, got int32"),
+    ("topk_mse", {"logits": lambda t: t.int()}, TypeError, "logits must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
     ("topk_mse", {"logits": lambda t: t[0]}, ValueError, "logits must have 2 dimensions, got shape [6]"),
     ("topk_mse", {"index": lambda t: t.short()}, TypeError, "index must be int32 or int64, got int16"),
     ("topk_mse", {"index": lambda t: t[0]}, ValueError, "index must have 2 dimensions, got shape [4]"),
     ("topk_mse", {"index": lambda t: t[:1]}, ValueError, "index must have one row for each of the 2 rows, got 1"),
     ("topk_mse", {"index": lambda t: t[:, :0]}, ValueError, "needs at least one index per row and a vocabulary that is not empty, got K = 0 and V = 6"),
     ("topk_mse", {"logits": lambda t: t[:, :0]}, ValueError, "needs at least one index per row and a vocabulary that is not empty, got K = 4 and V = 0"),
-    ("linear_topk_mse", {"hidden": lambda t: t.int()}, TypeError, "hidden must be float32, float64, bfloat16 or (CUDA only) float16, got int32"),
+    ("linear_topk_mse", {"hidden": lambda t: t.int()}, TypeError, "hidden must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
     ("linear_topk_mse", {"weight": lambda t: t.double()}, TypeError, "weight must be float32, got float64"),
     ("linear_topk_mse", {"weight": lambda t: t[:, :2]}, ValueError, "hidden has 3 columns but weight has 2"),
     ("linear_topk_mse", {"bias": lambda t: t.double()}, TypeError, "bias must be float32, got float64"),
@@ -391,7 +391,7 @@ BAD: list[tuple[str, dict[str, Callable[[Tensor], Tensor]], type[Exception], str
     ("cross_entropy_", {"logits": lambda t: t[:, :0]}, ValueError, "the vocabulary is empty"),
     ("kl_div_", {"ref_logits": lambda t: t.double()}, TypeError, "ref_logits must be float32, got float64"),
     ("kl_div_", {"ref_logits": lambda t: t[:, :5]}, ValueError, "ref_logits must have shape [2, 6], got [2, 5]"),
-    ("scale_", {"logits": lambda t: t.int()}, TypeError, "tensor must be float32, float64, bfloat16 or (CUDA only) float16, got int32"),
+    ("scale_", {"logits": lambda t: t.int()}, TypeError, "tensor must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
     ("scale_", {"logits": lambda t: t[:, :5]}, ValueError, "tensor must be contiguous, got strides [6, 1]"),
     ("scale_", {"logits": lambda t: t.requires_grad_()}, RuntimeError, "tensor requires grad and would be overwritten"),
     ("scale_", {"factor": lambda t: t[None]}, ValueError, "factor must have 0 dimensions, got shape [1]"),

@@ -1,0 +1,125 @@
+"""Devices without native kernels are served by the twins: here the CPU, in processes whose extension has no kernels."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import LOSSES, unlearn
+from helpers.tiny import tiny_llama
+
+from palu.ops.functional import use_gather
+from palu.ops.library import NATIVE_DEVICES, no_native_kernels
+
+OPS = ["prefix_mask", "topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_topk_mse_backward"]
+OPS += ["cross_entropy_", "kl_div_", "scale_"]
+ROOT = Path(__file__).resolve().parents[2]
+WARNING = "RuntimeWarning: palu has no native kernels for cpu devices: plain PyTorch stands in there, which is slower"
+# In a process of its own: no other one can load an extension with the same schemas.
+BUILD = """
+import sys
+from torch.utils import cpp_extension
+from palu import _build
+_build.prepare_environment()
+options = {"extra_cflags": ["-O0"], "extra_include_paths": _build.include_dirs()}
+cpp_extension.load("_C", [str(_build.CSRC / "ops.cpp")], build_directory=sys.argv[1], **options)
+"""
+RUN = """
+import sys, torch
+from helpers.runs import LOSSES, unlearn
+from helpers.tiny import tiny_llama
+from palu.ops.library import NATIVE_DEVICES
+assert not NATIVE_DEVICES
+result = unlearn(tiny_llama(dtype=torch.float64), kl_direction=sys.argv[2])
+torch.save((result.history, result.model.state_dict()), sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="session")
+def no_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a palu whose prebuilt extension registers the ops' schemas and nothing else."""
+    folder = tmp_path_factory.mktemp("no_kernels")
+    for name in ("palu", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    result = run(folder, "-c", BUILD, str(folder / "palu"))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(folder), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+
+
+def test_the_tests_of_the_ops_pass_on_twins(no_kernels: Path) -> None:
+    """Values, gradients, strides, messages, opcheck and torch.compile, through the dispatcher."""
+    files = [str(ROOT / "tests" / "ops" / name) for name in ("test_ops.py", "test_prefix_mask.py")]
+    # A twin's memory is that of all logits. "auto" is the dense product, whose message names another op.
+    without = "not allocates_under_a_tenth and not (index_out_of_range and linear)"
+    options = ["-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    result = run(no_kernels, "-m", "pytest", *options, "-k", without, *files)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count(WARNING) == 1, result.stdout
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_a_run_on_twins_is_a_run_on_native_kernels(no_kernels: Path, tmp_path: Path, direction: str) -> None:
+    file = tmp_path / "run.pt"
+    result = run(no_kernels, "-c", RUN, str(file), direction)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(WARNING) == 1
+    history, weights = torch.load(file)
+    native = unlearn(tiny_llama(dtype=torch.float64), kl_direction=direction)
+    for theirs, ours in zip(history, native.history, strict=True):
+        for name in LOSSES:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-6, abs=1e-9), name
+    for name, weight in native.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight.cpu(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_gather_names_the_index_that_is_out_of_range(no_kernels: Path) -> None:
+    script = """
+import torch, palu
+h, w = torch.ones(2, 3), torch.ones(6, 3)
+palu.linear_topk_mse(h, w, torch.tensor([[0, 1], [2, 6]]), impl="gather")
+"""
+    result = run(no_kernels, "-c", script)
+    told = "IndexError: palu::linear_topk_mse: index[1, 1] = 6 is out of range for a vocabulary of 6"
+    assert result.stderr.rstrip().endswith(told)
+
+
+def test_doctor_says_what_serves(no_kernels: Path) -> None:
+    result = run(no_kernels, "-m", "palu", "doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "kernels on cpu: palu has no native kernels for cpu devices: plain PyTorch stands in there" in result.stdout
+    assert "All passed." in result.stdout
+
+
+def test_native_kernels_come_first() -> None:
+    """A twin is registered beside them, for all devices at once."""
+    for op in OPS:
+        table = torch._C._dispatch_dump_table(f"palu::{op}").splitlines()
+        found = {line.partition(":")[0]: line for line in table}
+        assert all(key in found for key in ("MPS", "XPU", "PrivateUse1")), table
+        assert all("twins.py" in found[key] for key in ("MPS", "XPU", "PrivateUse1"))
+        assert all("csrc" in found[kind.upper()] for kind in NATIVE_DEVICES)
+        assert ("twins.py" in found["CUDA"]) == ("cuda" not in NATIVE_DEVICES)
+
+
+def test_no_gather_without_a_native_one() -> None:
+    assert use_gather("auto", 1, 1, 1000, "cpu")
+    assert not use_gather("auto", 1, 1, 1000, "xpu")
+    assert use_gather("gather", 1, 1, 1000, "xpu")
+
+
+def test_the_mend_of_a_cuda_build_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "Install the CUDA toolkit 13.0" in no_native_kernels("cuda")
+    assert "no native kernels for mps devices" in no_native_kernels("mps")
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
+    assert "no native kernels for cuda devices" in no_native_kernels("cuda")
