@@ -117,10 +117,10 @@ def lora(on: list[str]) -> peft.PeftModel:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=on, task_type="CAUSAL_LM"))
 
 
-def quantised(model: Any) -> Any:
-    """As transformers marks one; the quantisers themselves need other packages."""
+def quantised(model: Any, method: str) -> Any:
+    """As transformers marks one; tests/models/test_quantized.py has real ones."""
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    base.is_quantized = True
+    base.is_quantized, base.quantization_method = True, method
     return model
 
 
@@ -171,6 +171,7 @@ def without(data: Any, name: str, number: int, column: str) -> Any:
 
 EDGES = "give [start, end) in characters of the answer"
 CAUSAL = "which is not a causal language model with a linear head; load it with AutoModelForCausalLM.from_pretrained"
+BNB = "while palu works with bitsandbytes: load it with a BitsAndBytesConfig (load_in_4bit or load_in_8bit), or without a quantization_config"
 WHOLE = "load it without offloading to CPU or disk"
 COLUMNS = "give question and answer, prompt and completion, or messages"
 DataError = palu.DataError
@@ -227,8 +228,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a frozen model": (lambda: unlearn(model=tiny_llama().requires_grad_(False)), ValueError, "no parameter of the model requires a gradient, so nothing could be unlearned"),
     "a model with NaN in it": (lambda: unlearn(model=broken()), palu.DivergenceError, "step 1: loss = nan, local = nan, kl = nan, retain = nan, grad_norm = nan; the model keeps the weights of step 0. Lower the learning rate, or look at the model and the data of this step"),
     "an adapter on the head": (lambda: unlearn(model=lora(["q_proj", "lm_head"])), ValueError, "the adapter of model is on lm_head; PALU needs the head as the reference has it: leave lm_head out of target_modules, modules_to_save and trainable_token_indices"),
-    "an adapter on a quantised base": (lambda: unlearn(model=quantised(lora(["q_proj"]))), ValueError, "the base model is quantised; load it without a quantization_config"),
-    "a quantised model": (lambda: unlearn(model=quantised(tiny_llama())), ValueError, "the model is quantised; load it without a quantization_config"),
+    "an adapter on a base quantised otherwise": (lambda: unlearn(model=quantised(lora(["q_proj"]), "gptq")), ValueError, f"model is quantised by gptq, {BNB}"),
+    "a reference quantised otherwise": (lambda: unlearn(ref_model=quantised(tiny_llama(), "awq")), ValueError, f"ref_model is quantised by awq, {BNB}"),
+    "a quantised model": (lambda: unlearn(model=quantised(tiny_llama(), "bitsandbytes")), ValueError, "model is quantised, and quantised weights cannot be trained; add a LoRA adapter (docs/lora.md), or load it without a quantization_config"),
     "a merge without an adapter": (lambda: unlearn(merge_adapter=True), ValueError, "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"),
     # Devices and dtypes of models
     "a model without weights": (lambda: unlearn(model=tiny_llama().to(META)), ValueError, f"model is not wholly loaded: model.embed_tokens.weight is on the meta device; {WHOLE}"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from palu.cli.models import Dtype, check_names, load_model, load_tokenizer
+from palu.cli.models import Bits, Dtype, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import template_kwargs
 
@@ -47,6 +47,9 @@ def evaluate(
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    quantize: Annotated[
+        Bits | None, typer.Option(help="Quantise the model as it is loaded, all but its head (bitsandbytes).")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="TOFU: bound on an answer's length. [default: 200]", min=1)
     ] = None,
@@ -85,10 +88,14 @@ def evaluate(
         options |= {name: value for name, value in for_tofu.items() if value is not None}
         if reference_model is not None:
             options["reference_model"] = load_model(reference_model, dtype).to(device)
-        results = palu.evaluate.tofu(load_model(model, dtype).to(device), tokens, split, data, **options)
+        results = palu.evaluate.tofu(
+            load_model(model, dtype, quantize=quantize).to(device), tokens, split, data, **options
+        )
     else:
         palu.evaluate.load_muse_news(data)
-        results = palu.evaluate.muse_news(load_model(model, dtype).to(device), tokens, data, **options)
+        results = palu.evaluate.muse_news(
+            load_model(model, dtype, quantize=quantize).to(device), tokens, data, **options
+        )
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _print(results)
     print(f"wrote {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from palu.models.lora import CausalLM
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Bits = Literal["4bit", "8bit"]
 
 
 def check_names(**names: str | None) -> None:
@@ -42,20 +44,52 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False) -> CausalLM:
+def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False, quantize: Bits | None = None) -> CausalLM:
     """Load a causal language model; from an adapter's folder its base with the adapter, ``trainable`` if wished.
 
-    Raises OSError or ValueError where there is none, ImportError where an adapter needs PEFT.
+    ``quantize``: by bitsandbytes, all but the head; 4-bit as in QLoRA (NF4, double quantisation).
+    Raises OSError or ValueError where there is none, ImportError where an adapter needs PEFT, or quantisation
+    bitsandbytes.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if quantize is not None:
+        options |= _quantized(quantize, dtype)
     path = _expanded(name)
-    if (Path(path) / "adapter_config.json").exists():
+    if is_adapter(name):
         peft = import_peft(f"{name} holds an adapter")
         return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
     return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is the folder of an adapter."""
+    return (Path(_expanded(name)) / "adapter_config.json").exists()
+
+
+def _quantized(bits: Bits, dtype: Dtype) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for a model that is quantised as it is loaded."""
+    import torch
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("--quantize needs bitsandbytes; pip install 'palu-unlearn[quantized]'")
+    if bits == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = torch.float32 if dtype == "float32" else torch.bfloat16
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    device = PartialState().device
+    # PEFT takes a map with a CPU in it for offloading.
+    return {"quantization_config": config} | ({} if device.type == "cpu" else {"device_map": {"": device}})
 
 
 def import_peft(why: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
-from palu.cli.models import Dtype, check_names, import_peft, load_model, load_tokenizer
+from palu.cli.models import Bits, Dtype, check_names, import_peft, is_adapter, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.report.save import SUMMARY
@@ -58,6 +58,13 @@ def unlearn(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights while they are trained; auto: as they are stored.")
     ] = "auto",
+    quantize: Annotated[
+        Bits | None,
+        typer.Option(
+            help="Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs "
+            "--lora or an adapter."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where --output holds an earlier run, which is deleted.")
     ] = False,
@@ -85,6 +92,8 @@ def unlearn(
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
         raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
     check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
+    if quantize is not None and not lora and not is_adapter(model):
+        raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
     for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
         if name is not None and output.resolve() == Path(name).expanduser().resolve():
             raise ValueError(f"--output {output} is the folder of {option}; give another one")
@@ -110,8 +119,8 @@ def unlearn(
     if annotate is None:
         load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
     load_retain(retain_source or [], tokens, **rendering)
-    trained = load_model(model, dtype, trainable=True)
-    reference = None if ref_model is None else load_model(ref_model, dtype)
+    trained = load_model(model, dtype, trainable=True, quantize=quantize)
+    reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize)
     if lora:
         trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
 

@@ -120,7 +120,8 @@ def min_k_scores(score: TokenScores) -> dict[str, float]:
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
     """Compute the 2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
 
-    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged.
+    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. Quantised
+    weights have no gradient, and are left out, too.
     The parameters' own gradients and ``requires_grad`` flags stay as they were.
     """
     parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]

@@ -17,6 +17,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
+from palu.models.quantized import check_placement, check_quantized, quantized_by
 
 
 def check_models(
@@ -25,18 +26,21 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     mixed_precision: str,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together.
 
-    ``device`` is the one to train on, ``mixed_precision`` accelerate's: "no", "bf16" or "fp16".
+    ``device`` is the one to train on, ``mixed_precision`` accelerate's: "no", "bf16" or "fp16"; ``sharded``: the engine
+    shards weights.
     """
     check_tokenizer(tokenizer)
     check_causal("model", model)
     if ref_model is not None:
         check_causal("ref_model", ref_model)
-    if getattr(base_of(model), "is_quantized", False):
-        kind = "base model" if is_peft(model) else "model"
-        raise ValueError(f"the {kind} is quantised; load it without a quantization_config")
+    check_quantized("model", model, device, trained=True, sharded=sharded)
+    if ref_model is not None:
+        check_quantized("ref_model", ref_model, device, trained=False, sharded=sharded)
     check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
@@ -91,6 +95,7 @@ def check_causal(name: str, model: CausalLM) -> None:
             f"{name} is a {type(base).__name__}, whose get_decoder() gives no body apart from its head; "
             "load a model of a kind that docs/models.md lists as supported"
         )
+    check_placement(name, base)
     if (missing := next((path for path, p in base.named_parameters() if p.is_meta), None)) is not None:
         raise ValueError(
             f"{name} is not wholly loaded: {missing} is on the meta device; load it without offloading to CPU or disk"
@@ -209,6 +214,8 @@ def check_packing(
     ids = [torch.randint(vocab_size, (length,), generator=generator) for length in probe[:2]]
     packed = pack([Item(i, i[:0], i[:0]) for i in ids]).to(device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    # LLM.int8 rounds activations by what else is in the row.
+    dtype = torch.bfloat16 if quantized_by(base) else half or base.dtype
     home, body = base.device, body_of(base)
     if device != home:
         base.to(device)  # type: ignore[arg-type]
@@ -222,8 +229,8 @@ def check_packing(
             own = base.config._attn_implementation
             with use_packed_attention(base, mixed_precision):
                 switched = base.config._attn_implementation != own
-                wrong = _packing_error(body, packed, alone, probe, half or base.dtype)
-            mendable = wrong and switched and not _packing_error(body, packed, alone, probe, half or base.dtype)
+                wrong = _packing_error(body, packed, alone, probe, dtype)
+            mendable = wrong and switched and not _packing_error(body, packed, alone, probe, dtype)
     finally:
         if device != home:
             base.to(home)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 from palu.data.packing import Item
 from palu.hashing import digest
 from palu.models.lora import CausalLM, base_of, original_name
+from palu.models.quantized import quantized_state
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts
 
 # Of a model's configuration: where it came from, and what no pass of palu's reads.
@@ -84,9 +85,10 @@ def _of_model(model: CausalLM, weights: dict[str, str]) -> str:
 
 
 def _weights_of(model: CausalLM) -> dict[str, str]:
-    """Hash parameters and buffers, by name; tied ones once."""
+    """Hash parameters and buffers, by name; tied ones once, quantised ones with what turns them back into numbers."""
     base = base_of(model)
-    return {name: digest(tensor) for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
+    named = dict([*base.named_parameters(), *base.named_buffers()]) | quantized_state(base)
+    return {name: digest(tensor) for name, tensor in named.items()}
 
 
 def _as_one(items: Sequence[Item]) -> list[Any]:

@@ -14,6 +14,7 @@ import torch
 from palu.data.tokenize import Example
 from palu.hashing import file_digest, json_digest
 from palu.models.lora import CausalLM, base_of, is_peft
+from palu.models.quantized import quantized_by
 from palu.version import __version__
 
 # What a run writes beside the model, some of it after the hashes were taken.
@@ -84,6 +85,7 @@ def _processor() -> str:
 def versions(model: CausalLM) -> dict[str, str]:
     """Return the versions of Python and of the packages that had a part in the run."""
     packages = ["torch", "transformers", "accelerate", *(["peft"] if is_peft(model) else [])]
+    packages += ["bitsandbytes"] if quantized_by(model) == "bitsandbytes" else []
     return {"palu": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
 
 

@@ -21,14 +21,15 @@ from palu.distributed import raise_on_all_ranks
 from palu.methods import METHODS
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
-from palu.models.lora import CausalLM, base_of, inputs_require_grad, is_peft
+from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.models.quantized import check_mergeable
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
 from palu.training.checkpoint import Checkpoints
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import prepare_datasets
-from palu.training.engine import clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
+from palu.training.engine import SHARDED, clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
 from palu.training.metrics import gather_metrics, sum_counts
 from palu.training.optimizer import check_weight_decay, dither, make_optimizer
 from palu.training.trackers import tracking
@@ -107,12 +108,11 @@ def unlearn(
     method_class = METHODS[config.objective]
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
-        check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision)
+        sharded = accelerator.distributed_type in SHARDED
+        check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision, sharded=sharded)
         check_weight_decay(model, config)
-        if config.merge_adapter and not is_peft(model):
-            raise ValueError(
-                f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out"
-            )
+        if config.merge_adapter:
+            check_mergeable(model)
 
         # Text to tokens with roles. Every complaint about the data comes before anything is changed.
         data = prepare_datasets(

@@ -128,7 +128,8 @@ class PaluTrainer(Trainer):
         config = config if config is not None else UnlearnConfig()
         check_arguments(args, config, kwargs)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        check_models(model, ref_model, tokenizer, args.device, args.mixed_precision)
+        sharded = bool(args.fsdp or args.deepspeed)
+        check_models(model, ref_model, tokenizer, args.device, args.mixed_precision, sharded=sharded)
         check_dtype(model, kwargs)
         data = prepare_datasets(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -432,6 +433,27 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
     assert result.exit_code == 0, result.output
     told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
+
+
+def test_quantize(tmp_path: Path, arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refusal(palu_command(*arguments, *settings, "--quantize", "4bit"))
+    assert told == "--quantize 4bit: quantised weights cannot be trained; add --lora, or leave it out"
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda *_: None)
+        told = refusal(palu_command(*arguments, *settings, "--lora", "--quantize", "4bit"))
+        assert told == "--quantize needs bitsandbytes; pip install 'palu-unlearn[quantized]'"
+    pytest.importorskip("bitsandbytes")
+    for bits in ("4bit", "8bit"):
+        out = tmp_path / bits
+        result = palu_command(*arguments, *settings, "--lora", "--quantize", bits, "--output", out)
+        assert result.exit_code == 0, result.output
+        assert (out / "adapter_model.safetensors").exists() and not (out / "model.safetensors").exists()
+        record = json.loads((out / "record.json").read_text())
+        assert "bitsandbytes" in record["versions"]
+    # The adapter's folder is a model, too: on a base that is quantised again, or as it is stored.
+    arguments[arguments.index("--model") + 1] = tmp_path / "4bit"
+    result = palu_command(*arguments, *settings, "--quantize", "4bit", "--output", tmp_path / "further")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""Quantised models: which ones are accepted, and what of them tells one from another.
+
+Quantised weights are frozen, so such a model is trained through a LoRA adapter alone (QLoRA, arXiv 2305.14314), and its
+head must be left as it was. bitsandbytes is not needed, and not imported, for other models.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from palu.models.lora import CausalLM, base_of, is_peft
+
+
+def quantized_by(model: CausalLM) -> str | None:
+    """Return the method by which a model's weights are quantised, such as "bitsandbytes"; None: they are not."""
+    base: Any = base_of(model)
+    if not getattr(base, "is_quantized", False):
+        return None
+    method = getattr(base, "quantization_method", "an unknown method")
+    return str(getattr(method, "value", method))
+
+
+def quantized_layers(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that bitsandbytes has quantised, with their paths."""
+    bnb: Any = sys.modules.get("bitsandbytes")  # whoever holds such a layer has imported it
+    kinds = () if bnb is None else (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    yield from ((path, module) for path, module in base.named_modules() if isinstance(module, kinds))
+
+
+def quantized_state(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights that bitsandbytes has quantised, with what turns them back into numbers."""
+    state: dict[str, Tensor] = {}
+    for path, layer in quantized_layers(base):
+        state |= layer.state_dict(prefix=f"{path}.")
+    return state
+
+
+def check_placement(name: str, base: PreTrainedModel) -> None:
+    """Raise ValueError where a model is spread over devices, or its head is quantised.
+
+    On CPUs with AVX512-BF16 bitsandbytes lays 4-bit weights out anew in the first pass without gradients. Later passes
+    give no gradients through such weights, without a word: this is switched off.
+    """
+    devices = sorted({str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} is spread over the devices {', '.join(devices)} by its device_map; load it on one device "
+            "(device_map={'': 0}), or leave device_map out and shard it with FSDP2 (docs/processes.md)"
+        )
+    head: Any = base.get_output_embeddings()
+    if quantized_by(base) and not (type(head.weight) is nn.Parameter and head.weight.is_floating_point()):
+        path = next(path for path, module in base.named_modules() if module is head)
+        raise ValueError(
+            f"the head of {name} is quantised, while PALU's losses need its numbers; leave it out: "
+            f"llm_int8_skip_modules=[{path!r}] in the BitsAndBytesConfig"
+        )
+    for _, layer in quantized_layers(base):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def check_quantized(name: str, model: CausalLM, device: torch.device, *, trained: bool, sharded: bool) -> None:
+    """Raise ValueError where a quantised model cannot take part in a run.
+
+    Args:
+        name: "model" or "ref_model", for the messages.
+        device: the run's.
+        trained: whether it is the one to train.
+        sharded: whether the run's engine shards weights (FSDP2, DeepSpeed).
+    """
+    method, base = quantized_by(model), base_of(model)
+    if method is None:
+        return
+    if method != "bitsandbytes":  # gradients through the layers of others, and their fingerprints, have not been tried
+        raise ValueError(
+            f"{name} is quantised by {method}, while palu works with bitsandbytes: load it with a BitsAndBytesConfig "
+            "(load_in_4bit or load_in_8bit), or without a quantization_config"
+        )
+    if trained and not is_peft(model):
+        raise ValueError(
+            f"{name} is quantised, and quantised weights cannot be trained; add a LoRA adapter (docs/lora.md), "
+            "or load it without a quantization_config"
+        )
+    if sharded:
+        raise ValueError(
+            f"{name} is quantised, and its weights cannot be sharded by FSDP2 or DeepSpeed; use DDP or one process"
+        )
+    here = base.device
+    if here.type != device.type or device.index not in (None, here.index):
+        raise ValueError(
+            f"{name} is quantised and on {here}, while the run is on {device}; load it there: "
+            f"device_map={{'': '{device}'}}"
+        )
+    states = (getattr(layer.weight, "quant_state", None) for _, layer in quantized_layers(base))
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            f"the 4-bit weights of {name} were laid out anew by a pass on this CPU, and gradients do not go through "
+            "them any more; load it again, and run it in palu first"
+        )
+
+
+def check_mergeable(model: CausalLM) -> None:
+    """Raise ValueError where ``merge_adapter`` has nothing to merge, or nothing to merge into."""
+    if not is_peft(model):
+        raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
+    if quantized_by(model):
+        raise ValueError(
+            "merge_adapter = True: the base model is quantised, and merged weights would be rounded again, which may "
+            "undo what was unlearned; leave it out, and save the adapter. To merge it, load the base without a "
+            "quantization_config, and evaluate what comes out"
+        )
