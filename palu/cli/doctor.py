@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-PACKAGES = ("transformers", "accelerate", "peft", "datasets", "tensorboard", "wandb")
+PACKAGES = ("transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard", "wandb")
 
 
 def doctor() -> None:

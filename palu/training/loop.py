@@ -76,7 +76,8 @@ def unlearn(
     Args:
         model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states (scaled
             or capped, too) and whose attention keeps packed examples apart (docs/models.md); or a ``peft.PeftModel`` of
-            one with a LoRA adapter, of which only the adapter is trained.
+            one with a LoRA adapter, of which only the adapter is trained, and whose base bitsandbytes may have
+            quantised.
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
             ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.

@@ -11,6 +11,7 @@ import torch
 from helpers.runs import LOSSES, unlearn
 from helpers.tiny import tiny_llama
 
+from palu.ops import selftest
 from palu.ops.functional import use_gather
 from palu.ops.library import NATIVE_DEVICES, no_native_kernels
 
@@ -52,7 +53,11 @@ def no_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(folder), str(ROOT / "tests")])
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -98,6 +103,12 @@ def test_doctor_says_what_serves(no_kernels: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "kernels on cpu: palu has no native kernels for cpu devices: plain PyTorch stands in there" in result.stdout
     assert "All passed." in result.stdout
+
+
+def test_doctor_on_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_has_float64", lambda _: False)
+    checks = list(selftest.check_ops(torch.device("cpu")))
+    assert checks and all(check.passed and check.dtype == "float32" for check in checks)
 
 
 def test_native_kernels_come_first() -> None:
