@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from _published import Padded, collate, published_loss, published_step
 from _workload import make_batches, make_model
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
 from palu.methods.palu import PaluMethod
 from palu.models.attention import use_packed_attention
 from palu.models.head import Head, body_of, head_of
+from palu.ops import weight_mean
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
 
@@ -89,12 +91,15 @@ def prepare(
     with use_packed_attention(ref_model):
         for forget, retain in batches:
             items = PaluMethod.make_items(forget, [], config, eos_token_id)
-            cache = compute_outputs(body_of(ref_model), device, items, PaluMethod.ref_fields, reference_fn)
+            cache = compute_outputs(body_of(ref_model), items, PaluMethod.ref_fields, reference_fn, Accelerator())
             loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:
         padded = [(forget.pin_memory(), retain.pin_memory()) for forget, retain in padded]
-    method = PaluMethod(model, ref_head, config)
+    method = PaluMethod(model, config)
+    method.ref_head = ref_head
+    if arguments.frozen_head:
+        method.weight_mean = weight_mean(weight)
     return Setup(device, config, eos_token_id, model, twin, method, loaders, padded, lengths)
 
 
@@ -214,14 +219,18 @@ def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
     for loader in setup.loaders:
         [[batch]] = loader
         hidden = states(len(batch.rows), like=head.weight)
-        heads = head, setup.method.ref_head, setup.method.weight_mean
-        runs.append(partial(palu_section, hidden, *heads, batch.to(setup.device), setup.config, impl=impl))
+        ref_head, mean = setup.method.ref_head, setup.method.weight_mean
+        assert ref_head is not None
+        runs.append(
+            partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config, impl=impl)
+        )
     return runs
 
 
 def published_section_runs(setup: Setup) -> list[Run]:
     """Head and losses as published, from random hidden states for each batch."""
-    weight, ref_weight = head_of(setup.model).weight, setup.method.ref_head.weight
+    weight, ref_head = head_of(setup.model).weight, setup.method.ref_head
+    assert ref_head is not None
     runs: list[Run] = []
     for batch in setup.padded:
         forget, retain = (part.to(setup.device) for part in batch)
@@ -231,7 +240,7 @@ def published_section_runs(setup: Setup) -> list[Run]:
                 published_section,
                 hidden,
                 weight,
-                ref_weight,
+                ref_head.weight,
                 forget,
                 retain,
                 setup.config,

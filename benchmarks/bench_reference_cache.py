@@ -28,11 +28,12 @@ from palu.config import UnlearnConfig
 from palu.data.packing import Item, forget_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.methods.palu import PaluMethod
+from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.cache import ReferenceOutputs
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
-from palu.ref_model.storage import open_cache_file
+from palu.ref_model.storage import open_cache_file, reference_key
 from palu.testbed.smollm2 import load_smollm2
 
 MODES = ("memory", "disk", "again")
@@ -77,9 +78,12 @@ def measure(mode: str, name: str, examples: int, folder: str) -> dict[str, Any]:
             _ = fingerprints.forget
             row["hash_data_s"] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
-        file = open_cache_file(config, PaluMethod.cache_settings(config), accelerator, fingerprints)
-        no_anchors = AnchorPrompts([], set(), 0)
-        cache, _ = precompute_reference(model, model, items, no_anchors, PaluMethod, config, accelerator, file=file)
+        settings = PaluMethod.cache_settings(config)
+        file = None
+        if mode != "memory":
+            file = open_cache_file(config, reference_key(config.objective, settings, accelerator, fingerprints))
+        root, no_anchors = ModelRoot(model), AnchorPrompts([], set(), 0)
+        cache, _ = precompute_reference(root, items, no_anchors, PaluMethod, config, accelerator, own=True, file=file)
         row["precompute_s"] = round(time.perf_counter() - clock, 2)
     row["precompute_peak_mib"] = memory.peak_mib
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()

@@ -44,10 +44,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False, quantize: Bits | None = None) -> CausalLM:
+def load_model(
+    name: str,
+    dtype: Dtype = "auto",
+    *,
+    trainable: bool = False,
+    quantize: Bits | None = None,
+    empty: bool = False,
+) -> CausalLM:
     """Load a causal language model; from an adapter's folder its base with the adapter, ``trainable`` if wished.
 
     ``quantize``: by bitsandbytes, all but the head; 4-bit as in QLoRA (NF4, double quantisation).
+    ``empty``: without weights (they are on the meta device), since another process loads them. An adapter's folder,
+    and a model whose configuration does not say its dtype, are loaded nevertheless.
     Raises OSError or ValueError where there is none, ImportError where an adapter needs PEFT, or quantisation
     bitsandbytes.
     """
@@ -61,6 +70,15 @@ def load_model(name: str, dtype: Dtype = "auto", *, trainable: bool = False, qua
     if is_adapter(name):
         peft = import_peft(f"{name} holds an adapter")
         return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
+    if empty:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path)
+        stored = config.dtype if dtype == "auto" else options["dtype"]
+        if stored is not None:
+            with init_empty_weights():
+                return AutoModelForCausalLM.from_config(config, dtype=stored)
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 

@@ -119,12 +119,13 @@ def unlearn(
     if annotate is None:
         load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
     load_retain(retain_source or [], tokens, **rendering)
-    trained = load_model(model, dtype, trainable=True, quantize=quantize)
-    reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize)
+    processes = Accelerator()
+    empty = loaded_on_main_alone(processes) and not processes.is_main_process
+    trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
+    reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize, empty=empty)
     if lora:
         trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
 
-    processes = Accelerator()
     if processes.is_main_process:
         run.make_room()
     processes.wait_for_everyone()
@@ -158,24 +159,27 @@ def found_spans(
 ) -> list[dict[str, Any]]:
     """Find spans on the main process, print them there, and give all processes the same rows."""
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
 
     from palu.cli.inspect import SHOWN, print_roles, summary_of
     from palu.data.examples import load_forget
+    from palu.distributed import compute_on_main
+    from palu.models.root import on_device, roomy_device
     from palu.report.token_roles import count_roles, token_roles
 
     processes = Accelerator()
-    rows: list[Any] = [None]
     template: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs}
-    if processes.is_main_process:
-        model.to(processes.device)
-        rows = [annotated(forget, how, lambda: model, tokenizer, progress=config.progress, **template)]
+
+    def find() -> list[dict[str, Any]]:
+        with on_device(model, roomy_device(model, processes.device)):
+            rows = annotated(forget, how, lambda: model, tokenizer, progress=config.progress, **template)
         # Spans that max_length cuts off are shown here, and refused by the run.
-        loaded = load_forget(rows[0], tokenizer, max_length=config.max_length, allow_cut_spans=True, **template)
+        loaded = load_forget(rows, tokenizer, max_length=config.max_length, allow_cut_spans=True, **template)
         roles = token_roles(loaded.examples, tokenizer, config.n)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
         print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n, config.max_length))
-    return broadcast_object_list(rows)[0]
+        return rows
+
+    return compute_on_main(find, processes)
 
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Item
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.models.head import Head, body_of, head_of, map_logits, nll
-from palu.models.lora import CausalLM, base_of
+from palu.models.lora import CausalLM
+from palu.models.root import ModelRoot
 
 
 class RefField(NamedTuple):
@@ -53,13 +54,16 @@ class Losses(NamedTuple):
     highest_probability: Tensor  # of a true token at a target row; NaN when not asked for
 
 
-class Method(nn.Module):
+class Method(ModelRoot):
     """A method of unlearning: which rows it looks at, what it wants of the reference, and its loss.
 
     Args:
         model: a causal language model whose logits are ``head_of(model).logits(body(...))``.
-        ref_head: the frozen reference's head (the model's own where that is frozen), if ``needs_ref_head``, else None.
         config: the settings; ``stop_probability`` decides whether probabilities are computed.
+
+    Attributes:
+        ref_head: the frozen reference's head, if ``needs_ref_head``; to be set before the first forward. ``None``: the
+            model's own, which is frozen and so the reference's, too.
     """
 
     terms: ClassVar[tuple[str, ...]]  # names of the figures in Losses.terms
@@ -68,13 +72,10 @@ class Method(nn.Module):
     needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
     has_kl: ClassVar[bool] = False  # whether a KL keeps the other rows, so that anchors may be among them
 
-    def __init__(self, model: CausalLM, ref_head: Head | None, config: UnlearnConfig):
-        super().__init__()
-        self.model = model
-        self.ref_head = ref_head
+    def __init__(self, model: CausalLM, config: UnlearnConfig):
+        super().__init__(model)
         self.config = config
-        # What FSDP2 shards as one: each decoder layer; embeddings and head belong to the method itself.
-        self._no_split_modules = base_of(model)._no_split_modules
+        self.ref_head: Head | None = None
 
     @staticmethod
     def make_items(
@@ -101,14 +102,17 @@ class Method(nn.Module):
         """Whether the retain set, where one is given, has a part in the loss."""
         return config.value("lambda_retain") > 0
 
-    def forward(self, batch: Batch, counts: Tensor) -> Losses:
-        """Compute the losses of a micro-batch.
+    def forward(self, batch: Batch | Callable[[], Any], *counts: Tensor) -> Any:
+        """Compute the :class:`Losses` of a micro-batch; or call a function, for :meth:`run`.
 
         Args:
             batch: on the model's device.
             counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
                 step, by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
+        return self._losses_of(batch, *counts) if isinstance(batch, Batch) else super().forward(batch)
+
+    def _losses_of(self, batch: Batch, counts: Tensor) -> Losses:
         states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())

@@ -142,8 +142,8 @@ class PDU(Baseline):
     after each micro-batch; here after each optimisation step, by the exact retain loss.
     """
 
-    def __init__(self, model: CausalLM, ref_head: Head | None, config: UnlearnConfig):
-        super().__init__(model, ref_head, config)
+    def __init__(self, model: CausalLM, config: UnlearnConfig):
+        super().__init__(model, config)
         self.weight = float(config.value("lambda_retain"))
 
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:

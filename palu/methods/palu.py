@@ -33,13 +33,10 @@ class PaluMethod(Method):
     )
     needs_ref_head = True
     has_kl = True
-    ref_head: Head
 
-    def __init__(self, model: CausalLM, ref_head: Head, config: UnlearnConfig):
-        super().__init__(model, ref_head, config)
-        head = head_of(model)
-        needed = not head.weight.requires_grad and head.softcap is None
-        self.weight_mean = weight_mean(head.weight) if needed else None
+    def __init__(self, model: CausalLM, config: UnlearnConfig):
+        super().__init__(model, config)
+        self.weight_mean: Tensor | None = None  # of a frozen head, once it is known
 
     @staticmethod
     def make_items(
@@ -69,6 +66,8 @@ class PaluMethod(Method):
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, [local, kl, retain])."""
         config, counts = self.config, batch.counts
+        if self.weight_mean is None and not head_of(self.model).weight.requires_grad:
+            self.weight_mean = weight_mean(head.weight)
         gamma, lambda_kl, lambda_retain = config.weights
         scale = batch.reference["scale"].to(shares.targets.dtype)  # a float64 reference beside a float32 model
         row_weight = torch.cat(
@@ -80,7 +79,7 @@ class PaluMethod(Method):
         )
         terms = (
             LocalTerm(batch.reference["index"], config.target),
-            KLTerm(batch.reference["hidden"], self.ref_head, reverse=config.kl_direction == "reverse"),
+            KLTerm(batch.reference["hidden"], self.ref_head or head, reverse=config.kl_direction == "reverse"),
             CrossEntropyTerm(batch.labels[counts.targets + counts.others :]),
         )
         total, losses = fused_linear_losses(

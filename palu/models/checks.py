@@ -18,6 +18,7 @@ from palu.models.generation import eval_mode
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
 from palu.models.quantized import check_placement, check_quantized, quantized_by
+from palu.models.root import on_device
 
 
 def check_models(
@@ -28,16 +29,20 @@ def check_models(
     mixed_precision: str,
     *,
     sharded: bool = False,
+    empty: bool = False,
 ) -> None:
     """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together.
 
-    ``device`` is the one to train on, ``mixed_precision`` accelerate's: "no", "bf16" or "fp16"; ``sharded``: the engine
-    shards weights.
+    Args:
+        device: the one to train on.
+        mixed_precision: accelerate's: "no", "bf16" or "fp16".
+        sharded: whether the engine shards weights.
+        empty: whether this process may have no weights, since another one has them.
     """
     check_tokenizer(tokenizer)
-    check_causal("model", model)
+    check_causal("model", model, empty=empty)
     if ref_model is not None:
-        check_causal("ref_model", ref_model)
+        check_causal("ref_model", ref_model, empty=empty)
     check_quantized("model", model, device, trained=True, sharded=sharded)
     if ref_model is not None:
         check_quantized("ref_model", ref_model, device, trained=False, sharded=sharded)
@@ -81,8 +86,11 @@ def check_models(
         )
 
 
-def check_causal(name: str, model: CausalLM) -> None:
-    """Raise UnsupportedModelError or ValueError where this is no causal model with a linear head, wholly loaded."""
+def check_causal(name: str, model: CausalLM, *, empty: bool = False) -> None:
+    """Raise UnsupportedModelError or ValueError where this is no causal model with a linear head, wholly loaded.
+
+    ``empty``: whether its weights may be missing.
+    """
     check_adapter(name, model)
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
@@ -96,7 +104,8 @@ def check_causal(name: str, model: CausalLM) -> None:
             "load a model of a kind that docs/models.md lists as supported"
         )
     check_placement(name, base)
-    if (missing := next((path for path, p in base.named_parameters() if p.is_meta), None)) is not None:
+    missing = next((path for path, p in base.named_parameters() if p.is_meta), None)
+    if missing is not None and not empty:
         raise ValueError(
             f"{name} is not wholly loaded: {missing} is on the meta device; load it without offloading to CPU or disk"
         )
@@ -216,24 +225,19 @@ def check_packing(
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     # LLM.int8 rounds activations by what else is in the row.
     dtype = torch.bfloat16 if quantized_by(base) else half or base.dtype
-    home, body = base.device, body_of(base)
-    if device != home:
-        base.to(device)  # type: ignore[arg-type]
-    try:
-        with (
-            eval_mode(base),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, half) if half is not None else nullcontext(),
-        ):
-            alone = [body(input_ids=i[None].to(device), use_cache=False).last_hidden_state[0] for i in ids]
-            own = base.config._attn_implementation
-            with use_packed_attention(base, mixed_precision):
-                switched = base.config._attn_implementation != own
-                wrong = _packing_error(body, packed, alone, probe, dtype)
-            mendable = wrong and switched and not _packing_error(body, packed, alone, probe, dtype)
-    finally:
-        if device != home:
-            base.to(home)  # type: ignore[arg-type]
+    body = body_of(base)
+    with (
+        on_device(base, device),
+        eval_mode(base),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, half) if half is not None else nullcontext(),
+    ):
+        alone = [body(input_ids=i[None].to(device), use_cache=False).last_hidden_state[0] for i in ids]
+        own = base.config._attn_implementation
+        with use_packed_attention(base, mixed_precision):
+            switched = base.config._attn_implementation != own
+            wrong = _packing_error(body, packed, alone, probe, dtype)
+        mendable = wrong and switched and not _packing_error(body, packed, alone, probe, dtype)
     if not wrong:
         return
     kind = type(base).__name__

@@ -89,6 +89,7 @@ def generate_ids(
     max_new_tokens: int,
     batch_tokens: int,
     bar: tqdm,
+    batches: int | None = None,
 ) -> list[list[int]]:
     """Generate greedy continuations of tokenised prompts [t], in their order.
 
@@ -98,6 +99,8 @@ def generate_ids(
         stop_ids: a continuation ends with the first of these; one that was cut at ``max_new_tokens`` has none.
         pad: what fills a batch up; any token will do.
         batch_tokens: a batch's prompts and continuations hold DECODING_FACTOR times as many tokens at most.
+        batches: for a sharded model, which all processes run in step: how many batches each of them generates, at
+            least as many as its prompts make (:func:`generation_batches`).
     """
     pad = next(iter(stop_ids), 0) if pad is None else pad
     # The model's own settings would be defaults of these: sampling, penalties.
@@ -109,19 +112,27 @@ def generate_ids(
         eos_token_id=sorted(stop_ids) or None,
     )
     found: list[list[int]] = [[]] * len(prompts)
-    for group in batches_by_length(
-        [len(prompt) + max_new_tokens for prompt in prompts], DECODING_FACTOR * batch_tokens
-    ):
-        batch = [prompts[i] for i in group]
+    groups = generation_batches(prompts, max_new_tokens, batch_tokens)
+    groups += [[] for _ in range(len(groups), batches or 0)]  # while other processes still have some
+    for group in groups:
+        batch = [prompts[i] for i in group] or [torch.tensor([pad])]
         width = max(len(prompt) for prompt in batch)
         ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
         mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
-        output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))  # type: ignore[operator]
+        output: Any = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), synced_gpus=batches is not None
+        )
         for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
             end = next((at + 1 for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
             found[i] = tokens[:end]
         bar.update(len(group))
     return found
+
+
+def generation_batches(prompts: Sequence[Tensor], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
+    """Group prompts [t], by index, into the batches of :func:`generate_ids`."""
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    return list(batches_by_length(lengths, DECODING_FACTOR * batch_tokens))
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -9,12 +9,12 @@ what a model is asked every day.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.files import DataError
 from palu.data.packing import Item, anchor_item
-from palu.models.generation import encode_prompts, eval_mode, generate_ids
-from palu.models.lora import CausalLM, base_of, without_adapter
+from palu.distributed import gather_values
+from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches
+from palu.models.lora import base_of, without_adapter
+from palu.models.root import ModelRoot
 
 if TYPE_CHECKING:
     from palu.methods.base import Method
@@ -91,7 +93,7 @@ def encode_anchor_prompts(
 
 
 def generate_anchors(
-    reference: CausalLM,
+    reference: ModelRoot,
     anchor_prompts: AnchorPrompts,
     accelerator: Accelerator,
     *,
@@ -104,7 +106,7 @@ def generate_anchors(
     none. Blank answers are left out, and those that ``max_length`` cuts off.
 
     Args:
-        reference: sent back to where it was.
+        reference: on the accelerator's device, whole or sharded.
         adapter: whether a ``PeftModel`` answers with its adapter.
 
     Raises:
@@ -113,24 +115,33 @@ def generate_anchors(
     prompts, stop_ids, max_length = anchor_prompts
     if not prompts:
         return []
-    home, base = reference.device, base_of(reference)
-    base.to(accelerator.device)
+    base = base_of(reference.model)
     share = -(-len(prompts) // accelerator.num_processes)
-    first = share * accelerator.process_index
-    own = prompts[first : first + share]
+    shares = [prompts[share * rank : share * (rank + 1)] for rank in range(accelerator.num_processes)]
+    own = shares[accelerator.process_index]
+    batches = max(len(generation_batches(part, ANSWER_TOKENS, BATCH_TOKENS)) for part in shares)
     with (
         tqdm(total=len(own), desc="anchors", disable=not progress, leave=False) as bar,
         eval_mode(base),
         accelerator.autocast(),
-        nullcontext() if adapter else without_adapter(reference),
+        nullcontext() if adapter else without_adapter(reference.model),
     ):
-        answers = generate_ids(
-            base, own, stop_ids, pad=None, max_new_tokens=ANSWER_TOKENS, batch_tokens=BATCH_TOKENS, bar=bar
+        answers = reference.run(
+            lambda: generate_ids(
+                base,
+                own,
+                stop_ids,
+                pad=None,
+                max_new_tokens=ANSWER_TOKENS,
+                batch_tokens=BATCH_TOKENS,
+                bar=bar,
+                batches=batches if reference.sharded else None,
+            )
         )
-    base.to(home)  # type: ignore[arg-type]
 
     anchors = []
-    for prompt, answer in zip(prompts, gather_object(answers), strict=True):
+    answers = list(chain.from_iterable(gather_values(answers, accelerator)))
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
         if answer[0] not in stop_ids and len(ids) > len(prompt):
             anchors.append(anchor_item(ids, len(prompt)))

@@ -3,27 +3,30 @@
 The reference is the model before training, so what it gives never changes. For PALU that is the indices of the K
 highest logits at each onset token, the last hidden state at each ordinary token, and the head. After that pass the
 reference's body is not needed any more.
+
+Of many processes each runs a share of the passes, and all get everything. A sharded model (FSDP2) stays sharded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import accumulate, chain
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Item, pack
-from palu.distributed import all_ranks, autocast, raise_on_all_ranks
+from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows
 from palu.models.attention import use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
-from palu.models.lora import CausalLM, base_of, without_adapter
+from palu.models.lora import base_of, without_adapter
+from palu.models.root import ModelRoot, on_device
 from palu.ref_model.anchors import AnchorPrompts, generate_anchors
 from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, count_rows, read_cache
 from palu.ref_model.storage import CacheFile, Write
@@ -32,28 +35,33 @@ TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
 
 def precompute_reference(
-    ref_model: CausalLM,
-    model: CausalLM,
+    reference: ModelRoot,
     items: Sequence[Item],
     anchor_prompts: AnchorPrompts,
     method: type[Method],
     config: UnlearnConfig,
     accelerator: Accelerator,
     *,
+    own: bool,
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
     """Have the reference write the anchors and give the method's fields; return these, and its head if it is needed.
 
-    Where a file holds them the reference does not run. Where the reference is the model itself, it runs without its
-    adapter, if it has one. Its body is sent back to where it was. All processes must call it.
+    Where a file holds them the reference does not run. If it is not sharded, it runs on the accelerator's device and is
+    sent back to where it was. All processes must call it.
 
     Args:
-        ref_model: the reference, perhaps the model itself.
+        reference: holds the reference, whole or sharded.
         items: the forget set, as the method looks at it.
-        anchor_prompts: the prompts to which anchors are written.
+        anchor_prompts: what the reference answers.
+        own: whether the reference is the model to train, which runs without its adapter, if it has one.
         file: where the outputs are kept; ``None``: in memory.
         progress: show progress bars.
+
+    Returns:
+        The outputs, and the head; None where the loss needs none, and where it is the model's own and stays frozen in
+        a sharded model.
 
     Raises:
         CacheError: the file cannot be read or written.
@@ -61,54 +69,60 @@ def precompute_reference(
     """
     if not method.needs_ref_head and not method.ref_fields:
         return ReferenceCache([{}] * len(items)), None
-    own = ref_model is model
-    home = ref_model.device
+    model, base = reference.model, base_of(reference.model)
     with raise_on_all_ranks(accelerator):
         cache = read_cache(file, method.ref_fields, items) if file is not None else None
-    if not all_ranks(cache is not None, accelerator):  # else all have found it
-        anchors = generate_anchors(ref_model, anchor_prompts, accelerator, adapter=not own, progress=progress)
-        base = base_of(ref_model.to(accelerator.device))
-        with (
-            eval_mode(base),
-            autocast(accelerator),
-            use_packed_attention(base, accelerator.mixed_precision),
-            without_adapter(ref_model) if own else nullcontext(),
-        ):
-            cache = compute_outputs(
-                body_of(ref_model),
-                accelerator.device,
-                items,
-                method.ref_fields,
-                method.reference_fn(head_of(ref_model), config),
-                anchors=anchors,
-                file=file,
-                progress=progress,
-            )
+    if not all(gather_values(cache is not None, accelerator)):  # else all have found it
+        with on_device(model, accelerator.device):
+            anchors = generate_anchors(reference, anchor_prompts, accelerator, adapter=not own, progress=progress)
+            with (
+                eval_mode(base),
+                autocast(accelerator),
+                use_packed_attention(base, accelerator.mixed_precision),
+                without_adapter(model) if own else nullcontext(),
+            ):
+                cache = reference.run(
+                    lambda: compute_outputs(
+                        body_of(model),
+                        items,
+                        method.ref_fields,
+                        method.reference_fn(head_of(model), config),
+                        accelerator,
+                        anchors=anchors,
+                        file=file,
+                        progress=progress,
+                    )
+                )
     assert cache is not None
-    head = _frozen_head(ref_model, own, accelerator) if method.needs_ref_head else None
-    if not own:
-        ref_model.to(home)  # type: ignore[arg-type]
+    head = _frozen_head(reference, own, accelerator) if method.needs_ref_head else None
     return cache, head
 
 
-def _frozen_head(ref_model: CausalLM, own: bool, accelerator: Accelerator) -> Head:
+def _frozen_head(reference: ModelRoot, own: bool, accelerator: Accelerator) -> Head | None:
     """Return the reference's head, copied only where training will change it or mixed precision casts it."""
-    head = head_of(ref_model)
-    will_change = own and head.weight.requires_grad
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else head.weight.dtype
-    return head._replace(
-        weight=head.weight.detach().to(accelerator.device, dtype, copy=will_change),
-        bias=None if head.bias is None else head.bias.detach().to(accelerator.device, dtype, copy=will_change),
-    )
+    will_change = own and head_of(reference.model).weight.requires_grad
+    if reference.sharded and own and not will_change:
+        return None  # gathered in each forward pass anyway
+    copied = will_change or reference.sharded  # what FSDP2 has gathered does not last
+
+    def copy() -> Head:
+        head = head_of(reference.model)
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else head.weight.dtype
+        return head._replace(
+            weight=head.weight.detach().to(accelerator.device, dtype, copy=copied),
+            bias=None if head.bias is None else head.bias.detach().to(accelerator.device, dtype, copy=copied),
+        )
+
+    return reference.run(copy)
 
 
 @torch.no_grad()
 def compute_outputs(
     body: nn.Module,
-    device: torch.device,
     items: Sequence[Item],
     fields: Sequence[RefField],
     reference_fn: ReferenceFn,
+    accelerator: Accelerator,
     *,
     anchors: Sequence[Item] = (),
     file: CacheFile | None = None,
@@ -116,54 +130,104 @@ def compute_outputs(
 ) -> ReferenceCache:
     """Run the reference's body once over the forget set and the anchors, and keep the fields of their rows.
 
+    All processes must call it, with the same items: each runs its share of the passes.
+
     Args:
         body: the reference without its head; called with input_ids and position_ids [1, T].
-        device: the body's.
         items: the forget set.
         fields: what is kept.
         reference_fn: gives the fields of rows, from their last hidden states.
         anchors: items that the fields are computed for, too.
-        file: where the outputs are written to, and then mapped from; one that has been written in the meantime is
-            taken as it is. ``None``: they stay in memory.
+        file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
+            written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
         progress: show a progress bar.
 
     Raises:
         CacheError: the file cannot be written or read.
     """
-    with file.locked(progress=progress) if file is not None else nullcontext():
-        if file is not None and (found := read_cache(file, fields, items)) is not None:
-            return found
+    writes = file is not None and accelerator.is_local_main_process
+    with ExitStack() as stack:
+        if file is not None:
+            with raise_on_all_ranks(accelerator):
+                if writes:
+                    stack.enter_context(file.locked(progress=progress))
+            with raise_on_all_ranks(accelerator):
+                found = read_cache(file, fields, items)
+            if all(gather_values(found is not None, accelerator)):
+                assert found is not None
+                return found
         both = [*items, *anchors]
         lengths = {field.name: sum(count_rows(both, field.rows)) for field in fields}
-        outputs = _run(body, device, both, reference_fn, progress)
+        outputs = _run(body, both, fields, reference_fn, accelerator, progress)
         first = next(outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
         if file is None:
             tensors = {name: like[name].new_empty(length, *like[name].shape[1:]) for name, length in lengths.items()}
-            _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs)
+            _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs, accelerator)
             return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors)
         about = {"anchors": [(item.input_ids.tolist(), int(item.rows[0]) + 1) for item in anchors]}
-        with file.writing(like, lengths, about) as write:
-            _fill(write, first, outputs)
-        written = read_cache(file, fields, items)
-        assert written is not None
+        with ExitStack() as closing:
+            write: Write = _write_nothing
+            with raise_on_all_ranks(accelerator):
+                if writes:
+                    write = closing.enter_context(file.writing(like, lengths, about))
+            _fill(write, first, outputs, accelerator)
+            with raise_on_all_ranks(accelerator):
+                closing.close()
+        with raise_on_all_ranks(accelerator):
+            written = read_cache(file, fields, items)
+            assert written is not None
         return written
 
 
+def _write_nothing(name: str, row: int, rows: Tensor) -> None:
+    pass
+
+
 def _run(
-    body: nn.Module, device: torch.device, items: Sequence[Item], reference_fn: ReferenceFn, progress: bool
+    body: nn.Module,
+    items: Sequence[Item],
+    fields: Sequence[RefField],
+    reference_fn: ReferenceFn,
+    accelerator: Accelerator,
+    progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the fields of a few items at a time."""
+    """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
+    device, processes = next(body.parameters()).device, accelerator.num_processes
+    groups = list(_groups(items))
+    token = Item(items[0].input_ids[:1], items[0].rows[:0], items[0].labels[:0])  # where no group is left
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
-        for group in _groups(items):
-            states = body(**pack(group).to(device).inputs()).last_hidden_state[0]
-            starts = accumulate((len(item.input_ids) for item in group), initial=0)
-            rows = [item.rows + start for item, start in zip(group, starts, strict=False)]  # a start too many
-            targets, others = _split(rows, group, device)
-            yield reference_fn(
-                RefRows(states[targets], states[others], *_split([item.labels for item in group], group, device))
-            )
-            bar.update(len(group))
+        for start in range(0, len(groups), processes):
+            passes = groups[start : start + processes]
+            own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
+            states = body(**pack(own).to(device).inputs()).last_hidden_state[0]
+            starts = accumulate((len(item.input_ids) for item in own), initial=0)
+            rows = [item.rows + first for item, first in zip(own, starts, strict=False)]  # a start too many
+            targets, others = _split(rows, own, device)
+            labels = _split([item.labels for item in own], own, device)
+            outputs = reference_fn(RefRows(states[targets], states[others], *labels))
+            for rank, group in enumerate(passes):
+                yield outputs if processes == 1 else _broadcast(outputs, rank, group, fields, accelerator)
+                bar.update(len(group))
+
+
+def _broadcast(
+    outputs: dict[str, Tensor],
+    rank: int,
+    group: Sequence[Item],
+    fields: Sequence[RefField],
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """Give a process's outputs, which are of this group, to all others."""
+    given = {}
+    for field in fields:
+        own, rows = outputs[field.name], sum(count_rows(group, field.rows))
+        is_source = accelerator.process_index == rank
+        tensor = own.contiguous() if is_source else own.new_empty(rows, *own.shape[1:])
+        if tensor.numel():
+            distributed.broadcast(tensor.view(torch.uint8), rank)  # bytes: gloo does not know every dtype
+        given[field.name] = tensor
+    return given
 
 
 def _split(parts: Sequence[Tensor], items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,13 +237,16 @@ def _split(parts: Sequence[Tensor], items: Sequence[Item], device: torch.device)
     return torch.cat(targets).to(device), torch.cat(others).to(device)
 
 
-def _fill(write: Write, first: dict[str, Tensor], others: Iterator[dict[str, Tensor]]) -> None:
+def _fill(
+    write: Write, first: dict[str, Tensor], others: Iterator[dict[str, Tensor]], accelerator: Accelerator
+) -> None:
     """Write outputs as they come, each field's rows after those before."""
     done = dict.fromkeys(first, 0)
     for outputs in chain([first], others):
-        for name, rows in outputs.items():
-            write(name, done[name], rows)
-            done[name] += len(rows)
+        with raise_on_all_ranks(accelerator):
+            for name, rows in outputs.items():
+                write(name, done[name], rows)
+                done[name] += len(rows)
 
 
 def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -88,11 +89,11 @@ class CacheFile:
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
-        """Hold the file's lock within the block: the processes of a run, or several runs, write it once.
+        """Hold the file's lock on this machine within the block: of several runs, one writes it.
 
         A process that dies gives its lock up.
         """
-        lock = FileLock(self.path.with_suffix(".lock"))
+        lock = FileLock(self._beside("lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -140,7 +141,7 @@ class CacheFile:
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        partial = self.path.with_suffix(".partial")
+        partial = self._beside("partial")
         try:
             with partial.open("wb") as file:
                 data = file.write(len(text).to_bytes(8, "little") + text)
@@ -162,29 +163,32 @@ class CacheFile:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
+    def _beside(self, kind: str) -> Path:
+        """Name a file for the time of writing. Machines that share the folder do not wait for one another."""
+        return self.path.with_name(f"{self.path.stem}.{platform.node()}.{kind}")
+
     def _unwritten(self, error: OSError) -> CacheError:
         return CacheError(
             f"{self.path} could not be written: {error}. Make room or mend the folder, or choose another cache_dir"
         )
 
 
-def open_cache_file(
-    config: UnlearnConfig, cache_settings: dict[str, Any], accelerator: Accelerator, fingerprints: Fingerprints
-) -> CacheFile | None:
+def open_cache_file(config: UnlearnConfig, key: str) -> CacheFile | None:
     """Name the run's cache file: in ``cache_dir``, else in ``checkpoint_dir``; None: it is kept in memory alone.
 
-    ``cache_settings``: see :meth:`palu.methods.base.Method.cache_settings`.
+    ``key``: see :func:`reference_key`.
     """
     folder = config.cache_dir or config.checkpoint_dir
-    if folder is None:
-        return None
-    return CacheFile(folder, reference_key(config.objective, cache_settings, accelerator, fingerprints))
+    return None if folder is None else CacheFile(folder, key)
 
 
 def reference_key(
     objective: str, cache_settings: dict[str, Any], accelerator: Accelerator, fingerprints: Fingerprints
 ) -> str:
-    """Hash everything that the reference's outputs depend on, but for versions of libraries."""
+    """Hash everything that the reference's outputs depend on, but for versions of libraries.
+
+    ``cache_settings``: see :meth:`palu.methods.base.Method.cache_settings`.
+    """
     return digest(
         {
             "format": FORMAT,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +31,7 @@ from palu.hashing import json_digest
 from palu.models.checks import check_linear_head, check_models, check_packing, check_sets
 from palu.models.generation import eval_mode, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
+from palu.models.root import on_device, roomy_device
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
 from palu.report.token_roles import token_roles
@@ -53,7 +56,8 @@ class Recorder:
         recorder.save("runs/forget", result.model)
 
     The main process looks while the others wait at the run's first exchange. The model is moved to the device that
-    the run will use. Neither weights nor random numbers are changed.
+    the run will use; where the run shards it and it is too large for the device, it is looked at on the host, which
+    takes long. Neither weights nor random numbers are changed.
 
     Args:
         model, forget, retain, tokenizer, config: as they are given to :func:`palu.unlearn`; ``forget`` and ``retain``
@@ -77,7 +81,9 @@ class Recorder:
         self.config, self.tokenizer = config or UnlearnConfig(), tokenizer
         retain = [] if retain is None else retain
         accelerator = Accelerator()
-        self.device = accelerator.device
+        # Where the run shards the model, it may be larger than one device.
+        self.sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.device = roomy_device(model, accelerator.device) if self.sharding else accelerator.device
         self.active = accelerator.is_main_process
         for name, source in (("forget", forget), ("retain", retain)):
             if isinstance(source, Iterator):
@@ -191,7 +197,10 @@ class Recorder:
 
     def _look(self, model: CausalLM, when: str) -> dict[str, Any]:
         """Measure a model: {secrets: per example and span, retained, answers, weights}."""
-        model.to(self.device)
+        with on_device(model, self.device) if self.sharding else nullcontext(model.to(self.device)):
+            return self._measure(model, when)
+
+    def _measure(self, model: CausalLM, when: str) -> dict[str, Any]:
         base = base_of(model)
         answers = [_whole_answer(example) for example in self.forget]
         names = [f"forget row {e.row}" for e in answers] + [f"retain row {e.row}" for e in self.retain]

@@ -41,7 +41,7 @@ from palu.hashing import digest
 from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
-from palu.ref_model.storage import CacheFile, sync
+from palu.ref_model.storage import reference_key, sync
 from palu.training.optimizer import load_state
 
 FORMAT = 3
@@ -65,24 +65,15 @@ class Checkpoints:
     Args:
         config: ``checkpoint_dir``, ``checkpoint_steps`` and ``resume``.
         accelerator: its main process writes, all processes read.
-        model: which of its parameters are trained.
-        fingerprints: of what the run starts from; the model is still untouched.
-        cache_file: where its reference's outputs are kept.
+        run: what :func:`describe_run` says of it.
 
     Raises:
         CheckpointError: the folder holds checkpoints and ``resume`` is off; or the newest one is damaged, foreign or
             another run's.
     """
 
-    def __init__(
-        self,
-        config: UnlearnConfig,
-        accelerator: Accelerator,
-        model: CausalLM,
-        fingerprints: Fingerprints,
-        cache_file: CacheFile | None,
-    ):
-        self.accelerator = accelerator
+    def __init__(self, config: UnlearnConfig, accelerator: Accelerator, run: dict[str, Any]):
+        self.accelerator, self.run = accelerator, run
         self.interval = config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.interrupted = self.running = False
@@ -99,7 +90,6 @@ class Checkpoints:
                 f"{existing[-1]} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
                 "or another checkpoint_dir to keep it and start anew"
             )
-        self.run = describe_run(config, accelerator, model, fingerprints, cache_file)
         if existing:
             self._read(existing[-1])
         elif config.resume:
@@ -285,12 +275,24 @@ class Checkpoints:
 
 def describe_run(
     config: UnlearnConfig,
+    cache_settings: dict[str, Any],
     accelerator: Accelerator,
     model: CausalLM,
     fingerprints: Fingerprints,
-    cache_file: CacheFile | None,
 ) -> dict[str, Any]:
-    """Describe what must be the same on resume: values, and fingerprints of what is too large to keep."""
+    """Describe what must be the same on resume: values, and fingerprints of what is too large to keep.
+
+    It holds the key of the reference cache, too. A run that keeps nothing on disk needs no description, and gets none.
+
+    Args:
+        cache_settings: see :meth:`palu.methods.base.Method.cache_settings`.
+        fingerprints: of what the run starts from; the model is still untouched.
+    """
+    if config.cache_dir is None and config.checkpoint_dir is None:
+        return {}
+    key = reference_key(config.objective, cache_settings, accelerator, fingerprints)
+    if config.checkpoint_dir is None:
+        return {"reference": key}
     settings = {name: value for name, value in config.values().items() if name not in FREE}
     settings |= {
         "mixed_precision": accelerator.mixed_precision,
@@ -307,7 +309,6 @@ def describe_run(
         "tokenised retain set": fingerprints.retain,
         "choice of everyday prompts": fingerprints.anchor_prompts,
     }
-    key = None if cache_file is None else cache_file.key
     run = {"settings": settings, "models": models, "data": data, "reference": key}
     # As JSON gives it back: numbers of NumPy become Python's.
     return json.loads(json.dumps(run, default=float))

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.packing import Item, retain_items
-from palu.methods import METHODS
+from palu.methods import METHODS, Method
 from palu.models.checks import check_linear_head, check_packing, check_sets
 from palu.models.lora import CausalLM
+from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
 
 
@@ -25,24 +26,22 @@ class RunData:
     forget: list[Item]
     retain: list[Item]
     anchor_prompts: AnchorPrompts
+    longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
 
 def prepare_datasets(
     model: CausalLM,
-    ref_model: CausalLM | None,
     forget: Any,
     retain: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
     *,
     processes: int,
-    device: torch.device,
-    mixed_precision: str,
 ) -> RunData:
     """Load, tokenise and validate a run's forget and retain sets; see :func:`palu.unlearn`.
 
-    ``processes``: how many take part in the run. ``device`` and ``mixed_precision`` (accelerate's) are the run's.
+    ``processes``: how many take part in the run.
 
     Raises:
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
@@ -64,12 +63,6 @@ def prepare_datasets(
     kept_items = retain_items(retain_set.examples) if method.uses_retain(config) else []
     texts = [length for item in [*forget_items, *kept_items] for length in item.lengths or (len(item.input_ids),)]
     texts += [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
-    for name, candidate in (("model", model), ("ref_model", ref_model)):
-        if candidate is None:
-            continue
-        check_linear_head(candidate, forget_items[0].input_ids)
-        if name == "model" or method.needs_ref_head or method.ref_fields:  # else a reference does not run
-            check_packing(name, candidate, device, mixed_precision, longest=max(texts))
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
@@ -81,4 +74,28 @@ def prepare_datasets(
         "onset_tokens": sum(item.targets for item in forget_items),
         "ordinary_tokens": sum(len(item.rows) - item.targets for item in forget_items),
     }
-    return RunData(forget_items, kept_items, anchor_prompts, counts)
+    return RunData(forget_items, kept_items, anchor_prompts, max(texts), counts)
+
+
+def check_forward_passes(
+    root: ModelRoot,
+    reference: ModelRoot,
+    data: RunData,
+    method: type[Method],
+    device: torch.device,
+    mixed_precision: str,
+) -> None:
+    """Raise ValueError or UnsupportedModelError where a model's passes are not what the losses take them for.
+
+    ``root`` holds the model to train, ``reference`` the reference, perhaps the same one; ``device`` and
+    ``mixed_precision`` (accelerate's) are the run's. All processes must call it: each runs the same passes.
+    """
+
+    def check(name: str, model: CausalLM) -> None:
+        check_linear_head(model, data.forget[0].input_ids)
+        if name == "model" or method.needs_ref_head or method.ref_fields:  # else a reference does not run
+            check_packing(name, model, device, mixed_precision, longest=data.longest)
+
+    root.run(lambda: check("model", root.model))
+    if reference is not root:
+        reference.run(lambda: check("ref_model", reference.model))

@@ -1,7 +1,8 @@
 """accelerate's engines: which ones a run can use, and how a model that they shard comes back whole.
 
 DDP trains the model itself. FSDP2 and DeepSpeed's ZeRO shard the model that they are given over the processes, so they
-are given a copy of it; the model waits on the host and gets the trained weights when the run has ended.
+are given a copy of it. The model itself gets the trained weights when the run has ended. Under FSDP2 it has none until
+then: the shards are all that there is.
 
 The loss is a sum over all tokens of an optimisation step, divided by their number in all micro-batches of all
 processes. Engines average gradients over processes, so each process multiplies its share by the number of them.
@@ -9,20 +10,21 @@ processes. Engines average gradients over processes, so each process multiplies 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.distributed import full_tensor
-from palu.models.lora import CausalLM
+from palu.distributed import ProcessError, full_tensor
+from palu.models.lora import CausalLM, base_of
+from palu.models.root import ModelRoot, share_weights
+from palu.ref_model.storage import CacheError
 from palu.training.trackers import tracker_arguments
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
@@ -58,11 +60,6 @@ def _set_up_fsdp(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading leaves the weights out on all processes but one, and each runs the "
-            "reference; set it to false"
-        )
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing draws other dropout when it recomputes; set it to false and pass "
@@ -78,9 +75,7 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
     if plugin.zero_stage not in (1, 2, 3):
         raise ValueError(f"DeepSpeed with zero_stage: {plugin.zero_stage} is not supported; set 1, 2 or 3, or use DDP")
     if plugin.zero_stage == 3 and plugin.zero3_init_flag:
-        raise ValueError(
-            "zero3_init_flag has models loaded in pieces, and each process runs the reference; set it to false"
-        )
+        raise ValueError("zero3_init_flag has models loaded in pieces, which palu does not read; set it to false")
     if plugin.gradient_clipping not in (None, "auto", config.max_grad_norm):
         raise ValueError(
             f"DeepSpeed is configured with gradient_clipping = {plugin.gradient_clipping} while max_grad_norm = "
@@ -95,24 +90,64 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
     }
 
 
+def loaded_on_main_alone(accelerator: Accelerator) -> bool:
+    """Whether accelerate takes a model's weights from the main process, so that the others need none."""
+    return (
+        accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    )
+
+
 def training_copy(model: CausalLM, accelerator: Accelerator) -> CausalLM:
-    """Return the model to train: where the engine shards it a copy, while the model itself waits on the host."""
+    """Return the model to train, on the device; where the engine shards it, a copy of the model for it to shard.
+
+    FSDP2's copy takes the weights over: the model's own parameters are empty ([0]) until :func:`copy_weights_back`.
+    """
     if accelerator.distributed_type not in SHARDED:
+        model.to(accelerator.device)
         return model
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    trained = copy.deepcopy(model, memo)
-    model.to("cpu")  # type: ignore[arg-type]
+    if loaded_on_main_alone(accelerator):
+        base_of(model).tie_weights()  # what is made without weights may have lost its ties
+    trained = share_weights(model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.to("cpu")  # type: ignore[arg-type]
+        return trained
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
     return trained
 
 
 @torch.no_grad()
 def copy_weights_back(model: CausalLM, trained: CausalLM, accelerator: Accelerator) -> None:
-    """Give the model the weights of its :func:`training_copy`, on every process. All processes must call it."""
+    """Give the model the weights of its :func:`training_copy`, on the host. All processes must call it.
+
+    A process whose model came without weights (on the meta device) gets none.
+    """
     if trained is model:
         return
     for parameter, learnt in zip(model.parameters(), trained.parameters(), strict=True):
-        if parameter.requires_grad:
-            parameter.copy_(_full_parameter(learnt, accelerator))
+        if parameter.requires_grad or accelerator.distributed_type == DistributedType.FSDP:
+            full = _full_parameter(learnt, accelerator)
+            if not parameter.is_meta:
+                parameter.data = full.to("cpu", parameter.dtype)
+
+
+@contextmanager
+def weights_back_if_refused(model: CausalLM, trained: CausalLM, accelerator: Accelerator) -> Iterator[None]:
+    """Call :func:`copy_weights_back` where the block raises an error of palu's, as it does on all processes alike."""
+    try:
+        yield
+    except (CacheError, ProcessError, TypeError, ValueError):
+        copy_weights_back(model, trained, accelerator)
+        raise
+
+
+def reference_root(ref_model: CausalLM, accelerator: Accelerator) -> ModelRoot:
+    """Return a root for a reference that is a model of its own: under FSDP2 of a copy of it, which is sharded."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return ModelRoot(ref_model)
+    root: ModelRoot = fsdp2_prepare_model(accelerator, ModelRoot(share_weights(ref_model, frozen=True)))
+    return root
 
 
 def _full_parameter(parameter: nn.Parameter, accelerator: Accelerator) -> Tensor:

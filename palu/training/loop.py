@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from palu.config import UnlearnConfig
-from palu.distributed import raise_on_all_ranks
-from palu.methods import METHODS
+from palu.distributed import compute_on_main, raise_on_all_ranks
+from palu.methods import METHODS, Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
@@ -26,10 +26,20 @@ from palu.models.quantized import check_mergeable
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
-from palu.training.checkpoint import Checkpoints
+from palu.training.checkpoint import Checkpoints, describe_run
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.datasets import prepare_datasets
-from palu.training.engine import SHARDED, clip_gradients, copy_weights_back, grad_sync, start_engine, training_copy
+from palu.training.datasets import check_forward_passes, prepare_datasets
+from palu.training.engine import (
+    SHARDED,
+    clip_gradients,
+    copy_weights_back,
+    grad_sync,
+    loaded_on_main_alone,
+    reference_root,
+    start_engine,
+    training_copy,
+    weights_back_if_refused,
+)
 from palu.training.metrics import gather_metrics, sum_counts
 from palu.training.optimizer import check_weight_decay, dither, make_optimizer
 from palu.training.trackers import tracking
@@ -109,8 +119,15 @@ def unlearn(
     method_class = METHODS[config.objective]
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
-        sharded = accelerator.distributed_type in SHARDED
-        check_models(model, ref_model, tokenizer, accelerator.device, accelerator.mixed_precision, sharded=sharded)
+        check_models(
+            model,
+            ref_model,
+            tokenizer,
+            accelerator.device,
+            accelerator.mixed_precision,
+            sharded=accelerator.distributed_type in SHARDED,
+            empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
+        )
         check_weight_decay(model, config)
         if config.merge_adapter:
             check_mergeable(model)
@@ -118,41 +135,54 @@ def unlearn(
         # Text to tokens with roles. Every complaint about the data comes before anything is changed.
         data = prepare_datasets(
             model,
-            ref_model,
             forget,
             retain,
             tokenizer,
             config,
             processes=accelerator.num_processes,
-            device=accelerator.device,
-            mixed_precision=accelerator.mixed_precision,
         )
 
-        # With resume, the newest checkpoint is this run's, or an error says what differs.
-        fingerprints = Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts)
-        cache_file = open_cache_file(config, method_class.cache_settings(config), accelerator, fingerprints)
-        checkpoints = Checkpoints(config, accelerator, model, fingerprints, cache_file)
+    # With resume, the newest checkpoint is this run's, or an error says what differs.
+    run = compute_on_main(
+        lambda: describe_run(
+            config,
+            method_class.cache_settings(config),
+            accelerator,
+            model,
+            Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts),
+        ),
+        accelerator,
+    )
+    with raise_on_all_ranks(accelerator):
+        checkpoints = Checkpoints(config, accelerator, run)
+    cache_file = open_cache_file(config, run.get("reference", ""))
 
-    set_seed(config.seed, device_specific=True)
     progress = config.progress and accelerator.is_main_process
     started = time.perf_counter()
-    model.to(accelerator.device)
-    # The reference runs once; then at most its head is needed.
-    cache, ref_head = precompute_reference(
-        model if ref_model is None else ref_model,
-        model,
-        data.forget,
-        data.anchor_prompts,
-        method_class,
-        config,
-        accelerator,
-        file=cache_file,
-        progress=progress,
-    )
-    with training_mode(model, config, accelerator), checkpoints, tracking(accelerator, config):
-        trained = training_copy(model, accelerator)
-        optimizer = make_optimizer(trained.parameters(), config, accelerator)
-        method, optimizer = accelerator.prepare(method_class(trained, ref_head, config), optimizer)
+    # An engine that shards comes first, so that no device ever holds the whole model.
+    trained = training_copy(model, accelerator)
+    optimizer = make_optimizer(trained.parameters(), config, accelerator)
+    method, optimizer = accelerator.prepare(method_class(trained, config), optimizer)
+    root: Method = accelerator.unwrap_model(method)
+    with weights_back_if_refused(model, trained, accelerator):
+        reference = root if ref_model is None else reference_root(ref_model, accelerator)
+        with raise_on_all_ranks(accelerator):
+            check_forward_passes(root, reference, data, method_class, accelerator.device, accelerator.mixed_precision)
+        # The reference runs once; then at most its head is needed.
+        cache, root.ref_head = precompute_reference(
+            reference,
+            data.forget,
+            data.anchor_prompts,
+            method_class,
+            config,
+            accelerator,
+            own=ref_model is None,
+            file=cache_file,
+            progress=progress,
+        )
+    del reference
+    set_seed(config.seed, device_specific=True)
+    with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
         dither(optimizer, config.seed)
         parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
         loader = UnlearnDataLoader(
@@ -167,7 +197,7 @@ def unlearn(
         total_steps = config.epochs * len(loader)
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
 
-        history = checkpoints.restore(trained, optimizer, scheduler, accelerator.unwrap_model(method))
+        history = checkpoints.restore(trained, optimizer, scheduler, root)
         bar = tqdm(total=total_steps, initial=len(history), desc="unlearn", disable=not progress)
         clock = time.perf_counter()
         for epoch in range(loader.skip(len(history)), config.epochs + 1):
@@ -192,7 +222,7 @@ def unlearn(
                     copy_weights_back(model, trained, accelerator)
                     raise DivergenceError(record, history)
                 optimizer.step()
-                record |= accelerator.unwrap_model(method).after_step(record)
+                record |= root.after_step(record)
                 record["learning_rate"] = scheduler.get_last_lr()[0]
                 scheduler.step()
                 optimizer.zero_grad()

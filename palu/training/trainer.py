@@ -29,12 +29,13 @@ from palu.methods.base import Losses, Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.models.root import ModelRoot
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import CacheFile, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.datasets import prepare_datasets
+from palu.training.datasets import check_forward_passes, prepare_datasets
 from palu.training.loop import DivergenceError
 from palu.training.metrics import gather_metrics, sum_counts
 
@@ -133,15 +134,15 @@ class PaluTrainer(Trainer):
         check_dtype(model, kwargs)
         data = prepare_datasets(
             model,
-            ref_model,
             forget,
             retain,
             tokenizer,
             _with_args(config, args),
             processes=args.world_size,
-            device=args.device,
-            mixed_precision=args.mixed_precision,
         )
+        root = ModelRoot(model)
+        reference = root if ref_model is None else ModelRoot(ref_model)
+        check_forward_passes(root, reference, data, METHODS[config.objective], args.device, args.mixed_precision)
         self.forget_items, self.retain_items = data.forget, data.retain
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -151,13 +152,13 @@ class PaluTrainer(Trainer):
         cache_settings = self.method_class.cache_settings(config)
         self.reference_key = reference_key(config.objective, cache_settings, self.accelerator, fingerprints)
         self.cache, self.ref_head = precompute_reference(
-            model if ref_model is None else ref_model,
-            model,
+            reference,
             self.forget_items,
             data.anchor_prompts,
             self.method_class,
             config,
             self.accelerator,
+            own=ref_model is None,
             file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
@@ -173,7 +174,8 @@ class PaluTrainer(Trainer):
             CheckpointError: the checkpoint is of another reference, or of another trainer.
             DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
         """
-        self.method: Method = self.method_class(self.model, self.ref_head, self.config)
+        self.method: Method = self.method_class(self.model, self.config)
+        self.method.ref_head = self.ref_head
         self.history = self._history_of(resume_from_checkpoint)
         for record in self.history:
             self.method.after_step(record)

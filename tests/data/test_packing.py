@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama
 from torch import Tensor
 
@@ -279,7 +280,7 @@ def test_cache_holds_what_the_reference_says(
     items = forget_items(examples(7), 2, None)
     with use_packed_attention(model):
         reference_fn = PaluMethod.reference_fn(head_of(model), UnlearnConfig(top_k=top_k, chunk_bytes=chunk_bytes))
-        cache = compute_outputs(body_of(model), device, items, PaluMethod.ref_fields, reference_fn)
+        cache = compute_outputs(body_of(model), items, PaluMethod.ref_fields, reference_fn, Accelerator())
     assert len(cache.outputs) == len(items)
     for item, fields in zip(items, cache.outputs, strict=True):
         index, scale, hidden = fields["index"], fields["scale"], fields["hidden"]

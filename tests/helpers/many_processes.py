@@ -8,28 +8,40 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from helpers.runs import TEXT_FORGET
+from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaForCausalLM
 
 import palu
 from palu.training.dataloader import UnlearnDataLoader
 
 PROCESSES = 2
+TOKENIZER = byte_level(LLAMA3)
 ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp2": {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    # As accelerate's fsdp_cpu_ram_efficient_loading: the first process loads the weights, and the others none.
+    "fsdp2_main": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     },
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {
@@ -40,30 +52,45 @@ ENGINES: dict[str, dict[str, str]] = {
 }
 
 
+def make_llama(**config: Any) -> LlamaForCausalLM:
+    """A tiny Llama; where accelerate takes the weights from the first process, without weights on the others."""
+    broadcast = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true"
+    with nullcontext() if PartialState().is_main_process or not broadcast else init_empty_weights():
+        return tiny_llama(**config)
+
+
 def tiny_lora(dropout: float = 0.0) -> peft.PeftModel:
     """A tiny Llama with an adapter on every linear layer but the head."""
-    model = tiny_llama()
+    model = make_llama()
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
     return peft.get_peft_model(model, config)
 
 
 # name -> (model, reference, settings)
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, Any]]] = {
-    "untied": (lambda: tiny_llama(tie_word_embeddings=False), None, {}),
-    "tied": (tiny_llama, lambda: tiny_llama(seed=3), {"gradient_checkpointing": True}),
+    "untied": (lambda: make_llama(tie_word_embeddings=False), None, {}),
+    "tied": (make_llama, lambda: make_llama(seed=3), {"gradient_checkpointing": True}),
     "lora": (tiny_lora, None, {}),
-    "npo": (tiny_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
-    "bfloat16": (lambda: tiny_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
+    "npo": (make_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
+    "anchors": (
+        lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256),
+        None,
+        {"forget": TEXT_FORGET * 3, "retain": None, "tokenizer": TOKENIZER, "anchors": 5, "max_length": 200},
+    ),
+    "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
 }
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "npo", "bfloat16"),
-    "fsdp2": ("untied", "tied", "lora", "bfloat16"),
+    "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16"),
+    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16"),
+    "fsdp2_main": ("untied", "tied", "lora", "anchors"),
     "zero2": ("untied", "tied"),
     "zero3": ("untied", "tied", "lora"),
 }
 
 
-def unlearn(model: Any, ref_model: Any, forget: Any, processes: int, **settings: Any) -> palu.UnlearnResult:
+def unlearn(
+    model: Any, ref_model: Any, forget: Any, processes: int, retain: Any = (), **settings: Any
+) -> palu.UnlearnResult:
     """10 steps in 5 epochs of 9 forget examples: the second step of an epoch has one, so one process has none."""
     defaults: dict[str, Any] = {
         "epochs": 5,
@@ -73,13 +100,15 @@ def unlearn(model: Any, ref_model: Any, forget: Any, processes: int, **settings:
         "top_k": 20,
         "progress": False,
     }
-    return palu.unlearn(model, ref_model, forget, retain_rows(), **(defaults | settings))
+    return palu.unlearn(model, ref_model, forget, retain_rows() if retain == () else retain, **(defaults | settings))
 
 
 def run(case: str, processes: int) -> palu.UnlearnResult:
     """A case's run on one process, or on this one of many."""
     model, reference, settings = CASES[case]
-    return unlearn(model(), reference() if reference else None, forget_rows(9), processes, **settings)
+    return unlearn(
+        model(), reference() if reference else None, **{"forget": forget_rows(9), "processes": processes} | settings
+    )
 
 
 def start(engine: str) -> None:
@@ -89,7 +118,7 @@ def start(engine: str) -> None:
         del os.environ[name]
     os.environ.update(ENGINES[engine])
     PartialState(cpu=True)
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -153,16 +182,21 @@ def main(folder: Path) -> None:
         for case in cases:
             samples.clear()
             result = run(case, PROCESSES)
-            save_file(weights(result.model), folder / f"{engine}.{case}.{rank}.safetensors")
+            missing = all(parameter.is_meta for parameter in result.model.parameters())
+            if not missing:
+                save_file(weights(result.model), folder / f"{engine}.{case}.{rank}.safetensors")
             outcome[f"{engine}.{case}"] = {
                 "history": result.history,
                 "samples": list(samples),
                 "engine": type(prepared[0]).__name__,
                 "sharded units": sum(isinstance(module, FSDPModule) for module in prepared[0].modules()),
+                "missing": missing,
                 "returned": type(result.model).__name__,
                 "parameters": sorted({type(parameter).__name__ for parameter in result.model.parameters()}),
             }
             print(engine, case, "done", flush=True)
+        if engine == "fsdp2_main":
+            continue
         outcome[f"{engine}.divergence"] = diverging()
         if engine in ("ddp", "fsdp2"):
             model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama

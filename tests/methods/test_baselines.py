@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import Row, answer_probabilities, forget_rows, overfit, padded, retain_rows, tiny_llama, weights
 from torch import Tensor
@@ -332,7 +333,7 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     cache = ReferenceCache([{}] * len(items))
     if method.ref_fields:
         reference_fn = method.reference_fn(head_of(ref_model), config)
-        cache = compute_outputs(body_of(ref_model), ref_model.device, items, method.ref_fields, reference_fn)
+        cache = compute_outputs(body_of(ref_model), items, method.ref_fields, reference_fn, Accelerator())
 
     def total_and_gradient(processes: int, config: UnlearnConfig) -> tuple[float, Tensor]:
         batches = [
@@ -343,7 +344,7 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
         ]
         assert [batch.counts.examples for batch in batches] == ([1, 1, 1, 0] if processes == 4 else [3])
         counts = torch.tensor([batch.counts for batch in batches]).sum(0).double()
-        total = torch.stack([method(model, None, config)(batch, counts).total for batch in batches]).sum()
+        total = torch.stack([method(model, config)(batch, counts).total for batch in batches]).sum()
         gradients = torch.autograd.grad(total, list(model.parameters()))
         return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
 

@@ -26,6 +26,7 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
 from palu.models.generation import encode_prompts, eval_mode
+from palu.models.root import ModelRoot
 from palu.ref_model import anchors, precompute
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
 from palu.ref_model.cache import ReferenceCache
@@ -147,7 +148,7 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
     model.generation_config.repetition_penalty = 5.0
     settings, before = model.generation_config, weights(model)
     model.train()
-    items = generate_anchors(model, prompts, Accelerator(), adapter=False)
+    items = generate_anchors(ModelRoot(model), prompts, Accelerator(), adapter=False)
     assert model.training and model.generation_config is settings and same_weights(model, before)
     model.eval()
     expected = [greedy(model, prompt.tolist(), prompts.stop_ids) for prompt in prompts.prompts]
@@ -169,10 +170,10 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
     prompts = prompts_and_stops()
-    whole = generate_anchors(llama(), prompts, Accelerator(), adapter=False)
+    whole = generate_anchors(ModelRoot(llama()), prompts, Accelerator(), adapter=False)
     starts = sorted(int(item.rows[0]) + 1 for item in whole)
     limit = starts[-1]  # the longest prompt has no room for an answer
-    items = generate_anchors(llama(), prompts._replace(max_length=limit), Accelerator(), adapter=False)
+    items = generate_anchors(ModelRoot(llama()), prompts._replace(max_length=limit), Accelerator(), adapter=False)
     fitting = [item for item in whole if item.rows[0] + 1 < limit]
     assert 0 < len(items) == len(fitting) < len(whole)
     for item, full in zip(items, fitting, strict=True):
@@ -190,7 +191,7 @@ def test_no_answer_is_left() -> None:
 def test_processes_share_the_prompts(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_and_stops()
     gathered: list[list[int]] = []
-    monkeypatch.setattr(anchors, "gather_object", lambda answers: gathered.extend(answers) or ALONE)
+    monkeypatch.setattr(anchors, "gather_values", lambda answers, accelerator: gathered.extend(answers) or [ALONE])
     with eval_mode(model := llama()):
         stops = prompts.stop_ids
         ALONE = [greedy(model, p.tolist(), stops)[len(p) :] for p in prompts.prompts]  # noqa: N806
@@ -198,7 +199,7 @@ def test_processes_share_the_prompts(processes: int, monkeypatch: pytest.MonkeyP
         part = SimpleNamespace(
             device=torch.device("cpu"), num_processes=processes, process_index=index, autocast=nullcontext
         )
-        items = generate_anchors(llama(), prompts, part, adapter=False)  # type: ignore[arg-type]
+        items = generate_anchors(ModelRoot(llama()), prompts, part, adapter=False)  # type: ignore[arg-type]
         assert len(items) < len(prompts.prompts), "each process has all, less the blank ones"
     assert gathered == ALONE
 
@@ -237,7 +238,7 @@ def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list
 def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
     """Other prompts' distributions move less, too."""
     other = AnchorPrompts(*encode_prompts(anchor_texts()[-12:], TOKENIZER), 200)
-    unseen = generate_anchors(llama(), other, Accelerator(), adapter=False)
+    unseen = generate_anchors(ModelRoot(llama()), other, Accelerator(), adapter=False)
     settings = {"epochs": 30, "gamma": 1.0}
 
     def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:

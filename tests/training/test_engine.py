@@ -79,7 +79,9 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
     # Two processes add their gradients in another order, and in bfloat16 a rounding of a weight is 4e-3 of it.
     of_weights, rel, of_noise = (2e-2, 0.1, 2e-2) if case == "bfloat16" else (1e-5, 1e-4, 1e-6)
     for rank in range(PROCESSES):
-        trained = load_file(folder / f"{engine}.{case}.{rank}.safetensors")
+        missing = results[rank][f"{engine}.{case}"]["missing"]
+        assert missing == (engine == "fsdp2_main" and rank > 0), "weights come back to where they were"
+        trained = load_file(folder / f"{engine}.{case}.{0 if missing else rank}.safetensors")
         assert trained.keys() == expected.keys()
         for name, weight in expected.items():
             assert (trained[name] - weight).abs().max() <= of_weights * weight.abs().max(), name
@@ -89,7 +91,8 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
             assert many.keys() == single.keys()
             for name in single.keys() - {"tokens", "tokens_per_second"}:
                 assert many[name] == pytest.approx(single[name], rel=rel, abs=of_noise), (name, many, single)
-            idle = 0 if many["step"] % 2 else 1  # a process without an example runs a token
+            # A process without an example or an anchor runs a token.
+            idle = 0 if many["step"] % 2 or case == "anchors" else 1
             assert many["tokens"] == single["tokens"] + idle
 
 
@@ -98,6 +101,7 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
     [
         ("ddp", "DistributedDataParallel", 0),
         ("fsdp2", "FSDPPaluMethod", 3),  # two decoder layers, and the rest
+        ("fsdp2_main", "FSDPPaluMethod", 3),
         ("zero2", "DeepSpeedEngine", 0),
         ("zero3", "DeepSpeedEngine", 0),
     ],
@@ -135,7 +139,7 @@ def test_processes_see_different_samples(engine: str, outcomes: tuple[Path, list
         assert sorted(order[start : start + 12]) == list(range(12))
 
 
-@pytest.mark.parametrize("engine", RUNS)
+@pytest.mark.parametrize("engine", [engine for engine in RUNS if engine != "fsdp2_main"])
 def test_divergence_stops_all(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
     """All say the same, and the model has the weights of the last good step."""
     needs(engine)
@@ -172,7 +176,7 @@ def test_an_error_on_one_process_stops_all(outcomes: tuple[Path, list[dict[str, 
         "use the tokenizer that belongs to the model",
         own,
     )
-    assert other == f"RuntimeError: process 1 has stopped: {own}"
+    assert other == f"ProcessError: process 1 has stopped: {own}"
 
 
 def accelerator_of(kind: DistributedType, **state: Any) -> SimpleNamespace:
@@ -213,10 +217,6 @@ SEQUENCE = SimpleNamespace(tp_enabled=False, cp_enabled=False, sp_enabled=True)
             "set it to 1 there and pass gradient_accumulation_steps=4 to palu.unlearn",
         ),
         (accelerator_of(DistributedType.FSDP, fsdp_version=1), "set fsdp_version: 2"),
-        (
-            accelerator_of(DistributedType.FSDP, cpu_ram_efficient_loading=True),
-            "fsdp_cpu_ram_efficient_loading .* to false",
-        ),
         (accelerator_of(DistributedType.FSDP, activation_checkpointing=True), "pass gradient_checkpointing=True"),
         (
             accelerator_of(DistributedType.DEEPSPEED, zero_stage=0),

@@ -36,6 +36,7 @@ from palu.data.examples import load_forget
 from palu.data.packing import forget_items
 from palu.losses import fused_linear_losses
 from palu.methods.palu import PaluMethod
+from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.precompute import precompute_reference
 from palu.training import loop
@@ -578,7 +579,7 @@ def test_no_second_model_exists(trainable: bool) -> None:
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
     cache, head = precompute_reference(
-        model, model, items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator
+        ModelRoot(model), items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator, own=True
     )
     held = live_bytes() - before
     answers = sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
