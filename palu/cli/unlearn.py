@@ -108,6 +108,7 @@ def unlearn(
 
     import palu
     from palu.data.examples import load_forget, load_retain
+    from palu.training.engine import loaded_on_main_alone
 
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded.

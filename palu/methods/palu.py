@@ -66,7 +66,7 @@ class PaluMethod(Method):
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, [local, kl, retain])."""
         config, counts = self.config, batch.counts
-        if self.weight_mean is None and not head_of(self.model).weight.requires_grad:
+        if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
             self.weight_mean = weight_mean(head.weight)
         gamma, lambda_kl, lambda_retain = config.weights
         scale = batch.reference["scale"].to(shares.targets.dtype)  # a float64 reference beside a float32 model

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,9 +54,9 @@ class Recorder:
         result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
         recorder.save("runs/forget", result.model)
 
-    The main process looks while the others wait at the run's first exchange. The model is moved to the device that
-    the run will use; where the run shards it and it is too large for the device, it is looked at on the host, which
-    takes long. Neither weights nor random numbers are changed.
+    The main process looks while the others wait at the run's first exchange. It does so on the device that the run
+    will use; where the run shards the model and it is too large for the device, on the host, which takes long. Neither
+    weights nor random numbers are changed, and the model stays where it is.
 
     Args:
         model, forget, retain, tokenizer, config: as they are given to :func:`palu.unlearn`; ``forget`` and ``retain``
@@ -81,9 +80,9 @@ class Recorder:
         self.config, self.tokenizer = config or UnlearnConfig(), tokenizer
         retain = [] if retain is None else retain
         accelerator = Accelerator()
-        # Where the run shards the model, it may be larger than one device.
-        self.sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        self.device = roomy_device(model, accelerator.device) if self.sharding else accelerator.device
+        # A run that shards the model may have one that is larger than a device.
+        sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.device = roomy_device(model, accelerator.device) if sharding else accelerator.device
         self.active = accelerator.is_main_process
         for name, source in (("forget", forget), ("retain", retain)):
             if isinstance(source, Iterator):
@@ -197,7 +196,7 @@ class Recorder:
 
     def _look(self, model: CausalLM, when: str) -> dict[str, Any]:
         """Measure a model: {secrets: per example and span, retained, answers, weights}."""
-        with on_device(model, self.device) if self.sharding else nullcontext(model.to(self.device)):
+        with on_device(model, self.device):
             return self._measure(model, when)
 
     def _measure(self, model: CausalLM, when: str) -> dict[str, Any]:
