@@ -114,7 +114,10 @@ class UnlearnConfig:
             same reference, forget set and settings take them instead of running it again; ``None``: they are kept in
             ``checkpoint_dir`` where that is given, else in memory.
         checkpoint_dir: folder for checkpoints (:mod:`palu.training.checkpoint`); ``None``: none are written.
-        checkpoint_steps: optimisation steps from one checkpoint to the next; there is always one at the end.
+        checkpoint_minutes: minutes from one checkpoint to the first step after which the next one is written; there is
+            always one at the end, and after Ctrl-C.
+        checkpoint_steps: optimisation steps from one checkpoint to the next, in place of ``checkpoint_minutes``;
+            ``None``: by time.
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
             beginning. Pass the starting model, loaded again, and all other arguments as they were.
         seed: of the data order and of any dropout.
@@ -160,7 +163,8 @@ class UnlearnConfig:
     chunk_bytes: int = 256 * 2**20
     cache_dir: str | None = None
     checkpoint_dir: str | None = None
-    checkpoint_steps: int = 50
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int | None = None
     resume: bool = False
     seed: int = 0
     progress: bool = True
@@ -206,11 +210,16 @@ class UnlearnConfig:
             require(is_number(value) and value >= 0, field, "give a number that is not negative")
         require(is_number(self.delta), "delta", "give a finite number")
         require(self.beta is None or (is_number(self.beta) and self.beta > 0), "beta", "give a positive number")
-        for field in ("learning_rate", "max_grad_norm"):
+        for field in ("learning_rate", "max_grad_norm", "checkpoint_minutes"):
             value = getattr(self, field)
             require(is_number(value) and value > 0, field, "give a positive number")
-        for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes", "checkpoint_steps"):
+        for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes"):
             require(is_int(getattr(self, field)) and getattr(self, field) > 0, field, "give a positive integer")
+        require(
+            self.checkpoint_steps is None or (is_int(self.checkpoint_steps) and self.checkpoint_steps > 0),
+            "checkpoint_steps",
+            "give a positive integer, or None for checkpoint_minutes",
+        )
         require(
             self.retain_batch_size is None or (is_int(self.retain_batch_size) and self.retain_batch_size > 0),
             "retain_batch_size",

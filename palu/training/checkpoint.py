@@ -5,7 +5,7 @@ place in the data, the schedule and a method's own variables follow from the his
 starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
 
     reference-KEY.safetensors    what the reference gave (:mod:`palu.ref_model.storage`), unless cache_dir keeps it
-    step-00000050.safetensors    the run after 50 steps; the last two are kept
+    step-00000050.safetensors    the run after 50 steps; the last two are kept, and a third while it is written
     unfinished/                  what is being written; a file moves out of it when it is on the disk
 
 Every checkpoint names its run: the settings, the key of the reference cache, and SHA-256 fingerprints of the starting
@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,16 @@ FORMAT = 3
 KEPT = 2
 ADAMW = ("step", "exp_avg", "exp_avg_sq", "kahan_comp")  # what an optimizer keeps of a parameter
 # Settings that may change on resume: none of them has a part in the result.
-FREE = {"cache_dir", "checkpoint_dir", "checkpoint_steps", "resume", "progress", "report_to", "logging_dir"}
+FREE = {
+    "cache_dir",
+    "checkpoint_dir",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "resume",
+    "progress",
+    "report_to",
+    "logging_dir",
+}
 
 History = list[dict[str, float]]
 
@@ -63,7 +73,7 @@ class Checkpoints:
     As a context it makes Ctrl-C wait for the end of the step, once :meth:`restore` was called.
 
     Args:
-        config: ``checkpoint_dir``, ``checkpoint_steps`` and ``resume``.
+        config: ``checkpoint_dir``, ``checkpoint_minutes``, ``checkpoint_steps`` and ``resume``.
         accelerator: its main process writes, all processes read.
         run: what :func:`describe_run` says of it.
 
@@ -74,7 +84,7 @@ class Checkpoints:
 
     def __init__(self, config: UnlearnConfig, accelerator: Accelerator, run: dict[str, Any]):
         self.accelerator, self.run = accelerator, run
-        self.interval = config.checkpoint_steps
+        self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.interrupted = self.running = False
         if self.folder is None:
@@ -104,7 +114,7 @@ class Checkpoints:
     ) -> History:
         """Restore the newest checkpoint; return its history, which is empty in a new run."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.running, self.saved = True, 0
+        self.running, self.saved, self.written = True, 0, time.monotonic()
         if self.folder is None or not (existing := self._steps()):
             return []
         self._tidy()  # a kill may have come between writing and tidying
@@ -133,10 +143,14 @@ class Checkpoints:
         """Write a checkpoint where one is due, or where Ctrl-C was pressed; then raise KeyboardInterrupt."""
         if self.folder is None:
             return
-        if self.accelerator.num_processes > 1:  # Ctrl-C reaches them at different steps
-            pressed = torch.tensor(float(self.interrupted), device=self.accelerator.device)
-            self.interrupted = self.accelerator.reduce(pressed, "sum").item() > 0
-        if self.interrupted or len(history) % self.interval == 0:
+        due = time.monotonic() - self.written >= 60 * self.minutes
+        if self.accelerator.num_processes > 1:  # Ctrl-C reaches them at different steps; the main one's clock decides
+            wishes = [self.interrupted, due and self.accelerator.is_main_process]
+            flags = torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device)
+            self.interrupted, due = (self.accelerator.reduce(flags, "sum") > 0).tolist()
+        if self.every is not None:
+            due = len(history) % self.every == 0
+        if self.interrupted or due:
             self.save(history)
             self._stop_if_interrupted()
 
@@ -157,7 +171,7 @@ class Checkpoints:
                     tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
         self._write(path, tensors, {"history": history, "scheduler": self.scheduler.state_dict()})
-        self.saved = len(history)
+        self.saved, self.written = len(history), time.monotonic()
         self._tidy()
 
     def __enter__(self) -> Checkpoints:

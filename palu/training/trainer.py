@@ -51,6 +51,7 @@ TRAINERS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_checkpointing": "activation_checkpointing",
     "checkpoint_dir": "output_dir",
+    "checkpoint_minutes": "save_strategy",
     "checkpoint_steps": "save_steps",
     "resume": "resume_from_checkpoint",
     "seed": "seed",

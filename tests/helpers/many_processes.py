@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 import palu
+from palu.training import checkpoint
+from palu.training.checkpoint import Checkpoints
 from palu.training.dataloader import UnlearnDataLoader
 
 PROCESSES = 2
@@ -134,6 +137,32 @@ def resumed(model: Callable[[], Any], folder: Path) -> bool:
     return same_weights(again.model, weights(whole.model)) and len(again.history) == 10
 
 
+def by_the_clock(rank: int, folder: Path) -> int:
+    """How many checkpoints a run writes in which each step takes the main process 4 minutes and the other one none."""
+    now, writes = 0.0, 0
+    after_step, save = Checkpoints.after_step, Checkpoints.save
+    monotonic = time.monotonic
+
+    def tick(self: Checkpoints, history: Any) -> None:
+        nonlocal now
+        now += 240.0 if rank == 0 else 0.0
+        after_step(self, history)
+
+    def counting(self: Checkpoints, history: Any) -> None:
+        nonlocal writes
+        writes += 1
+        save(self, history)
+
+    Checkpoints.after_step, Checkpoints.save = tick, counting  # type: ignore[method-assign]
+    checkpoint.time.monotonic = lambda: now  # type: ignore[attr-defined]
+    try:
+        unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, checkpoint_dir=str(folder))
+    finally:
+        Checkpoints.after_step, Checkpoints.save = after_step, save  # type: ignore[method-assign]
+        checkpoint.time.monotonic = monotonic  # type: ignore[attr-defined]
+    return writes
+
+
 def complaint(function: Callable[[], Any]) -> str:
     """What a run that must fail says."""
     try:
@@ -200,6 +229,7 @@ def main(folder: Path) -> None:
         outcome[f"{engine}.divergence"] = diverging()
         if engine in ("ddp", "fsdp2"):
             model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
+            outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")
         else:
             outcome[f"{engine}.checkpoints"] = complaint(

@@ -310,6 +310,53 @@ def test_interval_and_the_last_two(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert steps(folder) == [reference(folder).name, step(8), step(9)]
 
 
+def written_by_time(monkeypatch: pytest.MonkeyPatch, seconds_per_step: float, **settings: Any) -> list[str]:
+    """The names of the checkpoints of a run whose steps take this long; writing one takes 30 s."""
+    now, names = 1000.0, []
+    after_step, write = Checkpoints.after_step, Checkpoints._write
+
+    def tick(self: Checkpoints, history: Any) -> None:
+        nonlocal now
+        now += seconds_per_step
+        after_step(self, history)
+
+    def slow(self: Checkpoints, path: Path, *args: Any) -> None:
+        nonlocal now
+        now += 30
+        write(self, path, *args)
+        names.append(path.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.time, "monotonic", lambda: now)
+        patch.setattr(Checkpoints, "after_step", tick)
+        patch.setattr(Checkpoints, "_write", slow)
+        unlearn(**settings)
+    return names
+
+
+def test_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes after the last one was written the next is due, at the end of a step; one is always last."""
+
+    def written(seconds: float, **settings: Any) -> list[str]:
+        folder = tmp_path / f"{seconds} {settings}"
+        return written_by_time(monkeypatch, seconds, checkpoint_dir=str(folder), **settings)
+
+    assert written(1) == [step(9)]
+    assert written(200) == [*map(step, (3, 6, 9))]
+    assert written(250) == [*map(step, (3, 6, 9))]
+    assert written(290, checkpoint_minutes=20) == [*map(step, (5, 9))]
+    assert written(900) == [*map(step, range(1, 10))]
+    assert written(900, checkpoint_steps=4) == [*map(step, (4, 8, 9))], "steps take the place of minutes"
+    assert written(1, checkpoint_minutes=0.01) == [*map(step, range(1, 10))]
+
+
+def test_a_run_by_time_resumes_with_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = unlearn()
+    assert written_by_time(monkeypatch, 200, checkpoint_dir=str(folder)) == [*map(step, (3, 6, 9))]
+    (folder / step(9)).unlink()
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     unlearn()
@@ -702,7 +749,9 @@ def test_a_checkpoint_that_cannot_be_read(finished: Path, folder: Path) -> None:
     ("settings", "message"),
     [
         ({"resume": True}, "resume = True: give checkpoint_dir, too"),
-        ({"checkpoint_steps": 0}, "checkpoint_steps = 0: give a positive integer"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps = 0: give a positive integer, or None for checkpoint_minutes"),
+        ({"checkpoint_minutes": 0}, "checkpoint_minutes = 0: give a positive number"),
+        ({"checkpoint_minutes": None}, "checkpoint_minutes = None: give a positive number"),
         ({"checkpoint_dir": ""}, "checkpoint_dir = '': give a folder's path as a string, or None"),
     ],
 )
