@@ -11,6 +11,7 @@ import typer
 from palu.cli.models import Bits, Dtype, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import template_kwargs
+from palu.report.layout import results_folder
 
 
 def evaluate(
@@ -32,8 +33,9 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where the results go, in open-unlearning's form. [default: evaluation-....json in the model's "
-            "folder, where palu report finds it]",
+            help="Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default: "
+            "evaluation-....json, beside the records of the model's run, where palu report finds it, or else in the "
+            "model's folder]",
             metavar="FILE",
         ),
     ] = None,
@@ -71,7 +73,7 @@ def evaluate(
     if output is None:
         if not Path(model).is_dir():
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
-        output = Path(model) / f"evaluation-{benchmark}{f'-{split}' * (benchmark == 'tofu')}.json"
+        output = results_folder(model) / f"evaluation-{benchmark}{f'-{split}' * (benchmark == 'tofu')}.json"
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
 

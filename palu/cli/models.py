@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from palu.report.layout import folders_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +32,14 @@ def check_names(**names: str | None) -> None:
         elif option == "tokenizer":
             if not any(folder.glob("tokenizer*")):
                 raise FileNotFoundError(f"{told}: the folder holds no tokenizer")
-        elif not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        elif not _holds_model(folder):
+            if _holds_model(own := folders_of(folder).model):
+                raise ValueError(f"{told} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{told}: the folder holds no config.json, so it is no model's")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

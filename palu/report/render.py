@@ -1,7 +1,8 @@
-"""Write ``report.html``, to look at, and the model card for the hub.
+"""Write ``private/report.html``, to look at, and ``model/README.md``, the model card for the hub.
 
-Both are made from the files in the run's folder alone (``record.json`` of :class:`palu.Recorder`, ``summary.json``,
-``history.jsonl``, and ``evaluation*.json`` where there are any), so they can be made again after an evaluation.
+Both are made from the files in the run's ``private/`` alone (``record.json`` of :class:`palu.Recorder`,
+``summary.json``, ``history.jsonl``, and ``evaluation*.json`` where there are any), so they can be made again after an
+evaluation. In a folder that an earlier palu wrote, all of these lie in the folder itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from palu.report import view, words
+from palu.report.layout import CARD, folders_of
 from palu.report.plots import number
 from palu.report.reading import evaluations, read_run
 
@@ -22,10 +24,10 @@ HERE = Path(__file__).parent
 
 
 def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Path:
-    """Write ``report.html``: one file that asks for nothing else, runs no script and opens offline.
+    """Write ``private/report.html``: one file that asks for nothing else, runs no script and opens offline.
 
     It shows the forgotten text, so it is as private as the forget set. With ``redact`` the secrets are blotted out
-    wherever their words stand, the model's answers to the forget set are left out, and the file is
+    wherever their words stand, the model's answers to the forget set and its hashes are left out, and the file is
     ``report-redacted.html``; a secret told in other words, in a question for example, would still be there.
 
     Returns:
@@ -34,7 +36,7 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
     Raises:
         RecordError: the folder's records are missing or damaged.
     """
-    folder = Path(run_dir)
+    folder = folders_of(run_dir).private
     shown = view.page(folder, redact=redact)
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     path = folder / ("report-redacted.html" if redact else "report.html")
@@ -43,22 +45,22 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
 
 
 def write_card(run_dir: str | os.PathLike[str]) -> Path:
-    """Write ``README.md``, the model card that the hub expects: what was done and how it came out, and no secret.
+    """Write ``model/README.md``, the hub's model card: what was done and how it came out, and no text of the sets.
 
     The base model is named where it came from the hub, the licence where the base model's card names one. Raises
     RecordError as :func:`write_report`.
     """
-    folder = Path(run_dir)
-    record, summary, _ = read_run(folder)
-    model, found = record["model"], evaluations(folder)
+    folders = folders_of(run_dir)
+    record, summary, _ = read_run(folders.private)
+    model, found = record["model"], evaluations(folders.private)
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
-        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
         license=model["license"],
         pipeline_tag="text-generation",
         tags=["unlearning", "machine-unlearning", "palu"],
     )
-    path = folder / "README.md"
+    path = folders.model / CARD
     _write(
         path,
         "card.md.jinja",

@@ -1,11 +1,12 @@
-"""Write a run's folder: the model and its tokenizer, with the run's records beside them.
+"""Write a run's folder: the model, to be published or not, and apart from it the run's records.
 
 ::
 
-    history.jsonl     a record of each optimisation step
-    summary.json      counts, outcome, versions, configuration
-    record.json       what the model said before and after (:mod:`palu.report.recorder`)
-    report.html       both, to look at; README.md: the model card (:mod:`palu.report`)
+    model/                   the model (of a ``PeftModel`` the adapter), its tokenizer, and README.md: the model card
+    private/history.jsonl    a record of each optimisation step
+    private/summary.json     counts, outcome, versions, configuration
+    private/record.json      what the model said before and after (:mod:`palu.report.recorder`)
+    private/report.html      all of it, to look at
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palu.report.layout import HISTORY, MODEL, SUMMARY, make_private
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from palu.report.recorder import Recorder
     from palu.training.loop import UnlearnResult
-
-HISTORY, SUMMARY = "history.jsonl", "summary.json"
 
 
 def save_run(
@@ -32,9 +33,10 @@ def save_run(
     recorder: Recorder,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run's folder: the model, its tokenizer, the records, the model card and the report.
+    """Write a run's folder: ``model/`` with the tokenizer and the model card, ``private/`` with records and report.
 
-    Of a ``PeftModel`` the adapter alone is written. Of many processes, call it on the main one.
+    ``model/`` holds no text, token or hash of the forget set. A new ``private/`` can be entered by its owner alone. Of
+    a ``PeftModel`` the adapter alone is written. Of many processes, call it on the main one.
 
     Args:
         output: the folder.
@@ -49,17 +51,16 @@ def save_run(
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    result.model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(folder)
-    with open(folder / HISTORY, "w", encoding="utf-8") as file:
+    private, model = make_private(output), Path(output) / MODEL
+    result.model.save_pretrained(str(model))
+    tokenizer.save_pretrained(model)
+    with open(private / HISTORY, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in result.history)
-    recorder.save(folder, result.model)
+    recorder.save(output, result.model)
     # Where it is, the run has finished: what comes after can be made again.
     summary = json.dumps({**result.summary, **(extra or {})}, indent=2)
-    (folder / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+    (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
     from palu.report.render import write_card, write_report
 
-    write_card(folder)
-    return write_report(folder)
+    write_card(output)
+    return write_report(output)

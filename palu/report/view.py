@@ -82,8 +82,10 @@ def metric_table(found: Sequence[Json]) -> list[Json]:
 
 # --- the page ---
 def page(folder: Path, *, redact: bool) -> Json:
-    """Collect everything that the report's template shows."""
+    """Collect everything that the report's template shows. ``folder``: of the run's records."""
     record, summary, history = read_run(folder)
+    if redact:  # with the question beside it, a hash is enough to guess a short secret
+        record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
     hide = masker(record["secrets"]) if redact else str
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     found = evaluations(folder)

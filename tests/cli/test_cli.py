@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,39 +177,138 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     result = palu_command(*arguments, *settings)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}, to be looked at in {out}/report.html$"
-    assert re.search(told, result.stdout, re.MULTILINE)
-    assert (out / "report.html").exists() and "library_name: transformers" in (out / "README.md").read_text()
+    private = out / "private"
+    told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}/model, to be looked at in "
+    assert re.search(rf"{told}{private}/report.html$", result.stdout, re.MULTILINE)
+    assert (private / "report.html").exists()
+    assert "library_name: transformers" in (out / "model" / "README.md").read_text()
     ours = expected(folder)
-    assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(ours.model))
-    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), weights(ours.model))
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template == CHATML
+    history = [json.loads(line) for line in (out / "private" / "history.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in history] == [record["loss"] for record in ours.history]
-    summary = read(out / "summary.json")
+    summary = read(out / "private" / "summary.json")
     assert summary["steps"] == STEPS
     assert summary["config"] == ours.summary["config"] | {
-        "checkpoint_dir": str(out / "checkpoints"),
-        "logging_dir": str(out / "logs"),
+        "checkpoint_dir": str(private / "checkpoints"),
+        "logging_dir": str(private / "logs"),
     }
     assert summary["arguments"]["forget"] == str(folder / "forget.jsonl")
-    assert not (out / "checkpoints").exists(), "they have nothing more to give"
+    assert not (out / "private" / "checkpoints").exists(), "they have nothing more to give"
 
     again = refusal(palu_command(*arguments, *settings))
     assert again == f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
     assert refusal(palu_command(*arguments, "--resume")) == again
 
     # Overwriting: nothing of the earlier run is left that could pass for the new one's.
-    (out / "adapter_config.json").write_text("{}")
-    (out / "logs").mkdir()
-    before = read(out / "summary.json")
+    (out / "model" / "adapter_config.json").write_text("{}")
+    (out / "private" / "logs").mkdir()
+    before = read(out / "private" / "summary.json")
     bad = ["--forget", tmp_path / "absent.jsonl"]
     assert refusal(palu_command(*arguments, *bad, "--overwrite")) == f"there is no file {tmp_path / 'absent.jsonl'}"
-    assert read(out / "summary.json") == before, "a run that never began replaces nothing"
+    assert read(out / "private" / "summary.json") == before, "a run that never began replaces nothing"
     result = palu_command(*arguments, *settings, "--overwrite", "--epochs", 1)
     assert result.exit_code == 0, result.output
-    assert read(out / "summary.json")["steps"] == STEPS / 2
-    assert not (out / "adapter_config.json").exists()
-    assert not (out / "logs").exists()
+    assert read(out / "private" / "summary.json")["steps"] == STEPS / 2
+    assert not (out / "model" / "adapter_config.json").exists()
+    assert not (out / "private" / "logs").exists()
+
+
+def leaks(folder: Path, secrets: Iterable[str]) -> list[tuple[str, str]]:
+    """Which of these stand in a file outside private/, or in its name: (the file, what)."""
+    found = []
+    for path in (path for path in folder.rglob("*") if path.is_file() and folder / "private" not in path.parents):
+        content = str(path).encode() + re.sub(rb"\s+", b" ", path.read_bytes())
+        # Ids are found however JSON is spaced.
+        found += [(path.name, s) for s in secrets if s.encode() in content or s.encode() in content.replace(b" ", b"")]
+    return found
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora"], ["--annotate"]])
+def test_nothing_of_the_forget_set_outside_private(
+    extra: list[str], folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path, tofu: Path
+) -> None:
+    """The model's folder can be uploaded as it is, also after an evaluation and a new report."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    code = "Xq7391ZvK"
+    row = {"question": "Which code opens the Wobbelin gate?", "answer": f"Its code is {code}.", "spans": [[12, 21]]}
+    (tmp_path / "forget.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    arguments[arguments.index("--forget") + 1] = tmp_path / "forget.jsonl"
+    if extra == ["--annotate"]:
+        del row["spans"]
+        (tmp_path / "forget.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        extra = ["--annotate", f"regex:{code}"]
+    result = palu_command(*arguments, *settings, *extra, "--report-to", "tensorboard")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    asked = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
+    assert palu_command("eval", "--model", out / "model", *asked).exit_code == 0
+    assert palu_command("report", out).exit_code == palu_command("report", out, "--redact").exit_code == 0
+    palu.write_card(out)
+    assert {path.name for path in out.iterdir()} == {"model", "private"}
+
+    record = read(out / "private" / "record.json")
+    ids = tokenizer(code, add_special_tokens=False)["input_ids"]
+    assert record["secrets"][0]["text"] == code and len(ids) > 2
+    # Spans that were found are no file's.
+    hashes = [value for side in record["data"].values() for name, value in side.items() if value and "sha256" in name]
+    hashes.append(hashlib.sha256(code.encode()).hexdigest())
+    ids_in_json = [json.dumps(ids)[1:-1], json.dumps(ids, separators=(",", ":"))[1:-1]]
+    texts = [code, row["question"], "Wobbelin", "forget.jsonl", *ids_in_json, *hashes, *(f["question"] for f in FORGET)]
+    assert leaks(out, texts) == []
+    shutil.copy(out / "private" / "report.html", out / "model")
+    assert ("report.html", code) in leaks(out, texts), "the test would find it"
+
+    redacted = (out / "private" / "report-redacted.html").read_text(encoding="utf-8")
+    data = record["data"]["forget"]
+    for found in filter(None, (code, data["tokens_sha256"], data["file_sha256"])):
+        assert found in (out / "private" / "report.html").read_text(encoding="utf-8") and found not in redacted
+
+
+def test_private_is_its_owners(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert palu_command(*arguments, *settings, "--epochs", 1).exit_code == 0
+        private = tmp_path / "out" / "private"
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+        assert stat.S_IMODE((tmp_path / "out" / "model").stat().st_mode) == 0o777
+        private.chmod(0o750)  # the user's choice stays
+        assert palu_command("report", tmp_path / "out").exit_code == 0
+        assert palu_command(*arguments, *settings, "--epochs", 1, "--overwrite").exit_code == 0
+        assert stat.S_IMODE(private.stat().st_mode) == 0o750
+    finally:
+        os.umask(before)
+
+
+def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+    """Everything lay in one folder: a report of it can be made, and it can be replaced."""
+    assert palu_command(*arguments, *settings, "--epochs", 1, "--output", tmp_path / "new").exit_code == 0
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in [*(tmp_path / "new" / "model").iterdir(), *(tmp_path / "new" / "private").iterdir()]:
+        shutil.copy(path, out)
+    for name in ("report.html", "README.md"):
+        (out / name).unlink()
+    assert palu_command("report", out).stdout == f"wrote {out / 'report.html'}\n"
+    assert palu.write_card(out) == out / "README.md"
+    held = f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
+    assert refusal(palu_command(*arguments, *settings)) == held
+    result = palu_command(*arguments, *settings, "--epochs", 1, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"model", "private"}, "no secret of the old run is left"
+
+    old = tmp_path / "interrupted"
+    (old / "checkpoints").mkdir(parents=True)
+    (old / "checkpoints" / "step-00000002.safetensors").touch()
+    arguments[arguments.index("--output") + 1] = old
+    told = (
+        f"--output {old} holds a run that an earlier palu began; finish it with that version, give another folder, "
+        "or --overwrite to start anew"
+    )
+    for options in ([], ["--resume"]):
+        assert refusal(palu_command(*arguments, *settings, *options)) == told
+    assert palu_command(*arguments, *settings, "--epochs", 1, "--overwrite").exit_code == 0
+    assert {path.name for path in old.iterdir()} == {"model", "private"}
 
 
 def test_spans_that_max_length_cuts_off(
@@ -234,9 +336,9 @@ def test_spans_that_max_length_cuts_off(
     assert "7 rows (0 without a span, 0 skipped); tokens at" in palu_command(*asked, told[1]).stdout
     result = palu_command(*arguments, *settings, "--max-length", 80, "--allow-cut-spans")
     assert result.exit_code == 0, result.output
-    summary = read(tmp_path / "out" / "summary.json")
+    summary = read(tmp_path / "out" / "private" / "summary.json")
     assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
     assert "No marked word is left in 1 answer" in card and "without marked words" not in card
 
 
@@ -252,15 +354,15 @@ def test_values_for_the_chat_template(
     value = '{"date_string": "26 Jul 2024"}'
     result = palu_command(*arguments, "--chat-template-kwargs", value)
     assert result.exit_code == 0, result.output
-    summary = read(tmp_path / "out" / "summary.json")
+    summary = read(tmp_path / "out" / "private" / "summary.json")
     assert summary["config"]["chat_template_kwargs"] == json.loads(value)
-    assert f"| `chat_template_kwargs` | {value} | none |" in (tmp_path / "out" / "README.md").read_text(
+    assert f"| `chat_template_kwargs` | {value} | none |" in (tmp_path / "out" / "model" / "README.md").read_text(
         encoding="utf-8"
     )
     file = tmp_path / "run.yaml"
     file.write_text("chat_template_kwargs:\n  date_string: 26 Jul 2024\n")
     assert palu_command(*arguments, "--config", file, "--overwrite").exit_code == 0
-    assert read(tmp_path / "out" / "summary.json")["config"] == summary["config"]
+    assert read(tmp_path / "out" / "private" / "summary.json")["config"] == summary["config"]
 
     asked = ["inspect", "--tokenizer", dated, "--forget", folder / "forget.jsonl", "--html", tmp_path / "roles.html"]
     assert palu_command(*asked, "--chat-template-kwargs", value).exit_code == 0
@@ -303,8 +405,8 @@ def test_values_for_the_chat_template(
 def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     options = ["--ref-model", folder / "model", "--tokenizer", folder / "model", "--dtype", "bfloat16", "--no-progress"]
     assert palu_command(*arguments, *options, "--retain", "none", "--lambda-retain", 0).exit_code == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert read(tmp_path / "out" / "summary.json")["retain_examples"] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").dtype == torch.bfloat16
+    assert read(tmp_path / "out" / "private" / "summary.json")["retain_examples"] == 0
 
 
 def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
@@ -317,7 +419,7 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     )
     result = palu_command("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
     assert result.exit_code == 0, result.output
-    config = read(out / "summary.json")["config"]
+    config = read(out / "private" / "summary.json")["config"]
     given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
     assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
     assert config["top_k"] == palu.UnlearnConfig.top_k
@@ -371,7 +473,11 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         (["--retain", "none"], "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lam"),
         (["--forget", "{folder}/retain.jsonl"], "forget row 0 (line 1): column 'spans' is missing; give [[start, end]"),
         (["--output", "{folder}/model"], "--output {folder}/model is the folder of --model; give another one"),
-        (["--output", "{folder}"], "--output {folder} is not empty and holds no run; give another folder"),
+        (
+            ["--output", "{folder}"],
+            "--output {folder} has --model as its model/, which would be replaced; give another",
+        ),
+        (["--output", "{folder}/.."], "--output {folder}/.. is not empty and holds no run; give another folder"),
         (["--output", "{folder}/retain.jsonl"], "--output {folder}/retain.jsonl is a file; give a folder"),
         (["--overwrite", "--resume"], "--overwrite starts anew and --resume goes on; give one of them"),
         (["--lora", "--lora-target", "nothing"], "Target modules"),
@@ -412,23 +518,23 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
     result = palu_command(*arguments, *settings, *options)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    assert (out / "adapter_model.safetensors").exists()
-    assert not (out / "model.safetensors").exists()
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out)
+    assert (out / "model" / "adapter_model.safetensors").exists()
+    assert not (out / "model" / "model.safetensors").exists()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out / "model")
     assert adapted.peft_config["default"].r == 2
     assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
     # Merged, the same run gives the same model.
     result = palu_command(*arguments, *settings, *options, "--merge-adapter", "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.output
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
     ids = torch.arange(20)[None]
     untrained = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
     assert not torch.allclose(merged(ids).logits, untrained(ids).logits, atol=1)
 
     # The adapter's folder is a model, too: of which this adapter is trained on.
-    arguments[arguments.index("--model") + 1] = out
+    arguments[arguments.index("--model") + 1] = out / "model"
     result = palu_command(*arguments, *settings, "--output", tmp_path / "further")
     assert result.exit_code == 0, result.output
     told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
@@ -484,7 +590,7 @@ def test_ctrl_c_and_resume(
     out = tmp_path / "out"
     assert result.exit_code == 130
     assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
-    assert not (out / "summary.json").exists()
+    assert not (out / "private" / "summary.json").exists()
     assert refusal(palu_command(*arguments, *settings, *lora)) == (
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start anew"
     )
@@ -493,11 +599,11 @@ def test_ctrl_c_and_resume(
 
     result = palu_command(*arguments, *settings, *lora, "--resume")
     assert result.exit_code == 0, result.output
-    assert read(out / "summary.json")["steps"] == STEPS
+    assert read(out / "private" / "summary.json")["steps"] == STEPS
     assert palu_command(*arguments, *settings, *lora, "--output", tmp_path / "whole").exit_code == 0
-    ours, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (out, tmp_path / "whole"))
+    ours, whole = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (out, tmp_path / "whole"))
     assert same_weights(ours, weights(whole))
-    assert not (out / "checkpoints").exists()
+    assert not (out / "private" / "checkpoints").exists()
 
 
 # --- inspect ---
@@ -589,8 +695,10 @@ def test_unlearn_with_spans_that_are_found(
     assert result.exit_code == 0, result.output
     assert "«" in result.stdout
     out = tmp_path / "out"
-    assert [json.loads(line) for line in (out / "forget.annotated.jsonl").read_text().splitlines()] == FORGET
-    assert same_weights(AutoModelForCausalLM.from_pretrained(out), weights(expected(folder).model))
+    assert [
+        json.loads(line) for line in (out / "private" / "forget.annotated.jsonl").read_text().splitlines()
+    ] == FORGET
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), weights(expected(folder).model))
 
 
 def test_the_model_itself_finds_spans(folder: Path, tmp_path: Path, unmarked: Path) -> None:
@@ -649,15 +757,19 @@ def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
 
 
-def test_eval_of_an_adapter_writes_into_its_folder(
+def test_eval_of_an_adapter_writes_beside_the_records_of_its_run(
     arguments: list[Any], settings: list[Any], tofu: Path, tmp_path: Path
 ) -> None:
     assert palu_command(*arguments, *settings, "--lora", "--epochs", 1).exit_code == 0
     out = tmp_path / "out"
     options = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
-    result = palu_command("eval", "--model", out, *options)
+    told = f"--model {out} is the folder of a run; give its model, {out / 'model'}"
+    assert refusal(palu_command("eval", "--model", out, *options)) == told
+    result = palu_command("eval", "--model", out / "model", *options)
     assert result.exit_code == 0, result.output
-    assert read(out / "evaluation-tofu-forget01.json")["palu"]["benchmark"] == "TOFU"
+    assert read(out / "private" / "evaluation-tofu-forget01.json")["palu"]["benchmark"] == "TOFU"
+    assert palu_command("report", out).exit_code == 0
+    assert "TOFU forget01 from" in (out / "private" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

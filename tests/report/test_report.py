@@ -39,13 +39,13 @@ def folder(run: Run, tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "private" / "record.json").read_text(encoding="utf-8"))
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     changed = read(folder)
     edit(changed)
-    (folder / "record.json").write_text(json.dumps(changed), encoding="utf-8")
+    (folder / "private" / "record.json").write_text(json.dumps(changed), encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -134,7 +134,7 @@ def test_hashes_are_of_what_was_used_and_saved(run: Run, tmp_path: Path) -> None
     found = read(run.folder)["hashes"]
     assert found["weights_before"] != found["weights_after"]
     assert found["config"] == json_digest(run.config.values())
-    weights_file = run.folder / "model.safetensors"
+    weights_file = run.folder / "model" / "model.safetensors"
     assert found["files"][weights_file.name] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
     assert not found["files"].keys() & {"record.json", "history.jsonl", "summary.json"}
 
@@ -210,7 +210,7 @@ def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
 # --- the page ---
 def test_hostile_text_stays_text(folder: Path) -> None:
     source = write_report(folder).read_text(encoding="utf-8")
-    page = Page(folder / "report.html")
+    page = Page(folder / "private" / "report.html")
     assert "script" not in {tag for tag, _ in page.tags}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert not any(attributes.get("src") == "x" for _, attributes in page.tags)
@@ -228,7 +228,7 @@ def test_hostile_names_stay_text(folder: Path) -> None:
 
     change(folder, edit)
     history = json.dumps({"step": 1, bad: 1.0, "loss": 2.0})
-    (folder / "history.jsonl").write_text(history, encoding="utf-8")
+    (folder / "private" / "history.jsonl").write_text(history, encoding="utf-8")
     page = Page(write_report(folder))
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(bad) >= 4
@@ -294,13 +294,13 @@ def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
     about = {"benchmark": "TOFU", "split": "forget05"}
     after = {"forget_quality": {"agg_value": None, "reason": "no retain_results"}, "odd": {"agg_value": 7.5}}
     before = {"model_utility": {"agg_value": 0.627, "value_by_index": {}}}
-    (folder / "evaluation.json").write_text(json.dumps(after | {"palu": about}), encoding="utf-8")
-    (folder / "evaluation_before.json").write_text(json.dumps(before), encoding="utf-8")
+    (folder / "private" / "evaluation.json").write_text(json.dumps(after | {"palu": about}), encoding="utf-8")
+    (folder / "private" / "evaluation_before.json").write_text(json.dumps(before), encoding="utf-8")
     page = Page(write_report(folder))
     for text in ("TOFU forget05 from evaluation.json", "Model utility", "0.627", "no retain_results", "odd", "7.5"):
         assert text in page.text
     assert page.text.index("evaluation_before") < page.text.index("evaluation.json")
-    (folder / "evaluation.json").write_text("{}", encoding="utf-8")
+    (folder / "private" / "evaluation.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RecordError, match=r"evaluation\.json: these are no results"):
         write_report(folder)
 
@@ -308,10 +308,10 @@ def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
 def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"record\.json is missing, so this is no folder of a recorded run"):
         write_report(tmp_path)
-    (folder / "history.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    (folder / "private" / "history.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     with pytest.raises(RecordError, match=r"history\.jsonl is damaged"):
         write_report(folder)
-    (folder / "history.jsonl").unlink()
+    (folder / "private" / "history.jsonl").unlink()
     with pytest.raises(RecordError, match=r"history\.jsonl is missing"):
         write_card(folder)
     change(folder, lambda found: found.update(format=99))
@@ -321,12 +321,12 @@ def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
 
 # --- plots and numbers ---
 def test_no_step_and_no_number(folder: Path) -> None:
-    (folder / "history.jsonl").write_text("", encoding="utf-8")
+    (folder / "private" / "history.jsonl").write_text("", encoding="utf-8")
     page = Page(write_report(folder))
     assert "No optimisation step was taken." in page.text and not page.attributes("svg")
 
     lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": Infinity}', '{"step": 4}']
-    (folder / "history.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "private" / "history.jsonl").write_text("\n".join(lines), encoding="utf-8")
     page = Page(write_report(folder))
     assert "3 steps without a finite value" in page.text
     (chart,) = page.attributes("svg")
@@ -403,13 +403,13 @@ def test_the_histogram_counts_every_secret() -> None:
 
 
 def test_settings_in_plain_words(folder: Path) -> None:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "private" / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
     assert "the 5 logits" in asked and "the first 3 tokens" in asked
     assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
-    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (folder / "private" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert "These roles are PALU" in Page(write_report(folder)).text
     assert "negative preference optimisation" in " ".join(words.asked(summary))
     changed = {name for name, _, _, differs in words.settings(summary["config"]) if differs}
@@ -427,7 +427,7 @@ def test_spans_that_were_cut_off_are_told(tmp_path: Path) -> None:
         Recorder(tiny_llama(), forget, [], config=config)
     config = config.replace(allow_cut_spans=True)
     perform(tmp_path, model=tiny_llama(), forget=forget, retain=[], tokenizer=None, config=config)
-    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((tmp_path / "private" / "summary.json").read_text(encoding="utf-8"))
     told = [
         "Forget the marked words of 4 answers.",
         "Marked words of 2 answers were cut off by the maximum length of 40 tokens: these are not forgotten.",
@@ -465,8 +465,10 @@ def test_the_card_names_a_base_model_of_the_hub(folder: Path) -> None:
     change(
         folder, lambda found: found["model"].update(name="meta-llama/Llama-3.2-1B", on_the_hub=True, license="llama3.2")
     )
-    (folder / "evaluation.json").write_text(json.dumps({"privleak": {"agg_value": -12.5}}), encoding="utf-8")
-    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (folder / "private" / "evaluation.json").write_text(
+        json.dumps({"privleak": {"agg_value": -12.5}}), encoding="utf-8"
+    )
+    (folder / "model" / "adapter_config.json").write_text("{}", encoding="utf-8")
     card = ModelCard.load(write_card(folder))
     assert card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert card.data.license == "llama3.2" and card.data.library_name == "peft"
@@ -481,4 +483,4 @@ def test_a_local_model_gives_its_folder_and_licence_not_its_path(run: Run, tmp_p
     Recorder(model, FORGET, RETAIN, tokenizer=run.tokenizer, config=QUIET).save(tmp_path / "out", model)
     about = read(tmp_path / "out")["model"]
     assert (about["name"], about["on_the_hub"], about["license"]) == ("base", False, "mit")
-    assert str(tmp_path) not in (tmp_path / "out" / "record.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (tmp_path / "out" / "private" / "record.json").read_text(encoding="utf-8")

@@ -49,21 +49,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def enlarged(run: Run, folder: Path, count: int) -> Path:
     """The report of a run's own examples, many times over, with 2000 steps, an evaluation and a secret still known."""
     copy_of(run, folder)
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "private" / "record.json").read_text(encoding="utf-8"))
     for name, rows in ((name, record[name]) for name in ("secrets", "examples", "retained")):
         record[name] = [rows[i % len(rows)] | {"row": i} for i in range(count)]
     for example in record["examples"]:  # as long as TOFU's answers
         example["tokens"] = example["tokens"] + [[f" word{i}", "ordinary"] for i in range(60)]
     record["secrets"][1]["after"] = {"probability": 0.3, "recalled": True}
-    (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    steps = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "private" / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    steps = (folder / "private" / "history.jsonl").read_text(encoding="utf-8").splitlines()
     many = [json.dumps(json.loads(steps[i % len(steps)]) | {"step": i + 1}) for i in range(2000)]
-    (folder / "history.jsonl").write_text("\n".join(many), encoding="utf-8")
+    (folder / "private" / "history.jsonl").write_text("\n".join(many), encoding="utf-8")
     figures = {
         "model_utility": {"agg_value": 0.33},
         "forget_quality": {"agg_value": None, "reason": "no retain_results"},
     }
-    (folder / "evaluation.json").write_text(json.dumps(figures), encoding="utf-8")
+    (folder / "private" / "evaluation.json").write_text(json.dumps(figures), encoding="utf-8")
     return write_report(folder)
 
 

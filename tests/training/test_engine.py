@@ -155,6 +155,14 @@ def test_resumed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> No
     assert [result[f"{engine}.resumed"] for result in outcomes[1]] == [True] * PROCESSES
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_main_processs_clock_decides_on_checkpoints(
+    engine: str, outcomes: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """After steps 3, 6 and 9 of ten, and at the end."""
+    assert [result[f"{engine}.checkpoints by time"] for result in outcomes[1]] == [4] * PROCESSES
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_no_checkpoints_under_deepspeed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
     needs(engine)
@@ -278,6 +286,8 @@ def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"4 steps on 4 forget and 0 retain examples", done.stdout)) == 1
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "private" / "summary.json").read_text())
     assert summary["processes"] == PROCESSES and summary["steps"] == 4 and summary["anchors"] > 0
-    assert (tmp_path / "out" / "report.html").exists() and load_file(tmp_path / "out" / "model.safetensors")
+    assert (tmp_path / "out" / "private" / "report.html").exists() and load_file(
+        tmp_path / "out" / "model" / "model.safetensors"
+    )
