@@ -13,6 +13,7 @@ from typing import Any
 
 TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 TRACKERS = ("tensorboard", "wandb")
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
     "kl_direction": KL_DIRECTIONS,
+    "optimizer": OPTIMIZERS,
     "lr_scheduler": LR_SCHEDULERS,
 }
 
@@ -88,6 +90,8 @@ class UnlearnConfig:
         delta: SimNPO: margin on the mean token NLL.
         dual_step: PDU: step size of the retain loss's weight, which starts at ``lambda_retain``.
         retain_loss_bound: PDU: the retain loss above which that weight grows.
+        optimizer: ``"adamw"``: torch's for float32 weights, Kahan-compensated for bfloat16; ``"adamw_8bit"``: its
+            moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
         learning_rate: AdamW's step size; 5e-5 for a Llama of 135M parameters, papers use 1e-5 for 1B to 8B.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
@@ -143,6 +147,7 @@ class UnlearnConfig:
     dual_step: float = 1.0
     retain_loss_bound: float = 0.0
 
+    optimizer: str = "adamw"
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     warmup_steps: int = 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,6 +62,10 @@ def unlearn(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights while they are trained; auto: as they are stored.")
     ] = "auto",
+    mixed_precision: Annotated[
+        Literal["no", "bf16"] | None,
+        typer.Option(help="Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]"),
+    ] = None,
     quantize: Annotated[
         Bits | None,
         typer.Option(
@@ -111,6 +116,8 @@ def unlearn(
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
     check_annotate(annotate)
+    if mixed_precision is not None:  # before the first Accelerator, as the launcher does
+        os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
     config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
 

@@ -135,7 +135,8 @@ def _baseline(s: Mapping[str, Any]) -> list[str]:
 def _training(summary: Mapping[str, Any]) -> list[str]:
     s = summary["config"]
     forget = s["batch_size"] * s["gradient_accumulation_steps"] * summary.get("processes", 1)
-    trained = f"AdamW took {count(summary['steps'], 'step')} of up to {count(forget, 'forget example')} each"
+    name = "AdamW with 8-bit moments" if s.get("optimizer") == "adamw_8bit" else "AdamW"
+    trained = f"{name} took {count(summary['steps'], 'step')} of up to {count(forget, 'forget example')} each"
     ran = f"over {summary['epochs']} of at most {count(s['epochs'], 'epoch')}, at a learning rate of "
     sentences = [f"{trained}, {ran}{number(s['learning_rate'])}."]
     if summary.get("stopped_early"):

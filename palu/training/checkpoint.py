@@ -43,11 +43,10 @@ from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import reference_key, sync
-from palu.training.optimizer import load_state
+from palu.training.optimizer import STATE, load_state, state_of
 
-FORMAT = 3
+FORMAT = 4
 KEPT = 2
-ADAMW = ("step", "exp_avg", "exp_avg_sq", "kahan_comp")  # what an optimizer keeps of a parameter
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {
     "cache_dir",
@@ -125,7 +124,7 @@ class Checkpoints:
             for name, parameter in trained.items():
                 parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
                 prefix = f"adamw.{name}."
-                saved = {key: tensors[prefix + key].clone() for key in ADAMW if prefix + key in tensors}
+                saved = {key: tensors[prefix + key].clone() for key in STATE if prefix + key in tensors}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
         load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
@@ -162,9 +161,8 @@ class Checkpoints:
         if self.accelerator.device.type == "cuda":
             tensors["rng.cuda"] = self._of_all(torch.cuda.get_rng_state(self.accelerator.device))
         for name, parameter in _trainable(self.model).items():
-            moments = self.optimizer.state.get(parameter, {})
             parts = {f"model.{name}": parameter.detach()}
-            parts |= {f"adamw.{name}.{key}": moments[key] for key in ADAMW if isinstance(moments.get(key), Tensor)}
+            parts |= {f"adamw.{name}.{key}": part for key, part in state_of(self.optimizer, parameter).items()}
             for key, part in parts.items():
                 full = full_tensor(part)  # all processes take part, and the main one keeps it
                 if self.accelerator.is_main_process:

@@ -97,6 +97,22 @@ def loaded_on_main_alone(accelerator: Accelerator) -> bool:
     )
 
 
+@contextmanager
+def keep_dtypes(accelerator: Accelerator) -> Iterator[None]:
+    """Keep accelerate, within the block, from raising the weights that FSDP2 shards to float32 in mixed precision.
+
+    Their products are bfloat16 by the plugin's policy. As on one process, weights are trained as they were loaded.
+    """
+    state = accelerator.state
+    precision = state._mixed_precision
+    if accelerator.distributed_type == DistributedType.FSDP:
+        state._mixed_precision = "no"
+    try:
+        yield
+    finally:
+        state._mixed_precision = precision
+
+
 def training_copy(model: CausalLM, accelerator: Accelerator) -> CausalLM:
     """Return the model to train, on the device; where the engine shards it, a copy of the model for it to shard.
 

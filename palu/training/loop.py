@@ -34,6 +34,7 @@ from palu.training.engine import (
     clip_gradients,
     copy_weights_back,
     grad_sync,
+    keep_dtypes,
     loaded_on_main_alone,
     reference_root,
     start_engine,
@@ -41,7 +42,7 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.metrics import gather_metrics, sum_counts
-from palu.training.optimizer import check_weight_decay, dither, make_optimizer
+from palu.training.optimizer import check_optimizer, dither, make_optimizer
 from palu.training.trackers import tracking
 
 
@@ -111,7 +112,7 @@ def unlearn(
         DivergenceError: a loss or the gradient norm became NaN or inf.
         CacheError: the reference's outputs cannot be written to ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
-        ImportError: a tracker's package is missing.
+        ImportError: the package of a tracker or of the optimizer is missing.
     """
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
@@ -128,7 +129,7 @@ def unlearn(
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
         )
-        check_weight_decay(model, config)
+        check_optimizer(model, config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
 
@@ -162,7 +163,8 @@ def unlearn(
     # An engine that shards comes first, so that no device ever holds the whole model.
     trained = training_copy(model, accelerator)
     optimizer = make_optimizer(trained.parameters(), config, accelerator)
-    method, optimizer = accelerator.prepare(method_class(trained, config), optimizer)
+    with keep_dtypes(accelerator):
+        method, optimizer = accelerator.prepare(method_class(trained, config), optimizer)
     root: Method = accelerator.unwrap_model(method)
     with weights_back_if_refused(model, trained, accelerator):
         reference = root if ref_model is None else reference_root(ref_model, accelerator)

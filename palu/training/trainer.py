@@ -41,6 +41,7 @@ from palu.training.metrics import gather_metrics, sum_counts
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
+    "optimizer": "optim",
     "learning_rate": "learning_rate",
     "weight_decay": "weight_decay",
     "warmup_steps": "warmup_steps",
@@ -126,8 +127,7 @@ class PaluTrainer(Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
-        args = args if args is not None else TrainingArguments("tmp_trainer")
-        config = config if config is not None else UnlearnConfig()
+        args, config = args or TrainingArguments("tmp_trainer"), config or UnlearnConfig()
         check_arguments(args, config, kwargs)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         sharded = bool(args.fsdp or args.deepspeed)

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers.benchmark_data import small_muse_news
 from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
@@ -407,6 +409,51 @@ def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[
     assert palu_command(*arguments, *options, "--retain", "none", "--lambda-retain", 0).exit_code == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").dtype == torch.bfloat16
     assert read(tmp_path / "out" / "private" / "summary.json")["retain_examples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "precision", "optimizer"),
+    [
+        (["--dtype", "float32", "--mixed-precision", "bf16"], torch.float32, "bf16", "AdamW"),
+        (["--dtype", "bfloat16"], torch.bfloat16, "no", "AdamW"),
+        (["--dtype", "bfloat16", "--optimizer", "adamw_8bit"], torch.bfloat16, "no", "AdamW8bit"),
+        (["--dtype", "bfloat16", "--lora"], torch.bfloat16, "no", "AdamW"),
+    ],
+)
+def test_each_choice_of_weights_and_optimizer(
+    options: list[Any],
+    dtype: torch.dtype,
+    precision: str,
+    optimizer: str,
+    folder: Path,
+    arguments: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The choices of docs/memory.md."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # so that it is taken back
+    AcceleratorState._reset_state()
+    used: list[Any] = []
+    prepare = Accelerator.prepare
+
+    def spy(self: Accelerator, *parts: Any) -> Any:
+        used.append((self.state.mixed_precision, type(parts[1]).__name__, next(parts[0].parameters()).dtype))
+        return prepare(self, *parts)
+
+    monkeypatch.setattr(Accelerator, "prepare", spy)
+    try:
+        result = palu_command(*arguments, "--batch-size", 6, "--epochs", 2, "--learning-rate", 1e-3, *options)
+    finally:
+        AcceleratorState._reset_state()
+    assert result.exit_code == 0, result.output
+    assert used == [(precision, optimizer, dtype)]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    before = weights(model)
+    if "--lora" in options:
+        model = PeftModel.from_pretrained(model, tmp_path / "out" / "model").merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.dtype == dtype and not same_weights(model, before)
 
 
 def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 import palu
+from palu.hashing import digest
 from palu.training import checkpoint
 from palu.training.checkpoint import Checkpoints
 from palu.training.dataloader import UnlearnDataLoader
@@ -81,10 +82,18 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
         {"forget": TEXT_FORGET * 3, "retain": None, "tokenizer": TOKENIZER, "anchors": 5, "max_length": 200},
     ),
     "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
+    # In mixed precision (PRECISION).
+    "mixed": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
+    "8-bit": (
+        lambda: make_llama(dtype=torch.bfloat16, hidden_size=64, attention_dropout=0.1),
+        None,
+        {"optimizer": "adamw_8bit"},
+    ),
 }
+PRECISION = {"mixed": "bf16"}
 RUNS = {
     "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16"),
-    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16"),
+    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16", "mixed"),
     "fsdp2_main": ("untied", "tied", "lora", "anchors"),
     "zero2": ("untied", "tied"),
     "zero3": ("untied", "tied", "lora"),
@@ -114,12 +123,12 @@ def run(case: str, processes: int) -> palu.UnlearnResult:
     )
 
 
-def start(engine: str) -> None:
+def start(engine: str, precision: str = "no") -> None:
     """Leave accelerate as its launcher does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    os.environ.update(ENGINES[engine])
+    os.environ.update(ENGINES[engine], ACCELERATE_MIXED_PRECISION=precision)
     PartialState(cpu=True)
     if engine.startswith("fsdp2"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -209,6 +218,8 @@ def main(folder: Path) -> None:
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
         start(engine)
         for case in cases:
+            if case in PRECISION:
+                start(engine, PRECISION[case])
             samples.clear()
             result = run(case, PROCESSES)
             missing = all(parameter.is_meta for parameter in result.model.parameters())
@@ -218,15 +229,23 @@ def main(folder: Path) -> None:
                 "history": result.history,
                 "samples": list(samples),
                 "engine": type(prepared[0]).__name__,
+                "dtypes": sorted({str(p.dtype) for p in prepared[0].parameters() if p.requires_grad}),
                 "sharded units": sum(isinstance(module, FSDPModule) for module in prepared[0].modules()),
                 "missing": missing,
                 "returned": type(result.model).__name__,
                 "parameters": sorted({type(parameter).__name__ for parameter in result.model.parameters()}),
             }
             print(engine, case, "done", flush=True)
+            if case in PRECISION:
+                start(engine)
         if engine == "fsdp2_main":
             continue
         outcome[f"{engine}.divergence"] = diverging()
+        outcome[f"{engine}.8-bit"] = (
+            digest(weights(run("8-bit", PROCESSES).model))
+            if engine == "ddp"
+            else complaint(lambda: run("8-bit", PROCESSES))
+        )
         if engine in ("ddp", "fsdp2"):
             model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")

@@ -732,8 +732,8 @@ def test_a_foreign_file(finished: Path, folder: Path) -> None:
 
 
 def test_another_format(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 4)
-    with pytest.raises(CheckpointError, match="has format 3, and this palu reads 4; resume with the palu that wrote"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 5)
+    with pytest.raises(CheckpointError, match="has format 4, and this palu reads 5; resume with the palu that wrote"):
         unlearn(checkpoint_dir=str(finished), resume=True)
 
 

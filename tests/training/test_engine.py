@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.many_processes import PROCESSES, RUNS, run
+from helpers.many_processes import PRECISION, PROCESSES, RUNS, run
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama, weights
 from safetensors.torch import load_file
@@ -61,7 +62,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 @cache
 def one_process(case: str) -> palu.UnlearnResult:
-    return run(case, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", PRECISION.get(case, "no"))
+        AcceleratorState._reset_state()
+        result = run(case, 1)
+    AcceleratorState._reset_state()
+    return result
 
 
 def needs(engine: str) -> None:
@@ -77,7 +83,7 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
     one = one_process(case)
     expected = weights(one.model)
     # Two processes add their gradients in another order, and in bfloat16 a rounding of a weight is 4e-3 of it.
-    of_weights, rel, of_noise = (2e-2, 0.1, 2e-2) if case == "bfloat16" else (1e-5, 1e-4, 1e-6)
+    of_weights, rel, of_noise = (2e-2, 0.1, 2e-2) if case in ("bfloat16", "mixed") else (1e-5, 1e-4, 1e-6)
     for rank in range(PROCESSES):
         missing = results[rank][f"{engine}.{case}"]["missing"]
         assert missing == (engine == "fsdp2_main" and rank > 0), "weights come back to where they were"
@@ -90,7 +96,9 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
         for many, single in zip(history, one.history, strict=True):
             assert many.keys() == single.keys()
             for name in single.keys() - {"tokens", "tokens_per_second"}:
-                assert many[name] == pytest.approx(single[name], rel=rel, abs=of_noise), (name, many, single)
+                # The norm of bfloat16 gradients is the noisiest: a step of ten was 20 % off where the loss was 0.1 %.
+                loose = 0.25 if case == "mixed" and name == "grad_norm" else rel
+                assert many[name] == pytest.approx(single[name], rel=loose, abs=of_noise), (name, many, single)
             # A process without an example or an anchor runs a token.
             idle = 0 if many["step"] % 2 or case == "anchors" else 1
             assert many["tokens"] == single["tokens"] + idle
@@ -120,6 +128,22 @@ def test_the_model_comes_back_as_it_was(
             outcome = outcomes[1][0][f"{engine}.{case}"]
             assert (outcome["engine"], outcome["sharded units"]) == (wrapper, units)
             assert (outcome["returned"], outcome["parameters"]) == (returned, ["Parameter"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "case", "dtype"),
+    [
+        ("ddp", "bfloat16", "torch.bfloat16"),
+        ("fsdp2", "bfloat16", "torch.bfloat16"),
+        ("fsdp2", "mixed", "torch.bfloat16"),
+        ("fsdp2", "untied", "torch.float32"),
+    ],
+)
+def test_weights_are_trained_as_they_were_loaded(
+    engine: str, case: str, dtype: str, outcomes: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """In mixed precision, too, in which accelerate alone would have FSDP2 train float32 weights."""
+    assert [result[f"{engine}.{case}"]["dtypes"] for result in outcomes[1]] == [[dtype]] * PROCESSES
 
 
 @pytest.mark.parametrize("engine", RUNS)
@@ -153,6 +177,20 @@ def test_divergence_stops_all(engine: str, outcomes: tuple[Path, list[dict[str, 
 def test_resumed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
     """The same bits; under DDP with dropout, for which every process goes on with its own random numbers."""
     assert [result[f"{engine}.resumed"] for result in outcomes[1]] == [True] * PROCESSES
+
+
+def test_8_bit_moments_under_ddp(outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    """All processes round to the same weights, though their dropout differs; engines that shard are refused."""
+    first, second = (result["ddp.8-bit"] for result in outcomes[1])
+    assert first == second
+    refused = {name: said for name, said in outcomes[1][0].items() if name.endswith(".8-bit") and name != "ddp.8-bit"}
+    assert "fsdp2.8-bit" in refused
+    for said in refused.values():
+        assert re.fullmatch(
+            r"ValueError: optimizer = 'adamw_8bit': not supported under (FSDP|DEEPSPEED), which shards the weights; "
+            "use DDP or one process, or optimizer = 'adamw'",
+            said,
+        )
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

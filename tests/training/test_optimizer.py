@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from helpers.refusals import assert_refused
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
-from palu.training.optimizer import dither, load_state, make_optimizer
+from palu.training.optimizer import dither, load_state, make_optimizer, state_of
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
 
@@ -100,7 +102,10 @@ def test_weights_whose_gradient_is_zero_stay_as_they_are() -> None:
 
 
 def test_weight_decay_of_bfloat16_weights_is_refused() -> None:
-    message = "weight_decay = 0.1: weights in bfloat16 round it away; set 0, or load the model with dtype=torch.float32"
+    message = (
+        "weight_decay = 0.1: weights in bfloat16 round it away; set 0, or load the model with dtype=torch.float32, "
+        "or set optimizer = 'adamw_8bit', which rounds at random"
+    )
     assert_refused(bf16_llama(), ValueError, message, weight_decay=0.1)
 
 
@@ -123,6 +128,79 @@ def test_a_run_in_bfloat16_resumes_with_the_same_bits(tmp_path: Path) -> None:
     assert same_weights(resumed, expected)
 
 
+# --- 8-bit moments: some shapes alone, since torchao compiles its step for each of them ---
+def eight_bit(model: Any, **settings: Any) -> palu.UnlearnResult:
+    return unlearn(model, **{"optimizer": "adamw_8bit"} | settings)
+
+
+def large(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """Its matrices have the 4096 elements from which on moments are in 8 bits."""
+    return tiny_llama(dtype=dtype, initializer_range=0.05, hidden_size=64, intermediate_size=128)
+
+
+def test_8_bit_moments_train_as_float32_ones_do(tmp_path: Path) -> None:
+    """Rounded at random, the weights have float32's update on average; a resumed run ends with the same bits."""
+    start = weights(large())
+    exact = unlearn(large().float())
+    full = change(exact.model, start)
+    folder = tmp_path / "checkpoints"
+    low = eight_bit(large(), checkpoint_dir=str(folder), checkpoint_steps=7)
+    ours = change(low.model, start)
+    assert low.model.dtype == torch.bfloat16
+    assert float(ours @ full / full.square().sum()) == pytest.approx(1, abs=0.1)
+    assert cosine(ours, full) > 0.4
+    for record, expected in zip(low.history, exact.history, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=0.02)
+        assert record["learning_rate"] == RATE
+
+    with safe_open(folder / "step-00000020.safetensors", "pt") as file:
+        kept = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    matrix = "adamw.model.layers.0.mlp.up_proj.weight"
+    codes = {kept[f"{matrix}.{moment}.codes"] for moment in ("exp_avg", "exp_avg_sq")}
+    assert codes == {"U8"} and f"{matrix}.exp_avg" not in kept
+    (folder / "step-00000020.safetensors").unlink()
+    resumed = large()
+    eight_bit(resumed, checkpoint_dir=str(folder), resume=True)
+    assert same_weights(resumed, weights(low.model))
+
+    # Other random numbers are not touched, and the seed decides.
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    parameter = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
+    rounded = []
+    for seed in (0, 0, 1):
+        parameter.data = torch.ones_like(parameter)
+        optimizer = make_optimizer([parameter], UnlearnConfig(optimizer="adamw_8bit", seed=seed), Accelerator())
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        rounded.append(parameter.detach().clone())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
+    before = parameter.detach().clone()
+    parameter.data = torch.ones_like(parameter)
+    optimizer.step()
+    assert not torch.equal(parameter, before), "each step rounds in its own way"
+
+
+def test_8_bit_moments_keep_weight_decay_in_bfloat16() -> None:
+    parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    config = UnlearnConfig(optimizer="adamw_8bit", learning_rate=1e-3, weight_decay=0.1)
+    optimizer = make_optimizer([parameter], config, Accelerator())
+    for _ in range(100):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert float(parameter.detach().float().mean()) == pytest.approx((1 - 1e-4) ** 100, abs=5e-4)
+
+
+def test_without_torchao_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(
+        ImportError, match=r"optimizer = 'adamw_8bit' needs torchao .*; pip install 'palu-unlearn\[8bit\]'$"
+    ):
+        eight_bit(bf16_llama())
+
+
 def test_state_of_weights_in_two_dtypes_is_restored() -> None:
     """A float32 weight beside bfloat16 ones has no compensation, and its moments are kept."""
     config, accelerator = UnlearnConfig(learning_rate=1e-2), Accelerator()
@@ -142,7 +220,7 @@ def test_state_of_weights_in_two_dtypes_is_restored() -> None:
         step(whole, optimizer, number)
     again = [nn.Parameter(p.detach().clone()) for p in whole]
     restored = make_optimizer(again, config, accelerator)
-    states = [{k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)} for p in whole]
+    states = [{name: value.clone() for name, value in state_of(optimizer, p).items()} for p in whole]
     assert [sorted(state) for state in states] == [["exp_avg", "exp_avg_sq", "kahan_comp"], ["exp_avg", "exp_avg_sq"]]
     load_state(restored, states, [1e-2], 3)
     for number in range(3, 6):
