@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Item, forget_items
+from palu.data.packing import Items, forget_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.methods.palu import PaluMethod
 from palu.models.root import ModelRoot
@@ -127,7 +127,7 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def forget_set(count: int, vocab_size: int) -> list[Item]:
+def forget_set(count: int, vocab_size: int) -> Items:
     """Draw a forget set of random tokens: prompts of 8 to 16, answers of 12 to 36 with a span of 2 to 6."""
     rng = random.Random(0)
     examples = []

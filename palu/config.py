@@ -67,7 +67,7 @@ class UnlearnConfig:
 
     Other objectives (:mod:`palu.methods.baselines`) read ``gamma`` as the weight of their forget loss,
     ``lambda_retain``, and the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl``,
-    ``kl_direction`` and ``anchors`` are PALU's alone.
+    ``kl_direction``, ``kl_rows`` and ``anchors`` are PALU's alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
@@ -79,8 +79,11 @@ class UnlearnConfig:
             gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
         normalize: divide each onset token's local entropy loss by its value for the reference, so that it starts at
             1 whatever the scale of the model's logits; False: the published loss.
-        gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1.
+        gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1. A term of weight 0
+            is not computed, and stands as 0 in the history.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
+        kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
+            drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
         anchors: everyday prompts (:mod:`palu.ref_model.anchors`) to which the reference's own answers are kept by the
             KL; ``None``: all; but 0 where ``retain`` is ``[]``, and beside retain examples without a tokenizer or with
@@ -102,6 +105,9 @@ class UnlearnConfig:
         batch_size: forget examples per micro-batch and process.
         retain_batch_size: retain examples, and anchors, per micro-batch and process; ``None``: ``batch_size``.
         gradient_accumulation_steps: micro-batches per optimisation step.
+        max_tokens: the most tokens (of forget examples, anchors and retain examples together) in one forward pass. A
+            micro-batch with more is cut into several passes of the same step, which changes the result by rounding
+            alone. A longer example has a pass of its own. ``None``: no bound.
         max_length: tokens per example; longer ones are cut on the right.
         allow_cut_spans: whether ``max_length`` may cut off spans of the forget set, or parts of them. What is cut off
             is not forgotten. False: that is an error, which names the rows.
@@ -124,7 +130,7 @@ class UnlearnConfig:
             ``None``: by time.
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
             beginning. Pass the starting model, loaded again, and all other arguments as they were.
-        seed: of the data order and of any dropout.
+        seed: of the data order, of any dropout, and of what ``kl_rows`` draws.
         progress: show a progress bar.
         report_to: ``"tensorboard"``, ``"wandb"``, or both with a comma between them, get each step's record;
             ``None``: neither.
@@ -138,6 +144,7 @@ class UnlearnConfig:
     normalize: bool = True
     gamma: float | None = None
     lambda_kl: float = 1.0
+    kl_rows: int | None = None
     lambda_retain: float | None = None
     anchors: int | None = None
     kl_direction: str = "reverse"
@@ -158,6 +165,7 @@ class UnlearnConfig:
     batch_size: int = 8
     retain_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
+    max_tokens: int | None = None
     max_length: int = 1024
     allow_cut_spans: bool = False
     chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
@@ -220,16 +228,16 @@ class UnlearnConfig:
             require(is_number(value) and value > 0, field, "give a positive number")
         for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes"):
             require(is_int(getattr(self, field)) and getattr(self, field) > 0, field, "give a positive integer")
-        require(
-            self.checkpoint_steps is None or (is_int(self.checkpoint_steps) and self.checkpoint_steps > 0),
-            "checkpoint_steps",
-            "give a positive integer, or None for checkpoint_minutes",
-        )
-        require(
-            self.retain_batch_size is None or (is_int(self.retain_batch_size) and self.retain_batch_size > 0),
-            "retain_batch_size",
-            "give a positive integer, or None for batch_size",
-        )
+        for field, none in (
+            ("retain_batch_size", "batch_size"),
+            ("kl_rows", "all ordinary tokens"),
+            ("max_tokens", "no bound"),
+            ("checkpoint_steps", "checkpoint_minutes"),
+        ):
+            value = getattr(self, field)
+            require(
+                value is None or (is_int(value) and value > 0), field, f"give a positive integer, or None for {none}"
+            )
         # A copy: the caller's may change.
         object.__setattr__(self, "chat_template_kwargs", template_kwargs(self.chat_template_kwargs))
         require(is_int(self.max_length) and self.max_length > 1, "max_length", "give an integer above 1")

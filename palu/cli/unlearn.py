@@ -19,6 +19,7 @@ from palu.report.layout import MODEL, PRIVATE, SUMMARY, make_private
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from palu.data.examples import Examples
     from palu.models.lora import CausalLM
 
 LORA = "LoRA"
@@ -128,15 +129,18 @@ def unlearn(
     from palu.training.engine import loaded_on_main_alone
 
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
-    # Complaints about the data come before a large model is loaded.
+    # Complaints about the data come before a large model is loaded. What is loaded here is what the run takes.
     tokens = load_tokenizer(tokenizer or model)
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
+        "check_prompts": True,
     }
+    forget_set: Any = None
     if annotate is None:
-        load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
-    load_retain(retain_source or [], tokens, **rendering)
+        forget_set = load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
+    if retain_source is not None:
+        retain_source = load_retain(retain_source, tokens, **rendering)
     processes = Accelerator()
     empty = loaded_on_main_alone(processes) and not processes.is_main_process
     trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
@@ -147,10 +151,11 @@ def unlearn(
     if processes.is_main_process:
         run.make_room()
     processes.wait_for_everyone()
-    forget_source: Any = forget if annotate is None else found_spans(forget, annotate, trained, tokens, config)
-    recorder = palu.Recorder(trained, forget_source, retain_source, tokenizer=tokens, config=config)
+    if annotate is not None:
+        forget_set = found_spans(forget, annotate, trained, tokens, config)
+    recorder = palu.Recorder(trained, forget_set, retain_source, tokenizer=tokens, config=config)
     try:
-        result = palu.unlearn(trained, reference, forget_source, retain_source, tokenizer=tokens, config=config)
+        result = palu.unlearn(trained, reference, forget_set, retain_source, tokenizer=tokens, config=config)
     except KeyboardInterrupt:
         if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)
@@ -161,7 +166,7 @@ def unlearn(
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         run.clear()
         if annotate is not None:
-            write_rows(run.private / ANNOTATED, forget_source)
+            write_rows(run.private / ANNOTATED, forget_set.source)
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         run.finish()
         summary = result.summary
@@ -173,8 +178,8 @@ def unlearn(
 
 def found_spans(
     forget: Path, how: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig
-) -> list[dict[str, Any]]:
-    """Find spans on the main process, print them there, and give all processes the same rows."""
+) -> Examples:
+    """Find spans on the main process, print them there, and give all processes the same forget set."""
     from accelerate import Accelerator
 
     from palu.cli.inspect import SHOWN, print_roles, summary_of
@@ -188,15 +193,18 @@ def found_spans(
 
     def find() -> list[dict[str, Any]]:
         with on_device(model, roomy_device(model, processes.device)):
-            rows = annotated(forget, how, lambda: model, tokenizer, progress=config.progress, **template)
-        # Spans that max_length cuts off are shown here, and refused by the run.
-        loaded = load_forget(rows, tokenizer, max_length=config.max_length, allow_cut_spans=True, **template)
+            return annotated(forget, how, lambda: model, tokenizer, progress=config.progress, **template)
+
+    found = compute_on_main(find, processes)
+    # Spans that max_length cuts off are shown here, and refused by the run.
+    loaded = load_forget(
+        found, tokenizer, max_length=config.max_length, allow_cut_spans=True, check_prompts=True, **template
+    )
+    if processes.is_main_process:
         roles = token_roles(loaded.examples, tokenizer, config.n)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
         print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n, config.max_length))
-        return rows
-
-    return compute_on_main(find, processes)
+    return loaded
 
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from palu.config import template_kwargs
 from palu.data.files import DataError
+from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
-from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode, from_tokens
+from palu.data.tokenize import CHUNK, IGNORE, Example, check_tokenizer, encode, from_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,10 +21,34 @@ if TYPE_CHECKING:
 _NAMED_ROWS = 10  # how many rows an error names
 
 
+class ExampleRows(RaggedSequence[Example]):
+    """Many examples, of which each is made when it is asked for: 16 bytes for each token (8 of these its offsets)."""
+
+    def __init__(self) -> None:
+        self.rows, self.input_ids, self.labels, self.offsets = array("q"), Ragged(), Ragged(), Ragged()
+
+    def append(self, example: Example) -> None:
+        """Add an example; only while the sequence is built."""
+        self.rows.append(example.row)
+        self.input_ids.append(example.input_ids)
+        self.labels.append(example.labels)
+        self.offsets.append(() if example.offsets is None else example.offsets.flatten())
+
+    def make(self, i: int) -> Example:
+        """Make example ``i``."""
+        offsets = self.offsets[i].view(-1, 2)
+        return Example(self.rows[i], self.input_ids[i], self.labels[i], offsets if len(offsets) else None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 @dataclass(frozen=True)
 class Examples:
     """A loaded set, in the user's order.
 
+    source: what it was loaded from.
+    loaded_with: of what the tokens depend on, ``max_length`` and ``chat_template_kwargs``.
     skipped: rows left out because max_length cut off their whole answer.
     without_span: forget examples in which no token is sensitive, cut off or not.
     cut_rows: forget rows, in order, of which max_length cuts off a sensitive token; skipped ones are among them.
@@ -28,7 +56,9 @@ class Examples:
     spans_length: the max_length that would cut off no sensitive token of these rows; 0 where there are none.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
+    source: Any
+    loaded_with: dict[str, Any]
     skipped: int
     without_span: int
     cut_rows: tuple[int, ...] = ()
@@ -49,7 +79,7 @@ def load_forget(
 
     source: a path to JSONL, CSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
         datasets.Dataset), or a mapping {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is
-        optional).
+        optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
@@ -63,11 +93,10 @@ def load_forget(
 
     Raises DataError, before anything is returned, if any row is unusable, if max_length cuts off
     every answer, if no sensitive token is left, or if one is cut off and allow_cut_spans is False;
-    FileNotFoundError for a missing file.
+    FileNotFoundError for a missing file; ValueError where source was loaded with other settings.
     """
     check_tokenizer(tokenizer)
-    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
-    loaded = _load(source, renderer, max_length, forget=True)
+    loaded = _load(source, tokenizer, max_length, chat_template_kwargs, check_prompts, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
@@ -96,8 +125,7 @@ def load_retain(
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
     check_tokenizer(tokenizer)
-    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
-    return _load(source, renderer, max_length, forget=False)
+    return _load(source, tokenizer, max_length, chat_template_kwargs, check_prompts, forget=False)
 
 
 def load_alternates(
@@ -107,7 +135,7 @@ def load_alternates(
     *,
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Load the preferred answers of a forget set: each question with the text of its column `alternate`.
 
     Arguments and errors are load_retain's; `examples` are what load_forget made of the same source, which is read
@@ -116,56 +144,64 @@ def load_alternates(
     check_tokenizer(tokenizer)
     renderer = Renderer(tokenizer, chat_template_kwargs)
     kept = {example.row for example in examples}
-    texts = []
-    for row, where, columns in iterate_rows(source, "forget"):
-        if "input_ids" in columns:
-            raise DataError(f"{where}: a tokenised row has no alternate answer; give text with a column 'alternate'")
-        alternate = columns.get("alternate")
-        if alternate is None:
-            raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")
-        check_string(alternate, f"{where}: column 'alternate'")
-        if not alternate.strip():
-            raise DataError(f"{where}: column 'alternate' is blank; give the answer to prefer")
-        if row in kept:
-            replaced = with_answer(columns, alternate)
-            texts.append(renderer.render(row, f"alternate answer of {where}", replaced, forget=False))
-    encoded = encode(texts, tokenizer, forget=False) if tokenizer is not None else iter(())
-    alternates = []
-    for text, full in zip(texts, encoded, strict=True):
-        alternates.append(Example(full.row, full.input_ids[:max_length], full.labels[:max_length]))
-        if bool((alternates[-1].labels == IGNORE).all()):
-            problem = f"no token of it is among the first {max_length} of its row"
-            raise DataError(f"{text.where}: {problem}; raise max_length")
+
+    def rendered() -> Iterator[RenderedRow]:
+        for row, where, columns in iterate_rows(source, "forget"):
+            if "input_ids" in columns:
+                mend = "give text with a column 'alternate'"
+                raise DataError(f"{where}: a tokenised row has no alternate answer; {mend}")
+            alternate = columns.get("alternate")
+            if alternate is None:
+                raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")
+            check_string(alternate, f"{where}: column 'alternate'")
+            if not alternate.strip():
+                raise DataError(f"{where}: column 'alternate' is blank; give the answer to prefer")
+            if row in kept:
+                replaced = with_answer(columns, alternate)
+                yield renderer.render(row, f"alternate answer of {where}", replaced, forget=False)
+
+    alternates, texts = ExampleRows(), rendered()
+    while chunk := list(islice(texts, CHUNK)):
+        assert tokenizer is not None  # nothing would have been rendered
+        for text, full in zip(chunk, encode(chunk, tokenizer, forget=False), strict=True):
+            example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
+            if bool((example.labels == IGNORE).all()):
+                problem = f"no token of it is among the first {max_length} of its row"
+                raise DataError(f"{text.where}: {problem}; raise max_length")
+            alternates.append(example)
     return alternates
 
 
-def _load(source: Any, renderer: Renderer, max_length: int, forget: bool) -> Examples:
-    tokenizer = renderer.tokenizer
+def _load(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    check_prompts: bool,
+    forget: bool,
+) -> Examples:
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
     name = "forget" if forget else "retain"
-    vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+    loaded_with = {"max_length": max_length, "chat_template_kwargs": template_kwargs(chat_template_kwargs)}
+    if isinstance(source, Examples):
+        for setting, value in loaded_with.items():
+            if (was := source.loaded_with[setting]) != value:
+                raise ValueError(f"{name} set was loaded with {setting} = {was!r}, not {value!r}; load it again")
+        return source
 
-    # Tokenised rows are examples at once; texts wait, to be tokenised together.
-    items: list[Example | RenderedRow] = []
-    for row, where, columns in iterate_rows(source, name):
-        if "input_ids" in columns:
-            items.append(from_tokens(row, where, columns, vocab_size, forget))
-        else:
-            items.append(renderer.render(row, where, columns, forget))
-    texts = [item for item in items if isinstance(item, RenderedRow)]
-    encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
-
-    examples: list[Example] = []
+    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
+    examples = ExampleRows()
     cut_rows: list[int] = []
-    without_span = all_spans_cut = spans_length = 0
-    for item in items:
-        full = next(encoded) if isinstance(item, RenderedRow) else item
+    without_span = all_spans_cut = spans_length = skipped = 0
+    for full in _tokenised(source, renderer, name):
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
         answered = bool((example.labels != IGNORE).any())
         if answered:
             examples.append(example)
+        else:
+            skipped += 1
         if forget:
             sensitive = (full.labels >= 0).nonzero().flatten().tolist()
             if not sensitive:
@@ -174,14 +210,35 @@ def _load(source: Any, renderer: Renderer, max_length: int, forget: bool) -> Exa
                 cut_rows.append(full.row)
                 all_spans_cut += answered and sensitive[0] >= max_length
                 spans_length = max(spans_length, sensitive[-1] + 1)
-    if items and not examples:
+    if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
     return Examples(
         examples,
-        skipped=len(items) - len(examples),
+        source,
+        loaded_with,
+        skipped,
         without_span=without_span,
         cut_rows=tuple(cut_rows),
         all_spans_cut=all_spans_cut,
         spans_length=spans_length,
     )
+
+
+def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:
+    """Yield each row as an example, not yet truncated; only a chunk of rows is held at a time."""
+    tokenizer, forget = renderer.tokenizer, name == "forget"
+    vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+    rows = iterate_rows(source, name)
+    while chunk := list(islice(rows, CHUNK)):
+        # Tokenised rows are examples at once; texts wait, to be tokenised together.
+        items: list[Example | RenderedRow] = []
+        for row, where, columns in chunk:
+            if "input_ids" in columns:
+                items.append(from_tokens(row, where, columns, vocab_size, forget))
+            else:
+                items.append(renderer.render(row, where, columns, forget))
+        texts = [item for item in items if isinstance(item, RenderedRow)]
+        encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
+        for item in items:
+            yield next(encoded) if isinstance(item, RenderedRow) else item

@@ -8,7 +8,8 @@ below is a position of the packed row whose hidden state predicts a token that h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.ops import prefix_mask
 
@@ -31,48 +33,132 @@ class Item:
     lengths: tuple[int, ...] = ()  # of the examples in ``input_ids``; empty: it is one
 
 
-def forget_items(examples: Sequence[Example], n: int, eos_token_id: int | None) -> list[Item]:
-    """Make items with the onset tokens (first ``n`` of each span) as targets and the ordinary tokens as others."""
-    padded = torch.nn.utils.rnn.pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
-    onset_mask = prefix_mask(padded, n, eos_token_id)
-    items = []
-    for example, mask in zip(examples, onset_mask, strict=True):
-        onset = mask[1 : len(example.labels)].nonzero().squeeze(-1)
+class Items(RaggedSequence[Item]):
+    """Many items, of which each is made when it is asked for.
+
+    They take 4 bytes for each token and each row with a role, and 32 for each item.
+    """
+
+    def __init__(self, items: Iterable[Item] = ()):
+        self.input_ids, self.rows, self.example_lengths = Ragged(), Ragged(), Ragged()
+        self._targets = array("q")
+        self.fill(items)
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Items:
+        """Return these, or make them of others."""
+        return items if isinstance(items, Items) else cls(items)
+
+    def append(self, item: Item) -> None:
+        """Add an item; only while the sequence is built."""
+        self.input_ids.append(item.input_ids)
+        self.rows.append(item.rows)
+        self.example_lengths.append(item.lengths)
+        self._targets.append(item.targets)
+
+    def make(self, i: int) -> Item:
+        """Make item ``i``."""
+        ids, rows = self.input_ids[i], self.rows[i]
+        return Item(ids, rows, ids[rows + 1], self._targets[i], tuple(self.example_lengths[i].tolist()))
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __add__(self, others: Sequence[Item]) -> Items:
+        """Return a copy with others after these."""
+        both, others = Items(), Items.of(others)
+        for part in (self, others):
+            both.input_ids.extend(part.input_ids)
+            both.rows.extend(part.rows)
+            both.example_lengths.extend(part.example_lengths)
+            both._targets.extend(part._targets)
+        return both
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens of each item, int64 [items]."""
+        return self.input_ids.lengths()
+
+    @property
+    def targets(self) -> Tensor:
+        """How many rows of each item predict a token to forget, int64 [items]."""
+        return torch.tensor(self._targets, dtype=torch.int64)
+
+    @property
+    def others(self) -> Tensor:
+        """How many other rows each item has, int64 [items]."""
+        return self.rows.lengths() - self.targets
+
+    def longest(self) -> int:
+        """Return the tokens of the longest example; 0 without any."""
+        alone = self.tokens[self.example_lengths.lengths() == 0].tolist()
+        return max([*self.example_lengths.values, *alone], default=0)
+
+    def flat(self) -> list[Any]:
+        """Return all that is in them, as a few long tensors, for a hash."""
+        return [*self.input_ids.flat(), *self.rows.flat(), *self.example_lengths.flat(), self.targets]
+
+
+def forget_items(
+    examples: Sequence[Example],
+    n: int,
+    eos_token_id: int | None,
+    *,
+    onset: bool = True,
+    most_ordinary: int | None = None,
+    seed: int = 0,
+) -> Items:
+    """Make items with the onset tokens (first ``n`` of each span) as targets and the ordinary tokens as others.
+
+    Args:
+        onset: False: without targets.
+        most_ordinary: ordinary tokens per example, drawn by ``seed`` where there are more; None: all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def item(example: Example) -> Item:
+        mask = prefix_mask(example.labels[None], n, eos_token_id)[0, 1:]
+        targets = mask.nonzero().squeeze(-1) if onset else mask.new_empty(0, dtype=torch.int64)
         ordinary = (example.labels[1:] == ORDINARY).nonzero().squeeze(-1)
-        rows = torch.cat([onset, ordinary])
-        items.append(Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(onset)))
-    return items
+        if most_ordinary is not None and len(ordinary) > most_ordinary:
+            drawn = torch.randperm(len(ordinary), generator=generator)[:most_ordinary]
+            ordinary = ordinary[drawn.sort().values]
+        rows = torch.cat([targets, ordinary])
+        return Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(targets))
+
+    return Items(map(item, examples))
 
 
-def answer_items(examples: Sequence[Example]) -> list[Item]:
+def answer_items(examples: Iterable[Example]) -> Items:
     """Make items with every token of the answer as a target, end of sequence included."""
-    items = []
-    for example in examples:
-        rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
-        items.append(Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(rows)))
-    return items
+    return Items(map(_answer_item, examples))
 
 
-def pair_items(examples: Sequence[Example], alternates: Sequence[Example]) -> list[Item]:
+def _answer_item(example: Example) -> Item:
+    rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
+    return Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(rows))
+
+
+def pair_items(examples: Sequence[Example], alternates: Sequence[Example]) -> Items:
     """Make items of two answers each: tokens of the first are targets, those of the alternate are others."""
-    items = []
-    for lose, win in zip(answer_items(examples), answer_items(alternates), strict=True):
-        lengths = len(lose.input_ids), len(win.input_ids)
-        items.append(
-            Item(
+
+    def pairs() -> Iterator[Item]:
+        for lose, win in zip(map(_answer_item, examples), map(_answer_item, alternates), strict=True):
+            lengths = len(lose.input_ids), len(win.input_ids)
+            yield Item(
                 torch.cat([lose.input_ids, win.input_ids]),
                 torch.cat([lose.rows, win.rows + lengths[0]]),
                 torch.cat([lose.labels, win.labels]),
                 lose.targets,
                 lengths,
             )
-        )
-    return items
+
+    return Items(pairs())
 
 
-def retain_items(examples: Sequence[Example]) -> list[Item]:
+def retain_items(examples: Iterable[Example]) -> Items:
     """Make items with every token of the answer as an other, end of sequence included."""
-    return [dataclasses.replace(item, targets=0) for item in answer_items(examples)]
+    return Items(dataclasses.replace(_answer_item(example), targets=0) for example in examples)
 
 
 def anchor_item(input_ids: Tensor, start: int) -> Item:

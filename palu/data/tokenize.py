@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 ORDINARY = -200
 
-_CHUNK = 1024  # rows tokenised in one call: enough to keep the tokenizer's threads busy
+CHUNK = 1024  # rows tokenised in one call: enough to keep the tokenizer's threads busy
 _Offsets: TypeAlias = list[tuple[int, int]]  # each token's [start, end) in characters of the text
 
 
@@ -61,7 +61,7 @@ def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: in
         ids, labels = ids[mask], labels[mask]
 
     sentinels, known = ((IGNORE, ORDINARY), "-100, -200") if forget else ((IGNORE,), "-100")
-    size = float("inf") if vocab_size is None else vocab_size
+    size = 2**31 if vocab_size is None else vocab_size  # int32 holds them
     mend = "use this tokenizer's ids"
     for position, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
         at = f"at token {position}"
@@ -105,8 +105,8 @@ def encode(texts: list[RenderedRow], tokenizer: PreTrainedTokenizerBase, forget:
     # special by name only.
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
-    for begin in range(0, len(texts), _CHUNK):
-        chunk = texts[begin : begin + _CHUNK]
+    for begin in range(0, len(texts), CHUNK):
+        chunk = texts[begin : begin + CHUNK]
         encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
         for complete in {text.complete for text in chunk}:
             part = [number for number, text in enumerate(chunk) if text.complete is complete]

@@ -182,7 +182,8 @@ def _questions(
         asked = [
             {"prompt": f"{before}Question: {row['question']}\nAnswer: ", "completion": row["answer"]} for row in rows
         ]
-    return load_retain(asked, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs).examples
+    loaded = load_retain(asked, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
+    return list(loaded.examples)
 
 
 def _turn(row: Row) -> list[dict[str, str]]:

@@ -177,7 +177,7 @@ class _Answers:
 
     names: list[str]  # for errors
     texts: list[str]
-    examples: list[Example]
+    examples: Sequence[Example]
 
 
 def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:

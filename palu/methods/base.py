@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Item
+from palu.data.packing import Batch, Items
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.models.head import Head, body_of, head_of, map_logits, nll
@@ -50,7 +50,7 @@ class Losses(NamedTuple):
     """What a forward of a :class:`Method` returns; only ``total`` has a gradient."""
 
     total: Tensor  # the weighted sum of the terms
-    terms: Tensor  # one figure per name in ``Method.terms``, each divided by the counts given
+    terms: Tensor  # one figure per name in ``Method.terms``, divided by the counts given; 0 for a term of weight 0
     highest_probability: Tensor  # of a true token at a target row; NaN when not asked for
 
 
@@ -67,8 +67,8 @@ class Method(ModelRoot):
     """
 
     terms: ClassVar[tuple[str, ...]]  # names of the figures in Losses.terms
-    ref_fields: ClassVar[tuple[RefField, ...]] = ()  # what it wants of the reference
-    needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head
+    ref_fields: ClassVar[tuple[RefField, ...]] = ()  # what it wants of the reference, where all terms have a weight
+    needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head, where its term has a weight
     needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
     has_kl: ClassVar[bool] = False  # whether a KL keeps the other rows, so that anchors may be among them
 
@@ -80,15 +80,15 @@ class Method(ModelRoot):
     @staticmethod
     def make_items(
         examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
-    ) -> list[Item]:
+    ) -> Items:
         """Make the items of the forget set, with the rows that the method looks at."""
         raise NotImplementedError
 
     @staticmethod
     def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
-        """Return the function that computes ``ref_fields`` from the reference's last hidden states.
+        """Return the function that computes ``used_ref_fields`` from the reference's last hidden states.
 
-        It is called before training, once for every item; never where ``ref_fields`` is empty.
+        It is called before training, once for every item; never where ``used_ref_fields`` is empty.
         """
         raise NotImplementedError
 
@@ -96,6 +96,16 @@ class Method(ModelRoot):
     def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
         """Return the settings on which the reference fields depend, beside the items: part of the cache's key."""
         return {}
+
+    @classmethod
+    def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
+        """Return those of ``ref_fields`` that a run reads: none that only a term of weight 0 would."""
+        return cls.ref_fields if config.value("gamma") > 0 else ()
+
+    @classmethod
+    def uses_ref_head(cls, config: UnlearnConfig) -> bool:
+        """Whether a run reads the reference's head."""
+        return cls.needs_ref_head
 
     @staticmethod
     def uses_retain(config: UnlearnConfig) -> bool:

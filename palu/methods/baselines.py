@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Item, answer_items, forget_items, pair_items
+from palu.data.packing import Batch, Items, answer_items, forget_items, pair_items
 from palu.data.tokenize import Example
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
@@ -43,14 +43,16 @@ class Baseline(Method):
     @staticmethod
     def make_items(
         examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
-    ) -> list[Item]:
+    ) -> Items:
         """Make the items of the forget set: every answer token is a target."""
         return answer_items(examples)
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, [forget, retain])."""
-        answers = len(batch.item)
-        forget = self.forget_loss(head.logits(hidden[:answers]), batch, shares)
+        answers, gamma = len(batch.item), self.config.value("gamma")
+        forget = shares.targets.new_zeros(())
+        if gamma > 0:
+            forget = self.forget_loss(head.logits(hidden[:answers]), batch, shares)
         retained, _ = fused_linear_losses(
             hidden[answers:],
             head,
@@ -58,7 +60,7 @@ class Baseline(Method):
             shares.retain.expand(batch.counts.retain).contiguous(),
             chunk_bytes=self.config.chunk_bytes,
         )
-        total = self.config.value("gamma") * forget + self.retain_weight() * retained
+        total = gamma * forget + self.retain_weight() * retained
         return total, torch.stack([forget, retained]).detach()
 
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
@@ -118,7 +120,7 @@ class DPO(NPO):
     @staticmethod
     def make_items(
         examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
-    ) -> list[Item]:
+    ) -> Items:
         """Make the items of the forget set: the answer's tokens are targets, the alternate answer's others."""
         return pair_items(examples, alternates)
 
@@ -174,7 +176,7 @@ class TPO(Baseline):
     @staticmethod
     def make_items(
         examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
-    ) -> list[Item]:
+    ) -> Items:
         """Make the items of the forget set: all sensitive tokens are targets, all ordinary ones others."""
         return forget_items(examples, -1, eos_token_id)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Item, forget_items
+from palu.data.packing import Batch, Items, forget_items
 from palu.data.tokenize import Example
-from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
 from palu.models.head import Head, head_of, rows_per_chunk
 from palu.models.lora import CausalLM
@@ -41,53 +41,94 @@ class PaluMethod(Method):
     @staticmethod
     def make_items(
         examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
-    ) -> list[Item]:
-        """Make the items of the forget set: its onset and its ordinary rows."""
-        return forget_items(examples, config.n, eos_token_id)
+    ) -> Items:
+        """Make the items of the forget set: its onset and its ordinary rows, where a term or a figure reads them."""
+        gamma, lambda_kl, _ = config.weights
+        return forget_items(
+            examples,
+            config.n,
+            eos_token_id,
+            onset=gamma > 0 or config.stop_probability is not None,
+            most_ordinary=config.kl_rows if lambda_kl > 0 else 0,
+            seed=config.seed,
+        )
+
+    @classmethod
+    def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
+        """Return what the local loss reads, and what the KL does, where they have a weight."""
+        weight = dict(zip(("targets", "others"), config.weights, strict=False))
+        return tuple(field for field in cls.ref_fields if weight[field.rows] > 0)
+
+    @classmethod
+    def uses_ref_head(cls, config: UnlearnConfig) -> bool:
+        """Whether the KL has a weight."""
+        return config.lambda_kl > 0
 
     @staticmethod
     def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
         """Return the function that ranks logits at onset rows and keeps the hidden states of ordinary rows."""
         k = min(config.top_k, ref_head.weight.shape[0])
         rows = rows_per_chunk(ref_head, config.chunk_bytes)
+        used = {field.name for field in PaluMethod.used_ref_fields(config)}
 
         def reference_fields(states: RefRows) -> dict[str, Tensor]:
-            chunks = [_highest(ref_head.logits(chunk), k, config) for chunk in states.targets.split(rows)]
-            index, scale = map(torch.cat, zip(*chunks, strict=True))
-            return {"index": index, "scale": scale, "hidden": states.others}
+            fields = {}
+            if "index" in used:
+                chunks = [_highest(ref_head.logits(chunk), k, config) for chunk in states.targets.split(rows)]
+                fields["index"], fields["scale"] = map(torch.cat, zip(*chunks, strict=True))
+            if "hidden" in used:
+                fields["hidden"] = states.others.to(_product_dtype(states.others, ref_head))
+            return fields
 
         return reference_fields
 
     @staticmethod
     def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
-        """Return K, and the local loss's target where it is normalised."""
-        return {"top_k": config.top_k, "target": config.target if config.normalize else None}
+        """Return the fields' names, K, and the local loss's target where it is normalised."""
+        return {
+            "fields": [field.name for field in PaluMethod.used_ref_fields(config)],
+            "top_k": config.top_k,
+            "target": config.target if config.normalize else None,
+        }
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
-        """Compute (total, [local, kl, retain])."""
-        config, counts = self.config, batch.counts
-        if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
-            self.weight_mean = weight_mean(head.weight)
+        """Compute (total, [local, kl, retain]). A term of weight 0 is not computed, and stands as 0."""
+        config, counts, reference = self.config, batch.counts, batch.reference
         gamma, lambda_kl, lambda_retain = config.weights
-        scale = batch.reference["scale"].to(shares.targets.dtype)  # a float64 reference beside a float32 model
-        row_weight = torch.cat(
-            [
-                (gamma * shares.targets).expand(counts.targets) / scale,
-                (lambda_kl * shares.others).expand(counts.others),
-                (lambda_retain * shares.retain).expand(counts.retain),
-            ]
-        )
-        terms = (
-            LocalTerm(batch.reference["index"], config.target),
-            KLTerm(batch.reference["hidden"], self.ref_head or head, reverse=config.kl_direction == "reverse"),
-            CrossEntropyTerm(batch.labels[counts.targets + counts.others :]),
-        )
+        rows = hidden.split([counts.targets, counts.others, counts.retain])
+        terms: dict[int, Term] = {}
+        row_weight: dict[int, Tensor] = {}
+        if gamma > 0:
+            if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
+                self.weight_mean = weight_mean(head.weight)
+            scale = reference["scale"].to(shares.targets.dtype)  # a float64 reference beside a float32 model
+            terms[0] = LocalTerm(reference["index"], config.target)
+            row_weight[0] = (gamma * shares.targets).expand(counts.targets) / scale
+        if lambda_kl > 0:
+            terms[1] = KLTerm(reference["hidden"], self.ref_head or head, reverse=config.kl_direction == "reverse")
+            row_weight[1] = (lambda_kl * shares.others).expand(counts.others)
+        if lambda_retain > 0:
+            terms[2] = CrossEntropyTerm(batch.labels[counts.targets + counts.others :])
+            row_weight[2] = (lambda_retain * shares.retain).expand(counts.retain)
+        lengths = [len(weight) for weight in row_weight.values()]
         total, losses = fused_linear_losses(
-            hidden, head, terms, row_weight, chunk_bytes=config.chunk_bytes, weight_mean=self.weight_mean
+            hidden if sum(lengths) == len(hidden) else torch.cat([hidden[:0], *(rows[i] for i in terms)]),
+            head,
+            tuple(terms.values()),
+            torch.cat([shares.targets.new_empty(0), *row_weight.values()]),
+            chunk_bytes=config.chunk_bytes,
+            weight_mean=self.weight_mean,
         )
-        local, kl, retain = losses.split([counts.targets, counts.others, counts.retain])
-        sums = torch.stack([(local / scale).sum(), kl.sum(), retain.sum()])
-        return total, sums * torch.stack(shares[:3])
+        means = losses.new_zeros(3)
+        for (i, weight), part in zip(row_weight.items(), losses.split(lengths), strict=True):
+            means[i] = (weight * part).sum() / config.weights[i]
+        return total, means
+
+
+def _product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
+    """Return the dtype in which the head multiplies hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
 
 
 def _highest(logits: Tensor, k: int, config: UnlearnConfig) -> tuple[Tensor, Tensor]:

@@ -137,12 +137,12 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
     A pass over a few tokens tells, within the dtype's error. At small logits a cap changes next to nothing, and
     training makes them grow; so in a second pass they are enlarged to 1000, beyond usual caps.
     """
-    base, head = base_of(model), head_of(model)
+    base = base_of(model)
     layer = base.get_output_embeddings()
     ids = input_ids[None, :8].to(base.device)
     with eval_mode(base):  # dropout would draw differently in the two passes
         hidden = body_of(base)(input_ids=ids, use_cache=False).last_hidden_state
-        product = head.product(hidden)
+        product = head_of(base).product(hidden)
         # Both are the same computation up to the hidden states. NaN weights pass: the first step reports them.
         tolerance = _tolerance(product.dtype, base.device) / 4  # under autocast not the weights' dtype
         largest = float(product.abs().max())
@@ -152,6 +152,7 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
                 theirs = base(input_ids=ids, use_cache=False).logits.float()
             finally:
                 enlarge.remove()
+            head = head_of(base)  # anew, since ZeRO-3 drops weights after a module's pass
             ours = head._replace(scale=factor * head.scale).logits(hidden).float()
             if theirs.shape != ours.shape or (theirs - ours).norm() > tolerance * ours.norm():
                 raise ValueError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import overload
+from itertools import accumulate, chain
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from palu.data.packing import Item, anchor_item
+from palu.data.packing import Item, Items, anchor_item
 from palu.methods.base import RefField
 from palu.ref_model.storage import CacheFile
 
@@ -21,13 +22,22 @@ class ReferenceOutputs(Sequence[dict[str, Tensor]]):
     Args:
         tensors: one for each field.
         fields: which rows of the items each has entries for.
-        items: the forget set, and anchors.
+        items, anchors: whose outputs they are, in this order.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], fields: Sequence[RefField], items: Sequence[Item]):
-        starts = {rows: [0, *accumulate(count_rows(items, rows))] for rows in ("targets", "others")}
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        fields: Sequence[RefField],
+        items: Sequence[Item],
+        anchors: Sequence[Item] = (),
+    ):
+        starts = {
+            rows: array("q", accumulate(chain(count_rows(items, rows), count_rows(anchors, rows)), initial=0))
+            for rows in ("targets", "others")
+        }
         self.fields = [(field.name, tensors[field.name], starts[field.rows]) for field in fields]
-        self.items = len(items)
+        self.items = len(items) + len(anchors)
 
     def __len__(self) -> int:
         return self.items
@@ -58,9 +68,10 @@ def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item
         return None
     tensors, about = found
     anchors = [anchor_item(torch.tensor(ids), start) for ids, start in about["anchors"]]
-    return ReferenceCache(ReferenceOutputs(tensors, fields, [*items, *anchors]), anchors)
+    return ReferenceCache(ReferenceOutputs(tensors, fields, items, anchors), anchors)
 
 
-def count_rows(items: Sequence[Item], rows: str) -> list[int]:
+def count_rows(items: Sequence[Item], rows: Literal["targets", "others"]) -> list[int]:
     """Count the "targets" or "others" of each item."""
-    return [item.targets if rows == "targets" else len(item.rows) - item.targets for item in items]
+    counted = Items.of(items)
+    return (counted.targets if rows == "targets" else counted.others).tolist()

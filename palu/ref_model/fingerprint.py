@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
-import torch
-
-from palu.data.packing import Item
+from palu.data.packing import Item, Items
 from palu.hashing import digest
 from palu.models.lora import CausalLM, base_of, original_name
 from palu.models.quantized import quantized_state
@@ -54,12 +51,12 @@ class Fingerprints:
     @cached_property
     def forget(self) -> str:
         """The tokenised forget set, with the rows that the method looks at."""
-        return digest(_as_one(self._forget))
+        return digest(Items.of(self._forget).flat())
 
     @cached_property
     def retain(self) -> str:
         """The tokenised retain set."""
-        return digest(_as_one(self._retain))
+        return digest(Items.of(self._retain).flat())
 
     @cached_property
     def anchor_prompts(self) -> str | None:
@@ -89,12 +86,3 @@ def _weights_of(model: CausalLM) -> dict[str, str]:
     base = base_of(model)
     named = dict([*base.named_parameters(), *base.named_buffers()]) | quantized_state(base)
     return {name: digest(tensor) for name, tensor in named.items()}
-
-
-def _as_one(items: Sequence[Item]) -> list[Any]:
-    """Join all items into a few long tensors, which are hashed faster than many short ones."""
-    if not items:
-        return []
-    parts = [(item.input_ids, item.rows, item.labels) for item in items]
-    sizes = [(len(item.input_ids), len(item.rows), item.targets, item.lengths) for item in items]
-    return [*map(torch.cat, zip(*parts, strict=True)), repr(sizes)]

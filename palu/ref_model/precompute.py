@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Item, pack
+from palu.data.packing import Item, Items, pack
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows
 from palu.models.attention import use_packed_attention
@@ -67,11 +67,12 @@ def precompute_reference(
         CacheError: the file cannot be read or written.
         DataError: the reference answers none of the prompts.
     """
-    if not method.needs_ref_head and not method.ref_fields:
+    fields = method.used_ref_fields(config)
+    if not method.uses_ref_head(config) and not fields:
         return ReferenceCache([{}] * len(items)), None
     model, base = reference.model, base_of(reference.model)
     with raise_on_all_ranks(accelerator):
-        cache = read_cache(file, method.ref_fields, items) if file is not None else None
+        cache = read_cache(file, fields, items) if file is not None else None
     if not all(gather_values(cache is not None, accelerator)):  # else all have found it
         with on_device(model, accelerator.device):
             anchors = generate_anchors(reference, anchor_prompts, accelerator, adapter=not own, progress=progress)
@@ -85,16 +86,18 @@ def precompute_reference(
                     lambda: compute_outputs(
                         body_of(model),
                         items,
-                        method.ref_fields,
-                        method.reference_fn(head_of(model), config),
+                        fields,
+                        # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for anew.
+                        lambda rows: method.reference_fn(head_of(model), config)(rows),
                         accelerator,
                         anchors=anchors,
                         file=file,
+                        max_tokens=config.max_tokens,
                         progress=progress,
                     )
                 )
     assert cache is not None
-    head = _frozen_head(reference, own, accelerator) if method.needs_ref_head else None
+    head = _frozen_head(reference, own, accelerator) if method.uses_ref_head(config) else None
     return cache, head
 
 
@@ -126,6 +129,7 @@ def compute_outputs(
     *,
     anchors: Sequence[Item] = (),
     file: CacheFile | None = None,
+    max_tokens: int | None = None,
     progress: bool = False,
 ) -> ReferenceCache:
     """Run the reference's body once over the forget set and the anchors, and keep the fields of their rows.
@@ -140,6 +144,7 @@ def compute_outputs(
         anchors: items that the fields are computed for, too.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
             written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
+        max_tokens: the most tokens of a pass, if fewer than TOKENS_PER_PASS; a longer item has one of its own.
         progress: show a progress bar.
 
     Raises:
@@ -156,9 +161,9 @@ def compute_outputs(
             if all(gather_values(found is not None, accelerator)):
                 assert found is not None
                 return found
-        both = [*items, *anchors]
+        both = Items.of(items) + anchors
         lengths = {field.name: sum(count_rows(both, field.rows)) for field in fields}
-        outputs = _run(body, both, fields, reference_fn, accelerator, progress)
+        outputs = _run(body, both, fields, reference_fn, accelerator, max_tokens, progress)
         first = next(outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
         if file is None:
@@ -190,15 +195,15 @@ def _run(
     fields: Sequence[RefField],
     reference_fn: ReferenceFn,
     accelerator: Accelerator,
+    max_tokens: int | None,
     progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
     device, processes = next(body.parameters()).device, accelerator.num_processes
-    groups = list(_groups(items))
+    groups = _groups(items, min(TOKENS_PER_PASS, max_tokens or TOKENS_PER_PASS))
     token = Item(items[0].input_ids[:1], items[0].rows[:0], items[0].labels[:0])  # where no group is left
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
-        for start in range(0, len(groups), processes):
-            passes = groups[start : start + processes]
+        while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
             states = body(**pack(own).to(device).inputs()).last_hidden_state[0]
             starts = accumulate((len(item.input_ids) for item in own), initial=0)
@@ -249,12 +254,12 @@ def _fill(
                 done[name] += len(rows)
 
 
-def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Group items so that each group has TOKENS_PER_PASS tokens at most, or one longer item."""
+def _groups(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
+    """Group items so that each group has ``most`` tokens at most, or one longer item."""
     group: list[Item] = []
     tokens = 0
     for item in items:
-        if group and tokens + len(item.input_ids) > TOKENS_PER_PASS:
+        if group and tokens + len(item.input_ids) > most:
             yield group
             group, tokens = [], 0
         group.append(item)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.examples import load_forget, load_retain
+from palu.data.examples import Examples, load_forget, load_retain
 from palu.data.rows import load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
@@ -85,7 +86,7 @@ class Recorder:
         self.device = roomy_device(model, accelerator.device) if sharding else accelerator.device
         self.active = accelerator.is_main_process
         for name, source in (("forget", forget), ("retain", retain)):
-            if isinstance(source, Iterator):
+            if isinstance(source.source if isinstance(source, Examples) else source, Iterator):
                 raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
         if not self.active:
             return
@@ -99,7 +100,7 @@ class Recorder:
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
         check_linear_head(model, forget_set.examples[0].input_ids)
-        longest = max(len(example.input_ids) for example in [*forget_set.examples, *retain_set.examples])
+        longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
         self.spans = [secret_spans(example, self._eos) for example in self.forget]
@@ -108,7 +109,11 @@ class Recorder:
             "forget": [self.forget[i] for i in _evenly(with_secret, SAMPLES)],
             "retain": _evenly(self.retain, SAMPLES),
         }
-        self.questions = {"forget": load_questions(forget, "forget"), "retain": load_questions(retain, "retain")}
+        forget_source, retain_source = forget_set.source, retain_set.source
+        self.questions = {
+            "forget": load_questions(forget_source, "forget"),
+            "retain": load_questions(retain_source, "retain"),
+        }
         self.about = {
             "format": FORMAT,
             "started": _now(),
@@ -116,8 +121,8 @@ class Recorder:
             "device": manifest.describe_device(self.device),
             "versions": manifest.versions(model),
             "data": {
-                "forget": manifest.describe_data(forget, self.forget),
-                "retain": manifest.describe_data(retain, retain_set.examples),
+                "forget": manifest.describe_data(forget_source, self.forget),
+                "retain": manifest.describe_data(retain_source, retain_set.examples),
             },
         }
         self.before = self._look(model, "before")

@@ -117,11 +117,12 @@ def _palu(s: Mapping[str, Any]) -> list[str]:
     target = s["target"]
     towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
     scaled = ", relative to its value for the reference" if s["normalize"] else ""
+    kept = f" (at most {s['kl_rows']} of each forget answer)" if s.get("kl_rows") else ""
     return [
         f"PALU acts on {first} of each marked span (the onset) and on no other token of it.",
         f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}{scaled}.",
         f"Weights: {number(s['gamma'])} for this local loss, {number(s['lambda_kl'])} for the KL divergence to the "
-        f"reference on ordinary tokens ({s['kl_direction']}), {number(s['lambda_retain'])} for the retain set.",
+        f"reference on ordinary tokens{kept} ({s['kl_direction']}), {number(s['lambda_retain'])} for the retain set.",
     ]
 
 

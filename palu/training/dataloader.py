@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, islice, zip_longest
 
 import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Counts, Item, pack
+from palu.data.packing import Batch, Counts, Item, Items, pack
 from palu.ref_model.cache import ReferenceCache
+
+# What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
+Part = tuple[list[int], list[int]]
 
 
 class UnlearnDataLoader:
@@ -21,6 +24,9 @@ class UnlearnDataLoader:
     processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
     step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
     number of steps taken are all that decides what comes next.
+
+    A micro-batch of more than ``config.max_tokens`` tokens is cut into several, of all processes in as many, some of
+    which may be idle. Only how a step is cut changes, not what is in it.
     """
 
     def __init__(
@@ -35,7 +41,10 @@ class UnlearnDataLoader:
         pin_memory: bool = False,
     ):
         self.forget, self.retain, self.cache = forget, retain, cache
-        self.with_outputs = [*forget, *cache.anchors]  # the items for which the cache holds the reference's outputs
+        self.max_tokens = config.max_tokens
+        if self.max_tokens is not None:
+            self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]
+            self.retain_tokens = Items.of(retain).tokens.tolist()
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
         self.retain_batch_size, self.anchor_batch_size = beside if retain else 0, beside if cache.anchors else 0
@@ -52,9 +61,15 @@ class UnlearnDataLoader:
         return -(-len(self.forget) // self.examples_per_step)
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        for step in self.rounds():
+            yield [part for parts in step for part in parts]
+
+    def rounds(self) -> Iterator[list[list[Batch]]]:
+        """Yield an epoch's steps: for each micro-batch the parts that it is cut into, as many on every process."""
         skipped, self.skipped = self.skipped, 0
         for parts in islice(self._draw(), skipped, None):
-            yield [self._load(*part) for part in parts[self.process_index :: self.num_processes]]
+            rounds = [parts[i : i + self.num_processes] for i in range(0, len(parts), self.num_processes)]
+            yield [[self._load(*part) for part in self._cut(beside)] for beside in rounds]
 
     def skip(self, steps: int) -> int:
         """Draw what the first steps of a new loader draw, without making batches of it.
@@ -69,7 +84,15 @@ class UnlearnDataLoader:
         self.skipped = steps - epochs * len(self)
         return epochs + 1
 
-    def _draw(self) -> Iterator[list[tuple[list[int], list[int]]]]:
+    def _cut(self, beside: Sequence[Part]) -> list[Part]:
+        """Cut the micro-batches of all processes in a round into parts of max_tokens; return this process's."""
+        if self.max_tokens is None:
+            return [beside[self.process_index]]
+        cuts = [cut(part, self.tokens, self.retain_tokens, self.max_tokens) for part in beside]
+        idle: Part = ([], [])
+        return [parts[self.process_index] for parts in zip_longest(*cuts, fillvalue=idle)]
+
+    def _draw(self) -> Iterator[list[Part]]:
         """Draw an epoch: for each step, (forget items and anchors, retain items) of all micro-batches, by number."""
         order = torch.randperm(len(self.forget), generator=self.generator)
         for step in order.split(self.examples_per_step):
@@ -84,16 +107,49 @@ class UnlearnDataLoader:
             ]
 
     def _load(self, chosen: list[int], retain: list[int]) -> Batch:
-        items, outputs = [self.with_outputs[i] for i in chosen], [self.cache.outputs[i] for i in chosen]
+        forget, anchors = len(self.forget), self.cache.anchors
+        items = [self.forget[i] if i < forget else anchors[i - forget] for i in chosen]
+        outputs = [self.cache.outputs[i] for i in chosen]
         kept = [self.retain[i] for i in retain]
         if items:
             batch = collate(items, kept, outputs)
-        else:  # fewer examples were left than processes: this one runs a token without a row
+        else:  # none was left for this process, or for this part: a token without a row stands in
             idle = self.forget[0]
             token = Item(idle.input_ids[:1], idle.rows[:0], idle.labels[:0])
             none = {name: output[:0] for name, output in self.cache.outputs[0].items()}
             batch = collate([token], kept, [none], examples=0)
         return batch.pin_memory() if self.pin_memory else batch
+
+
+def cut(part: Part, tokens: Sequence[int], retain_tokens: Sequence[int], most: int) -> list[Part]:
+    """Cut a micro-batch into parts of at most ``most`` tokens, or of one longer example; at least one part.
+
+    The longest come first, each into the first part with room for it; in its part an example keeps its place.
+
+    Args:
+        part: see :data:`Part`.
+        tokens: of each forget item and anchor.
+        retain_tokens: of each retain item.
+        most: an idle part's one token is not counted.
+    """
+    sizes = [*(tokens[i] for i in part[0]), *(retain_tokens[i] for i in part[1])]
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        fits = next((number for number, room in enumerate(free) if room >= sizes[place]), len(bins))
+        if fits == len(bins):
+            bins.append([])
+            free.append(most)
+        bins[fits].append(place)
+        free[fits] -= sizes[place]
+    chosen = len(part[0])
+    return [
+        (
+            [part[0][p] for p in sorted(places) if p < chosen],
+            [part[1][p - chosen] for p in sorted(places) if p >= chosen],
+        )
+        for places in bins or [[]]
+    ]
 
 
 def collate(

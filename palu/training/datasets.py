@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.examples import load_alternates, load_forget, load_retain
-from palu.data.packing import Item, retain_items
-from palu.methods import METHODS, Method
+from palu.data.examples import Examples, load_alternates, load_forget, load_retain
+from palu.data.packing import Items, retain_items
+from palu.data.rows import iterate_rows
+from palu.methods import METHODS
 from palu.models.checks import check_linear_head, check_packing, check_sets
 from palu.models.lora import CausalLM
 from palu.models.root import ModelRoot
@@ -23,8 +24,8 @@ from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_p
 class RunData:
     """The sets of a run, tokenised."""
 
-    forget: list[Item]
-    retain: list[Item]
+    forget: Items
+    retain: Items
     anchor_prompts: AnchorPrompts
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
@@ -47,22 +48,31 @@ def prepare_datasets(
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
     """
     method = METHODS[config.objective]
-    forget = list(forget) if isinstance(forget, Iterator) else forget  # alternate answers are read in a second pass
+    if method.needs_alternates:  # which are read in a second pass
+        if isinstance(forget, Examples) and isinstance(forget.source, Iterator):
+            raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
+        forget = list(forget) if isinstance(forget, Iterator) else forget
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
     }
     forget_set = load_forget(forget, tokenizer, allow_cut_spans=config.allow_cut_spans, check_prompts=True, **rendering)
-    retain_set = load_retain(retain if retain is not None else [], tokenizer, check_prompts=True, **rendering)
-    kept = None if retain is None else len(retain_set.examples)
+    # Rows that no term reads are not tokenised.
+    read = retain if retain is not None and method.uses_retain(config) else []
+    retain_set = load_retain(read, tokenizer, check_prompts=True, **rendering)
+    kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
-    alternates = load_alternates(forget, tokenizer, forget_set.examples, **rendering) if method.needs_alternates else []
+    alternates = (
+        load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
+        if method.needs_alternates
+        else []
+    )
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
-    kept_items = retain_items(retain_set.examples) if method.uses_retain(config) else []
-    texts = [length for item in [*forget_items, *kept_items] for length in item.lengths or (len(item.input_ids),)]
-    texts += [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
+    kept_items = retain_items(retain_set.examples)
+    texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
+    longest = max(forget_items.longest(), kept_items.longest(), *texts)
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
@@ -71,17 +81,17 @@ def prepare_datasets(
         "forget_skipped": forget_set.skipped,
         "retain_examples": len(kept_items),
         "retain_skipped": retain_set.skipped,
-        "onset_tokens": sum(item.targets for item in forget_items),
-        "ordinary_tokens": sum(len(item.rows) - item.targets for item in forget_items),
+        "onset_tokens": int(forget_items.targets.sum()),
+        "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(forget_items, kept_items, anchor_prompts, max(texts), counts)
+    return RunData(forget_items, kept_items, anchor_prompts, longest, counts)
 
 
 def check_forward_passes(
     root: ModelRoot,
     reference: ModelRoot,
     data: RunData,
-    method: type[Method],
+    config: UnlearnConfig,
     device: torch.device,
     mixed_precision: str,
 ) -> None:
@@ -93,9 +103,15 @@ def check_forward_passes(
 
     def check(name: str, model: CausalLM) -> None:
         check_linear_head(model, data.forget[0].input_ids)
-        if name == "model" or method.needs_ref_head or method.ref_fields:  # else a reference does not run
+        if name == "model" or METHODS[config.objective].used_ref_fields(config):  # else a reference does not run
             check_packing(name, model, device, mixed_precision, longest=data.longest)
 
     root.run(lambda: check("model", root.model))
     if reference is not root:
         reference.run(lambda: check("ref_model", reference.model))
+
+
+def _has_rows(source: Any) -> bool:
+    """Whether a set has a row at all."""
+    rows: Any = source.examples if isinstance(source, Examples) else iterate_rows(source, "retain")
+    return any(True for _ in rows)

@@ -93,7 +93,8 @@ def unlearn(
             ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
         forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
-            tokenised tensors; see :mod:`palu.data`. An example without a span is held by the KL alone.
+            tokenised tensors; see :mod:`palu.data`; or what :func:`palu.data.load_forget` made of them. An example
+            without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
             what the reference itself answers to everyday prompts, by the KL (:mod:`palu.ref_model.anchors`, and
             ``anchors`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs
@@ -104,7 +105,7 @@ def unlearn(
     Returns:
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
         objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability where
-        ``stop_probability`` is set.
+        ``stop_probability`` is set. A term of weight 0 is not computed: it is 0.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the mend.
@@ -169,7 +170,7 @@ def unlearn(
     with weights_back_if_refused(model, trained, accelerator):
         reference = root if ref_model is None else reference_root(ref_model, accelerator)
         with raise_on_all_ranks(accelerator):
-            check_forward_passes(root, reference, data, method_class, accelerator.device, accelerator.mixed_precision)
+            check_forward_passes(root, reference, data, config, accelerator.device, accelerator.mixed_precision)
         # The reference runs once; then at most its head is needed.
         cache, root.ref_head = precompute_reference(
             reference,

@@ -36,6 +36,7 @@ from palu.ref_model.storage import CacheFile, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_datasets
+from palu.training.engine import grad_sync
 from palu.training.loop import DivergenceError
 from palu.training.metrics import gather_metrics, sum_counts
 
@@ -143,7 +144,7 @@ class PaluTrainer(Trainer):
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)
-        check_forward_passes(root, reference, data, METHODS[config.objective], args.device, args.mixed_precision)
+        check_forward_passes(root, reference, data, config, args.device, args.mixed_precision)
         self.forget_items, self.retain_items = data.forget, data.retain
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -192,9 +193,8 @@ class PaluTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the micro-batches of an epoch, in the order of :class:`palu.training.dataloader.UnlearnDataLoader`."""
-        batches = MicroBatches(self._loader(), self)
         # A generator of its own, so that it draws none of the model's random numbers.
-        return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+        return DataLoader(MicroBatches(self._loader(), self), None, collate_fn=_as_it_is, generator=torch.Generator())
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Count the forget examples of an epoch; for other loaders as Trainer does."""
@@ -205,17 +205,19 @@ class PaluTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return a step's micro-batches, and the counts by which all of their losses are divided."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        return samples, sum_counts(
-            [sample[METHOD_INPUT].counts for sample in samples], self.accelerator
-        ) if samples else None
+        counts = [batch.counts for sample in samples for batch in sample[METHOD_INPUT]]
+        return samples, sum_counts(counts, self.accelerator) if samples else None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward of a micro-batch; after a step's last one, record the step before it is taken."""
+        """Run forward and backward of a micro-batch, part by part; record a step before it is taken."""
+        parts, last, loss = inputs[METHOD_INPUT], self.accelerator.sync_gradients, torch.tensor(0.0)
         with use_packed_attention(base_of(self.model), self.accelerator.mixed_precision):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+            for part in parts:
+                with grad_sync(model, self.accelerator, last=last and part is parts[-1]):
+                    loss = loss + super().training_step(model, inputs | {METHOD_INPUT: part}, num_items_in_batch)
+        if last:
             self._record()
         return loss
 
@@ -334,10 +336,10 @@ class MicroBatches(IterableDataset):
             for _ in self.loader:  # nothing is left of the last of these epochs
                 raise AssertionError
         self.begun = True
-        for step in self.loader:
-            for batch in step:
-                # Trainer counts tokens and operations by input_ids.
-                yield {"input_ids": batch.packed.input_ids, METHOD_INPUT: batch}
+        for step in self.loader.rounds():
+            for parts in step:
+                ids = torch.cat([part.packed.input_ids for part in parts], dim=1)
+                yield {"input_ids": ids, METHOD_INPUT: parts}  # Trainer counts tokens and operations by them
 
 
 def _as_it_is(batch: Any) -> Any:

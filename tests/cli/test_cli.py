@@ -32,6 +32,7 @@ from typer.testing import CliRunner, Result
 import palu
 from palu import ops
 from palu.cli import app
+from palu.data.rows import Renderer
 from palu.methods.palu import PaluMethod
 
 ROOT = Path(__file__).parents[2]
@@ -901,3 +902,22 @@ def test_doctor_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert re.search(r"C\+\+ compiler \(.*\): \S", result.stdout)
     assert "ninja: " in result.stdout
+
+
+# --- rendering ---
+@pytest.mark.parametrize("annotate", [[], ["--annotate", "regex:in the city"]])
+def test_every_row_is_rendered_and_tokenised_once(
+    annotate: list[str], arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the complaints, the record, what is printed and the run together."""
+    rendered: list[str] = []
+    original = Renderer.render
+
+    def render(self: Renderer, row: int, where: str, columns: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered.append(columns.get("answer", "of an anchor's prompt"))
+        return original(self, row, where, columns, *args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render", render)
+    result = palu_command(*arguments, *settings, "--anchors", 0, *annotate)
+    assert result.exit_code == 0, result.output
+    assert sorted(rendered) == sorted(row["answer"] for row in [*FORGET, *RETAIN])

@@ -541,7 +541,7 @@ def test_ten_rows_with_cut_spans_are_named() -> None:
 
 def test_empty_retain_set_is_returned() -> None:
     loaded = load_retain([], None, max_length=99)
-    assert (loaded.examples, loaded.skipped, loaded.without_span) == ([], 0, 0)
+    assert (list(loaded.examples), loaded.skipped, loaded.without_span) == ([], 0, 0)
 
 
 # --- chat templates --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from palu.models.attention import packed_attention, use_packed_attention
 from palu.models.head import body_of, head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
-from palu.training.dataloader import UnlearnDataLoader
+from palu.training.dataloader import UnlearnDataLoader, cut
 
 EOS = 7
 
@@ -467,3 +467,60 @@ def test_one_process_and_two_meet_the_same_examples_in_each_step() -> None:
     for (one,), *halves in zip(alone, *both, strict=True):
         shared = [numbers(batch) for half in halves for batch in half]
         assert [sorted(shared[0][role] + shared[1][role]) for role in (0, 1)] == [sorted(one[role]) for role in (0, 1)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batches bounded in tokens
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_a_micro_batch_is_cut_into_parts_of_max_tokens(trial: int) -> None:
+    rng = random.Random(trial)
+    tokens, retain_tokens = ([rng.randint(1, 30) for _ in range(12)] for _ in range(2))
+    part = rng.sample(range(12), rng.randint(0, 8)), rng.sample(range(12), rng.randint(0, 8))
+    parts = cut(part, tokens, retain_tokens, 20)
+    for role in (0, 1):
+        assert sorted(i for one in parts for i in one[role]) == sorted(part[role])
+        for one in parts:
+            assert [i for i in part[role] if i in one[role]] == one[role], "an example keeps its place"
+    sizes = [sum(tokens[i] for i in chosen) + sum(retain_tokens[i] for i in kept) for chosen, kept in parts]
+    for size, (chosen, kept) in zip(sizes, parts, strict=True):
+        assert size <= 20 or len(chosen) + len(kept) == 1
+    assert sum(size <= 10 for size in sizes) <= 1, "no two parts that would fit into one"
+
+
+def test_where_all_fits_nothing_is_cut() -> None:
+    assert cut(([2, 0], [1]), [5, 9, 4], [3, 7], 16) == [([2, 0], [1])]
+    assert cut(([], []), [5], [], 4) == [([], [])]
+
+
+@pytest.mark.parametrize(("accumulation", "most"), [(1, 12), (2, 12), (2, 7), (2, 4), (1, 10**6)])
+def test_processes_have_as_many_parts_as_each_other(accumulation: int, most: int) -> None:
+    """And what is in a step does not change."""
+    config = {"batch_size": 3, "gradient_accumulation_steps": accumulation}
+    whole = [list(loader(11, 8, process_index=p, num_processes=2, **config)) for p in range(2)]
+    parts = [list(loader(11, 8, process_index=p, num_processes=2, max_tokens=most, **config)) for p in range(2)]
+    assert len(whole[0]) == len(parts[0])
+    cuts = 0
+    for step in range(len(whole[0])):
+        assert len(parts[0][step]) == len(parts[1][step])
+        for p in range(2):
+            one, many = ([numbers(batch) for batch in of[p][step]] for of in (whole, parts))
+            for role in (0, 1):
+                assert sorted(n for part in many for n in part[role]) == sorted(n for part in one for n in part[role])
+            counts = [torch.tensor([batch.counts for batch in of[p][step]]).sum(0).tolist() for of in (whole, parts)]
+            assert counts[0] == counts[1]
+            cuts += len(many) - len(one)
+            for batch in parts[p][step]:
+                idle = not batch.counts.examples  # its one token is not counted
+                assert sum(batch.packed.sequence_lengths) - idle <= max(most, 6)
+    assert (cuts > 0) == (most < 10**6)
+
+
+def test_a_cut_epoch_goes_on_where_it_was() -> None:
+    def steps(skipped: int) -> list[list[tuple[list[int], list[int]]]]:
+        source = loader(9, 4, batch_size=2, max_tokens=8)
+        source.skip(skipped)
+        return [[numbers(batch) for batch in step] for step in source]
+
+    assert steps(2) == steps(0)[2:]

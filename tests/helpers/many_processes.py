@@ -89,13 +89,14 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
         None,
         {"optimizer": "adamw_8bit"},
     ),
+    "max_tokens": (lambda: make_llama(tie_word_embeddings=False), None, {"max_tokens": 30}),
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16"),
-    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16", "mixed"),
+    "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16", "max_tokens"),
+    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16", "mixed", "max_tokens"),
     "fsdp2_main": ("untied", "tied", "lora", "anchors"),
-    "zero2": ("untied", "tied"),
+    "zero2": ("untied", "tied", "max_tokens"),
     "zero3": ("untied", "tied", "lora"),
 }
 

@@ -51,7 +51,7 @@ def perform(
     tokenizer = byte_level(CHATML) if tokenizer == "chat" else tokenizer
     if model is None:
         model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=256)
-        examples = load_forget(forget, tokenizer, max_length=256).examples
+        examples = list(load_forget(forget, tokenizer, max_length=256).examples)
         examples += load_retain(retain, tokenizer, max_length=256).examples
         rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
         overfit(model, rows, steps=120, learning_rate=5e-3)

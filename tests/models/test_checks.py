@@ -65,7 +65,13 @@ BAD_SETTINGS += [
     for value in (0, -1, 1.0, None)
 ]
 BAD_SETTINGS += [
-    ("retain_batch_size", value, "give a positive integer, or None for batch_size") for value in (0, -1, 2.0)
+    (name, value, f"give a positive integer, or None for {none}")
+    for name, none in (
+        ("retain_batch_size", "batch_size"),
+        ("kl_rows", "all ordinary tokens"),
+        ("max_tokens", "no bound"),
+    )
+    for value in (0, -1, 2.0)
 ]
 BAD_SETTINGS += [("anchors", value, "give 0 or a positive integer, or None") for value in (-1, 2.0, True, "all")]
 BAD_SETTINGS += [("max_length", value, "give an integer above 1") for value in (1, 0, -1, 10.0, None)]

@@ -267,13 +267,25 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "target": key_of(target="local_mean"),
         "normalize": key_of(normalize=False),
         "objective": key_of(objective="npo"),
+        "kl_rows": key_of(kl_rows=2),
+        "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
+        "no KL": key_of(lambda_kl=0.0),
+        "no local loss": key_of(gamma=0.0),
+        "no local loss, but its probability": key_of(gamma=0.0, stop_probability=0.1),
     }
     assert len(set(others.values())) == len(others), others
 
 
 def test_the_key_has_nothing_else_in_it() -> None:
     assert key_of() == key_of(
-        learning_rate=1.0, epochs=3, batch_size=2, lambda_kl=3.0, kl_direction="forward", seed=4, chunk_bytes=8
+        learning_rate=1.0,
+        epochs=3,
+        batch_size=2,
+        lambda_kl=3.0,
+        kl_direction="forward",
+        seed=4,
+        chunk_bytes=8,
+        max_tokens=9,
     )
     assert key_of(normalize=False) == key_of(normalize=False, target="local_mean")
     # The reference decides, whatever is trained towards or away from it.

@@ -407,6 +407,9 @@ def test_settings_in_plain_words(folder: Path) -> None:
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
     assert "the 5 logits" in asked and "the first 3 tokens" in asked
+    assert "on ordinary tokens (reverse)" in asked
+    drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
+    assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))
     assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
     (folder / "private" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -99,9 +99,20 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
                 # The norm of bfloat16 gradients is the noisiest: a step of ten was 20 % off where the loss was 0.1 %.
                 loose = 0.25 if case == "mixed" and name == "grad_norm" else rel
                 assert many[name] == pytest.approx(single[name], rel=loose, abs=of_noise), (name, many, single)
-            # A process without an example or an anchor runs a token.
-            idle = 0 if many["step"] % 2 or case == "anchors" else 1
-            assert many["tokens"] == single["tokens"] + idle
+            if case != "max_tokens":  # which cuts the parts of two processes otherwise
+                # A process without an example or an anchor runs a token.
+                idle = 0 if many["step"] % 2 or case == "anchors" else 1
+                assert many["tokens"] == single["tokens"] + idle
+
+
+@pytest.mark.parametrize("engine", [engine for engine, cases in RUNS.items() if "max_tokens" in cases])
+def test_processes_have_as_many_parts(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Also where one has less to cut than the other: then it has a part with nothing in it."""
+    needs(engine)
+    parts = [result[f"{engine}.max_tokens"]["samples"] for result in outcomes[1]]
+    assert len(parts[0]) == len(parts[1]) > 15
+    assert sorted(i for part in parts for forget, _ in part for i in forget) == sorted(list(range(9)) * 5)
+    assert any(not forget and not retain for part in parts for forget, retain in part)
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,18 @@ from helpers.tiny import (
     tiny_llama,
     weights,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
-from palu.data.packing import forget_items
+from palu.data.packing import Packed, forget_items
+from palu.data.rows import Renderer
 from palu.losses import fused_linear_losses
+from palu.methods import METHODS
+from palu.methods import palu as palu_method
+from palu.methods.base import Losses
 from palu.methods.palu import PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
@@ -375,6 +380,81 @@ def test_normalized_the_local_loss_starts_at_one(target: str | float) -> None:
     assert record["local"] == 0
 
 
+@pytest.mark.parametrize(
+    ("off", "fields", "copies_head"),
+    [
+        ({"gamma": 0}, {"hidden"}, True),
+        ({"gamma": 0, "stop_probability": 0.01}, {"hidden"}, True),
+        ({"lambda_kl": 0}, {"index", "scale"}, False),
+        ({"gamma": 0, "lambda_kl": 0}, set(), False),
+        ({"gamma": 0, "objective": "npo"}, set(), False),
+        ({"gamma": 0, "objective": "tpo"}, set(), False),
+    ],
+)
+def test_a_term_of_weight_0_costs_nothing(
+    off: dict[str, Any], fields: set[str], copies_head: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No rows, nothing of the reference and no copy of its head; its figure is 0. Also from the cache on disk."""
+    kept: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        kept.append(precompute_reference(*args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(loop, "precompute_reference", spy)
+    on = {"objective": off.get("objective", "palu"), "cache_dir": str(tmp_path), "epochs": 1}
+    unlearn(tiny_llama(), None, forget_rows(), retain_rows(), **on)
+    for _ in range(2):
+        result = unlearn(tiny_llama(), None, forget_rows(), retain_rows(), **on | off)
+        cache, head = kept[-1]
+        assert set(cache.outputs[0]) == fields
+        assert (head is not None) == copies_head
+    names = {"gamma": METHODS[on["objective"]].terms[0], "lambda_kl": "kl"}
+    for setting in off.keys() & names.keys():
+        assert all(record[names[setting]] == 0 for record in result.history)
+    assert result.history[-1]["retain"] > 0
+    if on["objective"] == "palu":
+        assert (result.summary["ordinary_tokens"] > 0) == ("lambda_kl" not in off)
+        assert (result.summary["onset_tokens"] > 0) == ("gamma" not in off or "stop_probability" in off)
+        assert ("onset_probability" in result.history[0]) == ("stop_probability" in off)
+
+
+def test_a_retain_set_of_weight_0_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level(bos=False)
+    rendered: list[Any] = []
+    original = Renderer.render
+
+    def render(self: Renderer, row: int, where: str, columns: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered.append(columns)
+        return original(self, row, where, columns, *args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render", render)
+    for weight, expected in ((0, 0), (1, len(TEXT_RETAIN))):
+        rendered.clear()
+        model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+        settings = {"tokenizer": tokenizer, "lambda_retain": weight, "epochs": 1, "anchors": 2}
+        summary = unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, **settings).summary
+        assert sum(columns in TEXT_RETAIN for columns in rendered) == expected == summary["retain_examples"]
+        assert sum(columns in TEXT_FORGET for columns in rendered) == len(TEXT_FORGET)
+        assert summary["anchors"] + summary["anchors_skipped"] == 2
+
+
+def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
+    """The same run as with all other ordinary tokens labelled as prompt."""
+    model = functools.partial(tiny_llama, dtype=torch.float64)
+    config = UnlearnConfig(kl_rows=3, seed=5)
+    examples = load_forget(forget_rows(), None, max_length=99).examples
+    masked = []
+    for item, row in zip(PaluMethod.make_items(examples, [], config, None), forget_rows(), strict=True):
+        drawn = set((item.rows[item.targets :] + 1).tolist())
+        labels = [-100 if label == -200 and i not in drawn else label for i, label in enumerate(row["labels"])]
+        masked.append(row | {"labels": labels})
+    assert masked != forget_rows()
+    drawn_run = unlearn(model(), None, forget_rows(), config=config)
+    assert_same_run(drawn_run, unlearn(model(), None, masked, seed=5), 1e-12)
+    assert drawn_run.summary["ordinary_tokens"] == sum(r["labels"].count(-200) for r in masked)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Equal settings, equal runs
 
@@ -422,6 +502,43 @@ def test_accumulation_changes_nothing(parts: int) -> None:
     ]
     assert len(runs[0].history) == 6
     assert_same_run(*runs, 1e-9)
+
+
+@pytest.mark.parametrize("objective", ["palu", "npo", "simnpo", "tpo"])
+@pytest.mark.parametrize("most", [8, 30, 60])
+def test_max_tokens_changes_nothing(most: int, objective: str) -> None:
+    """A step is cut into passes, and its losses stay means over the whole of it."""
+
+    def run(**settings: Any) -> palu.UnlearnResult:
+        model = tiny_llama(dtype=torch.float64)
+        return unlearn(model, None, forget_rows(16), retain_rows(20), objective=objective, **settings)
+
+    whole, cut = run(), run(max_tokens=most)
+    names = ["loss", "grad_norm", *METHODS[objective].terms]
+    for one, other in zip(whole.history, cut.history, strict=True):
+        assert [one[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-6, abs=1e-9)
+    theirs = weights(cut.model)
+    for name, ours in weights(whole.model).items():
+        assert (ours - theirs[name]).abs().max() <= 1e-9 * theirs[name].abs().max(), name
+
+
+def test_no_pass_has_more_than_max_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reference as of the training; an example that is longer has one of its own."""
+    passes: list[tuple[int, ...]] = []
+    original = Packed.inputs
+
+    def inputs(self: Packed) -> dict[str, Any]:
+        passes.append(self.sequence_lengths)
+        return original(self)
+
+    monkeypatch.setattr(Packed, "inputs", inputs)
+    long = {"input_ids": [1] * 40, "labels": [-100] + [1, -200] * 19 + [-200]}
+    monkeypatch.setattr("palu.training.datasets.check_packing", lambda *args, **kwargs: None)
+    unlearn(tiny_llama(), None, [*forget_rows(7), long], max_tokens=36, epochs=1)
+    assert sum(40 in one for one in passes) == 2
+    assert all(one == (40,) for one in passes if 40 in one)
+    # Beside what a pass has there may be the token that stands in where it has no forget example.
+    assert all(sum(one) <= 36 + (one[0] == 1) for one in passes if 40 not in one)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -486,6 +603,27 @@ def test_mixed_precision(bf16_autocast: None) -> None:
     # The reference is the same model at this step; its logits are rounded another way at most.
     assert abs(record["kl"]) < 1e-3
     assert not same_weights(unlearned.model, weights(tiny_llama()))
+
+
+def test_cached_states_are_in_the_dtype_of_the_heads_product(
+    bf16_autocast: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half of float32, and not one bit of the run is another one."""
+
+    def run(folder: Path) -> tuple[palu.UnlearnResult, set[torch.dtype], int]:
+        result = unlearn(tiny_llama(), cache_dir=str(folder))
+        (path,) = folder.glob("*.safetensors")
+        hidden = load_file(path)["hidden"]
+        return result, {hidden.dtype}, hidden.nbytes
+
+    one, dtypes, size = run(tmp_path / "product")
+    assert dtypes == {torch.bfloat16}
+    monkeypatch.setattr(palu_method, "_product_dtype", lambda hidden, head: hidden.dtype)
+    other, dtypes, as_it_was = run(tmp_path / "states")
+    assert dtypes == {torch.float32}
+    assert as_it_was == 2 * size
+    assert [[r[k] for k in LOSSES] for r in one.history] == [[r[k] for k in LOSSES] for r in other.history]
+    assert same_weights(one.model, weights(other.model))
 
 
 def test_attention_implementations_agree() -> None:
@@ -615,9 +753,9 @@ def test_divergence_later_keeps_the_last_good_step(monkeypatch: pytest.MonkeyPat
 
     def diverging(self: Any, *args: Any) -> Any:
         nonlocal calls
-        calls += 1
         losses = forward(self, *args)
-        if calls < 3:
+        calls += isinstance(losses, Losses)  # and not a pass before training
+        if calls < 3 or not isinstance(losses, Losses):
             return losses
         return losses._replace(total=losses.total * math.inf, terms=losses.terms * math.nan)
 

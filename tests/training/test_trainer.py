@@ -95,6 +95,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"lr_scheduler": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1, "seed": 5},
     ),
     "dropout": (lambda: tiny_llama(attention_dropout=0.2), {}, {}, {}),
+    "max_tokens": (
+        tiny_llama,
+        {"max_tokens": 20, "retain_batch_size": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+        {"batch_size": 1, "gradient_accumulation_steps": 3},
+    ),
     "pdu": (tiny_llama, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}, {}, {}),
     "npo": (tiny_llama, {"objective": "npo"}, {}, {}),
     "lora": (with_lora, {}, {}, {}),
