@@ -99,7 +99,7 @@ def prepare(
     method = PaluMethod(model, config)
     method.ref_head = ref_head
     if arguments.frozen_head:
-        method.weight_mean = weight_mean(weight)
+        method.weight_mean = weight_mean(head_of(model).weight)
     return Setup(device, config, eos_token_id, model, twin, method, loaders, padded, lengths)
 
 
