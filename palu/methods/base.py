@@ -112,17 +112,18 @@ class Method(ModelRoot):
         """Whether the retain set, where one is given, has a part in the loss."""
         return config.value("lambda_retain") > 0
 
-    def forward(self, batch: Batch | Callable[[], Any], *counts: Tensor) -> Any:
-        """Compute the :class:`Losses` of a micro-batch; or call a function, for :meth:`run`.
+    def forward(self, work: Batch | Callable[[], Any], *counts: Tensor) -> Any:
+        """Compute :meth:`batch_losses`; or call a function, for :meth:`run`."""
+        return self.batch_losses(work, *counts) if isinstance(work, Batch) else super().forward(work)
+
+    def batch_losses(self, batch: Batch, counts: Tensor) -> Losses:
+        """Compute the losses of a micro-batch.
 
         Args:
             batch: on the model's device.
             counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
                 step, by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        return self._losses_of(batch, *counts) if isinstance(batch, Batch) else super().forward(batch)
-
-    def _losses_of(self, batch: Batch, counts: Tensor) -> Losses:
         states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())

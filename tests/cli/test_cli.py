@@ -601,11 +601,11 @@ def test_quantize(tmp_path: Path, arguments: list[Any], settings: list[Any], mon
         out = tmp_path / bits
         result = palu_command(*arguments, *settings, "--lora", "--quantize", bits, "--output", out)
         assert result.exit_code == 0, result.output
-        assert (out / "adapter_model.safetensors").exists() and not (out / "model.safetensors").exists()
-        record = json.loads((out / "record.json").read_text())
+        assert {path.name for path in (out / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}
+        record = json.loads((out / "private" / "record.json").read_text())
         assert "bitsandbytes" in record["versions"]
     # The adapter's folder is a model, too: on a base that is quantised again, or as it is stored.
-    arguments[arguments.index("--model") + 1] = tmp_path / "4bit"
+    arguments[arguments.index("--model") + 1] = tmp_path / "4bit" / "model"
     result = palu_command(*arguments, *settings, "--quantize", "4bit", "--output", tmp_path / "further")
     assert result.exit_code == 0, result.output
 
@@ -623,7 +623,7 @@ def in_the_foreground() -> Iterator[None]:
 def test_ctrl_c_and_resume(
     lora: list[str], arguments: list[Any], settings: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = PaluMethod.forward, 0
+    forward, calls = PaluMethod.batch_losses, 0
 
     def pressed(self: PaluMethod, *args: Any) -> Any:
         nonlocal calls
@@ -633,7 +633,7 @@ def test_ctrl_c_and_resume(
         return forward(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PaluMethod, "forward", pressed)
+        patch.setattr(PaluMethod, "batch_losses", pressed)
         result = palu_command(*arguments, *settings, *lora)
     out = tmp_path / "out"
     assert result.exit_code == 130
