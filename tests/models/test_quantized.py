@@ -161,9 +161,10 @@ def test_saving_and_looking_at_a_run(folder: Path, tmp_path: Path) -> None:
     recorder = palu.Recorder(model, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer)
     result = unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, epochs=1)
     palu.save_run(tmp_path / "run", result, tokenizer, recorder)
-    saved = tmp_path / "run"
-    assert (saved / "adapter_model.safetensors").exists() and not (saved / "model.safetensors").exists()
-    assert "bitsandbytes" in json.loads((saved / "record.json").read_text())["versions"]
+    saved = tmp_path / "run" / "model"
+    assert {path.name for path in saved.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    record = json.loads((tmp_path / "run" / "private" / "record.json").read_text())
+    assert "bitsandbytes" in record["versions"]
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), saved)
     ids = torch.arange(20)[None].to(model.device)
     with torch.no_grad():  # in training mode, in which no CPU lays weights out anew
