@@ -18,14 +18,16 @@ import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.runs import TEXT_FORGET
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import palu
+from palu.cli import app
 from palu.hashing import digest
 from palu.training import checkpoint
 from palu.training.checkpoint import Checkpoints
@@ -182,6 +184,28 @@ def complaint(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
+def run_command(folder: Path, processes: int) -> list[Any]:
+    """The exit code of `palu unlearn` and what it says; the first process writes the input, too."""
+    out = folder / f"command of {processes}"
+    if PartialState().is_main_process:
+        make_input(folder)
+    PartialState().wait_for_everyone()
+    options = {"--model": folder / "model", "--forget": folder / "forget.jsonl", "--retain": folder / "retain.jsonl"}
+    options |= {"--output": out, "--epochs": 3, "--learning-rate": 1e-3, "--batch-size": 4 // processes}
+    given = [str(part) for option in options.items() for part in option]
+    result = CliRunner().invoke(app, ["unlearn", *given, "--no-progress"])
+    return [result.exit_code, result.output]
+
+
+def make_input(folder: Path) -> None:
+    """Write a model with its tokenizer, and rows."""
+    model = tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+    model.save_pretrained(folder / "model")
+    TOKENIZER.save_pretrained(folder / "model")
+    for name, rows in (("forget", TEXT_FORGET), ("retain", TEXT_RETAIN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def diverging() -> dict[str, Any]:
     """A run whose second step has a loss that is not finite."""
     model = tiny_llama(tie_word_embeddings=False)
@@ -240,6 +264,7 @@ def main(folder: Path) -> None:
             if case in PRECISION:
                 start(engine)
         if engine == "fsdp2_main":
+            outcome["command"] = run_command(folder, PROCESSES)
             continue
         outcome[f"{engine}.divergence"] = diverging()
         outcome[f"{engine}.8-bit"] = (

@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.many_processes import PRECISION, PROCESSES, RUNS, run
+from helpers.many_processes import PRECISION, PROCESSES, RUNS, run, run_command
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama, weights
 from safetensors.torch import load_file
@@ -29,16 +29,15 @@ from palu.training import engine as engine_module
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What many_processes.py left behind, and what each process says of it: one start for all tests."""
-    folder = tmp_path_factory.mktemp("processes")
+def environments() -> list[dict[str, str]]:
+    """Of processes that find each other on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running, roots = [], [str(ROOT), str(ROOT / "tests")]
-    for rank in range(PROCESSES):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")} | {
+    roots = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return [
+        {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+        | {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(PROCESSES),
@@ -46,8 +45,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(roots),
         }
+        for rank in range(PROCESSES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What many_processes.py left behind, and what each process says of it: one start for all tests."""
+    folder = tmp_path_factory.mktemp("processes")
+    running = []
+    for rank, environment in enumerate(environments()):
         command = [sys.executable, "-m", "helpers.many_processes", str(folder)]
         log = open(folder / f"log.{rank}", "w")  # noqa: SIM115
         running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -224,6 +233,57 @@ def test_no_checkpoints_under_deepspeed(engine: str, outcomes: tuple[Path, list[
             "use FSDP2, DDP or one process, or leave checkpoint_dir out"
         )
     )
+
+
+def test_the_command_loads_a_model_once(outcomes: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """The second process has no weights; the first one's record and model are those of a run on one process."""
+    folder, (first, second) = outcomes
+    assert first["command"][0] == 0, first["command"][1]
+    assert second["command"] == [0, ""]
+    code, said = run_command(tmp_path, 1)
+    assert code == 0, said
+    ours, whole = folder / f"command of {PROCESSES}", tmp_path / "command of 1"
+    trained, expected = (load_file(path / "model" / "model.safetensors") for path in (ours, whole))
+    assert trained.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (trained[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
+    many, one = (json.loads((path / "private" / "record.json").read_text()) for path in (ours, whole))
+    assert many["hashes"]["weights_before"] == one["hashes"]["weights_before"]
+    assert many["data"] == one["data"]
+
+
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+from accelerate import Accelerator, InitProcessGroupKwargs
+from palu.distributed import compute_on_main
+
+accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+print(compute_on_main(lambda: time.sleep(5) or "annotated", accelerator), flush=True)
+try:
+    if accelerator.is_main_process:
+        time.sleep(5)
+    accelerator.wait_for_everyone()
+except Exception as error:
+    print("a collective gave up", flush=True)
+"""
+
+
+def test_long_work_of_one_process_is_waited_for() -> None:
+    """Longer than a collective would wait: the control shows that it would not."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PATIENCE],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for environment in environments()
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in running]
+    assert [lines[0] for lines in said] == ["annotated"] * PROCESSES
+    assert "a collective gave up" in said[1]
 
 
 def test_an_error_on_one_process_stops_all(outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
