@@ -135,14 +135,7 @@ def unlearn(
             check_mergeable(model)
 
         # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-        data = prepare_datasets(
-            model,
-            forget,
-            retain,
-            tokenizer,
-            config,
-            processes=accelerator.num_processes,
-        )
+        data = prepare_datasets(model, forget, retain, tokenizer, config, processes=accelerator.num_processes)
 
     # With resume, the newest checkpoint is this run's, or an error says what differs.
     run = compute_on_main(
