@@ -264,7 +264,6 @@ def main(folder: Path) -> None:
             if case in PRECISION:
                 start(engine)
         if engine == "fsdp2_main":
-            outcome["command"] = run_command(folder, PROCESSES)
             continue
         outcome[f"{engine}.divergence"] = diverging()
         outcome[f"{engine}.8-bit"] = (
@@ -285,6 +284,8 @@ def main(folder: Path) -> None:
     outcome["bad data"] = complaint(
         lambda: unlearn(tiny_llama(), None, forget_rows(9, vocab=97 if rank == 0 else 3000), PROCESSES)
     )
+    start("fsdp2_main")
+    outcome["command"] = run_command(folder, PROCESSES)  # the last: it ends what the processes have in common
     (folder / f"outcome.{rank}.json").write_text(json.dumps(outcome))
 
 
