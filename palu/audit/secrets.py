@@ -1,0 +1,227 @@
+"""What is attacked: the secrets of a forget set, and the rows that are asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from palu.audit.estimators import told
+from palu.data.files import DataError
+from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_rows, with_answer
+from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
+from palu.hashing import digest, json_digest
+from palu.models.generation import prompt_of
+
+PARAPHRASES = "paraphrased_question"  # a column of the forget set: a question in other words, or a list of them
+SHOTS = 5  # rows of the retain set that are put in front of a question
+_STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """A row of the forget set.
+
+    columns: as the user gave them.
+    question: the last message before the answer.
+    answer: the true one.
+    example: prompt and true answer, every answer token labelled with its id.
+    paraphrases: the question in other words.
+    rendered: the prompt has its special tokens in it, so nothing can be put in front of it or into its question.
+    """
+
+    columns: Mapping[str, Any]
+    where: str
+    question: str
+    answer: str
+    example: Example
+    paraphrases: tuple[str, ...]
+    rendered: bool
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A marked span that the question does not already tell.
+
+    row: index in :attr:`AuditData.rows`.
+    start, end: in characters of the answer.
+    first, stop: its tokens are input_ids[first:stop] of the row's example.
+    """
+
+    row: int
+    text: str
+    start: int
+    end: int
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+
+class AuditData:
+    """The forget set, its secrets, and a retain set for the attacks that need one.
+
+    A marked span that the messages before the answer tell already is no secret: nobody could know whether the model
+    gave it away. A text that is marked twice in one answer is one secret, at its first place.
+
+    Args:
+        forget: rows of text with spans, as :func:`palu.data.load_forget` takes them; perhaps with PARAPHRASES.
+        retain: rows of text, or None.
+        tokenizer: of all models.
+        chat_template_kwargs: what the chat template is given beside the messages.
+
+    Raises:
+        DataError: a row cannot be used (it is named), or there is no secret.
+        ValueError: chat_template_kwargs are not valid.
+    """
+
+    def __init__(
+        self,
+        forget: Any,
+        retain: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self._renderer = Renderer(tokenizer, chat_template_kwargs)
+        self.rows: list[AuditRow] = []
+        self.secrets: list[Secret] = []
+        self.told_by_question = self.repeated = 0
+        numbered = list(iterate_rows(forget, "forget"))
+        for _, where, columns in numbered:
+            if "input_ids" in columns:
+                raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
+        rendered = [self._renderer.render(number, where, columns, True) for number, where, columns in numbered]
+        for text, example, (_, _, columns) in zip(rendered, self._encode(rendered, True), numbered, strict=True):
+            self._add(text, example, columns)
+        if not self.rows:
+            raise DataError("forget set is empty; give at least one row")
+        if not self.secrets:
+            left_out = f" ({self.told_by_question} spans are in their questions)" * bool(self.told_by_question)
+            raise DataError(f"forget set has no secret{left_out}; mark spans that the question does not tell")
+        self.retain: list[Mapping[str, Any]] = []
+        for where, columns, answer in () if retain is None else text_rows(retain, "retain"):
+            if answer is None:
+                raise DataError(f"{where}: the audit puts retain rows into prompts, and this one is tokenised")
+            self.retain.append(columns)
+        self.retain_examples(self.retain)  # complaints come before a model is touched
+
+    def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
+        conversation, prompt, answer = conversation_of(columns, text.where)
+        before = "\n".join(message["content"] for message in conversation[:-1])
+        labels = torch.where(example.labels == IGNORE, IGNORE, example.input_ids)
+        self.rows.append(
+            AuditRow(
+                columns,
+                text.where,
+                conversation[-2]["content"],
+                answer,
+                Example(example.row, example.input_ids, labels, example.offsets),
+                _paraphrases(columns, text.where),
+                rendered=text.complete and prompt is not None and text.text == prompt + answer,
+            )
+        )
+        assert example.offsets is not None
+        seen: list[str] = []
+        reached = 0
+        for start, end in ((first - text.shift, end - text.shift) for first, end in text.spans):
+            if end <= reached:  # within another span
+                continue
+            reached, secret = end, answer[start:end]
+            if told(secret, before):
+                self.told_by_question += 1
+                continue
+            if any(told(secret, other) and told(other, secret) for other in seen):
+                self.repeated += 1
+                continue
+            seen.append(secret)
+            held = (example.offsets[:, 0] < end) & (example.offsets[:, 1] > start) & (example.labels >= 0)
+            tokens = held.nonzero().flatten().tolist()
+            self.secrets.append(Secret(len(self.rows) - 1, secret, start, end, tokens[0], tokens[-1] + 1))
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's, and the chat template's."""
+        return {int(row.example.input_ids[-1]) for row in self.rows} | {int(self.tokenizer.eos_token_id)}
+
+    @property
+    def prompts(self) -> list[Tensor]:
+        """Each row's prompt [t]."""
+        return [prompt_of(row.example) for row in self.rows]
+
+    @cached_property
+    def forget_digest(self) -> str:
+        """Hash what is asked and what is looked for."""
+        places = [[s.row, s.text, s.first, s.stop] for s in self.secrets]
+        return digest([places, [[row.example.input_ids, row.paraphrases] for row in self.rows]])
+
+    @cached_property
+    def retain_digest(self) -> str:
+        """Hash the retain set."""
+        return json_digest([dict(row) for row in self.retain])
+
+    def encode_prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """Tokenise the prompts [t] of rows, whose answers do not matter."""
+        texts = [
+            self._renderer.render(i, f"prompt {i}", with_answer(row, _STAND_IN), False) for i, row in enumerate(rows)
+        ]
+        return [prompt_of(example) for example in self._encode(texts, False)]
+
+    def retain_examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+        """Tokenise rows with their answers, every answer token labelled."""
+        texts = [self._renderer.render(i, f"retain row {i}", row, False) for i, row in enumerate(rows)]
+        return list(self._encode(texts, False))
+
+    def answer_beginnings(self, beginning: str) -> list[Tensor]:
+        """Tokenise each row's prompt with the beginning of an answer after it: [t] each."""
+        texts = [
+            self._renderer.render(i, row.where, with_answer(row.columns, f"{beginning} {_STAND_IN}"), False)
+            for i, row in enumerate(self.rows)
+        ]
+        found = []
+        for example in self._encode(texts, False):
+            assert example.offsets is not None
+            beyond = (example.labels != IGNORE) & (example.offsets[:, 1] > len(beginning))
+            found.append(example.input_ids[: int(beyond.nonzero()[0])])
+        return found
+
+    def behind_examples(self, row: AuditRow, shots: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a row that asks the same question after other rows with their answers."""
+        told_rows = [conversation_of(shot, "retain row") for shot in shots]
+        conversation, prompt, _ = conversation_of(row.columns, row.where)
+        if self.tokenizer.chat_template is None:
+            text = "".join(f"{before}{answer}\n\n" for _, before, answer in told_rows)
+            return {"prompt": f"{text}{prompt}", "completion": _STAND_IN}
+        system = [message for message in conversation if message["role"] == "system"]
+        others = [message for message in conversation if message["role"] != "system"]
+        turns = [message for shot, _, _ in told_rows for message in shot if message["role"] != "system"]
+        return {"messages": [*system, *turns, *others]}
+
+    def _encode(self, texts: list[RenderedRow], forget: bool) -> Iterable[Example]:
+        return encode(texts, self.tokenizer, forget)
+
+
+def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
+    """Return a row of :func:`palu.data.rows.conversation_of` with another last message before the answer."""
+    if columns.get("messages") is not None:
+        *before, asked, answer = columns["messages"]
+        return {**columns, "messages": [*before, {**asked, "content": question}, answer]}
+    return {**columns, "question" if {"question", "answer"} <= columns.keys() else "prompt": question}
+
+
+def _paraphrases(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = columns.get(PARAPHRASES)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(
+            f"{where}: column '{PARAPHRASES}' must be a question, or a list of them; mend it or leave it out"
+        )
+    return tuple(texts)

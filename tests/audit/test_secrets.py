@@ -1,0 +1,155 @@
+"""Which spans are secrets, and the prompts that are made of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
+
+from palu.audit.secrets import AuditData, with_question
+from palu.data.files import DataError
+
+ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}
+RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat."} for i in range(2)]
+TOKENIZERS = {
+    "llama 3": lambda: byte_level(LLAMA3),
+    "qwen": lambda: byte_level(CHATML, bos=False, trim_offsets=True),
+    "plain": lambda: byte_level(None),
+    "llama 2": lambda: sentencepiece(None),
+}
+
+
+def data(rows: Any, tokenizer: Any = None, **settings: Any) -> AuditData:
+    return AuditData(rows, settings.pop("retain", None), tokenizer or byte_level(CHATML), **settings)
+
+
+def spans_of(answer: str, *texts: str) -> list[list[int]]:
+    return [[answer.index(text), answer.index(text) + len(text)] for text in texts]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_secrets_tokens_are_the_spans(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    of = data([ROW], tokenizer)
+    assert [secret.text for secret in of.secrets] == ["Ada Lovelace", "1843"]
+    for secret in of.secrets:
+        written = tokenizer.decode(of.rows[0].example.input_ids[secret.first : secret.stop])
+        assert written.strip(" ,") == secret.text  # a token may hold the comma, too
+    (prompt,) = of.prompts
+    assert tokenizer.decode(prompt, skip_special_tokens=True).rstrip().endswith(("Answer:", "assistant"))
+
+
+def test_what_the_question_tells_is_no_secret() -> None:
+    answer = "Ada Lovelace of London was born in 1815."
+    row = {
+        "question": "When was ADA LOVELACE born?",
+        "answer": answer,
+        "spans": spans_of(answer, "Ada Lovelace", "1815"),
+    }
+    of = data([row])
+    assert [secret.text for secret in of.secrets] == ["1815"]
+    assert of.told_by_question == 1
+    system = {"role": "system", "content": "Born in 1815."}
+    turns = [system, {"role": "user", "content": "When?"}, {"role": "assistant", "content": answer}]
+    assert [s.text for s in data([{"messages": turns, "spans": row["spans"]}]).secrets] == ["Ada Lovelace"]
+
+
+def test_a_text_marked_twice_is_one_secret() -> None:
+    answer = "Ada wrote it. It was ADA, Ada Lovelace."
+    of = data([{"question": "Who?", "answer": answer, "spans": [[0, 3], [21, 24], [26, 38], [30, 38]]}])
+    assert [(secret.text, secret.start) for secret in of.secrets] == [("Ada", 0), ("Ada Lovelace", 26)]
+    assert of.repeated == 1
+
+
+def test_paraphrases() -> None:
+    rows = [
+        ROW | {"paraphrased_question": "By whom?"},
+        ROW | {"paraphrased_question": ["By whom?", "Whose is it?"]},
+        ROW,
+    ]
+    assert [row.paraphrases for row in data(rows).rows] == [("By whom?",), ("By whom?", "Whose is it?"), ()]
+    assert data(rows).forget_digest != data([ROW] * 3).forget_digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "forget set is empty; give at least one row"),
+        ([ROW | {"spans": []}], "forget set has no secret; mark spans that the question does not tell"),
+        (
+            [ROW | {"question": "Did Ada Lovelace, in 1843?"}],
+            "forget set has no secret (2 spans are in their questions); mark spans that the question does not tell",
+        ),
+        (
+            [{"input_ids": [1], "labels": [1]}],
+            "forget row 0: the audit compares texts, and this row is tokenised; give it as text",
+        ),
+        (
+            [ROW, ROW | {"paraphrased_question": ["Who?", 3]}],
+            "forget row 1: column 'paraphrased_question' must be a question, or a list of them; "
+            "mend it or leave it out",
+        ),
+        (
+            [ROW | {"spans": [[0, 99]]}],
+            "forget row 0: span [0, 99] ends after the answer (41 characters); "
+            "give [start, end) in characters of the answer",
+        ),
+    ],
+)
+def test_refused(rows: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        data(rows)
+    assert str(caught.value) == message
+
+
+def test_retain_rows_are_checked() -> None:
+    with pytest.raises(DataError, match=r"retain row 0: column 'answer' must be a string, got int; give text"):
+        data([ROW], retain=[{"question": "Why?", "answer": 1}])
+    with pytest.raises(
+        DataError, match="retain row 0: the audit puts retain rows into prompts, and this one is tokenised"
+    ):
+        data([ROW], retain=[{"input_ids": [1, 2], "labels": [-100, 2]}])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_answers_beginning_follows_the_prompt(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    of = data([ROW], tokenizer)
+    (beginning,), (prompt,) = of.answer_beginnings("It was here:"), of.prompts
+    assert beginning[: len(prompt)].tolist() == prompt.tolist()
+    assert tokenizer.decode(beginning[len(prompt) :]).strip() == "It was here:"
+
+
+def test_examples_in_front() -> None:
+    chat = byte_level(CHATML, bos=False)
+    of = data([ROW], chat, retain=RETAIN)
+    system = {"role": "system", "content": "Be brief."}
+    turns = [system, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    for row in (of.rows[0], data([{"messages": turns, "spans": [[0, 3]]}], chat).rows[0]):
+        (prompt,) = of.encode_prompts([of.behind_examples(row, RETAIN)])
+        roles = [part.split("\n")[0] for part in chat.decode(prompt).split("<|im_start|>")[1:]]
+        assert [role for role in roles if role != "system"] == ["user", "assistant"] * 3
+        assert roles[1:].count("system") == 0
+    plain = byte_level(None)
+    of = data([ROW], plain, retain=RETAIN)
+    (prompt,) = of.encode_prompts([of.behind_examples(of.rows[0], RETAIN)])
+    assert plain.decode(prompt, skip_special_tokens=True).rstrip() == (
+        "Question: Where is cat 0?\nAnswer: The cat 0 sat.\n\nQuestion: Where is cat 1?\nAnswer: The cat 1 sat.\n\n"
+        "Question: Who wrote it?\nAnswer:"
+    )
+
+
+def test_with_question() -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    changed = with_question({"messages": turns, "spans": []}, "Whose?")
+    assert changed == {"messages": [{"role": "user", "content": "Whose?"}, turns[1]], "spans": []}
+    assert with_question({"prompt": "Who", "completion": "Ada"}, "Whose")["prompt"] == "Whose"
+    assert with_question(ROW, "Whose?")["question"] == "Whose?"
+
+
+def test_a_rendered_prompt_is_told_from_others() -> None:
+    rendered = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": prompt, "completion": "Ada wrote it.", "spans": [[0, 3]]} for prompt in (rendered, "Who? ")]
+    assert [row.rendered for row in data(rows).rows] == [True, False]
+    assert [row.rendered for row in data([ROW, *rows[1:]], byte_level(None)).rows] == [False, False]
