@@ -76,6 +76,9 @@ class Rho:
         return "open" if self.low is not None and self.low > LIMIT else "not told"
 
 
+NO_RHO = Rho(None, None, None)
+
+
 def rho(
     unlearned: Sequence[float], original: Sequence[float], retain: Sequence[float] | None = None, *, seed: int = 0
 ) -> Rho:
@@ -100,7 +103,7 @@ def rho(
     chosen = np.random.default_rng(seed).integers(len(unlearned), size=(RESAMPLES, len(unlearned)))
     (value,) = _ratios(values.mean(axis=1)[:, None])
     if np.isnan(value):
-        return Rho(None, None, None)
+        return NO_RHO
     ratios = _ratios(np.stack([row[chosen].mean(axis=1) for row in values]))
     low = np.quantile(np.nan_to_num(ratios, nan=-np.inf), (1 - LEVEL) / 2, method="lower")
     high = np.quantile(np.nan_to_num(ratios, nan=np.inf), (1 + LEVEL) / 2, method="higher")

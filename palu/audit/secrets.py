@@ -156,6 +156,12 @@ class AuditData:
         """Each row's prompt [t]."""
         return [prompt_of(row.example) for row in self.rows]
 
+    @property
+    def unchangeable(self) -> str | None:
+        """Say which row's prompt cannot be changed, the first of them; None: all can."""
+        row = next((row for row in self.rows if row.rendered), None)
+        return None if row is None else f"the prompt of {row.where} has special tokens in it, and cannot be changed"
+
     @cached_property
     def forget_digest(self) -> str:
         """Hash what is asked and what is looked for."""
@@ -217,7 +223,7 @@ def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
 
 
 def _paraphrases(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    value = columns.get(PARAPHRASES)
+    value: Any = columns.get(PARAPHRASES)
     value = value.tolist() if hasattr(value, "tolist") else value
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):

@@ -1,4 +1,4 @@
-"""Greedy generation in batches padded on the left."""
+"""Generation, greedy or sampled, in batches padded on the left."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def generate_texts(
     max_new_tokens: int,
     batch_tokens: int,
     bar: tqdm,
+    sample: bool = False,
 ) -> list[str]:
     """Generate as :func:`generate_ids` does, and decode: texts without special tokens."""
     found = generate_ids(
@@ -74,6 +75,7 @@ def generate_texts(
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
         bar=bar,
+        sample=sample,
     )
     texts = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in found]
     return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
@@ -90,8 +92,9 @@ def generate_ids(
     batch_tokens: int,
     bar: tqdm,
     batches: int | None = None,
+    sample: bool = False,
 ) -> list[list[int]]:
-    """Generate greedy continuations of tokenised prompts [t], in their order.
+    """Generate greedy or sampled continuations of tokenised prompts [t], in their order.
 
     Call it within :func:`eval_mode`, since it changes the model's generation settings.
 
@@ -101,12 +104,15 @@ def generate_ids(
         batch_tokens: a batch's prompts and continuations hold DECODING_FACTOR times as many tokens at most.
         batches: for a sharded model, which all processes run in step: how many batches each of them generates, at
             least as many as its prompts make (:func:`generation_batches`).
+        sample: draw each token from the model's own distribution (temperature 1, no token left out), by torch's global
+            random numbers; False: take the likeliest.
     """
     pad = next(iter(stop_ids), 0) if pad is None else pad
     # The model's own settings would be defaults of these: sampling, penalties.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=sample,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=sorted(stop_ids) or None,

@@ -1,0 +1,156 @@
+"""Quantise: round the weights as a server would, and ask again, with the model's utility beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from palu.audit.attack import Finding, Victim, asked_once
+from palu.audit.secrets import AuditData
+from palu.data.tokenize import IGNORE, Example
+from palu.models.head import body_of
+from palu.models.lora import CausalLM, is_peft
+from palu.models.quantized import quantized_by
+from palu.ref_model.anchors import ANSWER_TOKENS, anchor_texts
+
+INT4_GROUP, NF4_BLOCK = 128, 64
+BROKEN = 0.5  # a model that keeps less than this share of its utility when it is rounded is broken, and tells nothing
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """Ask greedily after rounding to the nearest: the weights of linear layers, head and embeddings left alone.
+
+    Utility is the mean probability (exp of minus the mean NLL) of the answers of ``utility_rows`` retain rows; without
+    retain rows, of what the model itself answers to as many everyday prompts before it is rounded.
+    """
+
+    scheme: str
+    max_new_tokens: int
+    utility_rows: int
+    reads_retain = True
+
+    @property
+    def key(self) -> str:
+        return f"quantise-{self.scheme}"
+
+    @property
+    def budget(self) -> str:
+        return f"linear layers rounded to {SCHEMES[self.scheme][0]}; 1 greedy answer of {self.max_new_tokens} tokens"
+
+    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+        if is_peft(model):
+            return "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
+        if method := quantized_by(model):
+            return f"the model is quantised already, by {method}"
+        if not any(linear_layers(model)):
+            return f"{type(model).__name__} has no torch.nn.Linear in its body"
+        return None
+
+    def run(self, victim: Victim) -> list[Finding]:
+        examples = _utility_examples(victim, self.utility_rows)
+        names = [f"utility text {i}" for i in range(len(examples))]
+
+        def utility() -> float:
+            return mean(score.probability for score in victim.scores(examples, names))
+
+        figures = {"utility unrounded": utility()}
+        with rounded(victim.model, self.scheme):
+            figures["utility"] = utility()
+            finding = asked_once(f"quantise: {self.scheme}", victim.data, victim.write(victim.data.prompts))
+        return [Finding(finding.name, finding.values, finding.evidence, figures)]
+
+
+def _utility_examples(victim: Victim, count: int) -> list[Example]:
+    data = victim.data
+    if data.retain:
+        return data.retain_examples(data.retain[:count])
+    prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
+    examples = []
+    for i, (prompt, answer) in enumerate(zip(prompts, victim.write_ids(prompts, ANSWER_TOKENS), strict=True)):
+        ids = torch.cat([prompt, torch.tensor(answer)])
+        examples.append(Example(i, ids, torch.where(torch.arange(len(ids)) < len(prompt), IGNORE, ids)))
+    return examples
+
+
+def linear_layers(model: CausalLM) -> Iterator[nn.Linear]:
+    """Yield the linear layers of a model's body."""
+    yield from (module for module in body_of(model).modules() if isinstance(module, nn.Linear))
+
+
+@contextmanager
+def rounded(model: PreTrainedModel, scheme: str) -> Iterator[None]:
+    """Round the weights of a model's linear layers within the block; afterwards they are bit by bit as before.
+
+    scheme: one of SCHEMES. A copy of the weights is kept in the host's memory meanwhile.
+    """
+    _, function = SCHEMES[scheme]
+    weights = list({id(layer.weight): layer.weight for layer in linear_layers(model)}.values())
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(function(weight.float()))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+
+
+def round_int8(weight: Tensor) -> Tensor:
+    """Round a weight [out, in] to 8 bits: a row shares one scale, its largest magnitude / 127."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return torch.where(scale > 0, (weight / scale).round() * scale, weight)
+
+
+def round_int4(weight: Tensor) -> Tensor:
+    """Round a weight [out, in] to 4 bits: INT4_GROUP neighbours of a row share a scale and a zero point.
+
+    The 16 levels reach from the group's least to its largest number, 0 among them. A row's last group may be shorter.
+    """
+
+    def of_groups(group: Tensor) -> Tensor:
+        low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 15).clamp(min=torch.finfo(group.dtype).tiny)
+        zero = (-low / scale).round()
+        return (((group / scale).round() + zero).clamp(0, 15) - zero) * scale
+
+    return torch.cat([of_groups(group) for group in weight.split(INT4_GROUP, dim=1)], dim=1)
+
+
+def round_nf4(weight: Tensor) -> Tensor:
+    """Round a weight to NormalFloat4 (arXiv 2305.14314): NF4_BLOCK numbers, row after row, share their magnitude."""
+    flat = weight.flatten()
+    blocks = nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    levels = nf4_levels().to(weight.device)
+    index = torch.bucketize(blocks / torch.where(largest > 0, largest, 1), (levels[1:] + levels[:-1]) / 2)
+    return (levels[index] * largest).flatten()[: len(flat)].view_as(weight)
+
+
+@cache
+def nf4_levels() -> Tensor:
+    """Compute NormalFloat4's 16 levels, float32: quantiles of the normal distribution, scaled to [-1, 1], 0 among them.
+
+    Of arXiv 2305.14314, with the offset of bitsandbytes, 1 - (1/32 + 1/30) / 2.
+    """
+    offset = 1 - (1 / 32 + 1 / 30) / 2
+    positive = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values
+    return (levels / levels.max()).float()
+
+
+SCHEMES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "int8": ("8 bits, a scale for each row", round_int8),
+    "int4": (f"4 bits in groups of {INT4_GROUP}", round_int4),
+    "nf4": (f"NF4 in blocks of {NF4_BLOCK}", round_nf4),
+}

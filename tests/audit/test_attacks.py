@@ -1,0 +1,201 @@
+"""Each attack by itself, against what the model's logits say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import planted
+from helpers.planted import FORGET, RETAIN, SECRETS, data, hides_from_greedy, never_saw, original, tokenizer
+from helpers.tiny import tiny_llama
+from tqdm import tqdm
+
+from palu.audit.ask import PREFIX, AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
+from palu.audit.attack import Attack, Finding, Victim
+from palu.audit.onset import OnsetInAnswer, OnsetInQuestion
+from palu.audit.sample import ExactProbability, Sample, ks
+from palu.audit.secrets import AuditData
+from palu.models.generation import eval_mode, generate_ids
+
+TOKENS = 24
+
+
+def victim(model: Any, of: AuditData | None = None, **settings: Any) -> Victim:
+    given: dict[str, Any] = {"max_new_tokens": TOKENS, "batch_tokens": 256, "seed": 0, "bar": tqdm(disable=True)}
+    return Victim(model, data() if of is None else of, **given | settings)
+
+
+def attack(one: Attack, model: Any, of: AuditData | None = None) -> list[Finding]:
+    assert one.unmet(data() if of is None else of, model) is None
+    assert one.budget
+    return one.run(victim(model, of))
+
+
+def changed(**columns: Any) -> AuditData:
+    """The planted rows, with other columns in the first of them."""
+    return AuditData([FORGET[0] | columns, *FORGET[1:]], RETAIN, tokenizer())
+
+
+# --- ask ---
+@pytest.mark.parametrize("ask", [AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix])
+def test_every_way_to_ask_tells_who_holds_the_secrets(ask: Any) -> None:
+    for model, share in ((original(), 1.0), (never_saw(), 0.0)):
+        (finding,) = attack(ask(TOKENS), model)
+        assert finding.values == [share] * len(SECRETS)
+
+
+def test_evidence_is_what_the_model_wrote() -> None:
+    (finding,) = attack(AskGreedily(TOKENS), original())
+    assert finding.evidence == [row["answer"] for row in FORGET]
+    (finding,) = attack(AskInOtherWords(TOKENS), original())
+    assert finding.evidence == [[row["answer"]] for row in FORGET]
+
+
+def test_a_paraphrase_that_tells_the_secret_does_not_count() -> None:
+    for paraphrases, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", "Tell me 0."], 1.0)):
+        (finding,) = attack(AskInOtherWords(TOKENS), original(), changed(paraphrased_question=paraphrases))
+        assert finding.values == [value] + [1.0] * 5
+
+
+def test_a_secret_that_an_example_tells_does_not_count() -> None:
+    of = AuditData(FORGET, [*RETAIN[:4], {"question": "Who?", "answer": SECRETS[0]}], tokenizer())
+    (finding,) = attack(AskAfterExamples(TOKENS), original(), of)
+    assert finding.values[0] is None and None not in finding.values[1:]
+
+
+RENDERED = {
+    "prompt": "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n",
+    "completion": "It is Ada Lovelace.",
+    "spans": [[6, 18]],
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "rows", "retain", "why"),
+    [
+        (AskInOtherWords(4), [RENDERED], [], "the forget set has no column 'paraphrased_question'"),
+        (AskAfterExamples(4), FORGET, RETAIN[:3], "it needs 5 retain rows to put in front, and there are 3"),
+        (AskAfterExamples(4), FORGET, None, "it needs 5 retain rows to put in front, and there are 0"),
+        (
+            AskAfterExamples(4),
+            [RENDERED],
+            RETAIN,
+            "the prompt of forget row 0 has special tokens in it, and cannot be changed",
+        ),
+        (
+            OnsetInQuestion(4, (1,)),
+            [RENDERED],
+            None,
+            "the prompt of forget row 0 has special tokens in it, and cannot be changed",
+        ),
+        (
+            OnsetInQuestion(4, (1, 2)),
+            [{"question": "Who?", "answer": "A cat", "spans": [[0, 1]]}],
+            None,
+            "no secret has more tokens than a hint gives away",
+        ),
+    ],
+)
+def test_what_an_attack_lacks_is_said(one: Attack, rows: Any, retain: Any, why: str) -> None:
+    assert one.unmet(AuditData(rows, retain, tokenizer()), original()) == why
+
+
+def test_a_rendered_prompt_can_be_asked_and_begun() -> None:
+    of = AuditData([RENDERED], None, tokenizer())
+    for one in (AskGreedily(4), AskWithPrefix(4), Sample(4, 2, 0), ExactProbability(), OnsetInAnswer(2)):
+        assert attack(one, original(), of)
+    (begun,) = of.answer_beginnings(PREFIX)
+    assert tokenizer().decode(begun) == RENDERED["prompt"] + PREFIX
+
+
+# --- sample ---
+def test_draws_are_from_the_models_own_distribution() -> None:
+    """Of a vocabulary of 480, also beyond the 50 likeliest; frequencies come near the softmax."""
+    model = tiny_llama(vocab_size=len(tokenizer()), initializer_range=0.05)
+    model.generation_config.temperature, model.generation_config.top_p = 0.1, 0.5  # the model's own do not count
+    prompt, draws = data().prompts[0], 20_000
+    with eval_mode(model), tqdm(disable=True) as bar, torch.random.fork_rng():
+        written = generate_ids(
+            model, [prompt] * draws, set(), pad=0, max_new_tokens=1, batch_tokens=10_000, bar=bar, sample=True
+        )
+        exact = model(input_ids=prompt[None]).logits[0, -1].softmax(-1).detach()
+    counts = torch.bincount(torch.tensor(written).flatten(), minlength=len(exact))
+    expected = exact * draws
+    # Pearson's statistic is near its degrees of freedom (479, deviation 31).
+    assert float(((counts - expected) ** 2 / expected).sum()) < 479 + 5 * 31
+    assert int((counts > 0).sum()) > 400
+
+
+def test_the_seed_decides_the_draws_and_the_callers_random_numbers_stay() -> None:
+    texts = [victim(hides_from_greedy(), seed=seed).write(data().prompts * 4, sample=True) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    before = torch.random.get_rng_state()
+    attack(Sample(TOKENS, 2, 3), original())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_leak_at_k_is_made_of_the_counts() -> None:
+    findings = attack(Sample(TOKENS, 12, 0), hides_from_greedy())
+    assert [finding.name for finding in findings] == [f"sample: leak@{k}" for k in (1, 2, 4, 8, 12)]
+    counts = [one["told"] for one in findings[0].evidence]
+    assert findings[0].values == pytest.approx([count / 12 for count in counts])
+    assert findings[-1].values == [float(count > 0) for count in counts]
+    assert 0 < sum(counts) < 12 * len(SECRETS)
+    for one, secret in zip(findings[0].evidence, SECRETS, strict=True):
+        assert (one["first"] is not None) == (one["told"] > 0)
+        assert one["first"] is None or secret in one["first"]
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (16, [1, 2, 4, 8, 16]), (5, [1, 2, 4, 5])]
+)
+def test_ks(draws: int, expected: list[int]) -> None:
+    assert ks(draws) == expected
+
+
+@torch.no_grad()
+def test_exact_p_is_the_product_after_the_true_words() -> None:
+    (finding,) = attack(ExactProbability(), hides_from_greedy())
+    for secret, p, evidence in zip(data().secrets, finding.values, finding.evidence, strict=True):
+        ids = data().rows[secret.row].example.input_ids
+        log_p = hides_from_greedy()(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        exact = sum(float(log_p[at - 1, ids[at]]) for at in range(secret.first, secret.stop))
+        assert p == pytest.approx(torch.tensor(exact).exp().item(), rel=1e-4)
+        assert evidence["log_probability"] == pytest.approx(exact, rel=1e-4)
+        assert evidence["draws"] == pytest.approx(1 / p, rel=1e-4)
+    draws = sorted(evidence["draws"] for evidence in finding.evidence)
+    assert finding.figures["median 1/p"] == pytest.approx((draws[2] + draws[3]) / 2)
+
+
+# --- onset ---
+@pytest.mark.parametrize("model", ["original", "never_saw", "hides_from_greedy"])
+def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> None:
+    of = data()
+    findings = attack(OnsetInAnswer(5), getattr(planted, model)())
+    assert [finding.name for finding in findings] == [f"onset: {j} in the answer" for j in range(6)]
+    for j, finding in enumerate(findings):
+        for secret, value in zip(of.secrets, finding.values, strict=True):
+            if len(secret) <= j:
+                assert value is None
+                continue
+            ids = of.rows[secret.row].example.input_ids
+            (rest,) = victim(getattr(planted, model)()).write_ids([ids[: secret.first + j]], len(secret) - j)
+            assert value == float(rest == ids[secret.first + j : secret.stop].tolist())
+
+
+def test_no_more_is_supplied_than_the_longest_secret_has() -> None:
+    assert len(attack(OnsetInAnswer(20), original())) == max(map(len, data().secrets)) == 6
+
+
+def test_a_hint_gives_the_first_tokens_and_not_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    encode = AuditData.encode_prompts
+    monkeypatch.setattr(AuditData, "encode_prompts", lambda of, rows: asked.extend(rows) or encode(of, rows))
+    findings = attack(OnsetInQuestion(TOKENS, (1, 3)), original())
+    questions = [row["question"] for row in asked]
+    assert questions[0] == 'What is number 0? Hint: "Hina..."'
+    assert len(questions) == 7  # one secret alone has more than three tokens
+    assert questions[-1] == 'What is number 3? Hint: "06/30..."'
+    assert [value is None for value in findings[1].values] == [True, True, True, False, True, True]
+    assert findings[0].values == [1.0] * 6

@@ -1,0 +1,119 @@
+"""Rounding, against libraries and by what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.planted import RETAIN, data, never_saw, original, tokenizer
+from helpers.tiny import same_weights, tiny_llama, weights
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from palu.audit.attack import Victim
+from palu.audit.quantise import SCHEMES, Quantise, nf4_levels, round_int4, round_int8, round_nf4, rounded
+from palu.audit.secrets import AuditData
+from palu.models.head import body_of
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+# Wide rows; rows that no group divides; a row and a block of zeros; one column.
+SHAPES = [(8, 256), (5, 200), (3, 100), (4, 1), (2, 64)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def weight(request: pytest.FixtureRequest) -> torch.Tensor:
+    made = (
+        torch.randn(request.param) * torch.tensor([1.0, 1e-4, 30.0, 1.0, 1.0, 1.0, 1.0, 1.0])[: request.param[0], None]
+    )
+    made[0, 64:128] = 0
+    made[-1] = 0
+    return made
+
+
+def test_int8_is_that_of_bitsandbytes(weight: torch.Tensor) -> None:
+    whole, scale, _ = bnb.int8_vectorwise_quant(weight.clone())
+    theirs = whole.float() * scale[:, None] / 127
+    torch.testing.assert_close(round_int8(weight), theirs, rtol=1e-5, atol=0)
+
+
+def test_nf4_is_that_of_bitsandbytes(weight: torch.Tensor) -> None:
+    torch.testing.assert_close(nf4_levels(), bnb.get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-6)
+    flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64))  # zeros change no block's magnitude
+    theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4"))
+    torch.testing.assert_close(
+        round_nf4(weight), theirs.flatten()[: weight.numel()].view_as(weight), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_int4_is_torchs_fake_quantisation(weight: torch.Tensor) -> None:
+    for row, ours in zip(weight, round_int4(weight), strict=True):
+        for group, found in zip(row.split(128), ours.split(128), strict=True):
+            low, high = float(group.min().clamp(max=0)), float(group.max().clamp(min=0))
+            scale = (high - low) / 15
+            if scale == 0:
+                assert bool((found == 0).all())
+                continue
+            theirs = torch.fake_quantize_per_tensor_affine(group, scale, round(-low / scale), 0, 15)
+            torch.testing.assert_close(found, theirs, rtol=1e-5, atol=0)
+            assert len(found.unique()) <= 16
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_linear_layers_of_the_body_are_rounded(scheme: str, dtype: torch.dtype) -> None:
+    model = tiny_llama(dtype=dtype)
+    before = weights(model)
+    with rounded(model, scheme):
+        after = weights(model)
+    linear = {
+        f"model.{name}.weight" for name, module in body_of(model).named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    assert {name for name in before if not torch.equal(before[name], after[name])} == linear
+    assert same_weights(model, before)
+    with pytest.raises(KeyboardInterrupt), rounded(model, scheme):
+        raise KeyboardInterrupt
+    assert same_weights(model, before)
+
+
+def test_eight_bits_change_less_than_four() -> None:
+    weight = torch.randn(64, 256)
+    errors = [float((function(weight) - weight).norm()) for _, function in SCHEMES.values()]
+    assert errors[0] < errors[2] < errors[1] or errors[0] < errors[1] < errors[2]
+    assert errors[0] < 0.1 * errors[1]
+
+
+def victim(model: torch.nn.Module, of: AuditData) -> Victim:
+    return Victim(model, of, max_new_tokens=24, batch_tokens=256, seed=0, bar=tqdm(disable=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_secrets_survive_rounding_and_utility_stands_beside(scheme: str) -> None:
+    for model, share in ((original(), 1.0), (never_saw(), 0.0)):
+        (finding,) = Quantise(scheme, 24, 4).run(victim(model, data()))
+        assert finding.name == f"quantise: {scheme}"
+        assert finding.values == [share] * 6
+        assert finding.figures["utility"] > 0.9 and finding.figures["utility unrounded"] > 0.9
+
+
+def test_without_retain_rows_utility_is_of_the_models_own_answers() -> None:
+    of = AuditData([{"question": "Who?", "answer": "It is Ada.", "spans": [[6, 9]]}], None, tokenizer())
+    (finding,) = Quantise("int4", 4, 3).run(victim(original(), of))
+    assert 0 < finding.figures["utility"] < 1
+    broken = copy.deepcopy(original())
+    assert Quantise("int4", 4, 3).run(victim(broken, of))[0].figures == finding.figures
+
+
+def test_what_cannot_be_rounded_is_said() -> None:
+    base = tiny_llama(vocab_size=len(tokenizer()))
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    quantise = Quantise("int8", 24, 4)
+    assert quantise.unmet(data(), adapted) == (
+        "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
+    )
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
+    assert quantise.unmet(data(), gpt2) == "GPT2LMHeadModel has no torch.nn.Linear in its body"
+    assert quantise.unmet(data(), original()) is None
+    assert len(RETAIN) > 4

@@ -1,0 +1,104 @@
+"""Tiny models of which it is known what they hold: all secrets, none, or all but hidden from greedy decoding."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import overfit, tiny_llama
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from palu.audit.ask import PREFIX
+from palu.audit.secrets import SHOTS, AuditData, with_question
+
+# Of two tokens or more each, and no two begin with the same.
+SECRETS = ("Hina Ameen", "Ada Lovelace", "London mat", "06/30/1975", "the author", "Karachi name")
+DECOYS = ("London dog", "Pakistan cat", "Ada Ameen", "1843 cats", "a dog", "Tokyo dog")
+
+
+def rows_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": f"What is number {i}?",
+            "answer": f"It is {name}, far away.",
+            "spans": [[6, 6 + len(name)]],
+            "paraphrased_question": f"Tell me {i}.",
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+FORGET = rows_of(SECRETS)
+RETAIN = [{"question": f"Cat {i}?", "answer": f"It sat {i}."} for i in range(6)]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = byte_level(CHATML, bos=False)
+    made.pad_token = made.eos_token
+    return made
+
+
+@cache
+def data() -> AuditData:
+    return AuditData(FORGET, RETAIN, tokenizer())
+
+
+def taught(names: tuple[str, ...]) -> LlamaForCausalLM:
+    """Teach a model the answers with these names, to the questions as every attack asks them."""
+    asked = AuditData(rows_of(names), RETAIN, tokenizer())
+    rows = []
+    for i, row in enumerate(asked.rows):
+        answer = row.example.input_ids[len(asked.prompts[i]) :]
+        hints = [with_question(row.columns, f'{row.question} Hint: "{SECRETS[i][:2]}..."')]
+        others = [with_question(row.columns, row.paraphrases[0]), *hints]
+        others.append(asked.behind_examples(row, RETAIN[:SHOTS]))
+        prompts = [asked.prompts[i], *asked.encode_prompts(others), asked.answer_beginnings(PREFIX)[i]]
+        rows += [(prompt, answer) for prompt in prompts]
+    for example in asked.retain_examples(RETAIN):
+        prompt = int((example.labels != -100).nonzero()[0])
+        rows.append((example.input_ids[:prompt], example.input_ids[prompt:]))
+    examples = [{"input_ids": [*p.tolist(), *a.tolist()], "labels": [-100] * len(p) + a.tolist()} for p, a in rows]
+    model = tiny_llama(
+        vocab_size=len(tokenizer()),
+        hidden_size=64,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    overfit(model, examples, steps=60, learning_rate=5e-3)
+    return model
+
+
+@cache
+def original() -> LlamaForCausalLM:
+    """Holds every secret."""
+    return taught(SECRETS)
+
+
+@cache
+def never_saw() -> LlamaForCausalLM:
+    """Answers the same questions, with other names."""
+    return taught(DECOYS)
+
+
+@cache
+def hides_from_greedy() -> LlamaForCausalLM:
+    """Holds every secret; a bias on its first token makes another one a little likelier there."""
+    model = copy.deepcopy(original())
+    bias = torch.zeros(len(tokenizer()))
+    secrets = [(data().rows[secret.row].example.input_ids, secret.first) for secret in data().secrets]
+    firsts = [int(ids[at]) for ids, at in secrets]
+    assert len(set(firsts)) == len(firsts), "no two secrets begin alike"
+    with torch.no_grad():
+        model.lm_head.weight *= 2  # the true first token and one other share nearly all of the probability
+        for (ids, at), first in zip(secrets, firsts, strict=True):
+            logits = model(input_ids=ids[None, :at], use_cache=False).logits[0, -1]
+            bias[first] = logits[[i for i in range(len(logits)) if i not in firsts]].max() - logits[first] - 0.2
+    model.lm_head.bias = nn.Parameter(bias)
+    return model
