@@ -10,6 +10,7 @@ from palu.version import __version__
 
 if TYPE_CHECKING:
     from palu import evaluate, ops
+    from palu.audit.run import audit
     from palu.config import UnlearnConfig
     from palu.data.files import DataError
     from palu.losses import PaluLoss, palu_loss
@@ -43,7 +44,7 @@ _MODULE_OF = {
     "write_card": "palu.report.render",
     "write_report": "palu.report.render",
 }
-_SUBMODULES = ("evaluate", "ops")
+_SUBMODULES = ("audit", "evaluate", "ops")  # palu.audit is called like a function
 
 __all__ = [
     "CacheError",
@@ -57,6 +58,7 @@ __all__ = [
     "UnlearnResult",
     "__version__",
     "annotate",
+    "audit",
     "evaluate",
     "linear_topk_mse",
     "ops",

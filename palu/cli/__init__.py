@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import palu
+from palu.cli.audit import audit
 from palu.cli.doctor import doctor
 from palu.cli.evaluate import evaluate
 from palu.cli.inspect import inspect
@@ -79,6 +80,7 @@ def root(
 app.command(cls=SectionedCommand)(inspect)
 app.command(cls=SectionedCommand)(unlearn)
 app.command("eval", cls=SectionedCommand)(evaluate)
+app.command(cls=SectionedCommand)(audit)
 app.command(cls=SectionedCommand)(report)
 app.command(cls=SectionedCommand)(doctor)
 

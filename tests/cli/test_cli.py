@@ -111,7 +111,7 @@ def test_help_imports_nothing_slow() -> None:
     code = """
 import sys
 from palu.cli import app
-for command in ([], ["unlearn"], ["inspect"], ["eval"], ["report"], ["doctor"]):
+for command in ([], ["unlearn"], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
     try:
         app([*command, "--help"], prog_name="palu")
     except SystemExit as end:
@@ -120,7 +120,7 @@ slow = {"torch", "transformers", "accelerate", "numpy", "rich", "yaml", "tokeniz
 assert not slow, slow
 """
     said = run_python(code)
-    for command in ("", " unlearn", " inspect", " eval", " report", " doctor"):
+    for command in ("", " unlearn", " inspect", " eval", " audit", " report", " doctor"):
         assert f"Usage: palu{command} [OPTIONS]" in said
 
 

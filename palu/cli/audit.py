@@ -1,0 +1,149 @@
+"""``palu audit``: attack an unlearned model with :mod:`palu.audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palu.cli.models import Dtype, check_names, load_model, load_tokenizer
+from palu.cli.settings import TemplateKwargs
+from palu.config import UnlearnConfig, template_kwargs
+
+if TYPE_CHECKING:
+    from palu.models.lora import CausalLM
+
+
+def audit(
+    model: Annotated[
+        str,
+        typer.Option(help="The unlearned model: a folder (of an adapter, too), or a name.", metavar="DIR_OR_NAME"),
+    ],
+    original: Annotated[str, typer.Option(help="The model before unlearning.", metavar="DIR_OR_NAME")],
+    forget: Annotated[
+        Path, typer.Option(help="What was unlearned: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="A run's folder, or another: audit.json goes to private/ in it.", metavar="DIR"),
+    ],
+    retain_model: Annotated[
+        str | None, typer.Option(help="A model that never saw the forget set, to compare with.", metavar="DIR_OR_NAME")
+    ] = None,
+    retain: Annotated[
+        Path | None,
+        typer.Option(
+            help="What was kept, for examples in front and for utility (JSONL, CSV or Parquet).", metavar="FILE"
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer draws and hints: minutes on a CPU for a few secrets.")
+    ] = False,
+    draws: Annotated[
+        int | None, typer.Option(help="Answers sampled for each question. [default: 200; with --quick 16]", min=1)
+    ] = None,
+    n: Annotated[
+        int, typer.Option(help="The onset length that was unlearned: up to n + 2 true tokens are supplied.", min=1)
+    ] = UnlearnConfig.n,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws and of the bootstrap.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    chat_template_kwargs: TemplateKwargs = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """What does an attacker get out of an unlearned model?
+
+    What each attack gave is kept in private/audit/: the same command goes on where it was stopped.
+    """
+    template_kwargs(chat_template_kwargs)  # says what is wrong with them
+    check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
+    for option, file in (("--forget", forget), ("--retain", retain)):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"{option} {file}: there is no such file")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder")
+
+    from accelerate import Accelerator
+
+    from palu.audit.run import RESULTS, audit_models
+    from palu.audit.secrets import AuditData
+    from palu.report.layout import make_private
+
+    # Complaints about the data come before a large model is loaded.
+    data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
+    device = Accelerator().device
+
+    def loader(name: str) -> Callable[[], CausalLM]:
+        return lambda: load_model(name, dtype).to(device)
+
+    named = {"unlearned": model, "original": original, "retain": retain_model}
+    folder = make_private(output)
+    results = audit_models(
+        {role: loader(name) for role, name in named.items() if name is not None},
+        data,
+        folder=folder,
+        quick=quick,
+        n=n,
+        draws=draws,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        progress=progress,
+    )
+    print_results(results)
+    print(f"wrote {folder / RESULTS}, which holds the secrets")
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print a row for each attack, with its budget, each model's share of secrets told, rho and verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    roles = list(results["models"])
+    table = Table("attack", *roles, "rho (95 %)", "verdict", "budget", box=None, pad_edge=False)
+    secrets, last = len(results["secrets"]), None
+    for row in results["attacks"]:
+        shares = [_share(row["models"][role]) if role in row["models"] else "" for role in roles]
+        fewer = row.get("secrets", secrets) < secrets
+        name = f"{row['name']} (of {row['secrets']})" if fewer else row["name"]
+        # Rows of one attack share its budget; one that was not made spends none.
+        budget = [] if row["attack"] == last or not row["models"] else [row["budget"]]
+        last = row["attack"]
+        table.add_row(
+            name, *shares, _rho(row["rho"]), row["verdict"], "; ".join([row["reason"]] * bool(row["reason"]) + budget)
+        )
+    console = Console(highlight=False, markup=False)
+    left_out = results["left_out"]
+    console.print(
+        f"{secrets} secrets ({left_out['told_by_their_question']} spans left out that their question tells, "
+        f"{left_out['repeated']} that are marked twice); share of them that each attack gets:"
+    )
+    console.print(table)
+    for note in results["notes"]:
+        console.print(f"- {note}")
+
+
+def _share(of_model: dict[str, Any]) -> str:
+    """Write a share, with the model's other figures."""
+    figures = {name: value for name, value in of_model["figures"].items() if name != "utility unrounded"}
+    told = f"{of_model['told']:.2f}"
+    for name, value in figures.items():
+        if name == "utility":
+            told += f" (utility {value:.2f}, before {of_model['figures']['utility unrounded']:.2f})"
+        else:
+            told += f" ({name} {value:.3g})"
+    return told
+
+
+def _rho(found: dict[str, float | None]) -> str:
+    if found["value"] is None:
+        return ""
+    low, high = ("..." if bound is None else f"{bound:.2f}" for bound in (found["low"], found["high"]))
+    return f"{found['value']:.2f} ({low} to {high})"

@@ -1,0 +1,181 @@
+"""palu.audit: what it returns, that stages are kept, and that wrong input is told at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import planted
+from helpers.planted import FORGET, RETAIN, SECRETS, hides_from_greedy, never_saw, original, tokenizer
+from helpers.tiny import same_weights, tiny_llama, weights
+from peft import LoraConfig, get_peft_model
+
+import palu
+from palu.audit.ask import AskGreedily
+from palu.audit.quantise import Quantise
+from palu.audit.sample import Sample
+from palu.data.files import DataError
+
+
+def audit(model: Any, **settings: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "original": original(),
+        "forget": FORGET,
+        "tokenizer": tokenizer(),
+        "retain": RETAIN,
+        "quick": True,
+        "progress": False,
+    }
+    return palu.audit(model, **given | settings)
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, str]:
+    return {row["name"]: row["verdict"] for row in results["attacks"]}
+
+
+# --- what is returned ---
+def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
+    results = audit(hides_from_greedy(), retain_model=never_saw())
+    assert results == json.loads(json.dumps(results))
+    assert set(results) == {
+        *("format", "seed", "quick", "models", "forget_sha256", "secrets", "left_out", "attacks", "notes", "versions"),
+    }
+    assert [secret["text"] for secret in results["secrets"]] == list(SECRETS)
+    assert list(results["models"]) == ["unlearned", "original", "retain"]
+    for row in results["attacks"]:
+        assert row["budget"] and list(row["models"]) == ["unlearned", "original", "retain"]
+        for of_model in row["models"].values():
+            assert len(of_model["values"]) == len(of_model["evidence"]) == len(SECRETS)
+            known = [value for value in of_model["values"] if value is not None]
+            assert of_model["told"] == pytest.approx(sum(known) / len(known))
+            assert row["secrets"] == len(known)
+
+
+def test_models_and_random_numbers_are_left_as_they_were() -> None:
+    models = [hides_from_greedy(), original()]
+    models[0].train()
+    before, state = [weights(model) for model in models], torch.random.get_rng_state()
+    audit(models[0])
+    assert models[0].training and not models[1].training
+    models[0].eval()
+    assert all(same_weights(model, was) for model, was in zip(models, before, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_rho_is_measured_from_the_retain_model() -> None:
+    """A model is no better than one that never saw the secrets."""
+    results = audit(original(), retain_model=original())
+    assert {row["verdict"] for row in results["attacks"]} == {"not told"}
+    assert results["attacks"][0]["reason"].startswith("the original itself tells no more than a model that never saw")
+
+
+def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
+    rows = [{name: value for name, value in row.items() if name != "paraphrased_question"} for row in FORGET]
+    adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    results = audit(adapted, forget=rows, retain=None)
+    reasons = {row["name"]: row["reason"] for row in results["attacks"] if row["reason"]}
+    lora = (
+        "skipped: unlearned: the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
+    )
+    assert reasons == {
+        "ask: paraphrased": "skipped: the forget set has no column 'paraphrased_question'",
+        "ask: examples": "skipped: it needs 5 retain rows to put in front, and there are 0",
+        **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), lora),
+    }
+    assert verdicts(results)["ask: greedy"] == "open"
+    assert verdicts(results)["quantise: int8"] == "not told"
+
+
+# --- stages ---
+def test_a_killed_audit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(attack: type[Any]) -> None:
+        attack_run = attack.run
+
+        def run(self: Any, victim: Any) -> Any:
+            made.append(self.key)
+            if killed and self.key == "sample" and made.count("sample") == 2:
+                raise KeyboardInterrupt
+            return attack_run(self, victim)
+
+        monkeypatch.setattr(attack, "run", run)
+
+    for attack in (AskGreedily, Sample, Quantise):
+        counted(attack)
+    killed = False
+    whole = audit(hides_from_greedy())
+    killed, made[:] = True, []
+    with pytest.raises(KeyboardInterrupt):
+        audit(hides_from_greedy(), folder=tmp_path)
+    assert made == ["ask", "sample", "quantise-int8", "quantise-int4", "quantise-nf4", "ask", "sample"]
+    assert not (tmp_path / "audit.json").exists()
+    killed, made[:] = False, []
+    assert audit(hides_from_greedy(), folder=tmp_path) == whole
+    assert made == ["sample", "quantise-int8", "quantise-int4", "quantise-nf4"]
+    assert json.loads((tmp_path / "audit.json").read_text()) == whole
+    assert not list(tmp_path.rglob("*.partial"))
+    made.clear()
+    assert audit(hides_from_greedy(), folder=tmp_path) == whole
+    assert made == []
+
+
+def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for attack in (AskGreedily, Sample, Quantise):
+        attack_run = attack.run
+        monkeypatch.setattr(
+            attack, "run", lambda self, victim, own=attack_run: made.append(self.key) or own(self, victim)
+        )
+
+    def anew(model: Any = None, **settings: Any) -> set[str]:
+        made.clear()
+        audit(hides_from_greedy() if model is None else model, folder=tmp_path, **settings)
+        return set(made)
+
+    rounding = {"quantise-int8", "quantise-int4", "quantise-nf4"}
+    assert anew() == {"ask", "sample"} | rounding
+    assert anew(seed=1) == {"sample"}
+    assert anew(draws=4) == {"sample"}
+    assert anew(retain=RETAIN[1:]) == rounding
+    assert anew(max_new_tokens=5) == {"ask", "sample"} | rounding
+    assert anew(forget=FORGET[1:]) == {"ask", "sample"} | rounding
+    assert anew(never_saw()) == {"ask", "sample"} | rounding
+    assert anew() == set()
+
+
+# --- wrong input ---
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"forget": []}, DataError, "forget set is empty; give at least one row"),
+        ({"draws": 0}, ValueError, "draws = 0: it must be at least 1"),
+        ({"n": -1}, ValueError, "n = -1: it must be at least 1"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens = 0: it must be at least 1"),
+        (
+            {"tokenizer": "gpt2"},
+            TypeError,
+            "tokenizer is a str; load it with AutoTokenizer.from_pretrained",
+        ),
+        (
+            {"model": tiny_llama(vocab_size=300)},
+            ValueError,
+            f"the tokenizer has {len(tokenizer())} tokens and model a vocabulary of 300; "
+            "load the tokenizer that belongs to the model",
+        ),
+        (
+            {"retain_model": tiny_llama(vocab_size=300)},
+            ValueError,
+            f"the tokenizer has {len(tokenizer())} tokens and retain_model a vocabulary of 300; "
+            "load the tokenizer that belongs to the model",
+        ),
+    ],
+)
+def test_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        audit(settings.pop("model", None) or planted.never_saw(), **settings)
+    assert str(caught.value) == message

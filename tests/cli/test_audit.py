@@ -1,0 +1,143 @@
+"""``palu audit``, on planted models in folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.planted import FORGET, RETAIN, never_saw, original, tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import palu
+from palu.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models with their tokenizer, forget.jsonl and retain.jsonl; tests write elsewhere."""
+    folder = tmp_path_factory.mktemp("audit")
+    for name, model in (("original", original()), ("retained", never_saw())):
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def command(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["audit", *map(str, arguments)], prog_name="palu", env={"COLUMNS": "200"})
+
+
+def arguments(folder: Path, output: Path) -> list[Any]:
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl"]
+    models = ["--model", folder / "retained", "--original", folder / "original"]
+    return [*models, *data, "--output", output, "--quick", "--no-progress"]
+
+
+def test_a_table_is_printed_and_the_results_are_written(folder: Path, tmp_path: Path) -> None:
+    result = command(*arguments(folder, tmp_path / "run"), "--draws", 2, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    private = tmp_path / "run" / "private"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    written = json.loads((private / "audit.json").read_text(encoding="utf-8"))
+    assert written == palu.audit(
+        never_saw(),
+        original(),
+        FORGET,
+        tokenizer=tokenizer(),
+        retain=RETAIN,
+        quick=True,
+        draws=2,
+        seed=3,
+        progress=False,
+    )
+    lines = result.stdout.splitlines()
+    assert lines[0] == (
+        "6 secrets (0 spans left out that their question tells, 0 that are marked twice); "
+        "share of them that each attack gets:"
+    )
+    table = {re.split(r"  +| \(of", line)[0]: line for line in lines[2:]}
+    for row in written["attacks"]:
+        assert ("(of 1)" in table[row["name"]]) == (row["secrets"] == 1)
+        assert re.split("  +", table[row["name"]])[3:5] == ["0.00 (0.00 to 0.00)", "held"], table[row["name"]]
+    assert "1 greedy answer of" in table["ask: greedy"]
+    assert "2 sampled answers of" in table["sample: leak@1"] and "sampled" not in table["sample: leak@2"]
+    assert "utility" in table["quantise: int4"] and "median 1/p" in table["sample: exact p"]
+    assert "- without a retain model its share is taken as 0" in result.stdout
+    assert "arXiv 2502.15836" in result.stdout
+    assert lines[-1] == f"wrote {private / 'audit.json'}, which holds the secrets"
+
+
+def test_the_same_command_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked again, so that what an attack gave last time can be told apart by a change in its file."""
+    given = [*arguments(folder, tmp_path), "--retain-model", folder / "retained", "--draws", 2]
+    assert command(*given).exit_code == 0
+    (kept,) = [
+        path
+        for path in (tmp_path / "private" / "audit").glob("ask-*.json")
+        if (content := json.loads(path.read_text()))["key"]["attack"] == "ask"
+        and content["findings"][0]["evidence"][0] == FORGET[0]["answer"]
+    ]
+    kept.write_text(kept.read_text().replace(FORGET[0]["answer"], "It was kept."))
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", None)
+    assert command(*given).exit_code == 0
+    written = json.loads((tmp_path / "private" / "audit.json").read_text())
+    assert written["attacks"][0]["models"]["original"]["evidence"][0] == "It was kept."
+    assert list(written["models"]) == ["unlearned", "original", "retain"]
+
+
+def test_one_model_is_held_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    loaded: list[weakref.ref[Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        assert all(model() is None for model in loaded)
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    result = command(*arguments(folder, tmp_path), "--retain-model", folder / "retained", "--draws", 1)
+    assert result.exit_code == 0, result.output
+    assert len(loaded) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--original", "./nowhere"], "--original ./nowhere: there is no such folder"),
+        (["--retain-model", "./nowhere"], "--retain-model ./nowhere: there is no such folder"),
+        (["--forget", "no.jsonl"], "--forget no.jsonl: there is no such file"),
+        (["--retain", "no.jsonl"], "--retain no.jsonl: there is no such file"),
+        (["--draws", "0"], "Invalid value for '--draws': Input should be greater than or equal to 1"),
+        (
+            ["--chat-template-kwargs", '{"tone": 1}'],
+            "chat_template_kwargs = {'tone': 1}: the chat template knows no tone; mend the name or leave it out",
+        ),
+    ],
+)
+def test_refused_in_one_line(
+    folder: Path, tmp_path: Path, given: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model is loaded")
+    )
+    result = command(*arguments(folder, tmp_path / "out"), *given)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == f"palu: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_must_be_a_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = command(*arguments(folder, tmp_path / "file"))
+    assert (result.exit_code, result.stderr) == (2, f"palu: --output {tmp_path / 'file'} is a file; give a folder\n")
