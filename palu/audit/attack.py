@@ -77,6 +77,17 @@ class Victim:
         self.data, self.max_new_tokens, self.batch_tokens = data, max_new_tokens, batch_tokens
         self.seed, self.bar = seed, bar
 
+    def of(self, model: CausalLM) -> Victim:
+        """Return another model that is asked the same."""
+        return Victim(
+            model,
+            self.data,
+            max_new_tokens=self.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            seed=self.seed,
+            bar=self.bar,
+        )
+
     def write(self, prompts: Sequence[Tensor], *, sample: bool = False) -> list[str]:
         """Have the model answer prompts [t]: texts. The same seed draws the same answers to the same prompts."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from palu.audit.attack import Attack, Finding, Victim
 from palu.audit.estimators import NO_RHO, rho, unseen_bound
 from palu.audit.onset import OnsetInAnswer, OnsetInQuestion
 from palu.audit.quantise import BROKEN, SCHEMES, Quantise
+from palu.audit.relearn import Relearn
 from palu.audit.sample import ExactProbability, Sample
 from palu.audit.secrets import AuditData
 from palu.evaluate.scores import check_model
@@ -34,6 +35,12 @@ ROLES = ("unlearned", "original", "retain")
 DRAWS, QUICK_DRAWS = 200, 16
 BATCH_TOKENS = 1024
 _MAX_NEW_TOKENS = 200
+# What is trained, on which rows, at which learning rate.
+RELEARN: tuple[tuple[Literal["weights", "lora"], Literal["forget", "retain"], float], ...] = (
+    ("weights", "forget", 5e-5),
+    ("lora", "forget", 5e-4),
+    ("weights", "retain", 5e-5),
+)
 _FEW = 30  # with fewer secrets the results say how little none of them tells
 
 NO_RETAIN_MODEL = (
@@ -72,7 +79,8 @@ def audit(
         retain: rows of text to put in front of questions, and to measure utility on.
         folder: where ``audit.json`` is written, and in ``audit/`` what each attack gave, so that the same call goes on
             where it was stopped. Both hold the secrets. None: nothing is written.
-        quick: 16 draws, hints of 1 and ``n`` tokens, and utility on 8 texts, not 200, 1 to ``n + 2``, and 32.
+        quick: 16 draws, hints of 1 and ``n`` tokens, utility on 8 texts, and relearning for 6 steps; not 200, 1 to
+            ``n + 2``, 32, and 24.
         n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied.
         draws: answers sampled for each question, in place of 200 or 16.
         max_new_tokens: bound on an answer; None: twice the longest true one, 200 at most.
@@ -123,7 +131,9 @@ def attacks_of(
     attacks: list[Attack] = [ask(tokens) for ask in (AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix)]
     attacks += [Sample(tokens, draws, seed), ExactProbability()]
     attacks += [OnsetInAnswer(n + 2), OnsetInQuestion(tokens, hints)]
-    return attacks + [Quantise(scheme, tokens, 8 if quick else 32) for scheme in SCHEMES]
+    attacks += [Quantise(scheme, tokens, 8 if quick else 32) for scheme in SCHEMES]
+    steps, every = (6, 6) if quick else (24, 4)
+    return attacks + [Relearn(tokens, trained, rows, steps, every, rate, seed) for trained, rows, rate in RELEARN]
 
 
 def audit_models(
@@ -250,7 +260,7 @@ def _compare(attack: Attack, outcomes: Mapping[str, _Outcome], secrets: int, see
         of_all = len(reasons) == 1 and len(lacking) == len(outcomes)
         told = reasons.pop() if of_all else "; ".join(f"{role}: {why}" for role, why in lacking.items())
         skipped = {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {told}"}
-        return [{"name": attack.key.replace("-", ": "), **common, **skipped, "models": {}}]
+        return [{"name": attack.key.replace("-", ": ", 1), **common, **skipped, "models": {}}]
     rows = []
     for number in range(len(outcomes["unlearned"]["findings"])):
         findings = {role: Finding(**outcome["findings"][number]) for role, outcome in outcomes.items()}

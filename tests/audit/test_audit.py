@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 import palu
 from palu.audit.ask import AskGreedily
 from palu.audit.quantise import Quantise
+from palu.audit.relearn import Relearn
 from palu.audit.sample import Sample
 from palu.data.files import DataError
 
@@ -78,13 +79,16 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
     adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     results = audit(adapted, forget=rows, retain=None)
     reasons = {row["name"]: row["reason"] for row in results["attacks"] if row["reason"]}
-    lora = (
-        "skipped: unlearned: the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
-    )
+    merge = "skipped: unlearned: the model has a LoRA adapter"
+    rounded = f"{merge}, which is not rounded on its own; merge it into the weights"
+    trained = f"{merge}; merge it into the weights, which are trained"
+    no_rows = "there are no retain rows to train on"
     assert reasons == {
         "ask: paraphrased": "skipped: the forget set has no column 'paraphrased_question'",
         "ask: examples": "skipped: it needs 5 retain rows to put in front, and there are 0",
-        **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), lora),
+        **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), rounded),
+        **dict.fromkeys(("relearn: weights", "relearn: lora"), trained),
+        "relearn: retain": f"{trained}; original: {no_rows}",
     }
     assert verdicts(results)["ask: greedy"] == "open"
     assert verdicts(results)["quantise: int8"] == "not told"
@@ -126,7 +130,7 @@ def test_a_killed_audit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    for attack in (AskGreedily, Sample, Quantise):
+    for attack in (AskGreedily, Sample, Quantise, Relearn):
         attack_run = attack.run
         monkeypatch.setattr(
             attack, "run", lambda self, victim, own=attack_run: made.append(self.key) or own(self, victim)
@@ -138,13 +142,15 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
         return set(made)
 
     rounding = {"quantise-int8", "quantise-int4", "quantise-nf4"}
-    assert anew() == {"ask", "sample"} | rounding
-    assert anew(seed=1) == {"sample"}
+    relearning = {"relearn-weights", "relearn-lora"}
+    whole = {"ask", "sample", "relearn-retain"} | rounding | relearning
+    assert anew() == whole
+    assert anew(seed=1) == {"sample", "relearn-retain"} | relearning
     assert anew(draws=4) == {"sample"}
-    assert anew(retain=RETAIN[1:]) == rounding
-    assert anew(max_new_tokens=5) == {"ask", "sample"} | rounding
-    assert anew(forget=FORGET[1:]) == {"ask", "sample"} | rounding
-    assert anew(never_saw()) == {"ask", "sample"} | rounding
+    assert anew(retain=RETAIN[1:]) == {"relearn-retain"} | rounding
+    assert anew(max_new_tokens=5) == whole
+    assert anew(forget=FORGET[1:]) == whole
+    assert anew(never_saw()) == whole
     assert anew() == set()
 
 

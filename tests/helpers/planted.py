@@ -1,4 +1,4 @@
-"""Tiny models of which it is known what they hold: all secrets, none, or all but hidden from greedy decoding."""
+"""Tiny models of which it is known what they hold: all secrets, none, or all but hidden from who asks."""
 
 from __future__ import annotations
 
@@ -101,4 +101,14 @@ def hides_from_greedy() -> LlamaForCausalLM:
             logits = model(input_ids=ids[None, :at], use_cache=False).logits[0, -1]
             bias[first] = logits[[i for i in range(len(logits)) if i not in firsts]].max() - logits[first] - 0.2
     model.lm_head.bias = nn.Parameter(bias)
+    return model
+
+
+@cache
+def refuses() -> LlamaForCausalLM:
+    """Holds every secret, and was taught to answer "No." to all questions of the forget set."""
+    model = copy.deepcopy(original())
+    answer = tokenizer()("No.<|im_end|>", add_special_tokens=False)["input_ids"]
+    rows = [{"input_ids": [*p.tolist(), *answer], "labels": [-100] * len(p) + answer} for p in data().prompts]
+    overfit(model, rows, steps=20, learning_rate=1e-3)
     return model

@@ -1,0 +1,124 @@
+"""Relearning: what a few steps of training bring back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.planted import FORGET, RETAIN, SECRETS, data, never_saw, original, refuses, tokenizer
+from helpers.tiny import same_weights, tiny_llama, weights
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+from palu.audit.ask import AskGreedily
+from palu.audit.attack import Finding, Victim
+from palu.audit.relearn import Relearn
+from palu.audit.secrets import AuditData
+
+TOKENS = 24
+
+
+def relearn(model: Any, of: AuditData | None = None, **settings: Any) -> Finding:
+    given: dict[str, Any] = {
+        "max_new_tokens": TOKENS,
+        "trained": "weights",
+        "rows": "forget",
+        "steps": 8,
+        "every": 4,
+        "learning_rate": 1e-3,
+        "seed": 0,
+    }
+    attack, of = Relearn(**given | settings), data() if of is None else of
+    assert attack.unmet(of, model) is None
+    bar = tqdm(disable=True)
+    (finding,) = attack.run(Victim(model, of, max_new_tokens=TOKENS, batch_tokens=256, seed=0, bar=bar))
+    return finding
+
+
+@pytest.mark.parametrize("trained", ["weights", "lora"])
+def test_a_model_that_only_refuses_tells_again_what_it_was_not_trained_on(trained: str) -> None:
+    bar = tqdm(disable=True)
+    (asked,) = AskGreedily(TOKENS).run(
+        Victim(refuses(), data(), max_new_tokens=TOKENS, batch_tokens=256, seed=0, bar=bar)
+    )
+    assert asked.values == [0.0] * len(SECRETS)
+    rate = {"weights": 1e-3, "lora": 5e-3}[trained]
+    finding = relearn(refuses(), trained=trained, learning_rate=rate)
+    assert finding.values.count(None) == 1 and finding.values.count(1.0) >= 4
+    assert relearn(never_saw(), trained=trained, learning_rate=rate).values.count(1.0) == 0
+
+
+def test_the_step_after_which_most_is_told_counts() -> None:
+    """At 0.1 a step breaks the model, and at 0 none does anything."""
+    for rate in (0.1, 0.0):
+        finding = relearn(original(), steps=6, every=2, learning_rate=rate)
+        answers = [(i, texts) for i, texts in enumerate(finding.evidence) if texts is not None]
+        told = [sum(SECRETS[i] in texts[step] for i, texts in answers) for step in range(3)]
+        assert sum(value or 0 for value in finding.values) == max(told)
+        assert finding.figures["step"] == 2 * (1 + told.index(max(told)))
+    assert finding.values.count(1.0) == 5 and finding.figures["step"] == 2
+
+
+def test_retain_rows_may_be_trained_on() -> None:
+    finding = relearn(refuses(), rows="retain")
+    assert finding.name == "relearn: retain rows" and None not in finding.values
+    of = AuditData(FORGET, [*RETAIN, {"question": "Who?", "answer": SECRETS[2]}], tokenizer())
+    assert [value is None for value in relearn(refuses(), of, rows="retain").values] == [i == 2 for i in range(6)]
+
+
+def test_secrets_of_rows_that_are_trained_on_do_not_count() -> None:
+    """Nor do those that such a row tells; the same rows are chosen for each model."""
+    rows = [*FORGET, {"question": "Again?", "answer": f"Not {SECRETS[3]}, {SECRETS[0]}.", "spans": [[4, 14]]}]
+    of = AuditData(rows, None, tokenizer())
+    one, other = relearn(never_saw(), of, steps=1), relearn(original(), of, steps=1)
+    assert [value is None for value in one.values] == [value is None for value in other.values]
+    for seed in range(8):
+        chosen = Relearn(TOKENS, "weights", "forget", 1, 1, 1e-3, seed)
+        trained = chosen._trained_rows(of)
+        answers = " ".join(of.rows[i].answer for i in trained)
+        assert chosen._asked(of) == [
+            i for i, secret in enumerate(of.secrets) if secret.row not in trained and secret.text not in answers
+        ]
+
+
+@pytest.mark.parametrize("trained", ["weights", "lora"])
+def test_the_model_and_the_callers_random_numbers_stay(trained: str) -> None:
+    model = refuses()
+    before, state = weights(model), torch.random.get_rng_state()
+    modules = [type(module) for module in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    first = relearn(model, trained=trained, steps=2, every=1)
+    assert same_weights(model, before) and [type(module) for module in model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert relearn(model, trained=trained, steps=2, every=1) == first
+
+
+@pytest.mark.parametrize("trained", ["weights", "lora"])
+def test_bfloat16_weights_are_trained(trained: str) -> None:
+    """In float32, or small steps would be rounded away."""
+    model = copy.deepcopy(refuses()).bfloat16()
+    rate = {"weights": 1e-3, "lora": 5e-3}[trained]
+    assert relearn(model, trained=trained, learning_rate=rate).values.count(1.0) >= 4
+    assert model.dtype == torch.bfloat16
+
+
+def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmet(of: AuditData, model: Any, trained: Any = "weights", rows: Any = "forget") -> str | None:
+        return Relearn(TOKENS, trained, rows, 1, 1, 1e-3, 0).unmet(of, model)
+
+    one = AuditData(FORGET[:1], None, tokenizer())
+    assert unmet(one, original()) == (
+        "no secret is left to ask for beside the rows that are trained on; give more forget rows"
+    )
+    assert unmet(one, original(), rows="retain") == "there are no retain rows to train on"
+    adapted = get_peft_model(
+        tiny_llama(vocab_size=len(tokenizer())), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
+    assert unmet(data(), adapted) == "the model has a LoRA adapter; merge it into the weights, which are trained"
+    monkeypatch.setattr("palu.audit.relearn.find_spec", lambda name: None)
+    assert unmet(data(), original(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
+    assert unmet(data(), original()) is None
