@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from palu.audit.ask import AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
 from palu.audit.attack import Attack, Finding, Victim
 from palu.audit.estimators import NO_RHO, rho, unseen_bound
+from palu.audit.lens import LogitLens
 from palu.audit.onset import OnsetInAnswer, OnsetInQuestion
 from palu.audit.quantise import BROKEN, SCHEMES, Quantise
 from palu.audit.relearn import Relearn
@@ -133,7 +134,8 @@ def attacks_of(
     attacks += [OnsetInAnswer(n + 2), OnsetInQuestion(tokens, hints)]
     attacks += [Quantise(scheme, tokens, 8 if quick else 32) for scheme in SCHEMES]
     steps, every = (6, 6) if quick else (24, 4)
-    return attacks + [Relearn(tokens, trained, rows, steps, every, rate, seed) for trained, rows, rate in RELEARN]
+    attacks += [Relearn(tokens, trained, rows, steps, every, rate, seed) for trained, rows, rate in RELEARN]
+    return [*attacks, LogitLens()]
 
 
 def audit_models(

@@ -22,6 +22,7 @@ ROWS = [
     *(f"onset: {j} in the question" for j in (1, 3)),
     *(f"quantise: {scheme}" for scheme in ("int8", "int4", "nf4")),
     *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows")),
+    "inside: logit lens, top 10",
 ]
 
 
@@ -57,7 +58,7 @@ def test_secrets_that_are_hidden_from_greedy_decoding_alone_are_found() -> None:
     results = audit(hides_from_greedy(), retain_model=never_saw())
     found = verdicts(results)
     assert found["ask: greedy"] == found["onset: 0 in the answer"] == "held"
-    for name in ("sample: leak@4", "sample: leak@16", "sample: exact p", "onset: 1 in the answer"):
+    for name in ("sample: leak@4", "sample: leak@16", "sample: exact p", "onset: 1 in the answer", ROWS[-1]):
         assert found[name] == "open", name
     draws = next(row for row in results["attacks"] if row["name"] == "sample: exact p")["models"]["unlearned"]
     assert draws["figures"]["median 1/p"] < 16
