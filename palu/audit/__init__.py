@@ -1,7 +1,8 @@
 """What an attacker gets out of an unlearned model: ``palu.audit(...)``, which is :func:`palu.audit.run.audit`.
 
-``ask.py``, ``sample.py``, ``onset.py`` and ``quantise.py`` are the attacks, ``attack.py`` says what an attack is,
-``secrets.py`` what is looked for, ``estimators.py`` how a verdict is reached, and ``run.py`` puts them together.
+``ask.py``, ``sample.py``, ``onset.py``, ``quantise.py``, ``relearn.py`` and ``lens.py`` are the attacks, ``attack.py``
+says what an attack is, ``secrets.py`` what is looked for, ``estimators.py`` how a verdict is reached, and ``run.py``
+puts them together.
 """
 
 import sys

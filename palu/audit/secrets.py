@@ -25,7 +25,7 @@ _STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A row of the forget set.
+    """A row of the forget set with at least one secret.
 
     columns: as the user gave them.
     question: the last message before the answer.
@@ -65,7 +65,7 @@ class Secret:
 
 
 class AuditData:
-    """The forget set, its secrets, and a retain set for the attacks that need one.
+    """The rows of the forget set that hold secrets, these secrets, and a retain set for the attacks that need one.
 
     A marked span that the messages before the answer tell already is no secret: nobody could know whether the model
     gave it away. A text that is marked twice in one answer is one secret, at its first place.
@@ -101,7 +101,7 @@ class AuditData:
         rendered = [self._renderer.render(number, where, columns, True) for number, where, columns in numbered]
         for text, example, (_, _, columns) in zip(rendered, self._encode(rendered, True), numbered, strict=True):
             self._add(text, example, columns)
-        if not self.rows:
+        if not numbered:
             raise DataError("forget set is empty; give at least one row")
         if not self.secrets:
             left_out = f" ({self.told_by_question} spans are in their questions)" * bool(self.told_by_question)
@@ -116,6 +116,24 @@ class AuditData:
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)
         before = "\n".join(message["content"] for message in conversation[:-1])
+        assert example.offsets is not None
+        secrets: list[Secret] = []
+        reached = 0
+        for start, end in ((first - text.shift, end - text.shift) for first, end in text.spans):
+            if end <= reached:  # within another span
+                continue
+            reached, secret = end, answer[start:end]
+            if told(secret, before):
+                self.told_by_question += 1
+            elif any(told(secret, other.text) and told(other.text, secret) for other in secrets):
+                self.repeated += 1
+            else:
+                held = (example.offsets[:, 0] < end) & (example.offsets[:, 1] > start) & (example.labels >= 0)
+                tokens = held.nonzero().flatten().tolist()
+                secrets.append(Secret(len(self.rows), secret, start, end, tokens[0], tokens[-1] + 1))
+        if not secrets:
+            return
+        self.secrets += secrets
         labels = torch.where(example.labels == IGNORE, IGNORE, example.input_ids)
         self.rows.append(
             AuditRow(
@@ -128,23 +146,6 @@ class AuditData:
                 rendered=text.complete and prompt is not None and text.text == prompt + answer,
             )
         )
-        assert example.offsets is not None
-        seen: list[str] = []
-        reached = 0
-        for start, end in ((first - text.shift, end - text.shift) for first, end in text.spans):
-            if end <= reached:  # within another span
-                continue
-            reached, secret = end, answer[start:end]
-            if told(secret, before):
-                self.told_by_question += 1
-                continue
-            if any(told(secret, other) and told(other, secret) for other in seen):
-                self.repeated += 1
-                continue
-            seen.append(secret)
-            held = (example.offsets[:, 0] < end) & (example.offsets[:, 1] > start) & (example.labels >= 0)
-            tokens = held.nonzero().flatten().tolist()
-            self.secrets.append(Secret(len(self.rows) - 1, secret, start, end, tokens[0], tokens[-1] + 1))
 
     @property
     def stop_ids(self) -> set[int]:

@@ -62,6 +62,13 @@ def test_a_text_marked_twice_is_one_secret() -> None:
     assert of.repeated == 1
 
 
+def test_rows_without_a_secret_are_not_asked() -> None:
+    """They would be asked, and sampled, for nothing."""
+    of = data([ROW | {"spans": []}, ROW, {**ROW, "question": "Did Ada Lovelace, in 1843?"}, ROW])
+    assert [row.where for row in of.rows] == ["forget row 1", "forget row 3"]
+    assert [secret.row for secret in of.secrets] == [0, 0, 1, 1]
+
+
 def test_paraphrases() -> None:
     rows = [
         ROW | {"paraphrased_question": "By whom?"},
