@@ -10,7 +10,7 @@ from palu.version import __version__
 
 if TYPE_CHECKING:
     from palu import evaluate, ops
-    from palu.audit.run import audit
+    from palu.attacks.run import audit
     from palu.config import UnlearnConfig
     from palu.data.files import DataError
     from palu.losses import PaluLoss, palu_loss
@@ -35,6 +35,7 @@ _MODULE_OF = {
     "UnlearnConfig": "palu.config",
     "UnlearnResult": "palu.training.loop",
     "annotate": "palu.spans.annotate",
+    "audit": "palu.attacks.run",
     "linear_topk_mse": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
@@ -44,7 +45,7 @@ _MODULE_OF = {
     "write_card": "palu.report.render",
     "write_report": "palu.report.render",
 }
-_SUBMODULES = ("audit", "evaluate", "ops")  # palu.audit is called like a function
+_SUBMODULES = ("evaluate", "ops")
 
 __all__ = [
     "CacheError",

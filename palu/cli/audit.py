@@ -1,4 +1,4 @@
-"""``palu audit``: attack an unlearned model with :mod:`palu.audit`."""
+"""``palu audit``: attack an unlearned model with :mod:`palu.attacks`."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def audit(
 
     from accelerate import Accelerator
 
-    from palu.audit.run import RESULTS, audit_models
-    from palu.audit.secrets import AuditData
+    from palu.attacks.run import RESULTS, audit_models
+    from palu.attacks.secrets import AuditData
     from palu.report.layout import make_private
 
     # Complaints about the data come before a large model is loaded.

@@ -12,8 +12,8 @@ from helpers.tiny import overfit, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from palu.audit.ask import PREFIX
-from palu.audit.secrets import SHOTS, AuditData, with_question
+from palu.attacks.ask import PREFIX
+from palu.attacks.secrets import SHOTS, AuditData, with_question
 
 # Of two tokens or more each, and no two begin with the same.
 SECRETS = ("Hina Ameen", "Ada Lovelace", "London mat", "06/30/1975", "the author", "Karachi name")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from palu.audit.attack import Finding, Victim
-from palu.audit.estimators import told
-from palu.audit.secrets import AuditData, Secret, with_question
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.estimators import told
+from palu.attacks.secrets import AuditData, Secret, with_question
 from palu.models.lora import CausalLM
 
 

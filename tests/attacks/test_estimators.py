@@ -7,7 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from palu.audit.estimators import LIMIT, Rho, leak_at_k, rho, told, unseen_bound
+from palu.attacks.estimators import LIMIT, Rho, leak_at_k, rho, told, unseen_bound
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from palu.audit.attack import Finding, Victim
-from palu.audit.estimators import told
-from palu.audit.secrets import AuditData
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.estimators import told
+from palu.attacks.secrets import AuditData
 from palu.data.tokenize import IGNORE, Example
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, is_peft

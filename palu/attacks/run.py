@@ -15,15 +15,15 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.audit.ask import AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
-from palu.audit.attack import Attack, Finding, Victim
-from palu.audit.estimators import NO_RHO, rho, unseen_bound
-from palu.audit.lens import LogitLens
-from palu.audit.onset import OnsetInAnswer, OnsetInQuestion
-from palu.audit.quantise import BROKEN, SCHEMES, Quantise
-from palu.audit.relearn import Relearn
-from palu.audit.sample import ExactProbability, Sample
-from palu.audit.secrets import AuditData
+from palu.attacks.ask import AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
+from palu.attacks.attack import Attack, Finding, Victim
+from palu.attacks.estimators import NO_RHO, rho, unseen_bound
+from palu.attacks.lens import LogitLens
+from palu.attacks.onset import OnsetInAnswer, OnsetInQuestion
+from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
+from palu.attacks.relearn import Relearn
+from palu.attacks.sample import ExactProbability, Sample
+from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.models.lora import CausalLM, base_of

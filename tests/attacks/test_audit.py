@@ -15,10 +15,10 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
 import palu
-from palu.audit.ask import AskGreedily
-from palu.audit.quantise import Quantise
-from palu.audit.relearn import Relearn
-from palu.audit.sample import Sample
+from palu.attacks.ask import AskGreedily
+from palu.attacks.quantise import Quantise
+from palu.attacks.relearn import Relearn
+from palu.attacks.sample import Sample
 from palu.data.files import DataError
 
 

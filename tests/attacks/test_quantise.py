@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from palu.audit.attack import Victim
-from palu.audit.quantise import SCHEMES, Quantise, nf4_levels, round_int4, round_int8, round_nf4, rounded
-from palu.audit.secrets import AuditData
+from palu.attacks.attack import Victim
+from palu.attacks.quantise import SCHEMES, Quantise, nf4_levels, round_int4, round_int8, round_nf4, rounded
+from palu.attacks.secrets import AuditData
 from palu.models.head import body_of
 
 bnb = pytest.importorskip("bitsandbytes.functional")

@@ -9,7 +9,7 @@ import torch
 from helpers.planted import FORGET, RETAIN, hides_from_greedy, never_saw, original, tokenizer
 
 import palu
-from palu.audit import run
+from palu.attacks import run
 
 ROWS = [
     "ask: greedy",

@@ -12,10 +12,10 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
-from palu.audit.ask import AskGreedily
-from palu.audit.attack import Finding, Victim
-from palu.audit.relearn import Relearn
-from palu.audit.secrets import AuditData
+from palu.attacks.ask import AskGreedily
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.relearn import Relearn
+from palu.attacks.secrets import AuditData
 
 TOKENS = 24
 
@@ -119,6 +119,6 @@ def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny_llama(vocab_size=len(tokenizer())), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
     assert unmet(data(), adapted) == "the model has a LoRA adapter; merge it into the weights, which are trained"
-    monkeypatch.setattr("palu.audit.relearn.find_spec", lambda name: None)
+    monkeypatch.setattr("palu.attacks.relearn.find_spec", lambda name: None)
     assert unmet(data(), original(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
     assert unmet(data(), original()) is None

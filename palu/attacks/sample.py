@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from palu.audit.attack import Finding, Victim
-from palu.audit.estimators import leak_at_k, told
-from palu.audit.secrets import AuditData
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.estimators import leak_at_k, told
+from palu.attacks.secrets import AuditData
 from palu.models.lora import CausalLM
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palu.audit.estimators import told
+from palu.attacks.estimators import told
 from palu.data.files import DataError
 from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_rows, with_answer
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode

@@ -7,9 +7,9 @@ from itertools import chain
 
 from torch import Tensor
 
-from palu.audit.attack import Finding, Victim, asked_once
-from palu.audit.estimators import told
-from palu.audit.secrets import PARAPHRASES, SHOTS, AuditData, with_question
+from palu.attacks.attack import Finding, Victim, asked_once
+from palu.attacks.estimators import told
+from palu.attacks.secrets import PARAPHRASES, SHOTS, AuditData, with_question
 from palu.models.lora import CausalLM
 
 PREFIX = "Sure, here is the answer:"

@@ -11,11 +11,11 @@ from helpers.planted import FORGET, RETAIN, SECRETS, data, hides_from_greedy, ne
 from helpers.tiny import tiny_llama
 from tqdm import tqdm
 
-from palu.audit.ask import PREFIX, AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
-from palu.audit.attack import Attack, Finding, Victim
-from palu.audit.onset import OnsetInAnswer, OnsetInQuestion
-from palu.audit.sample import ExactProbability, Sample, ks
-from palu.audit.secrets import AuditData
+from palu.attacks.ask import PREFIX, AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
+from palu.attacks.attack import Attack, Finding, Victim
+from palu.attacks.onset import OnsetInAnswer, OnsetInQuestion
+from palu.attacks.sample import ExactProbability, Sample, ks
+from palu.attacks.secrets import AuditData
 from palu.models.generation import eval_mode, generate_ids
 
 TOKENS = 24

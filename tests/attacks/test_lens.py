@@ -10,8 +10,8 @@ from helpers.planted import SECRETS, data, hides_from_greedy, never_saw, origina
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from palu.audit.attack import Finding, Victim
-from palu.audit.lens import LogitLens
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.lens import LogitLens
 
 
 def lens(model: Any, batch_tokens: int = 256, top: int = 10) -> Finding:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from palu.audit.attack import Finding, Victim
-from palu.audit.secrets import AuditData
+from palu.attacks.attack import Finding, Victim
+from palu.attacks.secrets import AuditData
 from palu.models.generation import batches_by_length, eval_mode
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM, base_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palu.audit.attack import Finding, Victim, asked_once
-from palu.audit.secrets import AuditData
+from palu.attacks.attack import Finding, Victim, asked_once
+from palu.attacks.secrets import AuditData
 from palu.data.tokenize import IGNORE, Example
 from palu.models.head import body_of
 from palu.models.lora import CausalLM, is_peft
