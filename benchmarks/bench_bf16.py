@@ -1,99 +1,270 @@
-"""Weights in bfloat16 against float32 on the demo's task: outcome, losses step by step, time and memory.
+"""Weights and products in bfloat16 against float32: outcomes, losses step by step, and memory, on SmolLM2-135M.
 
-SmolLM2-135M-Instruct is taught the demo's twelve facts once, in float32. Then it is loaded in each dtype, as
-``from_pretrained`` would, and unlearns six of them with the demo's settings. Prints a table, then JSON::
+Two tasks: ``demo``, the demo's six secrets among twelve facts, with the demo's settings; ``tofu``, the twenty rows of
+one author of TOFU's forget05 beside twenty rows to retain, with the sizes of ``bench_tofu.py --preset tiny`` and
+defaults for everything else. SmolLM2 is taught the task once, in float32. Then, for each seed and choice, it is loaded
+and unlearns in a process of its own. Finished runs are kept in --output: the same command goes on where it stopped.
+Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --results, and prints tables::
 
-    python benchmarks/bench_bf16.py --output runs/bf16
+    python benchmarks/bench_bf16.py --seeds 0 1 2
+    python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 import transformers
-from _models import load, save
+from _models import Loaded, Row, fine_tune, load, save
+from _stages import Stages
 from _timing import machine
+from _workload import DATA
+from bench_lora_memory import peak, reset_peak, resident
+from bench_tofu import PRESETS, load_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import palu
-from palu.testbed.facts import UNLEARN, Answers, outcome_of, read_questions, retain_arguments
-from palu.testbed.smollm2 import teach
+from palu.testbed.facts import UNLEARN, is_told, read_jsonl, read_questions, retain_arguments
+from palu.testbed.smollm2 import answer_questions, teach
 
-DTYPES = ("float32", "bfloat16")
+
+@dataclass(frozen=True)
+class Choice:
+    """In what the weights are held and multiplied, and what steps them."""
+
+    label: str
+    dtype: torch.dtype
+    mixed_precision: str = "no"
+    optimizer: str = "adamw"
+
+
+CHOICES = {
+    "float32": Choice("float32", torch.float32),
+    "mixed": Choice("float32, bfloat16 products", torch.float32, mixed_precision="bf16"),
+    "bfloat16": Choice("bfloat16 (Kahan)", torch.bfloat16),
+    "bfloat16_8bit": Choice("bfloat16, 8-bit AdamW", torch.bfloat16, optimizer="adamw_8bit"),
+}
+TERMS = ("local", "kl", "retain")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is taught, unlearned and asked. What is asked: rows of a question and its right answers, any of them."""
+
+    teach: Callable[[Loaded], None]
+    forget: list[Row]
+    settings: dict[str, Any]  # what palu.unlearn gets beside the forget set
+    asked: dict[str, list[Row]]  # "secrets", "retained" and "general"
+    max_new_tokens: int
+
+
+def demo(_: Path) -> Task:
+    """Make the demo's task; thirty general questions are added to its ten."""
+    secrets, kept, general = read_questions()
+
+    def make(loaded: Loaded) -> None:
+        torch.manual_seed(0)
+        teach(*loaded, secrets + kept)
+
+    return Task(
+        make,
+        secrets,
+        {"config": UNLEARN, **retain_arguments(kept, "both")},
+        {
+            "secrets": [fact | {"answers": [fact["secret"]]} for fact in secrets],
+            "retained": [fact | {"answers": [fact["secret"]]} for fact in kept],
+            "general": general + read_jsonl(Path(__file__).with_name("general.jsonl")),
+        },
+        max_new_tokens=32,
+    )
+
+
+def tofu(folder: Path) -> Task:
+    """Make the task on TOFU: each span is a secret, unless its question tells it; a retained row is a whole answer."""
+    preset = PRESETS["tiny"]
+    data = load_data(folder, preset)
+
+    def make(loaded: Loaded) -> None:
+        rows = data.forget + data.retain
+        fine_tune(loaded, rows, epochs=preset.teach_epochs, batch_size=preset.teach_batch, label="teach")
+
+    secrets = [
+        {"question": row["question"], "answers": [row["answer"][start:end]]}
+        for row in data.forget
+        for start, end in row["spans"]
+    ]
+    (learning_rate,) = preset.learning_rates
+    return Task(
+        make,
+        data.forget,
+        {
+            "retain": data.retain,
+            "epochs": preset.epochs,
+            "batch_size": preset.batch_size,
+            "learning_rate": learning_rate,
+        },
+        {
+            "secrets": [row for row in secrets if not is_told(row["question"], row["answers"])],
+            "retained": [{"question": row["question"], "answers": [row["answer"]]} for row in data.retain],
+            "general": [
+                {"question": row["question"], "answers": [row["answer"]]}
+                for row in data.evaluated.real_authors + data.evaluated.world_facts
+            ],
+        },
+        max_new_tokens=80,  # TOFU's longest answer has 95 tokens, the longest of these rows 70
+    )
+
+
+TASKS = {"demo": demo, "tofu": tofu}
+
+
+def told(model: Any, tokenizer: Any, task: Task) -> dict[str, list[bool]]:
+    """Ask everything: of each row, whether the greedy answer holds one of the right ones."""
+    questions = list(dict.fromkeys(row["question"] for rows in task.asked.values() for row in rows))
+    texts = dict(zip(questions, answer_questions(model, tokenizer, questions, tokens=task.max_new_tokens), strict=True))
+    return {
+        kind: [is_told(texts[row["question"]], row["answers"]) for row in rows] for kind, rows in task.asked.items()
+    }
+
+
+def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[str, Any]:
+    """Unlearn the task in one of the choices, in this process."""
+    choice = CHOICES[name]
+    os.environ["ACCELERATE_MIXED_PRECISION"] = choice.mixed_precision
+    model: Any = AutoModelForCausalLM.from_pretrained(taught, dtype=choice.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    before = stages.results(f"told-{choice.dtype}", lambda: told(model, tokenizer, task))
+    reset_peak()
+    start = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident("VmRSS")
+    clock = time.perf_counter()
+    settings = task.settings | {"optimizer": choice.optimizer, "seed": seed, "progress": False}
+    result = palu.unlearn(model, None, task.forget, tokenizer=tokenizer, **settings)
+    seconds = time.perf_counter() - clock
+    highest = peak()
+    after = told(model.eval(), tokenizer, task)
+    # Of what was told before.
+    still = {kind: [a for a, b in zip(after[kind], before[kind], strict=True) if b] for kind in before}
+    return {
+        "choice": name,
+        "seed": seed,
+        **{kind: sum(answers) for kind, answers in still.items()},
+        **{f"{kind}_before": len(answers) for kind, answers in still.items()},
+        "steps": result.summary["steps"],
+        "before_gib": round(start / 2**30, 2),
+        "peak_gib": round(highest / 2**30, 2),
+        "seconds": round(seconds),
+        "history": [{term: record[term] for term in TERMS} for record in result.history],
+    }
+
+
+def outcomes(rows: Sequence[dict[str, Any]]) -> str:
+    """Format each run's outcome as Markdown."""
+    lines = ["| weights | seed | secrets | retained | general | steps | before_gib | peak_gib | seconds |"]
+    lines.append("|---" + "|---:" * 8 + "|")
+    for row in rows:
+        cells = [CHOICES[row["choice"]].label, row["seed"]]
+        cells += [f"{row[kind]} of {row[f'{kind}_before']}" for kind in ("secrets", "retained", "general")]
+        cells += [row[name] for name in ("steps", "before_gib", "peak_gib", "seconds")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def curves(rows: Sequence[dict[str, Any]], every: int) -> str:
+    """Format the losses of every few steps as Markdown, float32's and bfloat16's side by side, of the first seed."""
+    pair = [row for row in rows if row["seed"] == rows[0]["seed"] and row["choice"] in ("float32", "bfloat16")]
+    lines = ["| step | " + " | ".join(f"{term}, {row['choice']}" for term in TERMS for row in pair) + " |"]
+    lines.append("|---:" * (1 + len(TERMS) * len(pair)) + "|")
+    for step in range(0, max(row["steps"] for row in pair), every):
+        cells = [f"{row['history'][step][term]:.4g}" if step < row["steps"] else "" for term in TERMS for row in pair]
+        lines.append(f"| {step + 1} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Plot each term by step: a line a choice, the mean over its seeds, and thin lines for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TERMS), figsize=(12, 3.6))
+    for axis, term in zip(axes, TERMS, strict=True):
+        for number, (name, choice) in enumerate(CHOICES.items()):
+            runs = [[record[term] for record in row["history"]] for row in rows if row["choice"] == name]
+            if not runs:
+                continue
+            for values in runs:
+                axis.plot(range(1, len(values) + 1), values, color=f"C{number}", linewidth=0.5, alpha=0.5)
+            means = [mean(step) for step in zip(*runs, strict=False)]  # as far as all seeds go
+            axis.plot(range(1, len(means) + 1), means, color=f"C{number}", label=choice.label)
+        axis.set(xlabel="step", title=term)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/bf16"), help="folder for the taught model")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one", choices=DTYPES, help=argparse.SUPPRESS)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--task", choices=TASKS, default="demo")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--output", type=Path, default=Path("runs/bf16"), help="folder of the finished runs")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--every", type=int, default=1, help="steps from one line of the losses' table to the next")
+    parser.add_argument("--one", nargs=2, metavar=("CHOICE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.task == "tofu" and not (args.data / "forget05.jsonl").exists():
+        parser.error(f"--data: {args.data} holds no forget05.jsonl; give TOFU's folder")
     transformers.logging.set_verbosity_error()
-    taught = args.output / "taught"
+    task = TASKS[args.task](args.data)
+    stages = Stages(args.output / args.task, None, {"task": args.task, "model": args.model})
+
+    def make(path: Path) -> None:
+        loaded = load(args.model)
+        task.teach(loaded)
+        save(loaded, path)
+
+    taught = stages.path("taught", make)
     if args.one is not None:
-        print(json.dumps(run(taught, args.one, args.seed)))
+        print(json.dumps(run(stages, taught, task, args.one[0], int(args.one[1]))))
         return
-    if not taught.exists():
-        torch.manual_seed(0)
-        args.output.mkdir(parents=True, exist_ok=True)
-        loaded = load("smollm2")
-        secrets, kept, _ = read_questions()
-        teach(*loaded, secrets + kept)
-        save(loaded, taught)
-        del loaded
-    # A process each: its peak of resident memory is its own.
-    command = [sys.executable, __file__, "--output", str(args.output), "--seed", str(args.seed), "--one"]
-    rows = [json.loads(subprocess.check_output([*command, dtype], text=True).splitlines()[-1]) for dtype in args.dtypes]
 
-    columns = ("dtype", "secrets", "retained", "general", "steps", "seconds", "peak_gib")
-    print(f"| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
-    for row in rows:
-        print(f"| {' | '.join(str(row[name]) for name in columns)} |")
+    def alone(choice: str, seed: int) -> dict[str, Any]:
+        print(f"{choice}, seed {seed}", flush=True)
+        command = [sys.executable, __file__, "--task", args.task, "--data", str(args.data), "--model", args.model]
+        command += ["--output", str(args.output), "--one", choice, str(seed)]
+        # Freed tensors go back to the system at once, so that the peak is of what is held; in huge pages, for speed.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "1"}
+        return json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1])
+
+    def kept(choice: str, seed: int) -> dict[str, Any]:
+        return stages.results(f"{choice}-seed{seed}", lambda: alone(choice, seed))
+
+    rows = [kept(choice, seed) for seed in args.seeds for choice in args.choices]
+    print(outcomes(rows), curves(rows, args.every), sep="\n\n")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    terms = ("local", "kl", "retain")
-    heads = [f"{term}, {row['dtype']}" for term in terms for row in rows]
-    print(f"\n| step | {' | '.join(heads)} |")
-    print(f"|---{'|---:' * (len(terms) * len(rows))}|")
-    for step in range(max(row["steps"] for row in rows)):
-        cells = [f"{row['history'][step][term]:.4g}" if step < row["steps"] else "" for term in terms for row in rows]
-        print(f"| {step + 1} | {' | '.join(cells)} |")
-    print(json.dumps({"benchmark": "bf16", "rows": rows, **machine(device)}))
-
-
-def run(taught: Path, dtype: str, seed: int) -> dict[str, Any]:
-    """Unlearn the demo's secrets with the weights in one dtype."""
-    secrets, kept, general = read_questions()
-    model = AutoModelForCausalLM.from_pretrained(taught, dtype=getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(taught)
-    before = Answers(model, tokenizer, secrets + kept, general)
-    clock = time.perf_counter()
-    given = retain_arguments(kept, "both")
-    result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, seed=seed, progress=False, **given)
-    seconds = time.perf_counter() - clock
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    after = Answers(model.eval(), tokenizer, secrets + kept, general)
-    outcome = outcome_of(secrets, kept, general, before, after)
-    return {
-        "dtype": dtype,
-        "secrets": f"{outcome['forget_still_produced']} of {len(secrets)}",
-        "retained": f"{outcome['retain_still_produced']} of {len(kept)}",
-        "general": f"{outcome['general_still_right']} of {outcome['general_right_before']}",
-        "steps": result.summary["steps"],
-        "seconds": round(seconds),
-        "peak_gib": round(peak, 2),
-        "history": result.history,
-    }
+    record = {"benchmark": "bf16", **machine(device), "date": time.strftime("%Y-%m-%d"), "task": args.task}
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"bf16_{args.task}"
+    path.with_suffix(".json").write_text(json.dumps(record | {"runs": rows}) + "\n")
+    plot(rows, path.with_suffix(".png"), f"{args.task}: losses by step, mean and single seeds")
 
 
 if __name__ == "__main__":

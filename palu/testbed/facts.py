@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -69,6 +70,11 @@ def retain_arguments(kept: Facts, choice: str) -> dict[str, Any]:
     return choices[choice]
 
 
+def is_told(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text holds one of the answers as whole words, in capitals or not."""
+    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in answers)
+
+
 @torch.no_grad()
 def secret_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
     """Compute the probability of each whole secret, given the question and the answer's words before it."""
@@ -89,9 +95,7 @@ class Answers:
 
     def right(self, item: dict[str, Any]) -> bool:
         """Whether the greedy answer holds the secret, or one of the right answers of a general question."""
-        accepted = item.get("answers") or [item["secret"]]
-        text = self.text[item["question"]]
-        return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in accepted)
+        return is_told(self.text[item["question"]], item.get("answers") or [item["secret"]])
 
     def count(self, items: Facts) -> int:
         """Count the questions that are answered right."""

@@ -1,12 +1,15 @@
 """What the tables of benchmarks/ choose, keep and leave out. That they run is CI's business: they need a real model."""
 
+import io
 import json
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import bench_ablation
+import bench_bf16
 import bench_muse_news
 import bench_spans
 import bench_tofu
@@ -274,3 +277,66 @@ def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder
     record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])
+
+
+def test_what_is_still_told_is_counted_of_what_was_told_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
+) -> None:
+    def rows(*answers: str) -> list[dict]:
+        return [{"question": f"What of {answer}?", "answers": [answer]} for answer in answers]
+
+    facts = [{"question": "Who?", "answer": "It was Ada.", "spans": [[7, 10]]}]
+    settings = {"retain": [{"question": "Where?", "answer": "There."}], "anchors": 0, "epochs": 2, "batch_size": 1}
+    asked = {"secrets": rows("7391", "Ada", "Lee"), "retained": rows("blue ink"), "general": rows("Paris", "Rome")}
+    task = bench_bf16.Task(lambda loaded: None, facts, settings, asked, max_new_tokens=4)
+    # Whole words, in capitals or not. Lee and Rome come up afterwards only.
+    texts = iter(
+        [["It is 7391.", "ADA", "Leeds", "Blue ink", "paris", ""], ["73912", "Ada", "Lee", "", "Paris", "Rome"]]
+    )
+    monkeypatch.setattr(bench_bf16, "answer_questions", lambda *_, **__: next(texts))
+
+    row = bench_bf16.run(Stages(tmp_path, None, {}), Path(model_folder), task, "bfloat16", seed=0)
+    told = {kind: (row[kind], row[f"{kind}_before"]) for kind in asked}
+    assert told == {"secrets": (1, 2), "retained": (0, 1), "general": (1, 1)}
+    assert row["steps"] == len(row["history"]) == 2
+    assert 0 < row["before_gib"] <= row["peak_gib"]
+    assert "| bfloat16 (Kahan) | 0 | 1 of 2 | 0 of 1 | 1 of 1 | 2 |" in bench_bf16.outcomes([row])
+
+
+@has_tofu
+def test_the_dtypes_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
+    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", bench_tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 2, (1e-3,), (0,), 3))
+    task = bench_bf16.tofu(SHARED / "tofu")
+    questions = {row["question"]: row["answer"] for row in task.forget}
+    assert {row["question"] for row in task.asked["secrets"]} <= questions.keys()
+    for row in task.asked["secrets"]:
+        (secret,) = row["answers"]
+        assert secret in questions[row["question"]] and secret.lower() not in row["question"].lower()
+
+    calls = []
+
+    def in_this_process(command: list[str], **_: object) -> str:
+        choice, seed = command[-2:]
+        calls.append((choice, int(seed)))
+        monkeypatch.setattr(sys, "argv", command[1:])
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            bench_bf16.main()
+        return printed.getvalue()
+
+    monkeypatch.setattr(bench_bf16, "subprocess", SimpleNamespace(check_output=in_this_process))
+    monkeypatch.setattr(bench_bf16, "answer_questions", lambda model, tokenizer, asked, tokens: [""] * len(asked))
+    given = ["--task", "tofu", "--choices", "float32", "bfloat16", "--model", model_folder]
+    given += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    for seeds in (["0"], ["0", "1"]):
+        monkeypatch.setattr(sys, "argv", ["bench_bf16", *given, "--seeds", *seeds])
+        bench_bf16.main()
+    assert calls == [("float32", 0), ("bfloat16", 0), ("float32", 1), ("bfloat16", 1)], "none is done again"
+    record = json.loads((tmp_path / "results" / "bf16_tofu.json").read_text())
+    runs = [(row["choice"], row["seed"], row["steps"]) for row in record["runs"]]
+    assert runs == [(choice, seed, 2) for seed in (0, 1) for choice in ("float32", "bfloat16")]
+    full, low = ([record["runs"][i]["history"][step] for step in (0, 1)] for i in (0, 1))
+    for at_full, at_low in zip(full, low, strict=True):
+        assert at_full != at_low
+        assert at_low["retain"] == pytest.approx(at_full["retain"], rel=0.02)
+    assert (tmp_path / "results" / "bf16_tofu.png").stat().st_size > 10_000
