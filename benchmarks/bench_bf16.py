@@ -154,13 +154,14 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
     seconds = time.perf_counter() - clock
     highest = peak()
     after = told(model.eval(), tokenizer, task)
-    # Of what was told before.
-    still = {kind: [a for a, b in zip(after[kind], before[kind], strict=True) if b] for kind in before}
+    # Of what was told before, by its place in task.asked.
+    still = {kind: {i: after[kind][i] for i, known in enumerate(before[kind]) if known} for kind in before}
     return {
         "choice": name,
         "seed": seed,
-        **{kind: sum(answers) for kind, answers in still.items()},
+        **{kind: sum(answers.values()) for kind, answers in still.items()},
         **{f"{kind}_before": len(answers) for kind, answers in still.items()},
+        "lost": {kind: [i for i, right in answers.items() if not right] for kind, answers in still.items()},
         "steps": result.summary["steps"],
         "before_gib": round(start / 2**30, 2),
         "peak_gib": round(highest / 2**30, 2),
