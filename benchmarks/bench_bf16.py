@@ -30,7 +30,7 @@ from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
 from _timing import machine
 from _workload import DATA
-from bench_lora_memory import peak, reset_peak, resident
+from bench_lora_memory import peak, reset_peak
 from bench_tofu import PRESETS, load_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,7 +147,6 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
     tokenizer = AutoTokenizer.from_pretrained(taught)
     before = stages.results(f"told-{choice.dtype}", lambda: told(model, tokenizer, task))
     reset_peak()
-    start = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident("VmRSS")
     clock = time.perf_counter()
     settings = task.settings | {"optimizer": choice.optimizer, "seed": seed, "progress": False}
     result = palu.unlearn(model, None, task.forget, tokenizer=tokenizer, **settings)
@@ -163,7 +162,6 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
         **{f"{kind}_before": len(answers) for kind, answers in still.items()},
         "lost": {kind: [i for i, right in answers.items() if not right] for kind, answers in still.items()},
         "steps": result.summary["steps"],
-        "before_gib": round(start / 2**30, 2),
         "peak_gib": round(highest / 2**30, 2),
         "seconds": round(seconds),
         "history": [{term: record[term] for term in TERMS} for record in result.history],
@@ -172,12 +170,12 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
 
 def outcomes(rows: Sequence[dict[str, Any]]) -> str:
     """Format each run's outcome as Markdown."""
-    lines = ["| weights | seed | secrets | retained | general | steps | before_gib | peak_gib | seconds |"]
-    lines.append("|---" + "|---:" * 8 + "|")
+    lines = ["| weights | seed | secrets | retained | general | steps | peak_gib | seconds |"]
+    lines.append("|---" + "|---:" * 7 + "|")
     for row in rows:
         cells = [CHOICES[row["choice"]].label, row["seed"]]
         cells += [f"{row[kind]} of {row[f'{kind}_before']}" for kind in ("secrets", "retained", "general")]
-        cells += [row[name] for name in ("steps", "before_gib", "peak_gib", "seconds")]
+        cells += [row[name] for name in ("steps", "peak_gib", "seconds")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -300,7 +300,7 @@ def test_what_is_still_told_is_counted_of_what_was_told_before(
     assert told == {"secrets": (1, 2), "retained": (0, 1), "general": (1, 1)}
     assert row["lost"] == {"secrets": [0], "retained": [0], "general": []}
     assert row["steps"] == len(row["history"]) == 2
-    assert 0 < row["before_gib"] <= row["peak_gib"]
+    assert row["peak_gib"] > 0
     assert "| bfloat16 (Kahan) | 0 | 1 of 2 | 0 of 1 | 1 of 1 | 2 |" in bench_bf16.outcomes([row])
 
 
