@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
 
 from palu.models.lora import CausalLM, base_of
 
@@ -71,12 +73,19 @@ def share_weights(model: CausalLM, *, frozen: bool = False) -> CausalLM:
 
 
 def roomy_device(model: CausalLM, device: torch.device) -> torch.device:
-    """Return the device if the whole model has room on it, and a fifth more for its activations; else the host."""
+    """Return the device if the whole model and a fifth more have room on it; else the host, which is said."""
     if device.type != "cuda":
         return device
     weights = sum(p.nbytes for p in base_of(model).parameters())
     free, _ = torch.cuda.mem_get_info(device)
-    return device if 1.2 * weights < free else torch.device("cpu")
+    if 1.2 * weights < free:
+        return device
+    tqdm.write(
+        f"palu: the whole model ({weights / 1e9:.1f} GB) has no room on {device} ({free / 1e9:.1f} GB are free), "
+        "so it is looked at on the CPU, which takes long",
+        file=sys.stderr,
+    )
+    return torch.device("cpu")
 
 
 @contextmanager
@@ -84,7 +93,8 @@ def on_device(model: CausalLM, device: torch.device) -> Iterator[None]:
     """Move a model to a device within the block, and back; one that FSDP2 has sharded stays where it is."""
     base = base_of(model)
     home = base.device
-    if home == device or any(isinstance(module, FSDPModule) for module in base.modules()):
+    here = home.type == device.type and device.index in (None, home.index)
+    if here or any(isinstance(module, FSDPModule) for module in base.modules()):
         yield
         return
     base.to(device)  # type: ignore[arg-type]
