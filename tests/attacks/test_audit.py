@@ -10,32 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import planted
-from helpers.planted import FORGET, RETAIN, SECRETS, hides_from_greedy, never_saw, original, tokenizer
+from helpers.planted import FORGET, RETAIN, SECRETS, audit, hides_from_greedy, never_saw, original, tokenizer, verdicts
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
-import palu
 from palu.attacks.ask import AskGreedily
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.sample import Sample
 from palu.data.files import DataError
-
-
-def audit(model: Any, **settings: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "original": original(),
-        "forget": FORGET,
-        "tokenizer": tokenizer(),
-        "retain": RETAIN,
-        "quick": True,
-        "progress": False,
-    }
-    return palu.audit(model, **given | settings)
-
-
-def verdicts(results: dict[str, Any]) -> dict[str, str]:
-    return {row["name"]: row["verdict"] for row in results["attacks"]}
 
 
 # --- what is returned ---

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from helpers.planted import FORGET, RETAIN, hides_from_greedy, never_saw, original, tokenizer
+from helpers.planted import audit, hides_from_greedy, never_saw, original, verdicts
 
-import palu
 from palu.attacks import run
 
 ROWS = [
@@ -24,22 +22,6 @@ ROWS = [
     *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows")),
     "inside: logit lens, top 10",
 ]
-
-
-def audit(model: Any, **settings: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "original": original(),
-        "forget": FORGET,
-        "tokenizer": tokenizer(),
-        "retain": RETAIN,
-        "quick": True,
-        "progress": False,
-    }
-    return palu.audit(model, **given | settings)
-
-
-def verdicts(results: dict[str, Any]) -> dict[str, str]:
-    return {row["name"]: row["verdict"] for row in results["attacks"]}
 
 
 def test_a_model_that_holds_every_secret_is_open_in_each_attack() -> None:

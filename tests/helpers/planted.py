@@ -12,6 +12,7 @@ from helpers.tiny import overfit, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import palu
 from palu.attacks.ask import PREFIX
 from palu.attacks.secrets import SHOTS, AuditData, with_question
 
@@ -112,3 +113,21 @@ def refuses() -> LlamaForCausalLM:
     rows = [{"input_ids": [*p.tolist(), *answer], "labels": [-100] * len(p) + answer} for p in data().prompts]
     overfit(model, rows, steps=20, learning_rate=1e-3)
     return model
+
+
+def audit(model: Any, **settings: Any) -> dict[str, Any]:
+    """palu.audit of a planted model, quick."""
+    given: dict[str, Any] = {
+        "original": original(),
+        "forget": FORGET,
+        "tokenizer": tokenizer(),
+        "retain": RETAIN,
+        "quick": True,
+        "progress": False,
+    }
+    return palu.audit(model, **given | settings)
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, str]:
+    """Each row's verdict."""
+    return {row["name"]: row["verdict"] for row in results["attacks"]}
