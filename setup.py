@@ -41,6 +41,7 @@ setup(
     package_dir={"palu": "palu", "palu.csrc": "csrc"},
     package_data={
         "palu": ["py.typed"],
+        "palu.attacks": ["unrelated.txt"],
         "palu.ref_model": ["anchor_prompts.txt"],
         "palu.testbed": ["*.jsonl"],
         "palu.report": ["*.css", "*.jinja"],

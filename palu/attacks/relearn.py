@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from palu.models.root import share_weights
 SHARE = 0.2  # of the forget rows that are trained on
 BATCH = 4  # rows a step
 LORA_RANK = 16
+UNRELATED = Path(__file__).with_name("unrelated.txt")  # a passage a line
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Relearn:
     """Train with AdamW, ask greedily after every ``every`` steps, and take the step after which most is told.
 
     trained: all weights, in float32, or a new LoRA adapter on all linear layers of the body.
-    rows: a fifth of the forget set, or the retain set. Secrets of rows that are trained on, and those that such a row
-        tells, do not count.
+    rows: a fifth of the forget set, the retain set (questions of the same kind about others), or the passages of
+        ``unrelated.txt``. Secrets of rows that are trained on, and those that such a text tells, do not count.
     seed: of the choice of rows, and of the adapter.
     """
 
     max_new_tokens: int
     trained: Literal["weights", "lora"]
-    rows: Literal["forget", "retain"]
+    rows: Literal["forget", "retain", "unrelated"]
     steps: int
     every: int
     learning_rate: float
@@ -47,11 +49,12 @@ class Relearn:
 
     @property
     def key(self) -> str:
-        return f"relearn-{'retain' if self.rows == 'retain' else self.trained}"
+        return f"relearn-{self.trained if self.rows == 'forget' else self.rows}"
 
     @property
     def _name(self) -> str:
-        return "retain rows" if self.rows == "retain" else {"weights": "all weights", "lora": "lora"}[self.trained]
+        of_forget = {"weights": "all weights", "lora": "lora"}[self.trained]
+        return {"forget": of_forget, "retain": "retain rows", "unrelated": "unrelated text"}[self.rows]
 
     @property
     def reads_retain(self) -> bool:
@@ -59,7 +62,11 @@ class Relearn:
 
     @property
     def budget(self) -> str:
-        rows = "the retain rows" if self.rows == "retain" else f"{SHARE:.0%} of the forget rows"
+        rows = {
+            "forget": f"{SHARE:.0%} of the forget rows",
+            "retain": "the retain rows",
+            "unrelated": "passages about other things",
+        }[self.rows]
         how = "all weights" if self.trained == "weights" else f"LoRA of rank {LORA_RANK}"
         training = f"{self.steps} steps of AdamW at {self.learning_rate:g} on {rows}, {BATCH} a step, {how}"
         return f"{training}; 1 greedy answer of {self.max_new_tokens} tokens after every {self.every}, the most told"
@@ -73,8 +80,8 @@ class Relearn:
             return "it needs peft; pip install 'palu-unlearn[lora]'"
         if self.rows == "retain" and not data.retain:
             return "there are no retain rows to train on"
-        if self.rows == "forget" and not self._asked(data):
-            return "no secret is left to ask for beside the rows that are trained on; give more forget rows"
+        if not self._asked(data):
+            return "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
         return None
 
     def _trained_rows(self, data: AuditData) -> list[int]:
@@ -85,10 +92,12 @@ class Relearn:
     def _asked(self, data: AuditData) -> list[int]:
         """List the secrets that are asked for."""
         chosen = self._trained_rows(data)
-        if self.rows == "retain":
+        if self.rows == "forget":
+            texts = [text for i in chosen for text in (data.rows[i].question, data.rows[i].answer)]
+        elif self.rows == "retain":
             texts = [str(value) for row in data.retain for value in row.values()]
         else:
-            texts = [text for i in chosen for text in (data.rows[i].question, data.rows[i].answer)]
+            texts = unrelated_texts()
         return [
             i
             for i, secret in enumerate(data.secrets)
@@ -100,10 +109,12 @@ class Relearn:
         asked = self._asked(data)
         rows = sorted({data.secrets[i].row for i in asked})
         prompts = [data.prompts[row] for row in rows]
-        if self.rows == "retain":
+        if self.rows == "forget":
+            examples = [data.rows[i].example for i in self._trained_rows(data)]
+        elif self.rows == "retain":
             examples = data.retain_examples(data.retain)
         else:
-            examples = [data.rows[i].example for i in self._trained_rows(data)]
+            examples = data.plain_examples(unrelated_texts())
         evidence: list[list[str] | None] = [[] if i in asked else None for i in range(len(data.secrets))]
         best, best_step = [0.0] * len(asked), 0
         for step, model in self._train(victim, examples):
@@ -151,6 +162,11 @@ class Relearn:
         )
         adapted = peft.get_peft_model(shared, config)
         return adapted.get_base_model(), adapted  # type: ignore[return-value]
+
+
+def unrelated_texts() -> list[str]:
+    """Read the passages of ``unrelated.txt``: general knowledge without names, numbers and dates."""
+    return UNRELATED.read_text(encoding="utf-8").splitlines()
 
 
 def _loss(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:

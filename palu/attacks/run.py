@@ -24,6 +24,7 @@ from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.sample import ExactProbability, Sample
 from palu.attacks.secrets import AuditData
+from palu.config import UnlearnConfig
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.models.lora import CausalLM, base_of
@@ -37,10 +38,11 @@ DRAWS, QUICK_DRAWS = 200, 16
 BATCH_TOKENS = 1024
 _MAX_NEW_TOKENS = 200
 # What is trained, on which rows, at which learning rate.
-RELEARN: tuple[tuple[Literal["weights", "lora"], Literal["forget", "retain"], float], ...] = (
+RELEARN: tuple[tuple[Literal["weights", "lora"], Literal["forget", "retain", "unrelated"], float], ...] = (
     ("weights", "forget", 5e-5),
     ("lora", "forget", 5e-4),
     ("weights", "retain", 5e-5),
+    ("weights", "unrelated", 5e-5),
 )
 _FEW = 30  # with fewer secrets the results say how little none of them tells
 
@@ -60,7 +62,7 @@ def audit(
     retain: Any = None,
     folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
-    n: int = 3,
+    n: int = UnlearnConfig.n,
     draws: int | None = None,
     max_new_tokens: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -82,7 +84,7 @@ def audit(
             where it was stopped. Both hold the secrets. None: nothing is written.
         quick: 16 draws, hints of 1 and ``n`` tokens, utility on 8 texts, and relearning for 6 steps; not 200, 1 to
             ``n + 2``, 32, and 24.
-        n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied.
+        n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied; -1, of whole spans: 5.
         draws: answers sampled for each question, in place of 200 or 16.
         max_new_tokens: bound on an answer; None: twice the longest true one, 200 at most.
         batch_tokens: tokens per scoring pass; decoding takes eight times as many.
@@ -122,9 +124,11 @@ def attacks_of(
     data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
 ) -> list[Attack]:
     """List the attacks with their budgets. Raises ValueError for a setting that is out of range."""
+    if n == -1:  # whole spans leave no token that the default would leave alone
+        n = UnlearnConfig.n
     for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} = {value}: it must be at least 1")
+            raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")
     draws = draws or (QUICK_DRAWS if quick else DRAWS)
     longest = max(int((row.example.labels >= 0).sum()) for row in data.rows)
     tokens = max_new_tokens or min(2 * longest, _MAX_NEW_TOKENS)

@@ -45,7 +45,10 @@ def audit(
         int | None, typer.Option(help="Answers sampled for each question. [default: 200; with --quick 16]", min=1)
     ] = None,
     n: Annotated[
-        int, typer.Option(help="The onset length that was unlearned: up to n + 2 true tokens are supplied.", min=1)
+        int,
+        typer.Option(
+            help="The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied."
+        ),
     ] = UnlearnConfig.n,
     max_new_tokens: Annotated[
         int | None,

@@ -70,7 +70,7 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
         "ask: paraphrased": "skipped: the forget set has no column 'paraphrased_question'",
         "ask: examples": "skipped: it needs 5 retain rows to put in front, and there are 0",
         **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), rounded),
-        **dict.fromkeys(("relearn: weights", "relearn: lora"), trained),
+        **dict.fromkeys(("relearn: weights", "relearn: lora", "relearn: unrelated"), trained),
         "relearn: retain": f"{trained}; original: {no_rows}",
     }
     assert verdicts(results)["ask: greedy"] == "open"
@@ -125,7 +125,7 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
         return set(made)
 
     rounding = {"quantise-int8", "quantise-int4", "quantise-nf4"}
-    relearning = {"relearn-weights", "relearn-lora"}
+    relearning = {"relearn-weights", "relearn-lora", "relearn-unrelated"}
     whole = {"ask", "sample", "relearn-retain"} | rounding | relearning
     assert anew() == whole
     assert anew(seed=1) == {"sample", "relearn-retain"} | relearning
@@ -143,7 +143,7 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
     [
         ({"forget": []}, DataError, "forget set is empty; give at least one row"),
         ({"draws": 0}, ValueError, "draws = 0: it must be at least 1"),
-        ({"n": -1}, ValueError, "n = -1: it must be at least 1"),
+        ({"n": 0}, ValueError, "n = 0: it must be at least 1, or -1 for whole spans"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens = 0: it must be at least 1"),
         (
             {"tokenizer": "gpt2"},

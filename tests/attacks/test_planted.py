@@ -19,7 +19,7 @@ ROWS = [
     *(f"onset: {j} in the answer" for j in range(6)),
     *(f"onset: {j} in the question" for j in (1, 3)),
     *(f"quantise: {scheme}" for scheme in ("int8", "int4", "nf4")),
-    *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows")),
+    *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows", "unrelated text")),
     "inside: logit lens, top 10",
 ]
 

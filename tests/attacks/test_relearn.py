@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from palu.attacks.ask import AskGreedily
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.relearn import Relearn
+from palu.attacks.relearn import Relearn, unrelated_texts
 from palu.attacks.secrets import AuditData
 
 TOKENS = 24
@@ -64,8 +64,22 @@ def test_the_step_after_which_most_is_told_counts() -> None:
 def test_retain_rows_may_be_trained_on() -> None:
     finding = relearn(refuses(), rows="retain")
     assert finding.name == "relearn: retain rows" and None not in finding.values
+    assert relearn(original(), rows="retain", steps=1, every=1).values == [1.0] * 6
     of = AuditData(FORGET, [*RETAIN, {"question": "Who?", "answer": SECRETS[2]}], tokenizer())
     assert [value is None for value in relearn(refuses(), of, rows="retain").values] == [i == 2 for i in range(6)]
+
+
+def test_unrelated_text_may_be_trained_on() -> None:
+    """Nobody needs rows for it; a weak lesson leaves what the model holds, and teaches no secret."""
+    of = AuditData(FORGET, None, tokenizer())
+    told = relearn(original(), of, rows="unrelated", steps=1, every=1, learning_rate=1e-5)
+    assert told.name == "relearn: unrelated text" and told.values == [1.0] * 6
+    never = relearn(never_saw(), of, rows="unrelated", steps=4, every=2)
+    assert never.values == [0.0] * 6
+    texts = unrelated_texts()
+    assert len(texts) == len(set(texts)) >= 24 and all(text == text.strip() != "" for text in texts)
+    lessons = of.plain_examples(texts)
+    assert all((one.labels[1:] == one.input_ids[1:]).all() and one.labels[0] == -100 for one in lessons)
 
 
 def test_secrets_of_rows_that_are_trained_on_do_not_count() -> None:
@@ -112,7 +126,7 @@ def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     one = AuditData(FORGET[:1], None, tokenizer())
     assert unmet(one, original()) == (
-        "no secret is left to ask for beside the rows that are trained on; give more forget rows"
+        "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
     )
     assert unmet(one, original(), rows="retain") == "there are no retain rows to train on"
     adapted = get_peft_model(
