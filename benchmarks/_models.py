@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ def load(name: str) -> Loaded:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 
-def save(loaded: Loaded, folder: Path) -> None:
-    """Write a model and its tokenizer; the folder appears only when it is whole."""
+def save(loaded: Loaded, folder: Path, files: Mapping[str, str] | None = None) -> None:
+    """Write a model, its tokenizer and other files' texts; the folder appears only when it is whole."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in loaded:
         part.save_pretrained(partial)
+    for name, text in (files or {}).items():
+        (partial / name).write_text(text)
     os.replace(partial, folder)
 
 

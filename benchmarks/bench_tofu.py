@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -85,6 +86,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
 }
 
@@ -130,11 +132,18 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
         self.stages = Stages(arguments.output / arguments.preset, arguments.minutes, json.loads(json.dumps(key)))
-        # With retain results of its own, the retain model's forget quality would be 1 by definition.
-        retained = self._taught("retain", self.data.retain)
-        self.retain = self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(retained)), None))
+        self.retain_folder = self._taught("retain", self.data.retain)
         self.folder = self._taught("original", self.data.forget + self.data.retain)
-        self.original = self.stages.results(
+
+    @cached_property
+    def retain(self) -> dict[str, Any]:
+        """The evaluation of the retain model; with retain results of its own, its forget quality would be 1."""
+        return self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(self.retain_folder)), None))
+
+    @cached_property
+    def original(self) -> dict[str, Any]:
+        """The evaluation of the original."""
+        return self.stages.results(
             "original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain)
         )
 
@@ -170,23 +179,46 @@ class Bench:
         """Unlearn the original with some settings and evaluate it; returns the results, and what unlearning cost."""
 
         def run() -> dict[str, Any]:
-            model, tokenizer = load(str(self.folder))
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
-            result = palu.unlearn(
-                model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings
-            )
-            on_gpu = self.device.type == "cuda"
-            cost = {
-                "seconds": result.summary["seconds"],
-                "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
-                "config": result.summary["config"],
-            }
-            return self._evaluate((model, tokenizer), self.retain) | {"cost": cost}
+            kept = self.stages.folder / _kept(name)
+            if kept.exists():
+                loaded, cost = load(str(kept)), json.loads((kept / COST).read_text())
+            else:
+                loaded, cost = self._unlearn(settings)
+            return self._evaluate(loaded, self.retain) | {"cost": cost}
 
         print(name, flush=True)
         return self.stages.results(name, run)
+
+    def unlearned_model(self, name: str, **settings: Any) -> Path:
+        """Unlearn the original with some settings; returns the folder of the model, which is kept."""
+
+        def make(path: Path) -> None:
+            loaded, cost = self._unlearn(settings)
+            save(loaded, path, {COST: json.dumps(cost)})
+
+        print(name, flush=True)
+        return self.stages.path(_kept(name), make)
+
+    def _unlearn(self, settings: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
+        model, tokenizer = load(str(self.folder))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+        result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings)
+        on_gpu = self.device.type == "cuda"
+        cost = {
+            "seconds": result.summary["seconds"],
+            "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+            "config": result.summary["config"],
+        }
+        return (model, tokenizer), cost
+
+
+COST = "cost.json"
+
+
+def _kept(name: str) -> str:
+    return f"{name}-model"
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:

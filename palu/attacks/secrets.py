@@ -189,9 +189,7 @@ class AuditData:
     def plain_examples(self, texts: Sequence[str]) -> list[Example]:
         """Tokenise texts as they are, every token but the first labelled."""
         found = [torch.tensor(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
-        return [
-            Example(i, ids, torch.where(torch.arange(len(ids)) == 0, IGNORE, ids)) for i, ids in enumerate(found)
-        ]
+        return [Example(i, ids, torch.where(torch.arange(len(ids)) == 0, IGNORE, ids)) for i, ids in enumerate(found)]
 
     def answer_beginnings(self, beginning: str) -> list[Tensor]:
         """Tokenise each row's prompt with the beginning of an answer after it: [t] each."""
