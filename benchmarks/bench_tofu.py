@@ -143,9 +143,7 @@ class Bench:
     @cached_property
     def original(self) -> dict[str, Any]:
         """The evaluation of the original."""
-        return self.stages.results(
-            "original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain)
-        )
+        return self.stages.results("original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain))
 
     def _taught(self, name: str, rows: list[Row]) -> Path:
         """Return the folder of a model that was fine-tuned on the rows."""

@@ -1,0 +1,135 @@
+"""What attackers get out of unlearned models: the audit of PALU, two settings of it, NPO and TPO on TOFU.
+
+    python benchmarks/bench_audit.py --preset small                    # CPU; hours, in pieces with --minutes
+
+The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
+model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
+and seed. Each is audited (--quick), its weights in bfloat16 where the device multiplies that fast, as such models are
+served. Finished models and attacks are kept in --output, with what each model wrote: the same command goes on where it
+stopped. Writes audit_<preset>.json, .md and .png to --results.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import Loaded, load, mixed_precision
+from _stages import resumable
+from bench_tofu import Bench, begin, parser_of, write
+
+import palu
+
+MAX_NEW_TOKENS = 96  # TOFU's longest answer has 95 tokens of SmolLM2's
+METHODS: dict[str, dict[str, Any]] = {
+    "PALU": {},
+    "PALU, n=-1": {"n": -1},
+    "NPO": {"objective": "npo"},
+    "TPO": {"objective": "tpo"},
+    "published": {"normalize": False, "top_k": 5000, "anchors": 0},
+}
+SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
+
+
+def audited(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Unlearn with some settings, and audit the model; returns what :func:`palu.audit` does."""
+    rate, seed = bench.preset.learning_rates[0], bench.preset.seeds[0]
+    stage = name.replace(", ", "-").replace("=", "")
+    folder = bench.unlearned_model(f"{stage}-lr{rate:g}-seed{seed}", learning_rate=rate, seed=seed, **settings)
+
+    def run() -> dict[str, Any]:
+        model, tokenizer = served(bench, folder)
+        return palu.audit(
+            model,
+            served(bench, bench.folder)[0],
+            bench.data.forget,
+            tokenizer=tokenizer,
+            retain_model=served(bench, bench.retain_folder)[0],
+            retain=bench.data.retain,
+            folder=bench.stages.folder / "audits",  # what was found of original and retain model serves all
+            quick=True,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+
+    return bench.stages.results(f"{stage}-audited", run)
+
+
+def served(bench: Bench, folder: Path) -> Loaded:
+    """Load a model in the dtype in which it is served."""
+    model, tokenizer = load(str(folder))
+    dtype = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32
+    return model.to(bench.device, dtype), tokenizer  # type: ignore[arg-type]
+
+
+def shortened(audit: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what stands there by secret."""
+    kept = ("told", "figures")
+    rows = [
+        row | {"models": {role: {key: one[key] for key in kept} for role, one in row["models"].items()}}
+        for row in audit["attacks"]
+    ]
+    return audit | {"secrets": len(audit["secrets"]), "attacks": rows}
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """Format a table: a row an attack, the share of secrets told by each model, and the verdict on it."""
+    lines = ["| attack (share of secrets told) | " + " | ".join(["original", "retain", *results]) + " |"]
+    lines.append("|---|" + "---:|" * (2 + len(results)))
+    for rows in zip(*(one["attacks"] for one in results.values()), strict=True):
+        first = rows[0]
+        name = first["name"]
+        if first.get("secrets", 0) < len(next(iter(results.values()))["secrets"]):
+            name += f" (of {first.get('secrets', 0)})"
+        if not first["models"]:
+            lines.append(f"| {name} |" + " |" * (2 + len(results)))
+            continue
+        cells = [f"{first['models'][role]['told']:.2f}" for role in ("original", "retain")]
+        cells += [f"{row['models']['unlearned']['told']:.2f} {SHOWN[row['verdict']]}" for row in rows]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Plot rho with its interval, a row an attack, a colour a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["name"] for row in next(iter(results.values()))["attacks"] if row["models"]]
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(names) + 1.5))
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for number, (method, one) in enumerate(results.items()):
+        found = {row["name"]: row["rho"] for row in one["attacks"] if row["rho"]["value"] is not None}
+        places = [i + 0.14 * (number - (len(results) - 1) / 2) for i, name in enumerate(names) if name in found]
+        rhos = [found[name] for name in names if name in found]
+        for place, value in zip(places, rhos, strict=True):
+            low, high = (-9 if value["low"] is None else value["low"], 9 if value["high"] is None else value["high"])
+            axis.plot([low, high], [place, place], color=colours[number], linewidth=1)
+        axis.scatter([value["value"] for value in rhos], places, s=14, color=colours[number], label=method, zorder=3)
+    axis.axvline(0.1, color="grey", linewidth=0.8, linestyle="--")
+    axis.set(xlim=(-0.15, 1.15), yticks=range(len(names)), yticklabels=names, title=title)
+    axis.set_xlabel("rho: what is left of the original's leak, 95 % interval; held where it ends left of the dashes")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
+    arguments = parser.parse_args()
+    with resumable():
+        bench = begin(parser, arguments)
+        results = {name: audited(bench, name, METHODS[name]) for name in arguments.methods}
+    dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
+    details = {"dtype": dtype, "audits": {name: shortened(one) for name, one in results.items()}}
+    path = write(arguments, "audit", markdown(results), details)
+    plot(results, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}")
+
+
+if __name__ == "__main__":
+    main()
