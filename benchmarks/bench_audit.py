@@ -22,21 +22,23 @@ from bench_tofu import Bench, begin, parser_of, write
 import palu
 
 MAX_NEW_TOKENS = 96  # TOFU's longest answer has 95 tokens of SmolLM2's
-METHODS: dict[str, dict[str, Any]] = {
-    "PALU": {},
-    "PALU, n=-1": {"n": -1},
-    "NPO": {"objective": "npo"},
-    "TPO": {"objective": "tpo"},
-    "published": {"normalize": False, "top_k": 5000, "anchors": 0},
+# What the stages of bench_tofu.py and bench_ablation.py call each, and its settings.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "PALU": ("palu", {}),
+    "PALU, n=-1": ("N=all", {"n": -1}),
+    "NPO": ("npo", {"objective": "npo"}),
+    "TPO": ("tpo", {"objective": "tpo"}),
+    "published loss": ("published-loss", {"normalize": False, "top_k": 5000, "anchors": 0}),
 }
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 
 
-def audited(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Unlearn with some settings, and audit the model; returns what :func:`palu.audit` does."""
+def audited(bench: Bench, method: str) -> dict[str, Any]:
+    """Unlearn with a method, and audit the model; returns what :func:`palu.audit` does."""
     rate, seed = bench.preset.learning_rates[0], bench.preset.seeds[0]
-    stage = name.replace(", ", "-").replace("=", "")
-    folder = bench.unlearned_model(f"{stage}-lr{rate:g}-seed{seed}", learning_rate=rate, seed=seed, **settings)
+    name, settings = METHODS[method]
+    name = f"{name}-lr{rate:g}-seed{seed}"
+    folder = bench.unlearned_model(name, learning_rate=rate, seed=seed, **settings)
 
     def run() -> dict[str, Any]:
         model, tokenizer = served(bench, folder)
@@ -52,7 +54,7 @@ def audited(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]
             max_new_tokens=MAX_NEW_TOKENS,
         )
 
-    return bench.stages.results(f"{stage}-audited", run)
+    return bench.stages.results(f"{name}-audited", run)
 
 
 def served(bench: Bench, folder: Path) -> Loaded:
@@ -124,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with resumable():
         bench = begin(parser, arguments)
-        results = {name: audited(bench, name, METHODS[name]) for name in arguments.methods}
+        results = {method: audited(bench, method) for method in arguments.methods}
     dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
     details = {"dtype": dtype, "audits": {name: shortened(one) for name, one in results.items()}}
     path = write(arguments, "audit", markdown(results), details)

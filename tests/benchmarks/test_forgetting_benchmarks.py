@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import bench_ablation
+import bench_audit
 import bench_bf16
 import bench_muse_news
 import bench_spans
@@ -240,7 +241,7 @@ def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *
     given = ["--preset", "tiny", "--output", str(folder / "runs"), "--results", str(results), *options]
     monkeypatch.setattr(sys, "argv", [module.__name__, *given])
     module.main()
-    name = {bench_tofu: "tofu", bench_ablation: "ablation", bench_muse_news: "muse"}[module]
+    name = module.__name__.removeprefix("bench_").removesuffix("_news")
     return json.loads((results / f"{name}_tiny.json").read_text())
 
 
@@ -269,6 +270,42 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
     assert (record["learning_rates"], record["seeds"]) == ([1e-3, 2e-3], [0, 1])
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+@has_tofu
+def test_the_audit_attacks_the_models_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
+) -> None:
+    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", bench_tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3))
+    monkeypatch.setattr(bench_audit, "MAX_NEW_TOKENS", 3)
+    given = ("--model", model_folder, "--methods", "PALU", "NPO")
+    record = command(monkeypatch, bench_audit, tmp_path, *given)
+    assert list(record["audits"]) == ["PALU", "NPO"]
+    for audit in record["audits"].values():
+        assert audit["models"].keys() == {"unlearned", "original", "retain"} and audit["quick"]
+        assert all(one.keys() == {"told", "figures"} for row in audit["attacks"] for one in row["models"].values())
+    originals = [audit["models"]["original"]["fingerprint"] for audit in record["audits"].values()]
+    unlearned = [audit["models"]["unlearned"]["fingerprint"] for audit in record["audits"].values()]
+    assert len({*originals}) == 1 and len({*originals, *unlearned}) == 3
+    table = (tmp_path / "results" / "audit_tiny.md").read_text().splitlines()
+    assert table[0] == "| attack (share of secrets told) | original | retain | PALU | NPO |"
+    assert len(table) == 2 + len(record["audits"]["PALU"]["attacks"]) and len({row.count("|") for row in table}) == 1
+    assert (tmp_path / "results" / "audit_tiny.png").stat().st_size > 10_000
+
+    stages = tmp_path / "runs" / "tiny"
+    (stages / "npo-lr0.001-seed0-audited.json.gz").unlink()
+    kept = [*stages.rglob("*.safetensors"), *(stages / "audits" / "audit").iterdir()]
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    assert command(monkeypatch, bench_audit, tmp_path, *given)["audits"] == record["audits"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+    # The table of the same models does not make them again.
+    monkeypatch.setattr(bench_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
+    bench = bench_tofu.Bench(
+        bench_tofu.parser_of(None).parse_args(
+            ["--preset", "tiny", "--output", str(tmp_path / "runs"), "--model", model_folder]
+        )
+    )
+    assert bench.unlearned("npo-lr0.001-seed0")["cost"]["config"]["objective"] == "npo"
 
 
 @has_muse
