@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from _stages import resumable
-from bench_tofu import COLUMNS, begin, markdown, parser_of, summary, write
+from _tofu import COLUMNS, begin, markdown, parser_of, summary, write
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from _models import Loaded, load, mixed_precision
 from _stages import resumable
-from bench_tofu import Bench, begin, parser_of, write
+from _tofu import Bench, begin, parser_of, write
 
 import palu
 

@@ -29,9 +29,9 @@ import transformers
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
 from _timing import machine
+from _tofu import PRESETS, load_data
 from _workload import DATA
 from bench_lora_memory import peak, reset_peak
-from bench_tofu import PRESETS, load_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import palu

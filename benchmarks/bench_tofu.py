@@ -16,213 +16,14 @@ one with the highest utility.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import random
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-from _models import Loaded, Row, fine_tune, load, mixed_precision, save
-from _stages import Stages, resumable
-from _timing import machine
-from _workload import DATA
-
-import palu
-from palu.config import OBJECTIVES
-from palu.evaluate import TofuData, load_tofu
-from palu.evaluate.rows import load_rows
-
-METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
-METHODS |= {name: name.upper() for name in ("pdu", "tpo", "palu")}
-assert METHODS.keys() == OBJECTIVES.keys()
-KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
-
-COLUMNS = {
-    "FQ": "forget_quality",
-    "KS D": "forget_quality_ks",
-    "MU": "model_utility",
-    "Fluency": "forget_fluency",
-    "EM": "exact_memorization",
-    "F-TR": "forget_truth_ratio",
-    "Ra-TR": "ra_Truth_Ratio",
-    "R-TR": "retain_Truth_Ratio",
-    "Rw-TR": "wf_Truth_Ratio",
-    "Min-K": "mia_min_k",
-    "Min-K++": "mia_min_k_plus_plus",
-    "PrivLeak": "privleak",
-    "ES": "extraction_strength",
-    "ROUGE": "forget_Q_A_ROUGE",
-    "seconds": "seconds",
-    "peak GiB": "peak_gib",
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of one run of the table. Counts of rows; None: all."""
-
-    forget: int | None  # rows of forget05
-    retain: int | None  # rows of retain95, without the holdout
-    retain_evaluated: int | None
-    facts: int | None  # rows of real authors, and of world facts
-    perturbed: int | None  # wrong answers per row
-    holdout: int  # the last rows of retain90, seen by no model: 20 a fictitious author
-    teach_epochs: int
-    teach_batch: int
-    epochs: int
-    batch_size: int
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    max_new_tokens: int
-
-
-PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
-    "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
-    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
-}
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is taught, unlearned and evaluated."""
-
-    forget: list[Row]
-    retain: list[Row]
-    evaluated: TofuData
-
-
-def load_data(folder: Path, preset: Preset) -> Data:
-    """Load forget05 and retain95 without the holdout, and the evaluation sets, cut to the preset's sizes."""
-    tofu = load_tofu("forget05", folder)
-    retain90, forget10 = load_rows(folder / "retain90.jsonl"), load_rows(folder / "forget10.jsonl")
-    idk = (folder / "idk.txt").read_text(encoding="utf-8").splitlines()
-    rng = random.Random(0)
-    forget = [row | {"alternate": rng.choice(idk)} for row in tofu.forget[: preset.forget]]
-
-    def cut(rows: list[Row], count: int | None) -> list[Row]:
-        return [row | {"perturbed_answer": row["perturbed_answer"][: preset.perturbed]} for row in rows[:count]]
-
-    retain = (retain90[: -preset.holdout] + forget10[:200])[: preset.retain]
-    evaluated = TofuData(
-        forget=cut(tofu.forget, preset.forget),
-        retain=cut(tofu.retain, preset.retain_evaluated),
-        real_authors=cut(tofu.real_authors, preset.facts),
-        world_facts=cut(tofu.world_facts, preset.facts),
-        holdout=retain90[-preset.holdout :],
-    )
-    return Data(forget, retain, evaluated)
-
-
-class Bench:
-    """The models, the data and the finished stages of one preset."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        self.preset = PRESETS[arguments.preset]
-        self.model, self.fluency_model = arguments.model, arguments.fluency_model
-        self.data = load_data(arguments.data, self.preset)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
-        self.stages = Stages(arguments.output / arguments.preset, arguments.minutes, json.loads(json.dumps(key)))
-        self.retain_folder = self._taught("retain", self.data.retain)
-        self.folder = self._taught("original", self.data.forget + self.data.retain)
-
-    @cached_property
-    def retain(self) -> dict[str, Any]:
-        """The evaluation of the retain model; with retain results of its own, its forget quality would be 1."""
-        return self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(self.retain_folder)), None))
-
-    @cached_property
-    def original(self) -> dict[str, Any]:
-        """The evaluation of the original."""
-        return self.stages.results("original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain))
-
-    def _taught(self, name: str, rows: list[Row]) -> Path:
-        """Return the folder of a model that was fine-tuned on the rows."""
-
-        def make(path: Path) -> None:
-            loaded = load(self.model)
-            fine_tune(
-                loaded,
-                rows,
-                epochs=self.preset.teach_epochs,
-                batch_size=self.preset.teach_batch,
-                label=f"fine-tune {name}",
-            )
-            save(loaded, path)
-
-        return self.stages.path(name, make)
-
-    def _evaluate(self, loaded: Loaded, retain: Any) -> dict[str, Any]:
-        loaded[0].to(self.device)  # type: ignore[arg-type]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
-            return palu.evaluate.tofu(
-                *loaded,
-                data=self.data.evaluated,
-                retain_results=retain,
-                fluency_model=self.fluency_model,
-                mia=("min_k", "min_k_plus_plus"),
-                max_new_tokens=self.preset.max_new_tokens,
-            )
-
-    def unlearned(self, name: str, **settings: Any) -> dict[str, Any]:
-        """Unlearn the original with some settings and evaluate it; returns the results, and what unlearning cost."""
-
-        def run() -> dict[str, Any]:
-            kept = self.stages.folder / _kept(name)
-            if kept.exists():
-                loaded, cost = load(str(kept)), json.loads((kept / COST).read_text())
-            else:
-                loaded, cost = self._unlearn(settings)
-            return self._evaluate(loaded, self.retain) | {"cost": cost}
-
-        print(name, flush=True)
-        return self.stages.results(name, run)
-
-    def unlearned_model(self, name: str, **settings: Any) -> Path:
-        """Unlearn the original with some settings; returns the folder of the model, which is kept."""
-
-        def make(path: Path) -> None:
-            loaded, cost = self._unlearn(settings)
-            save(loaded, path, {COST: json.dumps(cost)})
-
-        print(name, flush=True)
-        return self.stages.path(_kept(name), make)
-
-    def _unlearn(self, settings: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
-        model, tokenizer = load(str(self.folder))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
-        result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings)
-        on_gpu = self.device.type == "cuda"
-        cost = {
-            "seconds": result.summary["seconds"],
-            "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
-            "config": result.summary["config"],
-        }
-        return (model, tokenizer), cost
-
-
-COST = "cost.json"
-
-
-def _kept(name: str) -> str:
-    return f"{name}-model"
-
-
-def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Pick the table's figures from one evaluation."""
-    figures = {name: results[name]["agg_value"] for name in COLUMNS.values() if name in results}
-    return more | {"seconds": None, "peak_gib": None} | results.get("cost", {}) | figures
+from _stages import resumable
+from _tofu import COLUMNS, KEEPS, METHODS, Bench, begin, markdown, parser_of, summary, write
 
 
 def run(
@@ -264,19 +65,6 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
     return table
 
 
-def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:
-    """Format the rows as Markdown; * marks a row that keeps less than 0.95 of the original's utility."""
-    lines = ["| | " + " | ".join([*settings, *COLUMNS]) + " |"]
-    lines.append("|---|" + "---|" * len(settings) + "---:|" * len(COLUMNS))
-    for row in table:
-        name = METHODS.get(row["method"], row["method"][0].upper() + row["method"][1:])
-        name += " *" if row["model_utility"] < KEEPS * utility else ""
-        given = [f"{row[key]:g}" if key in row else "" for key in settings]
-        figures = ["" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values()]
-        lines.append("| " + " | ".join([name, *given, *figures]) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Plot forget quality against model utility, every run."""
     import matplotlib
@@ -308,48 +96,6 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options that every command on these stages has."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
-    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
-    parser.add_argument("--fluency-model", default=None, help="a gibberish classifier; without one, no fluency")
-    parser.add_argument("--output", type=Path, default=Path("runs/tofu"), help="folder of the finished stages")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
-    return parser
-
-
-def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Bench:
-    """Check the data, choose the precision, and fine-tune and evaluate what comes before the first run."""
-    if not (arguments.data / "forget05.jsonl").exists():
-        parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
-    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
-    return Bench(arguments)
-
-
-def write(arguments: argparse.Namespace, name: str, table: str, details: dict[str, Any]) -> Path:
-    """Print the table, then one JSON line; write both. Returns the path without its suffix."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {
-        "benchmark": name,
-        **machine(device),
-        "date": time.strftime("%Y-%m-%d"),
-        "preset": arguments.preset,
-        "settings": asdict(PRESETS[arguments.preset]),
-        **details,
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{name}_{arguments.preset}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table)
-    print(table)
-    print(json.dumps(record))
-    return path
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import _tofu
 import bench_ablation
 import bench_audit
 import bench_bf16
@@ -121,9 +122,9 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
 
 
 @has_tofu
-@pytest.mark.parametrize("preset", list(bench_tofu.PRESETS))
+@pytest.mark.parametrize("preset", list(_tofu.PRESETS))
 def test_no_model_sees_the_holdout(preset: str) -> None:
-    data = bench_tofu.load_data(SHARED / "tofu", bench_tofu.PRESETS[preset])
+    data = _tofu.load_data(SHARED / "tofu", _tofu.PRESETS[preset])
 
     def facts(rows: list[dict]) -> set[tuple[str, str]]:
         return {(row["question"], row["answer"]) for row in rows}
@@ -247,8 +248,8 @@ def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *
 
 @has_tofu
 def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    sizes = bench_tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
-    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", sizes)
+    sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
+    monkeypatch.setitem(_tofu.PRESETS, "tiny", sizes)
     record = command(monkeypatch, bench_tofu, tmp_path, "--model", model_folder)
     assert [row["method"] for row in record["table"]] == ["original", "retain", *bench_tofu.METHODS]
     assert len(record["runs"]) == 2 + len(bench_tofu.METHODS)
@@ -276,7 +277,7 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_audit_attacks_the_models_of_the_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
 ) -> None:
-    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", bench_tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3))
+    monkeypatch.setitem(_tofu.PRESETS, "tiny", _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3))
     monkeypatch.setattr(bench_audit, "MAX_NEW_TOKENS", 3)
     given = ("--model", model_folder, "--methods", "PALU", "NPO")
     record = command(monkeypatch, bench_audit, tmp_path, *given)
@@ -299,9 +300,9 @@ def test_the_audit_attacks_the_models_of_the_table(
     assert command(monkeypatch, bench_audit, tmp_path, *given)["audits"] == record["audits"]
     assert {path: path.stat().st_mtime_ns for path in kept} == times
     # The table of the same models does not make them again.
-    monkeypatch.setattr(bench_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
-    bench = bench_tofu.Bench(
-        bench_tofu.parser_of(None).parse_args(
+    monkeypatch.setattr(_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
+    bench = _tofu.Bench(
+        _tofu.parser_of(None).parse_args(
             ["--preset", "tiny", "--output", str(tmp_path / "runs"), "--model", model_folder]
         )
     )
@@ -343,7 +344,7 @@ def test_what_is_still_told_is_counted_of_what_was_told_before(
 
 @has_tofu
 def test_the_dtypes_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
-    monkeypatch.setitem(bench_tofu.PRESETS, "tiny", bench_tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 2, (1e-3,), (0,), 3))
+    monkeypatch.setitem(_tofu.PRESETS, "tiny", _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 2, (1e-3,), (0,), 3))
     task = bench_bf16.tofu(SHARED / "tofu")
     questions = {row["question"]: row["answer"] for row in task.forget}
     assert {row["question"] for row in task.asked["secrets"]} <= questions.keys()
