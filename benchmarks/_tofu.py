@@ -27,6 +27,7 @@ from palu.evaluate.rows import load_rows
 METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
 METHODS |= {name: name.upper() for name in ("pdu", "tpo", "palu")}
 assert METHODS.keys() == OBJECTIVES.keys()
+COST = "cost.json"  # beside a kept model: what unlearning took
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 
 COLUMNS = {
@@ -53,7 +54,7 @@ COLUMNS = {
 class Preset:
     """Sizes of one run of the table. Counts of rows; None: all."""
 
-    forget: int | None  # rows of forget05
+    forget: int | None  # rows of forget05; "cross": of each author
     retain: int | None  # rows of retain95, without the holdout
     retain_evaluated: int | None
     facts: int | None  # rows of real authors, and of world facts
@@ -71,6 +72,7 @@ class Preset:
 PRESETS = {
     "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
     "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
+    "cross": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
 }
 
@@ -88,34 +90,70 @@ def load_data(folder: Path, preset: Preset) -> Data:
     """Load forget05 and retain95 without the holdout, and the evaluation sets, cut to the preset's sizes."""
     tofu = load_tofu("forget05", folder)
     retain90, forget10 = load_rows(folder / "retain90.jsonl"), load_rows(folder / "forget10.jsonl")
-    idk = (folder / "idk.txt").read_text(encoding="utf-8").splitlines()
-    rng = random.Random(0)
-    forget = [row | {"alternate": rng.choice(idk)} for row in tofu.forget[: preset.forget]]
-
-    def cut(rows: list[Row], count: int | None) -> list[Row]:
-        return [row | {"perturbed_answer": row["perturbed_answer"][: preset.perturbed]} for row in rows[:count]]
-
+    forget = _with_alternates(tofu.forget[: preset.forget], folder)
     retain = (retain90[: -preset.holdout] + forget10[:200])[: preset.retain]
     evaluated = TofuData(
-        forget=cut(tofu.forget, preset.forget),
-        retain=cut(tofu.retain, preset.retain_evaluated),
-        real_authors=cut(tofu.real_authors, preset.facts),
-        world_facts=cut(tofu.world_facts, preset.facts),
+        forget=_cut(tofu.forget[: preset.forget], preset),
+        retain=_cut(tofu.retain[: preset.retain_evaluated], preset),
+        real_authors=_cut(tofu.real_authors[: preset.facts], preset),
+        world_facts=_cut(tofu.world_facts[: preset.facts], preset),
         holdout=retain90[-preset.holdout :],
     )
     return Data(forget, retain, evaluated)
 
 
-class Bench:
-    """The models, the data and the finished stages of one preset."""
+def load_author(folder: Path, preset: Preset, author: int) -> Data:
+    """Load the 20 rows of one author of forget10 (0 to 19), and beside them others for each author.
 
-    def __init__(self, arguments: argparse.Namespace):
+    To be kept are 20 rows of another author, whose number among those of retain90 is the same; the holdout is of a
+    third one, counted from the end of retain90. Facts are 25 of each kind, in turns.
+    """
+    tofu = load_tofu("forget10", folder)
+    retain90 = load_rows(folder / "retain90.jsonl")
+    own = slice(20 * author, 20 * (author + 1))
+    count, last = preset.facts or 0, len(retain90) - 20 * author
+
+    def turn(rows: list[Row]) -> list[Row]:
+        first = count * author % (len(rows) - count)
+        return _cut(rows[first : first + count], preset)
+
+    evaluated = TofuData(
+        forget=_cut(tofu.forget[own], preset),
+        retain=_cut(tofu.retain[own][: preset.retain_evaluated], preset),
+        real_authors=turn(tofu.real_authors),
+        world_facts=turn(tofu.world_facts),
+        holdout=retain90[last - 20 : last][: preset.holdout],
+    )
+    kept = [{"question": row["question"], "answer": row["answer"]} for row in tofu.retain[own]]
+    return Data(_with_alternates(tofu.forget[own], folder), kept, evaluated)
+
+
+def _with_alternates(rows: list[Row], folder: Path) -> list[Row]:
+    """Add to each row an answer to prefer, for the methods that need one."""
+    idk = (folder / "idk.txt").read_text(encoding="utf-8").splitlines()
+    rng = random.Random(0)
+    return [row | {"alternate": rng.choice(idk)} for row in rows]
+
+
+def _cut(rows: list[Row], preset: Preset) -> list[Row]:
+    return [row | {"perturbed_answer": row["perturbed_answer"][: preset.perturbed]} for row in rows]
+
+
+class Bench:
+    """The models, the data and the finished stages of one preset; ``author``: of :func:`load_author`."""
+
+    def __init__(self, arguments: argparse.Namespace, author: int | None = None):
         self.preset = PRESETS[arguments.preset]
         self.model, self.fluency_model = arguments.model, arguments.fluency_model
-        self.data = load_data(arguments.data, self.preset)
+        folder = arguments.output / arguments.preset
+        if author is None:
+            self.data = load_data(arguments.data, self.preset)
+        else:
+            self.data = load_author(arguments.data, self.preset, author)
+            folder /= f"author-{author:02d}"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
-        self.stages = Stages(arguments.output / arguments.preset, arguments.minutes, json.loads(json.dumps(key)))
+        self.stages = Stages(folder, arguments.minutes, json.loads(json.dumps(key)))
         self.retain_folder = self._taught("retain", self.data.retain)
         self.folder = self._taught("original", self.data.forget + self.data.retain)
 
@@ -161,8 +199,7 @@ class Bench:
         """Unlearn the original with some settings and evaluate it; returns the results, and what unlearning cost."""
 
         def run() -> dict[str, Any]:
-            kept = self.stages.folder / _kept(name)
-            if kept.exists():
+            if (kept := self.kept(name)).exists():
                 loaded, cost = load(str(kept)), json.loads((kept / COST).read_text())
             else:
                 loaded, cost = self._unlearn(settings)
@@ -179,7 +216,11 @@ class Bench:
             save(loaded, path, {COST: json.dumps(cost)})
 
         print(name, flush=True)
-        return self.stages.path(_kept(name), make)
+        return self.stages.path(self.kept(name).name, make)
+
+    def kept(self, name: str) -> Path:
+        """Return where :meth:`unlearned_model` keeps a model."""
+        return self.stages.folder / f"{name}-model"
 
     def _unlearn(self, settings: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
         model, tokenizer = load(str(self.folder))
@@ -194,13 +235,6 @@ class Bench:
             "config": result.summary["config"],
         }
         return (model, tokenizer), cost
-
-
-COST = "cost.json"
-
-
-def _kept(name: str) -> str:
-    return f"{name}-model"
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -222,11 +256,11 @@ def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str
     return "\n".join(lines) + "\n"
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options that every command on these stages has."""
+def parser_of(description: str | None, *, cross: bool = False) -> argparse.ArgumentParser:
+    """Make a parser with the options that every command on these stages has; ``cross``: whether it has that preset."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="full")
     parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
     parser.add_argument("--fluency-model", default=None, help="a gibberish classifier; without one, no fluency")
@@ -236,12 +270,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Bench:
-    """Check the data, choose the precision, and fine-tune and evaluate what comes before the first run."""
+def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Check the data, and choose the precision."""
     if not (arguments.data / "forget05.jsonl").exists():
         parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
-    return Bench(arguments)
 
 
 def write(arguments: argparse.Namespace, name: str, table: str, details: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from _stages import resumable
-from _tofu import COLUMNS, begin, markdown, parser_of, summary, write
+from _tofu import COLUMNS, Bench, markdown, parser_of, prepare, summary, write
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -57,8 +57,9 @@ def main() -> None:
         parser.error(f"--variants: {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
 
     rows: list[dict[str, Any]] = []
+    prepare(parser, arguments)
     with resumable():
-        bench = begin(parser, arguments)
+        bench = Bench(arguments)
         rate = arguments.learning_rate or bench.preset.learning_rates[-1]
         for variant in variants:
             runs = []

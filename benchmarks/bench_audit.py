@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from _models import Loaded, load, mixed_precision
 from _stages import resumable
-from _tofu import Bench, begin, parser_of, write
+from _tofu import Bench, parser_of, prepare, write
 
 import palu
 
@@ -124,8 +124,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
     arguments = parser.parse_args()
+    prepare(parser, arguments)
     with resumable():
-        bench = begin(parser, arguments)
+        bench = Bench(arguments)
         results = {method: audited(bench, method) for method in arguments.methods}
     dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
     details = {"dtype": dtype, "audits": {name: shortened(one) for name, one in results.items()}}

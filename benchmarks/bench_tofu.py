@@ -1,6 +1,7 @@
 """Forgetting and utility on TOFU of PALU and seven baselines: the paper's table, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
+    python benchmarks/bench_tofu.py --preset cross                     # CPU, a night: twelve authors, see _cross.py
     python benchmarks/bench_tofu.py --preset full --data tofu --minutes 9   # one GPU, in pieces
 
 Stages: teach a model the whole data set ("original") and one the data without the forget set ("retain"), evaluate
@@ -22,8 +23,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import _cross
 from _stages import resumable
-from _tofu import COLUMNS, KEEPS, METHODS, Bench, begin, markdown, parser_of, summary, write
+from _tofu import COLUMNS, KEEPS, METHODS, Bench, markdown, parser_of, prepare, summary, write
 
 
 def run(
@@ -99,7 +101,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, cross=True)
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
@@ -107,8 +109,17 @@ def main() -> None:
     methods = arguments.methods.split(",")
     if unknown := set(methods) - METHODS.keys():
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    prepare(parser, arguments)
+    if arguments.preset == "cross":
+        if arguments.learning_rates or arguments.seeds:
+            parser.error("--preset cross chooses the learning rate itself, and has one seed")
+        with resumable():
+            found = _cross.run(arguments, methods)
+        path = write(arguments, "tofu", _cross.markdown(found["reported"]), found)
+        _cross.plot(found["reported"], path.with_suffix(".png"))
+        return
     with resumable():
-        bench = begin(parser, arguments)
+        bench = Bench(arguments)
         learning_rates = arguments.learning_rates or bench.preset.learning_rates
         seeds = arguments.seeds or bench.preset.seeds
         rows = run(bench, methods, learning_rates, seeds)

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import _cross
 import _tofu
 import bench_ablation
 import bench_audit
@@ -243,7 +244,8 @@ def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, folder: Path, *
     monkeypatch.setattr(sys, "argv", [module.__name__, *given])
     module.main()
     name = module.__name__.removeprefix("bench_").removesuffix("_news")
-    return json.loads((results / f"{name}_tiny.json").read_text())
+    (written,) = results.glob(f"{name}_*.json")
+    return json.loads(written.read_text())
 
 
 @has_tofu
@@ -271,6 +273,82 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
     assert (record["learning_rates"], record["seeds"]) == ([1e-3, 2e-3], [0, 1])
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+@has_tofu
+def test_the_authors_of_cross_are_apart() -> None:
+    """From each other, and what is taught from what no model sees; those that are reported from those chosen on."""
+    preset = _tofu.PRESETS["cross"]
+    numbers = [author for part in _cross.AUTHORS.values() for author in part]
+    assert sorted(numbers) == [author for author in range(20) if author != 10]
+    seen: set[str] = set()
+    for author in range(20):
+        data = _tofu.load_author(SHARED / "tofu", preset, author)
+        sizes = [len(rows) for rows in vars(data.evaluated).values()]
+        assert (len(data.forget), len(data.retain), sizes) == (20, 20, [20, 10, 25, 25, 10])
+        own = [row["question"] + row["answer"] for rows in (data.forget, data.retain) for row in rows]
+        unseen = {row["question"] + row["answer"] for row in data.evaluated.holdout}
+        assert len({*own} - seen) == 40 and unseen.isdisjoint(own) and len(unseen) == 10
+        assert {row["question"] + row["answer"] for row in data.evaluated.retain} <= {*own[20:]}
+        seen |= {*own}
+    tiny = _tofu.load_data(SHARED / "tofu", _tofu.PRESETS["tiny"])
+    ten = _tofu.load_author(SHARED / "tofu", preset, 10)
+    assert [row["question"] for row in tiny.forget] == [row["question"] for row in ten.forget]
+
+
+def test_a_rate_is_chosen_by_all_rows_and_by_the_utility_it_keeps() -> None:
+    def runs(shift: float, utility: float) -> list[dict]:
+        ratios = [0.1 * i for i in range(20)]
+        one = {"ratios": [r + shift for r in ratios], "retain_ratios": ratios, "original_utility": 0.5}
+        return [one | {"model_utility": 0.5 * utility, "forget_quality": q, "mia_min_k": 0.5} for q in (0.2, 0.8)]
+
+    assert _cross.chosen({1e-5: runs(1.0, 1.0), 2e-5: runs(0.3, 0.96), 5e-5: runs(0.0, 0.94)}) == 2e-5
+    assert _cross.chosen({1e-5: runs(0.0, 0.80), 2e-5: runs(1.0, 0.90)}) == 2e-5
+    found = _cross.pooled(runs(0.0, 0.9))
+    assert found["forget_quality"] == 1 and found["forget_quality_mean"] == 0.5
+    assert found["forget_quality_lowest"] == 0.2 and found["utility_kept"] == pytest.approx(0.9)
+
+
+def test_secrets_of_all_authors_are_put_together() -> None:
+    def audit(unlearned: list, **more: dict) -> dict:
+        return {"ask: greedy": {"unlearned": unlearned, "original": [1.0, 1.0], "retain": [0.0, None]}} | more
+
+    only_one = {"onset: 4 in the answer": {"unlearned": [1.0], "original": [1.0], "retain": [0.0]}}
+    found = _cross.attacks([audit([1.0, 1.0], **only_one), audit([0.0, 0.0])])
+    assert found["ask: greedy"] == {
+        "secrets": 2,
+        "unlearned": 0.5,
+        "original": 1.0,
+        "retain": 0.0,
+        "rho": [0.5, 0.0, 1.0],
+        "verdict": "not told",
+    }
+    assert found["onset: 4 in the answer"]["rho"] == [1.0, 1.0, 1.0]
+
+
+@has_tofu
+def test_cross_chooses_on_some_authors_and_reports_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
+) -> None:
+    sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 20, 1, 10, (1e-3, 2e-3), (0,), 3)
+    monkeypatch.setitem(_tofu.PRESETS, "cross", sizes)
+    monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0,), "report": (4, 5), "fresh": ()})
+    monkeypatch.setattr(_cross, "MAX_NEW_TOKENS", 3)
+    given = ("--preset", "cross", "--model", model_folder, "--methods", "palu")
+    record = command(monkeypatch, bench_tofu, tmp_path, *given)
+    assert record["choosing"]["palu"].keys() == {"0.001", "0.002"}
+    reported = record["reported"]["palu"]
+    assert [run["author"] for run in reported["runs"]] == [4, 5]
+    assert {run["learning_rate"] for run in reported["runs"]} == {reported["learning_rate"]}
+    assert [len(run["ratios"]) for run in reported["runs"]] == [20, 20]
+    assert reported["attacks"]["ask: greedy"]["secrets"] >= 20
+    assert (tmp_path / "results" / "tofu_cross.md").read_text().count("\n") == 5
+    assert (tmp_path / "results" / "tofu_cross.png").stat().st_size > 10_000
+    # Weights are kept no longer than they are needed, and nothing is made twice.
+    runs = tmp_path / "runs" / "cross"
+    assert {path.parent.name for path in runs.rglob("*.safetensors")} == {"original", "retain"}
+    monkeypatch.setattr(_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
+    assert command(monkeypatch, bench_tofu, tmp_path, *given)["reported"] == record["reported"]
 
 
 @has_tofu

@@ -1,0 +1,219 @@
+"""The preset "cross" of bench_tofu.py: many forget sets of one author each, on some of which nothing was chosen.
+
+Each author of TOFU's forget10 has an original and a retain model of its own. On the authors "choose" each method runs
+with every learning rate of the preset, and of each method the rate is taken with the highest forget quality over all
+rows together, among those that keep 0.95 of the original's model utility on average (if none does, the one that keeps
+most). With it the method runs on the authors "report", and these make the table: forget quality over all rows together
+and by author, utility, and an audit (--quick) whose secrets are put together, too. The authors "fresh" are in no
+benchmark: a default is measured on them once it is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from _models import load
+from _tofu import KEEPS, METHODS, PRESETS, Bench, summary
+
+import palu
+from palu.attacks.estimators import Rho, rho
+from palu.evaluate import metrics
+from palu.evaluate.summarize import truth_ratios
+
+# Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
+AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
+MAX_NEW_TOKENS = 96  # of the audit; the longest answer has 95 tokens of SmolLM2's
+# The audit's rows that the table shows; what a model gets out of each is in the JSON.
+SHOWN = {
+    "greedy": "ask: greedy",
+    "paraphrased": "ask: paraphrased",
+    "leak@16": "sample: leak@16",
+    "onset 3": "onset: 3 in the answer",
+    "int4": "quantise: int4",
+    "relearn": "relearn: all weights",
+}
+Run = dict[str, Any]
+
+
+class Cross:
+    """The runs on each author, made where they are missing."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.preset = arguments, PRESETS[arguments.preset]
+        self.bench = cache(lambda author: Bench(arguments, author))
+
+    def evaluated(self, author: int, method: str, rate: float, seed: int) -> Run:
+        """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
+        bench = self.bench(author)
+        results = bench.unlearned(_name(method, rate, seed), **_settings(method, rate, seed))
+        return {
+            "author": author,
+            **summary(results, method=method, learning_rate=rate, seed=seed),
+            "original_utility": bench.original["model_utility"]["agg_value"],
+            "ratios": list(truth_ratios(results, "forget_truth_ratio").values()),
+            "retain_ratios": list(truth_ratios(bench.retain, "forget_truth_ratio").values()),
+        }
+
+    def audited(self, author: int, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """Unlearn and audit; returns each attack's success by secret: {attack: {role: values}}."""
+        bench, name = self.bench(author), _name(method, rate, seed)
+
+        def attack() -> dict[str, Any]:
+            folder = bench.unlearned_model(name, **_settings(method, rate, seed))
+            model, tokenizer = load(str(folder))
+            results = palu.audit(
+                model.to(bench.device),  # type: ignore[arg-type]
+                load(str(bench.folder))[0].to(bench.device),  # type: ignore[arg-type]
+                bench.data.forget,
+                tokenizer=tokenizer,
+                retain_model=load(str(bench.retain_folder))[0].to(bench.device),  # type: ignore[arg-type]
+                retain=bench.data.retain,
+                folder=bench.stages.folder / "audits",
+                quick=True,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
+            return {
+                row["name"]: {role: one["values"] for role, one in row["models"].items()}
+                for row in results["attacks"]
+                if row["models"]
+            }
+
+        return bench.stages.results(f"{name}-audited", attack)
+
+    def drop_model(self, author: int, method: str, rate: float, seed: int) -> None:
+        """Delete the weights of a model that has been evaluated and audited: half a gigabyte each."""
+        folder = self.bench(author).kept(_name(method, rate, seed))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(method: str, rate: float, seed: int) -> str:
+    return f"{method}-lr{rate:g}-seed{seed}"
+
+
+def _settings(method: str, rate: float, seed: int) -> dict[str, Any]:
+    return {"objective": method, "learning_rate": rate, "seed": seed}
+
+
+def run(arguments: argparse.Namespace, methods: Sequence[str]) -> dict[str, Any]:
+    """Choose on some authors, and report on others; returns what the JSON holds."""
+    cross = Cross(arguments)
+    (seed,) = cross.preset.seeds
+    tried: dict[str, dict[float, list[Run]]] = {}
+    for method in methods:
+        tried[method] = {
+            rate: [cross.evaluated(author, method, rate, seed) for author in AUTHORS["choose"]]
+            for rate in cross.preset.learning_rates
+        }
+    rates = {method: chosen(by_rate) for method, by_rate in tried.items()}
+    reported = {}
+    for method, rate in rates.items():
+        audits, runs = [], []
+        for author in AUTHORS["report"]:
+            audits.append(cross.audited(author, method, rate, seed))
+            runs.append(cross.evaluated(author, method, rate, seed))
+            cross.drop_model(author, method, rate, seed)
+        reported[method] = pooled(runs) | {"learning_rate": rate, "attacks": attacks(audits), "runs": runs}
+    choosing = {
+        method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items()} for method, by_rate in tried.items()
+    }
+    return {"authors": AUTHORS, "choosing": choosing, "reported": reported}
+
+
+def chosen(by_rate: dict[float, list[Run]]) -> float:
+    """Choose a learning rate by the rule in this module's docstring."""
+
+    def rank(rate: float) -> tuple[bool, float]:
+        found = pooled(by_rate[rate])
+        kept = found["utility_kept"]
+        return (True, found["forget_quality"]) if kept >= KEEPS else (False, kept)
+
+    return max(by_rate, key=rank)
+
+
+def pooled(runs: Sequence[Run]) -> dict[str, Any]:
+    """Put the authors together: the forget quality of all rows, and what lies between the authors."""
+    ratios, retain_ratios = (_joined(run[key] for run in runs) for key in ("ratios", "retain_ratios"))
+    quality, distance = metrics.forget_quality(ratios, retain_ratios)
+    # Where the original has none, there was none to lose.
+    kept = [run["model_utility"] / run["original_utility"] if run["original_utility"] else 1.0 for run in runs]
+    by_author = [run["forget_quality"] for run in runs]
+    return {
+        "forget_quality": quality,
+        "forget_quality_ks": distance,
+        "forget_quality_by_author": by_author,
+        "forget_quality_mean": mean(by_author),
+        "forget_quality_lowest": min(by_author),
+        "utility_kept": mean(kept),
+        "utility_kept_lowest": min(kept),
+        "mia_min_k": mean(run["mia_min_k"] for run in runs),
+    }
+
+
+def _joined(values: Iterable[list[float]]) -> list[float]:
+    return [value for some in values for value in some]
+
+
+def attacks(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Put the audits' secrets together: of each attack each model's share, and rho with its interval."""
+    found = {}
+    for name in audits[0]:
+        parts = [audit[name] for audit in audits if name in audit]
+        columns = {role: _joined(part[role] for part in parts) for role in parts[0]}
+        rows = zip(*columns.values(), strict=True)
+        asked = [i for i, values in enumerate(rows) if None not in values]
+        shares = {role: [float(values[i]) for i in asked] for role, values in columns.items()}
+        left: Rho = rho(shares["unlearned"], shares["original"], shares["retain"])
+        found[name] = {
+            "secrets": len(asked),
+            **{role: mean(values) for role, values in shares.items()},
+            "rho": [left.value, left.low, left.high],
+            "verdict": left.verdict,
+        }
+    return found
+
+
+def markdown(reported: dict[str, dict[str, Any]]) -> str:
+    """Format the table; * marks a method that keeps less than 0.95 of the original's utility on average."""
+    names = ["lr", "FQ", "FQ by author", "lowest", "MU kept", "lowest", "Min-K", *SHOWN]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    first = next(iter(reported.values()))["attacks"]
+    for role in ("original", "retain"):
+        shares = [f"{first[row][role]:.2f}" if row in first else "" for row in SHOWN.values()]
+        lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *shares]) + " |")
+    for method, one in reported.items():
+        name = METHODS[method] + " *" * (one["utility_kept"] < KEEPS)
+        figures = [f"{one['learning_rate']:g}", f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
+        figures += [f"{one['forget_quality_lowest']:.2g}"]
+        figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
+        shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
+        lines.append("| " + " | ".join([name, *figures, *shares]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
+    """Plot the distributions of the truth ratios that forget quality compares, all rows together."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 5))
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    shown = [("Retain", "retain_ratios", next(iter(reported.values())), "black")]
+    shown += [(METHODS[name], "ratios", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
+    for label, key, one, colour in shown:
+        ratios = np.sort(_joined(run[key] for run in one["runs"]))
+        axis.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)
+    axis.set(xscale="log", xlabel="truth ratio of a forget row (above 1: the wrong answers are likelier)")
+    axis.set(ylabel="share of rows", title="TOFU, eight authors that nothing was chosen on")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
