@@ -109,44 +109,20 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from palu.report.audited import rows
+
     roles = list(results["models"])
     table = Table("attack", *roles, "rho (95 %)", "verdict", "budget", box=None, pad_edge=False)
-    secrets, last = len(results["secrets"]), None
-    for row in results["attacks"]:
-        shares = [_share(row["models"][role]) if role in row["models"] else "" for role in roles]
-        fewer = row.get("secrets", secrets) < secrets
-        name = f"{row['name']} (of {row['secrets']})" if fewer else row["name"]
-        # Rows of one attack share its budget; one that was not made spends none.
-        budget = [] if row["attack"] == last or not row["models"] else [row["budget"]]
-        last = row["attack"]
-        table.add_row(
-            name, *shares, _rho(row["rho"]), row["verdict"], "; ".join([row["reason"]] * bool(row["reason"]) + budget)
-        )
+    for row in rows(results):
+        shares = [row["shares"].get(role, "") for role in roles]
+        table.add_row(row["name"], *shares, row["rho"], row["verdict"], row["remark"])
     console = Console(highlight=False, markup=False)
     left_out = results["left_out"]
+    count = len(results["secrets"])
     console.print(
-        f"{secrets} secrets ({left_out['told_by_their_question']} spans left out that their question tells, "
+        f"{count} secrets ({left_out['told_by_their_question']} spans left out that their question tells, "
         f"{left_out['repeated']} that are marked twice); share of them that each attack gets:"
     )
     console.print(table)
     for note in results["notes"]:
         console.print(f"- {note}")
-
-
-def _share(of_model: dict[str, Any]) -> str:
-    """Write a share, with the model's other figures."""
-    figures = {name: value for name, value in of_model["figures"].items() if name != "utility unrounded"}
-    told = f"{of_model['told']:.2f}"
-    for name, value in figures.items():
-        if name == "utility":
-            told += f" (utility {value:.2f}, before {of_model['figures']['utility unrounded']:.2f})"
-        else:
-            told += f" ({name} {value:.3g})"
-    return told
-
-
-def _rho(found: dict[str, float | None]) -> str:
-    if found["value"] is None:
-        return ""
-    low, high = ("..." if bound is None else f"{bound:.2f}" for bound in (found["low"], found["high"]))
-    return f"{found['value']:.2f} ({low} to {high})"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from palu.attacks.estimators import Verdict
+from palu.attacks.run import FORMAT as AUDIT_FORMAT
+from palu.attacks.run import RESULTS
 from palu.evaluate.rows import load_results
 from palu.report.layout import HISTORY, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
@@ -44,14 +47,59 @@ def _text(path: Path, mend: str) -> str:
         raise RecordError(f"{path} is damaged ({error}); restore it, or run again") from error
 
 
-def _parse(path: Path, text: str) -> Json:
+def _parse(path: Path, text: str, mend: str = "restore it, or run again") -> Json:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path} is damaged ({error}); restore it, or run again") from error
+        raise RecordError(f"{path} is damaged ({error}); {mend}") from error
     if not isinstance(value, dict):
-        raise RecordError(f"{path} does not hold what palu wrote; restore it, or run again")
+        raise RecordError(f"{path} does not hold what palu wrote; {mend}")
     return value
+
+
+# What is shown of an audit, and of what kind it is.
+_AUDIT: dict[str, type] = {"secrets": list, "attacks": list, "models": dict, "notes": list, "left_out": dict}
+_SECRET: dict[str, type] = {"text": str, "question": str}
+_ATTACK: dict[str, type] = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
+_MEND = "run palu audit again, or delete it"
+
+
+def read_audit(folder: Path) -> Json | None:
+    """Read the folder's audit; None where there is none."""
+    path = folder / RESULTS
+    if not path.exists():
+        return None
+    try:
+        audit = _parse(path, path.read_text(encoding="utf-8"), _MEND)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is damaged ({error}); {_MEND}") from error
+    if audit.get("format") != AUDIT_FORMAT:
+        raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_MEND}")
+    if (lost := _lost(audit)) is not None:
+        raise RecordError(f"{path} is damaged ({lost}); {_MEND}")
+    return audit
+
+
+def _lost(audit: Json) -> str | None:
+    """Say what an audit lacks of what is shown of it; None: nothing."""
+    parts: list[tuple[str, Any, dict[str, type]]] = [("it", audit, _AUDIT)]
+    if all(isinstance(audit.get(name), list) for name in ("secrets", "attacks")):
+        parts += [(f"secret {i}", one, _SECRET) for i, one in enumerate(audit["secrets"])]
+        parts += [(f"attack {i}", one, _ATTACK) for i, one in enumerate(audit["attacks"])]
+    for name, part, shape in parts:
+        for key, kind in shape.items():
+            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
+                return f"{name} has no {key}"
+    for row in audit["attacks"]:
+        if row["verdict"] not in get_args(Verdict):
+            return f"verdict {row['verdict']!r} of {row['name']} is none"
+        if not {"value", "low", "high"} <= row["rho"].keys():
+            return f"rho of {row['name']} has not value, low and high"
+        for role, of_model in row["models"].items():
+            for key in ("values", "evidence"):
+                if of_model.get(key) and len(of_model[key]) != len(audit["secrets"]):
+                    return f"{key} of {row['name']} on {role} are not one for each secret"
+    return None
 
 
 def evaluations(folder: Path) -> list[Json]:

@@ -1,8 +1,9 @@
 """Write ``private/report.html``, to look at, and ``model/README.md``, the model card for the hub.
 
 Both are made from the files in the run's ``private/`` alone (``record.json`` of :class:`palu.Recorder`,
-``summary.json``, ``history.jsonl``, and ``evaluation*.json`` where there are any), so they can be made again after an
-evaluation. In a folder that an earlier palu wrote, all of these lie in the folder itself.
+``summary.json``, ``history.jsonl``, and ``evaluation*.json`` and ``audit.json`` where there are any), so they can be
+made again after an evaluation or an audit. In a folder that an earlier palu wrote, all of these lie in the folder
+itself.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import jinja2
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from palu.report import view, words
+from palu.report import audited, view, words
 from palu.report.layout import CARD, folders_of
 from palu.report.plots import number
-from palu.report.reading import evaluations, read_run
+from palu.report.reading import evaluations, read_audit, read_run
 
 HERE = Path(__file__).parent
 
@@ -52,7 +53,7 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     """
     folders = folders_of(run_dir)
     record, summary, _ = read_run(folders.private)
-    model, found = record["model"], evaluations(folders.private)
+    model, found, audit = record["model"], evaluations(folders.private), read_audit(folders.private)
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
@@ -75,6 +76,7 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         settings=[row for row in words.settings(summary["config"]) if row[3]],
         evaluations=found,
         metrics=view.metric_table(found),
+        audit=audit and audited.summary(audit, record),
     )
     return path
 
@@ -89,7 +91,7 @@ def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> Non
     )
     environment.filters |= {
         "number": number,
-        "probability": view.probability,
+        "probability": words.probability,
         "count": words.count,
         "percent": words.percent,
         "duration": words.duration,

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from palu.report import words
+from palu.report import audited, words
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, evaluations, read_run
+from palu.report.reading import Json, evaluations, read_audit, read_run
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
 FLOOR = 1e-8  # where the scale of probabilities ends
@@ -86,7 +86,8 @@ def page(folder: Path, *, redact: bool) -> Json:
     record, summary, history = read_run(folder)
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    hide = masker(record["secrets"]) if redact else str
+    audit = read_audit(folder)
+    hide = masker([*record["secrets"], *(audit["secrets"] if audit else [])]) if redact else str
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     found = evaluations(folder)
     answers = {
@@ -114,6 +115,8 @@ def page(folder: Path, *, redact: bool) -> Json:
         "method": words.method(summary["config"]),
         "settings": words.settings(summary["config"]),
         "secrets": [_secret(one, hide, redact) for one in secrets],
+        "audit": audit and audited.summary(audit, record),
+        "leaked": audited.leaks(audit, hide, known=KNOWN, redact=redact) if audit else [],
         "histogram": histogram(record["secrets"]) if len(secrets) > OPEN_ROWS else [],
         "retained": [
             _bar(one, decades=False) | {"question": hide(one["question"])} for one in _by_loss(record["retained"])
@@ -169,7 +172,7 @@ def _bar(one: Json, *, decades: bool) -> Json:
     place = {when: 100 * share for when, share in along.items()}
     return {
         "row": one["row"],
-        **{when: probability(values[when]) for when in _WHEN},
+        **{when: words.probability(values[when]) for when in _WHEN},
         "place": {when: f"{place[when]:.1f}" for when in _WHEN},
         "way": [f"{edge:.1f}" for edge in sorted(place.values())],
     }
@@ -178,13 +181,6 @@ def _bar(one: Json, *, decades: bool) -> Json:
 def _by_loss(retained: Sequence[Json]) -> list[Json]:
     """Sort answers, those that lost most first."""
     return sorted(retained, key=lambda r: r["after"]["probability"] - r["before"]["probability"])
-
-
-def probability(value: float | None) -> str:
-    """Format a probability: three decimals, or three significant digits where it is small; "> 0.999" near 1."""
-    if value is None or value < 0.1:
-        return number(value)
-    return "> 0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
 
 
 def histogram(secrets: Sequence[Json]) -> list[Json]:

@@ -170,6 +170,13 @@ def percent(share: float) -> str:
     return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}".removesuffix(".0") + " %"
 
 
+def probability(value: float | None) -> str:
+    """Format a probability: three decimals, or three significant digits where it is small; "> 0.999" near 1."""
+    if value is None or value < 0.1:
+        return number(value)
+    return "> 0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
+
+
 def duration(seconds: float) -> str:
     """Format seconds in the units that a reader would use."""
     if seconds < 90:

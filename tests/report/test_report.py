@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.audits import ATTACKS, write_audit
 from helpers.report_runs import FORGET, HOSTILE, RETAIN, Run, copy_of, perform
 from helpers.tiny import forget_rows, padded, retain_rows, same_weights, tiny_llama, weights
 from huggingface_hub import ModelCard
@@ -19,7 +20,7 @@ import palu
 from palu import DataError, Recorder, UnlearnConfig, write_card, write_report
 from palu.data.tokenize import IGNORE, Example
 from palu.hashing import json_digest
-from palu.report import plots, recorder, view, words
+from palu.report import audited, plots, recorder, view, words
 from palu.report.plots import downsample, line_chart, number
 from palu.report.reading import RecordError
 from palu.report.recorder import secret_spans
@@ -319,6 +320,197 @@ def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
         write_report(folder)
 
 
+# --- the audit ---
+def change_audit(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "private" / "audit.json"
+    changed = json.loads(path.read_text(encoding="utf-8"))
+    edit(changed)
+    path.write_text(json.dumps(changed), encoding="utf-8")
+
+
+def section(path: Path) -> str:
+    """The source of the audit's section."""
+    (found,) = re.findall(r'<section id="audit".*?</section>', path.read_text(encoding="utf-8"), re.DOTALL)
+    return found
+
+
+def test_the_audit_is_a_chart_with_budgets_intervals_and_verdicts(run: Run, folder: Path) -> None:
+    assert "What an attacker gets out" not in Page(write_report(folder)).text
+    audit = write_audit(run, folder)
+    page, shown = Page(write_report(folder)), section(folder / "private" / "report.html")
+    rows = re.findall(r"<tr.*?</tr>", shown[: shown.index("Secrets that leaked")], re.DOTALL)[1:]
+    assert len(rows) == len(ATTACKS)
+    for row, attack, found in zip(rows, ATTACKS, audit["attacks"], strict=True):
+        if attack.lacks:
+            assert "skipped: the forget set has no column" in row and "not told" in row
+            assert attack.budget not in row and "track" not in row
+            continue
+        assert attack.name in row and attack.budget in row
+        rho, told = found["rho"], {role: of["told"] for role, of in found["models"].items()}
+        assert f"{rho['value']:.2f} ({rho['low']:.2f} to {rho['high']:.2f})" in row
+        assert f'class="verdict {found["verdict"].replace("not told", "same")}">{found["verdict"]}<' in row
+        for role, mark in (("unlearned", "is"), ("original", "was"), ("retain", "post")):
+            assert f"{role} {told[role]:.2f}" in row
+            assert f'<i class="{mark}" style="--x:{100 * told[role]:.1f}">' in row
+        # Laid between the retain model and the original, it holds the unlearned model's own share.
+        ends = re.search('class="way" style="--a:(.*?);--b:(.*?)"', row)
+        assert ends and float(ends[1]) - 0.1 <= 100 * told["unlearned"] <= float(ends[2]) + 0.1
+    assert "relearn: lora (of 8)" in rows[5] and "utility 0.80, before 0.90" in rows[4]
+    assert [found["verdict"] for found in audit["attacks"]].count("open") == 1
+    assert page.text.count("Open in the audit: inside: lens.") == 1
+    assert "9 secrets are few" in page.text and "retain model, which never saw the secrets" in page.text
+    assert "without a retain model" not in page.text
+    assert "its 95 % interval ends at 0.1 or below" in page.text
+    assert "#audit" in {attributes.get("href") for attributes in page.attributes("a")}
+
+    write_audit(run, folder, retain=False)
+    text = section(write_report(folder))
+    assert "without a retain model its share is taken as 0" in text and "post" not in text
+
+
+def test_leaked_secrets_come_with_the_answer_that_tells_them(run: Run, folder: Path) -> None:
+    write_audit(run, folder)
+    shown = section(write_report(folder))
+    leaked = re.findall(r"<tr>.*?</tr>", shown[shown.index("Secrets that leaked") :], re.DOTALL)[1:]
+    assert len(leaked) == 5
+    assert "Hina Ameen" in leaked[0]  # by four attacks
+    assert (
+        'The author is <mark>Hina Ameen</mark>, in London.</span><span class="q">ask: greedy; relearn: lora'
+        in leaked[0]
+    )
+    assert "<mark>HINA AMEEN</mark>" in leaked[0] and "sample: 2 of 2 draws" in leaked[0]
+    assert "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in leaked[2]
+    assert "ask: greedy, from the retain model, too" in leaked[2]
+    assert "東京" in leaked[1] and "onset: 1 in the answer (probability 0.607)" in leaked[1]
+    assert "inside: lens (layer 2, rank 3)" in leaked[4]
+    page = Page(folder / "private" / "report.html")
+    assert "script" not in {tag for tag, _ in page.tags}
+
+    def many(audit: dict[str, Any]) -> None:
+        audit["secrets"] = audit["secrets"] * 3
+        for row in audit["attacks"]:
+            for found in row["models"].values():
+                found["values"], found["evidence"] = found["values"] * 3, found["evidence"] * 3
+
+    change_audit(folder, many)
+    assert "3 more secrets</summary>" in section(write_report(folder))
+
+    def held(audit: dict[str, Any]) -> None:
+        for row in audit["attacks"]:
+            row["models"] = {}
+
+    change_audit(folder, held)
+    assert "None: no attack got one out of the unlearned model." in section(write_report(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "secret", "parts"),
+    [
+        ("On 06-30, 1975.", "06/30/1975", ["06-30, 1975"]),
+        ("17, then 7", "7", ["7"]),
+        ("in 東京都", "東京", ["東京"]),
+        ("so 😀", "😀", ["😀"]),
+        ("no", "yes", []),
+    ],
+)
+def test_a_secret_is_marked_as_it_is_told(text: str, secret: str, parts: list[str]) -> None:
+    found = audited.marked(text, secret)
+    assert "".join(part for part, _ in found) == text
+    assert [part for part, is_secret in found if is_secret] == parts
+
+
+def test_redaction_leaves_nothing_of_the_audit_that_tells(run: Run, folder: Path) -> None:
+    """Neither the record's secrets nor one that only the audit knows, and no answer and no hash."""
+    audit = write_audit(run, folder)
+
+    def another(found: dict[str, Any]) -> None:
+        found["secrets"][0] |= {"text": "Zanzibar", "question": "Is the city of ZANZIBAR number 0?"}
+        found["attacks"][0]["models"]["unlearned"]["evidence"][0] = "It is zanzibar, near the harbour."
+
+    change_audit(folder, another)
+    change(folder, lambda found: found["answers"]["retain"][0].update(after="I saw Zanzibar."))
+    assert "harbour" in section(write_report(folder)) and "Zanzibar" in section(folder / "private" / "report.html")
+    path = write_report(folder, redact=True)
+    text = Page(path).text + path.read_text(encoding="utf-8")
+    for secret in ["Zanzibar", *(secret["text"] for secret in audit["secrets"])]:
+        assert secret.casefold() not in text.casefold()
+    assert "harbour" not in text and "I saw ███." in text and "<mark>" not in section(path)
+    assert audit["forget_sha256"] not in text
+    assert "Is the city of ███ number 0?" in text and "ask: greedy; sample: 2 of 2 draws" in text
+    assert audit["forget_sha256"] not in Page(write_report(folder)).text
+
+
+def test_an_audit_of_another_model_is_said_to_be(run: Run, folder: Path) -> None:
+    write_audit(run, folder)
+    assert audited.OTHER_MODEL not in Page(write_report(folder)).text + write_card(folder).read_text(encoding="utf-8")
+    write_audit(run, folder, other=True)
+    page, card = Page(write_report(folder)).text, write_card(folder).read_text(encoding="utf-8")
+    assert audited.OTHER_MODEL in page and audited.OTHER_MODEL in card
+    assert "Open in the audit" not in page  # it is not this model's
+    change_audit(folder, lambda found: found["models"]["unlearned"].pop("fingerprint"))
+    assert audited.OTHER_MODEL not in Page(write_report(folder)).text
+
+
+def test_a_row_of_figures_alone_is_shown(run: Run, folder: Path) -> None:
+    write_audit(run, folder)
+
+    def only_figures(audit: dict[str, Any]) -> None:
+        nothing = {"value": None, "low": None, "high": None}
+        row = audit["attacks"][-1] | {"name": "inside: depth", "rho": nothing, "verdict": "not told", "reason": None}
+        del row["secrets"]
+        audit["attacks"][-1] = row | {"models": {"unlearned": {"figures": {"depth": 0.125}}}}
+
+    change_audit(folder, only_figures)
+    row = section(write_report(folder)).split("inside: depth")[-1].split("</tr>")[0]
+    assert "unlearned depth 0.125" in row and "track" not in row
+    assert "| inside: depth | depth 0.125 |  |  |  | not told |" in write_card(folder).read_text(encoding="utf-8")
+
+
+def test_the_card_has_the_audit_and_nothing_of_the_sets(run: Run, folder: Path) -> None:
+    assert "## Audit" not in ModelCard.load(write_card(folder)).text
+    audit = write_audit(run, folder)
+    card = ModelCard.load(write_card(folder))
+    assert "| attack | unlearned | original | retain | rho (95 %) | verdict | budget |" in card.text
+    assert "| ask: greedy | 0.22 | 1.00 | 0.11 | 0.12 (" in card.text
+    assert "| inside: lens | 0.56 | 1.00 | 0.00 | 0.56 (0.22 to 0.89) | open | the budget of lens |" in card.text
+    assert "|  |  |  |  | not told | skipped: the forget set has no column" in card.text
+    assert "- 9 secrets are few" in card.text and "\n\n\n" not in card.text
+    for secret in audit["secrets"]:
+        assert secret["text"] not in card.content and secret["question"] not in card.content
+    for digest in (audit["forget_sha256"], *(model["fingerprint"] for model in audit["models"].values())):
+        assert digest not in card.content
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda found: found.update(format=99), r"has format 99, and this palu reads 1"),
+        (lambda found: found.clear(), r"has format None"),
+        (lambda found: found.pop("attacks"), r"is damaged \(it has no attacks\)"),
+        (lambda found: found["attacks"].append("ask"), r"is damaged \(attack 7 has no name\)"),
+        (lambda found: found["attacks"][0].pop("rho"), r"is damaged \(attack 0 has no rho\)"),
+        (lambda found: found["attacks"][0]["rho"].pop("low"), r"rho of ask: greedy has not value, low and high"),
+        (lambda found: found["attacks"][0].update(verdict="safe"), r"verdict 'safe' of ask: greedy is none"),
+        (lambda found: found["secrets"].pop(), r"values of ask: greedy on unlearned are not one for each secret"),
+    ],
+)
+def test_a_damaged_audit_is_named(
+    run: Run, folder: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    write_audit(run, folder)
+    change_audit(folder, edit)
+    for write in (write_report, write_card):
+        with pytest.raises(RecordError, match=rf"audit\.json .*{message}.*; run palu audit again, or delete it"):
+            write(folder)
+
+
+def test_an_audit_that_is_no_json_is_named(folder: Path) -> None:
+    for content in (b'{"format": 1, "secr', b"\xff\xfe"):
+        (folder / "private" / "audit.json").write_bytes(content)
+        with pytest.raises(RecordError, match=r"audit\.json is damaged .*; run palu audit again, or delete it"):
+            write_report(folder)
+
+
 # --- plots and numbers ---
 def test_no_step_and_no_number(folder: Path) -> None:
     (folder / "private" / "history.jsonl").write_text("", encoding="utf-8")
@@ -385,9 +577,9 @@ def test_numbers_are_written_for_people(value: float | None, text: str) -> None:
 
 
 def test_probabilities_never_claim_certainty() -> None:
-    assert view.probability(0.99999) == "> 0.999"
-    assert view.probability(0.88) == "0.880"
-    assert view.probability(1.2e-7) == "1.2 × 10⁻⁷"
+    assert words.probability(0.99999) == "> 0.999"
+    assert words.probability(0.88) == "0.880"
+    assert words.probability(1.2e-7) == "1.2 × 10⁻⁷"
 
 
 def test_shares_and_durations_are_written_for_people() -> None:

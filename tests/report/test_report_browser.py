@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.audits import ATTACKS, write_audit
 from helpers.report_runs import FORGET, Run, copy_of, perform
 
 from palu import write_report
@@ -47,8 +48,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def enlarged(run: Run, folder: Path, count: int) -> Path:
-    """The report of a run's own examples, many times over, with 2000 steps, an evaluation and a secret still known."""
+    """A run's own examples, many times over, with 2000 steps, an evaluation, an audit and a secret still known."""
     copy_of(run, folder)
+    write_audit(run, folder)
     record = json.loads((folder / "private" / "record.json").read_text(encoding="utf-8"))
     for name, rows in ((name, record[name]) for name in ("secrets", "examples", "retained")):
         record[name] = [rows[i % len(rows)] | {"row": i} for i in range(count)]
@@ -144,6 +146,8 @@ def test_everything_is_there(browser: Any, report: Path, visit: Callable[..., No
     rows = "return [...document.querySelectorAll('#secrets table')].map(one => one.tBodies[0].rows.length)"
     assert sum(browser.execute_script(rows)) == 6 + 400  # the histogram, then the secrets
     assert browser.execute_script("return document.querySelectorAll('#roles .example').length") == 400
+    rows = "return [...document.querySelectorAll('#audit table')].map(one => one.tBodies[0].rows.length)"
+    assert browser.execute_script(rows) == [len(ATTACKS), 5]
     assert browser.execute_script("return document.querySelectorAll('#answers .pair').length") == 8 + 6
     assert "FAIL" not in browser.execute_script("return document.body.innerText")
 
@@ -168,6 +172,25 @@ def test_axe_finds_nothing_serious(
     told = [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in bad]
     assert not told
     assert len(found["passes"]) > 20
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_marks_of_the_audit_lie_where_their_shares_are(
+    browser: Any, small_report: Path, visit: Callable[..., None], width: int
+) -> None:
+    visit(small_report, width=width)
+    places = browser.execute_script(
+        """return [...document.querySelectorAll('#audit .track')].map(track => {
+            const line = track.getBoundingClientRect();
+            return ['is', 'was', 'post'].map(name => {
+                const mark = track.querySelector('.' + name).getBoundingClientRect();
+                return (mark.left + mark.width / 2 - line.left) / line.width;
+            });
+        })"""
+    )
+    assert len(places) == len(ATTACKS) - 1  # one was skipped
+    assert places[0] == pytest.approx([2 / 9, 1, 1 / 9], abs=0.01)
+    assert places[-1] == pytest.approx([5 / 9, 1, 0], abs=0.01)
 
 
 def test_the_keyboard_reaches_everything(browser: Any, report: Path, visit: Callable[..., None]) -> None:
