@@ -64,7 +64,8 @@ def audit(
 ) -> None:
     """What does an attacker get out of an unlearned model?
 
-    What each attack gave is kept in private/audit/: the same command goes on where it was stopped.
+    What each attack gave is kept in private/audit/: the same command goes on where it was stopped. In a run's folder,
+    the report and the model card are written again.
     """
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
@@ -78,8 +79,12 @@ def audit(
 
     from palu.attacks.run import RESULTS, audit_models
     from palu.attacks.secrets import AuditData
-    from palu.report.layout import make_private
+    from palu.report.layout import MODEL, PRIVATE, RECORD, make_private
+    from palu.report.reading import read_run
+    from palu.report.render import write_card, write_report
 
+    if recorded := (output / PRIVATE / RECORD).is_file():
+        read_run(output / PRIVATE)  # the report could not be written again
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
     device = Accelerator().device
@@ -102,6 +107,10 @@ def audit(
     )
     print_results(results)
     print(f"wrote {folder / RESULTS}, which holds the secrets")
+    if recorded:
+        print(f"wrote {write_report(output)}")
+        if (output / MODEL).is_dir():
+            print(f"wrote {write_card(output)}")
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import stat
@@ -15,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 import palu
 from palu.cli import app
+
+RUN = palu.UnlearnConfig(epochs=1, top_k=5, lambda_retain=1.0, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,35 @@ def test_a_table_is_printed_and_the_results_are_written(folder: Path, tmp_path: 
     assert "- without a retain model its share is taken as 0" in result.stdout
     assert "arXiv 2502.15836" in result.stdout
     assert lines[-1] == f"wrote {private / 'audit.json'}, which holds the secrets"
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.parent.name != "audit") == [
+        "audit",
+        "audit.json",
+        "private",
+    ]
+
+
+def test_in_a_run_the_report_and_the_card_are_written_again(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    model = never_saw()
+    recorder = palu.Recorder(model, FORGET, RETAIN, tokenizer=tokenizer(), config=RUN)
+    result = palu.unlearn(copy.deepcopy(model), None, FORGET, RETAIN, tokenizer=tokenizer(), config=RUN)
+    palu.save_run(output, result, tokenizer(), recorder)
+    report, card = output / "private" / "report.html", output / "model" / "README.md"
+    before = report.read_text(encoding="utf-8")
+    assert "What an attacker gets out" not in before
+    (output / "private" / "history.jsonl").rename(tmp_path / "history.jsonl")
+    given = [*arguments(folder, output), "--model", output / "model", "--draws", 1]
+    refused = command(*given)
+    assert refused.exit_code == 2 and not refused.stdout  # before a model is attacked for hours
+    assert "history.jsonl is missing" in refused.stderr and not (output / "private" / "audit.json").exists()
+
+    (tmp_path / "history.jsonl").rename(output / "private" / "history.jsonl")
+    done = command(*given)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-2:] == [f"wrote {report}", f"wrote {card}"]
+    after = report.read_text(encoding="utf-8")
+    assert "What an attacker gets out" in after and "Perhaps of another model" not in after
+    assert "| ask: greedy | 0.00 | 1.00 |" in card.read_text(encoding="utf-8")
 
 
 def test_the_same_command_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
