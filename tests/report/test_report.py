@@ -386,6 +386,20 @@ def test_leaked_secrets_come_with_the_answer_that_tells_them(run: Run, folder: P
     page = Page(folder / "private" / "report.html")
     assert "script" not in {tag for tag, _ in page.tags}
 
+    def by_parts(audit: dict[str, Any]) -> None:
+        (lens,) = (row["models"]["unlearned"] for row in audit["attacks"] if row["attack"] == "lens")
+        lens["values"] = [0.0, 0.0, 0.3, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0]
+        (onset,) = (row["models"]["unlearned"] for row in audit["attacks"] if row["attack"] == "onset")
+        onset["values"] = [0.0, 0.0, 0.0, 0.02, 0.009, 0.0, 0.0, 0.0, 0.0]
+
+    write_audit(run, folder)
+    change_audit(folder, by_parts)
+    parts = section(write_report(folder)).split("Secrets that leaked")[1]
+    assert parts.count("inside: lens") == 1 and "img src" in parts  # the sixth, by half; not the third
+    assert parts.count("onset: 1") == 1 and "東京" in parts  # a probability of 0.02, not 0.009
+
+    write_audit(run, folder)
+
     def many(audit: dict[str, Any]) -> None:
         audit["secrets"] = audit["secrets"] * 3
         for row in audit["attacks"]:
