@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.attacks.ask import AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
 from palu.attacks.attack import Attack, Finding, Victim
+from palu.attacks.depth import DepthScore, Patch, Source
 from palu.attacks.estimators import NO_RHO, rho, unseen_bound
 from palu.attacks.lens import LogitLens
 from palu.attacks.onset import OnsetInAnswer, OnsetInQuestion
@@ -34,6 +35,7 @@ from palu.version import __version__
 FORMAT = 1  # of stages and results: what another version kept is made anew
 STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
+_TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
 DRAWS, QUICK_DRAWS = 200, 16
 BATCH_TOKENS = 1024
 _MAX_NEW_TOKENS = 200
@@ -78,7 +80,8 @@ def audit(
         forget: the forget set: rows of text with spans (see :mod:`palu.data`), perhaps with ``paraphrased_question``
             (a question, or a list of them).
         tokenizer: of all models, a fast one.
-        retain_model: a model that never saw the forget set; None: it would tell nothing (which is not quite true).
+        retain_model: a model that never saw the forget set; None: it would tell nothing (which is not quite true), and
+            there is no unlearning depth score.
         retain: rows of text to put in front of questions, and to measure utility on.
         folder: where ``audit.json`` is written, and in ``audit/`` what each attack gave, so that the same call goes on
             where it was stopped. Both hold the secrets. None: nothing is written.
@@ -163,7 +166,9 @@ def audit_models(
     stages = None if folder is None else Path(folder) / STAGES
     results: dict[str, list[_Outcome]] = {}
     models: dict[str, Any] = {}
-    for role in ROLES:
+    sources: dict[str, Source] = {}
+    patched: dict[str, _Outcome] = {}
+    for role in _TURNS:
         if role not in loaders:
             continue
         model = loaders[role]()
@@ -173,12 +178,24 @@ def audit_models(
         for attack in tqdm(attacks, desc=role, disable=not progress, leave=False):
             outcome = _kept_or_run(attack, model, models[role]["fingerprint"], data, stages, batch_tokens, progress)
             results[role].append(outcome)
+        if role == "original":
+            for source, of in sources.items():
+                patched[source] = _kept_or_run(
+                    Patch(of), model, models[role]["fingerprint"], data, stages, batch_tokens, progress
+                )
+        elif "retain" in loaders:
+            sources[role] = Source.of(
+                model, models[role]["fingerprint"], data, batch_tokens=batch_tokens, progress=progress
+            )
         del model
+    results, models = ({role: of[role] for role in ROLES if role in of} for of in (results, models))
     rows = [
         row
         for i, attack in enumerate(attacks)
         for row in _compare(attack, {role: results[role][i] for role in results}, len(data.secrets), seed)
     ]
+    depth = DepthScore()
+    rows += _compare(depth, depth.outcomes(patched), len(data.secrets), seed)
     report = {
         "format": FORMAT,
         "seed": seed,
@@ -245,8 +262,8 @@ def _kept_or_run(
     return json.loads(json.dumps(outcome))  # as one that is read: the same types
 
 
-def _settings(attack: Attack) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(attack)))  # type: ignore[call-overload]
+def _settings(attack: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(attack)))
 
 
 def _write(path: Path, value: Any) -> None:
@@ -257,7 +274,9 @@ def _write(path: Path, value: Any) -> None:
 
 
 # --- the models compared ---
-def _compare(attack: Attack, outcomes: Mapping[str, _Outcome], secrets: int, seed: int) -> list[dict[str, Any]]:
+def _compare(
+    attack: Attack | DepthScore, outcomes: Mapping[str, _Outcome], secrets: int, seed: int
+) -> list[dict[str, Any]]:
     """Make the rows of the table: one for each finding of an attack, or one that says why it was not made."""
     common = {"attack": attack.key, "budget": attack.budget, "settings": _settings(attack)}
     lacking = {role: outcome["unmet"] for role, outcome in outcomes.items() if "unmet" in outcome}

@@ -72,6 +72,7 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
         **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), rounded),
         **dict.fromkeys(("relearn: weights", "relearn: lora", "relearn: unrelated"), trained),
         "relearn: retain": f"{trained}; original: {no_rows}",
+        "inside: depth": "skipped: it needs a retain model, whose states tell which layers hold the secrets",
     }
     assert verdicts(results)["ask: greedy"] == "open"
     assert verdicts(results)["quantise: int8"] == "not told"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from helpers.planted import audit, hides_from_greedy, never_saw, original, verdicts
 
@@ -21,18 +22,19 @@ ROWS = [
     *(f"quantise: {scheme}" for scheme in ("int8", "int4", "nf4")),
     *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows", "unrelated text")),
     "inside: logit lens, top 10",
+    "inside: depth, 1 - UDS",
 ]
 
 
 def test_a_model_that_holds_every_secret_is_open_in_each_attack() -> None:
     results = audit(copy.deepcopy(original()), retain_model=never_saw())
     assert verdicts(results) == dict.fromkeys(ROWS, "open")
-    assert all(row["rho"] == {"value": 1.0, "low": 1.0, "high": 1.0} for row in results["attacks"])
+    assert all(row["rho"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0}) for row in results["attacks"])
 
 
 def test_a_model_that_never_saw_the_secrets_holds() -> None:
     results = audit(never_saw())
-    assert verdicts(results) == dict.fromkeys(ROWS, "held")
+    assert verdicts(results) == dict.fromkeys(ROWS[:-1], "held") | {"inside: depth": "not told"}
     assert results["notes"][0] == run.NO_RETAIN_MODEL
 
 
@@ -40,7 +42,7 @@ def test_secrets_that_are_hidden_from_greedy_decoding_alone_are_found() -> None:
     results = audit(hides_from_greedy(), retain_model=never_saw())
     found = verdicts(results)
     assert found["ask: greedy"] == found["onset: 0 in the answer"] == "held"
-    for name in ("sample: leak@4", "sample: leak@16", "sample: exact p", "onset: 1 in the answer", ROWS[-1]):
+    for name in ("sample: leak@4", "sample: leak@16", "sample: exact p", "onset: 1 in the answer", *ROWS[-2:]):
         assert found[name] == "open", name
     draws = next(row for row in results["attacks"] if row["name"] == "sample: exact p")["models"]["unlearned"]
     assert draws["figures"]["median 1/p"] < 16
