@@ -45,6 +45,13 @@ def evaluate(
     fluency_model: Annotated[
         str | None, typer.Option(help="TOFU: classifier of gibberish, for fluency.", metavar="DIR_OR_NAME")
     ] = None,
+    language: Annotated[
+        str, typer.Option(help="Of the word list for the share of words that are none, such as de; none: leave it out.")
+    ] = "en",
+    reference_results: Annotated[
+        Path | None,
+        typer.Option(help="Results of the model before unlearning; what it writes counts as words.", metavar="FILE"),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
@@ -66,8 +73,9 @@ def evaluate(
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     split = forget_split or "forget05"
     check_names(model=model, tokenizer=tokenizer, reference_model=reference_model)
-    if retain_results is not None and not retain_results.is_file():
-        raise FileNotFoundError(f"--retain-results {retain_results}: there is no such file")
+    for name, file in (("retain-results", retain_results), ("reference-results", reference_results)):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"--{name} {file}: there is no such file")
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
     if output is None:
@@ -80,13 +88,17 @@ def evaluate(
     from accelerate import Accelerator
 
     import palu
+    from palu.evaluate.language import WordList
 
     device = Accelerator().device
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
+    options |= {"language": None if language == "none" else language, "reference_results": reference_results}
+    if options["language"] is not None:
+        WordList(language)  # complaints come before a model is loaded
     options["chat_template_kwargs"] = chat_template_kwargs
     if benchmark == "tofu":
-        palu.evaluate.load_tofu(split, data)  # complaints come before a model is loaded
+        palu.evaluate.load_tofu(split, data)  # so do these
         options |= {name: value for name, value in for_tofu.items() if value is not None}
         if reference_model is not None:
             options["reference_model"] = load_model(reference_model, dtype).to(device)
@@ -108,9 +120,10 @@ def _print(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("metric", "value", "reason for none", box=None, pad_edge=False)
+    table = Table("metric", "value", "retain model", "reason for none", box=None, pad_edge=False)
     for name, entry in results.items():
         if isinstance(entry, dict) and "agg_value" in entry:
-            value = entry["agg_value"]
-            table.add_row(name, "" if value is None else f"{value:.4g}", entry.get("reason", ""))
+            values = (entry["agg_value"], entry.get("retain_model", {}).get("agg_value"))
+            shown = ("" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(name, *shown, entry.get("reason", ""))
     Console(highlight=False, markup=False).print(table)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from palu.data.examples import load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
+from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
 from palu.evaluate.rows import Results, Row, hub_rows, load_results, load_rows, require
 from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, min_k_scores, raw_examples, token_scores
-from palu.evaluate.summarize import NO_RETAIN_AUC, Source, check_retain, complete, entry, membership_entry
+from palu.evaluate.summarize import NO_RETAIN_AUC, Source, check_retain, complete, entry, membership_entry, rouge_value
 from palu.hashing import json_digest
-from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.generation import Generation, eval_mode, generate, prompt_of
 from palu.models.lora import CausalLM, base_of
 
 NAME = "muse-bench/MUSE-News"
@@ -70,6 +72,8 @@ def muse_news(
     data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None,
     *,
     retain_results: Source | None = None,
+    language: str | None = LANGUAGE,
+    reference_results: Source | None = None,
     verbmem_tokens: int = 128,
     knowmem_tokens: int = 32,
     max_length: int = 2048,
@@ -88,6 +92,7 @@ def muse_news(
         data: see :func:`load_muse_news`.
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
+        language, reference_results: as for :func:`palu.evaluate.tofu`.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
         max_length: tokens of a PrivLeak text that are looked at.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
@@ -95,16 +100,18 @@ def muse_news(
         progress: show a progress bar.
 
     Returns:
-        As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, mia_min_k,
-        privleak and ``palu``.
+        As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, the language
+        figures of each (forget_verbmem_no_word, ...), mia_min_k, privleak and ``palu``.
 
     Raises:
-        ValueError: retain results that do not fit; a tokenizer that does not; log-probabilities that are not finite.
+        ValueError: an unknown language; retain or reference results that do not fit; a tokenizer that does not;
+            log-probabilities that are not finite.
         DataError: a row without a needed column, or too short.
         TypeError: a model without a linear head.
     """
     metrics.require_packages()
     started = time.perf_counter()
+    words = None if language is None else WordList(language)
     sets = load_muse_news(data)
     sides = {side: f"privleak_{side}" for side in ("forget", "holdout")}
     texts = {
@@ -125,6 +132,7 @@ def muse_news(
         "data_sha256": json_digest([sets[name] for name in sides.values()])[:16],
         "max_length": max_length,
         **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
+        "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer),
     }
     retain = None if retain_results is None else load_results(retain_results)
@@ -134,8 +142,21 @@ def muse_news(
             metadata,
             {f"mia_min_k of the {side} set": {str(i) for i in range(len(texts[side]))} for side in sides},
         )
+    told = LanguageFigures(
+        words,
+        {
+            "forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]],
+            **{
+                f"{side}_knowmem_ROUGE": [(row["question"], row["answer"]) for row in sets[f"knowmem_{side}_qa"]]
+                for side in known
+            },
+        },
+        retain=retain,
+        reference=None if reference_results is None else load_results(reference_results),
+    )
 
     results: Results = {}
+    written: dict[str, list[Generation]] = {}
     eos = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     work = sum(map(len, (*texts.values(), recited, *known.values())))
     with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, eval_mode(model):
@@ -147,23 +168,25 @@ def muse_news(
         results["mia_min_k"] = membership_entry(found["forget"], found["holdout"])
 
         prompts = [example.input_ids for example in recited]
-        continuations = generate_texts(
+        continuations = generate(
             model, tokenizer, prompts, eos, max_new_tokens=verbmem_tokens, batch_tokens=batch_tokens, bar=bar
         )
-        truths = [row["gt"] for row in sets["verbmem_forget"]]
-        results["forget_verbmem_ROUGE"] = _rouge(continuations, truths)
+        written["forget_verbmem_ROUGE"] = [replace(one, text=one.text.strip()) for one in continuations]
 
         for side, examples in known.items():
             stop_ids = eos | {int(example.input_ids[-1]) for example in examples}
             prompts = [prompt_of(example) for example in examples]
-            answers = generate_texts(
+            answers = generate(
                 model, tokenizer, prompts, stop_ids, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
             )
-            truths = [row["answer"] for row in sets[f"knowmem_{side}_qa"]]
-            results[f"{side}_knowmem_ROUGE"] = _rouge([answer.split("\n")[0] for answer in answers], truths)
+            written[f"{side}_knowmem_ROUGE"] = [_first_line(answer) for answer in answers]
 
+    for name, generations in written.items():
+        truths = [truth for _, truth in told.rows[name]]
+        results[name] = entry(map(rouge_value, generations, truths))
+        results |= told.entries(name, generations)
     results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, {"privleak": NO_RETAIN_AUC})
+    return complete(results, retain, told.reasons() | {"privleak": NO_RETAIN_AUC})
 
 
 def _questions(
@@ -190,8 +213,6 @@ def _turn(row: Row) -> list[dict[str, str]]:
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
 
 
-def _rouge(generations: Sequence[str], truths: Sequence[str]) -> dict[str, Any]:
-    return entry(
-        {**metrics.rouge(text, truth), "ground_truth": truth, "generation": text.strip()}
-        for text, truth in zip(generations, truths, strict=True)
-    )
+def _first_line(answer: Generation) -> Generation:
+    line, newline, _ = answer.text.partition("\n")
+    return Generation(line.strip(), answer.cut_off and not newline)

@@ -10,6 +10,7 @@ import numpy as np
 
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results, load_results
+from palu.models.generation import Generation
 
 # Which losses a truth ratio is made of: the true answer's, the wrong ones'.
 TRUTH_RATIOS = {
@@ -27,6 +28,8 @@ UTILITY = (
     *("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
     *("wf_Q_A_Prob_normalised", "wf_Q_A_ROUGE", "wf_Truth_Ratio"),
 )
+# Their aggregate is a share of all words of the set, not a mean over its texts.
+WORD_SHARES = ("no_word", "unknown_name")
 # Aggregates of other entries, computed after them.
 DERIVED = ("forget_quality", "forget_quality_ks", "model_utility", "privleak")
 
@@ -70,7 +73,7 @@ def _aggregates(results: Results, retain: Results | None) -> dict[str, float | N
         elif name.startswith("mia_"):
             summary[name] = _auc(entry)
         elif name not in (*DERIVED, "palu"):
-            summary[name] = mean([np.mean(value) for value in _values(entry, _statistic(name))])
+            summary[name] = aggregate_of(name, entry)
 
     if "forget_truth_ratio" in results:
         summary |= {"forget_quality": None, "forget_quality_ks": None}
@@ -84,6 +87,15 @@ def _aggregates(results: Results, retain: Results | None) -> dict[str, float | N
         reference = 0.5 if retain is None else _auc(retain.get("mia_min_k", {}))
         summary["privleak"] = None if auc is None or reference is None else metrics.privleak(auc, reference)
     return summary
+
+
+def aggregate_of(name: str, entry: Mapping[str, Any]) -> float | None:
+    """Aggregate the values of an entry that depends on no other, or None where there are none."""
+    if name.endswith(WORD_SHARES):
+        counts = [(len(value["found"]), value["words"]) for value in _by_index(entry).values()]
+        words = sum(count for _, count in counts)
+        return sum(found for found, _ in counts) / words if words else None
+    return mean([np.mean(value) for value in _values(entry, _statistic(name))])
 
 
 def truth_ratios(results: Results, name: str) -> dict[str, float]:
@@ -152,6 +164,12 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
 def entry(values: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Make a metric's entry of its values by index; :func:`complete` adds the aggregate."""
     return {"value_by_index": {str(index): dict(value) for index, value in enumerate(values)}}
+
+
+def rouge_value(generation: Generation, truth: str) -> dict[str, Any]:
+    """Make the value of one generation: its ROUGE, the true answer and the text."""
+    texts = {"ground_truth": truth, "generation": generation.text, "cut_off": generation.cut_off}
+    return {**metrics.rouge(generation.text, truth), **texts}
 
 
 def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:

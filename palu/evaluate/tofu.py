@@ -18,6 +18,7 @@ from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
+from palu.evaluate.language import FIGURES, LANGUAGE, LanguageFigures, WordList
 from palu.evaluate.rows import Results, Row, load_results, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
@@ -39,17 +40,19 @@ from palu.evaluate.summarize import (
     entry,
     membership_entry,
     normalised_probabilities,
+    rouge_value,
     truth_ratios,
 )
 from palu.evaluate.tofu_data import COLUMNS, MEND, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
-from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.generation import Generation, eval_mode, generate, prompt_of
 from palu.models.lora import CausalLM, base_of
 
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
 # What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
 _MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
+_TOLD = ("forget", "retain")  # the sets whose generations the language figures are of
 
 
 def tofu(
@@ -63,6 +66,8 @@ def tofu(
     reference_model: CausalLM | None = None,
     fluency_model: Any = None,
     fluency_label: str = LABEL,
+    language: str | None = LANGUAGE,
+    reference_results: Source | None = None,
     mia: Sequence[str] = ATTACKS,
     max_new_tokens: int = 200,
     batch_tokens: int = BATCH_TOKENS,
@@ -86,6 +91,10 @@ def tofu(
         reference_model: for the reference attack, with the same tokenizer.
         fluency_model: name, path or text-classification pipeline; adds ``forget_fluency``, the share of forget
             generations that it labels ``fluency_label``.
+        language: of the word list that the share of words that are none is measured with, such as "de"; None leaves
+            it out. What counts as a word: :mod:`palu.evaluate.language`.
+        reference_results: this function's results for the model before unlearning; what it writes on other rows then
+            counts as words, too.
         mia: which attacks to run; gradnorm costs a backward pass for each example.
         max_new_tokens: bound on a generation.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
@@ -95,11 +104,12 @@ def tofu(
     Returns:
         Metric -> ``{"agg_value", "value_by_index": {"0": {...}, ...}}`` as in open-unlearning's logs, ready for JSON;
         where ``agg_value`` is None, ``reason`` tells why. ``forget_quality_ks`` is the distance D behind the p-value
-        ``forget_quality``; ``palu`` holds benchmark, split, sizes, model, seconds and versions.
+        ``forget_quality``. The figures of :mod:`palu.evaluate.language` (``forget_no_word``, ...) hold the retain
+        model's beside them, as ``retain_model``. ``palu`` holds benchmark, split, sizes, model, seconds and versions.
 
     Raises:
-        ValueError: an unknown split or attack; retain results that do not fit; a tokenizer that does not;
-            log-probabilities that are not finite.
+        ValueError: an unknown split, attack or language; retain or reference results that do not fit; a tokenizer that
+            does not; log-probabilities that are not finite.
         DataError: a row without a needed column.
         TypeError: a model without a linear head.
     """
@@ -107,6 +117,7 @@ def tofu(
     started = time.perf_counter()
     if unknown := [name for name in mia if name not in ATTACKS]:
         raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
+    words = None if language is None else WordList(language)
     rows = load_tofu(forget, data)
     if holdout is not None:
         require(holdout, "holdout", COLUMNS["holdout"], MEND)
@@ -126,6 +137,7 @@ def tofu(
         "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in rows.forget])[:16],
         "max_new_tokens": max_new_tokens,
         **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
+        "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer),
     }
     retain = None if retain_results is None else load_results(retain_results)
@@ -134,6 +146,12 @@ def tofu(
         if "min_k" in mia:
             compared["mia_min_k of the holdout set"] = rows.holdout
         check_retain(retain, metadata, {name: {str(i) for i in range(len(r))} for name, r in compared.items()})
+    told = LanguageFigures(
+        words,
+        {_rouge_name(name): [(row["question"], row["answer"]) for row in sets[name]] for name in _TOLD},
+        retain=retain,
+        reference=None if reference_results is None else load_results(reference_results),
+    )
     classifier = None if fluency_model is None else FluencyClassifier(fluency_model, fluency_label, model.device)
 
     attacks = [name for name in mia if rows.holdout and (name != "reference" or reference_model is not None)]
@@ -144,8 +162,8 @@ def tofu(
 
     with tqdm(total=work, desc="TOFU", disable=not progress) as bar, eval_mode(model):
         scores = _score(model, answers, batch_tokens, bar)
-        texts = _generate(model, tokenizer, asked, max_new_tokens, batch_tokens, bar)
-        results = _of_answers(sets, scores) | _of_generations(sets, texts)
+        generations = _generate(model, tokenizer, asked, max_new_tokens, batch_tokens, bar)
+        results = _of_answers(sets, scores) | _of_generations(sets, generations)
         found: dict[str, list[list[float]]] = {
             name: [_membership(name, scores[m], answers[m].texts) for m in members]
             for name in attacks
@@ -159,12 +177,14 @@ def tofu(
             found["reference"] = [
                 [ours.nll - other.nll for ours, other in zip(scores[m], theirs[m], strict=True)] for m in members
             ]
-        verdicts = [] if classifier is None else classifier(texts["forget"], bar=bar)
+        verdicts = [] if classifier is None else classifier([one.text for one in generations["forget"]], bar=bar)
 
     results |= {f"mia_{name}": membership_entry(*found.get(name, ([], []))) for name in mia}
     results |= {"privleak": {}, "forget_fluency": entry(verdicts)}
+    for name in _TOLD:
+        results |= told.entries(_rouge_name(name), generations[name])
     results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, _reasons(sets, mia))
+    return complete(results, retain, told.reasons() | _reasons(sets, mia))
 
 
 # --- texts ---
@@ -243,11 +263,11 @@ def _generate(
     max_new_tokens: int,
     batch_tokens: int,
     bar: tqdm,
-) -> dict[str, list[str]]:
+) -> dict[str, list[Generation]]:
     """Generate the model's answers to the questions of each set."""
     examples = [example for of_set in asked.values() for example in of_set.examples]
-    texts = iter(
-        generate_texts(
+    found = iter(
+        generate(
             model,
             tokenizer,
             [prompt_of(example) for example in examples],
@@ -258,7 +278,10 @@ def _generate(
             bar=bar,
         )
     )
-    return {name: [text.strip() for text in islice(texts, len(of_set.examples))] for name, of_set in asked.items()}
+    return {
+        name: [replace(one, text=one.text.strip()) for one in islice(found, len(of_set.examples))]
+        for name, of_set in asked.items()
+    }
 
 
 # --- values ---
@@ -288,13 +311,15 @@ def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results
     return results
 
 
-def _of_generations(sets: _Sets, texts: Mapping[str, list[str]]) -> Results:
+def _rouge_name(name: str) -> str:
+    """Name the entry that holds the generations of a set."""
+    return f"{PREFIX[name]}_Q_A_ROUGE"
+
+
+def _of_generations(sets: _Sets, generations: Mapping[str, list[Generation]]) -> Results:
     return {
-        f"{PREFIX[name]}_Q_A_ROUGE": entry(
-            {**metrics.rouge(text, row["answer"]), "ground_truth": row["answer"], "generation": text}
-            for row, text in zip(sets[name], generations, strict=True)
-        )
-        for name, generations in texts.items()
+        _rouge_name(name): entry(rouge_value(one, row["answer"]) for row, one in zip(sets[name], of_set, strict=True))
+        for name, of_set in generations.items()
     }
 
 
@@ -317,7 +342,15 @@ def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
     }
     for name, prefix in PREFIX.items():
         if not sets[name]:
-            entries = ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
+            entries = (
+                "Q_A_Prob",
+                "Q_A_PARA_Prob",
+                "Q_A_PERT_Prob",
+                "Q_A_Prob_normalised",
+                "Q_A_ROUGE",
+                "Truth_Ratio",
+                *FIGURES,
+            )
             reasons |= {f"{prefix}_{suffix}": f"there are no {name} rows" for suffix in entries}
             reasons["model_utility"] = f"there are no {name} rows"
     for name in ATTACKS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,20 @@ def prompt_of(example: Example) -> Tensor:
     return example.input_ids[: int((example.labels != IGNORE).nonzero()[0])]
 
 
-def generate_texts(
+@dataclass(frozen=True)
+class Generation:
+    """A generated text."""
+
+    text: str
+    cut_off: bool = False  # at max_new_tokens, perhaps inside a word
+
+
+def generate_texts(*args: Any, **settings: Any) -> list[str]:
+    """Generate as :func:`generate` does; the texts alone."""
+    return [one.text for one in generate(*args, **settings)]
+
+
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tensor],
@@ -65,8 +79,8 @@ def generate_texts(
     batch_tokens: int,
     bar: tqdm,
     sample: bool = False,
-) -> list[str]:
-    """Generate as :func:`generate_ids` does, and decode: texts without special tokens."""
+) -> list[Generation]:
+    """Generate as :func:`generate_ids` does, and decode, without special tokens."""
     found = generate_ids(
         model,
         prompts,
@@ -77,8 +91,11 @@ def generate_texts(
         bar=bar,
         sample=sample,
     )
-    texts = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in found]
-    return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
+    ended = [bool(ids) and ids[-1] in stop_ids for ids in found]
+    return [
+        Generation(str(tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)), not end)
+        for ids, end in zip(found, ended, strict=True)
+    ]
 
 
 @torch.no_grad()

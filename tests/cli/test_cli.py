@@ -780,13 +780,15 @@ def test_eval(folder: Path, tofu: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert re.search(r"forget_quality +no retain_results were given", " ".join(result.stdout.split()))
     output = tmp_path / "results.json"
-    result = palu_command(*common, "--retain-results", retain, "--output", output)
+    options = ["--retain-results", retain, "--reference-results", retain, "--language", "de"]
+    result = palu_command(*common, *options, "--output", output)
     assert result.exit_code == 0, result.output
     assert re.search(r"forget_quality +1\b", result.stdout)
+    assert re.search(r"forget_empty +(\S+) +\1\b", result.stdout)  # the retain model is the same
     assert result.stdout.endswith(f"wrote {output}\n")
     results = read(output)
     assert results["forget_quality"]["agg_value"] == 1
-    assert results["palu"]["split"] == "forget01"
+    assert results["palu"]["split"] == "forget01" and results["palu"]["word_list"].endswith(", de")
     assert results["exact_memorization"]["agg_value"] == read(retain)["exact_memorization"]["agg_value"]
 
 
@@ -795,6 +797,7 @@ def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     output = tmp_path / "results.json"
     common = ["eval", "--model", folder / "model", "--benchmark", "muse-news", "--data", tmp_path, "--no-progress"]
+    common += ["--language", "none"]
     result = palu_command(*common, "--output", output)
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith(f"wrote {output}\n") and re.search(r"forget_verbmem_ROUGE +\d", result.stdout)
@@ -832,6 +835,8 @@ def test_eval_of_an_adapter_writes_beside_the_records_of_its_run(
             "there is no forget split 'forget07'; {folder} has forget",
         ),
         (["--retain-results", "absent.json"], "--retain-results absent.json: there is no such file"),
+        (["--reference-results", "absent.json"], "--reference-results absent.json: there is no such file"),
+        (["--language", "xx"], "there is no word list for language 'xx'; give one of ar, bg, "),
         (["--output", "absent/results.json"], "--output absent/results.json: there is no folder absent"),
         (
             ["--model", "nobody/nothing"],

@@ -16,6 +16,7 @@ from helpers.tiny import overfit, tiny_llama
 
 from palu.data.files import DataError
 from palu.evaluate import load_muse_news, muse_news, summarize
+from palu.evaluate.language import FIGURES
 
 MUSE = Path(__file__).parents[3] / "shared" / "data" / "muse_news"
 TOKENIZERS = {"chat": lambda: byte_level(CHATML, bos=False), "plain": lambda: sentencepiece(eos=True)}
@@ -113,6 +114,7 @@ def test_results_survive_json_and_serve_as_retain_results(tmp_path: Path) -> Non
     assert set(again) == {
         *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"),
         *("mia_min_k", "privleak", "palu"),
+        *(f"{name}_{figure}" for name in ("forget_verbmem", "forget_knowmem", "retain_knowmem") for figure in FIGURES),
     }
 
     del results["mia_min_k"]

@@ -274,7 +274,8 @@ def test_nulls_have_a_reason() -> None:
     assert facts == {"model_utility", *(name for name in results if name.startswith("wf_"))} and len(facts) == 6
     assert "retain_results" in reasons["forget_quality"] and "retain_results" in reasons["forget_quality_ks"]
     assert "fluency_model" in reasons["forget_fluency"]
-    assert len(nulls) == 7 + 6 + 3
+    assert reasons["forget_rep_4"] == reasons["retain_rep_4"] == "no generation has 4 words"
+    assert len(nulls) == 7 + 6 + 3 + 2
     assert summarize(results) == {name: entry["agg_value"] for name, entry in results.items() if name != "palu"}
 
 
