@@ -103,7 +103,10 @@ def _lost(audit: Json) -> str | None:
 
 
 def evaluations(folder: Path) -> list[Json]:
-    """Read the aggregates of each evaluation in the folder: {file, about, values, reasons}, "before" first."""
+    """Read the aggregates of each evaluation in the folder: {file, about, values, retain_model, reasons}.
+
+    Those from before the run come first. ``retain_model`` holds the value of the retain model where a metric has it.
+    """
     found = []
     paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
     for path in sorted(paths, key=lambda path: ("before" not in path.name, path.name)):
@@ -120,6 +123,11 @@ def evaluations(folder: Path) -> list[Json]:
                 "file": path.name,
                 "about": " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key)),
                 "values": {name: entry["agg_value"] for name, entry in entries.items()},
+                "retain_model": {
+                    name: entry["retain_model"]["agg_value"]
+                    for name, entry in entries.items()
+                    if "retain_model" in entry
+                },
                 "reasons": {name: entry["reason"] for name, entry in entries.items() if entry.get("reason")},
             }
         )

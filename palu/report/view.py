@@ -73,11 +73,18 @@ def metric_table(found: Sequence[Json]) -> list[Json]:
             "label": words.METRICS[name].label if name in words.METRICS else name,
             "better": words.METRICS[name].better if name in words.METRICS else "",
             "name": name,
-            "values": [number(one["values"].get(name)) for one in found],
+            "values": [_figure(one, name) for one in found],
             "reason": next((one["reasons"][name] for one in found if name in one["reasons"]), ""),
         }
         for name in names
     ]
+
+
+def _figure(one: Json, name: str) -> str:
+    """Format a metric of an evaluation, with the retain model's where that stands beside it."""
+    beside = one["retain_model"].get(name)
+    shown = number(one["values"].get(name))
+    return shown if beside is None else f"{shown} (retain model {number(beside)})"
 
 
 # --- the page ---

@@ -49,6 +49,20 @@ class Metric(NamedTuple):
 
 
 _HIGHER, _LOWER, _HALF = "higher", "lower", "near 0.5"
+_UNSEEN = "as a model that never saw it"
+
+
+def _language(prefix: str, of: str) -> dict[str, Metric]:
+    """List the language figures of one set of generations."""
+    return {
+        f"{prefix}_no_word": Metric(f"Words that are none, {of}", _LOWER),
+        f"{prefix}_unknown_name": Metric(f"Capitalised words that no list has, {of}", _UNSEEN),
+        f"{prefix}_rep_4": Metric(f"Repeated 4-grams (rep-4), {of}", _LOWER),
+        f"{prefix}_replacement_character": Metric(f"Texts with characters that are none (U+FFFD), {of}", _LOWER),
+        f"{prefix}_empty": Metric(f"Empty answers, {of}", _LOWER),
+    }
+
+
 METRICS = {
     "forget_quality": Metric("Forget quality (p-value)", _HIGHER),
     "forget_quality_ks": Metric("Forget quality's KS distance", _LOWER),
@@ -56,7 +70,8 @@ METRICS = {
     "forget_Q_A_Prob": Metric("Probability, forget set", _LOWER),
     "forget_Q_A_ROUGE": Metric("ROUGE-L recall, forget set", _LOWER),
     "forget_truth_ratio": Metric("Truth ratio, forget set", _HIGHER),
-    "exact_memorization": Metric("Exact memorisation", "as a model that never saw it"),
+    **_language("forget", "forget set"),
+    "exact_memorization": Metric("Exact memorisation", _UNSEEN),
     "extraction_strength": Metric("Extraction strength", _LOWER),
     "privleak": Metric("PrivLeak", "near 0"),
     "mia_loss": Metric("Membership attack: loss", _HALF),
@@ -68,6 +83,7 @@ METRICS = {
     "retain_Q_A_Prob": Metric("Probability, retain set", _HIGHER),
     "retain_Q_A_ROUGE": Metric("ROUGE-L recall, retain set", _HIGHER),
     "retain_Truth_Ratio": Metric("Truth ratio, retain set", _HIGHER),
+    **_language("retain", "retain set"),
     "ra_Q_A_Prob_normalised": Metric("Probability, real authors", _HIGHER),
     "ra_Q_A_ROUGE": Metric("ROUGE-L recall, real authors", _HIGHER),
     "ra_Truth_Ratio": Metric("Truth ratio, real authors", _HIGHER),
@@ -77,6 +93,9 @@ METRICS = {
     "forget_verbmem_ROUGE": Metric("Verbatim memorisation (VerbMem), forget set", _LOWER),
     "forget_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), forget set", _LOWER),
     "retain_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), retain set", _HIGHER),
+    **_language("forget_verbmem", "VerbMem, forget set"),
+    **_language("forget_knowmem", "KnowMem, forget set"),
+    **_language("retain_knowmem", "KnowMem, retain set"),
 }
 
 

@@ -294,12 +294,14 @@ def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
     assert "Evaluation" not in Page(write_report(folder)).texts
     about = {"benchmark": "TOFU", "split": "forget05"}
     after = {"forget_quality": {"agg_value": None, "reason": "no retain_results"}, "odd": {"agg_value": 7.5}}
+    after["forget_no_word"] = {"agg_value": 0.25, "retain_model": {"agg_value": 0.125}}
     before = {"model_utility": {"agg_value": 0.627, "value_by_index": {}}}
     (folder / "private" / "evaluation.json").write_text(json.dumps(after | {"palu": about}), encoding="utf-8")
     (folder / "private" / "evaluation_before.json").write_text(json.dumps(before), encoding="utf-8")
     page = Page(write_report(folder))
     for text in ("TOFU forget05 from evaluation.json", "Model utility", "0.627", "no retain_results", "odd", "7.5"):
         assert text in page.text
+    assert "Words that are none, forget set" in page.text and "0.25 (retain model 0.125)" in page.text
     assert page.text.index("evaluation_before") < page.text.index("evaluation.json")
     (folder / "private" / "evaluation.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RecordError, match=r"evaluation\.json: these are no results"):
