@@ -34,6 +34,7 @@ COLUMNS = {
     "FQ": "forget_quality",
     "KS D": "forget_quality_ks",
     "MU": "model_utility",
+    "no word": "forget_no_word",
     "Fluency": "forget_fluency",
     "EM": "exact_memorization",
     "F-TR": "forget_truth_ratio",
@@ -240,7 +241,7 @@ class Bench:
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Pick the table's figures from one evaluation."""
     figures = {name: results[name]["agg_value"] for name in COLUMNS.values() if name in results}
-    return more | {"seconds": None, "peak_gib": None} | results.get("cost", {}) | figures
+    return more | dict.fromkeys(COLUMNS.values()) | results.get("cost", {}) | figures
 
 
 def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:

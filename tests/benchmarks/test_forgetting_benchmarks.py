@@ -121,6 +121,10 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
     assert row["forget_fluency"] is None
     assert "|  |" in bench_tofu.markdown([row], utility=0.4)
 
+    older = {"forget_quality": {"agg_value": 0.1}, "cost": {"seconds": 2.0}}  # a stage from before a metric was there
+    row = bench_tofu.summary(older, method="npo")
+    assert row["forget_quality"] == 0.1 and row["seconds"] == 2.0 and row["forget_no_word"] is None
+
 
 @has_tofu
 @pytest.mark.parametrize("preset", list(_tofu.PRESETS))
