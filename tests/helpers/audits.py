@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from palu.attacks import run as attacks_run
 from palu.attacks.attack import Finding, Victim
+from palu.attacks.depth import DepthScore
 from palu.attacks.secrets import AuditData
 
 
@@ -84,5 +85,6 @@ def write_audit(run: Run, folder: Path, *, retain: bool = True, other: bool = Fa
             folder=None,
             **options,
         )
+    audit["attacks"] = [row for row in audit["attacks"] if row["attack"] != DepthScore.key]  # that one is not staged
     (folder / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
     return audit
