@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from palu.version import __version__
 
 if TYPE_CHECKING:
-    from palu import evaluate, ops
+    from palu import data, eager, evaluate, losses, ops
     from palu.attacks.run import audit
     from palu.config import UnlearnConfig
     from palu.data.files import DataError
@@ -45,7 +45,7 @@ _MODULE_OF = {
     "write_card": "palu.report.render",
     "write_report": "palu.report.render",
 }
-_SUBMODULES = ("evaluate", "ops")
+_SUBMODULES = ("data", "eager", "evaluate", "losses", "ops")
 
 __all__ = [
     "CacheError",
@@ -60,8 +60,11 @@ __all__ = [
     "__version__",
     "annotate",
     "audit",
+    "data",
+    "eager",
     "evaluate",
     "linear_topk_mse",
+    "losses",
     "ops",
     "palu_loss",
     "prefix_mask",
