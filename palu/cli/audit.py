@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palu.cli.models import Dtype, check_names, load_model, load_tokenizer
+from palu.cli.models import Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig, template_kwargs
 
@@ -74,6 +74,7 @@ def audit(
             raise FileNotFoundError(f"{option} {file}: there is no such file")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
+    check_hub(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
 
     from accelerate import Accelerator
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from palu.cli.models import Bits, Dtype, check_names, load_model, load_tokenizer
+from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import template_kwargs
 from palu.report.layout import results_folder
+from palu.writable import check_file
 
 
 def evaluate(
@@ -82,8 +83,8 @@ def evaluate(
         if not Path(model).is_dir():
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
         output = results_folder(model) / f"evaluation-{benchmark}{f'-{split}' * (benchmark == 'tofu')}.json"
-    if not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+    check_file(output, f"--output {output}")
+    check_hub(model=model, tokenizer=tokenizer, reference_model=reference_model)
 
     from accelerate import Accelerator
 

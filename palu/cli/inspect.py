@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
-from palu.cli.models import check_names, load_model, load_tokenizer
+from palu.cli.models import check_hub, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig
+from palu.writable import check_file
 
 if TYPE_CHECKING:
     from palu.data.examples import Examples
@@ -48,6 +49,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what `palu unlearn` would touch: the role of every token of the forget set."""
+    wanted = None if rows in (None, "all") else _parse_rows(str(rows))
     if write is not None and annotate is None:
         raise ValueError("--write was given without --annotate, which finds the spans to write")
     if annotate == "contrast" and model is None:
@@ -61,6 +63,13 @@ def inspect(
     check_names(model=model, tokenizer=tokenizer)
     if not forget.is_file():
         raise FileNotFoundError(f"there is no file {forget}")
+    for option, path in (("--write", write), ("--html", html)):
+        if path is None:
+            continue
+        check_file(path, f"{option} {path}")
+        if path.exists() and path.samefile(forget):
+            raise ValueError(f"{option} {path} is the file of --forget, which would be replaced; give another one")
+    check_hub(model=model if tokenizer is None or annotate == "contrast" else None, tokenizer=tokenizer)
 
     from palu.data.examples import load_forget
     from palu.report.token_roles import count_roles, token_roles
@@ -88,8 +97,7 @@ def inspect(
     roles = token_roles(loaded.examples, loaded_tokenizer, n)
     summary = summary_of(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
-    if rows is not None and rows != "all":
-        wanted = _parse_rows(rows)
+    if wanted is not None:
         if missing := wanted - {row for row, _ in numbered}:
             last = max(row for row, _ in numbered)
             raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
@@ -121,6 +129,8 @@ def _parse_rows(text: str) -> set[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"--rows {text}: give row numbers and ranges, such as 0-9,17, or all")
+        if dash and int(last) < int(first):
+            raise ValueError(f"--rows {text}: the range {first}-{last} ends before it begins; write {last}-{first}")
         rows |= set(range(int(first), int(last if dash else first) + 1))
     return rows
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Bits = Literal["4bit", "8bit"]
+_CACHED = ("config.json", "adapter_config.json", "tokenizer_config.json")  # one of them is loaded first
+_PATIENCE = 10.0  # seconds
 
 
 def check_names(**names: str | None) -> None:
@@ -36,6 +38,33 @@ def check_names(**names: str | None) -> None:
             if _holds_model(own := folders_of(folder).model):
                 raise ValueError(f"{told} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{told}: the folder holds no config.json, so it is no model's")
+
+
+def check_hub(**names: str | None) -> None:
+    """Raise FileNotFoundError where the name given for an option is no folder and neither cached nor on the hub.
+
+    transformers would try a hub that cannot be reached again and again.
+    """
+    for option, name in names.items():
+        if name is None or Path(name).expanduser().is_dir():
+            continue
+        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+        told = f"--{option.replace('_', '-')} {name}: there is no such folder, "
+        try:
+            if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
+                continue
+            HfApi().model_info(name, timeout=_PATIENCE)
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(f"{told}and no such model on the hub, or it is private (hf auth login)") from None
+        except HFValidationError:
+            raise FileNotFoundError(f"{told}and it cannot be a name on the hub") from None
+        except HfHubHTTPError:
+            continue  # it answers: what keeps the files from being loaded, loading them will say
+        except Exception as error:  # of whichever HTTP library huggingface_hub uses
+            reason = str(error) or type(error).__name__
+            raise FileNotFoundError(f"{told}and the hub, whose cache lacks it, cannot be reached ({reason})") from None
 
 
 def _holds_model(folder: Path) -> bool:

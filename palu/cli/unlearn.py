@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
-from palu.cli.models import Bits, Dtype, check_names, import_peft, is_adapter, load_model, load_tokenizer
+from palu.cli.models import Bits, Dtype, check_hub, check_names, import_peft, is_adapter, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.report.layout import MODEL, PRIVATE, SUMMARY, make_private
@@ -61,7 +61,11 @@ def unlearn(
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights while they are trained; auto: as they are stored.")
+        Dtype,
+        typer.Option(
+            help="Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of "
+            "weights that an adapter leaves as they are."
+        ),
     ] = "auto",
     mixed_precision: Annotated[
         Literal["no", "bf16"] | None,
@@ -103,6 +107,10 @@ def unlearn(
     check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
     if quantize is not None and not lora and not is_adapter(model):
         raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
+    if dtype == "float16" and not lora and not is_adapter(model):
+        raise ValueError(
+            "--dtype float16: gradients and steps underflow in it; give bfloat16 or float32, or add --lora"
+        )
     for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
         if name is None:
             continue
@@ -121,6 +129,7 @@ def unlearn(
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
     config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
+    check_hub(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
     from accelerate import Accelerator
 
@@ -142,6 +151,8 @@ def unlearn(
     if retain_source is not None:
         retain_source = load_retain(retain_source, tokens, **rendering)
     processes = Accelerator()
+    if dtype == "float16" and processes.device.type == "cpu":
+        raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
     empty = loaded_on_main_alone(processes) and not processes.is_main_process
     trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
     reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize, empty=empty)

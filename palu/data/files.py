@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # by which a file may be parted that calls itself CSV
 _LISTS = ("spans", "messages", "input_ids", "labels", "attention_mask")
 
 
@@ -50,8 +51,13 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    begun = False
     for where, told, text in _lines(path, name):
         if text.strip():
+            if not begun and text.lstrip().startswith("["):
+                mend = f"write one JSON object per line (JSONL), as this does: jq -c '.[]' {path} > rows.jsonl"
+                raise DataError(f"{told}: a JSON list begins here; {mend}")
+            begun = True
             try:
                 yield where, json.loads(text.strip())
             except json.JSONDecodeError as error:
@@ -78,6 +84,9 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
                 raise DataError(f"{told}: column {twice!r} is there twice; give each column one name")
+            for delimiter, them in _DELIMITERS.items():
+                if len(header) == 1 and delimiter in header[0]:
+                    raise DataError(f"{told}: the columns are parted by {them} ({delimiter!r}); save it with commas")
             continue
         if len(values) != len(header):
             problem = f"{len(values)} fields under a header of {len(header)}"

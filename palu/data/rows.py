@@ -264,6 +264,9 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
     if not isinstance(spans, list | tuple):
         got = type(spans).__name__
         raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {mend}")
+    if len(spans) == 2 and all(isinstance(edge, Integral) for edge in spans):
+        pair = [int(edge) for edge in spans]
+        raise DataError(f"{where}: column 'spans' is one pair, not a list of pairs; write [{pair}]")
     checked: list[tuple[int, int]] = []
     for span in spans:
         pair = span.tolist() if hasattr(span, "tolist") else span

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from accelerate.state import AcceleratorState
 from helpers.benchmark_data import small_muse_news
 from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -529,6 +532,7 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         (["--output", "{folder}/retain.jsonl"], "--output {folder}/retain.jsonl is a file; give a folder"),
         (["--overwrite", "--resume"], "--overwrite starts anew and --resume goes on; give one of them"),
         (["--lora", "--lora-target", "nothing"], "Target modules"),
+        (["--dtype", "float16"], "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
     ],
 )
 def test_bad_options(
@@ -539,13 +543,75 @@ def test_bad_options(
     assert told.format(folder=folder) in refusal(palu_command(*arguments, *options, "--no-progress"))
 
 
-def test_a_name_that_the_hub_does_not_have(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: Any, **__: Any) -> None:
-        raise OSError("nobody/nothing is not a local folder\nand is not a valid model identifier\n")
+def absent(*_: Any, **__: Any) -> None:
+    raise RepositoryNotFoundError("404", response=MagicMock())
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", absent)
-    told = "nobody/nothing is not a local folder and is not a valid model identifier"
-    assert refusal(palu_command(*arguments, "--model", "nobody/nothing")) == told
+
+def out_of_reach(*_: Any, **__: Any) -> None:
+    raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nosuch"])
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (absent, "and no such model on the hub, or it is private (hf auth login)"),
+        (out_of_reach, "and the hub, whose cache lacks it, cannot be reached (no route to host)"),
+    ],
+)
+def test_a_name_that_is_no_folder_and_not_on_the_hub(
+    name: str,
+    answer: Callable[..., None],
+    told: str,
+    folder: Path,
+    arguments: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is said at once, by every command that takes a model's name, and the hub is asked once."""
+    asked: list[float] = []
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, timeout: asked.append(timeout) or answer())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    rows = ["--forget", folder / "forget.jsonl"]
+    for command in (
+        [*arguments, "--model", name],
+        ["inspect", "--model", name, *rows],
+        ["eval", "--model", name, "--output", tmp_path / "results.json"],
+        ["audit", "--model", name, "--original", folder / "model", *rows, "--output", tmp_path / "audit"],
+    ):
+        asked.clear()
+        assert refusal(palu_command(*command)) == f"--model {name}: there is no such folder, {told}"
+        assert len(asked) == 1 and asked[0] <= 10
+
+
+def test_a_name_that_no_model_can_have(arguments: list[Any]) -> None:
+    told = "--model no model: there is no such folder, and it cannot be a name on the hub"
+    assert refusal(palu_command(*arguments, "--model", "no model")) == told
+
+
+def test_a_name_that_the_hub_knows_or_its_cache_holds(
+    arguments: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading goes on with it: a name without a slash, such as gpt2, is as good as any."""
+    loaded: list[str] = []
+
+    def load(name: str, *_: Any, **__: Any) -> None:
+        loaded.append(name)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
+    assert refusal(palu_command(*arguments, "--model", "gpt2")) == "far enough"
+
+    monkeypatch.setattr(HfApi, "model_info", out_of_reach)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--distilgpt2" / "snapshots" / ("0" * 40)
+    kept.mkdir(parents=True)
+    (kept / "config.json").write_text("{}")
+    (tmp_path / "models--distilgpt2" / "refs").mkdir()
+    (tmp_path / "models--distilgpt2" / "refs" / "main").write_text("0" * 40)
+    assert refusal(palu_command(*arguments, "--model", "distilgpt2")) == "far enough"
+    assert loaded == ["gpt2", "distilgpt2"]
 
 
 def test_a_bug_keeps_its_traceback(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,6 +653,13 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
     assert result.exit_code == 0, result.output
     told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 weights are trained around on a GPU")
+def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    told = "--dtype float16: the CPU kernels do not support it; give bfloat16 or float32"
+    assert refusal(palu_command(*arguments, "--lora", "--dtype", "float16")) == told
 
 
 def test_quantize(tmp_path: Path, arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,12 +767,29 @@ def test_inspect_shows_the_first_rows(folder: Path, tmp_path: Path) -> None:
         (["--n", "-2"], "n = -2: give a positive integer, or -1 for whole spans"),
         (["--model", "./absent"], "--model ./absent: there is no such folder"),
         (["--forget", "absent.jsonl"], "there is no file absent.jsonl"),
-        (["--html", "absent/roles.html"], "No such file or directory"),
+        (["--rows", "1,5-3"], "--rows 1,5-3: the range 5-3 ends before it begins; write 3-5"),
+        (["--html", "absent/roles.html"], "--html absent/roles.html: there is no folder absent"),
+        (["--html", "{folder}"], "--html {folder} is a folder; give a file"),
+        (["--html", "{folder}/forget.jsonl"], "--html {folder}/forget.jsonl is the file of --forget, which would be "),
+        (["--html", "/proc/roles.html"], "--html /proc/roles.html: nothing can be written to /proc ("),
+        (["--annotate", "whole", "--write", "absent/x.jsonl"], "--write absent/x.jsonl: there is no folder absent"),
+        (["--annotate", "whole", "--write", "/proc/x.jsonl"], "--write /proc/x.jsonl: nothing can be written to /proc"),
+        (
+            ["--annotate", "whole", "--write", "{folder}/model/../forget.jsonl"],
+            "--write {folder}/model/../forget.jsonl is the file of --forget, which would be replaced; give another one",
+        ),
     ],
 )
-def test_bad_inspect(options: list[str], told: str, folder: Path) -> None:
+def test_bad_inspect(
+    options: list[str], told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded, but for a row that is not there."""
+    if options != ["--rows", "6"]:
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    options = [option.format(folder=folder) for option in options]
     common = ["inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl"]
-    assert told in refusal(palu_command(*common, *options))
+    assert told.format(folder=folder) in refusal(palu_command(*common, *options))
+    assert [json.loads(line) for line in (folder / "forget.jsonl").read_text().splitlines()] == FORGET
     assert refusal(palu_command(*common[:1], *common[3:])) == "give --model or --tokenizer"
 
 

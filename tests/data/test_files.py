@@ -94,6 +94,11 @@ QUOTE = "quote fields with commas, quotes or line breaks"
             "line 2 of {}: column 'spans' is not JSON (Extra data at character 1); "
             "write lists as JSON, such as [[0, 5]]",
         ),
+        (
+            b"question;answer;spans\na;b, c;[]\n",
+            "line 1 of {}: the columns are parted by semicolons (';'); save it with commas",
+        ),
+        (b"question\tanswer\n", "line 1 of {}: the columns are parted by tabs ('\\t'); save it with commas"),
         (b"", "set is empty; give at least one row"),
         (b"question,answer,spans\n", "set is empty; give at least one row"),
     ],
@@ -104,6 +109,20 @@ def test_bad_csv(content: bytes, told: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_forget(path, byte_level(), max_length=99)
     assert str(caught.value) == f"forget {told.format(path)}"
+
+
+@pytest.mark.parametrize("content", ['[{"question": "Who?"}, {}]\n', '\n[\n  {"question": "Who?"}\n]\n', "[]"])
+def test_a_json_list_is_no_jsonl(content: str, tmp_path: Path) -> None:
+    """In one line, or over many."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_forget(path, byte_level(), max_length=99)
+    line = 1 + content.startswith("\n")
+    assert str(caught.value) == (
+        f"forget line {line} of {path}: a JSON list begins here; write one JSON object per line (JSONL), as this does: "
+        f"jq -c '.[]' {path} > rows.jsonl"
+    )
 
 
 def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

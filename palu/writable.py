@@ -1,0 +1,34 @@
+"""Check, before anything slow begins, that results can be written where the user wants them. Nothing is left there."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def check_folder(folder: Path, told: str) -> None:
+    """Raise OSError where a folder, which need not exist, cannot be made or written to; ``told`` names it."""
+    # Tried, not asked for: root may write everywhere, and yet not into /proc.
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{told}: {there} is a file; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{told}: nothing can be written to {there} ({error.strerror}); give another folder") from None
+
+
+def check_file(path: Path, told: str) -> None:
+    """Raise OSError where a file, which need not exist, cannot be written; ``told`` names it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{told} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{told}: there is no folder {path.parent}")
+    if not path.exists():
+        return check_folder(path.parent, told)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise OSError(f"{told} cannot be written ({error.strerror}); give another file") from None
