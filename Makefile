@@ -23,7 +23,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/ready
-	$(BIN)/python -m palu.demo --output runs/demo
+	$(BIN)/python -m palu.demo --output runs/demo --overwrite
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -291,6 +291,13 @@ class UnlearnConfig:
         return self.value("gamma"), self.lambda_kl, self.value("lambda_retain")
 
     @property
+    def folders(self) -> dict[str, str]:
+        """The folders that a run writes to, by field."""
+        unused = {"logging_dir"} if self.report_to is None else set()
+        fields = {"cache_dir", "checkpoint_dir", "logging_dir"} - unused
+        return {field: folder for field in sorted(fields) if (folder := getattr(self, field)) is not None}
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """The names in ``report_to``."""
         return tuple(name.strip() for name in self.report_to.split(",")) if self.report_to is not None else ()

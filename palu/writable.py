@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+
+def check_folders(settings: Mapping[str, str]) -> None:
+    """Raise OSError where a folder of UnlearnConfig.folders cannot be made or written to."""
+    for field, folder in settings.items():
+        check_folder(Path(folder), f"{field} = {folder!r}")
 
 
 def check_folder(folder: Path, told: str) -> None:
     """Raise OSError where a folder, which need not exist, cannot be made or written to; ``told`` names it."""
     # Tried, not asked for: root may write everywhere, and yet not into /proc.
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
         raise NotADirectoryError(f"{told}: {there} is a file; give a folder")
     try:

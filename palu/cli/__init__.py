@@ -40,6 +40,7 @@ def _expected() -> tuple[type[Exception], ...]:
     kinds: list[type[Exception]] = [typer.TyperException, ValueError, OSError, ImportError]
     for module, name in (
         ("palu.models.lora", "UnsupportedModelError"),
+        ("palu.ref_model.storage", "CacheError"),
         ("palu.training.checkpoint", "CheckpointError"),
         ("palu.training.loop", "DivergenceError"),
         ("torch", "OutOfMemoryError"),

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palu.report.layout import folders_of
+from palu.report.layout import folders_of, holds_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,8 @@ def check_names(**names: str | None) -> None:
         elif option == "tokenizer":
             if not any(folder.glob("tokenizer*")):
                 raise FileNotFoundError(f"{told}: the folder holds no tokenizer")
-        elif not _holds_model(folder):
-            if _holds_model(own := folders_of(folder).model):
+        elif not holds_model(folder):
+            if holds_model(own := folders_of(folder).model):
                 raise ValueError(f"{told} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{told}: the folder holds no config.json, so it is no model's")
 
@@ -65,10 +65,6 @@ def check_hub(**names: str | None) -> None:
         except Exception as error:  # of whichever HTTP library huggingface_hub uses
             reason = str(error) or type(error).__name__
             raise FileNotFoundError(f"{told}and the hub, whose cache lacks it, cannot be reached ({reason})") from None
-
-
-def _holds_model(folder: Path) -> bool:
-    return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

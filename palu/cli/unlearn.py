@@ -14,7 +14,8 @@ from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.models import Bits, Dtype, check_hub, check_names, import_peft, is_adapter, load_model, load_tokenizer
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.report.layout import MODEL, PRIVATE, SUMMARY, make_private
+from palu.report.layout import CHECKPOINTS, LOGS, MODEL, PRIVATE, check_free, has_finished, make_private
+from palu.writable import check_folder, check_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,9 +109,7 @@ def unlearn(
     if quantize is not None and not lora and not is_adapter(model):
         raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
     if dtype == "float16" and not lora and not is_adapter(model):
-        raise ValueError(
-            "--dtype float16: gradients and steps underflow in it; give bfloat16 or float32, or add --lora"
-        )
+        raise ValueError("--dtype float16: gradients and steps underflow; give bfloat16 or float32, or add --lora")
     for option, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
         if name is None:
             continue
@@ -124,11 +123,16 @@ def unlearn(
     for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
+        if overwrite and file.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"{file} lies in --output {output}, of which --overwrite deletes it; copy it elsewhere")
     check_annotate(annotate)
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
     config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
+    if os.environ.get("RANK", "0") == "0":  # the process that writes
+        check_folder(output, f"--output {output}")
+        check_folders(config.folders)
     check_hub(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
     from accelerate import Accelerator
@@ -175,10 +179,9 @@ def unlearn(
     if processes.is_main_process:
         own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
-        run.clear()
+        report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments}, overwrite=overwrite)
         if annotate is not None:
             write_rows(run.private / ANNOTATED, forget_set.source)
-        report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         run.finish()
         summary = result.summary
         print(
@@ -251,22 +254,18 @@ class Run:
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
         self.output, self.overwrite = output, overwrite
         self.private = output / PRIVATE
-        self.checkpoints, self.logs = self.private / "checkpoints", self.private / "logs"
+        self.checkpoints, self.logs = self.private / CHECKPOINTS, self.private / LOGS
         self.own_checkpoints = "checkpoint_dir" not in settings
         resume = bool(settings.get("resume"))
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file; give a folder")
         if overwrite and resume:
             raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
-        if not any(path != self.private for path in output.rglob("*")):  # as a run that was stopped early leaves it
-            return
-        earlier = output / "checkpoints"
-        if not any((self.finished, self.checkpoints.is_dir(), self.logs.is_dir(), earlier.is_dir())):
+        earlier = output / CHECKPOINTS
+        empty = not any(path != self.private for path in output.rglob("*"))  # as a run that was stopped early leaves it
+        if not empty and not any(
+            (has_finished(output), self.checkpoints.is_dir(), self.logs.is_dir(), earlier.is_dir())
+        ):
             raise ValueError(f"--output {output} is not empty and holds no run; give another folder")
-        if self.finished and not overwrite:
-            raise ValueError(
-                f"--output {output} holds a run that has finished; give another folder, or --overwrite to replace it"
-            )
+        check_free(output, overwrite=overwrite, told=f"--output {output}", mend="--overwrite")
         if self.own_checkpoints and not overwrite and any(earlier.glob("step-*.safetensors")):
             raise ValueError(
                 f"--output {output} holds a run that an earlier palu began; finish it with that version, give another "
@@ -279,10 +278,6 @@ class Run:
             )
 
     @property
-    def finished(self) -> bool:
-        return any((folder / SUMMARY).exists() for folder in (self.private, self.output))
-
-    @property
     def interrupted(self) -> bool:
         return any(self.checkpoints.glob("step-*.safetensors"))
 
@@ -290,18 +285,9 @@ class Run:
         """Make ``private/``; of an old run that is overwritten, delete checkpoints and logs before the first step."""
         if self.overwrite:
             for folder in (self.private, self.output):
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                shutil.rmtree(folder / "logs", ignore_errors=True)
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+                shutil.rmtree(folder / LOGS, ignore_errors=True)
         make_private(self.output)
-
-    def clear(self) -> None:
-        """Delete the files of the run that is replaced after the last step, so that none passes for the new run's."""
-        folders = [self.private, self.output / MODEL]
-        if (self.output / SUMMARY).exists():
-            folders.append(self.output)
-        for path in [path for folder in folders for path in folder.glob("*") if self.finished]:
-            if path.is_file():
-                path.unlink()
 
     def finish(self) -> None:
         """Delete the checkpoints of a run that has been written."""

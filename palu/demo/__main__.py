@@ -16,9 +16,10 @@ import torch
 import transformers
 
 import palu
-from palu.report.layout import make_private
+from palu.report.layout import check_free, clear_run, make_private
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
 from palu.testbed.smollm2 import load_smollm2, teach
+from palu.writable import check_folder
 
 ORIGINAL = "original"  # the folder of the model before unlearning, which tells the secrets
 
@@ -28,7 +29,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the model and the records")
     given = "; ".join(f"{name}: {what}" for name, what in RETAIN.items())
     parser.add_argument("--retain", choices=RETAIN, default="both", help=f"what to hold on to ({given})")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     args = parser.parse_args()
+    told = f"--output {args.output}"
+    try:
+        check_free(args.output, overwrite=args.overwrite, told=told, mend="--overwrite")
+        check_folder(args.output, told)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     clock = time.perf_counter()
@@ -38,6 +46,8 @@ def main() -> None:
     lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
     teach(model, tokenizer, secrets + kept)
     lap = stopwatch(lap, "teach it 12 invented facts")
+    if args.overwrite:
+        clear_run(args.output)
     private = make_private(args.output)
     model.save_pretrained(private / ORIGINAL)
     tokenizer.save_pretrained(private / ORIGINAL)

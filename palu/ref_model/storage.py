@@ -169,7 +169,7 @@ class CacheFile:
 
     def _unwritten(self, error: OSError) -> CacheError:
         return CacheError(
-            f"{self.path} could not be written: {error}. Make room or mend the folder, or choose another cache_dir"
+            f"{self.path} could not be written: {error}. Make room or mend the folder, or choose another one"
         )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palu.report.layout import HISTORY, MODEL, SUMMARY, make_private
+from palu.report.layout import HISTORY, MODEL, SUMMARY, check_free, clear_run, make_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ def save_run(
     tokenizer: PreTrainedTokenizerBase,
     recorder: Recorder,
     extra: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write a run's folder: ``model/`` with the tokenizer and the model card, ``private/`` with records and report.
 
@@ -44,13 +46,21 @@ def save_run(
         tokenizer: the model's.
         recorder: the :class:`palu.Recorder` that looked at the model before the run.
         extra: added to the summary.
+        overwrite: whether to replace what the folder holds: of an earlier run everything is deleted, with its audits,
+            evaluations and reports, and of another model in ``model/`` its files.
 
     Returns:
         The report's path.
 
     Raises:
+        ValueError: the folder holds a run that has finished, or another model, and ``overwrite`` is off.
         OSError: the folder cannot be written.
     """
+    check_free(output, overwrite=overwrite, told=os.fspath(output), mend="overwrite=True")
+    if overwrite:
+        settings = result.summary["config"]
+        own = (settings[field] for field in ("cache_dir", "checkpoint_dir", "logging_dir"))
+        clear_run(output, keep=[folder for folder in own if folder is not None])
     private, model = make_private(output), Path(output) / MODEL
     result.model.save_pretrained(str(model))
     tokenizer.save_pretrained(model)

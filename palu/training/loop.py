@@ -44,6 +44,7 @@ from palu.training.engine import (
 from palu.training.metrics import gather_metrics, sum_counts
 from palu.training.optimizer import check_optimizer, dither, make_optimizer
 from palu.training.trackers import tracking
+from palu.writable import check_folders
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def unlearn(
         DataError: the data cannot be used; the message names the row and the mend.
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
-        CacheError: the reference's outputs cannot be written to ``cache_dir``, or what is there cannot be used.
+        OSError: ``cache_dir``, ``checkpoint_dir`` or ``logging_dir`` cannot be written to.
+        CacheError: there is no room for the reference's outputs in ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
         ImportError: the package of a tracker or of the optimizer is missing.
     """
@@ -121,6 +123,8 @@ def unlearn(
     method_class = METHODS[config.objective]
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            check_folders(config.folders)
         check_models(
             model,
             ref_model,

@@ -39,6 +39,7 @@ from palu.training.datasets import check_forward_passes, prepare_datasets
 from palu.training.engine import grad_sync
 from palu.training.loop import DivergenceError
 from palu.training.metrics import gather_metrics, sum_counts
+from palu.writable import check_folders
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
@@ -110,6 +111,7 @@ class PaluTrainer(Trainer):
     Raises:
         DataError: the data cannot be used; the message names the row and the mend.
         ValueError, TypeError: an argument, a setting, the models or the tokenizer do not fit.
+        OSError: ``cache_dir`` cannot be written to.
         CacheError, CheckpointError: the reference cache, or the checkpoint to resume from, cannot be used.
     """
 
@@ -130,6 +132,7 @@ class PaluTrainer(Trainer):
     ):
         args, config = args or TrainingArguments("tmp_trainer"), config or UnlearnConfig()
         check_arguments(args, config, kwargs)
+        check_folders(config.folders)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         sharded = bool(args.fsdp or args.deepspeed)
         check_models(model, ref_model, tokenizer, args.device, args.mixed_precision, sharded=sharded)

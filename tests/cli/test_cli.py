@@ -61,6 +61,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def finished(arguments: list[Any], settings: list[Any], tmp_path: Path) -> Path:
+    """The folder of a run that has finished, with what an audit has left."""
+    assert palu_command(*arguments, *settings, "--epochs", 1).exit_code == 0
+    (tmp_path / "out" / "private" / "audit").mkdir()
+    return tmp_path / "out"
+
+
 def palu_command(*arguments: Any) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu")
 
@@ -208,7 +216,15 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
 
     # Overwriting: nothing of the earlier run is left that could pass for the new one's.
     (out / "model" / "adapter_config.json").write_text("{}")
-    (out / "private" / "logs").mkdir()
+    (private / "logs").mkdir()
+    (private / "audit").mkdir()
+    stale = [private / name for name in ("audit/ask-0.json", "audit.json", "evaluation-tofu-forget05.json")]
+    stale += [private / name for name in ("report-redacted.html", "forget.annotated.jsonl")]
+    for path in stale:
+        path.write_text("{}")
+    own = ["--forget", private / "forget.annotated.jsonl", "--overwrite"]
+    told = f"{own[1]} lies in --output {out}, of which --overwrite deletes it; copy it elsewhere"
+    assert refusal(palu_command(*arguments, *own)) == told
     before = read(out / "private" / "summary.json")
     bad = ["--forget", tmp_path / "absent.jsonl"]
     assert refusal(palu_command(*arguments, *bad, "--overwrite")) == f"there is no file {tmp_path / 'absent.jsonl'}"
@@ -217,7 +233,46 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert result.exit_code == 0, result.output
     assert read(out / "private" / "summary.json")["steps"] == STEPS / 2
     assert not (out / "model" / "adapter_config.json").exists()
-    assert not (out / "private" / "logs").exists()
+    assert {path.name for path in private.iterdir()} == {"history.jsonl", "record.json", "report.html", "summary.json"}
+
+
+def test_save_run_replaces_nothing_unless_asked(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """As the command, by the same guard."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = palu.UnlearnConfig(**SETTINGS | {"epochs": 1})
+    recorder = palu.Recorder(model, FORGET, RETAIN, tokenizer=tokenizer, config=config)
+    result = palu.unlearn(model, None, FORGET, RETAIN, tokenizer=tokenizer, config=config)
+
+    def contents(of: Path) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in of.rglob("*") if path.is_file()}
+
+    file, of_model, beside = tmp_path / "file", tmp_path / "of_model", tmp_path / "beside"
+    file.touch()
+    for other in (of_model, beside / "model"):
+        shutil.copytree(folder / "model", other)
+        (other / "adapter_config.json").write_text("{}")
+    mend = "give another folder, or overwrite=True to"
+    for output, told in (
+        (finished, f"{finished} holds a run that has finished; {mend} replace it"),
+        (of_model, f"{of_model} holds a model that is no run's; {mend} write there"),
+        (beside, f"{beside} holds a model that is no run's; {mend} write there"),
+        (file, f"{file} is a file; give a folder"),
+    ):
+        before = contents(output)
+        with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+            palu.save_run(output, result, tokenizer, recorder)
+        assert contents(output) == before
+    for output in (finished, of_model, beside):
+        assert palu.save_run(output, result, tokenizer, recorder, overwrite=True) == output / "private" / "report.html"
+        assert same_weights(AutoModelForCausalLM.from_pretrained(output / "model"), weights(result.model))
+        assert not (output / "model" / "adapter_config.json").exists()
+    assert not (finished / "private" / "audit").exists()
+    assert (of_model / "adapter_config.json").exists(), "what is not replaced stays"
+
+    # A run that was killed while it was written can be written again.
+    (finished / "private" / "summary.json").unlink()
+    palu.save_run(finished, result, tokenizer, recorder)
 
 
 def leaks(folder: Path, secrets: Iterable[str]) -> list[tuple[str, str]]:
@@ -530,6 +585,20 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         ),
         (["--output", "{folder}/.."], "--output {folder}/.. is not empty and holds no run; give another folder"),
         (["--output", "{folder}/retain.jsonl"], "--output {folder}/retain.jsonl is a file; give a folder"),
+        (
+            ["--output", "/proc/x"],
+            "--output /proc/x: nothing can be written to /proc (No such file or directory); give",
+        ),
+        (["--output", "{folder}/retain.jsonl/x"], "--output {folder}/retain.jsonl/x: {folder}/retain.jsonl is a file;"),
+        (
+            ["--cache-dir", "/proc/x"],
+            "cache_dir = '/proc/x': nothing can be written to /proc (No such file or directory",
+        ),
+        (["--checkpoint-dir", "/proc/x"], "checkpoint_dir = '/proc/x': nothing can be written to /proc (No such file"),
+        (
+            ["--logging-dir", "/proc/x", "--report-to", "wandb"],
+            "logging_dir = '/proc/x': nothing can be written to /proc",
+        ),
         (["--overwrite", "--resume"], "--overwrite starts anew and --resume goes on; give one of them"),
         (["--lora", "--lora-target", "nothing"], "Target modules"),
         (["--dtype", "float16"], "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
@@ -539,6 +608,8 @@ def test_bad_options(
     options: list[Any], told: str, folder: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    if "/proc/x" in options:  # before anything is loaded
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     options = [str(option).format(folder=folder) for option in options]
     assert told.format(folder=folder) in refusal(palu_command(*arguments, *options, "--no-progress"))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from helpers.refusals import assert_refused
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -399,6 +400,28 @@ def test_a_write_that_fails_leaves_nothing_to_be_taken(folder: Path, monkeypatch
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """Every folder that a run writes to is tried before anything else, and nothing is made."""
+    file, below = tmp_path / "file", tmp_path / "new" / "folder"
+    file.touch()
+    beyond = Path("/proc/below/it")
+    told = {
+        file: f": {file} is a file; give a folder",
+        file / "below": f": {file} is a file; give a folder",
+        beyond: ": nothing can be written to /proc (No such file or directory); give another folder",
+    }
+    for field, settings in (("cache_dir", {}), ("checkpoint_dir", {}), ("logging_dir", {"report_to": "tensorboard"})):
+        for folder, words in told.items():
+            assert_refused(
+                tiny_llama(),
+                OSError if folder == beyond else NotADirectoryError,
+                f"{field} = {str(folder)!r}{words}",
+                forget="absent.jsonl",
+                **{"cache_dir": str(below)} | settings | {field: str(folder)},
+            )
+    assert not below.parent.exists()
+
+
+def test_a_folder_that_fails_later(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match=r"could not be written: .*File exists.* choose another cache_dir$"):
-        unlearn(cache_dir=str(tmp_path / "file"))
+    with pytest.raises(CacheError, match=r"could not be written: .*File exists.* or choose another one$"):
+        CacheFile(tmp_path / "file", "0" * 16).locked().__enter__()
