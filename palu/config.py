@@ -125,7 +125,7 @@ class UnlearnConfig:
             ``checkpoint_dir`` where that is given, else in memory.
         checkpoint_dir: folder for checkpoints (:mod:`palu.training.checkpoint`); ``None``: none are written.
         checkpoint_minutes: minutes from one checkpoint to the first step after which the next one is written; there is
-            always one at the end, and after Ctrl-C.
+            always one at the end, and after Ctrl-C or SIGTERM.
         checkpoint_steps: optimisation steps from one checkpoint to the next, in place of ``checkpoint_minutes``;
             ``None``: by time.
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from palu.cli.inspect import inspect
 from palu.cli.report import report
 from palu.cli.settings import SectionedCommand
 from palu.cli.unlearn import unlearn
+from palu.signals import exit_on_sigterm
 
 
 class Palu(TyperGroup):
@@ -88,6 +90,8 @@ app.command(cls=SectionedCommand)(doctor)
 
 def main() -> None:
     """The console script."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, exit_on_sigterm)
     try:
         app(prog_name="palu")
     except SystemExit as end:

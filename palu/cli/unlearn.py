@@ -100,7 +100,7 @@ def unlearn(
 ) -> None:
     """Make a model forget the spans of the forget set, and write it to a folder.
 
-    Ctrl-C ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
+    Ctrl-C or SIGTERM ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
     processes: accelerate launch -m palu unlearn ...
     """
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
@@ -171,7 +171,7 @@ def unlearn(
     recorder = palu.Recorder(trained, forget_set, retain_source, tokenizer=tokens, config=config)
     try:
         result = palu.unlearn(trained, reference, forget_set, retain_source, tokenizer=tokens, config=config)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)
         raise

@@ -43,6 +43,7 @@ from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import reference_key, sync
+from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.optimizer import STATE, load_state, state_of
 
 FORMAT = 4
@@ -59,6 +60,12 @@ FREE = {
     "logging_dir",
 }
 
+# The handlers that a run takes the place of: Python's own, and the command's.
+_USUAL: dict[int, tuple[Any, ...]] = {
+    signal.SIGINT: (signal.default_int_handler,),
+    signal.SIGTERM: (signal.SIG_DFL, exit_on_sigterm),
+}
+
 History = list[dict[str, float]]
 
 
@@ -69,7 +76,7 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run. Without ``config.checkpoint_dir`` nothing is kept and no method does anything.
 
-    As a context it makes Ctrl-C wait for the end of the step, once :meth:`restore` was called.
+    As a context it makes Ctrl-C and SIGTERM wait for the end of the step, once :meth:`restore` was called.
 
     Args:
         config: ``checkpoint_dir``, ``checkpoint_minutes``, ``checkpoint_steps`` and ``resume``.
@@ -85,7 +92,8 @@ class Checkpoints:
         self.accelerator, self.run = accelerator, run
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
-        self.interrupted = self.running = False
+        self.stopped_by: int | None = None  # the signal that came
+        self.running = False
         if self.folder is None:
             return
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -139,19 +147,20 @@ class Checkpoints:
         return about["history"]
 
     def after_step(self, history: History) -> None:
-        """Write a checkpoint where one is due, or where Ctrl-C was pressed; then raise KeyboardInterrupt."""
+        """Write a checkpoint where one is due or a signal came; a signal then raises its exception."""
         if self.folder is None:
             return
         due = time.monotonic() - self.written >= 60 * self.minutes
-        if self.accelerator.num_processes > 1:  # Ctrl-C reaches them at different steps; the main one's clock decides
-            wishes = [self.interrupted, due and self.accelerator.is_main_process]
+        if self.accelerator.num_processes > 1:  # signals reach them at different steps; the main one's clock decides
+            wishes = [self.stopped_by or 0, due and self.accelerator.is_main_process]
             flags = torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device)
-            self.interrupted, due = (self.accelerator.reduce(flags, "sum") > 0).tolist()
+            signals, clocks = self.accelerator.gather(flags[None]).T.tolist()
+            self.stopped_by, due = max(signals) or None, any(clocks)
         if self.every is not None:
             due = len(history) % self.every == 0
-        if self.interrupted or due:
+        if self.stopped_by is not None or due:
             self.save(history)
-            self._stop_if_interrupted()
+            self._stop_if_asked()
 
     def save(self, history: History) -> None:
         """Write a checkpoint of the run after the last step of ``history``, unless there is one; drop older ones."""
@@ -173,40 +182,51 @@ class Checkpoints:
         self._tidy()
 
     def __enter__(self) -> Checkpoints:
-        """Handle Ctrl-C, which else would raise KeyboardInterrupt wherever the program happens to be."""
-        self.takes_over = (
-            self.folder is not None
-            and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
-        if self.takes_over:
-            signal.signal(signal.SIGINT, self._on_interrupt)
+        """Handle the signals that else would end the run wherever it happens to be, unless the user handles them."""
+        self.handlers: dict[int, Any] = {}
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in _USUAL}
+            self.handlers = {number: handler for number, handler in found.items() if handler in _USUAL[number]}
+        for number in self.handlers:
+            signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self.takes_over:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.running = False
-        if kind is None:  # pressed after the last step
-            self._stop_if_interrupted()
+        if kind is None:  # it came after the last step
+            self._stop_if_asked()
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        # Half an optimizer step is no state to keep: the step ends first, unless the user insists.
-        if self.interrupted or not self.running:
-            signal.default_int_handler(number, frame)
-        self.interrupted = True
-        with suppress(OSError):  # not print: the interrupted code may be printing
-            os.write(2, b"\ninterrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n")
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Half an optimizer step is no state to keep: the step ends first, unless the user insists by Ctrl-C. A second
+        # SIGTERM is no insistence, since a cluster and its launcher may each send one.
+        again = self.stopped_by is not None
+        if number == signal.SIGTERM:
+            if not self.running:
+                exit_on_sigterm(number, frame)
+            told = b"terminated: ending this step, then writing a checkpoint"
+        else:
+            if again or not self.running:
+                signal.default_int_handler(number, frame)
+            told = b"interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once"
+        if not again:
+            self.stopped_by = number
+            with suppress(OSError):  # not print: the interrupted code may be printing
+                os.write(2, b"\n" + told + b"\n")
 
-    def _stop_if_interrupted(self) -> None:
-        if self.interrupted:
-            self._say(f"stopped after step {self.saved}")
-            raise KeyboardInterrupt(
-                "to go on, load the starting model and call palu.unlearn with the same arguments and "
-                f"checkpoint_dir={str(self.folder)!r}, resume=True"
-            )
+    def _stop_if_asked(self) -> None:
+        if self.stopped_by is None:
+            return
+        self._say(f"stopped after step {self.saved}")
+        if self.stopped_by == signal.SIGTERM:
+            raise SystemExit(TERMINATED)
+        raise KeyboardInterrupt(
+            "to go on, load the starting model and call palu.unlearn with the same arguments and "
+            f"checkpoint_dir={str(self.folder)!r}, resume=True"
+        )
 
     def _of_all(self, state: Tensor) -> Tensor:
         """Gather the vectors [n] of all processes: [processes, n]."""

@@ -175,6 +175,27 @@ def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes:
         assert (done.returncode, done.stdout, done.stderr) == told
 
 
+def test_sigterm_ends_every_command_as_ctrl_c_does() -> None:
+    """What is open is closed; the exit status says what ended it."""
+    code = """
+import os, signal, palu.cli
+def command(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+    finally:
+        print("closed", flush=True)
+palu.cli.app = command
+palu.cli.main()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for processes in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"WORLD_SIZE": processes}
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (143, "closed\n", "")
+
+
 def test_completion() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # The colon keeps bash from becoming python: typer asks which shell it was started from.
@@ -763,9 +784,16 @@ def in_the_foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("lora", [[], ["--lora"]])
-def test_ctrl_c_and_resume(
-    lora: list[str], arguments: list[Any], settings: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_or_sigterm_and_resume(
+    number: int,
+    status: int,
+    lora: list[str],
+    arguments: list[Any],
+    settings: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forward, calls = PaluMethod.batch_losses, 0
 
@@ -773,14 +801,14 @@ def test_ctrl_c_and_resume(
         nonlocal calls
         calls += 1
         if calls == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return forward(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(PaluMethod, "batch_losses", pressed)
         result = palu_command(*arguments, *settings, *lora)
     out = tmp_path / "out"
-    assert result.exit_code == 130
+    assert result.exit_code == status
     assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
     assert not (out / "private" / "summary.json").exists()
     assert refusal(palu_command(*arguments, *settings, *lora)) == (

@@ -523,15 +523,15 @@ def test_a_disk_that_fills_up(small_disk: Path) -> None:
 # Ctrl-C
 
 
-def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """Press Ctrl-C in the middle of these forward passes, counted from 1."""
+def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.SIGINT) -> None:
+    """Press Ctrl-C, or send another signal, in the middle of these forward passes, counted from 1."""
     forward, count = PaluMethod.batch_losses, 0
 
     def pressed(self: PaluMethod, *args: Any) -> Any:
         nonlocal count
         count += 1
         for _ in range(calls.count(count)):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return forward(self, *args)
 
     monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
@@ -575,6 +575,35 @@ def test_ctrl_c_twice_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("calls", [(1,), (5, 5), (STEPS,)])
+def test_sigterm(
+    calls: tuple[int, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """As after Ctrl-C, but for the exit status. One that comes twice asks for nothing more."""
+    expected = unlearn()
+    with monkeypatch.context() as patch:
+        pressing(patch, *calls, number=signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            unlearn(checkpoint_dir=str(folder))
+    assert caught.value.code == 143
+    said = capfd.readouterr().err
+    assert said.count("\nterminated: ending this step, then writing a checkpoint\n") == 1
+    assert f"palu: stopped after step {calls[0]}\n" in said
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert steps(folder) == [reference(folder).name, step(calls[0])]
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_after_sigterm_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressing(monkeypatch, 3)
+    pressing(monkeypatch, 3, number=signal.SIGTERM)  # the outer one comes first
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(checkpoint_dir=str(folder), checkpoint_steps=2)
+    assert steps(folder) == [reference(folder).name, step(2)]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_while_the_last_checkpoint_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = checkpoint.save_file
@@ -610,15 +639,16 @@ def test_ctrl_c_before_the_first_step_and_without_a_folder(folder: Path, monkeyp
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
 
 
-def test_another_handler_of_ctrl_c_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_another_handler_is_left_alone(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    before = signal.signal(number, lambda *_: pressed.append(True))
     try:
-        pressing(monkeypatch, 2)
+        pressing(monkeypatch, 2, number=number)
         assert len(unlearn(checkpoint_dir=str(folder)).history) == STEPS
         assert pressed == [True]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 # ---------------------------------------------------------------------------------------------------
