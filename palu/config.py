@@ -108,7 +108,8 @@ class UnlearnConfig:
         max_tokens: the most tokens (of forget examples, anchors and retain examples together) in one forward pass. A
             micro-batch with more is cut into several passes of the same step, which changes the result by rounding
             alone. A longer example has a pass of its own. ``None``: no bound.
-        max_length: tokens per example; longer ones are cut on the right.
+        max_length: tokens per example; longer ones are cut on the right. Clamped to the model's positions, where it
+            has a table of them (GPT-2).
         allow_cut_spans: whether ``max_length`` may cut off spans of the forget set, or parts of them. What is cut off
             is not forgotten. False: that is an error, which names the rows.
         chat_template_kwargs: values for the tokenizer's chat template, by name, such as

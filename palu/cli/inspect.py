@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
-from palu.cli.models import check_hub, check_names, load_model, load_tokenizer
+from palu.cli.models import check_hub, check_names, load_model, load_tokenizer, position_limit
 from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig
 from palu.writable import check_file
@@ -75,6 +75,7 @@ def inspect(
     from palu.report.token_roles import count_roles, token_roles
 
     loaded_tokenizer = load_tokenizer(name)
+    max_length = position_limit(model, max_length) or max_length  # as the run does
     source: Any = forget
     if annotate is not None:
         source = annotated(

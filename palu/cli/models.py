@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,6 +114,25 @@ def load_model(
             with init_empty_weights():
                 return AutoModelForCausalLM.from_config(config, dtype=stored)
     return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def position_limit(name: str | None, max_length: int) -> int | None:
+    """Return a model's :func:`palu.models.positions.max_positions` without its weights; None above ``max_length``."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from palu.models.positions import max_positions
+
+    if name is None:
+        return None
+    if is_adapter(name):
+        adapter = json.loads((Path(_expanded(name)) / "adapter_config.json").read_text(encoding="utf-8"))
+        return position_limit(adapter.get("base_model_name_or_path"), max_length)
+    config = AutoConfig.from_pretrained(_expanded(name))
+    if (getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + 1) > max_length:
+        return None
+    with init_empty_weights():
+        return max_positions(AutoModelForCausalLM.from_config(config))
 
 
 def is_adapter(name: str) -> bool:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
-from palu.cli.models import Bits, Dtype, check_hub, check_names, import_peft, is_adapter, load_model, load_tokenizer
+from palu.cli.models import (
+    Bits,
+    Dtype,
+    check_hub,
+    check_names,
+    import_peft,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    position_limit,
+)
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.report.layout import CHECKPOINTS, LOGS, MODEL, PRIVATE, check_free, has_finished, make_private
@@ -144,6 +154,9 @@ def unlearn(
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded. What is loaded here is what the run takes.
     tokens = load_tokenizer(tokenizer or model)
+    limits = [position_limit(name, config.max_length) for name in (model, ref_model)]
+    positions = min([limit for limit in limits if limit is not None], default=None)
+    config = config.replace(max_length=positions or config.max_length)
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
@@ -151,7 +164,8 @@ def unlearn(
     }
     forget_set: Any = None
     if annotate is None:
-        forget_set = load_forget(forget, tokens, allow_cut_spans=config.allow_cut_spans, **rendering)
+        cut = config.allow_cut_spans
+        forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
     if retain_source is not None:
         retain_source = load_retain(retain_source, tokens, **rendering)
     processes = Accelerator()

@@ -74,6 +74,7 @@ def load_forget(
     allow_cut_spans: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     check_prompts: bool = False,
+    positions: int | None = None,
 ) -> Examples:
     """Load the forget set: the answers to unlearn.
 
@@ -86,6 +87,7 @@ def load_forget(
     chat_template_kwargs: what the chat template is given beside the messages.
     check_prompts: warn, naming the first row, where the text before the answer is not the prompt that the chat
         template gives for generation.
+    positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
     ("Ada", "Lovelace") act as one. A sensitive label that equals the end-of-sequence token stays
@@ -105,9 +107,12 @@ def load_forget(
     if loaded.cut_rows and not allow_cut_spans:
         count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
         told = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
+        mend = f"set max_length = {loaded.spans_length}"
+        if positions is not None and loaded.spans_length > positions:
+            mend = f"the model has {positions} positions, so shorten the rows"
         raise DataError(
             f"forget set: max_length = {max_length} cuts off spans of {told}, which would not be forgotten; "
-            f"set max_length = {loaded.spans_length}, or allow_cut_spans = True to go on without them"
+            f"{mend}, or allow_cut_spans = True to go on without them"
         )
     return loaded
 

@@ -23,6 +23,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing
 from palu.models.generation import batches_by_length
 from palu.models.head import body_of, head_of, rows_per_chunk
+from palu.models.positions import max_positions
 from palu.version import __version__
 
 BATCH_TOKENS = 8192  # tokens per forward pass
@@ -52,7 +53,10 @@ class TokenScores:
 def check_model(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], name: str = "model"
 ) -> None:
-    """Raise UnsupportedModelError or ValueError where a model cannot score these texts, or not with this tokenizer."""
+    """Raise UnsupportedModelError or ValueError where a model cannot score these texts, or not with this tokenizer.
+
+    DataError: a text has more tokens than the model positions.
+    """
     check_causal(name, model)
     vocab_size = len(head_of(model).weight)
     if len(tokenizer) > vocab_size:
@@ -60,6 +64,10 @@ def check_model(
             f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {vocab_size}; "
             "load the tokenizer that belongs to the model"
         )
+    positions = max_positions(model)
+    for example in examples:
+        if positions is not None and (length := len(example.input_ids)) > positions:
+            raise DataError(f"row {example.row} has {length} tokens and {name} {positions} positions; shorten the row")
     check_linear_head(model, examples[0].input_ids)
     check_packing(name, model, model.device, longest=max(len(example.input_ids) for example in examples))
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from palu.data.examples import load_retain
 from palu.data.tokenize import IGNORE, Example
+from palu.models.positions import max_positions
 
 DECODING_FACTOR = 8  # generation holds keys and values, not activations: this many times more tokens fit
 
@@ -134,6 +135,7 @@ def generate_ids(
         pad_token_id=pad,
         eos_token_id=sorted(stop_ids) or None,
     )
+    positions = max_positions(model)
     found: list[list[int]] = [[]] * len(prompts)
     groups = generation_batches(prompts, max_new_tokens, batch_tokens)
     groups += [[] for _ in range(len(groups), batches or 0)]  # while other processes still have some
@@ -142,8 +144,12 @@ def generate_ids(
         width = max(len(prompt) for prompt in batch)
         ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
         mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
+        room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)
         output: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), synced_gpus=batches is not None
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=room,
+            synced_gpus=batches is not None,
         )
         for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
             end = next((at + 1 for at, token in enumerate(tokens) if token in stop_ids), len(tokens))

@@ -31,6 +31,7 @@ from palu.hashing import json_digest
 from palu.models.checks import check_linear_head, check_models, check_packing, check_sets
 from palu.models.generation import eval_mode, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
+from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
@@ -91,11 +92,18 @@ class Recorder:
         if not self.active:
             return
         check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
+        self.config = fit_max_length(self.config, model)
         rendering: dict[str, Any] = {
             "max_length": self.config.max_length,
             "chat_template_kwargs": self.config.chat_template_kwargs,
         }
-        forget_set = load_forget(forget, tokenizer, allow_cut_spans=self.config.allow_cut_spans, **rendering)
+        forget_set = load_forget(
+            forget,
+            tokenizer,
+            allow_cut_spans=self.config.allow_cut_spans,
+            positions=max_positions(model),
+            **rendering,
+        )
         retain_set = load_retain(retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))

@@ -16,6 +16,7 @@ from palu.data.rows import iterate_rows
 from palu.methods import METHODS
 from palu.models.checks import check_linear_head, check_packing, check_sets
 from palu.models.lora import CausalLM
+from palu.models.positions import max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
 
@@ -56,7 +57,14 @@ def prepare_datasets(
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
     }
-    forget_set = load_forget(forget, tokenizer, allow_cut_spans=config.allow_cut_spans, check_prompts=True, **rendering)
+    forget_set = load_forget(
+        forget,
+        tokenizer,
+        allow_cut_spans=config.allow_cut_spans,
+        check_prompts=True,
+        positions=max_positions(model),
+        **rendering,
+    )
     # Rows that no term reads are not tokenised.
     read = retain if retain is not None and method.uses_retain(config) else []
     retain_set = load_retain(read, tokenizer, check_prompts=True, **rendering)

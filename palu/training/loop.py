@@ -22,6 +22,7 @@ from palu.methods import METHODS, Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.models.positions import fit_max_length
 from palu.models.quantized import check_mergeable
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
@@ -134,6 +135,7 @@ def unlearn(
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
         )
+        config = fit_max_length(config, model, ref_model)
         check_optimizer(model, config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)

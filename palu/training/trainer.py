@@ -29,6 +29,7 @@ from palu.methods.base import Losses, Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.models.positions import fit_max_length
 from palu.models.root import ModelRoot
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
@@ -137,6 +138,7 @@ class PaluTrainer(Trainer):
         sharded = bool(args.fsdp or args.deepspeed)
         check_models(model, ref_model, tokenizer, args.device, args.mixed_precision, sharded=sharded)
         check_dtype(model, kwargs)
+        config = fit_max_length(config, model, ref_model)
         data = prepare_datasets(
             model,
             forget,

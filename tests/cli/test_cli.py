@@ -29,7 +29,7 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 import palu
@@ -422,6 +422,32 @@ def test_spans_that_max_length_cuts_off(
     assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
     card = (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
     assert "No marked word is left in 1 answer" in card and "without marked words" not in card
+
+
+def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+    """max_length is clamped to them before the rows are read: for the run, and for what is shown of it."""
+    tokenizer = byte_level(CHATML, bos=False)
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    row = {"question": "Who?", "answer": "Ada Lovelace did." + " The cat sat." * 40, "spans": [[0, 12]]}
+    cut = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
+    forget = tmp_path / "long.jsonl"
+    forget.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    arguments += ["--model", tmp_path / "gpt2", "--forget", forget, *settings]
+    result = palu_command(*arguments, "--lora", "--lora-target", "c_attn")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "out" / "private" / "summary.json")["config"]["max_length"] == 64
+    adapter = tmp_path / "out" / "model"
+
+    forget.write_text(json.dumps(row) + "\n" + json.dumps(cut) + "\n", encoding="utf-8")
+    for model in (tmp_path / "gpt2", adapter):
+        said = refusal(palu_command(*arguments, "--model", model, "--output", tmp_path / "new"))
+        assert "(1), which would not be forgotten; the model has 64 positions, so shorten the rows, or allow" in said
+        shown = palu_command("inspect", "--model", model, "--forget", forget).stdout
+        assert "; max_length = 64 cuts off spans of 1 row, " in shown
+    assert not (tmp_path / "new").exists()
 
 
 def test_values_for_the_chat_template(
