@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palu.cli.device import Device, choose_device
 from palu.cli.models import Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig, template_kwargs
+from palu.writable import check_folder
 
 if TYPE_CHECKING:
     from palu.models.lora import CausalLM
@@ -59,6 +61,7 @@ def audit(
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    device: Device = None,
     chat_template_kwargs: TemplateKwargs = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
@@ -72,11 +75,8 @@ def audit(
     for option, file in (("--forget", forget), ("--retain", retain)):
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{option} {file}: there is no such file")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a folder")
+    check_folder(output, f"--output {output}")
     check_hub(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
-
-    from accelerate import Accelerator
 
     from palu.attacks.run import RESULTS, audit_models
     from palu.attacks.secrets import AuditData
@@ -86,12 +86,12 @@ def audit(
 
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again
+    place: Any = choose_device(device)
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
-    device = Accelerator().device
 
     def loader(name: str) -> Callable[[], CausalLM]:
-        return lambda: load_model(name, dtype).to(device)
+        return lambda: load_model(name, dtype).to(place)
 
     named = {"unlearned": model, "original": original, "retain": retain_model}
     folder = make_private(output)

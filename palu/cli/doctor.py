@@ -12,6 +12,8 @@ from pathlib import Path
 
 import typer
 
+from palu.cli.device import choose_device
+
 PACKAGES = ("transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard", "wandb")
 
 
@@ -35,6 +37,7 @@ def doctor() -> None:
         name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         print(f"device {device}: {name}")
+    print(f"runs use {choose_device(None)}, as accelerate chooses; --device names another one")
     try:
         from palu import ops
     except ImportError as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from palu.cli.device import Device, choose_device
 from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.settings import TemplateKwargs
 from palu.config import template_kwargs
@@ -57,6 +58,7 @@ def evaluate(
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    device: Device = None,
     quantize: Annotated[
         Bits | None, typer.Option(help="Quantise the model as it is loaded, all but its head (bitsandbytes).")
     ] = None,
@@ -86,12 +88,10 @@ def evaluate(
     check_file(output, f"--output {output}")
     check_hub(model=model, tokenizer=tokenizer, reference_model=reference_model)
 
-    from accelerate import Accelerator
-
     import palu
     from palu.evaluate.language import WordList
 
-    device = Accelerator().device
+    place: Any = choose_device(device)
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
     options |= {"language": None if language == "none" else language, "reference_results": reference_results}
@@ -102,14 +102,14 @@ def evaluate(
         palu.evaluate.load_tofu(split, data)  # so do these
         options |= {name: value for name, value in for_tofu.items() if value is not None}
         if reference_model is not None:
-            options["reference_model"] = load_model(reference_model, dtype).to(device)
+            options["reference_model"] = load_model(reference_model, dtype).to(place)
         results = palu.evaluate.tofu(
-            load_model(model, dtype, quantize=quantize).to(device), tokens, split, data, **options
+            load_model(model, dtype, quantize=quantize).to(place), tokens, split, data, **options
         )
     else:
         palu.evaluate.load_muse_news(data)
         results = palu.evaluate.muse_news(
-            load_model(model, dtype, quantize=quantize).to(device), tokens, data, **options
+            load_model(model, dtype, quantize=quantize).to(place), tokens, data, **options
         )
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _print(results)

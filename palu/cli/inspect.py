@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
+from palu.cli.device import Device, choose_device
 from palu.cli.models import check_hub, check_names, load_model, load_tokenizer, position_limit
 from palu.cli.settings import TemplateKwargs
 from palu.config import UnlearnConfig
@@ -40,6 +41,7 @@ def inspect(
         typer.Option(help=f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
     ] = None,
     annotate: Annotate = None,
+    device: Device = None,
     write: Annotated[
         Path | None,
         typer.Option(help="Write the rows with the spans found, to be corrected by hand (JSONL).", metavar="FILE"),
@@ -52,6 +54,8 @@ def inspect(
     wanted = None if rows in (None, "all") else _parse_rows(str(rows))
     if write is not None and annotate is None:
         raise ValueError("--write was given without --annotate, which finds the spans to write")
+    if device is not None and annotate is None:
+        raise ValueError("--device was given without --annotate, which may run a model; leave it out")
     if annotate == "contrast" and model is None:
         raise ValueError("--annotate contrast asks the model itself; give --model")
     check_annotate(annotate)
@@ -78,10 +82,11 @@ def inspect(
     max_length = position_limit(model, max_length) or max_length  # as the run does
     source: Any = forget
     if annotate is not None:
+        place: Any = choose_device(device)
         source = annotated(
             forget,
             annotate,
-            lambda: load_model(str(model)),
+            lambda: load_model(str(model)).to(place),
             loaded_tokenizer,
             chat_template_kwargs=chat_template_kwargs,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
+from palu.cli.device import Device, choose_device
 from palu.cli.models import (
     Bits,
     Dtype,
@@ -78,6 +79,7 @@ def unlearn(
             "weights that an adapter leaves as they are."
         ),
     ] = "auto",
+    device: Device = None,
     mixed_precision: Annotated[
         Literal["no", "bf16"] | None,
         typer.Option(help="Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]"),
@@ -151,6 +153,8 @@ def unlearn(
     from palu.data.examples import load_forget, load_retain
     from palu.training.engine import loaded_on_main_alone
 
+    if device is not None:
+        choose_device(device)
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
     # Complaints about the data come before a large model is loaded. What is loaded here is what the run takes.
     tokens = load_tokenizer(tokenizer or model)

@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
 from palu.data.files import DataError
 from palu.data.rows import text_rows
 from palu.models.lora import CausalLM
@@ -150,9 +148,10 @@ def merge_spans(answer: str, spans: Sequence[Sequence[int]]) -> Spans:
 
 def _entities(name: str, answers: Sequence[str], model: CausalLM | None) -> list[list[tuple[int, int]]]:
     """Find entities, widened to whole words: such a model's tokens may begin and end within one."""
+    from accelerate import Accelerator
     from transformers import pipeline
 
-    device = model.device if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    device = model.device if model is not None else Accelerator().device
     find: Any = pipeline("token-classification", model=name, device=device)
     tokenizer = find.tokenizer
     if not tokenizer.is_fast:

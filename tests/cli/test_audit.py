@@ -171,7 +171,15 @@ def test_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_output_must_be_a_folder(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = command(*arguments(folder, tmp_path / "file"))
-    assert (result.exit_code, result.stderr) == (2, f"palu: --output {tmp_path / 'file'} is a file; give a folder\n")
+def test_output_must_be_a_folder_that_can_be_written(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for output, message in (
+        (file, f"--output {file}: {file} is a file; give a folder"),
+        (
+            Path("/proc/x"),
+            "--output /proc/x: nothing can be written to /proc (No such file or directory); give another folder",
+        ),
+    ):
+        result = command(*arguments(folder, output))
+        assert (result.exit_code, result.stderr) == (2, f"palu: {message}\n")

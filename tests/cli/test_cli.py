@@ -34,6 +34,7 @@ from typer.testing import CliRunner, Result
 
 import palu
 from palu import ops
+from palu.attacks.ask import AskGreedily
 from palu.cli import app
 from palu.data.rows import Renderer
 from palu.methods.palu import PaluMethod
@@ -1122,6 +1123,75 @@ def test_doctor_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert re.search(r"C\+\+ compiler \(.*\): \S", result.stdout)
     assert "ninja: " in result.stdout
+
+
+# --- devices ---
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate would choose a device on which nothing can be computed."""
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", ["unlearn", "inspect", "eval", "audit"])
+def test_the_device_can_be_given(
+    name: str,
+    folder: Path,
+    arguments: list[Any],
+    settings: list[Any],
+    unmarked: Path,
+    tofu: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = ["--forget", folder / "forget.jsonl"]
+    models = ["--model", folder / "model", "--original", folder / "model"]
+    small = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
+    commands: dict[str, list[Any]] = {
+        "unlearn": [*arguments, *settings, "--epochs", 1],
+        "inspect": ["inspect", *models[:2], "--forget", unmarked, "--annotate", "contrast"],
+        "eval": ["eval", *models[:2], *small, "--output", tmp_path / "results.json"],
+        "audit": ["audit", *models, *rows, "--output", tmp_path / "audit", "--quick", "--draws", 1, "--no-progress"],
+    }
+    with monkeypatch.context() as patch:
+        if name == "audit":  # which would take long
+            patch.setattr("palu.attacks.run.attacks_of", lambda *_, **__: [AskGreedily(1)])
+        assert palu_command(*commands[name]).exit_code != 0
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        AcceleratorState._reset_state(True)
+        result = palu_command(*commands[name], "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    if name == "unlearn":
+        assert read(tmp_path / "out" / "private" / "summary.json")["device"] == "cpu"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_doctor_tells_the_device() -> None:
+    assert "\nruns use meta, as accelerate chooses; --device names another one\n" in palu_command("doctor").stdout
+
+
+def test_a_device_that_is_not_there(
+    folder: Path, arguments: list[Any], unmarked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ["--model", folder / "model", "--original", folder / "model"]
+    commands = [
+        arguments,
+        ["inspect", *models[:2], "--forget", unmarked, "--annotate", "whole"],
+        ["eval", *models[:2]],
+        ["audit", *models, "--forget", unmarked, "--output", folder / "audit"],
+    ]
+    for command in commands:
+        for name in ("gpu", "cuda:99", "cpu:1"):
+            said = refusal(palu_command(*command, "--device", name))
+            assert said.startswith(f"--device {name}: torch has no such device here; give one of cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "--device cpu: the launcher gives each process its device; leave it out"
+    assert refusal(palu_command(*arguments, "--device", "cpu")) == told
+    said = refusal(palu_command(*commands[1][:-2], "--device", "cpu"))
+    assert said == "--device was given without --annotate, which may run a model; leave it out"
 
 
 # --- rendering ---
