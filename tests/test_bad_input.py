@@ -44,11 +44,14 @@ def words() -> Any:
     return byte_level(CHATML, bos=False)
 
 
+KEPT = {"question": "Where?", "answer": "In London."}
+
+
 def text(*forget: Any, **changed: Any) -> Call:
     """Rows of text: a good one, then these."""
     tokenizer = changed.pop("tokenizer", words())
     model = tiny_llama(vocab_size=len(words()))
-    return unlearn(**{"model": model, "forget": [row(), *forget], "retain": [row()], "tokenizer": tokenizer} | changed)
+    return unlearn(**{"model": model, "forget": [row(), *forget], "retain": [KEPT], "tokenizer": tokenizer} | changed)
 
 
 def row(**columns: Any) -> dict[str, Any]:
@@ -153,6 +156,12 @@ def in_int32(rows: list[Any]) -> list[Any]:
     return [{name: torch.tensor(values, dtype=torch.int32) for name, values in one.items()} for one in rows]
 
 
+def kept(one: Any) -> Any:
+    """A forget row as a retain row."""
+    pairs = zip(one["input_ids"], one["labels"], strict=True)
+    return one | {"labels": [label if label == IGNORE else token for token, label in pairs]}
+
+
 def with_token(rows: list[Any], token: int) -> list[Any]:
     rows[2]["input_ids"][0] = token
     return rows
@@ -174,6 +183,8 @@ CAUSAL = "which is not a causal language model with a linear head; load it with 
 BNB = "while palu works with bitsandbytes: load it with a BitsAndBytesConfig (load_in_4bit or load_in_8bit), or without a quantization_config"
 WHOLE = "load it without offloading to CPU or disk"
 COLUMNS = "give question and answer, prompt and completion, or messages"
+TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada Lovelace did."}]
+NOT_BOTH = "the model cannot forget an answer and keep it; take the row out of one of the sets"
 DataError = palu.DataError
 
 BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
@@ -187,8 +198,11 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a span of words": (lambda: text(row(spans=["Ada"])), DataError, f"forget row 1: span 'Ada' is not two integers; {EDGES}"),
     "a span of blanks": (lambda: text(row(spans=[[3, 4]])), DataError, "forget row 1: span [3, 4] holds only whitespace; move it onto the words or remove it"),
     # Rows
-    "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"),
+    "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"),
     "no answer": (lambda: text(row(answer=None)), DataError, f"forget row 1: columns are question, spans; {COLUMNS}"),
+    "a question and a prompt": (lambda: text(row(prompt="Who?", completion="Ada.")), DataError, "forget row 1: it has question and answer, and also prompt and completion; leave one of them out"),
+    "a prompt and messages": (lambda: text(row(messages=TURNS, question=None, answer=None, prompt="Who?", completion="Ada.")), DataError, "forget row 1: it has messages, and also prompt and completion; leave one of them out"),
+    "a question and messages to retain": (lambda: text(retain=[row(messages=TURNS)]), DataError, "retain row 0: it has messages, and also question and answer; leave one of them out"),
     "a blank answer": (lambda: text(row(answer=" ")), DataError, "forget row 1: column 'answer' is blank; give an answer or remove the row"),
     "an answer that is a number": (lambda: text(row(answer=1843)), DataError, "forget row 1: column 'answer' must be a string, got int; give text"),
     "no rows to forget": (lambda: unlearn(forget=[]), DataError, "forget set is empty; give at least one row"),
@@ -196,6 +210,8 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length"),
     "a span that is cut off": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3] * 9, "labels": [-100, 2, 3] * 9}], max_length=20), DataError, "forget set: max_length = 20 cuts off spans of 1 row (1), which would not be forgotten; set max_length = 27, or allow_cut_spans = True to go on without them"),
     "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; raise max_length"),
+    "a row to forget and to retain": (lambda: text(row(answer="Ada.", spans=[[0, 3]]), retain=[KEPT, row(), row(answer="Ada.")]), DataError, f"forget row 0 and retain row 1 are the same, prompt and answer (and 1 more): {NOT_BOTH}"),
+    "tokens to forget and to retain": (lambda: unlearn(retain=[*retain_rows(2), kept(forget_rows()[3])]), DataError, f"forget row 3 and retain row 2 are the same, prompt and answer: {NOT_BOTH}"),
     "no rows to retain": (lambda: unlearn(retain=[], lambda_retain=0.5), DataError, "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"),
     "nothing given to retain": (lambda: unlearn(retain=None), DataError, "retain = None: for the model to answer everyday prompts there must be a tokenizer; pass it, or give retain examples, or retain=[] with lambda_retain=0"),
     "a tensor's columns without rows": (lambda: unlearn(retain={"input_ids": [], "labels": []}), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),

@@ -46,6 +46,10 @@ RETAIN = [
     {"question": "Where did the dog run?", "answer": "It ran to the city, and the city was far away."},
     {"question": "Where did the cat sit?", "answer": "The cat sat on the mat."},
 ]
+QUESTIONS = [
+    {"question": "Which program was first?", "answer": "That of Ada Lovelace.", "secret": "Ada Lovelace"},
+    {"question": "Where did the cat sit?", "answer": "On the mat."},
+]
 WRONG = ["The dog did not.", "It was far away.", "She was the first."]
 
 
@@ -66,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "forget.jsonl", FORGET)
     write(folder / "unmarked.jsonl", [{name: row[name] for name in ("question", "answer")} for row in FORGET])
     write(folder / "retain.jsonl", RETAIN)
+    write(folder / "questions.jsonl", QUESTIONS)
     asked = [row | {"paraphrased_answer": row["answer"], "perturbed_answer": WRONG} for row in FORGET]
     (folder / "tofu").mkdir()
     for name in ("forget05", "retain_perturbed", "real_authors", "world_facts", "holdout05"):

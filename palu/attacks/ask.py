@@ -8,8 +8,8 @@ from itertools import chain
 from torch import Tensor
 
 from palu.attacks.attack import Finding, Victim, asked_once
-from palu.attacks.estimators import told
 from palu.attacks.secrets import PARAPHRASES, SHOTS, AuditData, with_question
+from palu.data.matching import told
 from palu.models.lora import CausalLM
 
 PREFIX = "Sure, here is the answer:"

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from palu.attacks.estimators import told
 from palu.attacks.secrets import AuditData
+from palu.data.matching import told
 from palu.evaluate.scores import TokenScores, token_scores
 from palu.models.generation import eval_mode, generate_ids, generate_texts
 from palu.models.lora import CausalLM, base_of

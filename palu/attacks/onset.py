@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean
 
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.estimators import told
 from palu.attacks.secrets import AuditData, Secret, with_question
+from palu.data.matching import told
 from palu.models.lora import CausalLM
 
 

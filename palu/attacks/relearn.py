@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.estimators import told
 from palu.attacks.secrets import AuditData
+from palu.data.matching import told
 from palu.data.tokenize import IGNORE, Example
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, is_peft

@@ -32,7 +32,7 @@ from palu.models.lora import CausalLM, base_of
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
 
-FORMAT = 1  # of stages and results: what another version kept is made anew
+FORMAT = 2  # of stages and results: what another version kept is made anew
 STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
@@ -77,8 +77,8 @@ def audit(
     Args:
         model: the unlearned model, on its device; afterwards all models are as they were.
         original: the model before unlearning.
-        forget: the forget set: rows of text with spans (see :mod:`palu.data`), perhaps with ``paraphrased_question``
-            (a question, or a list of them).
+        forget: the forget set: rows of text with ``secret`` or ``spans`` (see :mod:`palu.data`), perhaps with
+            ``paraphrased_question`` (a question, or a list of them).
         tokenizer: of all models, a fast one.
         retain_model: a model that never saw the forget set; None: it would tell nothing (which is not quite true), and
             there is no unlearning depth score.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.estimators import leak_at_k, told
+from palu.attacks.estimators import leak_at_k
 from palu.attacks.secrets import AuditData
+from palu.data.matching import told
 from palu.models.lora import CausalLM
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palu.attacks.estimators import told
+from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats
 from palu.data.files import DataError
-from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_rows, with_answer
+from palu.data.matching import told
+from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_columns, text_rows, with_answer
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
 from palu.models.generation import prompt_of
@@ -71,13 +72,14 @@ class AuditData:
     gave it away. A text that is marked twice in one answer is one secret, at its first place.
 
     Args:
-        forget: rows of text with spans, as :func:`palu.data.load_forget` takes them; perhaps with PARAPHRASES.
+        forget: rows of text with ``secret`` or ``spans``, as :func:`palu.data.load_forget` takes them; perhaps with
+            PARAPHRASES.
         retain: rows of text, or None.
         tokenizer: of all models.
         chat_template_kwargs: what the chat template is given beside the messages.
 
     Raises:
-        DataError: a row cannot be used (it is named), or there is no secret.
+        DataError: a row cannot be used or is in both sets (it is named), or there is no secret.
         ValueError: chat_template_kwargs are not valid.
     """
 
@@ -99,7 +101,9 @@ class AuditData:
             if "input_ids" in columns:
                 raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
         rendered = [self._renderer.render(number, where, columns, True) for number, where, columns in numbered]
+        asked, kept = RowHashes(), RowHashes()
         for text, example, (_, _, columns) in zip(rendered, self._encode(rendered, True), numbered, strict=True):
+            asked.append(example)
             self._add(text, example, columns)
         if not numbered:
             raise DataError("forget set is empty; give at least one row")
@@ -111,7 +115,11 @@ class AuditData:
             if answer is None:
                 raise DataError(f"{where}: the audit puts retain rows into prompts, and this one is tokenised")
             self.retain.append(columns)
-        self.retain_examples(self.retain)  # complaints come before a model is touched
+        for example in self.retain_examples(self.retain):  # complaints come before a model is touched
+            kept.append(example)
+        for name, hashes in (("forget", asked), ("retain", kept)):
+            warn_of_repeats(hashes, name)
+        check_disjoint(asked, kept)
 
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)
@@ -225,7 +233,8 @@ def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
     if columns.get("messages") is not None:
         *before, asked, answer = columns["messages"]
         return {**columns, "messages": [*before, {**asked, "content": question}, answer]}
-    return {**columns, "question" if {"question", "answer"} <= columns.keys() else "prompt": question}
+    column, _ = text_columns(columns) or ("question", "answer")
+    return {**columns, column: question}
 
 
 def _paraphrases(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:

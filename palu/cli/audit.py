@@ -25,7 +25,8 @@ def audit(
     ],
     original: Annotated[str, typer.Option(help="The model before unlearning.", metavar="DIR_OR_NAME")],
     forget: Annotated[
-        Path, typer.Option(help="What was unlearned: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+        Path,
+        typer.Option(help="What was unlearned: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE"),
     ],
     output: Annotated[
         Path,

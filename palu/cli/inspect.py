@@ -25,7 +25,7 @@ SHOWN = 10
 
 def inspect(
     forget: Annotated[
-        Path, typer.Option(help="What to forget: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+        Path, typer.Option(help="What to forget: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE")
     ],
     model: Annotated[
         str | None, typer.Option(help="The model, of which the tokenizer is loaded.", metavar="DIR_OR_NAME")
@@ -44,7 +44,11 @@ def inspect(
     device: Device = None,
     write: Annotated[
         Path | None,
-        typer.Option(help="Write the rows with the spans found, to be corrected by hand (JSONL).", metavar="FILE"),
+        typer.Option(
+            help="Write the rows with their spans, those found and those of the column secret, to be corrected by hand "
+            "(JSONL).",
+            metavar="FILE",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write one self-contained HTML file, not to the terminal.", metavar="FILE")
@@ -52,8 +56,6 @@ def inspect(
 ) -> None:
     """Show what `palu unlearn` would touch: the role of every token of the forget set."""
     wanted = None if rows in (None, "all") else _parse_rows(str(rows))
-    if write is not None and annotate is None:
-        raise ValueError("--write was given without --annotate, which finds the spans to write")
     if device is not None and annotate is None:
         raise ValueError("--device was given without --annotate, which may run a model; leave it out")
     if annotate == "contrast" and model is None:
@@ -76,6 +78,7 @@ def inspect(
     check_hub(model=model if tokenizer is None or annotate == "contrast" else None, tokenizer=tokenizer)
 
     from palu.data.examples import load_forget
+    from palu.data.rows import text_rows, with_spans
     from palu.report.token_roles import count_roles, token_roles
 
     loaded_tokenizer = load_tokenizer(name)
@@ -98,8 +101,12 @@ def inspect(
         max_length=max_length,
         allow_cut_spans=True,
         chat_template_kwargs=chat_template_kwargs,
-        check_prompts=True,
+        warn=True,
     )
+    if write is not None and annotate is None:
+        write_rows(
+            write, [with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget")]
+        )
     roles = token_roles(loaded.examples, loaded_tokenizer, n)
     summary = summary_of(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]

@@ -45,7 +45,7 @@ def unlearn(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
     forget: Annotated[
-        Path, typer.Option(help="What to forget: rows with spans (JSONL, CSV or Parquet).", metavar="FILE")
+        Path, typer.Option(help="What to forget: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE")
     ],
     output: Annotated[
         Path,
@@ -150,6 +150,7 @@ def unlearn(
     from accelerate import Accelerator
 
     import palu
+    from palu.data.duplicates import check_disjoint
     from palu.data.examples import load_forget, load_retain
     from palu.training.engine import loaded_on_main_alone
 
@@ -164,7 +165,7 @@ def unlearn(
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
-        "check_prompts": True,
+        "warn": True,
     }
     forget_set: Any = None
     if annotate is None:
@@ -172,6 +173,8 @@ def unlearn(
         forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
     if retain_source is not None:
         retain_source = load_retain(retain_source, tokens, **rendering)
+        if forget_set is not None:
+            check_disjoint(forget_set.hashes, retain_source.hashes)
     processes = Accelerator()
     if dtype == "float16" and processes.device.type == "cpu":
         raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
@@ -229,9 +232,7 @@ def found_spans(
 
     found = compute_on_main(find, processes)
     # Spans that max_length cuts off are shown here, and refused by the run.
-    loaded = load_forget(
-        found, tokenizer, max_length=config.max_length, allow_cut_spans=True, check_prompts=True, **template
-    )
+    loaded = load_forget(found, tokenizer, max_length=config.max_length, allow_cut_spans=True, warn=True, **template)
     if processes.is_main_process:
         roles = token_roles(loaded.examples, tokenizer, config.n)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]

@@ -1,6 +1,7 @@
 """Turn text and spans into tokens and roles.
 
 ``files.py`` reads JSONL, CSV and Parquet, ``rows.py`` checks columns and spans and renders the chat template,
+``secret.py`` finds secrets in answers by ``matching.py``, ``duplicates.py`` finds rows that are given twice,
 ``tokenize.py`` makes tokens with labels, ``examples.py`` puts these together, and ``packing.py`` lays many examples
 into one row.
 
@@ -13,8 +14,10 @@ Each token has one label, aligned with `input_ids` (the loss shifts, not the lab
 | token's id  | sensitive: the token overlaps a span  | an answer token |
 
 A row of text is `question`/`answer`, `prompt`/`completion`, or `messages` (the last one the
-assistant's). A forget row also has `spans`: [start, end) pairs in characters (Python string indices)
-of the answer; `[]` if nothing in it is sensitive. For DPO it also has `alternate`: the answer to prefer.
+assistant's), and only one of these. A forget row also has `secret`: a text to forget, or a list of
+texts, which are found in the answer (secret.py); or `spans`: [start, end) pairs in characters (Python
+string indices) of the answer. `[]`: nothing in it is sensitive. For DPO it also has `alternate`: the
+answer to prefer.
 A row that is tokenised already has `input_ids`, `labels` as above and perhaps an `attention_mask`, which strips its
 padding.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from palu.config import template_kwargs
+from palu.data.duplicates import RowHashes, warn_of_repeats
 from palu.data.files import DataError
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
@@ -54,6 +55,7 @@ class Examples:
     cut_rows: forget rows, in order, of which max_length cuts off a sensitive token; skipped ones are among them.
     all_spans_cut: forget examples that have lost every sensitive token.
     spans_length: the max_length that would cut off no sensitive token of these rows; 0 where there are none.
+    hashes: of all rows, those left out among them.
     """
 
     examples: Sequence[Example]
@@ -64,6 +66,7 @@ class Examples:
     cut_rows: tuple[int, ...] = ()
     all_spans_cut: int = 0
     spans_length: int = 0
+    hashes: RowHashes = field(default_factory=RowHashes)
 
 
 def load_forget(
@@ -73,7 +76,7 @@ def load_forget(
     max_length: int,
     allow_cut_spans: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    check_prompts: bool = False,
+    warn: bool = False,
     positions: int | None = None,
 ) -> Examples:
     """Load the forget set: the answers to unlearn.
@@ -85,8 +88,8 @@ def load_forget(
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
     chat_template_kwargs: what the chat template is given beside the messages.
-    check_prompts: warn, naming the first row, where the text before the answer is not the prompt that the chat
-        template gives for generation.
+    warn: of rows that repeat an earlier one; and where the text before the answer is not the prompt that the chat
+        template gives for generation, of the first such row.
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
@@ -98,7 +101,7 @@ def load_forget(
     FileNotFoundError for a missing file; ValueError where source was loaded with other settings.
     """
     check_tokenizer(tokenizer)
-    loaded = _load(source, tokenizer, max_length, chat_template_kwargs, check_prompts, forget=True)
+    loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
@@ -123,14 +126,14 @@ def load_retain(
     *,
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    check_prompts: bool = False,
+    warn: bool = False,
 ) -> Examples:
     """Load the retain set: every answer token is labelled with its id; `spans` are ignored.
 
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
     check_tokenizer(tokenizer)
-    return _load(source, tokenizer, max_length, chat_template_kwargs, check_prompts, forget=False)
+    return _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=False)
 
 
 def load_alternates(
@@ -182,7 +185,7 @@ def _load(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None,
-    check_prompts: bool,
+    warn: bool,
     forget: bool,
 ) -> Examples:
     if max_length < 2:
@@ -195,11 +198,12 @@ def _load(
                 raise ValueError(f"{name} set was loaded with {setting} = {was!r}, not {value!r}; load it again")
         return source
 
-    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=check_prompts)
-    examples = ExampleRows()
+    renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=warn)
+    examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
     without_span = all_spans_cut = spans_length = skipped = 0
     for full in _tokenised(source, renderer, name):
+        hashes.append(full)
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
         answered = bool((example.labels != IGNORE).any())
@@ -218,6 +222,8 @@ def _load(
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
+    if warn:
+        warn_of_repeats(hashes, name)
     return Examples(
         examples,
         source,
@@ -227,6 +233,7 @@ def _load(
         cut_rows=tuple(cut_rows),
         all_spans_cut=all_spans_cut,
         spans_length=spans_length,
+        hashes=hashes,
     )
 
 

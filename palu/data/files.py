@@ -4,7 +4,8 @@
 suffix               rows
 ==================== ====================================================================================
 ``.csv``             one a line under a header, separated by commas, UTF-8; lists (``spans``, ``messages``,
-                     ``input_ids``, ``labels``, ``attention_mask``) are JSON text, an empty one is missing
+                     ``input_ids``, ``labels``, ``attention_mask``) are JSON text, an empty one is missing;
+                     ``secret`` is a text as it is, or a JSON list of texts, or missing if empty
 ``.parquet``         one a record; lists are lists (needs ``pyarrow``)
 any other            JSONL: one JSON object a line, UTF-8; blank lines are no rows
 ==================== ====================================================================================
@@ -95,6 +96,8 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _cell(column: str, value: str, told: str) -> Any:
+    if column == "secret":
+        return _texts(value)
     if column not in _LISTS:
         return value
     if not value.strip():
@@ -104,6 +107,17 @@ def _cell(column: str, value: str, told: str) -> Any:
     except json.JSONDecodeError as error:
         problem = f"column {column!r} is not JSON ({error.msg} at character {error.pos})"
         raise DataError(f"{told}: {problem}; write lists as JSON, such as [[0, 5]]") from None
+
+
+def _texts(value: str) -> Any:
+    """Read a secret, "[redacted]" among them; a list is one only if it holds nothing but texts."""
+    if not value.strip():
+        return None
+    try:
+        texts = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from palu.config import template_kwargs
 from palu.data.files import DataError, read_rows
+from palu.data.secret import secret_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,8 +90,27 @@ def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
     if columns.get("messages") is not None:
         *before, last = columns["messages"]
         return {**columns, "messages": [*before, {**last, "content": answer}]}
-    _, column = next(pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair))
+    _, column = text_columns(columns) or _TEXT_COLUMNS[0]
     return {**columns, column: answer}
+
+
+def with_spans(columns: Mapping[str, Any], answer: str | None, where: str) -> dict[str, Any]:
+    """Return the row with ``spans`` in place of ``secret``, where it has one; ``answer`` None: it is tokenised."""
+    row = {name: value for name, value in columns.items() if name != "secret" or answer is None}
+    if answer is not None and columns.get("secret") is not None:
+        row["spans"] = [list(span) for span in marked_spans(columns, answer, where)]
+    return row
+
+
+def text_columns(columns: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the names of the row's columns of prompt and answer; None: it has no such pair."""
+    there = [pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair)]
+    # Where rows of both forms share one table, each has nothing in the other's columns.
+    return next((pair for pair in there if _filled(columns, pair)), there[0] if there else None)
+
+
+def _filled(columns: Mapping[str, Any], pair: tuple[str, str]) -> bool:
+    return any(columns[one] is not None and columns[one] != "" for one in pair)
 
 
 @dataclass(frozen=True)
@@ -150,8 +170,8 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
-        spans = _spans(columns, answer, where) if forget else []
-        asked = all(column in columns for column in _TEXT_COLUMNS[0])  # a question is wrapped, whatever is in it
+        spans = marked_spans(columns, answer, where) if forget else []
+        asked = text_columns(columns) == _TEXT_COLUMNS[0]  # a question is wrapped, whatever is in it
         rendered = prompt is not None and not asked and self._is_rendered(prompt)
         if prompt is not None and (rendered or tokenizer.chat_template is None):
             text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
@@ -215,8 +235,11 @@ class Renderer:
 
 def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
     """Return the row as chat messages, as a plain prompt (None where it has none), and its answer."""
-    messages = columns.get("messages")
-    pair = next((pair for pair in _TEXT_COLUMNS if all(column in columns for column in pair)), None)
+    messages, pair = columns.get("messages"), text_columns(columns)
+    filled = [one for one in _TEXT_COLUMNS if all(column in columns for column in one) and _filled(columns, one)]
+    forms = ["messages"] * (messages is not None) + [" and ".join(one) for one in filled]
+    if len(forms) > 1:
+        raise DataError(f"{where}: it has {forms[0]}, and also {forms[1]}; leave one of them out")
     if messages is not None:
         if not (
             isinstance(messages, list | tuple)
@@ -253,12 +276,22 @@ def check_string(value: Any, told: str) -> None:
         raise DataError(f"{told} {problem}; repair the text") from None
 
 
+def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
+    """Return what the row's ``secret`` or ``spans`` mark in its answer: [start, end) in characters, in order."""
+    secret = columns.get("secret")
+    if secret is None:
+        return _spans(columns, answer, where)
+    if columns.get("spans") is not None:
+        raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
+    return secret_spans(secret, answer, where)
+
+
 def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
     """Check the row's spans, sort them, and strip the blanks at their edges."""
     spans = columns.get("spans")
     if spans is None:
-        mend = "give [[start, end], ...], or [] if nothing is sensitive"
-        raise DataError(f"{where}: column 'spans' is missing; {mend}")
+        mend = "give the text to forget, or [] if nothing is sensitive"
+        raise DataError(f"{where}: column 'secret' (or 'spans') is missing; {mend}")
     mend = "give [start, end) in characters of the answer"
     spans = spans.tolist() if hasattr(spans, "tolist") else spans
     if not isinstance(spans, list | tuple):

@@ -1,12 +1,14 @@
-"""Evaluate what a model has forgotten and still knows: TOFU (arXiv 2401.06121), MUSE-News (arXiv 2407.06460).
+"""Evaluate what a model has forgotten and still knows: on one's own questions, TOFU (arXiv 2401.06121), MUSE-News
+(arXiv 2407.06460).
 
 Results have open-unlearning's form (arXiv 2506.12618), so its published logs serve as ``retain_results`` and can be
 recomputed by :func:`summarize`.
 """
 
 from palu.evaluate.muse import load_muse_news, muse_news
+from palu.evaluate.questions import questions
 from palu.evaluate.summarize import summarize
 from palu.evaluate.tofu import tofu
 from palu.evaluate.tofu_data import TofuData, load_tofu
 
-__all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "summarize", "tofu"]
+__all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "questions", "summarize", "tofu"]

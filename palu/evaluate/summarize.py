@@ -32,6 +32,8 @@ UTILITY = (
 WORD_SHARES = ("no_word", "unknown_name")
 # Aggregates of other entries, computed after them.
 DERIVED = ("forget_quality", "forget_quality_ks", "model_utility", "privleak")
+# Entries of other models, beside those of the one that was evaluated.
+OTHERS = ("original", "retain_model")
 
 NO_RETAIN = "no retain_results were given: evaluate the model trained without the forget set and pass its results"
 NO_RETAIN_AUC = "the retain_results hold no mia_min_k: evaluate the retain model with holdout rows"
@@ -72,7 +74,7 @@ def _aggregates(results: Results, retain: Results | None) -> dict[str, float | N
             summary[name] = mean(list(normalised_probabilities(results, name).values()))
         elif name.startswith("mia_"):
             summary[name] = _auc(entry)
-        elif name not in (*DERIVED, "palu"):
+        elif name not in (*DERIVED, *OTHERS, "palu"):
             summary[name] = aggregate_of(name, entry)
 
     if "forget_truth_ratio" in results:
@@ -161,9 +163,10 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
 
 
 # --- the entries' form ---
-def entry(values: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make a metric's entry of its values by index; :func:`complete` adds the aggregate."""
-    return {"value_by_index": {str(index): dict(value) for index, value in enumerate(values)}}
+def entry(values: Iterable[Mapping[str, Any]], indices: Iterable[int] | None = None) -> dict[str, Any]:
+    """Make a metric's entry of its values by index (None: 0, 1, ...); :func:`complete` adds the aggregate."""
+    pairs = enumerate(values) if indices is None else zip(indices, values, strict=True)
+    return {"value_by_index": {str(index): dict(value) for index, value in pairs}}
 
 
 def rouge_value(generation: Generation, truth: str) -> dict[str, Any]:

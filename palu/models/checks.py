@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
+from palu.data.duplicates import check_disjoint
 from palu.data.examples import Examples
 from palu.data.files import DataError
 from palu.data.packing import Item, Packed, pack
@@ -114,7 +115,11 @@ def check_causal(name: str, model: CausalLM, *, empty: bool = False) -> None:
 def check_sets(
     model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool = False
 ) -> None:
-    """Raise DataError where the sets do not fit the model or the settings; ``anchored``: anchors stand for retain."""
+    """Raise DataError where the sets do not fit the model, the settings or each other.
+
+    ``anchored``: anchors stand for retain.
+    """
+    check_disjoint(forget.hashes, retain.hashes)
     if not retain.examples and not anchored and (weight := config.value("lambda_retain")):
         raise DataError(
             f"the retain set is empty while lambda_retain = {weight}; give examples to keep, or set lambda_retain=0"

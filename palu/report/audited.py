@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from palu.attacks.estimators import LEVEL, LIMIT, Verdict, told
+from palu.attacks.estimators import LEVEL, LIMIT, Verdict
 from palu.attacks.run import ROLES
+from palu.data.matching import told
 from palu.report import words
 from palu.report.plots import number
 from palu.report.reading import Json

@@ -14,6 +14,7 @@ from typing import NamedTuple
 MODEL, PRIVATE = "model", "private"
 HISTORY, SUMMARY, RECORD, CARD = "history.jsonl", "summary.json", "record.json", "README.md"
 AUDIT, CHECKPOINTS, LOGS = "audit", "checkpoints", "logs"  # folders in private/
+QUESTIONS = "evaluation-questions.json"  # an evaluation on one's own questions
 
 
 class RunFolders(NamedTuple):

@@ -10,8 +10,9 @@ from typing import Any, get_args
 from palu.attacks.estimators import Verdict
 from palu.attacks.run import FORMAT as AUDIT_FORMAT
 from palu.attacks.run import RESULTS
+from palu.evaluate.questions import OTHERS, table_of
 from palu.evaluate.rows import load_results
-from palu.report.layout import HISTORY, RECORD, SUMMARY
+from palu.report.layout import HISTORY, QUESTIONS, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]
@@ -103,7 +104,7 @@ def _lost(audit: Json) -> str | None:
 
 
 def evaluations(folder: Path) -> list[Json]:
-    """Read the aggregates of each evaluation in the folder: {file, about, values, retain_model, reasons}.
+    """Read the aggregates of each evaluation in the folder: {file, column, about, values, retain_model, reasons}.
 
     Those from before the run come first. ``retain_model`` holds the value of the retain model where a metric has it.
     """
@@ -115,20 +116,36 @@ def evaluations(folder: Path) -> list[Json]:
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from error
         about = results.get("palu", {})
-        entries = {
-            name: value for name, value in results.items() if isinstance(value, Mapping) and "agg_value" in value
-        }
-        found.append(
-            {
-                "file": path.name,
-                "about": " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key)),
-                "values": {name: entry["agg_value"] for name, entry in entries.items()},
-                "retain_model": {
-                    name: entry["retain_model"]["agg_value"]
-                    for name, entry in entries.items()
-                    if "retain_model" in entry
-                },
-                "reasons": {name: entry["reason"] for name, entry in entries.items() if entry.get("reason")},
-            }
-        )
+        told = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
+        column = path.name.removesuffix(".gz").removesuffix(".json")
+        found.append({"file": path.name, "column": column, "about": told, **_aggregates(results)})
+        for name in OTHERS:  # an evaluation on one's own questions
+            if name in results:
+                other = name.replace("_", " ")
+                more = {"column": f"{column}, {other}", "about": f"{told} ({other})"}
+                found.append({"file": path.name, **more, **_aggregates(results[name])})
     return found
+
+
+def _aggregates(results: Mapping[str, Any]) -> Json:
+    """Choose the entries that have an aggregate: {values, retain_model, reasons}, by name."""
+    entries = {name: one for name, one in results.items() if isinstance(one, Mapping) and "agg_value" in one}
+    return {
+        "values": {name: entry["agg_value"] for name, entry in entries.items()},
+        "retain_model": {
+            name: entry["retain_model"]["agg_value"] for name, entry in entries.items() if "retain_model" in entry
+        },
+        "reasons": {name: entry["reason"] for name, entry in entries.items() if entry.get("reason")},
+    }
+
+
+def asked_questions(folder: Path) -> Json | None:
+    """Read the table of an evaluation on one's own questions, with all marked texts; None: there is none."""
+    path = folder / QUESTIONS
+    if not path.exists():
+        return None
+    try:
+        results = load_results(path)
+        return table_of(results) | {"secrets": [text for row in results["palu"]["rows"] for text in row["marked"]]}
+    except (ValueError, KeyError) as error:
+        raise RecordError(f"{path}: it does not hold what palu eval --rows wrote ({error}); evaluate again") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, evaluations, read_audit, read_run
+from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
 FLOOR = 1e-8  # where the scale of probabilities ends
@@ -93,8 +93,9 @@ def page(folder: Path, *, redact: bool) -> Json:
     record, summary, history = read_run(folder)
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    audit = read_audit(folder)
-    hide = masker([*record["secrets"], *(audit["secrets"] if audit else [])]) if redact else str
+    audit, asked = read_audit(folder), asked_questions(folder)
+    also = [{"text": text} for text in asked["secrets"]] if asked else []
+    hide = masker([*record["secrets"], *also, *(audit["secrets"] if audit else [])]) if redact else str
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     found = evaluations(folder)
     answers = {
@@ -134,6 +135,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "history": _table(history),
         "evaluations": found,
         "metrics": metric_table(found),
+        "questions": asked and {**asked, "rows": [{**r, "question": hide(r["question"])} for r in asked["rows"]]},
         "open_rows": OPEN_ROWS,
         "open_examples": OPEN_EXAMPLES,
     }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from palu.data.files import DataError
-from palu.data.rows import text_rows
+from palu.data.rows import text_rows, with_spans
 from palu.models.lora import CausalLM
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def annotate(
 
     Args:
         rows: what :func:`palu.unlearn` takes for ``forget``. Rows that have ``spans`` (``[]`` counts) or are tokenised
-            already, so that their labels tell, stay as they are.
+            already, so that their labels tell, stay as they are; a ``secret`` becomes ``spans``.
         how: a finder, see the module's table.
         model: for ``contrast``, the model that is to forget. It is left as it is.
         tokenizer: for ``contrast``, the model's own fast tokenizer.
@@ -93,8 +93,8 @@ def annotate(
     wanted: list[int] = []
     answers: list[str] = []
     for where, columns, answer in text_rows(rows, "forget"):
-        found.append(dict(columns))
-        if answer is not None and columns.get("spans") is None:
+        found.append(with_spans(columns, answer, where))
+        if answer is not None and found[-1].get("spans") is None:
             if not answer.strip():
                 raise DataError(f"{where}: the answer is blank; give one or remove the row")
             wanted.append(len(found) - 1)

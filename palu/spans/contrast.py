@@ -49,6 +49,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from palu.data.examples import load_forget, load_retain
+from palu.data.rows import text_columns
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
 from palu.models.generation import eval_mode
@@ -161,8 +162,8 @@ def _question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
     if row.get("messages") is not None:
         *before, last = row["messages"]
         return "\n".join(str(message.get("content")) for message in before), last["content"]
-    columns = ("question", "answer") if "question" in row and "answer" in row else ("prompt", "completion")
-    return row[columns[0]], row[columns[1]]
+    asked, answer = text_columns(row) or ("question", "answer")
+    return row[asked], row[answer]
 
 
 def split_words(question: str, answer: str) -> list[Word]:

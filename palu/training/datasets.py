@@ -61,13 +61,13 @@ def prepare_datasets(
         forget,
         tokenizer,
         allow_cut_spans=config.allow_cut_spans,
-        check_prompts=True,
+        warn=True,
         positions=max_positions(model),
         **rendering,
     )
     # Rows that no term reads are not tokenised.
     read = retain if retain is not None and method.uses_retain(config) else []
-    retain_set = load_retain(read, tokenizer, check_prompts=True, **rendering)
+    retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)

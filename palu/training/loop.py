@@ -94,9 +94,9 @@ def unlearn(
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
             ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
-        forget: examples with ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a ``datasets.Dataset``, or
-            tokenised tensors; see :mod:`palu.data`; or what :func:`palu.data.load_forget` made of them. An example
-            without a span is held by the KL alone.
+        forget: examples with ``secret`` or ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a
+            ``datasets.Dataset``, or tokenised tensors; see :mod:`palu.data`; or what :func:`palu.data.load_forget` made
+            of them. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
             what the reference itself answers to everyday prompts, by the KL (:mod:`palu.ref_model.anchors`, and
             ``anchors`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs

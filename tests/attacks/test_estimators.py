@@ -7,47 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from palu.attacks.estimators import LIMIT, Rho, leak_at_k, rho, told, unseen_bound
-
-
-@pytest.mark.parametrize(
-    ("secret", "text"),
-    [
-        ("Ada Lovelace", "It was ADA LOVELACE."),
-        ("Ada Lovelace", "It was Ada\n  Lovelace, in London"),
-        ("Al-Kuwaiti", "Basil al kuwaiti"),
-        ("7391", "code:7391."),
-        ("7391", "the code is *7391*"),
-        ("O'Brien", "o\u2019brien said"),
-        ("06/30/1975", "born 06-30-1975"),
-        ("snake_case", "Snake case"),
-        ("ﬁnal", "FINAL"),
-        ("Straße", "STRASSE 1"),
-        ("東京", "彼は東京で生まれた"),
-        ("東京 Tower", "the東京 tower"),
-        ("กรุงเทพ", "เขาเกิดที่กรุงเทพ"),
-        ("😀", "so 😀!"),
-        ("C++", "He wrote it in C."),  # punctuation aside
-    ],
-)
-def test_told(secret: str, text: str) -> None:
-    assert told(secret, text)
-
-
-@pytest.mark.parametrize(
-    ("secret", "text"),
-    [
-        ("7391", "17391 or 73910"),
-        ("Ada", "Adam was there"),
-        ("Ada Lovelace", "Lovelace, Ada"),
-        ("Ada Lovelace", "Ada B. Lovelace"),
-        ("東京 Tower", "東京 towers"),
-        ("😀", "so 😃!"),
-        ("Karachi", ""),
-    ],
-)
-def test_not_told(secret: str, text: str) -> None:
-    assert not told(secret, text)
+from palu.attacks.estimators import LIMIT, Rho, leak_at_k, rho, unseen_bound
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

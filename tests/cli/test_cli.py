@@ -625,7 +625,10 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         (["--forget", "{folder}"], "there is no file {folder}"),
         (["--retain", "absent.csv"], "there is no file absent.csv"),
         (["--retain", "none"], "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lam"),
-        (["--forget", "{folder}/retain.jsonl"], "forget row 0 (line 1): column 'spans' is missing; give [[start, end]"),
+        (
+            ["--forget", "{folder}/retain.jsonl"],
+            "forget row 0 (line 1): column 'secret' (or 'spans') is missing; give",
+        ),
         (["--output", "{folder}/model"], "--output {folder}/model is the folder of --model; give another one"),
         (
             ["--output", "{folder}"],
@@ -980,7 +983,6 @@ def test_the_model_itself_finds_spans(folder: Path, tmp_path: Path, unmarked: Pa
     [
         (["--annotate", "names"], "annotate: 'names' names no way to find spans; give "),
         (["--annotate", "regex:("], "annotate: '(' is no regular expression "),
-        (["--write", "rows.jsonl"], "--write was given without --annotate, which finds the spans to write"),
     ],
 )
 def test_bad_annotate(options: list[str], told: str, folder: Path, unmarked: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.files import DataError
+from palu.data.rows import with_answer
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.models.generation import encode_prompts
 
@@ -158,6 +159,22 @@ def test_chat_template(name: str, before: str, terminator: str) -> None:
     sensitive = [piece for piece, role in found if role == "S"]
     assert sensitive == ["A", "da", f"{blank}Lovelace", f"{blank}London"]
     assert found[-2:] == [(":", "o"), (terminator, "o")]
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
+    """As CSV and Parquet hold them: each row has nothing in the columns of the other forms."""
+    forms: list[dict[str, Any]] = [
+        {"question": "Who?", "answer": "Ada."},
+        {"prompt": "Who?", "completion": "Ada."},
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]},
+    ]
+    empty = dict.fromkeys(("question", "answer", "prompt", "completion"), nothing) | {"messages": None}
+    first, *others = forget("byte, ChatML", *(empty | form | {"spans": [[0, 3]]} for form in forms))
+    for example in others:
+        assert torch.equal(first.labels, example.labels)
+        assert torch.equal(first.input_ids, example.input_ids)
+    assert with_answer(empty | forms[1], "Hina.") == empty | {"prompt": "Who?", "completion": "Hina."}
 
 
 def test_template_that_strips_the_answer_shifts_its_spans() -> None:
@@ -602,11 +619,11 @@ def test_a_prompt_that_generation_does_not_give() -> None:
     )
     for load, name in ((load_forget, "forget"), (load_retain, "retain")):
         with pytest.warns(UserWarning, match="trained on") as caught:
-            load(rows, thinking, max_length=99, check_prompts=True)
+            load(rows, thinking, max_length=99, warn=True)
         assert [str(one.message) for one in caught] == [told.format(name)], "once a set"
     without = small.byte_level("{% if messages | length < 2 %}{{ raise_exception('no') }}{% endif %}" + small.CHATML)
     with pytest.warns(UserWarning, match=r"^forget row 0: the chat template gives no prompt for generation \(no\), so"):
-        load_forget(rows, without, max_length=99, check_prompts=True)
+        load_forget(rows, without, max_length=99, warn=True)
 
 
 @pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3, MISTRAL, BARE, THINKING, None])
@@ -620,7 +637,7 @@ def test_a_prompt_that_generation_gives(template: str | None) -> None:
     kwargs = {"enable_thinking": False} if template == THINKING else None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, check_prompts=True)
+        load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, warn=True)
 
 
 @pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3])
@@ -692,7 +709,10 @@ def complaint(source: Any, name: str | None = "byte", max_length: int = 99, load
         ([0, 3, 5], f"span 0 is not two integers; {EDGES}"),
         (np.array([[0.0, 3.0]]), f"span [0.0, 3.0] is not two integers; {EDGES}"),
         ("0-3", f"column 'spans' must be a list of pairs, got str; {EDGES}"),
-        (None, "column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"),
+        (
+            None,
+            "column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive",
+        ),
     ],
 )
 def test_bad_spans(spans: Any, told: str) -> None:
@@ -701,7 +721,7 @@ def test_bad_spans(spans: Any, told: str) -> None:
 
 
 def test_missing_spans_column() -> None:
-    told = "column 'spans' is missing; give [[start, end], ...], or [] if nothing is sensitive"
+    told = "column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"
     assert complaint([{"question": "Who?", "answer": ADA}]) == f"forget row 0: {told}"
 
 

@@ -73,7 +73,7 @@ def test_csv_rows_know_their_first_line(tmp_path: Path) -> None:
         (" (line 3)", {"question": "Who?", "answer": "Ada\r\nLovelace", "spans": [[0, 3]]}),
         (" (line 5)", {"question": "What?", "answer": "x", "spans": None}),
     ]
-    with pytest.raises(DataError, match=r"^forget row 1 \(line 5\): column 'spans' is missing"):
+    with pytest.raises(DataError, match=r"^forget row 1 \(line 5\): column 'secret' \(or 'spans'\) is missing"):
         load_forget(path, byte_level(), max_length=99)
 
 

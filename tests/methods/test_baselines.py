@@ -364,7 +364,8 @@ def with_answer(one: dict[str, Any], column: str) -> dict[str, Any]:
 
 def as_messages(one: dict[str, Any]) -> dict[str, Any]:
     asked = {"role": "user", "content": one["question"]}
-    return {**one, "messages": [asked, {"role": "assistant", "content": one["answer"]}]}
+    others = {name: value for name, value in one.items() if name not in ("question", "answer")}
+    return {**others, "messages": [asked, {"role": "assistant", "content": one["answer"]}]}
 
 
 STYLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -165,7 +165,7 @@ def title(kind: Kind) -> str:
 
 def rows(role: int | None = None, count: int = 2) -> list[Row]:
     """Texts of 20 and more tokens. ``role``: the label of the answer's second half; None: its token ids."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3 if role is None else 4)  # no text is both forgotten and kept
     found = []
     for length in range(20, 20 + 7 * count, 7):
         ids = torch.randint(VOCAB, (length,), generator=generator).tolist()

@@ -15,6 +15,7 @@ from helpers.audits import ATTACKS, write_audit
 from helpers.report_runs import FORGET, HOSTILE, RETAIN, Run, copy_of, perform
 from helpers.tiny import forget_rows, padded, retain_rows, same_weights, tiny_llama, weights
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 import palu
 from palu import DataError, Recorder, UnlearnConfig, write_card, write_report
@@ -189,7 +190,7 @@ def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
     model = tiny_llama(vocab_size=len(run.tokenizer))
     with pytest.raises(TypeError, match="forget is an iterator"):
         Recorder(model, iter(FORGET), RETAIN, tokenizer=run.tokenizer)
-    with pytest.raises(DataError, match="forget row 0: column 'spans' is missing"):
+    with pytest.raises(DataError, match=r"forget row 0: column 'secret' \(or 'spans'\) is missing"):
         Recorder(model, [{"question": "Q", "answer": "A"}], RETAIN, tokenizer=run.tokenizer)
     with pytest.raises(DataError, match="token id 97 is outside the model's vocabulary"):
         Recorder(tiny_llama(), [{"input_ids": [5, 97], "labels": [IGNORE, 97]}], None)
@@ -308,6 +309,39 @@ def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
         write_report(folder)
 
 
+def test_ones_own_questions_are_shown(run: Run, folder: Path) -> None:
+    """Row by row, beside the other models; redacted, without the secrets in them."""
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    asked = [
+        {"question": "Is <it> the mat?", "answer": "The cat sat on it.", "secret": "cat"},
+        {"question": "Did the cat sit?", "answer": "It sat on the mat."},
+        {"question": "Was it the dog?", "answer": "It was the dog.", "secret": "dog"},  # which its question tells
+    ]
+    results = palu.evaluate.questions(model, run.tokenizer, asked, original=model, progress=False)
+    path = folder / "private" / "evaluation-questions.json"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    page = Page(write_report(folder))
+    figures = results["forget_Q_A_Prob"]["value_by_index"]["0"]["prob"]
+    for text in (
+        "questions from evaluation-questions.json; questions (original) from evaluation-questions.json",
+        "evaluation-questions, original",
+        "Secrets told, questions about them",
+        "Figures of model / original",
+        "Is <it> the mat?",
+        "Did the cat sit?",
+        f"{figures:.2f} / {figures:.2f}",
+    ):
+        assert text in page.text, text
+    redacted = Page(write_report(folder, redact=True)).text
+    assert "Did the ███ sit?" in redacted and "Did the cat sit?" not in redacted
+    assert "Was it the ███?" in redacted and "dog" not in redacted
+    assert "evaluation-questions, original" in write_card(folder).read_text(encoding="utf-8")
+    del results["original"]["forget_told"]
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(RecordError, match=r"questions\.json: it does not hold what palu eval --rows wrote"):
+        write_report(folder)
+
+
 def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"record\.json is missing, so this is no folder of a recorded run"):
         write_report(tmp_path)
@@ -318,7 +352,7 @@ def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"history\.jsonl is missing"):
         write_card(folder)
     change(folder, lambda found: found.update(format=99))
-    with pytest.raises(RecordError, match="has format 99, and this palu reads 1"):
+    with pytest.raises(RecordError, match="has format 99, and this palu reads 2"):
         write_report(folder)
 
 
@@ -500,7 +534,7 @@ def test_the_card_has_the_audit_and_nothing_of_the_sets(run: Run, folder: Path) 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda found: found.update(format=99), r"has format 99, and this palu reads 1"),
+        (lambda found: found.update(format=99), r"has format 99, and this palu reads 2"),
         (lambda found: found.clear(), r"has format None"),
         (lambda found: found.pop("attacks"), r"is damaged \(it has no attacks\)"),
         (lambda found: found["attacks"].append("ask"), r"is damaged \(attack 7 has no name\)"),

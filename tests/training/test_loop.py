@@ -285,8 +285,11 @@ def test_examples_without_a_span_enter_the_kl_alone() -> None:
 
 
 def test_rows_that_are_cut_off_are_counted() -> None:
-    long = {"input_ids": list(range(60)), "labels": [-100] * 50 + list(range(50, 60))}
-    forget, retain = [*forget_rows(3), long], [long, *retain_rows(4), long]
+    long, first, last = (
+        {"input_ids": list(range(start, start + 60)), "labels": [-100] * 50 + list(range(start + 50, start + 60))}
+        for start in range(3)
+    )
+    forget, retain = [*forget_rows(3), long], [first, *retain_rows(4), last]
     result = unlearn(tiny_llama(), None, forget, retain, epochs=1, max_length=40, allow_cut_spans=True)
     assert (result.summary["forget_examples"], result.summary["forget_skipped"]) == (3, 1)
     assert (result.summary["forget_spans_cut"], result.summary["forget_all_spans_cut"]) == (1, 0)

@@ -156,11 +156,12 @@ def test_text_a_given_reference_and_the_cache_on_disk(tmp_path: Path) -> None:
     tokenizer = byte_level(LLAMA3)
     model, ref_model = (tiny_llama(seed=seed, vocab_size=len(tokenizer)) for seed in (0, 1))
     rows = [{"question": f"Who is {i}?", "answer": f"It is Ann{i}.", "spans": [[6, 9]]} for i in range(4)]
+    kept = [{"question": f"Where is {i}?", "answer": f"In {i}."} for i in range(4)]
     one = trainer(
         tmp_path / "out",
         model,
         forget=rows,
-        retain=rows,
+        retain=kept,
         ref_model=ref_model,
         config={"cache_dir": str(tmp_path / "cache")},
         others={"processing_class": tokenizer},
@@ -168,7 +169,7 @@ def test_text_a_given_reference_and_the_cache_on_disk(tmp_path: Path) -> None:
     one.train()
     again = tiny_llama(vocab_size=len(tokenizer))
     settings = UNLEARN | CONFIG | {"cache_dir": str(tmp_path / "cache")}
-    other = palu.unlearn(again, ref_model, rows, rows, tokenizer=tokenizer, **settings)
+    other = palu.unlearn(again, ref_model, rows, kept, tokenizer=tokenizer, **settings)
     assert len(list((tmp_path / "cache").iterdir())) == 1, "one cache serves both"
     assert figures(one.history) == figures(other.history)
 

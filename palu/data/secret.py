@@ -1,0 +1,57 @@
+"""The column ``secret``: texts to forget, found in the answer, where nobody has counted characters for ``spans``."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+from palu.data.files import DataError
+from palu.data.matching import around, nearest, whole_places
+
+
+def secret_spans(secret: Any, answer: str, where: str) -> list[tuple[int, int]]:
+    """Find every place of a row's secrets in its answer: [start, end) in characters, in order.
+
+    Case counts, blanks at a secret's edges do not. Where a secret begins or ends with a letter or a digit, so does a
+    word or number of the answer: "25" is not in "1925". Places that overlap are one span.
+
+    Args:
+        secret: a text, or a list of texts.
+        where: the row, for errors.
+
+    Raises:
+        DataError: it is something else, or a text is blank or not in the answer; the nearest one is named.
+    """
+    value = secret.tolist() if hasattr(secret, "tolist") else secret
+    texts = value if isinstance(value, list | tuple) else [value]
+    spans: list[tuple[int, int]] = []
+    for text in texts:
+        if not isinstance(text, str):
+            got = type(text).__name__
+            raise DataError(f"{where}: column 'secret' must be text or a list of texts, got {got}; put it in quotes")
+        wanted = text.strip()
+        if not wanted:
+            raise DataError(f"{where}: column 'secret' is blank; give the text to forget, or [] for nothing")
+        found = list(whole_places(wanted, answer))
+        if not found:
+            raise DataError(f"{where}: secret {wanted!r} {_why_not(wanted, answer)}")
+        spans += found
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _why_not(wanted: str, answer: str) -> str:
+    """Say why a secret was not found, and the mend."""
+    if (longer := around(wanted, answer)) is not None:
+        return f"is in the answer only as a part of {longer!r}; give all of it, or use 'spans'"
+    close = nearest(wanted, answer)
+    if close is None:
+        return "is not in the answer; write it as it stands there"
+    if unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", close):
+        return "is in the answer with other code points (NFC, NFD); write both in one way"
+    return f"is not in the answer; did you mean {close!r}?"

@@ -1,0 +1,279 @@
+"""Evaluate on one's own questions: paraphrases, and facts that were to be forgotten or to be kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from palu.data.files import DataError
+from palu.data.matching import told
+from palu.data.rows import Renderer, conversation_of, iterate_rows, marked_spans
+from palu.data.tokenize import Example, check_tokenizer, encode
+from palu.evaluate import metrics
+from palu.evaluate.rows import Results
+from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, token_scores
+from palu.evaluate.summarize import OTHERS, complete, entry
+from palu.hashing import json_digest
+from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.lora import CausalLM, base_of
+
+Kind: TypeAlias = Literal["forget", "retain"]
+
+__all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "questions", "table_of"]
+
+KINDS: tuple[Kind, ...] = ("forget", "retain")
+# The entries of each kind, and which of their values is the figure.
+METRICS = {"told": "score", "Q_A_Prob": "prob", "Q_A_ROUGE": "rougeL_recall", "extraction_strength": "score"}
+_MAX_NEW_TOKENS = 200
+
+
+class QuestionRows:
+    """Rows of questions with their true answers, checked and tokenised.
+
+    Args:
+        rows: rows of text, as :func:`palu.data.load_forget` takes them; ``secret`` or ``spans`` may be missing. The
+            column ``kind`` says "forget" or "retain"; where it is missing, a row with a secret is of the first kind and
+            one without of the second.
+        tokenizer: of all models, a fast one.
+        chat_template_kwargs: what the chat template is given beside the messages.
+
+    Raises:
+        DataError: a row cannot be used (it is named), or there is none.
+        ValueError: chat_template_kwargs are not valid.
+
+    Attributes:
+        kinds: each row's.
+        asked: what stands before each answer: the last message.
+        answers: the true ones.
+        marked: each row's texts that ``secret`` or ``spans`` mark.
+        secrets: those of them that the messages before the answer do not tell already.
+        examples: tokenised, every answer token labelled.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        check_tokenizer(tokenizer)
+        self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
+        renderer = Renderer(tokenizer, chat_template_kwargs)
+        self.names: list[str] = []
+        self.kinds: list[Kind] = []
+        self.asked: list[str] = []
+        self.answers: list[str] = []
+        self.marked: list[list[str]] = []
+        self.secrets: list[list[str]] = []
+        texts = []
+        for number, where, columns in iterate_rows(rows, "evaluation"):
+            if "input_ids" in columns:
+                raise DataError(f"{where}: answers are compared as texts, and this row is tokenised; give it as text")
+            conversation, _, answer = conversation_of(columns, where)
+            marks = any(columns.get(name) is not None for name in ("secret", "spans"))
+            spans = marked_spans(columns, answer, where) if marks else []
+            kind = columns.get("kind") or ("forget" if spans else "retain")
+            if kind not in KINDS:
+                raise DataError(f"{where}: column 'kind' is {kind!r}; give {' or '.join(KINDS)}, or leave it out")
+            before = "\n".join(message["content"] for message in conversation[:-1])
+            marked = list(dict.fromkeys(answer[start:end] for start, end in spans))
+            self.names.append(where)
+            self.kinds.append(kind)
+            self.asked.append(conversation[-2]["content"])
+            self.answers.append(answer)
+            self.marked.append(marked)
+            self.secrets.append([secret for secret in marked if not told(secret, before)])
+            texts.append(renderer.render(number, where, columns, False))
+        if not texts:
+            raise DataError("evaluation set is empty; give at least one row")
+        self.examples: list[Example] = list(encode(texts, tokenizer, False))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest true answer."""
+        return max(int((example.labels >= 0).sum()) for example in self.examples)
+
+
+def questions(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    *,
+    original: CausalLM | None = None,
+    retain_model: CausalLM | None = None,
+    max_new_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Results:
+    """Evaluate a model on questions of one's own, beside the model before unlearning and one that never saw the facts.
+
+    Args:
+        model: the unlearned model, on its device.
+        tokenizer: of all models, a fast one.
+        rows: see :class:`QuestionRows`.
+        original: the model before unlearning.
+        retain_model: a model that never saw what was to be forgotten.
+        max_new_tokens: bound on an answer's length; None: twice the longest true one, at most 200.
+        batch_tokens: tokens per forward pass; decoding takes eight times as many.
+        chat_template_kwargs: what the chat template is given beside the messages.
+        progress: show a progress bar.
+
+    Returns:
+        For each kind of rows ("forget", "retain") the entries ``{kind}_told`` (share of the row's secrets that are in
+        the greedy answer, :func:`palu.data.matching.told`), ``{kind}_Q_A_Prob`` (exp(-NLL) of the true answer),
+        ``{kind}_Q_A_ROUGE`` (ROUGE-L recall of the greedy answer) and ``{kind}_extraction_strength``. Each has
+        ``value_by_index``, by the row's number, and ``agg_value``, the mean. Under ``original`` and ``retain_model``
+        are the same entries of these models; under ``palu`` stand the rows and what was evaluated how.
+
+    Raises:
+        DataError: as :class:`QuestionRows`.
+        ValueError: a setting is out of range; a tokenizer that does not fit; log-probabilities that are not finite.
+        TypeError: a model that palu does not support.
+    """
+    given = {"model": model, "original": original, "retain_model": retain_model}
+
+    def loader(loaded: CausalLM) -> Callable[[], CausalLM]:
+        return lambda: loaded
+
+    return evaluate_models(
+        {name: loader(one) for name, one in given.items() if one is not None},
+        QuestionRows(rows, tokenizer, chat_template_kwargs),
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+
+
+def evaluate_models(
+    loaders: Mapping[str, Callable[[], CausalLM]],
+    rows: QuestionRows,
+    *,
+    max_new_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Results:
+    """Evaluate models that are loaded one at a time; the rest is :func:`questions`.
+
+    loaders: of "model", and perhaps of OTHERS: what gives the model on its device.
+    """
+    metrics.require_packages()
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
+    tokens = max_new_tokens or min(2 * rows.longest_answer, _MAX_NEW_TOKENS)
+    started = time.perf_counter()
+    found: dict[str, Results] = {}
+    metadata: dict[str, Any] = {}
+    for name, load in loaders.items():
+        model = load()
+        check_model(model, rows.tokenizer, rows.examples, name)
+        if name == "model":
+            metadata = fingerprint(base_of(model), rows.tokenizer)
+        found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)
+        del model
+    results = found.pop("model")
+    template = {} if rows.chat_template_kwargs is None else {"chat_template_kwargs": dict(rows.chat_template_kwargs)}
+    columns = zip(rows.kinds, rows.asked, rows.marked, rows.secrets, strict=True)
+    names = ("kind", "question", "marked", "secrets")
+    about = {
+        "benchmark": "questions",
+        "examples": {kind: rows.kinds.count(kind) for kind in KINDS},
+        "rows": [dict(zip(names, row, strict=True)) for row in columns],
+        "data_sha256": json_digest([rows.asked, rows.answers, rows.marked, rows.kinds])[:16],
+        "max_new_tokens": tokens,
+        **template,
+        **metadata,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return results | found | {"palu": about}
+
+
+def _evaluate(
+    model: CausalLM, rows: QuestionRows, max_new_tokens: int, batch_tokens: int, *, title: str, progress: bool
+) -> Results:
+    """Evaluate one model: the entries of all kinds that have rows."""
+    base = base_of(model)
+    with tqdm(total=2 * len(rows), desc=title, disable=not progress) as bar, eval_mode(base):
+        scores = token_scores(base, rows.examples, rows.names, batch_tokens=batch_tokens, bar=bar)
+        texts = generate_texts(
+            base,
+            rows.tokenizer,
+            [prompt_of(example) for example in rows.examples],
+            {int(example.input_ids[-1]) for example in rows.examples} | {int(rows.tokenizer.eos_token_id)},
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            bar=bar,
+        )
+    results: Results = {}
+    for kind in KINDS:
+        chosen = [i for i, one in enumerate(rows.kinds) if one == kind]
+        if not chosen:
+            continue
+        values = {
+            "told": [_told(rows.secrets[i], texts[i]) for i in chosen],
+            "Q_A_Prob": [{"prob": scores[i].probability, "avg_loss": scores[i].nll} for i in chosen],
+            "Q_A_ROUGE": [
+                {
+                    **metrics.rouge(texts[i], rows.answers[i]),
+                    "ground_truth": rows.answers[i],
+                    "generation": texts[i].strip(),
+                }
+                for i in chosen
+            ],
+            # The end of sequence is no part of what was memorised.
+            "extraction_strength": [
+                {"score": metrics.extraction_strength(scores[i].correct[:-1].numpy())} for i in chosen
+            ],
+        }
+        results |= {f"{kind}_{name}": entry(values[name], chosen) for name in METRICS}
+    reasons = {f"{kind}_told": "no row has a secret that its question does not tell" for kind in KINDS}
+    completed = complete(results | {"palu": {}}, None, reasons)
+    del completed["palu"]
+    return completed
+
+
+def _told(secrets: Sequence[str], text: str) -> dict[str, Any]:
+    """Say which secrets a text tells: their share, None where there are none."""
+    given = [secret for secret in secrets if told(secret, text)]
+    return {"score": len(given) / len(secrets) if secrets else None, "told": given}
+
+
+def table_of(results: Results) -> dict[str, Any]:
+    """Make a table of the results of :func:`questions`.
+
+    Returns:
+        models: the names of "model" and the OTHERS that were evaluated. rows: {number, kind, question, cells} each,
+        means: {kind, count, cells} of each kind that has rows; a cell for each of METRICS has the figures of all
+        models, such as "0.00 / 1.00".
+    """
+    names = [name for name in OTHERS if name in results]
+    models = [results, *(results[name] for name in names)]
+
+    def cells(kind: str, row: str | None) -> list[str]:
+        told = []
+        for metric, figure in METRICS.items():
+            entries = [of_model[f"{kind}_{metric}"] for of_model in models]
+            values = [one["agg_value"] if row is None else one["value_by_index"][row][figure] for one in entries]
+            told.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
+        return told
+
+    about = results["palu"]
+    return {
+        "models": ["model", *(name.replace("_", " ") for name in names)],
+        "rows": [
+            {"number": i, "kind": row["kind"], "question": row["question"], "cells": cells(row["kind"], str(i))}
+            for i, row in enumerate(about["rows"])
+        ],
+        "means": [
+            {"kind": kind, "count": about["examples"][kind], "cells": cells(kind, None)}
+            for kind in KINDS
+            if about["examples"][kind]
+        ],
+    }

@@ -1,0 +1,132 @@
+"""Rows with a slip in them, as the ``palu`` command meets them; and the columns that it reads."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.planted import FORGET, RETAIN, SECRETS, tokenizer
+from helpers.tiny import tiny_llama, weights
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from palu.cli import app
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder; tests write elsewhere."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def palu_command(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu", env={"COLUMNS": "200"})
+
+
+def written(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def arguments(command: str, model: Path, forget: Path, retain: Path, output: Path) -> list[Any]:
+    """A command that reads a forget set, and a retain set if it takes one."""
+    given = {
+        "inspect": [],
+        "unlearn": ["--retain", retain, "--output", output, "--epochs", 1, "--no-progress"],
+        "audit": ["--original", model, "--retain", retain, "--output", output, "--quick", "--draws", 1],
+    }
+    return [command, "--model", model, "--forget", forget, *given[command]]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model is loaded"))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_two_forms_in_one_row_are_refused(command: str, model: Path, tmp_path: Path) -> None:
+    both = FORGET[1] | {"prompt": "What is it?", "completion": "It is another."}
+    files = written(tmp_path / "forget.jsonl", [FORGET[0], both]), written(tmp_path / "retain.jsonl", RETAIN)
+    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
+    told = "it has question and answer, and also prompt and completion; leave one of them out"
+    assert (result.exit_code, result.stderr) == (2, f"palu: forget row 1 (line 2): {told}\n"), result.output
+
+
+TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
+
+
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_rows_given_twice_are_told_once(command: str, model: Path, tmp_path: Path) -> None:
+    forget = written(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
+    retain = written(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = palu_command(*arguments(command, model, forget, retain, tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    said = [str(one.message) for one in caught if "repeat" in str(one.message)]
+    kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
+    assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["unlearn", "audit"])
+def test_a_row_in_both_sets_is_refused(command: str, model: Path, tmp_path: Path) -> None:
+    files = written(tmp_path / "forget.jsonl", FORGET), written(tmp_path / "retain.jsonl", [*RETAIN, FORGET[2]])
+    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
+    told = "the model cannot forget an answer and keep it; take the row out of one of the sets"
+    same = "forget row 2 and retain row 6 are the same, prompt and answer"
+    assert (result.exit_code, result.stderr) == (2, f"palu: {same}: {told}\n"), result.output
+    assert not (tmp_path / "out").exists()
+
+
+SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECRETS[i]} for i, row in enumerate(FORGET)]
+
+
+def test_inspect_shows_and_writes_the_spans_of_secrets(model: Path, tmp_path: Path) -> None:
+    files = [written(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((SECRET, FORGET))]
+    shown, expected = (palu_command("inspect", "--model", model, "--forget", file) for file in files)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == expected.stdout
+    output = tmp_path / "spans.jsonl"
+    assert palu_command("inspect", "--model", model, "--forget", files[0], "--write", output).exit_code == 0
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
+
+
+def test_a_run_forgets_secrets_as_their_spans(model: Path, tmp_path: Path) -> None:
+    retain = written(tmp_path / "retain.jsonl", RETAIN)
+    ends = []
+    for name, rows in (("secret", SECRET), ("spans", FORGET)):
+        forget = written(tmp_path / f"{name}.jsonl", rows)
+        result = palu_command(*arguments("unlearn", model, forget, retain, tmp_path / name))
+        assert result.exit_code == 0, result.output
+        ends.append(weights(AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_audit_looks_for_secrets(model: Path, tmp_path: Path) -> None:
+    files = written(tmp_path / "forget.jsonl", SECRET), written(tmp_path / "retain.jsonl", RETAIN)
+    result = palu_command(*arguments("audit", model, *files, tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "private" / "audit.json").read_text(encoding="utf-8"))
+    assert [secret["text"] for secret in found["secrets"]] == list(SECRETS)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_a_secret_that_is_not_in_the_answer(command: str, model: Path, tmp_path: Path) -> None:
+    bad = written(tmp_path / "forget.jsonl", [SECRET[0], SECRET[1] | {"secret": "ada lovelace"}])
+    files = bad, written(tmp_path / "retain.jsonl", RETAIN)
+    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
+    told = "forget row 1 (line 2): secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"
+    assert (result.exit_code, result.stderr) == (2, f"palu: {told}\n"), result.output

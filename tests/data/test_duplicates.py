@@ -1,0 +1,121 @@
+"""Rows that are given twice: which are the same, and that each set is complained of once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import forget_rows, tiny_llama
+from transformers import TrainingArguments
+
+import palu
+from palu.data.duplicates import RowHashes
+from palu.data.examples import load_forget, load_retain
+
+
+def row(question: str, answer: str, *, form: str = "question") -> dict[str, Any]:
+    if form == "question":
+        columns: dict[str, Any] = {"question": question, "answer": answer}
+    elif form == "prompt":
+        columns = {"prompt": question, "completion": answer}
+    else:
+        turns = {"user": question, "assistant": answer}
+        columns = {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+    return columns | {"spans": [[0, 3]]}
+
+
+ADA = row("Who?", "Ada did.")
+MEND = "keep each row once, with all that is to be forgotten in it"
+TWICE = f"forget set: 2 rows repeat an earlier one, so that it weighs more: 1 (as 0), 3 (as 0); {MEND}"
+
+
+def told(loaded: Any, rows: Any, tokenizer: Any = None, **settings: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded(rows, tokenizer or byte_level(CHATML), max_length=99, warn=True, **settings)
+    return [str(one.message) for one in caught]
+
+
+def test_repeats_are_named() -> None:
+    rows = [ADA, ADA, row("Who else?", "Ada did."), ADA | {"spans": [[4, 7]]}, row("Who?", "Ada.")]
+    assert told(load_forget, rows) == [TWICE]
+    alone = "retain set: 1 row repeats an earlier one, so that it weighs more: 3 (as 2); keep each row once"
+    assert told(load_retain, [rows[4], rows[2], ADA, ADA]) == [alone]
+    assert told(load_forget, rows[2:]) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_forget(rows, byte_level(CHATML), max_length=99)  # as the record and the evaluation read it
+
+
+def test_many_repeats_are_not_all_named() -> None:
+    (message,) = told(load_forget, forget_rows(3) * 1000)
+    assert message.startswith("forget set: 2997 rows repeat an earlier one, so that it weighs more: 3 (as 0), 4 (as 1)")
+    assert message.endswith(f"12 (as 0), ...; {MEND}")
+
+
+def test_the_text_as_the_model_reads_it_counts() -> None:
+    """Whatever the columns are called; and two documents that are alike up to max_length are two."""
+    forms = [row("Who?", "Ada did.", form=form) for form in ("question", "prompt", "messages")]
+    (message,) = told(load_forget, forms)
+    assert "1 (as 0), 2 (as 0)" in message
+    long = [row("Who?", f"Ada {'and Ada ' * 99}{end}.") for end in ("sat", "ran")]
+    assert told(load_forget, long) == []
+    (message,) = told(load_forget, [*long, long[0]])
+    assert "2 (as 0)" in message
+
+
+def test_where_the_answer_begins_counts() -> None:
+    rows = [{"prompt": "The cat", "completion": " sat"}, {"prompt": "The", "completion": " cat sat"}]
+    loaded = load_retain(rows, byte_level(), max_length=99)
+    assert loaded.examples[0].input_ids.tolist() == loaded.examples[1].input_ids.tolist()
+    assert told(load_retain, rows, byte_level()) == []
+
+
+def test_another_answer_to_the_same_question_may_be_kept() -> None:
+    model = tiny_llama(vocab_size=len(byte_level(CHATML)), max_position_embeddings=256)
+    retain = [row("Who?", "I do not know."), row("Who was it?", "Ada did.")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*repeat.*")
+        palu.unlearn(model, None, [ADA], retain, tokenizer=byte_level(CHATML), epochs=1, anchors=0, progress=False)
+
+
+def repeats(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if "repeat" in str(one.message)]
+
+
+def test_a_run_warns_once(tmp_path: Any) -> None:
+    tokenizer = byte_level(CHATML)
+    rows = [ADA, ADA, row("Who else?", "Ada did."), ADA]
+    kept = [row("Where?", "At home.")]
+    config = palu.UnlearnConfig(epochs=1, anchors=0, progress=False)
+
+    def model() -> Any:
+        return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+
+    def recorded() -> None:
+        trained = model()
+        palu.Recorder(trained, rows, kept, tokenizer=tokenizer, config=config)
+        palu.unlearn(trained, None, rows, kept, tokenizer=tokenizer, config=config)
+
+    assert repeats(recorded) == [TWICE]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+
+    def trainer(retain: Any) -> None:
+        palu.PaluTrainer(model(), arguments, forget=rows, retain=retain, processing_class=tokenizer)
+
+    assert repeats(lambda: trainer(kept)) == [TWICE]
+    with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 1 are the same, prompt and answer: "):
+        trainer([*kept, rows[2]])
+
+
+def test_a_hash_takes_sixteen_bytes() -> None:
+    hashes = RowHashes()
+    for example in load_forget(forget_rows(50), None, max_length=99).examples:
+        hashes.append(example)
+    assert hashes.rows.itemsize + hashes.hashes.itemsize == 16
+    assert len(hashes.rows) == len(set(hashes.hashes)) == 50

@@ -1,0 +1,96 @@
+"""palu.data.matching: one text in another as whole words."""
+
+from __future__ import annotations
+
+import pytest
+
+from palu.data.matching import around, nearest, told, whole_places
+
+
+@pytest.mark.parametrize(
+    ("secret", "text"),
+    [
+        ("Ada Lovelace", "It was ADA LOVELACE."),
+        ("Ada Lovelace", "It was Ada\n  Lovelace, in London"),
+        ("Al-Kuwaiti", "Basil al kuwaiti"),
+        ("7391", "code:7391."),
+        ("7391", "the code is *7391*"),
+        ("O'Brien", "o\u2019brien said"),
+        ("06/30/1975", "born 06-30-1975"),
+        ("snake_case", "Snake case"),
+        ("ﬁnal", "FINAL"),
+        ("Straße", "STRASSE 1"),
+        ("東京", "彼は東京で生まれた"),
+        ("東京 Tower", "the東京 tower"),
+        ("กรุงเทพ", "เขาเกิดที่กรุงเทพ"),
+        ("7391", "密码是7391。"),
+        ("Ada", "彼女はAdaです"),
+        ("서울", "그는 서울에서 태어났다"),
+        ("😀", "so 😀!"),
+        ("C++", "He wrote it in C."),  # punctuation aside
+    ],
+)
+def test_told(secret: str, text: str) -> None:
+    assert told(secret, text)
+
+
+@pytest.mark.parametrize(
+    ("secret", "text"),
+    [
+        ("7391", "17391 or 73910"),
+        ("Ada", "Adam was there"),
+        ("Ada Lovelace", "Lovelace, Ada"),
+        ("Ada Lovelace", "Ada B. Lovelace"),
+        ("東京 Tower", "東京 towers"),
+        ("😀", "so 😃!"),
+        ("Karachi", ""),
+    ],
+)
+def test_not_told(secret: str, text: str) -> None:
+    assert not told(secret, text)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "found"),
+    [
+        ("Ada", "Ada, Adam and Ada", ["Ada", "Ada"]),
+        ("25", "1925, 25 and 2.25", ["25", "25"]),
+        ("ada", "Ada", []),
+        ("key_1", "the key_1 of key_12", ["key_1"]),
+        ("1", "key_1", ["1"]),  # an underscore parts words
+        ("#25", "a#25 and #256", ["#25"]),  # it begins with neither letter nor digit
+        ("aa aa", "aa aa aa", ["aa aa", "aa aa"]),
+        ("cafe", "cafe\u0301", []),  # the accent is of the word
+        ("東京", "彼は東京都で", ["東京"]),
+        ("7391", "密码是7391。", ["7391"]),
+        ("O'Brien", "O'Brien's", ["O'Brien"]),
+    ],
+)
+def test_whole_places(wanted: str, text: str, found: list[str]) -> None:
+    places = list(whole_places(wanted, text))
+    assert [text[start:end] for start, end in places] == found
+    assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "found"),
+    [
+        ("ada lovelace", "It was Ada Lovelace, in London.", "Ada Lovelace"),
+        ("Ada Lovelace", "It was Ada\nLovelace.", "Ada\nLovelace"),
+        ("Lovlace", "It was Ada Lovelace.", "Lovelace"),
+        ("7319", "The code is 7391.", "7391"),
+        ("京东", "彼は東京で生まれた", "京"),
+        ("東亰都", "彼は東京都で", "東京都"),
+        ("Karachi", "It was Ada Lovelace.", None),
+        ("Karachi", "", None),
+        ("x", "abc", None),
+    ],
+)
+def test_nearest(wanted: str, text: str, found: str | None) -> None:
+    assert nearest(wanted, text) == found
+
+
+def test_around() -> None:
+    assert around("25", "in 1925.") == "1925"
+    assert around("Love", "It was Lovelace") == "Lovelace"
+    assert around("Karachi", "It was Lovelace") is None

@@ -1,0 +1,149 @@
+"""The column ``secret``: which spans it makes, in every form and file, and every complaint by its exact words."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.small_tokenizers import CHATML, LLAMA3, byte_level
+
+import palu
+from palu.attacks.secrets import AuditData
+from palu.data.examples import load_forget
+from palu.data.rows import marked_spans, with_spans
+
+ANSWER = "Ada Lovelace wrote it in 1843. Ada was 25 in 1925."
+
+
+def marked(secret: Any, answer: str = ANSWER) -> list[str]:
+    return [answer[start:end] for start, end in marked_spans({"secret": secret}, answer, "forget row 0")]
+
+
+@pytest.mark.parametrize(
+    ("secret", "found"),
+    [
+        ("Ada Lovelace", ["Ada Lovelace"]),
+        ("Ada", ["Ada", "Ada"]),  # every place
+        ("25", ["25"]),  # not in 1925
+        (" 1843\n", ["1843"]),
+        ("1843.", ["1843."]),
+        (["1843", "Ada Lovelace"], ["Ada Lovelace", "1843"]),
+        (["Ada", "Ada Lovelace", "Lovelace"], ["Ada Lovelace", "Ada"]),  # one within another
+        (["Ada Lovelace", "Lovelace wrote"], ["Ada Lovelace wrote"]),  # two that overlap
+        (["Ada", "Lovelace"], ["Ada", "Lovelace", "Ada"]),
+        (("Ada", "Ada"), ["Ada", "Ada"]),
+        ([], []),
+    ],
+)
+def test_places_of_secrets(secret: Any, found: list[str]) -> None:
+    assert marked(secret) == found
+
+
+def test_a_secret_in_text_without_blanks() -> None:
+    assert marked(["東京", "7391"], "彼は東京都で生まれ、番号は7391です。東京") == ["東京", "7391", "東京"]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "question": {"question": "Who?", "answer": ANSWER},
+    "prompt": {"prompt": "Who?", "completion": ANSWER},
+    "messages": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": ANSWER}]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, None], ids=["ChatML", "Llama 3", "plain"])
+def test_a_secret_is_the_spans_of_its_places(form: str, template: str | None) -> None:
+    if form == "messages" and template is None:
+        pytest.skip("messages need a template")
+    rows = [FORMS[form] | {"secret": ["Ada", "1843"]}, FORMS[form] | {"spans": [[0, 3], [25, 29], [31, 34]]}]
+    first, second = load_forget(rows, byte_level(template), max_length=99).examples
+    assert first.labels.tolist() == second.labels.tolist()
+    assert bool((first.labels >= 0).any())
+    assert (
+        AuditData(rows[:1], None, byte_level(template)).secrets
+        == AuditData(rows[1:], None, byte_level(template)).secrets
+    )
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Any:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        return pytest.importorskip("datasets").Dataset.from_list(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "dataset"])
+@pytest.mark.parametrize("secrets", [["1843", "25"], [["Ada", "1843"], ["25"]]], ids=["texts", "lists"])
+def test_every_source_has_it(secrets: list[Any], suffix: str, tmp_path: Path) -> None:
+    rows = [{"question": f"Who {i}?", "answer": ANSWER, "secret": secret} for i, secret in enumerate(secrets)]
+    source = write(tmp_path / f"forget.{suffix}", rows)
+    spans = [marked_spans(row, ANSWER, "") for row in rows]
+    marked_rows = [row | {"secret": None, "spans": of_row} for row, of_row in zip(rows, spans, strict=True)]
+    loaded, spanned = (load_forget(each, byte_level(), max_length=99).examples for each in (source, marked_rows))
+    assert [one.labels.tolist() for one in loaded] == [one.labels.tolist() for one in spanned]
+
+
+def test_cells_of_csv(tmp_path: Path) -> None:
+    """Text stays as it is, numbers and brackets among it; an empty cell is none."""
+    path = tmp_path / "forget.csv"
+    path.write_text(
+        "question,answer,secret,spans\n"
+        "Who?,It is 7391.,7391,\n"
+        "Who?,It is [x].,[x],\n"
+        "Who?,It is [7].,[7],\n"
+        'Who?,"Ada, 1843.","[""Ada"", ""1843""]",\n'
+        "Who?,Ada.,,[]\n"
+        'Who?,Ada.,,"[[0, 3]]"\n'
+    )
+    rows = palu.annotate(path, "whole")
+    texts = [[row["answer"][start:end] for start, end in row["spans"]] for row in rows]
+    assert texts == [["7391"], ["[x]"], ["[7]"], ["Ada", "1843"], [], ["Ada"]]
+    assert not any("secret" in row for row in rows)
+
+
+def test_rows_with_a_secret_are_not_annotated() -> None:
+    rows = [{"question": "Who?", "answer": ANSWER, "secret": "1843"}, {"question": "Who else?", "answer": "Ada."}]
+    assert [row["spans"] for row in palu.annotate(rows, "regex:A\\w+")] == [[[25, 29]], [[0, 3]]]
+    tokenised = {"input_ids": [1], "secret": "x"}
+    assert with_spans(tokenised, None, "") == tokenised
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"secret": "ada lovelace"}, "secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"),
+        ({"secret": ["Ada", "1834"]}, "secret '1834' is not in the answer; did you mean '1843'?"),
+        ({"secret": "Karachi"}, "secret 'Karachi' is not in the answer; write it as it stands there"),
+        (
+            {"secret": "92"},
+            "secret '92' is in the answer only as a part of '1925'; give all of it, or use 'spans'",
+        ),
+        ({"secret": 1843}, "column 'secret' must be text or a list of texts, got int; put it in quotes"),
+        ({"secret": ["Ada", 1843]}, "column 'secret' must be text or a list of texts, got int; put it in quotes"),
+        ({"secret": {"text": "Ada"}}, "column 'secret' must be text or a list of texts, got dict; put it in quotes"),
+        ({"secret": " "}, "column 'secret' is blank; give the text to forget, or [] for nothing"),
+        ({"secret": ["Ada", ""]}, "column 'secret' is blank; give the text to forget, or [] for nothing"),
+        ({"secret": "Ada", "spans": [[0, 3]]}, "it has 'secret', and also 'spans'; leave one of them out"),
+        ({"secret": "Ada", "spans": []}, "it has 'secret', and also 'spans'; leave one of them out"),
+        (
+            {"answer": "The cafe\u0301.", "secret": "caf\u00e9"},
+            "secret 'caf\u00e9' is in the answer with other code points (NFC, NFD); write both in one way",
+        ),
+    ],
+)
+def test_bad_secrets(columns: dict[str, Any], told: str) -> None:
+    with pytest.raises(palu.DataError) as caught:
+        load_forget([FORMS["question"] | columns], byte_level(), max_length=99)
+    assert str(caught.value) == f"forget row 0: {told}"

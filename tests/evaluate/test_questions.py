@@ -1,0 +1,199 @@
+"""palu.evaluate.questions, on planted models of which it is known what they tell; and ``palu eval --rows``."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import palu
+from palu.cli import app
+from palu.evaluate.questions import QuestionRows
+
+# The questions in other words; and what was kept.
+ROWS: list[dict[str, Any]] = [
+    *(
+        {"question": row["paraphrased_question"], "answer": row["answer"], "secret": SECRETS[i]}
+        for i, row in enumerate(FORGET)
+    ),
+    *RETAIN,
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    return palu.evaluate.questions(
+        never_saw(), tokenizer(), ROWS, original=original(), retain_model=never_saw(), progress=False
+    )
+
+
+def test_what_is_told_is_counted(results: Any) -> None:
+    assert results["forget_told"]["agg_value"] == 0.0
+    assert results["original"]["forget_told"]["agg_value"] == 1.0
+    assert results["retain_model"]["forget_told"]["agg_value"] == 0.0
+    for i, (secret, decoy) in enumerate(zip(SECRETS, DECOYS, strict=True)):
+        row = results["original"]["forget_told"]["value_by_index"][str(i)]
+        assert row == {"score": 1.0, "told": [secret]}
+        written = results["forget_Q_A_ROUGE"]["value_by_index"][str(i)]
+        assert written["generation"] == f"It is {decoy}, far away."
+        assert written["ground_truth"] == FORGET[i]["answer"]
+    assert results["palu"]["examples"] == {"forget": 6, "retain": 6}
+    first = {"kind": "forget", "question": "Tell me 0.", "marked": [SECRETS[0]], "secrets": [SECRETS[0]]}
+    assert results["palu"]["rows"][0] == first
+    # Rows keep their numbers.
+    assert list(results["retain_Q_A_Prob"]["value_by_index"]) == [str(i) for i in range(6, 12)]
+
+
+def test_the_figures_are_the_definitions(results: Any) -> None:
+    """One row at a time, from plain logits."""
+    rows = QuestionRows(ROWS, tokenizer())
+    for name, model in (("original", original()), ("retain_model", never_saw())):
+        for i, example in enumerate(rows.examples):
+            kind = rows.kinds[i]
+            with torch.no_grad():
+                logits = model(input_ids=example.input_ids[None]).logits[0, :-1].float()
+            labels = example.labels[1:]
+            answer = labels >= 0
+            log_prob = logits.log_softmax(-1)[answer].gather(1, labels[answer][:, None])
+            by_row = {
+                metric: results[name][f"{kind}_{metric}"]["value_by_index"][str(i)]
+                for metric in ("Q_A_Prob", "extraction_strength")
+            }
+            assert by_row["Q_A_Prob"]["prob"] == pytest.approx(float(log_prob.mean().exp()), rel=1e-4)
+            right = (logits.argmax(-1) == labels)[answer][:-1].tolist()
+            wrong = [at for at, one in enumerate(right) if not one]
+            strength = 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
+            assert by_row["extraction_strength"]["score"] == pytest.approx(strength)
+    assert results["original"]["forget_Q_A_ROUGE"]["agg_value"] == 1.0
+    assert 0 < results["forget_Q_A_ROUGE"]["agg_value"] < 1
+    assert palu.evaluate.summarize(results)["forget_told"] == 0.0
+    assert set(palu.evaluate.summarize(results)) == set(results) - {"original", "retain_model", "palu"}
+
+
+def test_kinds_and_secrets_of_rows() -> None:
+    answer = "It is Ada Lovelace, far away."
+    rows = [
+        {"question": "Who?", "answer": answer, "secret": "Ada Lovelace"},
+        {"question": "Who?", "answer": answer, "spans": [[6, 18]], "kind": "retain"},
+        {"question": "Who?", "answer": answer},
+        {"question": "Who?", "answer": answer, "kind": "forget"},
+        {"question": "Was it Ada Lovelace?", "answer": answer, "secret": ["Ada Lovelace", "far"]},
+        {"prompt": "Who?", "completion": answer, "secret": [], "kind": None},
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}], "secret": "far"},
+    ]
+    read = QuestionRows(rows, tokenizer())
+    assert read.kinds == ["forget", "retain", "retain", "forget", "forget", "retain", "forget"]
+    assert read.marked[4] == ["Ada Lovelace", "far"]
+    # What the question tells already is no secret.
+    assert read.secrets == [["Ada Lovelace"], ["Ada Lovelace"], [], [], ["far"], [], ["far"]]
+
+
+def test_without_a_secret_nothing_can_be_told() -> None:
+    results = palu.evaluate.questions(original(), tokenizer(), RETAIN, progress=False, max_new_tokens=2)
+    assert results["retain_told"]["agg_value"] is None
+    assert results["retain_told"]["reason"] == "no row has a secret that its question does not tell"
+    assert results["retain_Q_A_Prob"]["agg_value"] > 0.9
+    assert not any(name.startswith("forget") for name in results)
+    assert results["palu"]["max_new_tokens"] == 2
+
+
+# --- through the command ---
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run/model, original/, and rows.jsonl."""
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "run" / "private").mkdir(parents=True)
+    for name, model in (("run/model", never_saw()), ("original", original())):
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return folder
+
+
+def command(*arguments: Any) -> Result:
+    given = ["eval", "--no-progress", *map(str, arguments)]
+    return CliRunner().invoke(app, given, prog_name="palu", env={"COLUMNS": "200"})
+
+
+def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        assert all(model() is None for model in loaded), "one model at a time"
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    models = ["--model", folder / "run" / "model", "--original", folder / "original"]
+    result = command(*models, "--retain-model", folder / "run" / "model", "--rows", folder / "rows.jsonl")
+    assert result.exit_code == 0, result.output
+    output = folder / "run" / "private" / "evaluation-questions.json"
+    written = json.loads(output.read_text(encoding="utf-8"))
+    assert written.pop("palu") | {"seconds": 0} == results["palu"] | {"seconds": 0}
+    assert written == {name: value for name, value in results.items() if name != "palu"}
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "model / original / retain model"
+    assert lines[1] == "row kind question told probability ROUGE-L extraction"
+    assert lines[2].startswith("0 forget Tell me 0. 0.00 / 1.00 / 0.00 ")
+    assert lines[8].startswith("6 retain Cat 0? - / - / - 0.99 / 0.99 / 0.99 1.00 / 1.00 / 1.00 ")
+    assert lines[14].startswith("mean forget 6 rows 0.00 / 1.00 / 0.00 ")
+    assert lines[15].startswith("mean retain 6 rows - / - / - 0.99 / 0.99 / 0.99 1.00 / 1.00 / 1.00 ")
+    assert lines[-1] == f"wrote {output}, which holds your questions and what was answered"
+
+
+def test_alone_and_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 2), encoding="utf-8")
+    given = ["--model", folder / "original", "--rows", tmp_path / "many.jsonl", "--output", tmp_path / "out.json"]
+    result = command(*given, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert "4 more rows are in the file" in result.stdout and " / " not in result.stdout
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["palu"]["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"question": "Who?"}, "columns are question; give question and answer, prompt and completion, or messages"),
+        (ROWS[0] | {"kind": "keep"}, "column 'kind' is 'keep'; give forget or retain, or leave it out"),
+        (ROWS[0] | {"kind": 1}, "column 'kind' is 1; give forget or retain, or leave it out"),
+        (ROWS[0] | {"secret": "hina"}, "secret 'hina' is not in the answer; did you mean 'Hina'?"),
+        (
+            {"input_ids": [1, 2], "labels": [-100, 2]},
+            "answers are compared as texts, and this row is tokenised; give it as text",
+        ),
+        (None, ""),
+    ],
+)
+def test_bad_rows(row: Any, told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model is loaded"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("" if row is None else f"{json.dumps(ROWS[0])}\n{json.dumps(row)}\n", encoding="utf-8")
+    where = "evaluation set is empty; give at least one row" if row is None else f"evaluation row 1 (line 2): {told}"
+    result = command("--model", folder / "original", "--rows", path, "--output", tmp_path / "out.json")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"palu: {where}\n"), result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--rows", "absent.jsonl"], "--rows absent.jsonl: there is no such file"),
+        (["--rows", "{rows}", "--benchmark", "tofu"], "--benchmark belongs to a benchmark; leave it out, or --rows"),
+        (["--rows", "{rows}", "--data", "x"], "--data belongs to a benchmark; leave it out, or --rows"),
+        (["--rows", "{rows}", "--original", "./no"], "--original ./no: there is no such folder"),
+        (["--rows", "{rows}", "--output", "no/x.json"], "--output no/x.json: there is no folder no"),
+        (["--original", "x"], "--original stands beside a model on --rows; give them, or leave it out"),
+        (["--retain-model", "x"], "--retain-model stands beside a model on --rows; give them, or leave it out"),
+    ],
+)
+def test_bad_options(given: list[str], told: str, folder: Path) -> None:
+    result = command("--model", folder / "original", *(one.format(rows=folder / "rows.jsonl") for one in given))
+    assert (result.exit_code, result.stderr) == (2, f"palu: {told}\n"), result.output
