@@ -4,7 +4,7 @@ Each author of TOFU's forget10 has an original and a retain model of its own. On
 with every learning rate of the preset, and of each method the rate is taken with the highest forget quality over all
 rows together, among those that keep 0.95 of the original's model utility on average (if none does, the one that keeps
 most). With it the method runs on the authors "report", and these make the table: forget quality over all rows together
-and by author, utility, and an audit (--quick) whose secrets are put together, too. The authors "fresh" are in no
+and by author, utility, and an audit (--quick, 8 draws) whose secrets are put together, too. The authors "fresh" are in no
 benchmark: a default is measured on them once it is chosen.
 """
 
@@ -29,12 +29,12 @@ from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-MAX_NEW_TOKENS = 96  # of the audit; the longest answer has 95 tokens of SmolLM2's
+MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 # The audit's rows that the table shows; what a model gets out of each is in the JSON.
 SHOWN = {
     "greedy": "ask: greedy",
     "paraphrased": "ask: paraphrased",
-    "leak@16": "sample: leak@16",
+    "leak@8": "sample: leak@8",
     "onset 3": "onset: 3 in the answer",
     "int4": "quantise: int4",
     "relearn": "relearn: all weights",
@@ -77,6 +77,7 @@ class Cross:
                 retain=bench.data.retain,
                 folder=bench.stages.folder / "audits",
                 quick=True,
+                draws=DRAWS,
                 max_new_tokens=MAX_NEW_TOKENS,
             )
             return {
