@@ -4,9 +4,9 @@
 
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
-and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such models are
-served. Finished models and attacks are kept in --output, with what each model wrote: the same command goes on where it
-stopped. Writes audit_<preset>.json, .md and .png to --results.
+and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
+models are served. Finished models and attacks are kept in --output, with what each model wrote: the same command goes
+on where it stopped. Writes audit_<preset>.json, .md and .png to --results.
 """
 
 from __future__ import annotations
