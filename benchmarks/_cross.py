@@ -30,6 +30,8 @@ from palu.evaluate.summarize import truth_ratios
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
+# Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
+LANGUAGE = {"no word": "forget_no_word", "unknown name": "forget_unknown_name", "rep-4": "forget_rep_4"}
 # The audit's rows that the table shows; what a model gets out of each is in the JSON.
 SHOWN = {
     "greedy": "ask: greedy",
@@ -59,6 +61,10 @@ class Cross:
             "original_utility": bench.original["model_utility"]["agg_value"],
             "ratios": list(truth_ratios(results, "forget_truth_ratio").values()),
             "retain_ratios": list(truth_ratios(bench.retain, "forget_truth_ratio").values()),
+            "language": {
+                name: {"unlearned": results[name]["agg_value"], "retain": results[name]["retain_model"]["agg_value"]}
+                for name in LANGUAGE.values()
+            },
         }
 
     def audited(self, author: int, method: str, rate: float, seed: int) -> dict[str, Any]:
@@ -154,6 +160,10 @@ def pooled(runs: Sequence[Run]) -> dict[str, Any]:
         "utility_kept": mean(kept),
         "utility_kept_lowest": min(kept),
         "mia_min_k": mean(run["mia_min_k"] for run in runs),
+        "language": {
+            name: {role: mean(run["language"][name][role] for run in runs) for role in ("unlearned", "retain")}
+            for name in LANGUAGE.values()
+        },
     }
 
 
@@ -182,17 +192,19 @@ def attacks(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def markdown(reported: dict[str, dict[str, Any]]) -> str:
     """Format the table; * marks a method that keeps less than 0.95 of the original's utility on average."""
-    names = ["lr", "FQ", "FQ by author", "lowest", "MU kept", "lowest", "Min-K", *SHOWN]
+    names = ["lr", "FQ", "FQ by author", "lowest", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    first = next(iter(reported.values()))["attacks"]
+    first = next(iter(reported.values()))
     for role in ("original", "retain"):
-        shares = [f"{first[row][role]:.2f}" if row in first else "" for row in SHOWN.values()]
-        lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *shares]) + " |")
+        words = [f"{first['language'][name][role]:.3f}" if role == "retain" else "" for name in LANGUAGE.values()]
+        shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
+        lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *words, *shares]) + " |")
     for method, one in reported.items():
         name = METHODS[method] + " *" * (one["utility_kept"] < KEEPS)
         figures = [f"{one['learning_rate']:g}", f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
         figures += [f"{one['forget_quality_lowest']:.2g}"]
         figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
+        figures += [f"{one['language'][name]['unlearned']:.3f}" for name in LANGUAGE.values()]
         shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
         lines.append("| " + " | ".join([name, *figures, *shares]) + " |")
     return "\n".join(lines) + "\n"
