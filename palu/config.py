@@ -18,6 +18,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 TRACKERS = ("tensorboard", "wandb")
 
+EVAL_PREFIX = "eval_"  # of the names of an evaluation's figures in a step's record
+
 # The methods, and what their papers or published code set where the user does not.
 OBJECTIVES: dict[str, dict[str, float]] = {
     "palu": {},
@@ -102,6 +104,8 @@ class UnlearnConfig:
             ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
         epochs: passes over the forget set.
+        max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
+            takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.
         retain_batch_size: retain examples, and anchors, per micro-batch and process; ``None``: ``batch_size``.
         gradient_accumulation_steps: micro-batches per optimisation step.
@@ -117,6 +121,8 @@ class UnlearnConfig:
             text is rendered. ``None``: none.
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
+        eval_steps: optimisation steps from one evaluation to the next; there is always one at the end. Needs something
+            to evaluate; ``None``: only at the end, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
@@ -163,6 +169,7 @@ class UnlearnConfig:
     max_grad_norm: float = 1.0
 
     epochs: int = 8
+    max_steps: int | None = None
     batch_size: int = 8
     retain_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
@@ -171,6 +178,7 @@ class UnlearnConfig:
     allow_cut_spans: bool = False
     chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     stop_probability: float | None = None
+    eval_steps: int | None = None
 
     gradient_checkpointing: bool = False
     merge_adapter: bool = False
@@ -234,6 +242,8 @@ class UnlearnConfig:
             ("kl_rows", "all ordinary tokens"),
             ("max_tokens", "no bound"),
             ("checkpoint_steps", "checkpoint_minutes"),
+            ("max_steps", "epochs"),
+            ("eval_steps", "one at the end"),
         ):
             value = getattr(self, field)
             require(
@@ -285,6 +295,10 @@ class UnlearnConfig:
     def values(self) -> dict[str, Any]:
         """Return every field's value."""
         return copy.deepcopy({field.name: self.value(field.name) for field in dataclasses.fields(self)})
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimisation steps of a run that nothing ends early."""
+        return self.epochs * steps_per_epoch if self.max_steps is None else self.max_steps
 
     @property
     def weights(self) -> tuple[float, float, float]:

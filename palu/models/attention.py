@@ -152,3 +152,17 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def use_own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Undo :func:`use_packed_attention` within the block, so that the model takes any input and can generate."""
+    packed = model.config._attn_implementation
+    if packed not in (PLAIN, MASKED):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(packed)

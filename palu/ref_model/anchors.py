@@ -86,7 +86,7 @@ def encode_anchor_prompts(
             f"{wish}: for the model to answer everyday prompts there must be a tokenizer; pass it, or {mend}"
         )
     per_step = processes * config.gradient_accumulation_steps
-    steps = config.epochs * -(-forget // (config.batch_size * per_step))
+    steps = config.total_steps(-(-forget // (config.batch_size * per_step)))
     drawn = steps * per_step * (config.retain_batch_size or config.batch_size)
     prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
     return AnchorPrompts(prompts, stop_ids, config.max_length)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from palu.config import EVAL_PREFIX
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
@@ -225,11 +226,14 @@ def charts(history: Sequence[Json]) -> list[Json]:
     names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
     result = []
     for name in names:
-        values = [_float(record.get(name)) for record in history]
+        # An evaluation has figures at some steps only.
+        sparse = name.startswith(EVAL_PREFIX)
+        held = [(i, record) for i, record in enumerate(history, start=1) if name in record or not sparse]
+        values = [_float(record.get(name)) for _, record in held]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is told in words
-        steps = [int(record.get("step", i)) for i, record in enumerate(history, start=1)]
+        steps = [int(record.get("step", i)) for i, record in held]
         title = words.SERIES.get(name, name)
         ends = f"{number(values[0])} → {number(values[-1])}"
         if finite:

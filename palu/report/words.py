@@ -161,9 +161,14 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     forget = s["batch_size"] * s["gradient_accumulation_steps"] * summary.get("processes", 1)
     name = "AdamW with 8-bit moments" if s.get("optimizer") == "adamw_8bit" else "AdamW"
     trained = f"{name} took {count(summary['steps'], 'step')} of up to {count(forget, 'forget example')} each"
-    ran = f"over {summary['epochs']} of at most {count(s['epochs'], 'epoch')}, at a learning rate of "
+    epochs = count(summary["epochs"], "epoch")
+    if s.get("max_steps") is None:
+        epochs = f"{summary['epochs']} of at most {count(s['epochs'], 'epoch')}"
+    ran = f"over {epochs}, at a learning rate of "
     sentences = [f"{trained}, {ran}{number(s['learning_rate'])}."]
-    if summary.get("stopped_early"):
+    if summary.get("ended_by") == "callback":
+        sentences.append("It stopped early: a callback ended it.")
+    elif summary.get("stopped_early"):
         sentences.append(
             f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."
         )

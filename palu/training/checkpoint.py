@@ -54,6 +54,7 @@ FREE = {
     "checkpoint_dir",
     "checkpoint_minutes",
     "checkpoint_steps",
+    "eval_steps",
     "resume",
     "progress",
     "report_to",
@@ -94,6 +95,7 @@ class Checkpoints:
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.stopped_by: int | None = None  # the signal that came
         self.running = False
+        self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
         if self.folder is None:
             return
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -142,7 +144,7 @@ class Checkpoints:
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
-        self.saved = len(about["history"])
+        self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
         return about["history"]
 
@@ -177,7 +179,8 @@ class Checkpoints:
                 if self.accelerator.is_main_process:
                     tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
-        self._write(path, tensors, {"history": history, "scheduler": self.scheduler.state_dict()})
+        about = {"history": history, "scheduler": self.scheduler.state_dict(), "ended_by": self.ended_by}
+        self._write(path, tensors, about)
         self.saved, self.written = len(history), time.monotonic()
         self._tidy()
 

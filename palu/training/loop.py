@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
 from palu.distributed import compute_on_main, raise_on_all_ranks
@@ -27,6 +28,7 @@ from palu.models.quantized import check_mergeable
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
+from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
 from palu.training.checkpoint import Checkpoints, describe_run
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_datasets
@@ -82,6 +84,8 @@ def unlearn(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     config: UnlearnConfig | None = None,
+    evaluate: Evaluate | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **overrides: Any,
 ) -> UnlearnResult:
     """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
@@ -103,11 +107,21 @@ def unlearn(
             ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
+        evaluate: a function of the model that returns numbers by name, called every ``eval_steps`` steps and at the
+            end. It gets the model in evaluation mode, without gradients, and all processes call it; the numbers of the
+            main one count. They join the step's record, as ``eval_<name>``. The steps after it are the same, bit by
+            bit, as without it.
+        callbacks: instances of ``transformers.TrainerCallback``. Their methods are called as ``transformers.Trainer``
+            does, on all processes, with ``config`` as ``args``: ``on_train_begin``, ``on_epoch_begin``,
+            ``on_step_begin``, ``on_step_end``, ``on_log`` (the step's record), ``on_evaluate`` (metrics), ``on_save``
+            (a checkpoint was written), ``on_epoch_end``, ``on_train_end``. ``control.should_training_stop`` ends the
+            run after the step, ``should_evaluate`` and ``should_save`` evaluate and write a checkpoint.
 
     Returns:
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
         objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability where
-        ``stop_probability`` is set. A term of weight 0 is not computed: it is 0.
+        ``stop_probability`` is set. A term of weight 0 is not computed: it is 0. ``summary["ended_by"]`` is
+        ``"stop_probability"`` or ``"callback"`` where that ended the run before its last step, else None.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the mend.
@@ -117,6 +131,8 @@ def unlearn(
         CacheError: there is no room for the reference's outputs in ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
         ImportError: the package of a tracker or of the optimizer is missing.
+        Exception: what a callback or ``evaluate`` raises. The model has the weights of the last step then, and where
+            there is ``checkpoint_dir``, a checkpoint of it was written.
     """
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
@@ -124,6 +140,7 @@ def unlearn(
     method_class = METHODS[config.objective]
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
+        check_callbacks(callbacks, evaluate, config)
         if accelerator.is_main_process:
             check_folders(config.folders)
         check_models(
@@ -196,14 +213,32 @@ def unlearn(
             num_processes=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        total_steps = config.epochs * len(loader)
+        total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
 
         history = checkpoints.restore(trained, optimizer, scheduler, root)
         bar = tqdm(total=total_steps, initial=len(history), desc="unlearn", disable=not progress)
+        events = TrainingEvents(
+            callbacks,
+            evaluate,
+            config,
+            tokenizer=tokenizer,
+            root=root,
+            loader=loader,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            accelerator=accelerator,
+            checkpoints=checkpoints,
+            history=history,
+            total_steps=total_steps,
+            rescue=lambda: copy_weights_back(model, trained, accelerator),
+        )
+        events.begin()
         clock = time.perf_counter()
-        for epoch in range(loader.skip(len(history)), config.epochs + 1):
-            for batches in loader:
+        for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
+            events.begin_epoch()
+            for batches in islice(loader, events.steps_left):
+                events.begin_step()
                 # Exact means over the whole step: its counts come before its first micro-batch.
                 counts = sum_counts([batch.counts for batch in batches], accelerator)
                 outputs = []
@@ -235,13 +270,14 @@ def unlearn(
                 accelerator.log(record, step=record["step"])
                 bar.update()
                 bar.set_postfix({name: f"{record[name]:.3g}" for name in method_class.terms})
-                checkpoints.after_step(history)
-                clock = time.perf_counter()  # writing is no part of the next step
-            if config.stop_probability is not None and config.stop_probability > max(
-                r["onset_probability"] for r in history if r["epoch"] == epoch
-            ):
+                events.end_step()  # an evaluation and a checkpoint, where due
+                clock = time.perf_counter()  # they are no part of the next step
+                if events.ended_by:
+                    break
+            events.end_epoch()
+            if events.ended_by:
                 break
-        checkpoints.save(history)
+        events.end()
         copy_weights_back(model, trained, accelerator)
         bar.close()
 
@@ -251,7 +287,8 @@ def unlearn(
         "anchors_skipped": len(data.anchor_prompts.prompts) - len(cache.anchors),
         "steps": len(history),
         "epochs": epoch,
-        "stopped_early": epoch < config.epochs,
+        "stopped_early": events.ended_by is not None,
+        "ended_by": events.ended_by,
         "seconds": time.perf_counter() - started,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,

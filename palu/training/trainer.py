@@ -51,6 +51,8 @@ TRAINERS = {
     "lr_scheduler": "lr_scheduler_type",
     "max_grad_norm": "max_grad_norm",
     "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "eval_steps": "eval_steps",
     "batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_checkpointing": "activation_checkpointing",

@@ -23,7 +23,7 @@ from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 import palu
@@ -184,6 +184,45 @@ def complaint(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
+class StopAt(TrainerCallback):
+    """Ends the run by an evaluation of step 4; or fails after that step."""
+
+    def __init__(self, fails: bool):
+        self.fails = fails
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 4
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.fails and state.global_step == 4:
+            raise KeyError("mine")
+
+
+def with_callbacks(rank: int) -> dict[str, Any]:
+    """What a callback of the second process alone does to both."""
+
+    def evaluate(model: Any) -> dict[str, float]:
+        ids = torch.tensor([[1, 2, 3]])
+        ids = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, synced_gpus=False)
+        return {"logit": model(ids).logits.float().mean(), "rank": rank}
+
+    def stopping(model: Any, fails: bool) -> palu.UnlearnResult:
+        settings: dict[str, Any] = {"evaluate": evaluate, "eval_steps": 2}
+        settings["callbacks"] = [StopAt(fails)] if rank == 1 else []
+        return unlearn(model, None, forget_rows(9), PROCESSES, **settings)
+
+    result, failed = stopping(tiny_llama(), False), tiny_llama()
+    said = complaint(lambda: stopping(failed, True))
+    expected = weights(unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, max_steps=4).model)
+    return {
+        "evaluations": [[r["step"], r["eval_rank"], r["eval_logit"]] for r in result.history if "eval_rank" in r],
+        "stopped": [len(result.history), result.summary["ended_by"]],
+        "same weights": same_weights(result.model, expected),
+        "said": said,
+        "weights kept": same_weights(failed, expected),
+    }
+
+
 def run_command(folder: Path, processes: int) -> list[Any]:
     """The exit code of `palu unlearn` and what it says; the first process writes the input, too."""
     out = folder / f"command of {processes}"
@@ -274,6 +313,7 @@ def main(folder: Path) -> None:
         if engine in ("ddp", "fsdp2"):
             model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")
+            outcome[f"{engine}.callbacks"] = with_callbacks(rank)
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")
         else:
             outcome[f"{engine}.checkpoints"] = complaint(

@@ -70,6 +70,8 @@ BAD_SETTINGS += [
         ("retain_batch_size", "batch_size"),
         ("kl_rows", "all ordinary tokens"),
         ("max_tokens", "no bound"),
+        ("max_steps", "epochs"),
+        ("eval_steps", "one at the end"),
     )
     for value in (0, -1, 2.0)
 ]

@@ -576,6 +576,15 @@ def test_no_step_and_no_number(folder: Path) -> None:
     assert "nan" not in str(page.attributes("path")).lower()
 
 
+def test_figures_of_an_evaluation_are_not_gaps() -> None:
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_told": 0.5}, {"step": 3}]
+    history += [{"step": 4, "loss": 0.5, "eval_told": 0.25}]
+    loss, told = view.charts(history)
+    assert loss["gaps"] == 1
+    assert (told["title"], told["ends"], told["gaps"]) == ("eval_told", "0.5 → 0.25", 0)
+    assert "eval_told: 0.5 at step 2, 0.25 at step 4" in told["svg"]
+
+
 def test_gaps_break_the_line() -> None:
     svg = line_chart([1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 3.0, 4.0], label="gap")
     (path,) = re.findall(r'class="line" d="([^"]*)"', svg)
@@ -652,6 +661,10 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert "on ordinary tokens (reverse)" in asked
     drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
     assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))
+    assert "over 12 of at most 12 epochs, at a" in asked and "It stopped early" not in asked
+    stopped = summary | {"config": summary["config"] | {"max_steps": 40}, "stopped_early": True}
+    asked = " ".join(words.asked(stopped | {"ended_by": "callback"}))
+    assert "over 12 epochs, at a" in asked and asked.endswith("It stopped early: a callback ended it.")
     assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
     (folder / "private" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

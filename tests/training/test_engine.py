@@ -221,6 +221,29 @@ def test_the_main_processs_clock_decides_on_checkpoints(
     assert [result[f"{engine}.checkpoints by time"] for result in outcomes[1]] == [4] * PROCESSES
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_callback_of_one_process_ends_the_run_of_all(
+    engine: str, outcomes: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """By an evaluation that generates on the sharded model; the main process's figures are those of all."""
+    first, second = (result[f"{engine}.callbacks"] for result in outcomes[1])
+    assert first["evaluations"] == second["evaluations"]
+    assert [(step, rank) for step, rank, _ in first["evaluations"]] == [(2, 0), (4, 0)]
+    for own in (first, second):
+        assert own["stopped"] == [4, "callback"]
+        assert own["same weights"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_an_error_of_a_callback_on_one_process_stops_all(
+    engine: str, outcomes: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    first, second = (result[f"{engine}.callbacks"] for result in outcomes[1])
+    assert first["said"] == "ProcessError: process 1 has stopped: KeyError: 'mine'"
+    assert second["said"] == "KeyError: 'mine'"
+    assert first["weights kept"] and second["weights kept"]
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_no_checkpoints_under_deepspeed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
     needs(engine)

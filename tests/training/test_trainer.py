@@ -317,6 +317,8 @@ def test_divergence(tmp_path: Path) -> None:
     [
         ("learning_rate", 1e-4, "learning_rate"),
         ("epochs", 2, "num_train_epochs"),
+        ("max_steps", 2, "max_steps"),
+        ("eval_steps", 2, "eval_steps"),
         ("batch_size", 4, "per_device_train_batch_size"),
         ("gradient_accumulation_steps", 2, "gradient_accumulation_steps"),
         ("gradient_checkpointing", True, "activation_checkpointing"),

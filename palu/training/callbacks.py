@@ -1,0 +1,282 @@
+"""Evaluations within a run, and callbacks of transformers: what they are told, and what they may ask for.
+
+All processes call every callback, and run every evaluation; what a callback asks for on one of them is done on all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, PrinterCallback
+
+from palu.config import EVAL_PREFIX, UnlearnConfig
+from palu.distributed import autocast, gather_values, raise_on_all_ranks
+from palu.methods.base import Method
+from palu.models.attention import use_own_attention
+from palu.models.generation import eval_mode
+from palu.models.lora import CausalLM, base_of
+from palu.training.checkpoint import Checkpoints, History
+from palu.training.dataloader import UnlearnDataLoader
+
+Evaluate = Callable[[CausalLM], Mapping[str, float]]
+
+EVENTS = {f"on_{name}" for name in ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save")}
+EVENTS |= {"on_epoch_end", "on_train_end"}
+WISHES = ("should_training_stop", "should_evaluate", "should_save")
+# The only classes of transformers' own that read nothing of TrainingArguments.
+_WITHOUT_ARGUMENTS = {TrainerCallback, ExportableState, PrinterCallback}
+
+
+def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> None:
+    """Raise TypeError or ValueError where callbacks or an evaluation cannot be called; warn of what never is.
+
+    See :func:`palu.unlearn` for the arguments.
+    """
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(
+            f"evaluate is a {type(evaluate).__name__}; give a function that takes the model and returns numbers by name"
+        )
+    if config.eval_steps is not None and evaluate is None:
+        raise ValueError(f"eval_steps = {config.eval_steps}: there is nothing to evaluate; give evaluate, too")
+    if not isinstance(callbacks, list | tuple):
+        raise TypeError(f"callbacks is a {type(callbacks).__name__}; give a list of transformers.TrainerCallback")
+    for number, callback in enumerate(callbacks):
+        name = f"callbacks[{number}]"
+        if isinstance(callback, type):
+            raise TypeError(f"{name} is the class {callback.__name__}; give an instance of it: {callback.__name__}()")
+        kind = type(callback)
+        if not isinstance(callback, TrainerCallback):
+            raise TypeError(f"{name} is a {kind.__name__}; give an instance of a transformers.TrainerCallback")
+        for base in set(kind.__mro__) - _WITHOUT_ARGUMENTS:
+            if base.__module__.startswith("transformers."):
+                raise TypeError(
+                    f"{name} is transformers' {base.__name__}, which goes by Trainer's arguments; leave it out and "
+                    "write a TrainerCallback (docs/unlearn.md), or set report_to for a tracker"
+                )
+        if never := sorted(_overridden(callback) - EVENTS):
+            warnings.warn(f"{name}: palu.unlearn never calls {', '.join(never)} of {kind.__name__}", stacklevel=3)
+
+
+class TrainingEvents:
+    """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for.
+
+    Args:
+        callbacks, evaluate: as :func:`check_callbacks` accepts them.
+        config: what the callbacks get as ``args``.
+        tokenizer: what they get as ``processing_class``.
+        root: holds the model to train.
+        loader, optimizer, scheduler: of the run.
+        checkpoints: of the run, restored.
+        history: the records of the steps taken, which grows from step to step.
+        total_steps: optimisation steps of the run.
+        rescue: called before an error of a callback, or of the evaluation, leaves.
+
+    Attributes:
+        ended_by: ``"callback"`` or ``"stop_probability"`` where that ended the run before its last step, else None.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[TrainerCallback],
+        evaluate: Evaluate | None,
+        config: UnlearnConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        root: Method,
+        loader: UnlearnDataLoader,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints,
+        history: History,
+        total_steps: int,
+        rescue: Callable[[], None],
+    ):
+        self.evaluate, self.config, self.root = evaluate, config, root
+        self.accelerator, self.checkpoints, self.history, self.rescue = accelerator, checkpoints, history, rescue
+        self.steps_per_epoch, self.total_steps = len(loader), total_steps
+        self.handler = CallbackHandler([_Flow(), *callbacks], root.model, tokenizer, optimizer, scheduler)
+        self.handler.train_dataloader = loader
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            global_step=len(history),
+            epoch=len(history) / len(loader),
+            max_steps=total_steps,
+            num_train_epochs=-(-total_steps // len(loader)),
+            logging_steps=1,
+            eval_steps=config.eval_steps,  # type: ignore[arg-type]
+            train_batch_size=config.batch_size,
+            log_history=history,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
+        )
+        own = set().union(*map(_overridden, callbacks)) & EVENTS
+        self.heard = set().union(*gather_values(own, accelerator))  # events that a callback of any process wants
+        self.told_of = checkpoints.saved  # steps of the last checkpoint that on_save was told of
+        self.ended_by = checkpoints.ended_by
+
+    @property
+    def steps_left(self) -> int:
+        """Optimisation steps that the run still has."""
+        return 0 if self.ended_by else self.total_steps - len(self.history)
+
+    def begin(self) -> None:
+        """Begin the run; one that is resumed evaluates first where that is still due."""
+        self._call("on_train_begin")
+        if self.history and self.config.eval_steps and len(self.history) % self.config.eval_steps == 0:
+            self._evaluate()
+        self._note_stop()
+
+    def begin_epoch(self) -> None:
+        """Begin an epoch, or what is left of it."""
+        self._call("on_epoch_begin")
+
+    def begin_step(self) -> None:
+        """Begin an optimisation step."""
+        self._call("on_step_begin")
+
+    def end_step(self) -> None:
+        """End the step whose record is the last of the history: log it, evaluate and write a checkpoint where due."""
+        self.state.global_step = len(self.history)
+        self.state.epoch = len(self.history) / self.steps_per_epoch
+        self._call("on_step_end")
+        self._call("on_log", logs=dict(self.history[-1]))
+        self._do_what_was_asked()
+        self.checkpoints.after_step(self.history)
+        self._say_if_saved()
+
+    def end_epoch(self) -> None:
+        """End an epoch, and the run where the probabilities at all onset positions are low enough."""
+        self._call("on_epoch_end")
+        self._do_what_was_asked()
+        if (limit := self.config.stop_probability) is not None and self.steps_left:
+            epoch = self.history[-1]["epoch"]
+            if max(r["onset_probability"] for r in self.history if r["epoch"] == epoch) < limit:
+                self.ended_by = "stop_probability"
+
+    def end(self) -> None:
+        """End the run, with a last evaluation and checkpoint."""
+        self._evaluate()
+        self.checkpoints.save(self.history)
+        self._say_if_saved()
+        self._call("on_train_end")
+
+    def _do_what_was_asked(self) -> None:
+        save, self.control.should_save = self.control.should_save, False
+        if self.control.should_evaluate:
+            self._evaluate()
+        self._note_stop()
+        if save or self.control.should_save:
+            self.checkpoints.save(self.history)
+            self._say_if_saved()
+
+    def _note_stop(self) -> None:
+        if self.control.should_training_stop and self.history and self.steps_left:
+            self.ended_by = self.checkpoints.ended_by = "callback"
+
+    def _say_if_saved(self) -> None:
+        """Call ``on_save`` where a checkpoint was written since the last call."""
+        if self.checkpoints.saved > self.told_of:
+            self.told_of = self.checkpoints.saved
+            self._call("on_save")
+
+    def _evaluate(self) -> None:
+        """Evaluate after the last step, if that was not done; the metrics join its record."""
+        self.control.should_evaluate = False
+        record = self.history[-1]
+        if self.evaluate is None or any(name.startswith(EVAL_PREFIX) for name in record):
+            return
+        with self._rescued(), raise_on_all_ranks(self.accelerator):
+            metrics = self._metrics(self.evaluate)
+        metrics = gather_values(metrics, self.accelerator)[0]
+        record |= metrics
+        self.accelerator.log(metrics, step=int(record["step"]))
+        self._call("on_evaluate", metrics=dict(metrics))
+
+    def _metrics(self, evaluate: Evaluate) -> dict[str, float]:
+        """Call the evaluation on the model as it is outside training; after it, all goes on as if it had not been."""
+        model, device = self.root.model, self.accelerator.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            autocast(self.accelerator),
+            use_own_attention(base_of(model)),
+            eval_mode(base_of(model)),
+        ):
+            given: Any = self.root.run(lambda: evaluate(model))
+        if not isinstance(given, Mapping):
+            raise TypeError(f"evaluate returned a {type(given).__name__}; return a mapping of names to numbers")
+        metrics = {}
+        for name, value in given.items():
+            try:
+                metrics[name if str(name).startswith(EVAL_PREFIX) else f"{EVAL_PREFIX}{name}"] = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"evaluate returned {name!r}: {value!r}; return a number for each name") from None
+        return metrics
+
+    def _call(self, event: str, **given: Any) -> None:
+        """Call an event of all callbacks; what one asks for on any process, it has asked for on all."""
+        if event not in self.heard:
+            self._call_here(event, **given)
+            return
+        model = self.root.model
+        with self._rescued(), raise_on_all_ranks(self.accelerator):
+            with use_own_attention(base_of(model)):
+                self._call_here(event, **given)
+            model.train()
+            self._check_wishes(event)
+        wishes = gather_values([getattr(self.control, wish) for wish in WISHES], self.accelerator)
+        for wish, of_all in zip(WISHES, zip(*wishes, strict=True), strict=True):
+            setattr(self.control, wish, any(of_all))
+
+    def _call_here(self, event: str, **given: Any) -> None:
+        self.control = getattr(self.handler, event)(self.config, self.state, self.control, **given)
+
+    def _check_wishes(self, event: str) -> None:
+        """Raise TypeError or ValueError where a callback asks for what cannot be done."""
+        if not isinstance(self.control, TrainerControl):
+            kind, self.control = type(self.control).__name__, TrainerControl()
+            raise TypeError(f"{event} of a callback returned a {kind}; return control, or nothing")
+        if self.control.should_epoch_stop:
+            raise ValueError(
+                f"{event} of a callback set should_epoch_stop, and a run cannot leave a part of an epoch out; "
+                "set should_training_stop"
+            )
+        if self.control.should_evaluate and self.evaluate is None:
+            raise ValueError(f"{event} of a callback set should_evaluate; give evaluate to palu.unlearn, too")
+        if self.control.should_save and self.checkpoints.folder is None:
+            raise ValueError(f"{event} of a callback set should_save; give checkpoint_dir to palu.unlearn, too")
+
+    @contextmanager
+    def _rescued(self) -> Iterator[None]:
+        """Write a checkpoint and call ``rescue`` before an error of the block leaves, which all processes raise."""
+        try:
+            yield
+        except Exception:
+            self.rescue()
+            self.checkpoints.save(self.history)
+            raise
+
+
+class _Flow(DefaultFlowCallback):
+    """Asks for an evaluation where one is due; transformers wants one such callback."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if state.eval_steps is not None and state.global_step % state.eval_steps == 0:
+            control.should_evaluate = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        return control
+
+
+def _overridden(callback: TrainerCallback) -> set[str]:
+    """Return the events that a callback does something at."""
+    events = (name for name in vars(TrainerCallback) if name.startswith("on_"))
+    return {name for name in events if getattr(type(callback), name) is not getattr(TrainerCallback, name)}

@@ -1,0 +1,519 @@
+"""max_steps, and transformers' callbacks and evaluations within a run: what is called, and what ends the run."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.refusals import assert_refused
+from helpers.runs import TEXT_FORGET, unlearn
+from helpers.small_tokenizers import LLAMA3, byte_level
+from helpers.tiny import same_weights, tiny_llama, weights
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+)
+from transformers.integrations import TensorBoardCallback
+
+import palu
+from palu.config import UnlearnConfig
+from palu.methods import METHODS
+from palu.models.attention import PLAIN
+from palu.ref_model.anchors import encode_anchor_prompts
+
+EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save", "epoch_end", "train_end")
+ON_CPU = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
+
+
+def at(event: str, function: Callable[..., Any]) -> TrainerCallback:
+    """A callback that calls ``function(state, control, **given)`` at one event."""
+
+    def call(self: Any, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        return function(state, control, **given)
+
+    return type(f"At{event}", (TrainerCallback,), {f"on_{event}": call})()
+
+
+def wish(event: str, name: str, step: int) -> TrainerCallback:
+    """A callback that sets a field of control at an event of a step."""
+    return at(event, lambda state, control, **_: setattr(control, name, state.global_step == step))
+
+
+class Listener(TrainerCallback):
+    """Writes down each event, the step after which it came, and what it was given."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int]] = []
+        self.given: dict[str, Any] = {}
+
+
+for name in EVENTS:
+
+    def _listen(self: Listener, args: Any, state: Any, control: Any, _name: str = name, **given: Any) -> None:
+        self.heard.append((_name, state.global_step))
+        self.given[_name] = {"args": args, "state": state, **given}
+
+    setattr(Listener, f"on_{name}", _listen)
+
+
+def logit(model: LlamaForCausalLM) -> dict[str, float]:
+    """A figure of the model as it is, by a pass over a padded batch."""
+    ids, mask = torch.tensor([[1, 2, 3], [0, 4, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    return {"logit": model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[1, -1, 7]}
+
+
+def records(result: palu.UnlearnResult) -> list[dict[str, float]]:
+    """The history less what a clock says."""
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
+
+
+def training_records(result: palu.UnlearnResult) -> list[dict[str, float]]:
+    return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in records(result)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# max_steps
+
+
+@ON_CPU
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_max_steps_in_place_of_epochs(steps: int) -> None:
+    """Two steps an epoch: the records are the first ones of a longer run, where the schedule looks no further."""
+    result = unlearn(tiny_llama(), epochs=1, max_steps=steps)
+    assert training_records(result) == training_records(unlearn(tiny_llama(), epochs=3))[:steps]
+    assert (result.summary["steps"], result.summary["epochs"]) == (steps, -(-steps // 2))
+    assert (result.summary["stopped_early"], result.summary["ended_by"]) == (False, None)
+
+
+def test_the_schedule_ends_with_max_steps() -> None:
+    rates = [r["learning_rate"] for r in unlearn(tiny_llama(), max_steps=5, lr_scheduler="linear").history]
+    assert rates == pytest.approx([1e-3 * (5 - step) / 5 for step in range(5)])
+
+
+def test_no_more_anchors_than_max_steps_draw() -> None:
+    """Three forget examples by two a step; two anchors a step."""
+    tokenizer = byte_level(LLAMA3)
+
+    def count(**settings: Any) -> int:
+        config = UnlearnConfig(batch_size=2, **settings)
+        return len(encode_anchor_prompts(3, None, tokenizer, METHODS["palu"], config, 1).prompts)
+
+    assert (count(epochs=2), count(epochs=2, max_steps=3), count(epochs=2, max_steps=7)) == (8, 6, 14)
+
+
+@ON_CPU
+@pytest.mark.parametrize("last", range(1, 5))
+def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
+    settings = {"max_steps": 5, "lr_scheduler": "cosine", "checkpoint_dir": str(tmp_path), "checkpoint_steps": last}
+    expected = unlearn(tiny_llama(), **settings)
+    (tmp_path / "step-00000005.safetensors").unlink()
+    resumed = unlearn(tiny_llama(), resume=True, **settings)
+    assert records(resumed) == records(expected)
+    assert same_weights(resumed.model, weights(expected.model))
+    again = unlearn(tiny_llama(), resume=True, **settings)
+    assert records(again) == records(expected), "nothing is left to do"
+    with pytest.raises(palu.CheckpointError, match="max_steps was 5 and is 6"):
+        unlearn(tiny_llama(), resume=True, **settings | {"max_steps": 6})
+
+
+def test_stop_probability_before_max_steps() -> None:
+    result = unlearn(tiny_llama(), max_steps=9, stop_probability=0.999)
+    assert (result.summary["steps"], result.summary["ended_by"]) == (2, "stop_probability")
+    assert unlearn(tiny_llama(), max_steps=2, stop_probability=0.999).summary["ended_by"] is None
+
+
+# ---------------------------------------------------------------------------------------------------
+# What callbacks are told
+
+
+def test_events_come_in_trainers_order(tmp_path: Path) -> None:
+    one = Listener()
+    unlearn(
+        tiny_llama(),
+        epochs=2,
+        evaluate=logit,
+        eval_steps=3,
+        checkpoint_dir=str(tmp_path),
+        checkpoint_steps=2,
+        callbacks=[one],
+    )
+    step = ("step_end", "log")
+    assert one.heard == [
+        ("train_begin", 0),
+        ("epoch_begin", 0),
+        *[("step_begin", 0), *((name, 1) for name in step)],
+        *[("step_begin", 1), *((name, 2) for name in step), ("save", 2)],
+        ("epoch_end", 2),
+        ("epoch_begin", 2),
+        *[("step_begin", 2), *((name, 3) for name in step), ("evaluate", 3)],
+        *[("step_begin", 3), *((name, 4) for name in step), ("save", 4)],
+        ("epoch_end", 4),
+        ("evaluate", 4),
+        ("train_end", 4),
+    ]
+
+
+def test_what_callbacks_are_given() -> None:
+    one, model, tokenizer = Listener(), tiny_llama(vocab_size=len(byte_level())), byte_level()
+    result = unlearn(
+        model, None, TEXT_FORGET, [], tokenizer=tokenizer, lambda_retain=0, max_steps=3, evaluate=logit, callbacks=[one]
+    )
+    given = one.given["step_end"]
+    assert given["args"].max_steps == 3
+    assert given["model"] is model
+    assert given["processing_class"] is tokenizer
+    assert given["lr_scheduler"].get_last_lr() == [1e-3]
+    assert type(given["optimizer"]).__name__ == "AcceleratedOptimizer"
+    assert len(given["train_dataloader"]) == 1
+    state = given["state"]
+    assert (state.max_steps, state.num_train_epochs, state.epoch) == (3, 3, 3.0)
+    assert state.is_world_process_zero and state.is_local_process_zero
+    assert state.log_history == result.history
+    assert one.given["log"]["logs"] == {k: v for k, v in result.history[-1].items() if k != "eval_logit"}
+    assert one.given["evaluate"]["metrics"] == {"eval_logit": result.history[-1]["eval_logit"]}
+
+
+@ON_CPU
+def test_a_callback_may_generate() -> None:
+    """As in Trainer: the model takes a padded batch, and is in training mode again, and packed, at the next step."""
+    modes = []
+
+    def generate(state: Any, control: Any, *, model: LlamaForCausalLM, **_: Any) -> None:
+        model.eval()
+        assert model.config._attn_implementation == "sdpa"
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+    def look(model: Any, *_: Any, **__: Any) -> None:
+        modes.append((model.training, model.config._attn_implementation))
+
+    model = tiny_llama()
+    model.model.register_forward_pre_hook(lambda body, _: look(body) if torch.is_grad_enabled() else None)
+    result = unlearn(model, callbacks=[at("step_end", generate)])
+    assert set(modes) == {(True, PLAIN)}
+    assert same_weights(result.model, weights(unlearn(tiny_llama()).model))
+
+
+def test_a_printer(capsys: pytest.CaptureFixture) -> None:
+    result = unlearn(tiny_llama(), epochs=1, callbacks=[PrinterCallback()])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(printed) == len(result.history)
+    assert f"'loss': '{result.history[0]['loss']:.4g}'" in printed[0]
+
+
+def test_a_run_without_callbacks_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' own handler would miss one of its callbacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(tiny_llama(), epochs=1, callbacks=[Listener()], evaluate=logit)
+    assert not caplog.records
+
+
+# ---------------------------------------------------------------------------------------------------
+# What callbacks may ask for
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("event", "step", "steps"),
+    [("step_begin", 2, 3), ("step_end", 3, 3), ("log", 3, 3), ("epoch_end", 4, 4), ("epoch_begin", 2, 3)],
+)
+def test_a_callback_ends_the_run(event: str, step: int, steps: int) -> None:
+    one = Listener()
+    result = unlearn(tiny_llama(), epochs=4, evaluate=logit, callbacks=[wish(event, "should_training_stop", step), one])
+    assert training_records(result) == training_records(unlearn(tiny_llama(), epochs=4))[:steps]
+    assert (result.summary["stopped_early"], result.summary["ended_by"]) == (True, "callback")
+    assert one.heard[-3:] == [("epoch_end", steps), ("evaluate", steps), ("train_end", steps)]
+
+
+def test_a_wish_to_stop_after_the_last_step_changes_nothing() -> None:
+    result = unlearn(tiny_llama(), max_steps=3, callbacks=[wish("step_end", "should_training_stop", 3)])
+    assert (result.summary["stopped_early"], result.summary["ended_by"]) == (False, None)
+
+
+def test_an_evaluation_ends_the_run() -> None:
+    def enough(state: Any, control: TrainerControl, *, metrics: dict[str, float], **_: Any) -> TrainerControl:
+        control.should_training_stop = metrics["eval_left"] < 7
+        return control
+
+    left = iter(range(9, 0, -1))
+    result = unlearn(
+        tiny_llama(),
+        epochs=9,
+        eval_steps=2,
+        evaluate=lambda model: {"eval_left": next(left)},
+        callbacks=[at("evaluate", enough)],
+    )
+    assert [r.get("eval_left") for r in result.history] == [None, 9, None, 8, None, 7, None, 6]
+    assert result.summary["ended_by"] == "callback"
+
+
+@ON_CPU
+@pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_end"])
+def test_a_run_that_a_callback_ended_is_resumed_as_ended(event: str, tmp_path: Path) -> None:
+    """Also by a callback that would not end it again."""
+    settings: dict[str, Any] = {"epochs": 4, "evaluate": logit, "eval_steps": 4, "checkpoint_dir": str(tmp_path)}
+    ended = unlearn(tiny_llama(), **settings, callbacks=[wish(event, "should_training_stop", 4)])
+    assert len(ended.history) == 4
+    resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert records(resumed) == records(ended)
+    assert same_weights(resumed.model, weights(ended.model))
+    assert resumed.summary["ended_by"] == "callback"
+
+
+def test_a_checkpoint_on_demand(tmp_path: Path) -> None:
+    one = Listener()
+    unlearn(
+        tiny_llama(),
+        checkpoint_dir=str(tmp_path),
+        callbacks=[wish("step_end", "should_save", 3), wish("epoch_end", "should_save", 4), one],
+    )
+    assert [step for name, step in one.heard if name == "save"] == [3, 4, 6]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{n}.safetensors" for n in (4, 6)]
+
+
+def test_an_evaluation_on_demand() -> None:
+    for event, step in (("step_end", 3), ("epoch_end", 4), ("log", 1)):
+        result = unlearn(tiny_llama(), evaluate=logit, callbacks=[wish(event, "should_evaluate", step)])
+        assert [r["step"] for r in result.history if "eval_logit" in r] == [step, 6], event
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("should_epoch_stop", "and a run cannot leave a part of an epoch out; set should_training_stop"),
+        ("should_evaluate", "give evaluate to palu.unlearn, too"),
+        ("should_save", "give checkpoint_dir to palu.unlearn, too"),
+    ],
+)
+def test_what_cannot_be_done_is_said(name: str, mend: str) -> None:
+    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] {re.escape(mend)}$"):
+        unlearn(tiny_llama(), callbacks=[wish("step_end", name, 2)])
+
+
+def test_a_callback_returns_something_else() -> None:
+    with pytest.raises(TypeError, match=r"^on_log of a callback returned a bool; return control, or nothing$"):
+        unlearn(tiny_llama(), callbacks=[at("log", lambda *_, **__: True)])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluations
+
+
+@ON_CPU
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"optimizer": "adamw_8bit"}], ids=str)
+def test_an_evaluation_changes_nothing(settings: dict[str, Any]) -> None:
+    """Bit for bit: random numbers (dropout), the mode of each module, attention, gradients, generation's settings."""
+    bf16 = {"dtype": torch.bfloat16} if "optimizer" in settings else {}
+
+    def evaluate(model: LlamaForCausalLM) -> dict[str, float]:
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(5)
+        random.random(), np.random.rand()
+        model.generation_config.max_new_tokens = 2
+        model.generate(torch.tensor([[1, 2, 3]]), do_sample=True, pad_token_id=0)
+        assert model.config._attn_implementation == "sdpa"
+        return logit(model)
+
+    plain = unlearn(tiny_llama(attention_dropout=0.3, **bf16), **settings)
+    evaluated = unlearn(tiny_llama(attention_dropout=0.3, **bf16), evaluate=evaluate, eval_steps=1, **settings)
+    assert training_records(evaluated) == training_records(plain)
+    assert same_weights(evaluated.model, weights(plain.model))
+    assert all("eval_logit" in record for record in evaluated.history)
+
+
+@ON_CPU
+def test_packed_attention_is_back_after_an_evaluation() -> None:
+    """Without dropout the model is trained with it."""
+    plain = unlearn(tiny_llama())
+    evaluated = unlearn(tiny_llama(), evaluate=logit, eval_steps=1)
+    assert training_records(evaluated) == training_records(plain)
+    assert same_weights(evaluated.model, weights(plain.model))
+    assert evaluated.model.config._attn_implementation == "sdpa"
+    assert evaluated.history[-1]["eval_logit"] == pytest.approx(float(logit(evaluated.model)["logit"].detach()))
+
+
+def test_an_evaluation_at_the_end_alone() -> None:
+    result = unlearn(tiny_llama(), evaluate=lambda model: {"a": torch.tensor(2), "b": np.float32(0.5), "c": True})
+    assert {k: v for k, v in result.history[-1].items() if k.startswith("eval_")} == {
+        "eval_a": 2.0,
+        "eval_b": 0.5,
+        "eval_c": 1.0,
+    }
+    assert not any(k.startswith("eval_") for record in result.history[:-1] for k in record)
+    json.dumps(result.history)
+
+
+@ON_CPU
+def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"evaluate": logit, "eval_steps": 2, "checkpoint_dir": str(tmp_path / "other")}
+    expected = unlearn(tiny_llama(attention_dropout=0.3), **settings)
+    settings |= {"checkpoint_dir": str(tmp_path / "own"), "checkpoint_steps": 1}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int) -> TrainerCallback:
+        def die(state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                raise Killed
+
+        return at("step_begin", die)
+
+    for step in (1, 2, 3, 4, 5):
+        with pytest.raises(Killed):
+            unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
+    resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
+    assert records(resumed) == records(expected)
+    assert same_weights(resumed.model, weights(expected.model))
+
+
+def test_trackers_get_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, dict(values))))
+    result = unlearn(tiny_llama(), max_steps=2, evaluate=logit)
+    assert logged[-1] == (2, {"eval_logit": result.history[-1]["eval_logit"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0.5, "evaluate returned a float; return a mapping of names to numbers"),
+        ({"told": None}, "evaluate returned 'told': None; return a number for each name"),
+        ({"told": "no"}, "evaluate returned 'told': 'no'; return a number for each name"),
+    ],
+)
+def test_an_evaluation_of_no_numbers(given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        unlearn(tiny_llama(), evaluate=lambda model: given)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Errors
+
+
+@ON_CPU
+@pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_begin"])
+def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> None:
+    """The model has the last step's weights and its own settings; the run goes on from its checkpoint."""
+    settings: dict[str, Any] = {"evaluate": logit, "eval_steps": 2}
+    expected = unlearn(tiny_llama(), **settings)
+    settings["checkpoint_dir"] = str(tmp_path)
+
+    def fail(state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise KeyError("mine")
+
+    model = tiny_llama()
+    with pytest.raises(KeyError, match="mine"):
+        unlearn(model, **settings, callbacks=[at(event, fail)])
+    assert same_weights(model, weights(unlearn(tiny_llama(), max_steps=2).model))
+    assert model.config._attn_implementation == "sdpa" and not model.training
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002.safetensors"]
+    resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert records(resumed) == records(expected)
+    assert same_weights(resumed.model, weights(expected.model))
+
+
+@ON_CPU
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
+    calls = []
+
+    def evaluate(model: LlamaForCausalLM) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no room")
+        return logit(model)
+
+    settings: dict[str, Any] = {"eval_steps": 4, "checkpoint_dir": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="no room"):
+        unlearn(tiny_llama(), evaluate=evaluate, **settings)
+    resumed = unlearn(tiny_llama(), evaluate=evaluate, resume=True, **settings)
+    assert records(resumed) == records(unlearn(tiny_llama(), evaluate=logit, eval_steps=4))
+
+
+class Mine(TrainerCallback):
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+
+class Patient(EarlyStoppingCallback):
+    pass
+
+
+OWN = "which goes by Trainer's arguments; leave it out and write a TrainerCallback (docs/unlearn.md), or set report_to"
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no step": ({"max_steps": 0}, ValueError, "max_steps = 0: give a positive integer, or None for epochs"),
+    "a class": (
+        {"callbacks": [Listener(), Listener]},
+        TypeError,
+        "callbacks[1] is the class Listener; give an instance of it: Listener()",
+    ),
+    "a function": (
+        {"callbacks": [print]},
+        TypeError,
+        "callbacks[0] is a builtin_function_or_method; give an instance of a transformers.TrainerCallback",
+    ),
+    "one callback": (
+        {"callbacks": Mine()},
+        TypeError,
+        "callbacks is a Mine; give a list of transformers.TrainerCallback",
+    ),
+    "none": (
+        {"callbacks": None},
+        TypeError,
+        "callbacks is a NoneType; give a list of transformers.TrainerCallback",
+    ),
+    "early stopping": (
+        {"callbacks": [Patient()]},
+        TypeError,
+        f"callbacks[0] is transformers' EarlyStoppingCallback, {OWN} for a tracker",
+    ),
+    "a bar": (
+        {"callbacks": [ProgressCallback()]},
+        TypeError,
+        f"callbacks[0] is transformers' ProgressCallback, {OWN} for a tracker",
+    ),
+    "metrics": (
+        {"evaluate": {"told": 1}},
+        TypeError,
+        "evaluate is a dict; give a function that takes the model and returns numbers by name",
+    ),
+    "nothing to evaluate": (
+        {"eval_steps": 2},
+        ValueError,
+        "eval_steps = 2: there is nothing to evaluate; give evaluate, too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name: str) -> None:
+    settings, error, message = BAD[name]
+    assert_refused(tiny_llama(), error, message, **settings)
+
+
+def test_a_tracker_of_transformers_is_refused() -> None:
+    pytest.importorskip("tensorboard")
+    message = f"callbacks[0] is transformers' TensorBoardCallback, {OWN} for a tracker"
+    assert_refused(tiny_llama(), TypeError, message, callbacks=[TensorBoardCallback()])
+
+
+def test_events_that_never_come_are_warned_of() -> None:
+    said = r"callbacks\[0\]: palu.unlearn never calls on_pre_optimizer_step of Mine"
+    with pytest.warns(UserWarning, match=f"^{said}$") as caught:
+        unlearn(tiny_llama(), max_steps=1, callbacks=[Mine()])
+    assert Path(caught[0].filename).name == "runs.py", "it points at the caller of palu.unlearn"
