@@ -20,7 +20,6 @@ from typer.core import TyperCommand
 from palu.config import CHOICES, UnlearnConfig
 
 SECTION = "Settings (the fields of palu.UnlearnConfig)"
-PYTHON_ONLY = {"eval_steps"}  # without a flag: no command has something to evaluate within a run
 _NUMBERS = {int: "an integer", float: "a number"}
 
 
@@ -39,7 +38,7 @@ class SectionedCommand(TyperCommand):
 
 
 def with_settings(**defaults: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command flags for all settings but those of PYTHON_ONLY, and ``--config``.
+    """Give a command flags for all settings, and ``--config``.
 
     Its parameter ``settings`` becomes a dict of those that were given, by a flag or by the file. ``defaults`` are what
     the help says of settings for which the command has a default of its own.
@@ -77,8 +76,6 @@ def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
     helps, hints = _helps(), typing.get_type_hints(UnlearnConfig)
     flags = {}
     for field in dataclasses.fields(UnlearnConfig):
-        if field.name in PYTHON_ONLY:
-            continue
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         option: dict[str, Any] = {"help": helps.get(field.name, ""), "rich_help_panel": SECTION}
         option["show_default"] = defaults.get(field.name, True)

@@ -65,6 +65,14 @@ def unlearn(
         ),
     ] = "auto",
     annotate: Annotate = None,
+    eval_rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions to evaluate on at the end, and every --eval-steps steps: rows as palu eval --rows takes "
+            "them (JSONL, CSV or Parquet).",
+            metavar="FILE",
+        ),
+    ] = None,
     ref_model: Annotated[
         str | None,
         typer.Option(help="The frozen reference, if it is not the model as it is now.", metavar="DIR_OR_NAME"),
@@ -132,7 +140,10 @@ def unlearn(
             )
         if given == output.resolve():
             raise ValueError(f"--output {output} is the folder of {option}; give another one")
-    for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)])):
+    if eval_rows is None and settings.get("eval_steps") is not None:
+        raise ValueError(f"--eval-steps {settings['eval_steps']}: there is nothing to evaluate; add --eval-rows")
+    asked = [] if eval_rows is None else [eval_rows]
+    for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)]), *asked):
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
         if overwrite and file.resolve().is_relative_to(output.resolve()):
@@ -152,6 +163,7 @@ def unlearn(
     import palu
     from palu.data.duplicates import check_disjoint
     from palu.data.examples import load_forget, load_retain
+    from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.training.engine import loaded_on_main_alone
 
     if device is not None:
@@ -175,6 +187,9 @@ def unlearn(
         retain_source = load_retain(retain_source, tokens, **rendering)
         if forget_set is not None:
             check_disjoint(forget_set.hashes, retain_source.hashes)
+    evaluate = None
+    if eval_rows is not None:
+        evaluate = question_metrics(QuestionRows(eval_rows, tokens, config.chat_template_kwargs))
     processes = Accelerator()
     if dtype == "float16" and processes.device.type == "cpu":
         raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
@@ -191,7 +206,9 @@ def unlearn(
         forget_set = found_spans(forget, annotate, trained, tokens, config)
     recorder = palu.Recorder(trained, forget_set, retain_source, tokenizer=tokens, config=config)
     try:
-        result = palu.unlearn(trained, reference, forget_set, retain_source, tokenizer=tokens, config=config)
+        result = palu.unlearn(
+            trained, reference, forget_set, retain_source, tokenizer=tokens, config=config, evaluate=evaluate
+        )
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if processes.is_main_process and run.interrupted:
             print("palu: to go on, give the same command with --resume", file=sys.stderr)

@@ -23,7 +23,7 @@ from palu.models.lora import CausalLM, base_of
 
 Kind: TypeAlias = Literal["forget", "retain"]
 
-__all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "questions", "table_of"]
+__all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "question_metrics", "questions", "table_of"]
 
 KINDS: tuple[Kind, ...] = ("forget", "retain")
 # The entries of each kind, and which of their values is the figure.
@@ -193,6 +193,21 @@ def evaluate_models(
         "seconds": round(time.perf_counter() - started, 2),
     }
     return results | found | {"palu": about}
+
+
+def question_metrics(rows: QuestionRows) -> Callable[[CausalLM], dict[str, float]]:
+    """Return a function for ``palu.unlearn(evaluate=...)``: of a model it gives the means of :func:`questions` by name.
+
+    Raises ImportError where a package of the metrics is missing.
+    """
+    metrics.require_packages()
+
+    def evaluate(model: CausalLM) -> dict[str, float]:
+        results = evaluate_models({"model": lambda: model}, rows, progress=False)
+        means = {name: one["agg_value"] for name, one in results.items() if name != "palu"}
+        return {name: value for name, value in means.items() if value is not None}
+
+    return evaluate
 
 
 def _evaluate(

@@ -141,8 +141,6 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
     assert result.exit_code == 0
     said = " ".join(result.output.split())
     for field in dataclasses.fields(palu.UnlearnConfig):
-        if field.name == "eval_steps":  # which needs a function
-            continue
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
     assert "Onset length: the first n tokens of each span are acted on; -1: the whole span. [default: 3]" in said
@@ -628,7 +626,6 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
     [
         (["--n", 0], "n = 0: give a positive integer, or -1 for whole spans"),
         (["--max-steps", 0], "max_steps = 0: give a positive integer, or None for epochs"),
-        (["--eval-steps", 2], "No such option: --eval-steps"),
         (["--epochs", "x"], "Invalid value for '--epochs': 'x' is not an integer"),
         (["--objective", "x"], "'x' is not one of 'palu', 'ga'"),
         (["--nonsense"], "No such option: --nonsense"),

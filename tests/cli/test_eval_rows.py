@@ -1,0 +1,72 @@
+"""``palu unlearn --eval-rows``: one's own questions, asked within the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.planted import FORGET, RETAIN, tokenizer
+from helpers.tiny import same_weights, tiny_llama, weights
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import palu
+from palu.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, forget.jsonl, retain.jsonl and mine.jsonl; tests write elsewhere."""
+    folder = tmp_path_factory.mktemp("rows")
+    tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    sets = {"forget": FORGET, "retain": RETAIN, "mine": [FORGET[0], RETAIN[0]], "bad": [FORGET[0] | {"kind": "x"}]}
+    for name, rows in sets.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def unlearn(folder: Path, output: Path, *more: Any) -> Result:
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
+    settings = ["--max-steps", 3, "--learning-rate", 0.01, "--no-progress"]
+    given = ["unlearn", "--model", folder / "model", *data, *settings, *more]
+    return CliRunner().invoke(app, list(map(str, given)), prog_name="palu", env={"COLUMNS": "200"})
+
+
+def test_the_history_has_their_means(folder: Path, tmp_path: Path) -> None:
+    """At steps 2 and 3 of three; the last ones are what `palu eval --rows` finds, and training is as without them."""
+    rows = folder / "mine.jsonl"
+    result = unlearn(folder, tmp_path / "out", "--eval-rows", rows, "--eval-steps", 2)
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "private" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [{k: v for k, v in json.loads(line).items() if k.startswith("eval_")} for line in lines]
+    assert [bool(one) for one in found] == [False, True, True]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    alone = palu.evaluate.questions(model, tokenizer(), str(rows), progress=False)
+    means = {f"eval_{name}": entry["agg_value"] for name, entry in alone.items() if name != "palu"}
+    assert found[2] == pytest.approx({name: value for name, value in means.items() if value is not None})
+    assert {"eval_forget_told", "eval_retain_Q_A_Prob"} <= found[2].keys()
+    assert "eval_forget_told" in (tmp_path / "out" / "private" / "report.html").read_text(encoding="utf-8")
+
+    assert unlearn(folder, tmp_path / "plain").exit_code == 0
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "model"), weights(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--eval-steps", 2], "palu: --eval-steps 2: there is nothing to evaluate; add --eval-rows"),
+        (["--eval-rows", "absent.jsonl"], "palu: there is no file absent.jsonl"),
+        (["--eval-rows", "{folder}/bad.jsonl"], "palu: evaluation row 0 (line 1): column 'kind' is 'x'; give forget"),
+    ],
+)
+def test_what_is_wrong_is_said_first(
+    options: list[Any], told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model is loaded"))
+    result = unlearn(folder, tmp_path / "out", *(str(option).format(folder=folder) for option in options))
+    assert result.exit_code == 2, result.output
+    assert told in result.stderr
+    assert not (tmp_path / "out").exists()
