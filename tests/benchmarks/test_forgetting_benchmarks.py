@@ -304,7 +304,7 @@ def test_a_rate_is_chosen_by_all_rows_and_by_the_utility_it_keeps() -> None:
     def runs(shift: float, utility: float) -> list[dict]:
         ratios = [0.1 * i for i in range(20)]
         one = {"ratios": [r + shift for r in ratios], "retain_ratios": ratios, "original_utility": 0.5}
-        one["language"] = dict.fromkeys(_cross.LANGUAGE.values(), {"unlearned": 0.02, "retain": 0.01})
+        one["language"] = {name: {"unlearned": 0.02, "retain": 0.01} for name in _cross.LANGUAGE.values()}
         return [one | {"model_utility": 0.5 * utility, "forget_quality": q, "mia_min_k": 0.5} for q in (0.2, 0.8)]
 
     assert _cross.chosen({1e-5: runs(1.0, 1.0), 2e-5: runs(0.3, 0.96), 5e-5: runs(0.0, 0.94)}) == 2e-5

@@ -152,7 +152,7 @@ def test_a_run_warns_of_nothing() -> None:
 def test_no_module_takes_the_place_of_a_function() -> None:
     """Importing a submodule sets its name on the package: none may be called as a public function is."""
     for name in palu.__all__:
-        assert name in ("evaluate", "ops", "__version__") or importlib.util.find_spec(f"palu.{name}") is None, name
+        assert name in (*palu._SUBMODULES, "__version__") or importlib.util.find_spec(f"palu.{name}") is None, name
 
 
 # ---------------------------------------------------------------------------------------------------
