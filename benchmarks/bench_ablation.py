@@ -14,6 +14,8 @@ from typing import Any
 from _stages import resumable
 from _tofu import COLUMNS, Bench, markdown, parser_of, prepare, summary, write
 
+from palu.config import RECIPES
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "another seed": {"seed": 1},
@@ -43,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warmup another seed": {"warmup_steps": 4, "seed": 1},
     "warmup a third seed": {"warmup_steps": 4, "seed": 2},
     "linear decay": {"lr_scheduler": "linear"},
-    "published loss": {"normalize": False, "top_k": 5000, "anchors": 0},
+    "published loss": RECIPES["paper"],
 }
 
 

@@ -20,6 +20,7 @@ from _stages import resumable
 from _tofu import Bench, parser_of, prepare, write
 
 import palu
+from palu.config import RECIPES
 
 MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
 DRAWS = 8
@@ -29,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PALU, n=-1": ("N=all", {"n": -1}),
     "NPO": ("npo", {"objective": "npo"}),
     "TPO": ("tpo", {"objective": "tpo"}),
-    "published loss": ("published-loss", {"normalize": False, "top_k": 5000, "anchors": 0}),
+    "published loss": ("published-loss", RECIPES["paper"]),
 }
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 

@@ -32,6 +32,19 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "tpo": {"beta": 0.32},
 }
 
+# Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "n": 3,
+        "top_k": 5000,
+        "target": "global_mean",
+        "normalize": False,
+        "lambda_kl": 1.0,
+        "kl_direction": "reverse",
+        "anchors": 0,
+    },
+}
+
 # The valid values of fields that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
@@ -286,6 +299,14 @@ class UnlearnConfig:
             if name not in known:
                 raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
         return dataclasses.replace(self, **overrides)
+
+    def with_recipe(self, recipe: str | None) -> UnlearnConfig:
+        """Return this configuration with the settings of RECIPES[recipe]; None: as it is. Raises ValueError."""
+        if recipe is None:
+            return self
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe = {recipe!r}: give one of {', '.join(RECIPES)}, or None")
+        return self.replace(**RECIPES[recipe])
 
     def value(self, field: str) -> Any:
         """Return a field's value; where it is None, what the objective's authors use, if they say."""

@@ -65,6 +65,10 @@ def unlearn(
         ),
     ] = "auto",
     annotate: Annotate = None,
+    recipe: Annotated[
+        Literal["paper"] | None,
+        typer.Option(help="Settings by one word; paper: the published loss. Flags come after it."),
+    ] = None,
     eval_rows: Annotated[
         Path | None,
         typer.Option(
@@ -152,7 +156,8 @@ def unlearn(
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
-    config = UnlearnConfig(**{"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs), **settings})
+    folders = {"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs)}
+    config = UnlearnConfig(**folders).with_recipe(recipe).replace(**settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         check_folder(output, f"--output {output}")
         check_folders(config.folders)

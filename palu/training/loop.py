@@ -84,6 +84,7 @@ def unlearn(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     config: UnlearnConfig | None = None,
+    recipe: str | None = None,
     evaluate: Evaluate | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **overrides: Any,
@@ -107,6 +108,8 @@ def unlearn(
             ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
+        recipe: ``"paper"``: the published loss (K = 5000, not normalised, no anchors) in place of those settings of
+            ``config``; ``overrides`` come after it.
         evaluate: a function of the model that returns numbers by name, called every ``eval_steps`` steps and at the
             end. It gets the model in evaluation mode, without gradients, and all processes call it; the numbers of the
             main one count. They join the step's record, as ``eval_<name>``. The steps after it are the same, bit by
@@ -136,7 +139,7 @@ def unlearn(
     """
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
-    config = (config or UnlearnConfig()).replace(**overrides)
+    config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
     method_class = METHODS[config.objective]
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):

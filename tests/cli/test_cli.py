@@ -591,6 +591,20 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     assert config["top_k"] == palu.UnlearnConfig.top_k
 
 
+def test_a_recipe_sets_what_no_flag_does(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
+    given = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
+    result = palu_command("unlearn", "--model", folder / "model", *given, *settings, "--recipe", "paper", "--n", 2)
+    assert result.exit_code == 0, result.output
+    summary = read(tmp_path / "out" / "private" / "summary.json")
+    assert {name: summary["config"][name] for name in ("n", "normalize", "anchors")} == {
+        "n": 2,
+        "normalize": False,
+        "anchors": 0,
+    }
+    result = palu_command("unlearn", "--model", folder / "model", *given, "--recipe", "papers")
+    assert result.exit_code == 2 and "'papers'" in result.output
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -676,6 +676,32 @@ def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
         assert (ours - after[name]).abs().max() < 1e-9, name
 
 
+def test_the_papers_recipe_is_the_published_loss() -> None:
+    """Records are float32; golden vectors hold the same terms to 1e-9 in float64."""
+    forget, retain = forget_rows(8), retain_rows(8)
+    model, ref_model = (tiny_llama(seed=seed, dtype=torch.float64) for seed in (0, 1))
+    before = copy.deepcopy(model)
+    sizes: dict[str, Any] = {"max_steps": 1, "batch_size": 8, "progress": False}
+    result = palu.unlearn(model, ref_model, forget, retain, recipe="paper", **sizes)
+    expected = textbook(before.to(model.device), ref_model.to(model.device), forget, retain, result_config(result))
+    (record,) = result.history
+    assert [record[name] for name in ("local", "kl", "retain")] == pytest.approx([t.item() for t in expected], rel=1e-6)
+    assert result_config(result) == UnlearnConfig(normalize=False, top_k=5000, anchors=0, **sizes)
+    # What is given beside it comes after it, and it comes after a configuration.
+    mixed = palu.unlearn(model, None, forget, retain, config=UnlearnConfig(top_k=7, n=1), recipe="paper", n=2, **sizes)
+    assert {name: mixed.summary["config"][name] for name in ("top_k", "n", "normalize")} == {
+        "top_k": 5000,
+        "n": 2,
+        "normalize": False,
+    }
+    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, or None"):
+        palu.unlearn(model, None, forget, retain, recipe="papers")
+
+
+def result_config(result: palu.UnlearnResult) -> UnlearnConfig:
+    return UnlearnConfig(**result.summary["config"]).replace(gamma=None, lambda_retain=None)
+
+
 def test_warmup_and_schedule() -> None:
     result = unlearn(tiny_llama(), epochs=3, batch_size=4, warmup_steps=2, lr_scheduler="linear")
     rates = [record["learning_rate"] for record in result.history]
