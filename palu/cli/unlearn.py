@@ -156,7 +156,7 @@ def unlearn(
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
-    folders = {"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs)}
+    folders: dict[str, Any] = {"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs)}
     config = UnlearnConfig(**folders).with_recipe(recipe).replace(**settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         check_folder(output, f"--output {output}")
