@@ -100,9 +100,9 @@ class UnlearnConfig:
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
-        anchors: everyday prompts (:mod:`palu.ref_model.anchors`) to which the reference's own answers are kept by the
-            KL; ``None``: all; but 0 where ``retain`` is ``[]``, and beside retain examples without a tokenizer or with
-            ``lambda_kl = 0``. Only as many are answered as the run draws.
+        anchors: how many everyday prompts the reference answers before training, for the KL to keep these answers.
+            ``None``: as many as the run can use; 0 if ``retain`` is ``[]``, or if there are retain examples but no
+            tokenizer, or ``lambda_kl`` is 0.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
         beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
         delta: SimNPO: margin on the mean token NLL.

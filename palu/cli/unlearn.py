@@ -59,8 +59,8 @@ def unlearn(
     retain: Annotated[
         str,
         typer.Option(
-            help="What to keep: rows in the same form, and beside them its own answers to everyday prompts; auto: "
-            "these alone; none: nothing.",
+            help="What to keep: a file of rows, beside the model's own answers to everyday prompts; auto: these "
+            "answers alone; none: nothing.",
             metavar="FILE|auto|none",
         ),
     ] = "auto",
