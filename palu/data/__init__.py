@@ -13,13 +13,7 @@ Each token has one label, aligned with `input_ids` (the loss shifts, not the lab
 | ORDINARY    | answer token outside every span: KL   | never           |
 | token's id  | sensitive: the token overlaps a span  | an answer token |
 
-A row of text is `question`/`answer`, `prompt`/`completion`, or `messages` (the last one the
-assistant's), and only one of these. A forget row also has `secret`: a text to forget, or a list of
-texts, which are found in the answer (secret.py); or `spans`: [start, end) pairs in characters (Python
-string indices) of the answer. `[]`: nothing in it is sensitive. For DPO it also has `alternate`: the
-answer to prefer.
-A row that is tokenised already has `input_ids`, `labels` as above and perhaps an `attention_mask`, which strips its
-padding.
+docs/data.md lists the forms of a row, every column, who reads it, and the errors.
 
 A tokenizer with a chat template renders every row with it: question or prompt is the user's message,
 answer or completion the assistant's. `chat_template_kwargs` gives the template values by name. For plain
