@@ -16,6 +16,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ if SANITIZED:
     _SANITIZERS = "-fsanitize=address,undefined"
     CXX_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", _SANITIZERS, "-D_GLIBCXX_ASSERTIONS", "-fopenmp"]
     LINK_FLAGS = [_SANITIZERS, "-fopenmp"]
+_PATIENCE = 10  # seconds to wait for another process without a word
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +110,6 @@ def jit() -> str:
     Processes that start together wait for the first: the lock is the operating system's, so a killed
     build leaves none behind, and no process waits for one that never imports palu.
     """
-    import filelock
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
@@ -117,8 +119,11 @@ def jit() -> str:
     name = jit_name()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     directory = Path(root, f"py{sys.version_info.major}{sys.version_info.minor}", name)
-    directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory / "palu.lock"):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"no folder to compile in ({error}); TORCH_EXTENSIONS_DIR names another one") from error
+    with _locked(directory / "palu.lock"):
         # torch's own lock is a plain file; ours is held, so one that is there was left by a killed build.
         (directory / "lock").unlink(missing_ok=True)
         if not (directory / f"{name}.so").exists():
@@ -133,6 +138,23 @@ def jit() -> str:
             build_directory=str(directory),
         )
     return str(module.__file__)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock within the block; say what is waited for if that takes long."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except filelock.Timeout:
+        _logger.warning("palu: another process compiles the native ops and holds %s; waiting for it to end", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cxx_standard() -> str:

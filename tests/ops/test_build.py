@@ -174,6 +174,37 @@ def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, say, and would hold the lock for ever; one that is killed leaves none."""
+    path = tmp_path / "palu.lock"
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdin is not None and other.stdout is not None
+    other.stdout.readline()
+    monkeypatch.setattr(_build, "_PATIENCE", 0.1)
+    said: list[tuple[str, Path]] = []
+
+    def warning(words: str, where: Path) -> None:
+        said.append((words, where))
+        other.kill()
+
+    monkeypatch.setattr(_build._logger, "warning", warning)
+    for _ in range(2):  # the second time nobody holds it
+        with _build._locked(path):
+            pass
+    ((words, where),) = said
+    assert "another process compiles the native ops" in words and where == path
+    other.communicate()
+
+
+def test_a_folder_that_cannot_be_made_is_named(without_prebuilt: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = start(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "builds"))
+    _, stderr = process.communicate()
+    assert process.returncode != 0
+    assert "no folder to compile in" in stderr and "TORCH_EXTENSIONS_DIR names another one" in stderr
+
+
 def test_cmake(tmp_path: Path) -> None:
     # Kept between runs: CMake's own dependency tracking decides what to compile again.
     build = ROOT / "build" / "test-cmake"
