@@ -23,16 +23,10 @@ from palu.data.packing import Item, pack, retain_items
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import body_of, head_of
-from palu.testbed.smollm2 import load_smollm2
+from palu.testbed.smollm2 import load_smollm2, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-def mixed_precision() -> str:
-    """Choose accelerate's mixed precision: ``"bf16"`` where the device multiplies bfloat16 fast, else ``"no"``."""
-    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return "bf16" if fast else "no"
 
 
 def load(name: str) -> Loaded:

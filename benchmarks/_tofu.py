@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import Loaded, Row, fine_tune, load, mixed_precision, save
+from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
 from _timing import machine
 from _workload import DATA
@@ -23,6 +23,7 @@ import palu
 from palu.config import OBJECTIVES
 from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
+from palu.testbed.smollm2 import mixed_precision
 
 METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
 METHODS |= {name: name.upper() for name in ("pdu", "tpo", "palu")}

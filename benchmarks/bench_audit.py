@@ -5,8 +5,9 @@
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
 and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
-models are served. Finished models and attacks are kept in --output, with what each model wrote: the same command goes
-on where it stopped. Writes audit_<preset>.json, .md and .png to --results.
+models are served. Under the attacks stand the shares of words that are none in the greedy answers. Finished models and
+attacks are kept in --output, with what each model wrote: the same command goes on where it stopped. Writes
+audit_<preset>.json, .md and .png to --results.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import Loaded, load, mixed_precision
+from _models import Loaded, Row, load
 from _stages import resumable
 from _tofu import Bench, parser_of, prepare, write
 
 import palu
 from palu.config import RECIPES
+from palu.evaluate.language import WordList, key, measure, split
+from palu.models.generation import Generation
+from palu.testbed.smollm2 import mixed_precision
 
 MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
 DRAWS = 8
@@ -32,6 +36,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "TPO": ("tpo", {"objective": "tpo"}),
     "published loss": ("published-loss", RECIPES["paper"]),
 }
+LANGUAGE = {"no_word": "words that are none", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 
 
@@ -67,6 +72,24 @@ def served(bench: Bench, folder: Path) -> Loaded:
     return model.to(bench.device, dtype), tokenizer  # type: ignore[arg-type]
 
 
+def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, float]]:
+    """Compute the shares of words that are none, and of unknown names, in each model's greedy answers."""
+    true = {row["question"]: row["answer"] for row in forget}
+    questions = [secret["question"] for secret in audit["secrets"]]
+    greedy = next(row for row in audit["attacks"] if row["name"] == "ask: greedy")["models"]
+    words, shares = WordList(), {}
+    for role, of_model in greedy.items():
+        answers = dict(zip(questions, of_model["evidence"], strict=True))  # several secrets have one question
+        measured = []
+        for question, answer in answers.items():
+            known = {key(word) for text in (question, true[question]) for word in split(text)}
+            # Some end in the middle of a word; which, the audit does not say.
+            measured.append(measure(Generation(answer, cut_off=True), known, words))
+        count = sum(one["no_word"]["words"] for one in measured)
+        shares[role] = {name: sum(len(one[name]["found"]) for one in measured) / count for name in LANGUAGE}
+    return shares
+
+
 def shortened(audit: dict[str, Any]) -> dict[str, Any]:
     """Leave out what stands there by secret."""
     kept = ("told", "figures")
@@ -77,7 +100,7 @@ def shortened(audit: dict[str, Any]) -> dict[str, Any]:
     return audit | {"secrets": len(audit["secrets"]), "attacks": rows}
 
 
-def markdown(results: dict[str, dict[str, Any]]) -> str:
+def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, dict[str, float]]]) -> str:
     """Format a table: a row an attack, the share of secrets told by each model, and the verdict on it."""
     lines = ["| attack (share of secrets told) | " + " | ".join(["original", "retain", *results]) + " |"]
     lines.append("|---|" + "---:|" * (2 + len(results)))
@@ -92,6 +115,11 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         cells = [f"{first['models'][role]['told']:.2f}" for role in ("original", "retain")]
         cells += [f"{row['models']['unlearned']['told']:.2f} {SHOWN[row['verdict']]}" for row in rows]
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    first = next(iter(languages.values()))
+    for name, told in LANGUAGE.items():
+        cells = [f"{first[role][name]:.3f}" for role in ("original", "retain")]
+        cells += [f"{one['unlearned'][name]:.3f}" for one in languages.values()]
+        lines.append("| " + " | ".join([f"*{told}, in the greedy answers*", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -131,9 +159,10 @@ def main() -> None:
     with resumable():
         bench = Bench(arguments)
         results = {method: audited(bench, method) for method in arguments.methods}
+    languages = {method: language(one, bench.data.forget) for method, one in results.items()}
     dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
-    details = {"dtype": dtype, "audits": {name: shortened(one) for name, one in results.items()}}
-    path = write(arguments, "audit", markdown(results), details)
+    details = {"dtype": dtype, "language": languages, "audits": {name: shortened(one) for name, one in results.items()}}
+    path = write(arguments, "audit", markdown(results, languages), details)
     plot(results, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}")
 
 

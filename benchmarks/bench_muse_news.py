@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import Loaded, Row, fine_tune, load, mixed_precision, save
+from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages, resumable
 from _timing import report
 from _workload import DATA
 
 import palu
 from palu.evaluate.rows import load_rows
+from palu.testbed.smollm2 import mixed_precision
 
 METHODS: dict[str, dict[str, Any]] = {
     "palu": {"objective": "palu"},

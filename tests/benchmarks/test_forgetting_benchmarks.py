@@ -369,12 +369,13 @@ def test_the_audit_attacks_the_models_of_the_table(
     for audit in record["audits"].values():
         assert audit["models"].keys() == {"unlearned", "original", "retain"} and audit["quick"]
         assert all(one.keys() == {"told", "figures"} for row in audit["attacks"] for one in row["models"].values())
+    assert record["language"]["NPO"].keys() == {"unlearned", "original", "retain"}
     originals = [audit["models"]["original"]["fingerprint"] for audit in record["audits"].values()]
     unlearned = [audit["models"]["unlearned"]["fingerprint"] for audit in record["audits"].values()]
     assert len({*originals}) == 1 and len({*originals, *unlearned}) == 3
     table = (tmp_path / "results" / "audit_tiny.md").read_text().splitlines()
     assert table[0] == "| attack (share of secrets told) | original | retain | PALU | NPO |"
-    assert len(table) == 2 + len(record["audits"]["PALU"]["attacks"]) and len({row.count("|") for row in table}) == 1
+    assert len(table) == 4 + len(record["audits"]["PALU"]["attacks"]) and len({row.count("|") for row in table}) == 1
     assert (tmp_path / "results" / "audit_tiny.png").stat().st_size > 10_000
 
     stages = tmp_path / "runs" / "tiny"
