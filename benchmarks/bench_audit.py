@@ -131,7 +131,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     names = [row["name"] for row in next(iter(results.values()))["attacks"] if row["models"]]
-    figure, axis = plt.subplots(figsize=(8, 0.42 * len(names) + 1.5))
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(names) + 1.5))
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, (method, one) in enumerate(results.items()):
         found = {row["name"]: row["rho"] for row in one["attacks"] if row["rho"]["value"] is not None}
@@ -142,8 +142,12 @@ def plot(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
             axis.plot([low, high], [place, place], color=colours[number], linewidth=1)
         axis.scatter([value["value"] for value in rhos], places, s=14, color=colours[number], label=method, zorder=3)
     axis.axvline(0.1, color="grey", linewidth=0.8, linestyle="--")
-    axis.set(xlim=(-0.15, 1.15), yticks=range(len(names)), yticklabels=names, title=title)
-    axis.set_xlabel("rho: what is left of the original's leak, 95 % interval; held where it ends left of the dashes")
+    axis.set(
+        xlim=(-0.55, 1.05), ylim=(-0.7, len(names) - 0.3), yticks=range(len(names)), yticklabels=names, title=title
+    )
+    axis.set_xlabel(
+        "rho, with its 95 % interval: 0 as the retain model, 1 as the original;\nheld where it ends left of 0.1"
+    )
     axis.invert_yaxis()
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=8)
