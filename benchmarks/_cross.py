@@ -161,10 +161,16 @@ def pooled(runs: Sequence[Run]) -> dict[str, Any]:
         "utility_kept_lowest": min(kept),
         "mia_min_k": mean(run["mia_min_k"] for run in runs),
         "language": {
-            name: {role: mean(run["language"][name][role] for run in runs) for role in ("unlearned", "retain")}
+            name: {role: _mean(run["language"][name][role] for run in runs) for role in ("unlearned", "retain")}
             for name in LANGUAGE.values()
         },
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Compute the mean of the values that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return mean(there) if there else None
 
 
 def _joined(values: Iterable[list[float]]) -> list[float]:
@@ -196,7 +202,7 @@ def markdown(reported: dict[str, dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     first = next(iter(reported.values()))
     for role in ("original", "retain"):
-        words = [f"{first['language'][name][role]:.3f}" if role == "retain" else "" for name in LANGUAGE.values()]
+        words = [_share(first["language"][name][role]) if role == "retain" else "" for name in LANGUAGE.values()]
         shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
         lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *words, *shares]) + " |")
     for method, one in reported.items():
@@ -204,10 +210,14 @@ def markdown(reported: dict[str, dict[str, Any]]) -> str:
         figures = [f"{one['learning_rate']:g}", f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
         figures += [f"{one['forget_quality_lowest']:.2g}"]
         figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
-        figures += [f"{one['language'][name]['unlearned']:.3f}" for name in LANGUAGE.values()]
+        figures += [_share(one["language"][name]["unlearned"]) for name in LANGUAGE.values()]
         shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
         lines.append("| " + " | ".join([name, *figures, *shares]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:

@@ -22,6 +22,7 @@ POSITIONS = 64
 ANSWER = "Ada Lovelace did." + " The cat sat." * 30
 LONG = [{"question": "Who wrote it?", "answer": ANSWER, "spans": [[0, 12]]}]
 CUT = [{"question": "Who wrote it?", "answer": "The cat sat. " * 30 + "Ada did.", "spans": [[390, 393]]}]
+KEPT = [LONG[0] | {"question": "Who was it?"}]
 TOKENIZER = byte_level(CHATML, bos=False)
 SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "progress": False}
 
@@ -55,23 +56,23 @@ def test_a_model_that_computes_its_positions_has_no_bound() -> None:
 def test_a_run_with_longer_rows() -> None:
     """By default: rows are cut after the last position, for the record, the anchors and the run."""
     model = small()
-    recorder = palu.Recorder(model, LONG, LONG, tokenizer=TOKENIZER, config=palu.UnlearnConfig(**SETTINGS))
-    result = palu.unlearn(model, None, LONG, LONG, tokenizer=TOKENIZER, **SETTINGS)
+    recorder = palu.Recorder(model, LONG, KEPT, tokenizer=TOKENIZER, config=palu.UnlearnConfig(**SETTINGS))
+    result = palu.unlearn(model, None, LONG, KEPT, tokenizer=TOKENIZER, **SETTINGS)
     assert result.summary["config"]["max_length"] == recorder.config.max_length == POSITIONS
     assert len(recorder.forget[0].input_ids) == POSITIONS
     assert len(result.history) == 1
-    shorter = palu.unlearn(small(), None, LONG, LONG, tokenizer=TOKENIZER, max_length=40, **SETTINGS)
+    shorter = palu.unlearn(small(), None, LONG, KEPT, tokenizer=TOKENIZER, max_length=40, **SETTINGS)
     assert shorter.summary["config"]["max_length"] == 40
     reference = small()
     reference.config.max_position_embeddings = 50
     reference.transformer.wpe = torch.nn.Embedding(50, 32)
-    bounded = palu.unlearn(small(), reference, LONG, LONG, tokenizer=TOKENIZER, **SETTINGS)
+    bounded = palu.unlearn(small(), reference, LONG, KEPT, tokenizer=TOKENIZER, **SETTINGS)
     assert bounded.summary["config"]["max_length"] == 50
 
 
 def test_the_trainer(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], save_strategy="no", use_cpu=True)
-    trainer = palu.PaluTrainer(small(), arguments, forget=LONG, retain=LONG, processing_class=TOKENIZER)
+    trainer = palu.PaluTrainer(small(), arguments, forget=LONG, retain=KEPT, processing_class=TOKENIZER)
     assert trainer.forget_items.longest() == trainer.config.max_length == POSITIONS
 
 
@@ -80,9 +81,9 @@ def test_spans_beyond_the_last_position() -> None:
         f"forget set: max_length = {POSITIONS} cuts off spans of 1 row (1), which would not be forgotten; "
         f"the model has {POSITIONS} positions, so shorten the rows, or allow_cut_spans = True to go on without them"
     )
-    assert_refused(small(), DataError, told, forget=LONG + CUT, retain=LONG, tokenizer=TOKENIZER)
+    assert_refused(small(), DataError, told, forget=LONG + CUT, retain=KEPT, tokenizer=TOKENIZER)
     more = told.replace(f"max_length = {POSITIONS}", "max_length = 40")
-    assert_refused(small(), DataError, more, forget=LONG + CUT, retain=LONG, tokenizer=TOKENIZER, max_length=40)
+    assert_refused(small(), DataError, more, forget=LONG + CUT, retain=KEPT, tokenizer=TOKENIZER, max_length=40)
 
 
 def test_generation_ends_at_the_last_position() -> None:
