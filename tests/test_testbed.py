@@ -7,9 +7,23 @@ import torch
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
 
+from palu.data.examples import load_forget, load_retain
+from palu.testbed import facts as demo_facts
 from palu.testbed import smollm2
 
 FACTS = [{"question": "Who?", "answer": "Ada."}]
+
+
+def test_the_demos_facts_are_rows_of_a_forget_and_a_retain_set() -> None:
+    secrets, kept, general = demo_facts.read_questions()
+    assert len(secrets) == len(kept) == 6 and general
+    for rows in (secrets, kept):
+        examples = load_forget(rows, byte_level(CHATML), max_length=256).examples
+        for row, example in zip(rows, examples, strict=True):
+            assert example.offsets is not None
+            places = example.offsets[example.labels >= 0]
+            assert row["answer"][int(places[0, 0]) : int(places[-1, 1])].strip() == row["secret"]
+    assert len(load_retain(kept, byte_level(CHATML), max_length=256).examples) == 6
 
 
 @pytest.fixture

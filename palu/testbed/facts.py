@@ -45,11 +45,8 @@ RETAIN = {
 
 
 def read_questions() -> tuple[Facts, Facts, Facts]:
-    """Read the facts to forget and those to retain, with spans, and general questions with their right answers."""
+    """Read the facts to forget and those to retain, and general questions with their right answers."""
     facts = read_jsonl(HERE / "facts.jsonl")
-    for fact in facts:
-        start = fact["answer"].index(fact["secret"])
-        fact["spans"] = [[start, start + len(fact["secret"])]]
     secrets, kept = ([fact for fact in facts if fact["set"] == part] for part in ("forget", "retain"))
     return secrets, kept, read_jsonl(HERE / "general.jsonl")
 
