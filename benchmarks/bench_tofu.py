@@ -1,7 +1,7 @@
 """Forgetting and utility on TOFU of PALU and seven baselines: the paper's table, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
-    python benchmarks/bench_tofu.py --preset cross                     # CPU, a night: twelve authors, see _cross.py
+    python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
     python benchmarks/bench_tofu.py --preset full --data tofu --minutes 9   # one GPU, in pieces
 
 Stages: teach a model the whole data set ("original") and one the data without the forget set ("retain"), evaluate
