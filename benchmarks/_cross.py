@@ -1,11 +1,11 @@
 """The preset "cross" of bench_tofu.py: many forget sets of one author each, on some of which nothing was chosen.
 
 Each author of TOFU's forget10 has an original and a retain model of its own. On the authors "choose" each method runs
-with every learning rate of the preset, and of each method the rate is taken with the highest forget quality over all
-rows together, among those that keep 0.95 of the original's model utility on average (if none does, the one that keeps
-most). With it the method runs on the authors "report", and these make the table: forget quality over all rows together
-and by author, utility, and an audit (--quick, 8 draws) whose secrets are put together, too. The authors "fresh" are in
-no benchmark: a default is measured on them once it is chosen.
+with every learning rate (of one there is nothing to choose), and of each method the rate is taken with the highest
+forget quality over all rows together, among those that keep 0.95 of the original's model utility on average (if none
+does, the one that keeps most). With it the method runs on the authors "report", and these make the table: forget
+quality over all rows together and by author, utility, and an audit (--quick, 8 draws) whose secrets are put together,
+too. The authors "fresh" are in no benchmark: a default is measured on them once it is chosen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
+# Beside the methods at their defaults: other settings of PALU, under names of their own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "palu-topk": {"local_loss": "topk_mse", "n": 3},  # the default until November 2026
+    "palu-paper": {"recipe": "paper"},
+}
+NAMES = METHODS | {"palu-topk": "PALU, top-K, n = 3", "palu-paper": "PALU, as published"}
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
+ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
 LANGUAGE = {"no word": "forget_no_word", "unknown name": "forget_unknown_name", "rep-4": "forget_rep_4"}
 # The audit's rows that the table shows; what a model gets out of each is in the JSON.
@@ -83,6 +90,7 @@ class Cross:
                 retain=bench.data.retain,
                 folder=bench.stages.folder / "audits",
                 quick=True,
+                only=ATTACKS,
                 draws=DRAWS,
                 max_new_tokens=MAX_NEW_TOKENS,
             )
@@ -105,22 +113,22 @@ def _name(method: str, rate: float, seed: int) -> str:
 
 
 def _settings(method: str, rate: float, seed: int) -> dict[str, Any]:
-    return {"objective": method, "learning_rate": rate, "seed": seed}
+    return VARIANTS.get(method, {"objective": method}) | {"learning_rate": rate, "seed": seed}
 
 
-def run(arguments: argparse.Namespace, methods: Sequence[str]) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
     """Choose on some authors, and report on others; returns what the JSON holds."""
     cross = Cross(arguments)
+    choosing_authors = AUTHORS["choose"] if len(rates) > 1 else ()
     (seed,) = cross.preset.seeds
     tried: dict[str, dict[float, list[Run]]] = {}
     for method in methods:
         tried[method] = {
-            rate: [cross.evaluated(author, method, rate, seed) for author in AUTHORS["choose"]]
-            for rate in cross.preset.learning_rates
+            rate: [cross.evaluated(author, method, rate, seed) for author in choosing_authors] for rate in rates
         }
-    rates = {method: chosen(by_rate) for method, by_rate in tried.items()}
     reported = {}
-    for method, rate in rates.items():
+    for method, by_rate in tried.items():
+        rate = chosen(by_rate) if choosing_authors else rates[0]
         audits, runs = [], []
         for author in AUTHORS["report"]:
             audits.append(cross.audited(author, method, rate, seed))
@@ -128,9 +136,10 @@ def run(arguments: argparse.Namespace, methods: Sequence[str]) -> dict[str, Any]
             cross.drop_model(author, method, rate, seed)
         reported[method] = pooled(runs) | {"learning_rate": rate, "attacks": attacks(audits), "runs": runs}
     choosing = {
-        method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items()} for method, by_rate in tried.items()
+        method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items() if runs}
+        for method, by_rate in tried.items()
     }
-    return {"authors": AUTHORS, "choosing": choosing, "reported": reported}
+    return {"authors": AUTHORS, "learning_rates": rates, "choosing": choosing, "reported": reported}
 
 
 def chosen(by_rate: dict[float, list[Run]]) -> float:
@@ -206,7 +215,7 @@ def markdown(reported: dict[str, dict[str, Any]]) -> str:
         shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
         lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *words, *shares]) + " |")
     for method, one in reported.items():
-        name = METHODS[method] + " *" * (one["utility_kept"] < KEEPS)
+        name = NAMES[method] + " *" * (one["utility_kept"] < KEEPS)
         figures = [f"{one['learning_rate']:g}", f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
         figures += [f"{one['forget_quality_lowest']:.2g}"]
         figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
@@ -230,7 +239,7 @@ def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 5))
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     shown = [("Retain", "retain_ratios", next(iter(reported.values())), "black")]
-    shown += [(METHODS[name], "ratios", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
+    shown += [(NAMES[name], "ratios", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
     for label, key, one, colour in shown:
         ratios = np.sort(_joined(run[key] for run in one["runs"]))
         axis.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)

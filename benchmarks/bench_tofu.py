@@ -107,14 +107,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
-    if unknown := set(methods) - METHODS.keys():
-        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    known = _cross.NAMES if arguments.preset == "cross" else METHODS
+    if unknown := set(methods) - known.keys():
+        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     prepare(parser, arguments)
     if arguments.preset == "cross":
-        if arguments.learning_rates or arguments.seeds:
-            parser.error("--preset cross chooses the learning rate itself, and has one seed")
+        if arguments.seeds:
+            parser.error("--preset cross has one seed")
+        rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
-            found = _cross.run(arguments, methods)
+            found = _cross.run(arguments, methods, rates)
         path = write(arguments, "tofu", _cross.markdown(found["reported"]), found)
         _cross.plot(found["reported"], path.with_suffix(".png"))
         return

@@ -13,6 +13,7 @@ from typing import Any
 
 TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
+LOCAL_LOSSES = ("unlikelihood", "topk_mse")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 # Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
+        "local_loss": "topk_mse",
         "n": 3,
         "top_k": 5000,
         "target": "global_mean",
@@ -48,10 +50,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The valid values of fields that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
+    "local_loss": LOCAL_LOSSES,
     "kl_direction": KL_DIRECTIONS,
     "optimizer": OPTIMIZERS,
     "lr_scheduler": LR_SCHEDULERS,
 }
+
+# Settings of one of PALU's local losses.
+_READ_BY = {"topk_mse": ("top_k", "target", "normalize"), "unlikelihood": ("probability_floor",)}
 
 # Arguments of apply_chat_template that are palu's own.
 _NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
@@ -81,20 +87,26 @@ class UnlearnConfig:
         L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
 
     Other objectives (:mod:`palu.methods.baselines`) read ``gamma`` as the weight of their forget loss,
-    ``lambda_retain``, and the settings named after them; ``n``, ``top_k``, ``target``, ``lambda_kl``,
-    ``kl_direction``, ``kl_rows`` and ``anchors`` are PALU's alone.
+    ``lambda_retain``, and the settings named after them; ``local_loss``, ``probability_floor``, ``n``, ``top_k``,
+    ``target``, ``normalize``, ``lambda_kl``, ``kl_direction``, ``kl_rows`` and ``anchors`` are PALU's alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
             (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``.
-        n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span.
-        top_k: how many of the reference's highest logits are flattened at an onset token;
+        local_loss: what is asked of an onset token. ``"unlikelihood"``: ``-log(1 - p)`` of the true token
+            (arXiv 1908.04319), while its probability p is above ``probability_floor``; what it loses goes to the
+            model's other candidates. ``"topk_mse"``: the paper's local entropy loss, which flattens the ``top_k``
+            highest logits.
+        probability_floor: ``"unlikelihood"``: a token that is not more probable than this is left alone, in that step;
+            0: all are pushed until the end.
+        n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span. The paper's is 3.
+        top_k: ``"topk_mse"``: how many of the reference's highest logits are flattened at an onset token;
             clamped to the vocabulary. The paper's is 5000; few put the whole push on the tokens that matter.
-        target: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
+        target: ``"topk_mse"``: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
             gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the top-K) or a number.
-        normalize: divide each onset token's local entropy loss by its value for the reference, so that it starts at
+        normalize: ``"topk_mse"``: divide each onset token's loss by its value for the reference, so that it starts at
             1 whatever the scale of the model's logits; False: the published loss.
-        gamma: weight of the local entropy loss; ``None``: what the objective's authors use, else 1. A term of weight 0
+        gamma: weight of the local loss; ``None``: what the objective's authors use, else 1. A term of weight 0
             is not computed, and stands as 0 in the history.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
@@ -158,7 +170,9 @@ class UnlearnConfig:
     """
 
     objective: str = "palu"
-    n: int = 3
+    local_loss: str = "unlikelihood"
+    probability_floor: float = 0.02
+    n: int = -1
     top_k: int = 5
     target: str | float = "global_mean"
     normalize: bool = True
@@ -224,6 +238,17 @@ class UnlearnConfig:
             "n",
             "give a positive integer, or -1 for whole spans",
         )
+        require(
+            is_number(self.probability_floor) and 0 <= self.probability_floor < 1,
+            "probability_floor",
+            "give a number from 0 to below 1",
+        )
+        if self.objective == "palu":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for loss, fields in _READ_BY.items():
+                for field in fields if loss != self.local_loss else ():
+                    told = f'read by local_loss = "{loss}" alone; give that, too, or leave it out'
+                    require(getattr(self, field) == defaults[field], field, told)
         require(is_int(self.top_k) and self.top_k > 0, "top_k", "give a positive integer")
         require(
             self.target in TARGETS if isinstance(self.target, str) else is_number(self.target),

@@ -155,6 +155,33 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     return loss
 
 
+def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
+    """Unlikelihood of each row's label (arXiv 1908.04319); `logits` become its gradient times `row_weight`.
+
+    Args:
+        logits: [R, V] float, V > 1, overwritten.
+        labels: [R] int64.
+        row_weight: [R] float64 for float64 logits, else float32.
+        floor: in [0, 1): a label that is not more probable than this has the loss 0 and the gradient 0.
+
+    Returns:
+        [R], `-log(1 - p[label])`, not weighted, in the dtype of `row_weight`.
+    """
+    z = logits.to(row_weight.dtype, copy=True)
+    label = labels[:, None]
+    picked = z.gather(1, label)[:, 0]
+    z.scatter_(1, label, float("-inf"))
+    top, where = z.max(1)
+    others = torch.softmax(z, 1)
+    # As in cross_entropy_: the logsumexp of the others.
+    margin = picked - (top - others.gather(1, where[:, None])[:, 0].log())
+    probability = margin.sigmoid()
+    pushed = probability > floor
+    weight = (row_weight * probability * pushed)[:, None]
+    logits.copy_(others.mul_(-weight).scatter_(1, label, weight))
+    return torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
+
+
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:
     """KL divergence of each row; `logits` become its gradient times `row_weight`.
 

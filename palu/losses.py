@@ -109,6 +109,21 @@ class LocalTerm:
 
 
 @dataclass(frozen=True)
+class UnlikelihoodTerm:
+    """Unlikelihood of ``labels.shape[0]`` tokens; a token that is not more probable than ``floor`` is left alone."""
+
+    labels: Tensor  # [R] int64: the true tokens
+    floor: float
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return fused.unlikelihood_(logits, self.labels[rows], row_weight, self.floor)
+
+
+@dataclass(frozen=True)
 class KLTerm:
     """KL divergence to the reference on ``hidden.shape[0]`` ordinary rows."""
 
@@ -141,7 +156,7 @@ class CrossEntropyTerm:
         return fused.cross_entropy_(logits, self.labels[rows], row_weight)
 
 
-Term = LocalTerm | KLTerm | CrossEntropyTerm
+Term = LocalTerm | UnlikelihoodTerm | KLTerm | CrossEntropyTerm
 
 
 def fused_linear_losses(

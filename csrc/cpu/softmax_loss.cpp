@@ -1,14 +1,17 @@
-// cross_entropy_ and kl_div_ from torch's own operations, in place where they can be; formulas are in
+// cross_entropy_, unlikelihood_ and kl_div_ from torch's own operations, in place where they can be; formulas are in
 // csrc/softmax_loss.h. Their plain-torch twins do the same operations in the same order.
 #include "../softmax_loss.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/log_softmax.h>
+#include <ATen/ops/logaddexp.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "../checks.h"
@@ -42,6 +45,26 @@ at::Tensor cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, co
   return loss;
 }
 
+at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
+                         double floor) {
+  check_unlikelihood_(logits, labels, row_weight, floor);
+  const PlainOperations plain;
+  at::Tensor z = logits.to(row_weight.scalar_type());  // the same tensor unless a half type
+  const at::Tensor label = labels.unsqueeze(1);
+  const at::Tensor picked = z.gather(1, label).select(1, 0);  // torch's error where a label is out of range
+  z.scatter_(1, label, -std::numeric_limits<double>::infinity());
+  const auto [top, where] = z.max(1);
+  at::softmax_out(z, z, 1);
+  // As in cross_entropy_: the logsumexp of the others.
+  const at::Tensor others = top - z.gather(1, where.unsqueeze(1)).select(1, 0).log();
+  const at::Tensor margin = picked - others, probability = margin.sigmoid();
+  const at::Tensor pushed = probability.gt(floor);
+  const at::Tensor weight = (row_weight * probability * pushed).unsqueeze(1);
+  z.mul_(-weight).scatter_(1, label, weight);
+  if (!z.is_same(logits)) logits.copy_(z);
+  return at::logaddexp(margin, at::zeros_like(margin)) * pushed;
+}
+
 at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool reverse) {
   check_kl_div_(logits, ref_logits, row_weight);
   const PlainOperations plain;
@@ -69,5 +92,6 @@ at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const
 
 TORCH_LIBRARY_IMPL(palu, CPU, m) {
   m.impl("cross_entropy_", palu::cpu::cross_entropy_);
+  m.impl("unlikelihood_", palu::cpu::unlikelihood_);
   m.impl("kl_div_", palu::cpu::kl_div_);
 }

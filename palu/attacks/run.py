@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -37,6 +37,7 @@ STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
 DRAWS, QUICK_DRAWS = 200, 16
+WHOLE_SPANS = 3  # true tokens to supply, less 2, where no onset was shorter than its span
 BATCH_TOKENS = 1024
 _MAX_NEW_TOKENS = 200
 # What is trained, on which rows, at which learning rate.
@@ -64,6 +65,7 @@ def audit(
     retain: Any = None,
     folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
+    only: Sequence[str] | None = None,
     n: int = UnlearnConfig.n,
     draws: int | None = None,
     max_new_tokens: int | None = None,
@@ -87,6 +89,8 @@ def audit(
             where it was stopped. Both hold the secrets. None: nothing is written.
         quick: 16 draws, hints of 1 and ``n`` tokens, utility on 8 texts, and relearning for 6 steps; not 200, 1 to
             ``n + 2``, 32, and 24.
+        only: the attacks to make, by what stands as ``attack`` in the results (such as ``"ask"``, ``"onset-answer"``);
+            None: all.
         n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied; -1, of whole spans: 5.
         draws: answers sampled for each question, in place of 200 or 16.
         max_new_tokens: bound on an answer; None: twice the longest true one, 200 at most.
@@ -114,6 +118,7 @@ def audit(
         data,
         folder=folder,
         quick=quick,
+        only=only,
         n=n,
         draws=draws,
         max_new_tokens=max_new_tokens,
@@ -127,8 +132,8 @@ def attacks_of(
     data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
 ) -> list[Attack]:
     """List the attacks with their budgets. Raises ValueError for a setting that is out of range."""
-    if n == -1:  # whole spans leave no token that the default would leave alone
-        n = UnlearnConfig.n
+    if n == -1:
+        n = WHOLE_SPANS
     for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")
@@ -151,6 +156,7 @@ def audit_models(
     *,
     folder: str | os.PathLike[str] | None,
     quick: bool,
+    only: Sequence[str] | None = None,
     n: int,
     draws: int | None,
     max_new_tokens: int | None,
@@ -163,6 +169,12 @@ def audit_models(
     loaders: of ROLES, the retain model's perhaps missing: what gives the model on its device.
     """
     attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
+    wanted = {attack.key for attack in attacks} | {DepthScore.key}
+    if only is not None:
+        if unknown := set(only) - wanted:
+            raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(wanted))}")
+        wanted = set(only)
+        attacks = [attack for attack in attacks if attack.key in wanted]
     stages = None if folder is None else Path(folder) / STAGES
     results: dict[str, list[_Outcome]] = {}
     models: dict[str, Any] = {}
@@ -183,7 +195,7 @@ def audit_models(
                 patched[source] = _kept_or_run(
                     Patch(of), model, models[role]["fingerprint"], data, stages, batch_tokens, progress
                 )
-        elif "retain" in loaders:
+        elif "retain" in loaders and DepthScore.key in wanted:
             sources[role] = Source.of(
                 model, models[role]["fingerprint"], data, batch_tokens=batch_tokens, progress=progress
             )
@@ -194,8 +206,9 @@ def audit_models(
         for i, attack in enumerate(attacks)
         for row in _compare(attack, {role: results[role][i] for role in results}, len(data.secrets), seed)
     ]
-    depth = DepthScore()
-    rows += _compare(depth, depth.outcomes(patched), len(data.secrets), seed)
+    if DepthScore.key in wanted:
+        depth = DepthScore()
+        rows += _compare(depth, depth.outcomes(patched), len(data.secrets), seed)
     report = {
         "format": FORMAT,
         "seed": seed,

@@ -44,6 +44,10 @@ def audit(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer draws and hints: minutes on a CPU for a few secrets.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="An attack to make (ask, sample, onset-answer, ...), perhaps several times. [default: all]"),
+    ] = None,
     draws: Annotated[
         int | None, typer.Option(help="Answers sampled for each question. [default: 200; with --quick 16]", min=1)
     ] = None,
@@ -101,6 +105,7 @@ def audit(
         data,
         folder=folder,
         quick=quick,
+        only=only,
         n=n,
         draws=draws,
         max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""PALU (arXiv 2601.03190): local entropy on onset tokens, KL on ordinary ones, cross-entropy on the retain set."""
+"""PALU (arXiv 2601.03190): a local loss on onset tokens, KL on ordinary ones, cross-entropy on the retain set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Items, forget_items
 from palu.data.tokenize import Example
-from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, fused_linear_losses
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, UnlikelihoodTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
 from palu.models.head import Head, head_of, rows_per_chunk
 from palu.models.lora import CausalLM
@@ -27,8 +27,8 @@ class PaluMethod(Method):
 
     terms = ("local", "kl", "retain")
     ref_fields = (
-        RefField("index", "targets"),  # int32 [onset, K]: the highest logits' indices
-        RefField("scale", "targets"),  # [onset]: what the local loss is divided by
+        RefField("index", "targets"),  # topk_mse: int32 [onset, K]: the highest logits' indices
+        RefField("scale", "targets"),  # topk_mse: [onset]: what the loss is divided by
         RefField("hidden", "others"),  # [ordinary, d]: the last hidden state
     )
     needs_ref_head = True
@@ -56,8 +56,9 @@ class PaluMethod(Method):
     @classmethod
     def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
         """Return what the local loss reads, and what the KL does, where they have a weight."""
-        weight = dict(zip(("targets", "others"), config.weights, strict=False))
-        return tuple(field for field in cls.ref_fields if weight[field.rows] > 0)
+        gamma, lambda_kl, _ = config.weights
+        read = {"targets": gamma > 0 and config.local_loss == "topk_mse", "others": lambda_kl > 0}
+        return tuple(field for field in cls.ref_fields if read[field.rows])
 
     @classmethod
     def uses_ref_head(cls, config: UnlearnConfig) -> bool:
@@ -84,12 +85,10 @@ class PaluMethod(Method):
 
     @staticmethod
     def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
-        """Return the fields' names, K, and the local loss's target where it is normalised."""
-        return {
-            "fields": [field.name for field in PaluMethod.used_ref_fields(config)],
-            "top_k": config.top_k,
-            "target": config.target if config.normalize else None,
-        }
+        """Return the fields' names, and for the top K also K, and the loss's target where it is normalised."""
+        names = [field.name for field in PaluMethod.used_ref_fields(config)]
+        of_top_k = {"top_k": config.top_k, "target": config.target if config.normalize else None}
+        return {"fields": names} | (of_top_k if "index" in names else {})
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, [local, kl, retain]). A term of weight 0 is not computed, and stands as 0."""
@@ -99,11 +98,14 @@ class PaluMethod(Method):
         terms: dict[int, Term] = {}
         row_weight: dict[int, Tensor] = {}
         if gamma > 0:
-            if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
-                self.weight_mean = weight_mean(head.weight)
-            scale = reference["scale"].to(shares.targets.dtype)  # a float64 reference beside a float32 model
-            terms[0] = LocalTerm(reference["index"], config.target)
-            row_weight[0] = (gamma * shares.targets).expand(counts.targets) / scale
+            row_weight[0] = (gamma * shares.targets).expand(counts.targets)
+            if config.local_loss == "unlikelihood":
+                terms[0] = UnlikelihoodTerm(batch.labels[: counts.targets], config.probability_floor)
+            else:
+                if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
+                    self.weight_mean = weight_mean(head.weight)
+                terms[0] = LocalTerm(reference["index"], config.target)
+                row_weight[0] = row_weight[0] / reference["scale"].to(shares.targets.dtype)  # float64 beside float32
         if lambda_kl > 0:
             terms[1] = KLTerm(reference["hidden"], self.ref_head or head, reverse=config.kl_direction == "reverse")
             row_weight[1] = (lambda_kl * shares.others).expand(counts.others)

@@ -7,7 +7,7 @@ with its plain-torch twin in `palu/eager.py`.
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
 from palu.ops.functional import linear_topk_mse, prefix_mask, topk_mse, weight_mean
-from palu.ops.fused import cross_entropy_, kl_div_
+from palu.ops.fused import cross_entropy_, kl_div_, unlikelihood_
 from palu.ops.library import extension_path
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "linear_topk_mse",
     "prefix_mask",
     "topk_mse",
+    "unlikelihood_",
     "weight_mean",
 ]

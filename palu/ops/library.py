@@ -139,11 +139,12 @@ _register_fake("linear_topk_mse_backward")(_writes_only)
 _register_fake("scale_")(_writes_only)
 
 
-def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, reverse: bool = False) -> Tensor:
+def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, setting: float | bool | None = None) -> Tensor:
     return torch.empty_like(row_weight, memory_format=torch.contiguous_format)
 
 
 _register_fake("cross_entropy_")(_loss_of_rows)
+_register_fake("unlikelihood_")(_loss_of_rows)
 _register_fake("kl_div_")(_loss_of_rows)
 
 

@@ -5,7 +5,7 @@ role     token                                 what acts on it (PALU)      mark 
 ======== ===================================== =========================== =====================
 prompt   outside the answer                    nothing                     dim
 ordinary of the answer, outside every span     KL to the frozen reference  none
-onset    among the first n of its span         local entropy maximisation  ``«token|token»``
+onset    among the first n of its span         the local loss              ``«token|token»``
 redundant later in its span                    nothing                     ``<token|token>``
 ======== ===================================== =========================== =====================
 """
@@ -31,8 +31,8 @@ ROLES = ("prompt", "ordinary", "onset", "redundant")
 MEANING = {
     "prompt": "outside the answer: nothing acts on it",
     "ordinary": "held to what the model said before (KL)",
-    "onset": "start of a span: what the model would say here is flattened",
-    "redundant": "rest of a span: nothing acts on it",
+    "onset": "to be forgotten: the model is trained not to say this here",
+    "redundant": "rest of a span, after its first n tokens: nothing acts on it",
 }
 # How a run of tokens begins and ends in a terminal, for those who see no colour, and its colour.
 _MARKS = {"prompt": ("", ""), "ordinary": ("", ""), "onset": ("«", "»"), "redundant": ("<", ">")}

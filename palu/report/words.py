@@ -136,17 +136,27 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _palu(s: Mapping[str, Any]) -> list[str]:
-    first = "all tokens" if s["n"] == -1 else "the first token" if s["n"] == 1 else f"the first {s['n']} tokens"
-    target = s["target"]
-    towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
-    scaled = ", relative to its value for the reference" if s["normalize"] else ""
+    whole = s["n"] == -1
+    first = "all tokens" if whole else "the first token" if s["n"] == 1 else f"the first {s['n']} tokens"
     kept = f" (at most {s['kl_rows']} of each forget answer)" if s.get("kl_rows") else ""
     return [
-        f"PALU acts on {first} of each marked span (the onset) and on no other token of it.",
-        f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}{scaled}.",
+        f"PALU acts on {first} of each marked span (the onset){'' if whole else ' and on no other token of it'}.",
+        _unlikelihood(s) if s.get("local_loss") == "unlikelihood" else _topk_mse(s),
         f"Weights: {number(s['gamma'])} for this local loss, {number(s['lambda_kl'])} for the KL divergence to the "
         f"reference on ordinary tokens{kept} ({s['kl_direction']}), {number(s['lambda_retain'])} for the retain set.",
     ]
+
+
+def _unlikelihood(s: Mapping[str, Any]) -> str:
+    floor = f", while its probability is above {number(s['probability_floor'])}" if s["probability_floor"] else ""
+    return f"There it makes the true token less probable (unlikelihood){floor}."
+
+
+def _topk_mse(s: Mapping[str, Any]) -> str:
+    target = s["target"]
+    towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
+    scaled = ", relative to its value for the reference" if s["normalize"] else ""
+    return f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}{scaled}."
 
 
 def _baseline(s: Mapping[str, Any]) -> list[str]:

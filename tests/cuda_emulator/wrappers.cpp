@@ -17,6 +17,7 @@ PALU_LAUNCHER(linear_mean_shift, LinearTopkMseBackward)
 PALU_LAUNCHER(linear_grad_hidden, LinearTopkMseBackward)
 PALU_LAUNCHER(linear_grad_weight, LinearTopkMseBackward)
 PALU_LAUNCHER(cross_entropy_, CrossEntropy)
+PALU_LAUNCHER(unlikelihood_, Unlikelihood)
 PALU_LAUNCHER(kl_div_, KlDiv)
 PALU_LAUNCHER(scale_, Scale)
 

@@ -16,6 +16,8 @@ import palu
 from palu import eager
 from palu.config import UnlearnConfig
 
+# The loss that reads the reference at every kind of row.
+TOP_K = {"local_loss": "topk_mse", "n": 3, "top_k": 20}
 LOSSES = ("loss", "local", "kl", "retain", "grad_norm")
 
 
@@ -31,8 +33,8 @@ def unlearn(
         "epochs": 3,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "top_k": 20,
         "progress": False,
+        **({} if settings.get("local_loss") == "unlikelihood" else TOP_K),
     } | settings
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain
@@ -96,7 +98,11 @@ def textbook(
         eos_token_id=None,
     )
     local = loss.local
-    if config.normalize:
+    if config.local_loss == "unlikelihood":
+        onset = palu.prefix_mask(labels, config.n)[:, 1:]
+        p = own_logits[:, :-1][onset].softmax(-1).gather(-1, labels[:, 1:][onset][:, None])
+        local = (-torch.log1p(-p) * (p > config.probability_floor)).mean()
+    elif config.normalize:
         onset = palu.prefix_mask(labels, config.n)[:, 1:]
         z, ref_z = own_logits[:, :-1][onset], ref_logits[:, :-1][onset]
         index = ref_z.topk(min(config.top_k, z.shape[1])).indices

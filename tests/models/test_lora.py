@@ -263,7 +263,13 @@ def test_no_second_model_exists() -> None:
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
     cache, head = precompute_reference(
-        ModelRoot(model), items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator, own=True
+        ModelRoot(model),
+        items,
+        AnchorPrompts([], set(), 0),
+        PaluMethod,
+        UnlearnConfig(local_loss="topk_mse", top_k=4),
+        accelerator,
+        own=True,
     )
     held = live_bytes() - before
     assert head is not None

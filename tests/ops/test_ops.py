@@ -274,6 +274,37 @@ def test_cross_entropy_(device: torch.device) -> None:
         assert ours[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.02])
+def test_unlikelihood_(device: torch.device, floor: float) -> None:
+    for dtype in float_dtypes(device):
+        logits, _, labels, weight = rowwise(dtype, device)
+        labels[::2] = logits.argmax(1)[::2]
+        z = logits.double().detach().requires_grad_()
+        p = z.softmax(1).gather(1, labels[:, None])[:, 0]
+        truth = -torch.log1p(-p) * (p > floor)
+        (gradient,) = torch.autograd.grad(truth, z, weight.double())
+        assert (p > floor).sum() > 0 and (floor == 0 or (p <= floor).any())
+        ours = padded_copy(logits)
+        loss = raw.unlikelihood_(ours, labels, weight, floor)
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.double(), gradient, rtol=0, atol=2 * torch.finfo(dtype).eps)
+        assert ours[1].abs().max() == 0 and not ours[p <= floor].any()
+
+
+@pytest.mark.parametrize("margin", [1.0, 20.0, 40.0, 80.0])
+def test_unlikelihood_pushes_a_certain_token(device: torch.device, margin: float) -> None:
+    """Where p is 1 in float32 there is still a whole gradient: 1 at the token, and the others' shares of -1."""
+    for dtype in float_dtypes(device):
+        logits = torch.zeros(1, 5, device=device, dtype=dtype)
+        logits[0, 3] = margin
+        label, weight = torch.tensor([3], device=device), torch.ones(1, device=device, dtype=eager.acc_dtype(dtype))
+        loss = raw.unlikelihood_(logits, label, weight, 0.02)
+        apart = margin - math.log(4)
+        p = 1 / (1 + math.exp(-apart))
+        assert loss.item() == pytest.approx(math.log1p(math.exp(apart)), rel=1e-6)
+        assert logits[0].tolist() == pytest.approx([-p / 4, -p / 4, -p / 4, p, -p / 4], rel=4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_kl_div_(device: torch.device, reverse: bool) -> None:
     for dtype in float_dtypes(device):
@@ -296,6 +327,8 @@ def test_in_place_losses_survive_large_logits(device: torch.device) -> None:
     labels, weight = torch.tensor([7, 8], device=device), torch.ones(2, device=device)
     loss = raw.cross_entropy_(logits.clone(), labels, weight)
     torch.testing.assert_close(loss, torch.tensor([0.0, 1e4], device=device))
+    loss = raw.unlikelihood_(logits.clone(), labels, weight, 0.0)
+    torch.testing.assert_close(loss, torch.tensor([1e4 - math.log(VOCAB - 1), 0.0], device=device))
     for reverse in (False, True):
         same = raw.kl_div_(logits.clone(), logits, weight, reverse)
         torch.testing.assert_close(same, torch.zeros(2, device=device))
@@ -306,6 +339,7 @@ def test_in_place_losses_under_autocast(device: torch.device) -> None:
     logits, ref_logits, labels, weight = rowwise(torch.float32, device)
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda z: raw.cross_entropy_(z, labels, weight),
+        lambda z: raw.unlikelihood_(z, labels, weight, 0.02),
         lambda z: raw.kl_div_(z, ref_logits, weight, False),
         lambda z: raw.kl_div_(z, ref_logits, weight, True),
     ]
@@ -344,6 +378,7 @@ def test_no_rows(device: torch.device, k: int) -> None:
     none = torch.empty(0, device=device)
     labels = torch.empty(0, dtype=torch.int64, device=device)
     assert raw.cross_entropy_(logits.detach().clone(), labels, none).shape == (0,)
+    assert raw.unlikelihood_(logits.detach().clone(), labels, none, 0.02).shape == (0,)
     assert raw.kl_div_(logits.detach().clone(), logits.detach(), none, True).shape == (0,)
 
 
@@ -367,6 +402,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "topk_mse": lambda a, **o: palu.topk_mse(a["logits"], a["index"], **o),
     "linear_topk_mse": lambda a, **o: palu.linear_topk_mse(a["hidden"], a["weight"], a["index"], bias=a["bias"], **o),
     "cross_entropy_": lambda a: raw.cross_entropy_(a["logits"], a["labels"], a["row_weight"]),
+    "unlikelihood_": lambda a, floor=0.02: raw.unlikelihood_(a["logits"], a["labels"], a["row_weight"], floor),
     "kl_div_": lambda a: raw.kl_div_(a["logits"], a["ref_logits"], a["row_weight"], False),
     "scale_": lambda a: raw.scale_(a["logits"], a["factor"]),
 }
@@ -389,6 +425,10 @@ BAD: list[tuple[str, dict[str, Callable[[Tensor], Tensor]], type[Exception], str
     ("cross_entropy_", {"row_weight": lambda t: t.double()}, TypeError, "row_weight must be float32, got float64"),
     ("cross_entropy_", {"row_weight": lambda t: t[:1]}, ValueError, "row_weight must have shape [2], got [1]"),
     ("cross_entropy_", {"logits": lambda t: t[:, :0]}, ValueError, "the vocabulary is empty"),
+    ("unlikelihood_", {"labels": lambda t: t.int()}, TypeError, "labels must be int64, got int32"),
+    ("unlikelihood_", {"labels": lambda t: t[:1]}, ValueError, "labels must have shape [2], got [1]"),
+    ("unlikelihood_", {"row_weight": lambda t: t.double()}, TypeError, "row_weight must be float32, got float64"),
+    ("unlikelihood_", {"logits": lambda t: t[:, :1]}, ValueError, "a vocabulary of one entry has no other to choose"),
     ("kl_div_", {"ref_logits": lambda t: t.double()}, TypeError, "ref_logits must be float32, got float64"),
     ("kl_div_", {"ref_logits": lambda t: t[:, :5]}, ValueError, "ref_logits must have shape [2, 6], got [2, 5]"),
     ("scale_", {"logits": lambda t: t.int()}, TypeError, "tensor must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
@@ -508,6 +548,7 @@ WRITTEN: dict[str, Callable[[Tensor, dict[str, Any]], Any]] = {
     "topk_mse_backward": lambda t, a: raw.topk_mse_backward(a["row_weight"], a["residual"], a["index"], True, t),
     "linear_topk_mse_backward": lambda t, a: raw.linear_topk_mse_backward(a["row_weight"], a["residual"], a["logits"], a["head"], a["index"], None, False, t, None, None),
     "cross_entropy_": lambda t, a: raw.cross_entropy_(t, a["labels"], a["row_weight"]),
+    "unlikelihood_": lambda t, a: raw.unlikelihood_(t, a["labels"], a["row_weight"], 0.02),
     "kl_div_": lambda t, a: raw.kl_div_(t, a["logits"], a["row_weight"], True),
 }  # fmt: skip
 
@@ -622,6 +663,7 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
             (plain(3, of=acc), plain(3, 4, of=acc), leaf(3, 5), leaf(9, 5), index, None, True, None, plain(9, 5), None),
         ),
         (raw.cross_entropy_, (plain(3, 9), labels, plain(3, of=acc))),
+        (raw.unlikelihood_, (plain(3, 9), labels, plain(3, of=acc), 0.02)),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), False)),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), True)),
         (raw.scale_, (plain(3, 9), torch.tensor(2.0, device=device))),

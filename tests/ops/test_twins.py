@@ -16,7 +16,7 @@ from palu.ops.functional import use_gather
 from palu.ops.library import NATIVE_DEVICES, no_native_kernels
 
 OPS = ["prefix_mask", "topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_topk_mse_backward"]
-OPS += ["cross_entropy_", "kl_div_", "scale_"]
+OPS += ["cross_entropy_", "unlikelihood_", "kl_div_", "scale_"]
 ROOT = Path(__file__).resolve().parents[2]
 WARNING = "RuntimeWarning: palu has no native kernels for cpu devices: plain PyTorch stands in there, which is slower"
 # In a process of its own: no other one can load an extension with the same schemas.

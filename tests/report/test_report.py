@@ -176,7 +176,9 @@ def test_an_adapter_is_recorded(run: Run, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_llama(vocab_size=len(run.tokenizer))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    config = UnlearnConfig(epochs=2, learning_rate=1e-2, top_k=5, merge_adapter=True, progress=False)
+    config = UnlearnConfig(
+        local_loss="topk_mse", epochs=2, learning_rate=1e-2, top_k=5, merge_adapter=True, progress=False
+    )
     recorder = Recorder(adapted, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     result = palu.unlearn(adapted, None, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     recorder.save(tmp_path, result.model)
@@ -201,7 +203,7 @@ def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
 # --- token roles ---
 def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
     model, rows = tiny_llama(), forget_rows()
-    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5)
+    config = QUIET.replace(local_loss="topk_mse", epochs=1, lambda_retain=0.0, top_k=5)
     perform(tmp_path, model=model, forget=rows, retain=[], tokenizer=None, config=config)
     page = Page(write_report(tmp_path))
     assert str(rows[0]["input_ids"][-1]) in page.text
@@ -680,7 +682,7 @@ def test_spans_that_were_cut_off_are_told(tmp_path: Path) -> None:
     lost = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 50 + ids[55:]}
     plain = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 55}
     forget = [*forget_rows(3), {"input_ids": ids, "labels": [IGNORE] * 5 + ids[5:]}, lost, plain]
-    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5, max_length=40)
+    config = QUIET.replace(local_loss="topk_mse", epochs=1, lambda_retain=0.0, top_k=5, max_length=40)
     with pytest.raises(DataError, match=r"max_length = 40 cuts off spans of 2 rows \(3, 4\), which"):
         Recorder(tiny_llama(), forget, [], config=config)
     config = config.replace(allow_cut_spans=True)

@@ -564,6 +564,39 @@ def cross_entropy_(draw: Draw) -> Call:
     return call
 
 
+def unlikelihood_(draw: Draw) -> Call:
+    logits, row_weight, dtype = rowwise(draw)
+    if logits.shape[1] < 2:
+        return cross_entropy_(draw)
+    rows, vocab = logits.shape
+    labels, floor = draw.integers((rows,), vocab), draw.random.choice((0.0, 0.3))
+
+    def truth(a: Arguments) -> list[Tensor]:
+        z, label = a["logits"].double(), a["labels"][:, None]
+        others = z.scatter(1, label, float("-inf"))
+        margin = z.gather(1, label)[:, 0] - others.logsumexp(1)
+        pushed = margin.sigmoid() > a["floor"]
+        weight = (a["row_weight"].double() * margin.sigmoid() * pushed)[:, None]
+        return [F.softplus(margin, threshold=1e9) * pushed, (-weight * others.softmax(1)).scatter(1, label, weight)]
+
+    call = Call(
+        "unlikelihood_",
+        lambda a: [ops.unlikelihood_(**a)],
+        truth,
+        {"logits": logits, "labels": labels, "row_weight": row_weight, "floor": floor},
+        written=["logits"],
+        error=256 * eps(acc_dtype(dtype)) * (1 + largest(logits)) * (1 + largest(row_weight)),
+    )
+    call.bad = draw.common(
+        call,
+        {"logits": NOT_FLOATS, "labels": [torch.int32, *NOT_INDICES], "row_weight": other(row_weight.dtype)},
+    )
+    call.bad += [draw.length(name, 0) for name in ("logits", "labels", "row_weight")] + no_vocabulary(logits)
+    if rows:
+        call.bad.append(draw.value("labels", vocab, IndexError, RuntimeError))  # torch's own
+    return call
+
+
 def kl_div_(draw: Draw) -> Call:
     logits, row_weight, dtype = rowwise(draw)
     ref_logits = draw.normal(logits.shape, dtype)
@@ -624,6 +657,7 @@ OPS = [
     linear_topk_mse,
     linear_topk_mse_backward,
     cross_entropy_,
+    unlikelihood_,
     kl_div_,
     scale_,
 ]
