@@ -26,6 +26,25 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def softcap_(logits: Tensor, softcap: float, *, slope: bool = False) -> Tensor | None:
+    """Cap contiguous logits in place: softcap * tanh(logits / softcap); return the slope 1 - tanh^2 if it is asked for.
+
+    In bfloat16 and float16 both are computed in float32, a sixteenth of the logits at a time, and rounded once. From
+    rounded logits the slope would be wrong: in bfloat16 by up to 2 % at 0.9 of the cap, and by all of it near the cap.
+    Rounded itself it is right to 0.4 %, as the gradient is that it is multiplied by.
+    """
+    flat = logits.view(-1)
+    size = max(len(flat) if logits.dtype == acc_dtype(logits.dtype) else -(-len(flat) // 16), 1)
+    slopes = torch.empty_like(flat) if slope else None
+    for start in range(0, len(flat), size):
+        part = slice(start, start + size)
+        t = flat[part].to(acc_dtype(logits.dtype)).div_(softcap).tanh_()
+        if slopes is not None:
+            torch.addcmul(t.new_ones(()), t, t, value=-1, out=slopes[part])
+        torch.mul(t, softcap, out=flat[part])
+    return None if slopes is None else slopes.view_as(logits)
+
+
 def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
     """Twin of `palu.prefix_mask`."""
     sensitive = labels >= 0

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from palu.config import KL_DIRECTIONS
 from palu.data.tokenize import ORDINARY
-from palu.models.head import Head, softcap_
+from palu.eager import softcap_
+from palu.models.head import Head
 from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
+from palu.ops.fused import GradientSum
 from palu.ops.library import check_tensors
 
 
@@ -207,46 +209,6 @@ def fused_linear_losses(
     )
 
 
-class _GradientSum:
-    """Adds up a gradient of the head, part by part; in float32 where several parts are bfloat16 or float16.
-
-    Otherwise the parts are added to each other in the buffer that is the result.
-    """
-
-    def __init__(self, like: Tensor, several: bool):
-        self.part = like.new_empty(like.shape)
-        half = like.dtype in (torch.bfloat16, torch.float16)
-        self.total = like.new_zeros(like.shape, dtype=torch.float32) if half and several else None
-        self.begun = False  # whether ``part`` holds anything
-
-    def _next(self) -> bool:
-        """Add the last part to the total; whether the next one is to be added to what the buffer holds."""
-        begun, self.begun = self.begun, True
-        if self.total is None:
-            return begun
-        if begun:
-            # On a CPU torch converts the whole addend first: block by block that is a megabyte.
-            block = 2**18 if self.part.device.type == "cpu" else self.part.numel()
-            for total, part in zip(self.total.view(-1).split(block), self.part.view(-1).split(block), strict=True):
-                total += part
-        return False
-
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Add ``a @ b``."""
-        torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
-
-    def buffer(self) -> Tensor:
-        """Return a buffer of the parts' dtype, to which the next part is to be added."""
-        return self.part if self._next() else self.part.zero_()
-
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """Return the sum for a leaf of this dtype: rounded once, if that is the parts' (under autocast it is not)."""
-        begun = self._next()
-        if self.total is None:
-            return self.part if begun else self.part.zero_()
-        return self.part.copy_(self.total) if dtype == self.part.dtype else self.total
-
-
 class _FusedLinearLosses(torch.autograd.Function):
     # Per chunk, with G the weighted gradient of the losses for the logits Z = H W^T + b [r, V]:
     #   dH = G W,   dW += G^T H,   db += sum_r G_r.
@@ -292,8 +254,8 @@ class _FusedLinearLosses(torch.autograd.Function):
                 budget -= -(-budget // 8)  # for softcap_'s float32
             chunks = list(_chunks(terms, gathered, budget, copies=1 if softcap is None else 2))
             several = len(chunks) + (gathered > 0) > 1
-            sum_w = _GradientSum(w, several) if need_weight else None
-            sum_b = _GradientSum(b, several) if b is not None and need_bias else None
+            sum_w = GradientSum(w, several) if need_weight else None
+            sum_b = GradientSum(b, several) if b is not None and need_bias else None
             for rows, parts in chunks:
                 logits = F.linear(h[rows], w, b)
                 slope = softcap_(logits, softcap, slope=True) if softcap is not None else None

@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import palu
 from palu import eager
+from palu.eager import softcap_
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, _chunks, fused_linear_losses
-from palu.models.head import Head, softcap_
+from palu.models.head import Head
 from palu.ops import fused
 
 GOLDEN = Path(__file__).with_name("golden") / "published_loss.npz"

@@ -72,3 +72,43 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """Multiply a tensor by a scalar tensor: free where that is 1, and without waiting for a GPU."""
     _ops.scale_(tensor, factor)
+
+
+class GradientSum:
+    """Adds up a gradient of the head, part by part; in float32 where several parts are bfloat16 or float16.
+
+    Otherwise the parts are added to each other in the buffer that is the result.
+    """
+
+    def __init__(self, like: Tensor, several: bool):
+        self.part = like.new_empty(like.shape)
+        half = like.dtype in (torch.bfloat16, torch.float16)
+        self.total = like.new_zeros(like.shape, dtype=torch.float32) if half and several else None
+        self.begun = False  # whether ``part`` holds anything
+
+    def _next(self) -> bool:
+        """Add the last part to the total; whether the next one is to be added to what the buffer holds."""
+        begun, self.begun = self.begun, True
+        if self.total is None:
+            return begun
+        if begun:
+            # On a CPU torch converts the whole addend first: block by block that is a megabyte.
+            block = 2**18 if self.part.device.type == "cpu" else self.part.numel()
+            for total, part in zip(self.total.view(-1).split(block), self.part.view(-1).split(block), strict=True):
+                total += part
+        return False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
+
+    def buffer(self) -> Tensor:
+        """Return a buffer of the parts' dtype, to which the next part is to be added."""
+        return self.part if self._next() else self.part.zero_()
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum for a leaf of this dtype: rounded once, if that is the parts' (under autocast it is not)."""
+        begun = self._next()
+        if self.total is None:
+            return self.part if begun else self.part.zero_()
+        return self.part.copy_(self.total) if dtype == self.part.dtype else self.total
