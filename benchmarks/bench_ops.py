@@ -87,6 +87,41 @@ def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: 
     return cases
 
 
+def general_cases(device: torch.device, dtype: torch.dtype, vocab_size: int) -> list[Case]:
+    """The general ops, forward and backward; most of their time are matrix products, which the floor leaves out."""
+    rows, d, k = (4096, 4096, 64) if device.type == "cuda" else (256, 512, 64)
+    vocab_size = vocab_size if device.type == "cuda" else vocab_size // 4
+    hidden, ref_hidden = (torch.randn(rows, d, device=device, dtype=dtype) for _ in range(2))
+    weight = torch.randn(vocab_size, d, device=device, dtype=dtype) / d**0.5
+    index = distinct(rows, vocab_size, k, device)
+    labels = index[:, 0].long()
+    teacher = torch.randn(rows, vocab_size, device=device).log_softmax(1).gather(1, index.long())
+    calls: dict[str, tuple[Tensor, ...]] = {
+        "linear_topk_logits": (index,),
+        "linear_topk_log_probs": (index,),
+        "linear_topk_kl": (index, teacher),
+        "linear_kl": (ref_hidden, weight.clone()),
+        "linear_cross_entropy": (labels,),
+    }
+    cases = []
+    for op, own in calls.items():
+        for tail in ("ignore", "bucket") if op == "linear_topk_kl" else (None,):
+            for head in ("frozen", "trainable"):
+                inputs = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(head == "trainable")]
+                options = {"tail": tail} if tail else {}
+                candidates = {
+                    name: forward_backward(
+                        partial(getattr(module, op), *inputs, *own, **options),
+                        inputs[: 2 if head == "trainable" else 1],
+                    )
+                    for name, module in (("palu", ops), ("eager", eager))
+                }
+                floor = 2 * hidden.nbytes + (2 if head == "trainable" else 1) * weight.nbytes
+                told = f"{op} rows={rows} d={d} V={vocab_size} K={k} {tail or ''} {head} head".replace("  ", " ")
+                cases.append(Case(told, floor, candidates))
+    return cases
+
+
 def distinct(rows: int, vocab_size: int, k: int, device: torch.device) -> Tensor:
     """Draw int32 indices [rows, k], distinct within a row, as a top-k gives them."""
     return torch.rand(rows, vocab_size, device=device).topk(k).indices.int()
@@ -109,6 +144,7 @@ def main() -> None:
     for case in [
         *topk_mse_cases(device, dtype),
         *linear_topk_mse_cases(device, dtype, arguments.vocab_size),
+        *general_cases(device, dtype, arguments.vocab_size),
     ]:
         calls = 10 if device.type == "cuda" else 1
         times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls)

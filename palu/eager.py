@@ -4,6 +4,8 @@ Tests and benchmarks compare the ops with them, and they serve devices without n
 Formulas: PALU, arXiv 2601.03190.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,11 @@ from torch import Tensor
 __all__ = [
     "cross_entropy_",
     "kl_div_",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_topk_kl",
+    "linear_topk_log_probs",
+    "linear_topk_logits",
     "linear_topk_mse",
     "linear_topk_mse_backward",
     "prefix_mask",
@@ -228,6 +235,133 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
         gradient = log_p.exp_().sub_(q)
     logits.copy_(gradient.mul_(row_weight[:, None]))
     return loss
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """Compute the logits [..., V] of a head that may be scaled and capped, in the dtype of sums."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(acc_dtype(logits.dtype)) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def linear_topk_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Twin of `palu.ops.linear_topk_logits`."""
+    return linear_logits(hidden, weight, bias, softcap, scale).gather(-1, index.long())
+
+
+def linear_topk_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Twin of `palu.ops.linear_topk_log_probs`."""
+    return linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1).gather(-1, index.long())
+
+
+def linear_topk_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    teacher_log_probs: Tensor,
+    bias: Tensor | None = None,
+    *,
+    direction: str = "forward",
+    tail: str = "ignore",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Twin of `palu.ops.linear_topk_kl`."""
+    log_all = linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1)
+    there = index != ignore_index
+    # One entry more, for what is not there: neither distribution has anything in it.
+    nowhere = torch.full_like(log_all[..., :1], -torch.inf)
+    i = torch.where(there, index.long(), log_all.shape[-1])
+    log_p = torch.cat([log_all, nowhere], -1).gather(-1, i)
+    log_q = torch.where(there, teacher_log_probs.to(log_p.dtype), -torch.inf)
+    if tail == "bucket":
+        kept = torch.cat([torch.zeros_like(log_all), nowhere], -1).scatter(-1, i, 1)[..., :-1] == 1
+        rest = log_all.masked_fill(kept, -torch.inf)
+        some = ~kept.all(-1, keepdim=True)
+        log_p_rest = torch.where(some, rest.masked_fill(~some, 0).logsumexp(-1, keepdim=True), -torch.inf)
+        q_rest = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=0) * some
+        if direction == "reverse":
+            q_rest = q_rest.clamp(min=torch.finfo(q_rest.dtype).eps)
+        log_p, log_q = torch.cat([log_p, log_p_rest], -1), torch.cat([log_q, q_rest.log()], -1)
+    log_p, log_q = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    nothing = log_p == -torch.inf  # of the distribution that comes first
+    ratio = log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0)
+    losses = (log_p.exp() * ratio).sum(-1)
+    return _reduced(losses, there.any(-1), reduction)
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    direction: str = "forward",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_scale: float = 1.0,
+) -> Tensor:
+    """Twin of `palu.ops.linear_kl`."""
+    log_p = linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1)
+    log_q = linear_logits(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale).log_softmax(-1).detach()
+    given, wanted = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    losses = F.kl_div(given, wanted.to(given.dtype), log_target=True, reduction="none").sum(-1)
+    counts = torch.ones_like(losses, dtype=torch.bool) if labels is None else labels != ignore_index
+    return _reduced(losses, counts, reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shift: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Twin of `palu.ops.linear_cross_entropy`."""
+    if shift:
+        hidden, labels = hidden[..., :-1, :], labels[..., 1:]
+    logits = linear_logits(hidden, weight, bias, softcap, scale)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "none"}
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options).view(labels.shape)
+    return _reduced(losses, labels != ignore_index, reduction)
+
+
+def _reduced(losses: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    losses = torch.where(counts, losses, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

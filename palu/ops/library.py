@@ -82,6 +82,24 @@ def check_tensors(who: str, **tensors: Tensor) -> None:
             raise ValueError(f"{who}: {name} is on {tensor.device} but {there}; move it there")
 
 
+def check_index_values(who: str, index: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
+    """Raise IndexError where an index [R, K], or labels [R], are out of range.
+
+    Not on CUDA: torch's own kernels assert it there, and to ask would be to wait for the GPU.
+    """
+    if index.device.type == "cuda":
+        return
+    wrong = (index < 0) | (index >= vocab_size)
+    if ignore_index is not None:
+        wrong &= index != ignore_index
+    if len(bad := wrong.nonzero()):
+        place = tuple(bad[0].tolist())
+        name = "index" if len(place) == 2 else "labels"
+        raise IndexError(
+            f"{who}: {name}{list(place)} = {int(index[place])} is out of range for a vocabulary of {vocab_size}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------
 # Fakes: shapes and dtypes for torch.compile
 
@@ -152,7 +170,8 @@ _register_fake("kl_div_")(_loss_of_rows)
 # Autograd. The residual is kept for the backward pass and is not a result of its own.
 
 
-def _first_order_only(op: str) -> None:
+def first_order_only(op: str) -> None:
+    """Raise where a backward pass is asked to be differentiable itself."""
     # torch's once_differentiable would not do: it raises only where the incoming gradient has a
     # history, and takes the derivative with respect to the saved tensors for zero.
     if torch.is_grad_enabled():
@@ -168,7 +187,7 @@ def _topk_mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
-    _first_order_only("palu::topk_mse")
+    first_order_only("palu::topk_mse")
     residual, index = ctx.saved_tensors
     grad_logits = grad.new_empty(ctx.shape, dtype=ctx.dtype)
     _ops.topk_mse_backward(grad, residual, index, ctx.through_mean, grad_logits)
@@ -187,7 +206,7 @@ def _linear_topk_mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def _linear_topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
-    _first_order_only("palu::linear_topk_mse")
+    first_order_only("palu::linear_topk_mse")
     residual, hidden, weight, index, bias, mean = ctx.saved_tensors
     # The kernel adds to the buffers that it is given.
     buffers = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from palu import eager
 from palu.eager import acc_dtype
-from palu.ops.library import check_tensors, no_native_kernels
+from palu.ops.library import check_index_values, check_tensors, no_native_kernels
 
 _ops = torch.ops.palu
 _library = torch.library.Library("palu", "IMPL")  # the kernels go with it
@@ -33,7 +33,9 @@ def _register(op: str, twin: Callable[..., Any]) -> None:
         check_tensors(f"palu::{op}", **given)
         check(*args)
         if "index" in given:
-            _check_values(op, given)
+            logits = given.get("logits", given.get("grad_logits"))
+            vocab_size = given["weight"].shape[0] if logits is None else logits.shape[1]
+            check_index_values(f"palu::{op}", given["index"], vocab_size)
         kind = args[0].device.type
         if kind not in _warned:
             _warned.add(kind)
@@ -44,20 +46,6 @@ def _register(op: str, twin: Callable[..., Any]) -> None:
 
     # Comes after a kernel of the device itself. The autograd formulas stay those of palu/ops/library.py.
     _library.impl(op, kernel, "CompositeExplicitAutograd")
-
-
-def _check_values(op: str, given: dict[str, Tensor]) -> None:
-    """Raise IndexError where an index [R, K] is out of range."""
-    index = given["index"]
-    if index.device.type == "cuda":  # torch's own kernels assert it, and to ask would be to wait for the GPU
-        return
-    logits = given.get("logits", given.get("grad_logits"))
-    vocab_size = given["weight"].shape[0] if logits is None else logits.shape[1]
-    if len(bad := ((index < 0) | (index >= vocab_size)).nonzero()):
-        row, k = bad[0].tolist()
-        raise IndexError(
-            f"palu::{op}: index[{row}, {k}] = {int(index[row, k])} is out of range for a vocabulary of {vocab_size}"
-        )
 
 
 def _topk_mse(logits: Tensor, index: Tensor, target: str, constant: float) -> tuple[Tensor, Tensor]:

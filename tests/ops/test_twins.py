@@ -64,6 +64,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_tests_of_the_ops_pass_on_twins(no_kernels: Path) -> None:
     """Values, gradients, strides, messages, opcheck and torch.compile, through the dispatcher."""
     files = [str(ROOT / "tests" / "ops" / name) for name in ("test_ops.py", "test_prefix_mask.py")]
+    files.append(str(ROOT / "tests" / "ops" / "test_linear_losses.py") + "::test_losses")
     # A twin's memory is that of all logits. "auto" is the dense product, whose message names another op.
     without = "not allocates_under_a_tenth and not (index_out_of_range and linear)"
     options = ["-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
