@@ -1,9 +1,9 @@
 """The native ops (C++ and CUDA), for research code: `palu.ops.topk_mse(logits, index)`.
 
 `library.py` loads the extension (prebuilt, or compiled on first use) and registers fakes and autograd. Public functions
-are in `functional.py` (the local entropy loss), `linear_losses.py` (general ones on hidden states and a head, whose ops
-are in `chunks.py`) and `fused.py` (those that form the gradient in the forward pass). `selftest.py` compares each op
-with its plain-torch twin in `palu/eager.py`.
+are in `functional.py` (the local entropy loss), in `linear_losses.py` (general ones on hidden states and a head; their
+ops are in `loss_ops.py` and `topk_ops.py`) and in `fused.py` (those that form the gradient in the forward pass).
+`selftest.py` compares each op with its plain-torch twin in `palu/eager.py`.
 """
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)

@@ -1,7 +1,7 @@
 """Losses with forward and backward in one call: the gradient is written over the input. No autograd.
 
-For `palu.losses.fused_linear_losses` and the ops of `palu/ops/chunks.py`. A trailing underscore means, as in torch,
-that the first argument is overwritten.
+For `palu.losses.fused_linear_losses` and the ops of `palu/ops/loss_ops.py`. A trailing underscore means, as in
+torch, that the first argument is overwritten.
 """
 
 import torch

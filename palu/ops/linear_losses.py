@@ -14,7 +14,8 @@ from torch import Tensor
 
 from palu.config import KL_DIRECTIONS
 from palu.eager import acc_dtype
-from palu.ops import chunks  # noqa: F401  (defines the ops)
+from palu.ops import loss_ops as _loss_ops  # noqa: F401  (defines ops)
+from palu.ops import topk_ops as _topk_ops  # noqa: F401  (defines ops)
 from palu.ops.arguments import cap, check_choice, check_labels, check_shape, dtype_name, flat_head, flat_index
 from palu.ops.functional import use_gather
 from palu.ops.library import check_tensors
@@ -93,9 +94,9 @@ def linear_topk_log_probs(
         [..., K], float64 for float64 inputs and float32 otherwise; differentiable once, in hidden, weight and bias.
 
     Memory: the result, the gradients and one chunk of logits (with a cap its slope, too; on a CPU the softmax of a
-    bfloat16 chunk is computed in float32 beside it). Nothing of size [R, V] is kept for the backward pass, which
-    computes the logits again: one more matrix product than with all logits in memory. Where the loss is a KL,
-    `linear_topk_kl` does without it.
+    bfloat16 chunk is computed in float32 beside it). Nothing of size [R, V] is kept for the backward pass. Where
+    weight or bias require grad, it computes the logits again: one matrix product more than with all logits in memory.
+    A frozen head needs none, but [R, d] from the forward pass. For a KL `linear_topk_kl` does without either.
 
     Raises:
         As `linear_topk_logits`.
@@ -103,7 +104,10 @@ def linear_topk_log_probs(
     who = "palu::linear_topk_log_probs"
     h, w, b, rows = flat_head(who, hidden, weight, bias, scale, softcap, chunk_bytes, {"index": index})
     i = flat_index(who, index, rows, weight)
-    return _ops.linear_topk_log_probs(h, w, b, i, cap(softcap), chunk_bytes).unflatten(0, rows)
+    frozen = (
+        torch.is_grad_enabled() and h.requires_grad and not w.requires_grad and not (b is not None and b.requires_grad)
+    )
+    return _ops.linear_topk_log_probs(h, w, b, i, cap(softcap), frozen, chunk_bytes)[0].unflatten(0, rows)
 
 
 def linear_topk_kl(
