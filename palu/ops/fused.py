@@ -84,6 +84,12 @@ def softmax_(logits: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
     return top.to(row_weight.dtype), above
 
 
+def group_sums(index: Tensor, values: Tensor) -> Tensor:
+    """Add up the values [r, K] of equal entries of index [r, K] in a row; each of them gets the sum."""
+    groups = torch.searchsorted(index.sort(1).values, index)
+    return torch.zeros_like(values).scatter_add_(1, groups, values).gather(1, groups)
+
+
 def topk_kl_(
     logits: Tensor,
     row_weight: Tensor,
@@ -97,38 +103,43 @@ def topk_kl_(
 
     With q_k the teacher's probabilities, p = softmax(z) and p_k = p at index[k]; what is not among the K is the rest:
 
-        ignore   forward   sum_k q_k (log q_k - log p_k)          dz_v = p_v sum_k q_k - [v = index_k] q_k
-                 reverse   sum_k p_k (log p_k - log q_k)          dz_v = [v = index_k] c_k - p_v sum_k c_k
-                                                                  c_k = p_k (log p_k - log q_k + 1)
+        ignore   dz at index_k is c_k - p_k C, dz_v = -p_v C of the rest, with C = sum_k c_k
+                 forward   sum_k q_k (log q_k - log p_k)          c_k = -q_k
+                 reverse   sum_k p_k (log p_k - log q_k)          c_k = p_k (log p_k - log q_k + 1)
         bucket   the same sums with one term more, q_rest = 1 - sum_k q_k and p_rest = 1 - sum_k p_k. Over the rest,
                  dz_v is shared out as p_v / p_rest = softmax(z over the rest)_v. m = sum_k q_k + q_rest is 1.
                  forward   dz at index_k: m p_k - q_k             dz of the rest: m p_rest - q_rest
                  reverse   dz at index_k: p_k (log p_k - log q_k - loss)       the rest likewise
 
     log p_rest is taken from the rest's own logsumexp, so that it is finite and exact where p_rest is nearly nothing.
+    What belongs to index_k is formed in float32 and rounded once: as a difference of bfloat16 numbers p_k - q_k would
+    be wrong by all of it where both are nearly the same.
 
     Args:
-        index: [r, K]; `ignore_index` marks entries that are not there, and each row has one that is.
+        index: [r, K], distinct in a row; `ignore_index` marks entries that are not there, and each row has one that is.
         teacher_log_probs: [r, K].
     """
     dtype = row_weight.dtype
     there = index != ignore_index
     first = there.to(torch.uint8).argmax(1, keepdim=True)
-    i = torch.where(there, index, index.gather(1, first)).long()  # what is not there writes nothing new
+    i = torch.where(there, index, index.gather(1, first)).long()  # what is not there writes what the first one does
     log_q = teacher_log_probs.to(dtype).masked_fill(~there, -torch.inf)
     q = log_q.exp()
     z = logits.gather(1, i).to(dtype)
     if not bucket:
         top, above = softmax_(logits, torch.ones_like(row_weight) if reverse else row_weight * q.sum(1))
         log_p = (z - top[:, None]) - above[:, None]
+        p = log_p.exp()
         if reverse:
-            p = log_p.exp()
-            of_kept = _times(p.masked_fill(~there, 0), log_p - log_q + 1)
-            logits.mul_((-row_weight * of_kept.sum(1))[:, None])
-            loss = _times(p.masked_fill(~there, 0), log_p - log_q).sum(1)
+            ratio = (log_p - log_q).masked_fill(~there, 0)
+            loss = _times(p, ratio).sum(1)
+            c = _times(p, ratio + 1).masked_fill(~there, 0)
+            logits.mul_((-row_weight * c.sum(1))[:, None])
         else:
-            of_kept, loss = -q, _times(q, log_q - log_p).sum(1)
-        logits.scatter_add_(1, i, (of_kept * row_weight[:, None]).to(logits.dtype))
+            loss, c = _times(q, log_q - log_p).sum(1), -q
+        of_kept = c - p * c.sum(1, keepdim=True)
+        of_kept = torch.where(there, of_kept, of_kept.gather(1, first)) * row_weight[:, None]
+        logits.scatter_(1, i, of_kept.to(logits.dtype))
         return loss
 
     lowest = torch.finfo(logits.dtype).min
@@ -151,8 +162,9 @@ def topk_kl_(
         loss = _times(q, log_q - log_p).sum(1) + _times(q_rest, q_rest.log() - log_p_rest)
         mass = q.sum(1) + q_rest
         of_kept, of_rest = mass[:, None] * p - q, mass * p_rest - q_rest
-    logits.mul_((row_weight * of_rest)[:, None]).scatter_(1, i, 0)
-    logits.scatter_add_(1, i, (of_kept * row_weight[:, None]).to(logits.dtype))
+    logits.mul_((row_weight * of_rest)[:, None])
+    of_kept = torch.where(there, of_kept, of_kept.gather(1, first)) * row_weight[:, None]
+    logits.scatter_(1, i, of_kept.to(logits.dtype))
     return loss
 
 

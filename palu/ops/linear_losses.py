@@ -140,8 +140,8 @@ def linear_topk_kl(
 
     Args:
         hidden, weight, bias, softcap, scale: as in `linear_topk_logits`.
-        index: [..., K] int32 or int64, each in [0, V), or `ignore_index` for an entry that is not there; for
-            "bucket" distinct within a row.
+        index: [..., K] int32 or int64, distinct within a row, each in [0, V), or `ignore_index` for an entry that is
+            not there.
         teacher_log_probs: [..., K] floating point, natural logarithms, over the teacher's whole vocabulary; -inf where
             the teacher gives no probability (in "reverse" the loss is infinite then). They get no gradient.
         direction: "forward" or "reverse".

@@ -114,11 +114,11 @@ def _topk_kl_fwd_bwd(
     def step(logits: Tensor, row_weight: Tensor, rows: Tensor) -> Tensor:
         return topk_kl_(logits, row_weight, index[rows], teacher_log_probs[rows], reverse, bucket, ignore_index)
 
-    _check_teacher(index, teacher_log_probs, weight.shape[0], bucket, ignore_index)
+    _check_teacher(index, teacher_log_probs, weight.shape[0], ignore_index)
     return _fwd_bwd(step, hidden, weight, bias, row_weight, *rest)
 
 
-def _check_teacher(index: Tensor, log_probs: Tensor, vocab_size: int, bucket: bool, ignore_index: int) -> None:
+def _check_teacher(index: Tensor, log_probs: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise where the values of a teacher's top K cannot be meant; not on CUDA, where that would wait for the GPU."""
     op = "palu::linear_topk_kl"
     check_index_values(op, index, vocab_size, ignore_index)
@@ -132,15 +132,12 @@ def _check_teacher(index: Tensor, log_probs: Tensor, vocab_size: int, bucket: bo
             f"{op}: the probabilities of teacher_log_probs[{row}] sum to {float(sums[row]):.4g}, and no distribution's "
             "do: give log-probabilities, neither logits nor probabilities"
         )
-    if bucket:
-        # What is not there gets a number of its own.
-        places = torch.arange(index.shape[1], device=index.device)
-        ordered = torch.where(there, index.long(), -1 - places).sort(1).values
-        if len(bad := (ordered[:, 1:] == ordered[:, :-1]).nonzero()):
-            row, k = bad[0].tolist()
-            raise ValueError(
-                f'{op}: index[{row}] has {int(ordered[row, k])} twice; tail = "bucket" needs distinct entries in a row'
-            )
+    # What is not there gets a number of its own.
+    places = torch.arange(index.shape[1], device=index.device)
+    ordered = torch.where(there, index.long(), -1 - places).sort(1).values
+    if len(bad := (ordered[:, 1:] == ordered[:, :-1]).nonzero()):
+        row, k = bad[0].tolist()
+        raise ValueError(f"{op}: index[{row}] has {int(ordered[row, k])} twice; give distinct entries in a row")
 
 
 def _kl_fwd_bwd(

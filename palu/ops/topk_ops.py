@@ -5,9 +5,11 @@ With g[r, k] the gradient for log p at index[r, k], and G = sum_k g_k:
     dz_v = sum_{k: index_k = v} g_k - p_v G
 
 For a trainable head that takes all probabilities, so the backward pass computes the logits again. For a frozen one the
-forward pass keeps E = sum_v p_v W[v] [R, d] instead (with a cap, its slope is in the sum and on each g_k), and
+forward pass keeps the part of the entries that were not chosen, E = sum_{v not in index} p_v W[v] [R, d], and
 
-    dh = sum_k g_k W[index_k] - G E
+    dh = sum_k c_k W[index_k] - G E,    c_k = g_k - G p_k / (how often index_k stands in its row)
+
+With a cap, its slope is in E's sum and on each c_k.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from torch import Tensor
 from palu.eager import acc_dtype
 from palu.ops.chunks import GRADIENTS, HEAD, Gradients, chunk_logits, define, fake_gradients, split_rows
 from palu.ops.functional import use_gather
-from palu.ops.fused import softmax_
+from palu.ops.fused import group_sums, softmax_
 from palu.ops.library import check_index_values, first_order_only
 
 _ops = torch.ops.palu
@@ -85,7 +87,7 @@ def _topk_log_probs(
     check_index_values("palu::linear_topk_log_probs", index, weight.shape[0])
     acc = acc_dtype(hidden.dtype)
     result = hidden.new_empty(index.shape, dtype=acc)
-    expected = hidden.new_empty(hidden.shape if frozen else 0)
+    others = hidden.new_empty(hidden.shape if frozen else 0)
     slopes = hidden.new_empty(index.shape if frozen and softcap is not None else 0)
     rows = torch.arange(len(hidden), device=hidden.device)
     copies = 1 + (softcap is not None and frozen)
@@ -99,9 +101,9 @@ def _topk_log_probs(
             slopes.index_copy_(0, chunk, slope.gather(1, i))
             logits *= slope
         if frozen:
-            expected.index_copy_(0, chunk, logits @ weight)
+            others.index_copy_(0, chunk, logits.scatter_(1, i, 0) @ weight)
         del logits, slope
-    return result, expected, slopes
+    return result, others, slopes
 
 
 def _topk_log_probs_backward(
@@ -121,8 +123,12 @@ def _topk_log_probs_backward(
     for chunk in chunks:
         h, g = hidden[chunk], grad[chunk]
         logits, slope = chunk_logits(h, weight, bias, softcap, slope=True)
-        softmax_(logits, -g.sum(1))
-        logits.scatter_add_(1, index[chunk].long(), g.to(logits.dtype))
+        i = index[chunk].long()
+        kept = logits.gather(1, i).to(g.dtype)
+        top, above = softmax_(logits, -g.sum(1))
+        p = ((kept - top[:, None]) - above[:, None]).exp()
+        # In float32, and rounded once: in bfloat16 1 - p would be nothing where p is near 1.
+        logits.scatter_(1, i, (group_sums(i, g) - p * g.sum(1, keepdim=True)).to(logits.dtype))
         if slope is not None:
             logits *= slope
         gradients.add(logits, h, chunk)
@@ -158,7 +164,7 @@ _topk_logits_backward_op = define(
 _topk_log_probs_op = define(
     "linear_topk_log_probs",
     f"{HEAD}, Tensor index, float? softcap, bool frozen, int chunk_bytes",
-    "(Tensor log_probs, Tensor expected, Tensor slopes)",
+    "(Tensor log_probs, Tensor others, Tensor slopes)",
     _topk_log_probs,
     _fake_log_probs,
 )
@@ -188,20 +194,22 @@ _topk_logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)
 
 def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, index, ctx.softcap, ctx.frozen, ctx.chunk_bytes = inputs
-    _, expected, slopes = output
-    ctx.mark_non_differentiable(expected, slopes)
-    ctx.save_for_backward(hidden, weight, bias, index, expected, slopes)
+    log_probs, others, slopes = output
+    ctx.mark_non_differentiable(others, slopes)
+    ctx.save_for_backward(hidden, weight, bias, index, log_probs, others, slopes)
 
 
 def _log_probs_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     first_order_only("palu::linear_topk_log_probs")
-    hidden, weight, bias, index, expected, slopes = ctx.saved_tensors
+    hidden, weight, bias, index, log_probs, others, slopes = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     if ctx.frozen:
-        g = grad if ctx.softcap is None else grad * slopes.to(grad.dtype)
+        times = group_sums(index, torch.ones_like(grad))
+        g = grad - grad.sum(1, keepdim=True) * log_probs.exp() / times
+        g = g if ctx.softcap is None else g * slopes
         gather = use_gather("auto", index.shape[0], index.shape[1], weight.shape[0], hidden.device.type)
         of_kept, *_ = _topk_logits_backward_op(g, hidden, weight, None, index, gather, ctx.chunk_bytes, wanted)
-        of_hidden = of_kept.to(grad.dtype) - grad.sum(1, keepdim=True) * expected.to(grad.dtype)
+        of_hidden = of_kept.to(grad.dtype) - grad.sum(1, keepdim=True) * others.to(grad.dtype)
         return of_hidden.to(hidden.dtype), None, None, None, None, None, None
     options = ctx.softcap, ctx.chunk_bytes
     gradients = _topk_log_probs_backward_op(grad, hidden, weight, bias, index, *options, wanted)
