@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +198,10 @@ def fused_linear_losses(
 
     Raises:
         ValueError: ``impl="gather"`` with a capped head.
+        RuntimeError: in a transform of ``torch.func`` or in forward mode, which :func:`palu_loss` knows.
     """
+    if torch._C._are_functorch_transforms_active():  # torch's own error would ask for another forward pass
+        _reverse_mode_only()
     if head.softcap is not None:
         if impl == "gather":
             raise ValueError('impl = "gather" needs logits that are not capped; give "auto" or "dense"')
@@ -206,6 +209,13 @@ def fused_linear_losses(
             impl = "dense"
     return _FusedLinearLosses.apply(
         hidden, head.weight, head.bias, row_weight, terms, chunk_bytes, weight_mean, impl, head.scale, head.softcap
+    )
+
+
+def _reverse_mode_only() -> NoReturn:
+    raise RuntimeError(
+        "fused_linear_losses has first derivatives in reverse mode only, and no torch.func transforms; "
+        "use palu_loss, or the plain-torch twins in palu.eager"
     )
 
 
@@ -290,6 +300,10 @@ class _FusedLinearLosses(torch.autograd.Function):
         ]
         ctx.mark_non_differentiable(losses)
         return (row_weight * losses).sum(), losses
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _reverse_mode_only()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

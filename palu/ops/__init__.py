@@ -6,6 +6,7 @@ ops are in `loss_ops.py` and `topk_ops.py`) and in `fused.py` (those that form t
 `selftest.py` compares each op with its plain-torch twin in `palu/eager.py`.
 """
 
+from palu.ops import batching as _batching  # noqa: F401  (registers rules for vmap)
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
 from palu.ops.functional import linear_topk_mse, prefix_mask, topk_mse, weight_mean
 from palu.ops.fused import cross_entropy_, kl_div_, unlikelihood_

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from palu.config import TARGETS
 from palu.eager import acc_dtype
+from palu.ops import library
 from palu.ops.library import NATIVE_DEVICES, check_tensors
 
 _ops = torch.ops.palu
@@ -62,7 +63,7 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
     check_tensors("palu::topk_mse", logits=logits, index=index)
-    loss, _ = _ops.topk_mse(logits, index, *split_target(target))
+    loss, _ = library.topk_mse(logits, index, *split_target(target))
     return loss
 
 
@@ -150,7 +151,7 @@ def _gather(
     name, constant = split_target(target)
     if mean is None and name.startswith("global_mean"):
         mean = weight_mean(weight)
-    loss, _ = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
+    loss, _ = library.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
     return loss
 
 

@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -167,7 +168,8 @@ _register_fake("kl_div_")(_loss_of_rows)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Autograd. The residual is kept for the backward pass and is not a result of its own.
+# Autograd. The residual is kept for the backward pass. It is a result with a history, although the public functions do
+# not return it: the gradient depends on it, so whoever differentiates the gradient is led to an error.
 
 
 def first_order_only(op: str) -> None:
@@ -178,45 +180,178 @@ def first_order_only(op: str) -> None:
         raise RuntimeError(f"{op} has first derivatives only; create_graph=True asks for a second")
 
 
+def _no_second_derivative(op: str) -> NoReturn:
+    raise RuntimeError(f"palu::{op} has first derivatives only; for a second, use its twin palu.eager.{op}")
+
+
+class _Gradient(torch.autograd.Function):
+    """A backward pass, from tensors, as a function of its own, whose derivative raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, compute: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        _no_second_derivative(ctx.op)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _no_second_derivative(ctx.op)
+
+
+def _differentiable(
+    op: str,
+    context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Gradients],
+    jvp: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return an op with both modes of autograd, and with torch.func; as torch.ops.palu has it, it knows reverse mode.
+
+    torch's own registration would not do: forward mode gets a tangent of zero there, and torch.func an error.
+    """
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return getattr(_ops, op)(*args)
+
+    methods: dict[str, Callable[..., Any]] = {
+        "forward": forward,
+        "setup_context": context,
+        "backward": backward,
+        "jvp": jvp,
+    }
+    members = {name: staticmethod(method) for name, method in methods.items()}
+    function: Any = type(op, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+    def raw_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    def raw_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        if torch.is_grad_enabled():
+            _no_second_derivative(op)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"palu::{op}", raw_backward, setup_context=raw_context)
+
+    # torch.compile traces no torch.autograd.Function that has a jvp; what is in it, it does.
+    @torch.compiler.allow_in_graph
+    def apply(*args: Any) -> tuple[Tensor, Tensor]:
+        return function.apply(*args)
+
+    return apply
+
+
+def _buffer(grad: Tensor, residual: Tensor, shape: torch.Size, dtype: torch.dtype, zero: bool = False) -> Tensor:
+    # Under torch.func.vmap it is batched if one of the two is, and so may be written by the op.
+    new = grad[:, None] * residual[:, :1]
+    return (new.new_zeros if zero else new.new_empty)(shape, dtype=dtype)
+
+
+# What of the target a change of the logits moves: it is subtracted from the change.
+_TARGET_OF_TANGENT = {"global_mean": "global_mean", "local_mean": "local_mean"}
+
+
 def _topk_mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, index, target, _ = inputs
-    residual = output[1]
-    ctx.mark_non_differentiable(residual)
-    ctx.save_for_backward(residual, index)
-    ctx.shape, ctx.dtype, ctx.through_mean = logits.shape, logits.dtype, target == "global_mean"
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], index)
+    ctx.save_for_forward(output[1], index)
+    ctx.shape, ctx.dtype, ctx.target = logits.shape, logits.dtype, target
 
 
-def _topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
-    first_order_only("palu::topk_mse")
+def _topk_mse_gradient(
+    through_mean: bool, shape: torch.Size, dtype: torch.dtype, grad: Tensor, residual: Tensor, index: Tensor
+) -> Tensor:
+    grad_logits = _buffer(grad, residual, shape, dtype)
+    _ops.topk_mse_backward(grad, residual, index, through_mean, grad_logits)
+    return grad_logits
+
+
+def _topk_mse_backward(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> Gradients:
+    if grad_residual is not None:
+        _no_second_derivative("topk_mse")
+    if grad is None:
+        return None, None, None, None
+    compute = partial(_topk_mse_gradient, ctx.target == "global_mean", ctx.shape, ctx.dtype)
+    return _Gradient.apply("topk_mse", compute, grad, *ctx.saved_tensors), None, None, None
+
+
+def _topk_mse_jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     residual, index = ctx.saved_tensors
-    grad_logits = grad.new_empty(ctx.shape, dtype=ctx.dtype)
-    _ops.topk_mse_backward(grad, residual, index, ctx.through_mean, grad_logits)
-    return grad_logits, None, None, None
+    return _tangents(residual, topk_mse(tangent, index, _TARGET_OF_TANGENT.get(ctx.target, "constant"), 0.0)[1])
 
 
-torch.library.register_autograd("palu::topk_mse", _topk_mse_backward, setup_context=_topk_mse_context)
+def _tangents(residual: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the loss [R] and of the residual [R, K]."""
+    return 2 / max(residual.shape[1], 1) * (residual * change).sum(1), change
+
+
+topk_mse = _differentiable("topk_mse", _topk_mse_context, _topk_mse_backward, _topk_mse_jvp)
 
 
 def _linear_topk_mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, index, bias, mean, target, _ = inputs
-    residual = output[1]
-    ctx.mark_non_differentiable(residual)
-    ctx.save_for_backward(residual, hidden, weight, index, bias, mean)
-    ctx.through_mean = target == "global_mean"
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], hidden, weight, index, bias, mean)
+    ctx.save_for_forward(output[1], hidden, weight, index, bias, mean)
+    ctx.target = target
 
 
-def _linear_topk_mse_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
-    first_order_only("palu::linear_topk_mse")
-    residual, hidden, weight, index, bias, mean = ctx.saved_tensors
+def _linear_topk_mse_gradient(
+    through_mean: bool,
+    wanted: tuple[bool, bool, bool],
+    grad: Tensor,
+    residual: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+) -> Gradients:
     # The kernel adds to the buffers that it is given.
     buffers = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if wanted else None
-        for t, wanted in zip((hidden, weight, bias), (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]), strict=True)
+        _buffer(grad, residual, t.shape, t.dtype, zero=True) if t is not None and asked else None
+        for t, asked in zip((hidden, weight, bias), wanted, strict=True)
     ]
-    _ops.linear_topk_mse_backward(grad, residual, hidden, weight, index, mean, ctx.through_mean, *buffers)
-    return buffers[0], buffers[1], None, buffers[2], None, None, None
+    _ops.linear_topk_mse_backward(grad, residual, hidden, weight, index, mean, through_mean, *buffers)
+    return tuple(buffers)
 
 
-torch.library.register_autograd(
-    "palu::linear_topk_mse", _linear_topk_mse_backward, setup_context=_linear_topk_mse_context
+def _linear_topk_mse_backward(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> Gradients:
+    if grad_residual is not None:
+        _no_second_derivative("linear_topk_mse")
+    if grad is None:
+        return (None,) * 7
+    wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
+    compute = partial(_linear_topk_mse_gradient, ctx.target == "global_mean", wanted)
+    of_hidden, of_weight, of_bias = _Gradient.apply("linear_topk_mse", compute, grad, *ctx.saved_tensors)
+    return of_hidden, of_weight, None, of_bias, None, None, None
+
+
+def _linear_topk_mse_jvp(
+    ctx: Any, of_hidden: Tensor | None, of_weight: Tensor | None, _: None, of_bias: Tensor | None, *__: Any
+) -> tuple[Tensor, Tensor]:
+    residual, hidden, weight, index, _, mean = ctx.saved_tensors
+    target = _TARGET_OF_TANGENT.get(ctx.target, "constant")
+    # The logits are linear in each of the three.
+    changes = []
+    if of_hidden is not None:
+        changes.append(linear_topk_mse(of_hidden, weight, index, None, mean, target, 0.0)[1])
+    if of_weight is not None:
+        mean = of_weight.mean(0, dtype=acc_dtype(of_weight.dtype))
+        changes.append(linear_topk_mse(hidden, of_weight, index, None, mean, target, 0.0)[1])
+    if of_bias is not None:
+        changes.append(topk_mse(of_bias.expand(len(residual), -1), index, target, 0.0)[1])
+    return _tangents(residual, torch.stack(changes).sum(0))
+
+
+linear_topk_mse = _differentiable(
+    "linear_topk_mse", _linear_topk_mse_context, _linear_topk_mse_backward, _linear_topk_mse_jvp
 )

@@ -632,12 +632,18 @@ def test_second_derivative_raises(device: torch.device) -> None:
     hidden = torch.randn(ROWS, HIDDEN, device=device, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, device=device, requires_grad=True)
     index = indices(device)
+    upstream = torch.ones(ROWS, device=device, requires_grad=True)
     for loss, leaf in [
         (palu.topk_mse(logits, index), logits),
         (palu.linear_topk_mse(hidden, weight, index, "global_mean", None, impl="gather"), hidden),
     ]:
-        with pytest.raises(RuntimeError, match=r"palu::\w+ has first derivatives only; create_graph=True"):
-            torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+        (first,) = torch.autograd.grad(loss, leaf, upstream, create_graph=True)
+        for asked in (leaf, upstream):
+            with pytest.raises(RuntimeError, match=r"palu::\w+ has first derivatives only; for a second, use its twin"):
+                torch.autograd.grad(first.sum(), asked, retain_graph=True)
+    loss, _ = raw.topk_mse(logits, index, "global_mean", 0.0)
+    with pytest.raises(RuntimeError, match="palu::topk_mse has first derivatives only"):
+        torch.autograd.grad(loss.sum(), logits, create_graph=True)
 
 
 def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:
