@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu.config import KL_DIRECTIONS
-from palu.data.tokenize import ORDINARY
+from palu.data.tokenize import IGNORE, ORDINARY
 from palu.eager import softcap_
 from palu.models.head import Head
 from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
 from palu.ops.fused import GradientSum
+from palu.ops.labels import checked_labels
 from palu.ops.library import check_tensors
 
 
@@ -65,6 +66,7 @@ def palu_loss(
 
     Raises:
         ValueError, TypeError: shapes or devices that disagree, labels that are not int64, unknown choices.
+        ValueError: a label that is neither a token id in [0, V) nor -100 nor -200 (on CUDA a device-side assertion).
     """
     check_tensors("palu_loss", logits=logits, ref_logits=ref_logits, labels=labels)
     if logits.dim() != 3 or logits.shape != ref_logits.shape or labels.shape != logits.shape[:2]:
@@ -78,6 +80,7 @@ def palu_loss(
         raise ValueError(f"top_k = {top_k}: give a positive integer")
 
     onset = prefix_mask(labels, n, eos_token_id)[:, 1:]
+    labels = checked_labels(labels, logits.shape[-1], [IGNORE, ORDINARY])
     ordinary = labels[:, 1:] == ORDINARY
     current, frozen = logits[:, :-1], ref_logits[:, :-1].detach()
 

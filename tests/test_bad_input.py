@@ -292,6 +292,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "several ends of sequence": (lambda: prefix_mask(eos_token_id=[1, 2]), TypeError, "palu::prefix_mask: eos_token_id must be one integer of 64 bits, got [1, 2]"),
     "a loss of other shapes": (lambda: palu_loss(ref_logits=torch.zeros(1, 3, 6)), ValueError, "palu_loss needs logits and ref_logits [B, T, V] and labels [B, T], got [1, 3, 5], [1, 3, 6] and [1, 3]"),
     "a loss of int32 labels": (lambda: palu_loss(labels=torch.zeros(1, 3, dtype=torch.int32)), TypeError, "palu::prefix_mask: labels must be int64, got int32"),
+    "a loss of a label that is none": (lambda: palu_loss(labels=torch.tensor([[-100, 1, -300]])), ValueError, "palu_loss: labels[0, 2] = -300: a label must be a token id below V = 5, -100 or -200"),
     "a loss with labels elsewhere": (lambda: palu_loss(labels=torch.zeros(1, 3, dtype=torch.int64, device=META)), ValueError, "palu_loss: labels is on meta but logits is on cpu; move it there"),
     "a loss with its reference elsewhere": (lambda: palu_loss(ref_logits=torch.zeros(1, 3, 5, device=META)), ValueError, "palu_loss: ref_logits is on meta but logits is on cpu; move it there"),
     "a loss of a fractional K": (lambda: palu_loss(top_k=1.5), ValueError, "top_k = 1.5: give a positive integer"),

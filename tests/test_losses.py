@@ -2,6 +2,7 @@
 
 import functools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,6 +238,33 @@ def test_palu_loss_refuses(changes: dict, error: type[Exception], message: str) 
     arguments |= {"labels": torch.tensor([[-100, 1, -200]])}
     with pytest.raises(error, match=message):
         palu.palu_loss(**(arguments | changes))
+
+
+@pytest.mark.parametrize("label", [-300, -1, -101, 5, 2**40, -(2**63)])
+def test_palu_loss_names_a_label_that_is_none(label: int) -> None:
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    labels = torch.tensor([[-100, 1, -200], [-100, 4, 0]])
+    palu.palu_loss(logits, logits, labels)
+    labels[1, 2] = label
+    told = re.escape(f"palu_loss: labels[1, 2] = {label}: a label must be a token id below V = 5, -100 or -200")
+    with pytest.raises(ValueError, match=told):
+        palu.palu_loss(logits, logits, labels)
+
+
+def test_palu_loss_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, if dynamo may trace the choice of rows; the labels are checked there, too."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    compiled = torch.compile(palu.palu_loss, fullgraph=True, backend="aot_eager")
+    ref_logits, labels = torch.randn(2, 4, 7), torch.tensor([[-100, 1, 2, -200], [-100, -200, 6, 3]])
+    results = []
+    for function in (compiled, palu.palu_loss):
+        logits = torch.arange(56.0).view(2, 4, 7).cos().requires_grad_()
+        loss = function(logits, ref_logits, labels, n=1, top_k=3)
+        results.append((*loss, *torch.autograd.grad(loss.local + loss.kl, logits)))
+    torch.testing.assert_close(*results)
+    labels[0, 1] = 7
+    with pytest.raises(ValueError, match=r"palu_loss: labels\[0, 1\] = 7: a label must be"):
+        compiled(logits, ref_logits, labels, n=1, top_k=3)
 
 
 # ---------------------------------------------------------------------------------------------------
