@@ -82,6 +82,9 @@ def linear_topk_mse(
     Only the kept logits are computed. The mean over the vocabulary needs none:
     `mean_v z_v = hidden . weight.mean(0) + bias.mean()`.
 
+    Under `torch.autocast` it casts hidden, weight and bias as `F.linear` does. That copies the whole head at each call:
+    give it in autocast's dtype if it is frozen.
+
     Args:
         hidden: [R, d] float32, float64, bfloat16, or (not on a CPU) float16.
         weight: [V, d], the dtype of `hidden`.
@@ -105,6 +108,7 @@ def linear_topk_mse(
     optional = {"bias": bias, "weight_mean": weight_mean}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
+    hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
     gather = True
     if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
         (rows, k), vocab_size = index.shape, weight.shape[0]
@@ -143,6 +147,14 @@ def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, 
     if device_type == "cpu":
         return rows * k < 5 * vocab_size
     return not beside_dense and rows * k < vocab_size
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Cast a tensor as torch's autocast casts what a matrix product takes: all floating dtypes but float64."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _gather(

@@ -206,6 +206,34 @@ def test_same_bits_every_time(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["gather", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given_mean", [False, True])
+def test_linear_topk_mse_under_autocast(device: torch.device, impl: str, dtype: torch.dtype, given_mean: bool) -> None:
+    """It casts as F.linear does, whatever the mix of dtypes; leaves get their own dtype's gradient."""
+    hidden = sliced((ROWS, HIDDEN), device, dtype)
+    others = torch.float64 if dtype == torch.float64 else torch.float32  # which autocast leaves alone
+    weight, bias = sliced((VOCAB, HIDDEN), device, others), sliced((VOCAB,), device, others)
+    index, mean = indices(device), ops.weight_mean(weight.bfloat16() if others == torch.float32 else weight)
+
+    def ours(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        given = {"weight_mean": mean} if given_mean else {}
+        return palu.linear_topk_mse(h, w, index, "global_mean", b, impl=impl, **given)
+
+    with torch.autocast(device.type, torch.bfloat16):
+        results = loss_and_gradients(ours, hidden, weight, bias)
+        torchs = loss_and_gradients(lambda h, w, b: eager.linear_topk_mse(h, w, index, "global_mean", b), hidden, weight, bias)  # fmt: skip
+    assert [t.dtype for t in results] == [t.dtype for t in torchs]
+    cast = [t if others == torch.float64 else t.bfloat16() for t in (hidden, weight, bias)]
+    assert torch.equal(results[0], ours(*cast))
+    exact = in_float64(lambda h, w, b: eager.linear_topk_mse(h, w, index, "global_mean", b), *cast)
+    for mine, twin, truth in zip(results, torchs, exact, strict=True):
+        scale = truth.abs().max()
+        error, lost = ((t.double() - truth).abs().max() / scale for t in (mine, twin))
+        # A leaf of float32 gets a gradient that was rounded to bfloat16, as torch's own does.
+        assert error <= 2 * lost + (1e-12 if others == torch.float64 else 2 * torch.finfo(torch.bfloat16).eps)
+
+
 # ------------------------------------------------------------------------------------- raw backwards
 
 
@@ -714,6 +742,19 @@ def test_compile_fullgraph_in_place_losses(device: torch.device) -> None:
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits, ref_logits), function(logits, ref_logits), rtol=1e-4, atol=1e-5)
+
+
+def test_compile_fullgraph_under_autocast(device: torch.device) -> None:
+    hidden, weight = torch.randn(ROWS, HIDDEN, device=device), torch.randn(VOCAB, HIDDEN, device=device)
+    index = indices(device)
+
+    def function(h: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return palu.linear_topk_mse(h, w, index)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = loss_and_gradients(function, hidden, weight)
+    torch.testing.assert_close(loss_and_gradients(compiled, hidden, weight), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("first_use", ["palu.topk_mse(z, i)", "palu.linear_topk_mse(z, w, i)"])
