@@ -85,8 +85,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     if shutil.which("ninja") is None:
         # The ninja package puts its binary beside the interpreter, which need not be on PATH.
-        import ninja
-
+        try:
+            import ninja
+        except ImportError as error:
+            raise RuntimeError("ninja is not installed; pip install ninja") from error
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
@@ -114,15 +116,11 @@ def jit() -> str:
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (CXX names another)")
+        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (CXX names another: a command, no arguments)")
     prepare_environment()
     name = jit_name()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     directory = Path(root, f"py{sys.version_info.major}{sys.version_info.minor}", name)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RuntimeError(f"no folder to compile in ({error}); TORCH_EXTENSIONS_DIR names another one") from error
     with _locked(directory / "palu.lock"):
         # torch's own lock is a plain file; ours is held, so one that is there was left by a killed build.
         (directory / "lock").unlink(missing_ok=True)
@@ -142,15 +140,19 @@ def jit() -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock within the block; say what is waited for if that takes long."""
+    """Hold a lock within the block, in a folder that is made; say what is waited for if that takes long."""
     import filelock
 
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=_PATIENCE)
-    except filelock.Timeout:
-        _logger.warning("palu: another process compiles the native ops and holds %s; waiting for it to end", path)
-        lock.acquire()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except filelock.Timeout:
+            _logger.warning("palu: another process compiles the native ops and holds %s; waiting for it to end", path)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter where a network's file system has no locks
+        raise RuntimeError(f"no folder to compile in ({error}); TORCH_EXTENSIONS_DIR names another one") from error
     try:
         yield
     finally:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,13 @@ print(ops.extension_path())
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Without what would make the checkout importable."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """Without what would make the checkout importable, or name another folder for caches than HOME."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XDG_CACHE_HOME")}
     return kept | {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])} | changes
 
 
-def start(folder: Path, script: str = USE, **changes: str) -> subprocess.Popen[str]:
-    """Run a script with `folder` first on the path."""
+def start(folder: Path, script: str = USE, *, group: bool = False, **changes: str) -> subprocess.Popen[str]:
+    """Run a script with `folder` first on the path; in a group of its own, which can be killed."""
     return subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=folder,
@@ -40,7 +42,39 @@ def start(folder: Path, script: str = USE, **changes: str) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
+
+
+# Builds a module that takes a second to compile, in the way of the real one.
+BUILD = """
+from palu import _build
+_build.sources = lambda: ["{source}"]
+print(_build.jit())
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> str:
+    """The script of a small build, to be run with the checkout on the path."""
+    source = tmp_path / "small.cpp"
+    source.write_text("""
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "small", nullptr, -1};
+#define INIT(name) INIT_OF(name)
+#define INIT_OF(name) PyInit_##name
+PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
+""")
+    return BUILD.format(source=source)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status, and what it said on stderr; it fails where it hangs."""
+    try:
+        _, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, err
 
 
 def use(folder: Path, **changes: str) -> tuple[Path, str]:
@@ -173,7 +207,6 @@ def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -
     assert "Install a C++ compiler" in error
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stopped, say, and would hold the lock for ever; one that is killed leaves none."""
     path = tmp_path / "palu.lock"
@@ -197,14 +230,86 @@ def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     other.communicate()
 
 
-def test_a_folder_that_cannot_be_made_is_named(without_prebuilt: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    process = start(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "builds"))
-    _, stderr = process.communicate()
-    assert process.returncode != 0
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"TORCH_EXTENSIONS_DIR": "{file}/builds"},
+        {"HOME": "/proc"},  # where nobody, root included, may write
+        {"XDG_CACHE_HOME": "/proc"},
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named(build: str, tmp_path: Path, places: dict[str, str]) -> None:
+    (file := tmp_path / "file").write_text("")
+    changes = {"TORCH_EXTENSIONS_DIR": ""} | {name: place.format(file=file) for name, place in places.items()}
+    status, stderr = end(start(ROOT, build, **changes))
+    assert status != 0
     assert "no folder to compile in" in stderr and "TORCH_EXTENSIONS_DIR names another one" in stderr
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "palu.lock").mkdir()
+    with (
+        pytest.raises(RuntimeError, match=r"no folder to compile in \(.*palu.lock.*TORCH_EXTENSIONS_DIR names another"),
+        _build._locked(tmp_path / "palu.lock"),
+    ):
+        pass
+
+
+def test_a_killed_build_is_taken_up(build: str, tmp_path: Path) -> None:
+    """With every process of it, as the kernel or a cluster's scheduler kills a job."""
+    begun, slow = tmp_path / "begun", tmp_path / "slow-c++"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *small.cpp*) touch {begun}; sleep 100;; esac\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    builds = str(tmp_path / "builds")
+    killed = start(ROOT, build, group=True, TORCH_EXTENSIONS_DIR=builds, CXX=str(slow))
+    deadline = time.monotonic() + 100
+    while not begun.exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert list(Path(builds).rglob("lock")), "torch's own lock, which nobody holds any more"
+    status, stderr = end(start(ROOT, build, TORCH_EXTENSIONS_DIR=builds))
+    assert status == 0, stderr
+    assert "compiling" in stderr and "waiting" not in stderr
+
+
+def test_a_compiler_that_does_not_work(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text('#!/bin/sh\necho "broken: cannot compile" >&2\n[ "$1" = -v ] || exit 1\n')
+    broken.chmod(0o755)
+    for compiler, told in (
+        (str(broken), "broken: cannot compile"),
+        ("c++ -w", "no C++ compiler: 'c++ -w' is not on PATH (CXX names another: a command, no arguments)"),
+    ):
+        process = start(ROOT, "import palu.ops", TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=compiler)
+        status, stderr = end(process)
+        assert status != 0
+        error = stderr[stderr.index("ImportError: palu's native ops are not available.") :]
+        assert told in error and "Install a C++ compiler" in error
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
+def test_clang(jit_cache: str) -> None:
+    status, stderr = end(start(ROOT, TORCH_EXTENSIONS_DIR=jit_cache, CXX="clang++"))
+    assert status == 0, stderr
+
+
+def test_ninja_that_is_not_on_the_path(build: str, tmp_path: Path) -> None:
+    """The package's own is found; with neither, one error says so."""
+    for tool in ("c++", "as", "ld", "sh", "uname", "which"):
+        if (found := shutil.which(tool)) is not None:
+            (tmp_path / tool).symlink_to(found)
+    places = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")}
+    status, stderr = end(start(ROOT, build, **places))
+    assert status == 0, stderr
+    without = "import sys; sys.modules['ninja'] = None\nimport palu.ops"
+    status, stderr = end(start(ROOT, without, **places))
+    assert status != 0
+    assert "just in time: ninja is not installed; pip install ninja" in stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_cmake(tmp_path: Path) -> None:
     # Kept between runs: CMake's own dependency tracking decides what to compile again.
     build = ROOT / "build" / "test-cmake"
