@@ -4,9 +4,16 @@
 
 Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, the twin under
 `torch.compile`, in turns on the same inputs. `x_eager` and `x_compile` say how many times faster the op is.
-The floor is the least traffic (each input read once, each output written once, the indices and what the
-backward pass keeps of them included) over the bandwidth of a copy measured in the same run; `x_floor` is the
-op's time over it. A table, then one JSON line.
+The floor is the least traffic over the bandwidth of a copy measured in the same run; `x_floor` is the op's time over
+it. With s bytes an element the least traffic is
+
+    topk_mse, forward and backward       2 R V s + 2 R K (index + residual): logits read, their gradient written
+    linear_topk_mse, forward             D d s: each of the D distinct rows of the head that are kept is read once
+    the same, weight_mean computed       V d s: the head is read once
+    the same and backward, frozen head   D d s: the gradient for hidden is formed while a row is in the cache
+    (on CUDA)                            2 D d s: its backward pass gathers the rows again
+
+and what is smaller by a factor of K (hidden, its gradient, losses) is left out. A table, then one JSON line.
 """
 
 import argparse
@@ -71,6 +78,7 @@ def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: 
     hidden = torch.randn(rows, d, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab_size, d, device=device, dtype=dtype) / d**0.5
     mean = ops.weight_mean(weight)
+    passes = 1 if device.type == "cpu" else 2
     for k in (1000, 5000):
         index = distinct(rows, vocab_size, k, device)
         frozen = partial(palu.linear_topk_mse, hidden, weight, index, weight_mean=mean)
@@ -80,7 +88,7 @@ def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: 
         for name, floor, run, op in (
             ("forward", gathered, without_grad, frozen),
             ("forward, weight_mean computed", weight.nbytes, without_grad, computed),
-            ("forward+backward, frozen head", 2 * gathered, partial(forward_backward, inputs=[hidden]), frozen),
+            ("forward+backward, frozen head", passes * gathered, partial(forward_backward, inputs=[hidden]), frozen),
         ):
             full_name = f"linear_topk_mse rows={rows} d={d} V={vocab_size} K={k} {name}"
             cases.append(Case(full_name, floor, {"palu": run(op), "eager": run(twin)}))

@@ -24,6 +24,9 @@
 //
 // The backward kernels add to grad_hidden, grad_weight and grad_bias, those that are asked for. Every
 // sum is finished in A and rounded once into the buffer.
+//
+// linear_topk_mse_frozen (CPU) gives dL/dh[r] / (dL/dloss[r]) with the loss: of a head without gradient it is all that
+// the backward pass needs, and the kept rows of W are read once instead of twice.
 #pragma once
 
 #include "topk_mse.h"

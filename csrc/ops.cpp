@@ -21,6 +21,11 @@ TORCH_LIBRARY(palu, m) {
   m.def(
       "linear_topk_mse(Tensor hidden, Tensor weight, Tensor index, Tensor? bias,"
       " Tensor? weight_mean, str target, float constant) -> (Tensor loss, Tensor residual)");
+  // With the gradient of each row's loss for hidden [R, d], in the dtype of the sums, instead of the residual. It is
+  // there for CPUs, and for targets other than "local_mean".
+  m.def(
+      "linear_topk_mse_frozen(Tensor hidden, Tensor weight, Tensor index, Tensor? bias,"
+      " Tensor? weight_mean, str target, float constant) -> (Tensor loss, Tensor grad_hidden)");
   m.def(
       "linear_topk_mse_backward(Tensor grad, Tensor residual, Tensor hidden, Tensor weight,"
       " Tensor index, Tensor? weight_mean, bool through_mean, Tensor(a!)? grad_hidden,"

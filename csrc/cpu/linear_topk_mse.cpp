@@ -37,34 +37,87 @@ struct LinearTopkMse {
   const A* hidden;  // [R,d], contiguous
   const T* weight;  // [V,d]
   int64_t weight_stride;
-  const I* index;        // [R,K], contiguous, every value in [0, V)
-  const int32_t* order;  // [R*K], positions in index, grouped by its value
-  const T* bias;         // [V], contiguous, or null
-  const A* weight_mean;  // [d], contiguous; read for the global mean only
-  A* loss;               // [R]
-  A* residual;           // [R,K], contiguous
+  const I* index;            // [R,K], contiguous, every value in [0, V)
+  const int32_t* order;      // [R*K], positions in index, grouped by its value
+  const int32_t* group_end;  // [V]; the group of entry v is order[group_end[v-1] : group_end[v]]
+  const T* bias;             // [V], contiguous, or null
+  const A* weight_mean;      // [d], contiguous; read for the global mean only
+  A* loss;                   // [R]
+  A* residual;               // [R,K], contiguous
+  A* grad_hidden;            // [R,d], contiguous, or null: not asked for
   int64_t rows, vocab_size, hidden_size, k;
   Center center;
   A constant;
+
+  // The row of weight that pair order[n] takes.
+  const T* row(int64_t n) const { return weight + index[order[n]] * weight_stride; }
+  // That of the next entry, or the same one at the end.
+  const T* next_row(int64_t n) const {
+    const int64_t next = group_end[index[order[n]]];
+    return row(next < rows * k ? next : n);
+  }
+  A logit(int64_t n) const {
+    const int64_t i = order[n];
+    const A z = dot_prefetch(hidden + i / k * hidden_size, row(n), hidden_size, next_row(n));
+    return bias ? z + static_cast<A>(bias[index[i]]) : z;
+  }
+  // c[r], where it does not depend on the kept logits.
+  std::vector<A> targets() const {
+    std::vector<A> c(rows, center == Center::kConstant ? constant : A(0));
+    if (center == Center::kGlobalMean) {
+      const double bias_mean = bias ? sum(bias, vocab_size) / vocab_size : 0;
+      for (int64_t r = 0; r < rows; ++r)
+        c[r] = dot(hidden + r * hidden_size, weight_mean, hidden_size) + static_cast<A>(bias_mean);
+    }
+    return c;
+  }
 };
 
 template <typename T, typename A, typename I>
 void linear_topk_mse(const LinearTopkMse<T, A, I>& p) {
-  const int64_t d = p.hidden_size, k = p.k;
-  at::parallel_for(0, p.rows * k, row_grain(d), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t i = p.order[n], v = p.index[i];
-      if (n + 1 < end) prefetch_row(p.weight + p.index[p.order[n + 1]] * p.weight_stride, d);
-      const A z = dot(p.hidden + i / k * d, p.weight + v * p.weight_stride, d);
-      p.residual[i] = p.bias ? z + static_cast<A>(p.bias[v]) : z;
+  const int64_t k = p.k;
+  at::parallel_for(0, p.rows * k, row_grain(p.hidden_size), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) p.residual[p.order[n]] = p.logit(n);
+  });
+  const std::vector<A> c = p.targets();
+  at::parallel_for(0, p.rows, row_grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) p.loss[r] = finish_row(p.residual + r * k, k, p.center, c[r], p.constant);
+  });
+}
+
+// The loss and its gradient for hidden, for a target that is known before the kept logits: a row of weight is
+// multiplied and added while it is in the cache, so each is read once for both.
+//
+// The pairs are cut into slices, each with sums of its own, which are added up in order: how many depends on the sizes
+// alone, and so do the bits. There are K/64 at most, so that the sums are few beside the rows.
+template <typename T, typename A, typename I>
+void linear_topk_mse_frozen(const LinearTopkMse<T, A, I>& p, bool through_mean) {
+  const int64_t rows = p.rows, d = p.hidden_size, k = p.k, pairs = rows * k;
+  const std::vector<A> c = p.targets();
+  int64_t slices = 1;
+  while (slices < 64 && 64 * slices < k) slices *= 2;
+  const at::Tensor partial = at::empty({slices, rows, d}, at::CppTypeToScalarType<A>::value);
+  A* sums = partial.mutable_data_ptr<A>();
+  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      A* out = sums + s * rows * d;
+      std::fill_n(out, rows * d, A(0));
+      for (int64_t n = pairs * s / slices; n < pairs * (s + 1) / slices; ++n) {
+        const int64_t i = p.order[n], r = i / k;
+        p.residual[i] = p.logit(n) - c[r];
+        add_scaled(out + r * d, p.residual[i], p.row(n), d);
+      }
     }
   });
-  const bool global = p.center == Center::kGlobalMean;
-  const double bias_mean = p.bias && global ? sum(p.bias, p.vocab_size) / p.vocab_size : 0;
-  at::parallel_for(0, p.rows, row_grain(d + k), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, row_grain(slices * d + k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const A mean = global ? dot(p.hidden + r * d, p.weight_mean, d) + static_cast<A>(bias_mean) : A(0);
-      p.loss[r] = finish_row(p.residual + r * k, k, p.center, mean, p.constant);
+      const A* residual = p.residual + r * k;
+      p.loss[r] = dot(residual, residual, k) / static_cast<A>(k);
+      A* out = sums + r * d;
+      for (int64_t s = 1; s < slices; ++s) add_scaled(out, A(1), sums + (s * rows + r) * d, d);
+      if (through_mean)
+        add_scaled(out, static_cast<A>(p.vocab_size) * mean_share(residual, k, A(1), p.vocab_size), p.weight_mean, d);
+      for (int64_t j = 0; j < d; ++j) p.grad_hidden[r * d + j] = A(2) / static_cast<A>(k) * out[j];
     }
   });
 }
@@ -181,15 +234,19 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& t) {
   return t ? std::optional(t->contiguous()) : std::nullopt;
 }
 
-std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, const at::Tensor& weight,
-                                                      const at::Tensor& index, const std::optional<at::Tensor>& bias,
-                                                      const std::optional<at::Tensor>& weight_mean,
-                                                      std::string_view target, double constant) {
+// Of each row the loss, and its residual [R,K] or (`frozen`) its gradient for hidden [R,d].
+std::tuple<at::Tensor, at::Tensor> run_linear_topk_mse(const char* op, bool frozen, const at::Tensor& hidden,
+                                                       const at::Tensor& weight, const at::Tensor& index,
+                                                       const std::optional<at::Tensor>& bias,
+                                                       const std::optional<at::Tensor>& weight_mean,
+                                                       std::string_view target, double constant) {
   const Center center = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target);
+  TORCH_CHECK_VALUE(!frozen || center != Center::kLocalMean, op, ": target 'local_mean' is known too late");
   const int64_t rows = hidden.size(0), d = hidden.size(1), vocab_size = weight.size(0), k = index.size(1);
   const auto options = hidden.options().dtype(acc_dtype(hidden.scalar_type()));
-  at::Tensor loss = at::empty({rows}, options), residual = at::empty({rows, k}, options);
-  if (rows == 0) return {loss, residual};
+  at::Tensor loss = at::empty({rows}, options), residual = at::empty({rows, k}, options), grad_hidden;
+  if (frozen) grad_hidden = at::empty({rows, d}, options);
+  if (rows == 0) return {loss, frozen ? grad_hidden : residual};
   const at::Tensor h = hidden.to(options.dtype()).contiguous(), w = unit_last_stride(weight), i = index.contiguous();
   const auto b = contiguous(bias), mean = contiguous(weight_mean);
   dispatch_floating(hidden.scalar_type(), [&](auto t, auto a) {
@@ -197,7 +254,6 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
       using T = decltype(t);
       using A = decltype(a);
       using I = decltype(j);
-      constexpr const char* op = "palu::linear_topk_mse";
       const I* values = i.const_data_ptr<I>();
       check_index_values(op, values, rows, k, vocab_size);
       const Groups groups = group_by_value(op, values, rows * k, vocab_size);
@@ -207,6 +263,7 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
       p.weight_stride = w.stride(0);
       p.index = values;
       p.order = groups.order.const_data_ptr<int32_t>();
+      p.group_end = groups.group_end.const_data_ptr<int32_t>();
       p.bias = data_or_null<T>(b);
       p.weight_mean = data_or_null<A>(mean);
       p.loss = loss.mutable_data_ptr<A>();
@@ -217,10 +274,32 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, 
       p.k = k;
       p.center = center;
       p.constant = static_cast<A>(constant);
-      linear_topk_mse(p);
+      if (frozen) {
+        p.grad_hidden = grad_hidden.mutable_data_ptr<A>();
+        linear_topk_mse_frozen(p, target == "global_mean");
+      } else {
+        linear_topk_mse(p);
+      }
     });
   });
-  return {loss, residual};
+  return {loss, frozen ? grad_hidden : residual};
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_topk_mse_op(const at::Tensor& hidden, const at::Tensor& weight,
+                                                      const at::Tensor& index, const std::optional<at::Tensor>& bias,
+                                                      const std::optional<at::Tensor>& weight_mean,
+                                                      std::string_view target, double constant) {
+  return run_linear_topk_mse("palu::linear_topk_mse", false, hidden, weight, index, bias, weight_mean, target,
+                             constant);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_topk_mse_frozen_op(const at::Tensor& hidden, const at::Tensor& weight,
+                                                             const at::Tensor& index,
+                                                             const std::optional<at::Tensor>& bias,
+                                                             const std::optional<at::Tensor>& weight_mean,
+                                                             std::string_view target, double constant) {
+  return run_linear_topk_mse("palu::linear_topk_mse_frozen", true, hidden, weight, index, bias, weight_mean, target,
+                             constant);
 }
 
 void linear_topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
@@ -275,5 +354,6 @@ void linear_topk_mse_backward_op(const at::Tensor& grad, const at::Tensor& resid
 
 TORCH_LIBRARY_IMPL(palu, CPU, m) {
   m.impl("linear_topk_mse", palu::cpu::linear_topk_mse_op);
+  m.impl("linear_topk_mse_frozen", palu::cpu::linear_topk_mse_frozen_op);
   m.impl("linear_topk_mse_backward", palu::cpu::linear_topk_mse_backward_op);
 }

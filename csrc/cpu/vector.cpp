@@ -1,6 +1,7 @@
 #include "vector.h"
 
 #include <algorithm>
+#include <cstring>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PALU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -38,19 +39,53 @@ PALU_INLINE double sum_impl(const T* x, int64_t n) {
   return total;
 }
 
-template <typename T, typename A>
-PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n) {
-  const int64_t q = n / 4;
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < q; ++i) {
-    s0 += a[i] * static_cast<A>(x[i]);
-    s1 += a[i + q] * static_cast<A>(x[i + q]);
-    s2 += a[i + 2 * q] * static_cast<A>(x[i + 2 * q]);
-    s3 += a[i + 3 * q] * static_cast<A>(x[i + 3 * q]);
+// One 64-byte vector of the sums' dtype; a compiler without registers of that width takes several.
+template <typename A>
+struct Vector {
+  typedef A type __attribute__((vector_size(64)));
+  static constexpr int64_t lanes = 64 / sizeof(A);
+};
+
+template <typename A>
+PALU_INLINE void load(typename Vector<A>::type& v, const A* x) {
+  std::memcpy(&v, x, sizeof v);
+}
+
+PALU_INLINE void load(Vector<float>::type& v, const c10::BFloat16* x) {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  Half half;
+  std::memcpy(&half, x, sizeof half);
+  const Bits bits = __builtin_convertvector(half, Bits) << 16;
+  std::memcpy(&v, &bits, sizeof v);
+}
+
+// Reads both rows from front to back, as the hardware's prefetcher likes it. Four independent accumulators hide the
+// latency of the addition.
+template <bool kPrefetch, typename T, typename A>
+PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n, const T* next) {
+  using V = Vector<A>;
+  constexpr int64_t step = 4 * V::lanes, line = 64 / sizeof(T);
+  typename V::type s[4] = {}, u, v;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    if constexpr (kPrefetch) {
+      for (int64_t j = 0; j < step; j += line) __builtin_prefetch(next + i + j);
+    }
+    for (int64_t j = 0; j < 4; ++j) {
+      load(u, a + i + j * V::lanes);
+      load(v, x + i + j * V::lanes);
+      s[j] += u * v;
+    }
   }
-  for (int64_t i = 4 * q; i < n; ++i) s0 += a[i] * static_cast<A>(x[i]);
-  return (s0 + s1) + (s2 + s3);
+  if constexpr (kPrefetch) {
+    for (int64_t j = i; j < n; j += line) __builtin_prefetch(next + j);
+  }
+  const typename V::type all = (s[0] + s[1]) + (s[2] + s[3]);
+  A total = 0;
+  for (int64_t j = 0; j < V::lanes; ++j) total += all[j];
+  for (; i < n; ++i) total += a[i] * static_cast<A>(x[i]);
+  return total;
 }
 
 template <typename I>
@@ -65,17 +100,20 @@ PALU_INLINE bool all_in_range_impl(const I* x, int64_t n, int64_t bound) {
 
 }  // namespace
 
-#define PALU_DEFINE_VECTOR(T, A)                                                            \
-  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }            \
-  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<T, A>(a, x, n); }  \
-  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                       \
-  }                                                                                         \
-  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {     \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);     \
-  }                                                                                         \
-  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                            \
+#define PALU_DEFINE_VECTOR(T, A)                                                               \
+  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }               \
+  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<false>(a, x, n, x); } \
+  PALU_CLONES A dot_prefetch(const A* a, const T* x, int64_t n, const T* next) {               \
+    return dot_impl<true>(a, x, n, next);                                                      \
+  }                                                                                            \
+  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) {    \
+    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                          \
+  }                                                                                            \
+  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);        \
+  }                                                                                            \
+  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {           \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                               \
   }
 
 PALU_DEFINE_VECTOR(float, float)

@@ -71,6 +71,7 @@ for _op in (
     "topk_mse",
     "topk_mse_backward",
     "linear_topk_mse",
+    "linear_topk_mse_frozen",
     "linear_topk_mse_backward",
     "cross_entropy_",
     "kl_div_",

@@ -149,6 +149,11 @@ def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, 
     return not beside_dense and rows * k < vocab_size
 
 
+def has_frozen(hidden: Tensor, target: str) -> bool:
+    """Whether the gradient for hidden can be formed with the loss: its target is known first, and there is a kernel."""
+    return hidden.device.type == "cpu" and "cpu" in NATIVE_DEVICES and target != "local_mean"
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast a tensor as torch's autocast casts what a matrix product takes: all floating dtypes but float64."""
     device = tensor.device.type
@@ -163,7 +168,11 @@ def _gather(
     name, constant = split_target(target)
     if mean is None and name.startswith("global_mean"):
         mean = weight_mean(weight)
-    loss, _ = library.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    with_grad = torch.is_grad_enabled() and hidden.requires_grad
+    once = with_grad and frozen and has_frozen(hidden, name)
+    op = library.linear_topk_mse_frozen if once else library.linear_topk_mse
+    loss, _ = op(hidden, weight, index, bias, mean, name, constant)
     return loss
 
 

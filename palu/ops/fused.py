@@ -7,7 +7,7 @@ torch, that the first argument is overwritten.
 import torch
 from torch import Tensor
 
-from palu.ops.functional import split_target, weight_mean
+from palu.ops.functional import has_frozen, split_target, weight_mean
 
 _ops = torch.ops.palu
 
@@ -39,6 +39,11 @@ def linear_topk_mse_fwd_bwd(
     name, constant = split_target(target)
     if mean is None and name.startswith("global_mean"):
         mean = weight_mean(weight)
+    grad_hidden, *grads_of_head = grads
+    if grad_hidden is not None and grads_of_head == [None, None] and has_frozen(hidden, name):
+        loss, gradient = _ops.linear_topk_mse_frozen(hidden, weight, index, bias, mean, name, constant)
+        grad_hidden += row_weight[:, None] * gradient
+        return loss
     loss, residual = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
     _ops.linear_topk_mse_backward(row_weight, residual, hidden, weight, index, mean, name == "global_mean", *grads)
     return loss

@@ -149,6 +149,20 @@ def _(
     return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(index.shape, dtype=dtype)
 
 
+@_register_fake("linear_topk_mse_frozen")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight_mean: Tensor | None,
+    target: str,
+    constant: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = acc_dtype(hidden.dtype)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape, dtype=dtype)
+
+
 def _writes_only(*_: Any) -> None:
     return None
 
@@ -335,12 +349,20 @@ def _linear_topk_mse_backward(ctx: Any, grad: Tensor | None, grad_residual: Tens
     return of_hidden, of_weight, None, of_bias, None, None, None
 
 
-def _linear_topk_mse_jvp(
-    ctx: Any, of_hidden: Tensor | None, of_weight: Tensor | None, _: None, of_bias: Tensor | None, *__: Any
-) -> tuple[Tensor, Tensor]:
-    residual, hidden, weight, index, _, mean = ctx.saved_tensors
-    target = _TARGET_OF_TANGENT.get(ctx.target, "constant")
-    # The logits are linear in each of the three.
+def _change_of_logits(
+    target: str,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    mean: Tensor | None,
+    of_hidden: Tensor | None,
+    of_weight: Tensor | None,
+    _: None,
+    of_bias: Tensor | None,
+    *__: Any,
+) -> Tensor:
+    """How the kept logits [R, K] move against their target; they are linear in each of the three."""
+    target = _TARGET_OF_TANGENT.get(target, "constant")
     changes = []
     if of_hidden is not None:
         changes.append(linear_topk_mse(of_hidden, weight, index, None, mean, target, 0.0)[1])
@@ -348,10 +370,50 @@ def _linear_topk_mse_jvp(
         mean = of_weight.mean(0, dtype=acc_dtype(of_weight.dtype))
         changes.append(linear_topk_mse(hidden, of_weight, index, None, mean, target, 0.0)[1])
     if of_bias is not None:
-        changes.append(topk_mse(of_bias.expand(len(residual), -1), index, target, 0.0)[1])
-    return _tangents(residual, torch.stack(changes).sum(0))
+        changes.append(topk_mse(of_bias.expand(len(hidden), -1), index, target, 0.0)[1])
+    return torch.stack(changes).sum(0)
+
+
+def _linear_topk_mse_jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+    residual, hidden, weight, index, _, mean = ctx.saved_tensors
+    return _tangents(residual, _change_of_logits(ctx.target, hidden, weight, index, mean, *tangents))
 
 
 linear_topk_mse = _differentiable(
     "linear_topk_mse", _linear_topk_mse_context, _linear_topk_mse_backward, _linear_topk_mse_jvp
 )
+
+
+# The same op where the head has no gradient: the second result is the loss's gradient for hidden.
+
+
+def _frozen_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, target, constant = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.save_for_forward(*tensors)
+    ctx.target, ctx.constant, ctx.dtype = target, constant, tensors[0].dtype
+
+
+def _frozen_gradient(dtype: torch.dtype, grad: Tensor, grad_hidden: Tensor) -> Tensor:
+    return (grad[:, None] * grad_hidden).to(dtype)
+
+
+def _frozen_backward(ctx: Any, grad: Tensor | None, of_gradient: Tensor | None) -> Gradients:
+    if of_gradient is not None:
+        _first_order_only("linear_topk_mse")
+    if grad is None:
+        return (None,) * 7
+    compute = partial(_frozen_gradient, ctx.dtype)
+    return _Gradient.apply("linear_topk_mse", compute, grad, *ctx.saved_tensors), *(None,) * 6
+
+
+def _frozen_jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+    hidden, weight, index, bias, mean = ctx.saved_tensors
+    residual = linear_topk_mse(hidden, weight, index, bias, mean, ctx.target, ctx.constant)[1]
+    loss, _ = _tangents(residual, _change_of_logits(ctx.target, hidden, weight, index, mean, *tangents))
+    # The gradient's own tangent is asked for by a second derivative alone, which raises where it finds one.
+    return loss, torch.zeros_like(hidden, dtype=loss.dtype)
+
+
+linear_topk_mse_frozen = _differentiable("linear_topk_mse_frozen", _frozen_context, _frozen_backward, _frozen_jvp)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import palu
 from palu import eager, ops
+from palu.ops import fused
+from palu.ops.library import NATIVE_DEVICES
 
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
 INDEX_DTYPES = [torch.int32, torch.int64]
@@ -199,11 +201,57 @@ def test_same_bits_every_time(device: torch.device) -> None:
                 *loss_and_gradients(
                     lambda h, w: palu.linear_topk_mse(h, w, index, "global_mean", None, impl="gather"), hidden, weight
                 ),
+                *loss_and_gradients(lambda h: palu.linear_topk_mse(h, weight, index, impl="gather"), hidden),
             ]
         )
     torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("k", [KEPT, 130])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_topk_mse_of_a_frozen_head(device: torch.device, target: str | float, k: int, with_bias: bool) -> None:
+    """On a CPU the gradient is formed in the forward pass, in as many slices as K is long."""
+    index = torch.randint(0, VOCAB, (ROWS, k), device=device)
+    for dtype in float_dtypes(device):
+        weights = layouts((VOCAB, HIDDEN), device, dtype)
+        for name, hidden in layouts((ROWS, HIDDEN), device, dtype).items():
+            degenerate = name == "one row, expanded" and isinstance(target, str)
+            weight = weights["slice" if degenerate else name]
+            bias = sliced((VOCAB,), device, dtype) if with_bias else None
+            ours = loss_and_gradients(
+                lambda h, w=weight, b=bias: palu.linear_topk_mse(h, w, index, target, b, impl="gather"), hidden
+            )
+            torchs = loss_and_gradients(
+                lambda h, w=weight, b=bias: eager.linear_topk_mse(h, w, index, target, b), hidden
+            )
+            w, b = weight.double(), None if bias is None else bias.double()
+            exact = in_float64(lambda h, w=w, b=b: eager.linear_topk_mse(h, w, index, target, b), hidden)
+            assert ours[1].dtype == dtype
+            assert_no_worse(ours, torchs, exact)
+            # The training loop's call adds to a buffer.
+            grad = torch.zeros_like(ours[1])
+            row_weight = torch.arange(1, ROWS + 1, device=device, dtype=ours[0].dtype)
+            loss = fused.linear_topk_mse_fwd_bwd(
+                hidden, weight, index, row_weight, target, bias, None, (grad, None, None)
+            )
+            assert torch.equal(loss, ours[0]) and torch.equal(grad, ours[1])
+
+
+@pytest.mark.skipif("cpu" not in NATIVE_DEVICES, reason="the twins form it in the backward pass")
+def test_a_frozen_heads_rows_are_read_once() -> None:
+    """The forward pass has formed the gradient: the backward pass needs neither head nor index."""
+    hidden, weight = torch.randn(ROWS, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN)
+    index = indices(torch.device("cpu"))
+    for target in ("global_mean", "global_mean_detached", 0.5):
+        with torch.profiler.profile() as profile:
+            palu.linear_topk_mse(hidden, weight, index, target).sum().backward()
+        called = {event.name for event in profile.events() if event.name.startswith("palu::")}
+        assert called == {"palu::linear_topk_mse_frozen"}
+    with pytest.raises(ValueError, match="target 'local_mean' is known too late"):
+        raw.linear_topk_mse_frozen(hidden, weight, index, None, None, "local_mean", 0.0)
 
 
 @pytest.mark.parametrize("impl", ["gather", "dense"])
@@ -708,6 +756,10 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
             (raw.linear_topk_mse, (leaf(3, 5), leaf(9, 5), index, leaf(9), mean, target, 0.5)),
         ]
     samples.append((raw.linear_topk_mse, (leaf(3, 5), leaf(9, 5), index, None, None, "local_mean", 0.5)))
+    if device.type == "cpu" and "cpu" in NATIVE_DEVICES:
+        for target in ("global_mean", "constant"):
+            arguments = (leaf(3, 5), plain(9, 5), index, plain(9), mean, target, 0.5)
+            samples.append((raw.linear_topk_mse_frozen, arguments))
     return samples
 
 
@@ -731,6 +783,12 @@ def test_compile_fullgraph(device: torch.device) -> None:
     expected = loss_and_gradients(function, hidden, weight)
     compiled = loss_and_gradients(torch.compile(function, fullgraph=True), hidden, weight)
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+    def frozen(h: Tensor) -> Tensor:
+        return palu.linear_topk_mse(h, weight, index, impl="gather")
+
+    compiled = loss_and_gradients(torch.compile(frozen, fullgraph=True, backend="aot_eager"), hidden)
+    torch.testing.assert_close(compiled, loss_and_gradients(frozen, hidden), rtol=1e-4, atol=1e-4)
 
 
 def test_compile_fullgraph_in_place_losses(device: torch.device) -> None:

@@ -39,6 +39,10 @@ def losses(module: ModuleType, op: str, target: str | float) -> tuple[Losses, tu
     i = torch.arange(ROWS * K, dtype=torch.int32).view(ROWS, K) % VOCAB
     if op == "topk_mse":
         return lambda z: module.topk_mse(z, i, target), (leaf(ROWS, VOCAB),)
+    if op == "frozen head":
+        weight = torch.sin(torch.arange(VOCAB * HIDDEN, dtype=torch.float64)).view(VOCAB, HIDDEN)
+        options = {"impl": "gather"} if module is palu else {}
+        return lambda h: module.linear_topk_mse(h, weight, i, target, weight[:, 0], **options), (leaf(ROWS, HIDDEN),)
     options = {"impl": op} if module is palu else {}
     function = module.linear_topk_mse
     leaves = leaf(ROWS, HIDDEN), leaf(VOCAB, HIDDEN), leaf(VOCAB)
@@ -49,7 +53,7 @@ def close(ours: Any, twins: Any) -> None:
     torch.testing.assert_close(ours, twins, rtol=1e-11, atol=1e-11)
 
 
-OPS = pytest.mark.parametrize("op", ["topk_mse", "gather", "dense"])
+OPS = pytest.mark.parametrize("op", ["topk_mse", "gather", "dense", "frozen head"])
 
 
 @OPS
@@ -147,7 +151,7 @@ def test_vmap_of_what_is_overwritten() -> None:
         vmap(lambda labels: palu.ops.cross_entropy_(z[0], labels, weight))(labels.expand(BATCH, -1))
 
 
-@OPS
+@pytest.mark.parametrize("op", ["topk_mse", "gather", "dense"])
 def test_batched_gradients_are_refused(op: str) -> None:
     function, leaves = losses(palu, op, "global_mean")
     leaves = tuple(t.requires_grad_() for t in leaves)
