@@ -21,6 +21,7 @@ from palu.attacks.secrets import AuditData, Secret
 from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import DECODING_FACTOR, eval_mode
 from palu.models.head import body_of, head_of, map_logits, nll, to_acc_dtype
+from palu.models.layers import layers_of
 from palu.models.lora import CausalLM, base_of
 
 THRESHOLD = 0.05  # nats that a token costs on average: below it, a layer has no part in telling a secret
@@ -193,7 +194,7 @@ def _passes(
     Yields:
         each part's last hidden states [rows, t, d].
     """
-    body, layers = body_of(model), _layers_of(model)
+    body, layers = body_of(model), layers_of(body_of(model))
     ids = data.rows[secret.row].example.input_ids[: secret.stop - 1].to(model.device)
     before, inside = ids[: secret.first - 1], ids[secret.first - 1 :]
     # transformers from some 5.x on calls past_key_values so.
@@ -210,17 +211,10 @@ def _passes(
         yield output.last_hidden_state
 
 
-def _layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the body's layers in their order; none where they cannot be told."""
-    body, count = body_of(model), model.config.get_text_config().num_hidden_layers
-    lists = [part for part in body.children() if isinstance(part, nn.ModuleList) and len(part) == count]
-    return list(lists[0]) if len(lists) == 1 else []
-
-
 @torch.no_grad()
 def _shape_of(model: PreTrainedModel, data: AuditData) -> tuple[int, int] | str:
     """Return how many layers a model has and how wide their states are, or why these cannot be taken or replaced."""
-    layers, ids = _layers_of(model), data.rows[0].example.input_ids
+    layers, ids = layers_of(body_of(model)), data.rows[0].example.input_ids
     kind = type(body_of(model)).__name__
     if not layers:
         return f"{kind} has no one list of as many layers as its configuration says (num_hidden_layers)"
