@@ -31,6 +31,9 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "simnpo": {"beta": 4.5, "gamma": 0.125},
     "pdu": {},
     "tpo": {"beta": 0.32},
+    "wga": {"beta": 1.0},
+    "undial": {"beta": 10.0, "lambda_retain": 0.0},
+    "rmu": {},
 }
 
 # Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it.
@@ -92,7 +95,8 @@ class UnlearnConfig:
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
-            (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``.
+            (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``, ``"wga"``, ``"undial"``,
+            ``"rmu"``.
         local_loss: what is asked of an onset token. ``"unlikelihood"``: ``-log(1 - p)`` of the true token
             (arXiv 1908.04319), while its probability p is above ``probability_floor``; what it loses goes to the
             model's other candidates. ``"topk_mse"``: the paper's local entropy loss, which flattens the ``top_k``
@@ -111,15 +115,19 @@ class UnlearnConfig:
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
-        lambda_retain: weight of the cross-entropy on the retain set; ``None``: 1, for ``"ga"`` 0.
+        lambda_retain: weight of the cross-entropy on the retain set (RMU: of the distance from the reference's states
+            there); ``None``: 1, for ``"ga"`` and ``"undial"`` 0.
         anchors: how many everyday prompts the reference answers before training, for the KL to keep these answers.
             ``None``: as many as the run can use; 0 if ``retain`` is ``[]``, or if there are retain examples but no
             tokenizer, or ``lambda_kl`` is 0.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
-        beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference; ``None``: what their authors use.
+        beta: DPO, NPO, SimNPO, TPO: inverse temperature of the preference. WGA: the power of a token's probability that
+            is its weight. UNDIAL: what the true token's logit is lowered by. ``None``: what their authors use.
         delta: SimNPO: margin on the mean token NLL.
         dual_step: PDU: step size of the retain loss's weight, which starts at ``lambda_retain``.
         retain_loss_bound: PDU: the retain loss above which that weight grows.
+        layer_id: RMU: the layer, from 0, whose output is steered. No weight above it is trained.
+        steering_coeff: RMU: the 2-norm of the random vector that it is steered to.
         optimizer: ``"adamw"``: torch's for float32 weights, Kahan-compensated for bfloat16; ``"adamw_8bit"``: its
             moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
         learning_rate: AdamW's step size; 5e-5 for a Llama of 135M parameters, papers use 1e-5 for 1B to 8B.
@@ -187,6 +195,8 @@ class UnlearnConfig:
     delta: float = 0.0
     dual_step: float = 1.0
     retain_loss_bound: float = 0.0
+    layer_id: int = 7
+    steering_coeff: float = 2.0
 
     optimizer: str = "adamw"
     learning_rate: float = 1e-5
@@ -270,7 +280,7 @@ class UnlearnConfig:
             require(is_number(value) and value >= 0, field, "give a number that is not negative")
         require(is_number(self.delta), "delta", "give a finite number")
         require(self.beta is None or (is_number(self.beta) and self.beta > 0), "beta", "give a positive number")
-        for field in ("learning_rate", "max_grad_norm", "checkpoint_minutes"):
+        for field in ("steering_coeff", "learning_rate", "max_grad_norm", "checkpoint_minutes"):
             value = getattr(self, field)
             require(is_number(value) and value > 0, field, "give a positive number")
         for field in ("epochs", "batch_size", "gradient_accumulation_steps", "chunk_bytes"):
@@ -290,11 +300,9 @@ class UnlearnConfig:
         # A copy: the caller's may change.
         object.__setattr__(self, "chat_template_kwargs", template_kwargs(self.chat_template_kwargs))
         require(is_int(self.max_length) and self.max_length > 1, "max_length", "give an integer above 1")
-        require(
-            is_int(self.warmup_steps) and self.warmup_steps >= 0,
-            "warmup_steps",
-            "give 0 or a positive integer",
-        )
+        for field in ("layer_id", "warmup_steps"):
+            value = getattr(self, field)
+            require(is_int(value) and value >= 0, field, "give 0 or a positive integer")
         for field in ("cache_dir", "checkpoint_dir"):
             value = getattr(self, field)
             require(

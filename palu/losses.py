@@ -135,6 +135,8 @@ class KLTerm:
     hidden: Tensor  # [R, d]: the reference's last hidden states
     head: Head  # the reference's head
     reverse: bool
+    lowered: Tensor | None = None  # [R] int64: tokens whose reference logit is lowered
+    lowered_by: float = 0.0
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -144,6 +146,9 @@ class KLTerm:
         ref_logits = self.head.product(self.hidden[rows]).to(logits.dtype)
         if self.head.softcap is not None:
             softcap_(ref_logits, self.head.softcap)
+        if self.lowered is not None:
+            label = self.lowered[rows, None]
+            ref_logits.scatter_add_(1, label, ref_logits.new_full(label.shape, -self.lowered_by))
         return fused.kl_div_(logits, ref_logits, row_weight, self.reverse)
 
 

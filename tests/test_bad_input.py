@@ -393,12 +393,12 @@ def test_layouts_of_labels_and_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("objective", ["palu", "npo", "tpo"])
+@pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial", "rmu"])
 def test_a_reference_in_another_dtype(dtype: torch.dtype, objective: str) -> None:
     reference = tiny_llama(seed=1)
-    function, arguments = unlearn(objective=objective, ref_model=reference)
+    function, arguments = unlearn(objective=objective, layer_id=0, ref_model=reference)
     same = function(**arguments).history[-1]
-    function, arguments = unlearn(objective=objective, ref_model=tiny_llama(seed=1).to(dtype))
+    function, arguments = unlearn(objective=objective, layer_id=0, ref_model=tiny_llama(seed=1).to(dtype))
     other = function(**arguments).history[-1]
     assert {n: other[n] for n in other if n != "tokens_per_second"} == pytest.approx(
         {n: same[n] for n in same if n != "tokens_per_second"}, rel=0.1

@@ -1,8 +1,9 @@
-"""The methods of unlearning: PALU, and seven that it is compared with. ``base.py`` says what a method declares."""
+"""The methods of unlearning: PALU, and those that it is compared with. ``base.py`` says what a method declares."""
 
 from palu.methods.base import Method
-from palu.methods.baselines import DPO, NPO, PDU, TPO, GradientAscent, SimNPO
+from palu.methods.baselines import DPO, NPO, PDU, TPO, UNDIAL, WGA, GradientAscent, SimNPO
 from palu.methods.palu import PaluMethod
+from palu.methods.rmu import RMU
 
 # By the name that ``UnlearnConfig.objective`` gives.
 METHODS: dict[str, type[Method]] = {
@@ -14,4 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "simnpo": SimNPO,
     "pdu": PDU,
     "tpo": TPO,
+    "wga": WGA,
+    "undial": UNDIAL,
+    "rmu": RMU,
 }

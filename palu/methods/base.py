@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Items
+from palu.data.packing import Batch, Items, Packed
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.models.head import Head, body_of, head_of, map_logits, nll
@@ -27,7 +27,7 @@ class RefField(NamedTuple):
 class RefRows(NamedTuple):
     """Rows of any items, as the reference sees them."""
 
-    targets: Tensor  # [a, d]: last hidden states of the target rows
+    targets: Tensor  # [a, d]: hidden states of the target rows, those of Method.hidden_states
     others: Tensor  # [b, d]: of the other rows
     target_labels: Tensor  # int64 [a]: the true tokens
     other_labels: Tensor  # int64 [b]
@@ -71,11 +71,17 @@ class Method(ModelRoot):
     needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head, where its term has a weight
     needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
     has_kl: ClassVar[bool] = False  # whether a KL keeps the other rows, so that anchors may be among them
+    asks_of_retain: ClassVar[bool] = False  # whether the reference is asked about the retain items, too, as others
+    reaches_all: ClassVar[bool] = True  # whether its loss depends on all weights of the body and the head
 
     def __init__(self, model: CausalLM, config: UnlearnConfig):
         super().__init__(model)
         self.config = config
         self.ref_head: Head | None = None
+
+    @staticmethod
+    def check(model: CausalLM, config: UnlearnConfig) -> None:
+        """Raise ValueError where the method cannot train the model with these settings."""
 
     @staticmethod
     def make_items(
@@ -86,7 +92,7 @@ class Method(ModelRoot):
 
     @staticmethod
     def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
-        """Return the function that computes ``used_ref_fields`` from the reference's last hidden states.
+        """Return the function that computes ``used_ref_fields`` from the reference's hidden states.
 
         It is called before training, once for every item; never where ``used_ref_fields`` is empty.
         """
@@ -96,6 +102,12 @@ class Method(ModelRoot):
     def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
         """Return the settings on which the reference fields depend, beside the items: part of the cache's key."""
         return {}
+
+    @staticmethod
+    def hidden_states(body: nn.Module, packed: Packed, config: UnlearnConfig) -> tuple[Tensor, Tensor]:
+        """Run the body over a packed row; return the states [T, d] that the method looks at, and the last ones."""
+        last = body(**packed.inputs()).last_hidden_state[0]
+        return last, last
 
     @classmethod
     def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
@@ -124,12 +136,11 @@ class Method(ModelRoot):
             counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
                 step, by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
+        states, last = self.hidden_states(body_of(self.model), batch.packed, self.config)
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
         total, terms = self.compute_losses(hidden, head, batch, shares)
-        targets = batch.counts.targets
-        return Losses(total, terms, self._highest_probability(hidden[:targets], head, batch.labels[:targets]))
+        return Losses(total, terms, self._highest_probability(last, head, batch))
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
         """Compute (total, terms) from the hidden states [R, d] of the batch's rows."""
@@ -144,8 +155,10 @@ class Method(ModelRoot):
         return {}
 
     @torch.no_grad()
-    def _highest_probability(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    def _highest_probability(self, last: Tensor, head: Head, batch: Batch) -> Tensor:
         if self.config.stop_probability is None:
-            return hidden.new_full((), float("nan"), dtype=torch.float32)
-        probability = map_logits(nll, hidden, head, labels, self.config.chunk_bytes).neg().exp().float()
+            return last.new_full((), float("nan"), dtype=torch.float32)
+        targets = slice(batch.counts.targets)
+        hidden = last.index_select(0, batch.rows[targets])
+        probability = map_logits(nll, hidden, head, batch.labels[targets], self.config.chunk_bytes).neg().exp().float()
         return torch.cat([probability.new_zeros(1), probability]).max()

@@ -13,6 +13,11 @@ Each loss is ``gamma * forget + lambda_retain * retain``, retain the mean token 
              after each step: retain weight = max(0, retain weight + dual_step * (retain - retain_loss_bound))
     tpo      forget = -2/beta * log sigmoid(beta * mean over sensitive tokens of (z_ref - z)) + mean NLL of the other
              answer tokens, z the true token's logit                      (arXiv 2506.03142)
+    wga      forget = -mean over tokens of p^beta * NLL, p the token's probability, held constant
+                                                                          (arXiv 2502.19301)
+    undial   forget = mean over tokens of KL(softmax(z_ref - beta * onehot(true token)) || softmax(z)), z all logits;
+             no retain term                                               (arXiv 2402.10052)
+    rmu      on the states of a layer: see :mod:`palu.methods.rmu`        (arXiv 2403.03218)
 
 Preferences are averaged over the examples of the whole optimisation step, exactly. All answer tokens reach the head
 at once: these are baselines, not the fast path. Where the papers leave a choice, it is that of open-unlearning.
@@ -29,7 +34,7 @@ from torch import Tensor
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Items, answer_items, forget_items, pair_items
 from palu.data.tokenize import Example
-from palu.losses import CrossEntropyTerm, fused_linear_losses
+from palu.losses import CrossEntropyTerm, KLTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
 from palu.models.head import Head, map_logits, nll
 from palu.models.lora import CausalLM
@@ -52,7 +57,7 @@ class Baseline(Method):
         answers, gamma = len(batch.item), self.config.value("gamma")
         forget = shares.targets.new_zeros(())
         if gamma > 0:
-            forget = self.forget_loss(head.logits(hidden[:answers]), batch, shares)
+            forget = self.loss_from_hidden(hidden[:answers], head, batch, shares)
         retained, _ = fused_linear_losses(
             hidden[answers:],
             head,
@@ -62,6 +67,10 @@ class Baseline(Method):
         )
         total = gamma * forget + self.retain_weight() * retained
         return total, torch.stack([forget, retained]).detach()
+
+    def loss_from_hidden(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> Tensor:
+        """Compute the forget loss from the hidden states [R, d] of target and other rows."""
+        return self.forget_loss(head.logits(hidden), batch, shares)
 
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
         """Compute the forget loss from the logits [R, V] of target and other rows."""
@@ -199,6 +208,47 @@ class TPO(Baseline):
         advantage = (total / tokens)[tokens > 0]  # not every example has a sensitive token
         preference = self.preference(advantage, shares)
         return preference + nll(logits[targets:], labels[targets:]).sum() * shares.others
+
+
+class WGA(Baseline):
+    """Weighted gradient ascent (arXiv 2502.19301): tokens that are forgotten already pull less."""
+
+    def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
+        """Compute minus the mean of the weighted token NLLs; no gradient flows through the weights."""
+        loss = nll(logits, batch.labels[: len(logits)])
+        weight = (-self.config.value("beta") * loss.detach()).exp()
+        return -(weight * loss).sum() * shares.targets
+
+
+class UNDIAL(Baseline):
+    """Self-distillation from the reference with the true token's logit lowered (arXiv 2402.10052).
+
+    The paper's loss is the cross-entropy; the KL is that less a constant. open-unlearning averages over all positions,
+    prompt and padding included; here over the answer's.
+    """
+
+    ref_fields = (RefField("hidden", "targets"),)  # [answer tokens, d]: the last hidden state
+    needs_ref_head = True
+
+    @classmethod
+    def uses_ref_head(cls, config: UnlearnConfig) -> bool:
+        """Whether the forget loss has a weight."""
+        return config.value("gamma") > 0
+
+    @staticmethod
+    def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
+        """Return the function that keeps the last hidden state of every answer token."""
+        return lambda rows: {"hidden": rows.targets}
+
+    def loss_from_hidden(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> Tensor:
+        """Compute the mean KL to the lowered reference."""
+        lowered = batch.labels[: len(hidden)]
+        term = KLTerm(
+            batch.reference["hidden"], self.ref_head or head, False, lowered, lowered_by=self.config.value("beta")
+        )
+        weight = shares.targets.expand(len(hidden)).contiguous()
+        total, _ = fused_linear_losses(hidden, head, (term,), weight, chunk_bytes=self.config.chunk_bytes)
+        return total
 
 
 def true_logit(logits: Tensor, labels: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ class ReferenceOutputs(Sequence[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The reference's outputs for each forget item and each anchor, on the host."""
+    """The reference's outputs for each item that it was asked about and each anchor, on the host."""
 
-    outputs: Sequence[dict[str, Tensor]]  # per item, then per anchor: the method's reference fields
+    outputs: Sequence[dict[str, Tensor]]  # per forget (and retain) item, then per anchor: the method's reference fields
     anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
 
 

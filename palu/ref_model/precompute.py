@@ -9,9 +9,10 @@ Of many processes each runs a share of the passes, and all get everything. A sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import accumulate, chain, islice
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Item, Items, pack
+from palu.data.packing import Item, Items, Packed, pack
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows
 from palu.models.attention import use_packed_attention
@@ -30,6 +31,8 @@ from palu.models.root import ModelRoot, on_device
 from palu.ref_model.anchors import AnchorPrompts, generate_anchors
 from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, count_rows, read_cache
 from palu.ref_model.storage import CacheFile, Write
+
+StatesFn: TypeAlias = Callable[[nn.Module, Packed], Tensor]
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
@@ -53,7 +56,8 @@ def precompute_reference(
 
     Args:
         reference: holds the reference, whole or sharded.
-        items: the forget set, as the method looks at it.
+        items: what it is asked about: the forget set, as the method looks at it, and the retain set where the method
+            holds to the reference there.
         anchor_prompts: what the reference answers.
         own: whether the reference is the model to train, which runs without its adapter, if it has one.
         file: where the outputs are kept; ``None``: in memory.
@@ -90,6 +94,7 @@ def precompute_reference(
                         # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for anew.
                         lambda rows: method.reference_fn(head_of(model), config)(rows),
                         accelerator,
+                        states=lambda body, packed: method.hidden_states(body, packed, config)[0],
                         anchors=anchors,
                         file=file,
                         max_tokens=config.max_tokens,
@@ -119,6 +124,11 @@ def _frozen_head(reference: ModelRoot, own: bool, accelerator: Accelerator) -> H
     return reference.run(copy)
 
 
+def last_states(body: nn.Module, packed: Packed) -> Tensor:
+    """Run the body over a packed row; return its last hidden states [T, d]."""
+    return body(**packed.inputs()).last_hidden_state[0]
+
+
 @torch.no_grad()
 def compute_outputs(
     body: nn.Module,
@@ -127,6 +137,7 @@ def compute_outputs(
     reference_fn: ReferenceFn,
     accelerator: Accelerator,
     *,
+    states: StatesFn = last_states,
     anchors: Sequence[Item] = (),
     file: CacheFile | None = None,
     max_tokens: int | None = None,
@@ -138,9 +149,10 @@ def compute_outputs(
 
     Args:
         body: the reference without its head; called with input_ids and position_ids [1, T].
-        items: the forget set.
+        items: the forget set, and perhaps the retain set.
         fields: what is kept.
-        reference_fn: gives the fields of rows, from their last hidden states.
+        reference_fn: gives the fields of rows, from their hidden states.
+        states: runs the body over a packed row and gives the hidden states [T, d] that the fields are made of.
         anchors: items that the fields are computed for, too.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
             written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
@@ -163,7 +175,7 @@ def compute_outputs(
                 return found
         both = Items.of(items) + anchors
         lengths = {field.name: sum(count_rows(both, field.rows)) for field in fields}
-        outputs = _run(body, both, fields, reference_fn, accelerator, max_tokens, progress)
+        outputs = _run(body, both, fields, reference_fn, accelerator, states, max_tokens, progress)
         first = next(outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
         if file is None:
@@ -195,6 +207,7 @@ def _run(
     fields: Sequence[RefField],
     reference_fn: ReferenceFn,
     accelerator: Accelerator,
+    states_of: StatesFn,
     max_tokens: int | None,
     progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
@@ -205,7 +218,7 @@ def _run(
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
-            states = body(**pack(own).to(device).inputs()).last_hidden_state[0]
+            states = states_of(body, pack(own).to(device))
             starts = accumulate((len(item.input_ids) for item in own), initial=0)
             rows = [item.rows + first for item, first in zip(own, starts, strict=False)]  # a start too many
             targets, others = _split(rows, own, device)

@@ -193,7 +193,7 @@ def reference_key(
         {
             "format": FORMAT,
             "reference": fingerprints.reference,
-            "forget": fingerprints.forget,
+            "forget": fingerprints.asked,
             "anchor_prompts": fingerprints.anchor_prompts,
             "objective": objective,
             "settings": json.dumps(cache_settings, sort_keys=True, default=float),

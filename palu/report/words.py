@@ -20,6 +20,9 @@ METHODS = {
     "simnpo": "SimNPO",
     "pdu": "primal-dual unlearning (PDU)",
     "tpo": "TPO",
+    "wga": "weighted gradient ascent (WGA)",
+    "undial": "UNDIAL",
+    "rmu": "RMU",
 }
 TARGETS = {
     "global_mean": "the mean of all logits",
@@ -34,7 +37,7 @@ SERIES = {
     "local": "Local entropy loss (local)",
     "kl": "KL to the reference (kl)",
     "forget": "Loss on the forget set (forget)",
-    "retain": "Cross-entropy on the retain set (retain)",
+    "retain": "Loss on the retain set (retain)",
     "grad_norm": "Gradient norm, before clipping",
     "onset_probability": "Highest probability of an onset token",
     "learning_rate": "Learning rate",

@@ -28,6 +28,7 @@ class RunData:
     forget: Items
     retain: Items
     anchor_prompts: AnchorPrompts
+    asked: Items  # what the reference is asked about: the forget set, and the retain set where the method needs it
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
@@ -49,6 +50,7 @@ def prepare_datasets(
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
     """
     method = METHODS[config.objective]
+    method.check(model, config)
     if method.needs_alternates:  # which are read in a second pass
         if isinstance(forget, Examples) and isinstance(forget.source, Iterator):
             raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
@@ -92,7 +94,8 @@ def prepare_datasets(
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(forget_items, kept_items, anchor_prompts, longest, counts)
+    asked = forget_items + kept_items if method.asks_of_retain else forget_items
+    return RunData(forget_items, kept_items, anchor_prompts, asked, longest, counts)
 
 
 def check_forward_passes(

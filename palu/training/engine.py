@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
 from palu.distributed import ProcessError, full_tensor
+from palu.methods import METHODS
 from palu.models.lora import CausalLM, base_of
 from palu.models.root import ModelRoot, share_weights
 from palu.ref_model.storage import CacheError
@@ -38,7 +39,9 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
         ValueError: its configuration cannot be followed exactly; the message names the key and the mend.
         ImportError: a tracker's package is missing.
     """
-    accelerator = Accelerator(**tracker_arguments(config))
+    # Else DDP waits for gradients that never come.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=not METHODS[config.objective].reaches_all)]
+    accelerator = Accelerator(kwargs_handlers=handlers, **tracker_arguments(config))
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if kind not in WHOLE + SHARDED:
         raise ValueError(f"accelerate's {kind.value} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")
@@ -52,6 +55,7 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
     if kind == DistributedType.FSDP:
         _set_up_fsdp(accelerator)
     if kind == DistributedType.DEEPSPEED:
+        check_deepspeed(config)
         _set_up_deepspeed(accelerator, config)
     return accelerator
 
@@ -88,6 +92,15 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
     }
+
+
+def check_deepspeed(config: UnlearnConfig) -> None:
+    """Raise ValueError where the objective trains some weights alone, which has not been tried under DeepSpeed."""
+    if not METHODS[config.objective].reaches_all:
+        raise ValueError(
+            f"objective = {config.objective!r} trains the lower layers alone, which has not been tried under "
+            "DeepSpeed; use FSDP2, DDP or one process"
+        )
 
 
 def loaded_on_main_alone(accelerator: Accelerator) -> bool:

@@ -170,7 +170,7 @@ def unlearn(
             method_class.cache_settings(config),
             accelerator,
             model,
-            Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts),
+            Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts, data.asked),
         ),
         accelerator,
     )
@@ -193,7 +193,7 @@ def unlearn(
         # The reference runs once; then at most its head is needed.
         cache, root.ref_head = precompute_reference(
             reference,
-            data.forget,
+            data.asked,
             data.anchor_prompts,
             method_class,
             config,

@@ -37,7 +37,7 @@ from palu.ref_model.storage import CacheFile, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_datasets
-from palu.training.engine import grad_sync
+from palu.training.engine import check_deepspeed, grad_sync
 from palu.training.loop import DivergenceError
 from palu.training.metrics import gather_metrics, sum_counts
 from palu.writable import check_folders
@@ -135,6 +135,8 @@ class PaluTrainer(Trainer):
     ):
         args, config = args or TrainingArguments("tmp_trainer"), config or UnlearnConfig()
         check_arguments(args, config, kwargs)
+        if args.deepspeed:
+            check_deepspeed(config)
         check_folders(config.folders)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         sharded = bool(args.fsdp or args.deepspeed)
@@ -157,12 +159,12 @@ class PaluTrainer(Trainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.config, self.method_class = config, METHODS[config.objective]
         self.model.to(args.device)
-        fingerprints = Fingerprints(model, ref_model, self.forget_items, [], data.anchor_prompts)
+        fingerprints = Fingerprints(model, ref_model, self.forget_items, [], data.anchor_prompts, data.asked)
         cache_settings = self.method_class.cache_settings(config)
         self.reference_key = reference_key(config.objective, cache_settings, self.accelerator, fingerprints)
         self.cache, self.ref_head = precompute_reference(
             reference,
-            self.forget_items,
+            data.asked,
             data.anchor_prompts,
             self.method_class,
             config,
@@ -183,7 +185,7 @@ class PaluTrainer(Trainer):
             CheckpointError: the checkpoint is of another reference, or of another trainer.
             DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
         """
-        self.method: Method = self.method_class(self.model, self.config)
+        self.method: Method = self.method_class(self.model, _with_args(self.config, self.args))
         self.method.ref_head = self.ref_head
         self.history = self._history_of(resume_from_checkpoint)
         for record in self.history:

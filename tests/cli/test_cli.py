@@ -144,7 +144,7 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
     assert "Onset length: the first n tokens of each span are acted on; -1: the whole span. [default: 3]" in said
-    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo>" in said
+    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|undial|rmu>" in said
     assert "``" not in said
     assert ":mod:" not in said
 

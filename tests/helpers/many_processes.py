@@ -78,6 +78,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
     "tied": (make_llama, lambda: make_llama(seed=3), {"gradient_checkpointing": True}),
     "lora": (tiny_lora, None, {}),
     "npo": (make_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
+    "undial": (make_llama, None, {"objective": "undial"}),
+    "rmu": (lambda: make_llama(tie_word_embeddings=False), None, {"objective": "rmu", "layer_id": 0}),
     "anchors": (
         lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256),
         None,
@@ -95,8 +97,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16", "max_tokens"),
-    "fsdp2": ("untied", "tied", "lora", "anchors", "bfloat16", "mixed", "max_tokens"),
+    "ddp": ("untied", "tied", "lora", "anchors", "npo", "rmu", "bfloat16", "max_tokens"),
+    "fsdp2": ("untied", "tied", "lora", "anchors", "undial", "rmu", "bfloat16", "mixed", "max_tokens"),
     "fsdp2_main": ("untied", "tied", "lora", "anchors"),
     "zero2": ("untied", "tied", "max_tokens"),
     "zero3": ("untied", "tied", "lora"),

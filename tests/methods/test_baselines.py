@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import Row, answer_probabilities, forget_rows, overfit, padded, retain_rows, tiny_llama, weights
+from helpers.tiny import (
+    Row,
+    answer_probabilities,
+    forget_rows,
+    overfit,
+    padded,
+    retain_rows,
+    same_weights,
+    tiny_llama,
+    weights,
+)
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -28,6 +39,7 @@ from palu.models.head import body_of, head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
+from palu.training.engine import check_deepspeed
 
 # What the methods' authors set.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -38,7 +50,11 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "simnpo": {"beta": 4.5, "gamma": 0.125, "delta": 0},
     "pdu": {"dual_step": 1, "retain_loss_bound": 0},
     "tpo": {"beta": 0.32},
+    "wga": {"beta": 1},
+    "undial": {"beta": 10, "lambda_retain": 0},
+    "rmu": {"layer_id": 7, "steering_coeff": 2},
 }
+LAYER = 0  # RMU's, of the two that the models have
 FIELDS = {"step", "epoch", "loss", "forget", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
 
 TEXT = [
@@ -106,7 +122,7 @@ def unlearn(
     objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM | None, **settings: Any
 ) -> palu.UnlearnResult:
     """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
-    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False} | settings
+    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False, "layer_id": LAYER} | settings
     forget = TEXT if objective == "dpo" else example_rows()
     tokenizer = BYTE_LEVEL if objective == "dpo" else None
     return palu.unlearn(model, ref_model, forget, retain_rows(8), tokenizer=tokenizer, objective=objective, **settings)
@@ -132,6 +148,22 @@ def answer_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
 def mean_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     logits, labels = logits_and_labels(model, rows)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def state_distance(model: LlamaForCausalLM, rows: list[Row], target: LlamaForCausalLM | Tensor) -> Tensor:
+    """Mean squared distance of the layer's output at the answer tokens from another model's, or from a vector [d]."""
+    inputs, answers = padded(rows)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+
+    def states(of: LlamaForCausalLM) -> Tensor:
+        return of(**inputs, use_cache=False, output_hidden_states=True).hidden_states[LAYER + 1][answers != -100]
+
+    return ((states(model) - (target if isinstance(target, Tensor) else states(target).detach())) ** 2).mean()
+
+
+def steering_vector(model: LlamaForCausalLM, coefficient: float, seed: int = 0) -> Tensor:
+    drawn = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    return (coefficient * drawn / drawn.norm()).double().to(model.device)
 
 
 def preference(advantage: Tensor, beta: float) -> Tensor:
@@ -163,6 +195,16 @@ def textbook(
         forget = preference(answer_nll(model, rows) / tokens - settings["delta"], beta)
     elif objective == "pdu":
         forget = ((logits.max(2).values - logits.mean(2)) ** 2)[labels != -100].mean()
+    elif objective == "wga":
+        p = logits[labels != -100].softmax(-1).gather(1, labels[labels != -100][:, None])
+        forget = (p.detach() ** beta * p.log()).mean()
+    elif objective == "undial":
+        lowered = ref_logits[labels != -100] - beta * F.one_hot(labels[labels != -100], logits.shape[-1])
+        soft = lowered.softmax(-1)
+        forget = (soft * (soft.log() - logits[labels != -100].log_softmax(-1))).sum(-1).mean()
+    elif objective == "rmu":
+        forget = state_distance(model, rows, steering_vector(model, settings["steering_coeff"]))
+        return forget, state_distance(model, retain_rows(8), ref_model)
     else:
         parts, kept = [], []
         for b, row in enumerate(rows):
@@ -196,8 +238,10 @@ def assert_textbook(objective: str, settings: dict[str, float], reference: str, 
         loss = full["gamma"] * forget + retain_weight * retain
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
-        figures = {"forget": forget, "grad_norm": norm, "loss": loss}
-        if objective != "ga" or retain_weight:
+        figures = {"grad_norm": norm, "loss": loss}
+        if full["gamma"]:
+            figures["forget"] = forget
+        if retain_weight or objective == "pdu":
             figures["retain"] = retain
         if objective == "pdu":
             figures["retain_weight"] = torch.tensor(retain_weight)
@@ -225,6 +269,11 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("pdu", {"retain_loss_bound": 9.0, "lambda_retain": 0.6}),  # the constraint holds: the variable falls to 0
     ("pdu", {"lambda_retain": 0.0}),  # and rises from 0
     ("tpo", {"beta": 1.1, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("wga", {"beta": 0.3, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("undial", {"beta": 2.5, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("rmu", {"steering_coeff": 6.5, "lambda_retain": 12.0, "gamma": 3.0}),
+    ("rmu", {"lambda_retain": 0.0}),
+    ("rmu", {"gamma": 0.0}),
 ]
 
 
@@ -248,14 +297,14 @@ def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> No
 
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str) -> None:
-    needed = objective in ("npo", "dpo", "tpo")
+    needed = objective in ("npo", "dpo", "tpo", "undial", "rmu")
     assert bool(METHODS[objective].ref_fields) == needed
     runs = []
     for broken in (False, True):
         model, ref_model = models(objective)
         if broken:
             with torch.no_grad():
-                ref_model.model.norm.weight.fill_(math.nan)
+                ref_model.model.layers[0].input_layernorm.weight.fill_(math.nan)
         if not needed:
             ref_model.to = None  # type: ignore[assignment]  # it is not even moved
         passes: list[int] = []
@@ -270,7 +319,7 @@ def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str)
     assert needed or runs[0] == pytest.approx(runs[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["ga", "dpo", "tpo"])
+@pytest.mark.parametrize("objective", ["ga", "dpo", "tpo", "rmu"])
 def test_stop_probability_is_of_the_tokens_acted_on(objective: str) -> None:
     model, ref_model = models(objective)
     rows = text_rows("answer") if objective == "dpo" else example_rows()
@@ -316,14 +365,16 @@ def test_a_retain_set_that_has_no_part_is_not_run() -> None:
 
 
 def test_unknown_objective() -> None:
-    with pytest.raises(ValueError, match="objective = 'rmu': give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo"):
-        UnlearnConfig(objective="rmu")
+    told = "objective = 'shred': give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, undial, rmu"
+    with pytest.raises(ValueError, match=told):
+        UnlearnConfig(objective="shred")
 
 
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     """Three examples over four processes: the last runs an example without rows."""
-    method, config = METHODS[objective], UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1)
+    method = METHODS[objective]
+    config = UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1, layer_id=LAYER)
     model, ref_model = models(objective)
     forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows()[:3], None)
     examples = load_forget(forget, tokenizer, max_length=99).examples
@@ -333,7 +384,11 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     cache = ReferenceCache([{}] * len(items))
     if method.ref_fields:
         reference_fn = method.reference_fn(head_of(ref_model), config)
-        cache = compute_outputs(body_of(ref_model), items, method.ref_fields, reference_fn, Accelerator())
+        asked = items + retain if method.asks_of_retain else items
+        cache = compute_outputs(
+            body_of(ref_model), asked, method.ref_fields, reference_fn, Accelerator(),
+            states=lambda body, packed: method.hidden_states(body, packed, config)[0],
+        )  # fmt: skip
 
     def total_and_gradient(processes: int, config: UnlearnConfig) -> tuple[float, Tensor]:
         batches = [
@@ -344,14 +399,102 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
         ]
         assert [batch.counts.examples for batch in batches] == ([1, 1, 1, 0] if processes == 4 else [3])
         counts = torch.tensor([batch.counts for batch in batches]).sum(0).double()
-        total = torch.stack([method(model, config)(batch, counts).total for batch in batches]).sum()
-        gradients = torch.autograd.grad(total, list(model.parameters()))
+        parts = [method(model, config) for _ in batches]
+        for part in parts:
+            part.ref_head = head_of(ref_model)
+        total = torch.stack([part(batch, counts).total for part, batch in zip(parts, batches, strict=True)]).sum()
+        gradients = torch.autograd.grad(total, list(model.parameters()), materialize_grads=not method.reaches_all)
         return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
     apart = total_and_gradient(4, config)
     alone = total_and_gradient(1, config.replace(batch_size=3, retain_batch_size=4))
     assert apart[0] == pytest.approx(alone[0], rel=1e-12)
     assert (apart[1] - alone[1]).norm() <= 1e-10 * alone[1].norm()
+
+
+# ---------------------------------------------------------------------------------------------------
+# RMU
+
+
+def deep_llama(**config: Any) -> LlamaForCausalLM:
+    return tiny_llama(num_hidden_layers=3, tie_word_embeddings=False, **config)
+
+
+def rmu(model: Any, ref_model: LlamaForCausalLM | None = None, retain: Any = None, **settings: Any) -> Any:
+    settings = {"epochs": 2, "batch_size": 4, "layer_id": 1, "progress": False, "learning_rate": 1e-3} | settings
+    return palu.unlearn(model, ref_model, forget_rows(), retain or retain_rows(), objective="rmu", **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}], ids=str)
+def test_rmu_trains_no_weight_above_its_layer(settings: dict[str, Any]) -> None:
+    model = deep_llama()
+    before = weights(model)
+    rmu(model, **settings)
+    changed = {name.split(".")[2] for name, now in weights(model).items() if not torch.equal(now, before[name])}
+    assert changed == {"weight", "0", "1"}, "the embeddings and two layers"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_rmu_checkpoints_activations_and_comes_out_the_same(reentrant: bool) -> None:
+    plain, checkpointed = deep_llama(), deep_llama()
+    name = "activation" if hasattr(checkpointed, "activation_checkpointing_enable") else "gradient"
+    getattr(checkpointed, f"{name}_checkpointing_enable")({"use_reentrant": reentrant})
+    assert [r["loss"] for r in rmu(plain).history] == [r["loss"] for r in rmu(checkpointed).history]
+    assert same_weights(plain, weights(checkpointed))
+
+
+def test_rmu_on_the_weights_of_the_paper() -> None:
+    """The down projections of the layer and of the one below; all others are frozen by the user."""
+    model = deep_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(r"layers\.[01]\.mlp\.down_proj", name) is not None)
+    before = weights(model)
+    rmu(model)
+    changed = [name for name, now in weights(model).items() if not torch.equal(now, before[name])]
+    assert changed == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+
+
+def test_rmu_draws_its_vector_by_the_seed() -> None:
+    first = [rmu(deep_llama(), seed=seed, epochs=1, batch_size=8).history[0]["forget"] for seed in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+def test_rmu_asks_again_where_the_retain_set_or_the_layer_is_another_one(tmp_path: Path) -> None:
+    plain = [rmu(deep_llama()), rmu(deep_llama(), retain=retain_rows(seed=9)), rmu(deep_llama(), layer_id=0)]
+    folder = str(tmp_path)
+    for _ in range(2):  # the second time from what is there
+        cached = [
+            rmu(deep_llama(), cache_dir=folder),
+            rmu(deep_llama(), retain=retain_rows(seed=9), cache_dir=folder),
+            rmu(deep_llama(), layer_id=0, cache_dir=folder),
+        ]
+        assert len(list(tmp_path.iterdir())) == 3
+        for one, other in zip(plain, cached, strict=True):
+            assert [r["loss"] for r in one.history] == [r["loss"] for r in other.history]
+            assert same_weights(one.model, weights(other.model))
+
+
+def test_layers_that_rmu_cannot_steer() -> None:
+    told = "layer_id = 7: the model has 3 layers; give one of 0 to 2"
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        rmu(deep_llama(), layer_id=7)
+    model = deep_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.2" in name)
+    with pytest.raises(ValueError, match=r"^layer_id = 1: no parameter of the layers up to it requires a gradient"):
+        rmu(model)
+    model = deep_llama()
+    model.model.layers = torch.nn.ModuleList([*model.model.layers, model.model.layers[0]])
+    with pytest.raises(ValueError, match="LlamaModel has no one list of as many layers as its configuration says"):
+        rmu(model)
+
+
+def test_rmu_under_deepspeed_is_refused() -> None:
+    check_deepspeed(UnlearnConfig())
+    with pytest.raises(
+        ValueError, match=r"^objective = 'rmu' trains the lower layers alone, .*; use FSDP2, DDP or one"
+    ):
+        check_deepspeed(UnlearnConfig(objective="rmu"))
 
 
 # ---------------------------------------------------------------------------------------------------

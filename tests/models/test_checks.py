@@ -45,7 +45,8 @@ BAD_SETTINGS += [
     for value in (-0.1, NAN, INF, "1", True)
 ]
 BAD_SETTINGS += [
-    ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo") for value in ("NPO", "", None, 1)
+    ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, undial, rmu")
+    for value in ("NPO", "", None, 1)
 ]
 BAD_SETTINGS += [
     (name, value, "give True or False")
@@ -53,10 +54,11 @@ BAD_SETTINGS += [
     for value in (None, 1, "yes")
 ]
 BAD_SETTINGS += [("beta", value, "give a positive number") for value in (0, -1, NAN, "1", True)]
+BAD_SETTINGS += [("layer_id", value, "give 0 or a positive integer") for value in (-1, 1.0, "7", None, True)]
 BAD_SETTINGS += [("delta", value, "give a finite number") for value in (NAN, INF, "1", None)]
 BAD_SETTINGS += [
     (name, value, "give a positive number")
-    for name in ("learning_rate", "max_grad_norm")
+    for name in ("learning_rate", "max_grad_norm", "steering_coeff")
     for value in (0, -1e-5, NAN, INF, "1", None)
 ]
 BAD_SETTINGS += [

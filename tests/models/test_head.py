@@ -194,7 +194,13 @@ def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
         model.lm_head.weight.requires_grad_(False)
         forget = textbook.rows(VOCAB, sensitive=True)
         result = unlearn(
-            model, None, forget, textbook.rows(VOCAB, sensitive=False), objective=objective, stop_probability=1e-9
+            model,
+            None,
+            forget,
+            textbook.rows(VOCAB, sensitive=False),
+            objective=objective,
+            stop_probability=1e-9,
+            layer_id=0,
         )
         records += result.history
     half = len(records) // 2

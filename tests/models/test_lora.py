@@ -79,11 +79,11 @@ def test_only_the_adapter_changes(attention: str, checkpointing: bool) -> None:
     assert abs(result.history[0]["kl"]) < 1e-6 < result.history[-1]["kl"]
 
 
-@pytest.mark.parametrize("objective", ["gd", "npo", "simnpo", "pdu", "tpo"])
+@pytest.mark.parametrize("objective", ["gd", "npo", "simnpo", "pdu", "tpo", "wga", "undial", "rmu"])
 def test_other_objectives(objective: str) -> None:
     model = tiny_lora()
     before = parts(model)
-    unlearn(model, objective=objective)
+    unlearn(model, objective=objective, layer_id=1)
     assert_only_the_adapter_changed(model, before)
 
 

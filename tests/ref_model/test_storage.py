@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from helpers.runs import TOP_K
 from helpers.refusals import assert_refused
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
@@ -39,15 +40,8 @@ RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    settings = {
-        "epochs": 1,
-        "batch_size": 3,
-        "learning_rate": 1e-3,
-        "local_loss": "topk_mse",
-        "n": 3,
-        "top_k": 20,
-        "progress": False,
-    } | settings
+    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "layer_id": 0, "progress": False}
+    settings = defaults | TOP_K | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
@@ -82,7 +76,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # A second run
 
 
-@pytest.mark.parametrize("objective", ["palu", "npo", "tpo"])
+@pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial", "rmu"])
 @pytest.mark.parametrize("given", [False, True], ids=["itself", "given"])
 def test_a_second_run_does_not_ask(objective: str, given: bool, folder: Path, passes: list[int]) -> None:
     """And it is, bit by bit, the run without a cache on disk."""
@@ -192,7 +186,7 @@ def outputs_of(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("objective", [name for name in METHODS if name not in ("ga", "gd", "simnpo", "pdu", "dpo")])
+@pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial"])
 def test_answers_from_the_file_are_those_in_memory(
     objective: str, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,8 @@ CASES: dict[str, tuple[Callable[[], LlamaForCausalLM], bool, dict[str, Any]]] = 
     "pdu": (tiny_llama, False, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
     "npo": (tiny_llama, False, {"objective": "npo"}),
     "ga": (tiny_llama, True, {"objective": "ga"}),
+    "undial": (tiny_llama, False, {"objective": "undial"}),
+    "rmu": (tiny_llama, False, {"objective": "rmu", "layer_id": 0}),
 }
 
 

@@ -394,6 +394,7 @@ def test_normalized_the_local_loss_starts_at_one(target: str | float) -> None:
         ({"gamma": 0, "lambda_kl": 0}, set(), False),
         ({"gamma": 0, "objective": "npo"}, set(), False),
         ({"gamma": 0, "objective": "tpo"}, set(), False),
+        ({"gamma": 0, "objective": "undial", "lambda_retain": 1}, set(), False),
     ],
 )
 def test_a_term_of_weight_0_costs_nothing(
@@ -509,14 +510,14 @@ def test_accumulation_changes_nothing(parts: int) -> None:
     assert_same_run(*runs, 1e-9)
 
 
-@pytest.mark.parametrize("objective", ["palu", "npo", "simnpo", "tpo"])
+@pytest.mark.parametrize("objective", ["palu", "npo", "simnpo", "tpo", "undial", "rmu"])
 @pytest.mark.parametrize("most", [8, 30, 60])
 def test_max_tokens_changes_nothing(most: int, objective: str) -> None:
     """A step is cut into passes, and its losses stay means over the whole of it."""
 
     def run(**settings: Any) -> palu.UnlearnResult:
         model = tiny_llama(dtype=torch.float64)
-        return unlearn(model, None, forget_rows(16), retain_rows(20), objective=objective, **settings)
+        return unlearn(model, None, forget_rows(16), retain_rows(20), objective=objective, layer_id=0, **settings)
 
     whole, cut = run(), run(max_tokens=most)
     names = ["loss", "grad_norm", *METHODS[objective].terms]

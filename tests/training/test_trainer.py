@@ -103,6 +103,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "pdu": (tiny_llama, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}, {}, {}),
     "npo": (tiny_llama, {"objective": "npo"}, {}, {}),
+    "rmu": (tiny_llama, {"objective": "rmu", "layer_id": 0}, {"seed": 5}, {"seed": 5}),
     "lora": (with_lora, {}, {}, {}),
     "checkpointed lora": (with_lora, {}, {"activation_checkpointing": True}, {"gradient_checkpointing": True}),
     "reentrant": (

@@ -1,0 +1,115 @@
+"""RMU (arXiv 2403.03218): the states of one layer are steered to a random vector, and held where all is to be kept.
+
+With ``h`` the output of the layer ``layer_id`` at a token of an answer, ``h_ref`` the frozen reference's, and ``u`` a
+vector of uniform numbers in [0, 1), drawn by ``seed``, over its 2-norm::
+
+    forget = mean over the tokens of forget answers of |h - steering_coeff * u|^2 / d
+    retain = mean over the tokens of retain answers of |h - h_ref|^2 / d
+    loss   = gamma * forget + lambda_retain * retain
+
+Settings and means over the width d are open-unlearning's; it averages each answer first, here all tokens count alike.
+As there, all weights up to the layer are trained, where they require a gradient. The paper trains the MLP's down
+projections of this layer and of the two below, with steering_coeff=6.5 and lambda_retain=1200 for Zephyr-7B: freeze all
+other parameters for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palu.config import UnlearnConfig
+from palu.data.packing import Batch, Items, Packed, answer_items
+from palu.data.tokenize import Example
+from palu.methods.base import Method, ReferenceFn, RefField, Shares
+from palu.models.head import Head, body_of, to_acc_dtype
+from palu.models.layers import layers_of
+from palu.models.lora import CausalLM
+
+
+class RMU(Method):
+    """``gamma * forget + lambda_retain * retain``, of one layer's states; the layers above run, and do not train."""
+
+    terms = ("forget", "retain")
+    ref_fields = (RefField("state", "others"),)  # [retain tokens, d]: the layer's output
+    asks_of_retain = True
+    reaches_all = False
+
+    @staticmethod
+    def check(model: CausalLM, config: UnlearnConfig) -> None:
+        """Raise ValueError where the model has no such layer, or nothing up to it is trained."""
+        body: Any = body_of(model)
+        layers, told = layers_of(body), f"layer_id = {config.layer_id}"
+        if not layers:
+            raise ValueError(
+                f"objective = 'rmu': {type(body).__name__} has no one list of as many layers as its configuration says "
+                "(num_hidden_layers); use another objective"
+            )
+        if config.layer_id >= len(layers):
+            raise ValueError(f"{told}: the model has {len(layers)} layers; give one of 0 to {len(layers) - 1}")
+        reached = [body.get_input_embeddings(), *layers[: config.layer_id + 1]]
+        if not any(p.requires_grad for module in reached for p in module.parameters()):
+            raise ValueError(
+                f"{told}: no parameter of the layers up to it requires a gradient, so nothing could be unlearned; "
+                "train some of them, or give a higher layer"
+            )
+
+    @staticmethod
+    def make_items(
+        examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
+    ) -> Items:
+        """Make the items of the forget set: every answer token is a target."""
+        return answer_items(examples)
+
+    @staticmethod
+    def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
+        """Return the function that keeps the states of the retain answers."""
+        return lambda rows: {"state": rows.others}
+
+    @staticmethod
+    def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
+        """Return the layer."""
+        return {"layer_id": config.layer_id}
+
+    @classmethod
+    def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
+        """Return what the retain loss reads, where it has a weight."""
+        return cls.ref_fields if config.value("lambda_retain") > 0 else ()
+
+    @staticmethod
+    def hidden_states(body: nn.Module, packed: Packed, config: UnlearnConfig) -> tuple[Tensor, Tensor]:
+        """Run the body; return the layer's output at the token that each row predicts, and the last hidden states.
+
+        So it is the answer's tokens whose states count, as in open-unlearning, whose labels are not shifted here.
+        """
+        outputs: list[Any] = []
+        layer = layers_of(body)[config.layer_id]
+        hook = layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+        try:
+            last = body(**packed.inputs()).last_hidden_state[0]
+        finally:
+            hook.remove()
+        output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # some layers give a tuple
+        return output[0].roll(-1, 0), last
+
+    def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
+        """Compute (total, [forget, retain]). A term of weight 0 is not computed, and stands as 0."""
+        gamma, _, lambda_retain = self.config.weights
+        states = to_acc_dtype(hidden)
+        forgotten, kept = states.split([batch.counts.targets, batch.counts.retain])
+        total, forget, retain = states[:0].sum(), states.new_zeros(()), states.new_zeros(())
+        if gamma > 0:
+            forget = (forgotten - self.steering_vector(states)).square().mean(-1).sum() * shares.targets
+            total = total + gamma * forget
+        if lambda_retain > 0:
+            retain = (kept - batch.reference["state"].to(states.dtype)).square().mean(-1).sum() * shares.retain
+            total = total + lambda_retain * retain
+        return total, torch.stack([forget, retain]).detach()
+
+    def steering_vector(self, like: Tensor) -> Tensor:
+        """Draw the vector [d] that forget states are steered to: the same one whenever it is asked for."""
+        drawn = torch.rand(like.shape[-1], generator=torch.Generator().manual_seed(self.config.seed))
+        return (self.config.steering_coeff * drawn / drawn.norm()).to(like)
