@@ -237,7 +237,7 @@ def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 5))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     shown = [("Retain", "retain_ratios", next(iter(reported.values())), "black")]
     shown += [(NAMES[name], "ratios", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
     for label, key, one, colour in shown:

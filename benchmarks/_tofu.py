@@ -26,7 +26,7 @@ from palu.evaluate.rows import load_rows
 from palu.testbed.smollm2 import mixed_precision
 
 METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
-METHODS |= {name: name.upper() for name in ("pdu", "tpo", "palu")}
+METHODS |= {name: name.upper() for name in ("pdu", "tpo", "wga", "undial", "rmu", "palu")}
 assert METHODS.keys() == OBJECTIVES.keys()
 COST = "cost.json"  # beside a kept model: what unlearning took
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete

@@ -1,4 +1,4 @@
-"""Forgetting and utility on TOFU of PALU and seven baselines: the paper's table, on one model and one code path.
+"""Forgetting and utility on TOFU of PALU and ten baselines: the paper's table, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
@@ -75,7 +75,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 5))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = [*plt.get_cmap("tab10").colors[:9], "navy"]  # type: ignore[attr-defined]  # the tenth is PALU's
     for number, (method, label) in enumerate(METHODS.items()):
         runs = [row for row in rows if row["method"] == method]
         if runs:
@@ -83,7 +83,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 [row["model_utility"] for row in runs],
                 [row["forget_quality"] for row in runs],
                 color="tab:cyan" if method == "palu" else colours[number],
-                marker="*" if method == "palu" else "os^vDPX"[number],
+                marker="*" if method == "palu" else "os^vDPX<>p"[number],
                 s=140 if method == "palu" else 45,
                 label=label,
             )

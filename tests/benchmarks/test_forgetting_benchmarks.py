@@ -236,7 +236,8 @@ def test_the_rules_beside_contrast() -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = byte_level(CHATML)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    # As many layers as RMU's default needs.
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=8).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
