@@ -401,7 +401,7 @@ def _frozen_gradient(dtype: torch.dtype, grad: Tensor, grad_hidden: Tensor) -> T
 
 def _frozen_backward(ctx: Any, grad: Tensor | None, of_gradient: Tensor | None) -> Gradients:
     if of_gradient is not None:
-        _first_order_only("linear_topk_mse")
+        _no_second_derivative("linear_topk_mse")
     if grad is None:
         return (None,) * 7
     compute = partial(_frozen_gradient, ctx.dtype)

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from helpers.runs import TOP_K
 from helpers.refusals import assert_refused
+from helpers.runs import TOP_K
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
