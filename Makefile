@@ -9,8 +9,8 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulator/*.cpp tests/cu
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
-# Random cases of each op that "make cuda-emulate" runs; 25 take some minutes.
-EMULATED ?= 25
+# Of "make cuda-emulate": parts of the names of ops, with commas between. CASES are its random cases of each op.
+ONLY ?=
 # What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
 KILLS ?= 50
 MODEL ?= demo
@@ -49,9 +49,10 @@ wheel: $(VENV)/ready
 cuda-check: $(VENV)/ready $(NVCC)/ready
 	PATH="$(abspath $(NVCC))/nvidia/cu13/bin:$$PATH" $(BIN)/python palu/_build.py --cuda-check
 
-# Runs the CUDA kernels on a CPU and compares them with their twins; needs neither nvcc nor a GPU, but g++.
+# Executes the CUDA kernels on an emulated GPU and compares them with their twins; needs g++, neither nvcc nor a GPU.
+cuda-emulate: CASES = 3
 cuda-emulate: $(VENV)/ready
-	$(BIN)/python tests/cuda_emulator/drive.py . --quick --cases $(EMULATED)
+	$(BIN)/python tests/cuda_emulator/run.py --cases $(CASES) --seed $(SEED) --only '$(ONLY)'
 
 # Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
 sanitize: $(VENV)/ready

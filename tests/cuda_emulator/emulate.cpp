@@ -1,11 +1,11 @@
 // The emulated machine. A thread of a block is a fiber; it is left only where it waits (barrier, warp
-// operation, cluster barrier) and, in the checked build, at random accesses. All blocks of a cluster
-// are alive together, clusters run one after another.
+// operation, cluster barrier) and at random accesses. All blocks of a cluster are alive together,
+// clusters run one after another.
 //
-// The checked build (EMU_CHECKED) gets the kernels compiled with -fsanitize=thread, but nothing is
-// linked to libtsan: the calls that the compiler puts at each load and store come here, and every one
-// is checked against the registered buffers (bounds, gaps between rows, alignment, constness, reads of
-// what nobody wrote) and against the accesses of other threads that no barrier orders before it.
+// The kernels are compiled with -fsanitize=thread, but nothing is linked to libtsan: the calls that the
+// compiler puts at each load and store come here, and every one is checked against the registered
+// buffers (bounds, gaps between rows, alignment, constness, reads of what nobody wrote) and against the
+// accesses of other threads that no barrier orders before it.
 #include "emulate.h"
 
 #include <dlfcn.h>
@@ -31,6 +31,7 @@ namespace emu {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kGuardBytes = 4096;          // below a stack: a page that traps
 constexpr size_t kArenaBytes = 320 * 1024;    // of a block's shared memory, with red zones
 constexpr size_t kSharedLimit = 227 * 1024;   // of one block on sm_90
 constexpr size_t kSharedDefault = 48 * 1024;  // without cudaFuncSetAttribute
@@ -113,6 +114,9 @@ struct Block {
   uint32_t linear, generation, epoch = 0;
   unsigned alive = 0, waiting = 0;
   int or_value = 0, or_result = 0;
+  // Cluster epochs, from 1: the last in which a thread left, and the last in which another block used the shared memory.
+  uint32_t left = 0, visited = 0;
+  const void* visited_at = nullptr;
   Where where;
   std::vector<Warp> warps;
 };
@@ -142,7 +146,6 @@ const unsigned char* arguments_end;
 
 int order = 0;         // 0 forward, 1 reverse, 2 random
 unsigned preempt = 0;  // one access in so many is followed by another thread
-bool dry = false;      // launches are checked and noted, not run
 size_t shared_limit = kSharedDefault;
 std::minstd_rand generator;
 
@@ -186,6 +189,12 @@ void wake(State state, unsigned block, unsigned first, unsigned count) {
   }
 }
 
+// Ends the launch, as a failed assertion does in CUDA; what the thread was about to do does not happen.
+[[noreturn]] void stop() {
+  aborted = true;
+  for (;;) to_scheduler();
+}
+
 void wait(State state, Where where) {
   current->state = state;
   current->where = where;
@@ -222,6 +231,11 @@ void release_cluster() {
   }
 }
 
+// No barrier of the cluster is between an access to the block's shared memory and the end of one of its threads.
+void report_left(const Block& block) {
+  report("shared", block.visited_at, format("block %u may have left", block.linear));
+}
+
 void fiber_main() {
   kernel_body(arguments_begin);
   Block& block = blocks[current->block];
@@ -230,6 +244,8 @@ void fiber_main() {
   block.warps[warp].exited |= 1u << current->thread % 32;
   --block.alive;
   --cluster_alive;
+  block.left = cluster_epoch + 1;
+  if (block.visited == block.left) report_left(block);
   current->state = State::kDone;
   release_warp(current->block, warp);
   release_block(current->block);
@@ -269,12 +285,11 @@ size_t add_shared(const void* key, size_t size, size_t alignment) {
 
 void start_fiber(unsigned number, unsigned block, unsigned thread) {
   Fiber& fiber = fibers[number];
-  if (!fiber.stack) {  // below it a page that traps
-    const size_t page = 4096;
-    auto* all = static_cast<unsigned char*>(
-        mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (all == MAP_FAILED || mprotect(all, page, PROT_NONE)) abort();
-    fiber.stack = all + page;
+  if (!fiber.stack) {
+    auto* all = static_cast<unsigned char*>(mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (all == MAP_FAILED || mprotect(all, kGuardBytes, PROT_NONE)) abort();
+    fiber.stack = all + kGuardBytes;
   }
   fiber.state = State::kReady;
   fiber.block = block;
@@ -302,7 +317,7 @@ void run_cluster(uint32_t number) {
     block.index = {linear % config.grid.x, linear / config.grid.x % config.grid.y,
                    linear / config.grid.x / config.grid.y};
     block.generation = ++generations;
-    block.epoch = block.waiting = 0;
+    block.epoch = block.waiting = block.left = block.visited = 0;
     block.or_value = 0;
     block.alive = block_threads;
     block.warps.assign((block_threads + 31) / 32, Warp());
@@ -340,8 +355,6 @@ void run_cluster(uint32_t number) {
 }
 
 // ---- the check of one access ----
-
-#ifdef EMU_CHECKED
 
 bool ordered(const Stamp& stamp, uint32_t thread) {
   if (stamp.thread == ~0u || stamp.thread == thread) return true;
@@ -408,7 +421,13 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
     const unsigned block = in_arenas / kArenaBytes;
     const size_t offset = in_arenas % kArenaBytes;
     if (block >= cluster_size || !blocks[block].alive) {
-      return report("shared", pc, "the shared memory of a block that has left");
+      report("shared", pc, "the shared memory of a block that has left");
+      stop();
+    }
+    if (block != current->block) {
+      blocks[block].visited = cluster_epoch + 1;
+      blocks[block].visited_at = pc;
+      if (blocks[block].left == blocks[block].visited) report_left(blocks[block]);
     }
     for (const auto& variable : shared_variables) {
       if (offset < variable.offset || offset >= variable.offset + variable.size) continue;
@@ -419,7 +438,8 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
       }
       return;
     }
-    return report("out of bounds", pc, format("shared memory, %zu bytes at %zu", size, offset));
+    report("out of bounds", pc, format("shared memory, %zu bytes at %zu", size, offset));
+    stop();
   }
   for (Buffer& buffer : buffers) {
     if (at < buffer.base || at + size > buffer.base + buffer.span) continue;
@@ -428,9 +448,10 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
     if (buffer.stride > buffer.columns &&
         (first % buffer.stride >= buffer.columns || last % buffer.stride >= buffer.columns ||
          first / buffer.stride != last / buffer.stride)) {
-      return report("out of bounds", pc,
-                    format("%s: elements %ld to %ld, between rows", buffer.name.c_str(), static_cast<long>(first),
-                           static_cast<long>(last)));
+      report("out of bounds", pc,
+             format("%s: elements %ld to %ld, between rows", buffer.name.c_str(), static_cast<long>(first),
+                    static_cast<long>(last)));
+      stop();
     }
     if (kind != Kind::kRead && !buffer.writable) report("constant", pc, buffer.name + " is written");
     (kind == Kind::kRead ? buffer.read_bytes : buffer.write_bytes) += size;
@@ -458,20 +479,23 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
   }
   report("out of bounds", pc,
          format("%s %zu bytes at %#lx: ", kind == Kind::kRead ? "reads" : "writes", size, at) + near);
+  stop();
 }
 
-#endif
+// Made when first used: instances are added while the library is loaded, in any order.
+std::map<std::string, const bool*>& instances() {
+  static std::map<std::string, const bool*> all;
+  return all;
+}
 
 }  // namespace
 
+bool add_instance(const char* kernel, const bool* launched) { return instances().emplace(kernel, launched).second; }
+
 void access(const void* address, size_t size, Kind kind, const void* pc) {
   if (!current) return;
-#ifdef EMU_CHECKED
   if (preempt && generator() % preempt == 0) wait(State::kReady, Where::current());
   check(reinterpret_cast<uintptr_t>(address), size, kind, pc);
-#else
-  static_cast<void>(address), static_cast<void>(size), static_cast<void>(kind), static_cast<void>(pc);
-#endif
 }
 
 void store_16(void* at, unsigned x, unsigned y, unsigned z, unsigned w, const void* pc) {
@@ -484,8 +508,7 @@ void fail(const char* what, Where where) {
   report(
       "assertion", nullptr,
       format("%s (%s), block %u thread %u", what, text(where).c_str(), blocks[current->block].linear, current->thread));
-  aborted = true;
-  for (;;) to_scheduler();
+  stop();
 }
 
 int block_barrier_or(int predicate, Where where) {
@@ -587,7 +610,7 @@ void launch(const char* kernel, const Config& wanted, void (*body)(const void*),
                      wanted.cluster >= 1 && wanted.cluster <= kMaxBlocks && grid.x % wanted.cluster == 0;
   shared_limit = kSharedDefault;
   if (!right) report("launch", nullptr, "CUDA would refuse: " + launches.back());
-  if (!right || dry || aborted) return;
+  if (!right || aborted) return;
 
   config = wanted;
   kernel_body = body;
@@ -629,7 +652,7 @@ void launch(const char* kernel, const Config& wanted, void (*body)(const void*),
 extern "C" {
 
 // Forgets buffers and reports. order: 0 forward, 1 reverse, 2 random; preempt: see above.
-void emu_begin(int order, uint64_t seed, unsigned preempt, int dry) {
+void emu_begin(int order, uint64_t seed, unsigned preempt) {
   for (auto& buffer : emu::buffers) {
     munmap(buffer.cells, buffer.span / buffer.element * sizeof(emu::Cell));
   }
@@ -639,8 +662,16 @@ void emu_begin(int order, uint64_t seed, unsigned preempt, int dry) {
   emu::aborted = false;
   emu::order = order;
   emu::preempt = preempt;
-  emu::dry = dry;
   emu::generator.seed(seed + 1);
+}
+
+// Gives the stacks back: a process has room for those of a few libraries only.
+void emu_end() {
+  for (const auto& fiber : emu::fibers) {
+    if (fiber.stack)
+      munmap(static_cast<unsigned char*>(fiber.stack) - emu::kGuardBytes, emu::kGuardBytes + emu::kStackBytes);
+  }
+  emu::fibers.clear();
 }
 
 // Only what is registered may be touched: rows of `columns` elements that begin `stride` elements apart.
@@ -671,7 +702,14 @@ const char* emu_report() {
   return all.c_str();
 }
 
-#ifdef EMU_CHECKED
+// A line for each instance of a kernel: whether any launch so far was of it, and its name.
+const char* emu_instances() {
+  static std::string all;
+  all.clear();
+  for (const auto& [kernel, launched] : emu::instances()) all += (*launched ? "1\t" : "0\t") + kernel + "\n";
+  return all.c_str();
+}
+
 #define EMU_HOOK(size)                                                                                     \
   void __tsan_read##size(void* p) { emu::access(p, size, emu::Kind::kRead, __builtin_return_address(0)); } \
   void __tsan_write##size(void* p) { emu::access(p, size, emu::Kind::kWrite, __builtin_return_address(0)); }
@@ -713,6 +751,5 @@ EMU_UNDEFINED(invalid_builtin)
 EMU_UNDEFINED(missing_return)
 EMU_UNDEFINED(builtin_unreachable)
 #undef EMU_UNDEFINED
-#endif
 
 }  // extern "C"

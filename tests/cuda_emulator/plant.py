@@ -1,107 +1,262 @@
-"""Plant faults in a copy of the kernels and see whether the driver finds each: a test of the emulation itself.
+"""Faults planted in a copy of the kernels, each of which the emulation must find: a test of the emulation itself."""
 
-python tests/cuda_emulator/plant.py . [--cases 25] [--only barrier]
-"""
-
-import argparse
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# Every barrier is taken out in turn; these are exchanged: file, what, by what, and the ops to run.
-BARRIERS = re.compile(r"__syncthreads\(\);|cluster\.sync\(\);")
-EXCHANGES = [
-    ("common.cuh", "e >= 0 && e + (U - 1) * step + kPack<T> <= size", "e >= 0 && e + (U - 1) * step < size", ""),
-    ("common.cuh", "at >= 0 && at < size ? row[at] : fill", "at < size ? row[at] : fill", ""),
-    (
-        "common.cuh",
-        "if (e >= 0 && e + kPack<T> <= size) {\n    const uint4 bits",
-        "if (e + kPack<T> <= size) {\n    const uint4 bits",
-        "cross,kl,scale",
-    ),
-    ("common.cuh", "if (at >= 0 && at < size) row[at] =", "if (at >= 0) row[at] =", "cross,kl,scale"),
-    ("common.cuh", "lanes = 16; lanes > 0", "lanes = 16; lanes > 1", ""),
-    ("topk_mse.cu", "__syncthreads_or(repeated)", "repeated", "topk"),
-    (
+import cases
+import compiler
+from machine import Finding, Machine
+
+PREFIX = "fault/"
+ARCHITECTURE = 900
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of a kernel, as it is and with the fault."""
+
+    name: str
+    file: str  # in csrc/cuda
+    right: str
+    wrong: str
+    kernels: str  # the .cu file that is compiled with the fault
+    case: str  # which must find it
+    kind: str  # as what
+
+
+FAULTS = [
+    Fault(
+        "index-past-tile-end",
         "topk_mse.cu",
-        "mine = atomicAnd(&repeats[place / 32], ~bit) & bit;",
-        "mine = repeats[place / 32] & bit; repeats[place / 32] &= ~bit;",
-        "topk",
-    ),
-    (
+        "if (place < 0 || place >= kTile<T>) continue;",
+        "if (place < 0 || place > kTile<T>) continue;",
         "topk_mse.cu",
-        "if (!(atomicOr(&occurs[place / 32], bit) & bit))",
-        "if (!(occurs[place / 32] & bit) || (occurs[place / 32] |= bit, false))",
-        "topk",
+        "topk_mse/tile-edges/float32",
+        "race",
     ),
-    ("topk_mse.cu", "if (k > kKept * kBlock) load_index", "if (false) load_index", "topk"),
-    (
+    Fault(
+        "tile-too-few",
         "topk_mse.cu",
         "const int64_t tiles = (p.vocab_size + kPack<T> - 1 + kTile<T> - 1)",
         "const int64_t tiles = (p.vocab_size + kTile<T> - 1)",
-        "topk",
+        "topk_mse.cu",
+        "topk_mse/tile-unaligned/float32",
+        "wrong result",
     ),
-    ("softmax_loss.cu", "part.raise(max_of<T>(packs));", "part.max = fmax(part.max, max_of<T>(packs));", "cross"),
-    ("softmax_loss.cu", "moment *= kReverse ? raised_p : raised_q;", "moment *= kReverse ? raised_q : raised_p;", "kl"),
-    ("linear_topk_mse.cu", "const int64_t at = j < end ? index[j] : 0;", "const int64_t at = index[j];", "linear"),
-    ("linear_topk_mse.cu", "row_stride % kPack<T> == 0 && row_size", "row_size", "linear"),
-    ("linear_topk_mse.cu", "if (v > vocab_size) return;", "if (v >= vocab_size) return;", "linear"),
-    ("prefix_mask.cu", "open = others ? __clz(others) : open + 32;", "open = others ? __clz(others) : 32;", "prefix"),
-    ("prefix_mask.cu", "if (t < length) mask[t]", "mask[t]", "prefix"),
-    ("scale.cu", "e < n; e += gridDim.x * kUnroll * step", "e < n - 1; e += gridDim.x * kUnroll * step", "scale"),
+    Fault(
+        "no-barrier-after-fill",
+        "topk_mse.cu",
+        "shared[p] = fill_pack;\n  __syncthreads();",
+        "shared[p] = fill_pack;\n  ;",
+        "topk_mse.cu",
+        "topk_mse/tile-edges/float32",
+        "race",
+    ),
+    Fault(
+        "barrier-without-vote",
+        "topk_mse.cu",
+        "if (__syncthreads_or(repeated)) {",
+        "if (repeated) {",
+        "topk_mse.cu",
+        "topk_mse/repeats/float32",
+        "race",
+    ),
+    Fault(
+        "no-barrier-after-repeats",
+        "topk_mse.cu",
+        "tile[entry] = from_acc<T>(shift + scale * sum);\n      }\n    }\n    __syncthreads();",
+        "tile[entry] = from_acc<T>(shift + scale * sum);\n      }\n    }\n    ;",
+        "topk_mse.cu",
+        "topk_mse/repeats/float32",
+        "race",
+    ),
+    Fault(
+        "atomic-in-two-steps",
+        "topk_mse.cu",
+        "mine = atomicAnd(&repeats[place / 32], ~bit) & bit;",
+        "mine = repeats[place / 32] & bit; repeats[place / 32] &= ~bit;",
+        "topk_mse.cu",
+        "topk_mse/repeats/float32",
+        "race",
+    ),
+    Fault(
+        "index-not-read-again",
+        "topk_mse.cu",
+        "if (k > kKept * kBlock) load_index",
+        "if (false) load_index",
+        "topk_mse.cu",
+        "topk_mse/reread-index/float32",
+        "wrong result",
+    ),
+    Fault(
+        "slot-nobody-wrote",
+        "common.cuh",
+        "lane < blockDim.x / 32 ? warp_result[lane]",
+        "lane <= blockDim.x / 32 ? warp_result[lane]",
+        "softmax_loss.cu",
+        "cross_entropy_/one-block/float32",
+        "uninitialised",
+    ),
+    Fault(
+        "no-barrier-in-reduction",
+        "common.cuh",
+        "if (lane == 0) warp_result[warp] = x;\n  __syncthreads();",
+        "if (lane == 0) warp_result[warp] = x;\n  ;",
+        "softmax_loss.cu",
+        "cross_entropy_/one-block/float32",
+        "uninitialised",
+    ),
+    Fault(
+        "no-barrier-between-reductions",
+        "common.cuh",
+        "__syncthreads();  // the next reduction writes warp_result",
+        ";",
+        "topk_mse.cu",
+        "topk_mse/repeats/float32",
+        "race",
+    ),
+    Fault(
+        "no-cluster-barrier-before",
+        "common.cuh",
+        "if (threadIdx.x == 0) block_result = x;\n  cluster.sync();",
+        "if (threadIdx.x == 0) block_result = x;\n  ;",
+        "softmax_loss.cu",
+        "cross_entropy_/2-blocks/float32",
+        "uninitialised",
+    ),
+    Fault(
+        "no-cluster-barrier-after",
+        "common.cuh",
+        "cluster.sync();  // no block overwrites its result, or leaves, while another reads it",
+        ";",
+        "softmax_loss.cu",
+        "cross_entropy_/2-blocks/float32",
+        "shared",
+    ),
+    Fault(
+        "lane-missing-in-shuffle",
+        "common.cuh",
+        "lanes /= 2) x = op(x, __shfl_xor_sync(kWarpMask, x, lanes));",
+        "lanes /= 2) if (threadIdx.x % 32 != 31) x = op(x, __shfl_xor_sync(kWarpMask, x, lanes));",
+        "softmax_loss.cu",
+        "cross_entropy_/one-block/float32",
+        "deadlock",
+    ),
+    Fault(
+        "reduction-stops-early",
+        "common.cuh",
+        "lanes = 16; lanes > 0",
+        "lanes = 16; lanes > 1",
+        "softmax_loss.cu",
+        "cross_entropy_/one-block/float32",
+        "wrong result",
+    ),
+    Fault(
+        "write-into-the-gap",
+        "common.cuh",
+        "if (at >= 0 && at < size) row[at] =",
+        "if (at >= 0) row[at] =",
+        "softmax_loss.cu",
+        "cross_entropy_/within-a-pack/float32",
+        "out of bounds",
+    ),
+    Fault(
+        "read-before-the-row",
+        "common.cuh",
+        "at >= 0 && at < size ? row[at] : fill",
+        "at < size ? row[at] : fill",
+        "scale.cu",
+        "scale_/one-element/float32",
+        "out of bounds",
+    ),
+    Fault(
+        "maximum-not-raised",
+        "softmax_loss.cu",
+        "part.raise(max_of<T>(packs));",
+        "part.max = fmax(part.max, max_of<T>(packs));",
+        "softmax_loss.cu",
+        "cross_entropy_/second-round/float32",
+        "wrong result",
+    ),
+    Fault(
+        "label-not-checked",
+        "softmax_loss.cu",
+        "label >= 0 && label < vocab_size &&",
+        "label >= 0 &&",
+        "softmax_loss.cu",
+        "out_of_range/cross_entropy_-past/float32",
+        "out of bounds",
+    ),
+    Fault(
+        "last-element",
+        "scale.cu",
+        "e < n; e += gridDim.x * kUnroll * step",
+        "e < n - 1; e += gridDim.x * kUnroll * step",
+        "scale.cu",
+        "scale_/second-block/float32",
+        "wrong result",
+    ),
+    Fault(
+        "span-forgets-its-beginning",
+        "prefix_mask.cu",
+        "open = others ? __clz(others) : open + 32;",
+        "open = others ? __clz(others) : 32;",
+        "prefix_mask.cu",
+        "prefix_mask/open-span",
+        "wrong result",
+    ),
+    Fault(
+        "write-past-the-row",
+        "prefix_mask.cu",
+        "if (t < length) mask[t]",
+        "mask[t]",
+        "prefix_mask.cu",
+        "prefix_mask/one-label",
+        "out of bounds",
+    ),
+    Fault(
+        "index-past-k",
+        "linear_topk_mse.cu",
+        "const int64_t at = j < end ? index[j] : 0;",
+        "const int64_t at = index[j];",
+        "linear_topk_mse.cu",
+        "linear_topk_mse/single/float32",
+        "out of bounds",
+    ),
 ]
 
 
-def faults(sources: Path) -> list[tuple[str, str, str, str]]:
-    """File, name, its text with the fault, and the ops to run."""
-    planted = []
-    for path in sorted(sources.iterdir()):
-        text = path.read_text()
-        for found in BARRIERS.finditer(text):
-            line = text.count("\n", 0, found.start()) + 1
-            changed = text[: found.start()] + ";" + text[found.end() :]
-            planted.append((path.name, f"barrier: {path.name}:{line} without {found[0]}", changed, ""))
-    for name, old, new, ops in EXCHANGES:
-        text = (sources / name).read_text()
-        if old in text:
-            what = f"exchange: {name}: {old.splitlines()[0]} -> {new.splitlines()[0]}"
-            planted.append((name, what, text.replace(old, new, 1), ops))
-        else:
-            print(f"not there any more, left out: {name}: {old}")
-    return planted
+def names() -> list[str]:
+    """Return the names of all faults, as cases."""
+    return [PREFIX + fault.name for fault in FAULTS]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("project", type=Path)
-    parser.add_argument("--cases", type=int, default=25)
-    parser.add_argument("--only", default="", help="a part of the names of faults")
-    options = parser.parse_args()
-    missed = tried = 0
-    for name, what, text, ops in faults(options.project / "csrc" / "cuda"):
-        if options.only not in what:
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch, "project")
-            shutil.copytree(options.project / "csrc", copy / "csrc")
-            (copy / "palu").mkdir()
-            shutil.copy(options.project / "palu" / "eager.py", copy / "palu")
-            (copy / "csrc" / "cuda" / name).write_text(text)
-            command = [sys.executable, HERE / "drive.py", copy, "--quick", "--arch", "900", "--only", ops]
-            command += ["--cases", str(options.cases)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        tried += 1
-        found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-        missed += not found and done.returncode >= 0
-        kinds = sorted({line.split(" | ")[1] for line in found}) or [f"exit {done.returncode}"]
-        print("found " if found or done.returncode < 0 else "MISSED", what, "--", ", ".join(kinds), flush=True)
-    print(f"{tried - missed} of {tried} faults found")
-    return 1 if missed else 0
+def check_name(name: str) -> None:
+    """Raise ValueError, with what would do, unless a fault has this name."""
+    if name not in names():
+        raise ValueError(f"{name!r} is no fault; there are\n  " + "\n  ".join(names()))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(name: str, folder: Path) -> tuple[str, list[Finding]]:
+    """Compile the kernels with one fault and run its case.
+
+    Returns as what and where the fault was found, and what is wrong with the emulation.
+    """
+    fault = next(fault for fault in FAULTS if PREFIX + fault.name == name)
+    path = f"csrc/cuda/{fault.file}"
+    texts = compiler.read_sources()
+    times = texts[path].count(fault.right)
+    if times != 1:
+        details = f"{path} has this {times} times, not once: {fault.right}"
+        return "", [Finding("a fault that cannot be planted", fault.name, ARCHITECTURE, details)]
+    texts[path] = texts[path].replace(fault.right, fault.wrong)
+    library = compiler.build_changed(folder, ARCHITECTURE, f"csrc/cuda/{fault.kernels}", texts)
+    machine = Machine(library, ARCHITECTURE)
+    outcome = machine.run(cases.make(fault.case), cases.seed_of(fault.case))
+    machine.close()
+    found = [f"{finding.kind} at {finding.place or finding.details}" for finding in outcome.findings]
+    as_expected = [text for text in found if text.startswith(f"{fault.kind} at ")]
+    if as_expected:
+        return as_expected[0], []
+    details = f"{fault.case} must find {fault.kind!r} in {path} with `{fault.wrong}`; found: {found or 'nothing'}"
+    return "", [Finding("a planted fault that is not found", fault.name, ARCHITECTURE, details)]

@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda/launch.h as C functions, for ctypes. drive.py reads the members of their structs from
+// The launchers of csrc/cuda/launch.h as C functions, for ctypes. machine.py reads the members of their structs from
 // the headers; each function returns whether the struct has the size that was expected, and else does nothing.
 #include "launch.h"
 
@@ -20,9 +20,5 @@ PALU_LAUNCHER(cross_entropy_, CrossEntropy)
 PALU_LAUNCHER(unlikelihood_, Unlikelihood)
 PALU_LAUNCHER(kl_div_, KlDiv)
 PALU_LAUNCHER(scale_, Scale)
-
-extern "C" int64_t palu_linear_grad_hidden_slices(int64_t rows, int64_t k) {
-  return linear_grad_hidden_slices(rows, k);
-}
 
 }  // namespace palu::cuda

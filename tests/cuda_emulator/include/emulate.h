@@ -93,6 +93,20 @@ T& shared_variable(Key) {
   return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T)));
 }
 
+// Every instance of a kernel template that was compiled, and whether a launch has reached it. rewrite.py
+// puts the call at the beginning of each kernel, with a lambda that returns __PRETTY_FUNCTION__.
+bool add_instance(const char* kernel, const bool* launched);
+template <typename F>
+struct Instance {
+  static inline bool launched = false;
+  static inline const bool known = add_instance(F{}(), &launched);
+};
+template <typename F>
+__attribute__((noinline, no_sanitize("thread"))) void kernel_entered(F) {
+  static_cast<void>(&Instance<F>::known);
+  Instance<F>::launched = true;
+}
+
 template <typename F>
 struct Launcher {
   const char* kernel;
