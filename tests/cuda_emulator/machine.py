@@ -251,7 +251,8 @@ class Machine:
         if place in ("0", "0x0"):
             return ""
         command = ["addr2line", "-s", "-e", str(self.path), place]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        line = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return line.partition(" (discriminator")[0]
 
 
 def _short_name(pretty: str) -> str:
