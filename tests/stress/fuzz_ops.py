@@ -339,6 +339,8 @@ def loss_and_gradients(
     if not wanted:
         return [loss]
     gradients = torch.autograd.grad(loss, list(leaves.values()), a["grad"], create_graph=create_graph)
+    if create_graph:
+        torch.autograd.grad(sum(gradient.sum() for gradient in gradients), list(leaves.values()))  # type: ignore[arg-type]
     return [loss.detach(), *gradients]
 
 
