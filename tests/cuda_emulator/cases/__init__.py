@@ -26,6 +26,7 @@ OPS = {
     "topk_mse": Op(topk_mse.make, topk_mse.fixed),
     "linear_topk_mse": Op(linear_topk_mse.make, linear_topk_mse.fixed),
     "cross_entropy_": Op(softmax_loss.cross_entropy, partial(softmax_loss.fixed, rows_read=1)),
+    "unlikelihood_": Op(softmax_loss.unlikelihood, softmax_loss.fixed_with_others),
     "kl_div_": Op(softmax_loss.kl_div, partial(softmax_loss.fixed, rows_read=2)),
     "kl_div_reverse": Op(softmax_loss.kl_div_reverse, partial(softmax_loss.fixed, rows_read=2)),
     "scale_": Op(scale.make, scale.fixed),

@@ -8,7 +8,7 @@ from machine import Case
 from cases import linear_topk_mse, softmax_loss, topk_mse
 from cases.draw import Draw, Fixed
 
-LAUNCHERS = ("topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_grad_hidden", "cross_entropy_")
+LAUNCHERS = ("topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_grad_hidden", *softmax_loss.OF_LABELS)
 
 
 def fixed(_: torch.dtype) -> Iterator[Fixed]:
@@ -30,8 +30,8 @@ def make(
     launcher = launcher or draw.one(*LAUNCHERS)
     if drawn:
         value = draw.one(-1, None, 2**31 - 1, 2**32)
-    if launcher == "cross_entropy_":
-        case = softmax_loss.make(draw, op="cross_entropy_", dtype=dtype, rows=2, vocabulary=300)
+    if launcher in softmax_loss.OF_LABELS:
+        case = softmax_loss.make(draw, op=launcher, dtype=dtype, rows=2, vocabulary=300)
         name, vocabulary = "labels", 300
     elif launcher.startswith("topk_mse"):
         vocabulary = draw.one(5, 300, 40_000) if drawn else 300

@@ -1,7 +1,8 @@
-"""Cases of cross_entropy_ and kl_div_: a block, or on Hopper a cluster of up to 8 blocks, for each row."""
+"""Cases of cross_entropy_, unlikelihood_ and kl_div_: a block, or on Hopper a cluster of up to 8 blocks, for each row."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from cases.draw import DTYPES, Draw, Fixed, short
 from palu import eager
+
+OF_LABELS = ("cross_entropy_", "unlikelihood_")  # the others compare two rows
 
 
 def fixed(dtype: torch.dtype, rows_read: int) -> Iterator[Fixed]:
@@ -49,6 +52,12 @@ def fixed(dtype: torch.dtype, rows_read: int) -> Iterator[Fixed]:
     )
 
 
+def fixed_with_others(dtype: torch.dtype) -> Iterator[Fixed]:
+    """Yield those of a kernel that reads one row for each it writes, and needs an entry beside the label."""
+    for case in fixed(dtype, rows_read=1):
+        yield replace(case, sizes=case.sizes | {"vocabulary": max(case.sizes["vocabulary"], 2)})
+
+
 def make(
     draw: Draw,
     *,
@@ -67,6 +76,8 @@ def make(
     `together`: the reference's rows begin at the same place of a 16-byte pack. `infinite`: which share is -inf.
     """
     vocabulary = vocabulary or draw.vocabulary()
+    if op == "unlikelihood_":
+        vocabulary = max(vocabulary, 2)
     rows = draw.rows(vocabulary) if rows is None else rows
     dtype = dtype or draw.one(*DTYPES)
     z, kind = draw.logits(rows, vocabulary, dtype, values)
@@ -80,7 +91,8 @@ def make(
         infinite = draw.one(0.01, 0.5)
     if infinite:
         gone = torch.rand(rows, vocabulary) < infinite
-        gone[torch.arange(rows), labels] = False
+        for kept in (labels, (labels + 1) % vocabulary):
+            gone[torch.arange(rows), kept] = False
         z[gone] = -math.inf
         kind += " with -inf"
     logits = Placed("logits", z, **draw.layout(vocabulary, lead, pad))
@@ -90,9 +102,10 @@ def make(
     call |= {"row_weight": weight, "loss": loss, "rows": rows, "vocab_size": vocabulary}
     other, reverse = z, op == "kl_div_reverse"
     text = f"{short(dtype)} [{rows}, {vocabulary}], logits {kind} {logits.place()}"
-    if op == "cross_entropy_":
-        launcher = "cross_entropy_"
-        call |= {"labels": Placed("labels", labels)}
+    floor = draw.one(0.0, 0.0213, 0.3)  # at none of them is a row of equal logits
+    if op in OF_LABELS:
+        launcher = op
+        call |= {"labels": Placed("labels", labels)} | ({"floor": floor} if op == "unlikelihood_" else {})
         buffers.append(call["labels"])
     else:
         launcher = "kl_div_"
@@ -113,20 +126,25 @@ def make(
         values, w = z.to(dtype, copy=True), weights.to(acc_dtype(dtype))  # the values are overwritten
         if op == "cross_entropy_":
             return eager.cross_entropy_(values, labels, w), values
+        if op == "unlikelihood_":
+            return eager.unlikelihood_(values, labels, w, floor), values
         return eager.kl_div_(values, other.to(dtype), w, reverse), values
 
     true, same = twin(torch.float64), twin(dtype)
-    scales = _scales(op, z, other, weights, dtype)
+    scales = _scales(op, z, labels, other, weights, dtype)
     outputs = [Output(p, *of) for p, *of in zip((loss, logits), true, same, scales, strict=True)]
     return Case(text, buffers, [Phase(launcher, call, ["logits", "loss"], ["loss"])], outputs)
 
 
 cross_entropy = partial(make, op="cross_entropy_")
+unlikelihood = partial(make, op="unlikelihood_")
 kl_div = partial(make, op="kl_div_")
 kl_div_reverse = partial(make, op="kl_div_reverse")
 
 
-def _scales(op: str, z: Tensor, other: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scales(
+    op: str, z: Tensor, labels: Tensor, other: Tensor, weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return what errors of the loss and of the gradient are relative to, for each row."""
 
     def of_finite(t: Tensor) -> Tensor:
@@ -136,7 +154,9 @@ def _scales(op: str, z: Tensor, other: Tensor, weights: Tensor, dtype: torch.dty
     if not rows:
         return weights, weights
     largest, probability = of_finite(z).abs(), torch.softmax(z.double(), 1)
-    if op != "cross_entropy_":
+    if op == "unlikelihood_":  # p Q: an error of the margin is a relative one of p
+        probability = probability.gather(1, labels[:, None]) * largest.amax(1, keepdim=True).clamp(min=1)
+    elif op != "cross_entropy_":
         largest = torch.maximum(largest, of_finite(other).abs())
         if op == "kl_div_reverse":  # P ((x - y) - the difference of the logsumexps - KL)
             apart = (of_finite(z) - of_finite(other)).abs()
