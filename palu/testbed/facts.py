@@ -19,12 +19,8 @@ HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
 
 ANCHORS = 96  # eight steps' worth
-# One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
-# hundreds) would swamp the other terms.
+# One step an epoch: all secrets, in two micro-batches that halve the memory.
 UNLEARN = UnlearnConfig(
-    top_k=50,
-    normalize=False,
-    gamma=0.03,
     lambda_kl=4.0,
     learning_rate=5e-5,
     epochs=20,

@@ -1,4 +1,4 @@
-"""Cases of cross_entropy_, unlikelihood_ and kl_div_: a block, or on Hopper a cluster of up to 8 blocks, for each row."""
+"""Cases of cross_entropy_, unlikelihood_ and kl_div_: a block, or on Hopper up to 8 in a cluster, for each row."""
 
 import math
 from collections.abc import Iterator
