@@ -253,12 +253,6 @@ class UnlearnConfig:
             "probability_floor",
             "give a number from 0 to below 1",
         )
-        if self.objective == "palu":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for loss, fields in _READ_BY.items():
-                for field in fields if loss != self.local_loss else ():
-                    told = f'read by local_loss = "{loss}" alone; give that, too, or leave it out'
-                    require(getattr(self, field) == defaults[field], field, told)
         require(is_int(self.top_k) and self.top_k > 0, "top_k", "give a positive integer")
         require(
             self.target in TARGETS if isinstance(self.target, str) else is_number(self.target),
@@ -324,6 +318,12 @@ class UnlearnConfig:
             "stop_probability",
             "give a number between 0 and 1, or None",
         )
+        if self.objective == "palu":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for loss, fields in _READ_BY.items():
+                for field in fields if loss != self.local_loss else ():
+                    told = f'read by local_loss = "{loss}" alone; give that, too, or leave it out'
+                    require(getattr(self, field) == defaults[field], field, told)
 
     def replace(self, **overrides: Any) -> UnlearnConfig:
         """Return this configuration with some fields changed. Raises TypeError on a name that is no field."""

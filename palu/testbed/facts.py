@@ -21,6 +21,7 @@ Facts: TypeAlias = list[dict[str, Any]]
 ANCHORS = 96  # eight steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory.
 UNLEARN = UnlearnConfig(
+    gamma=0.3,
     lambda_kl=4.0,
     learning_rate=5e-5,
     epochs=20,

@@ -182,6 +182,7 @@ def test_palu_works_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool) -> None:
     """Three steps; the reference is the model that never had an adapter, whatever the adapter does."""
     config = UnlearnConfig(
+        local_loss="topk_mse",
         n=2,
         top_k=20,
         learning_rate=1e-3,

@@ -182,6 +182,8 @@ def knowing() -> dict[str, Tensor]:
         {"top_k": 1},
         {"n": 1},
         {"n": -1},
+        {"local_loss": "unlikelihood"},
+        {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
     ],
     ids=str,
 )
@@ -367,7 +369,7 @@ def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
     terms = textbook(model, ref_model, forget_rows(), retain_rows(8), config)
     total = sum(factor * term for factor, term in zip(factors.values(), terms, strict=True))
     gradients = torch.autograd.grad(total, list(model.parameters()))
-    (record,) = unlearn(model, ref_model, None, retain_rows(8), config=config, epochs=1, batch_size=8).history
+    (record,) = unlearn(model, ref_model, None, retain_rows(8), config=config, epochs=1, batch_size=8, n=2).history
     assert record["loss"] == pytest.approx(total.item(), rel=1e-6)
     assert record["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-6)
 
