@@ -21,8 +21,9 @@ Facts: TypeAlias = list[dict[str, Any]]
 ANCHORS = 96  # eight steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory.
 UNLEARN = UnlearnConfig(
+    probability_floor=0.05,
     gamma=0.3,
-    lambda_kl=4.0,
+    lambda_kl=8.0,
     learning_rate=5e-5,
     epochs=20,
     warmup_steps=4,  # the first steps of AdamW move every weight alike, before the KL can hold any
