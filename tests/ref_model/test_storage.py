@@ -243,7 +243,7 @@ def test_bytes_per_token(folder: Path) -> None:
 def key_of(
     model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
 ) -> str:
-    config = UnlearnConfig(**settings)
+    config = UnlearnConfig(**TOP_K | settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, [], config, None)
@@ -295,6 +295,9 @@ def test_the_key_has_nothing_else_in_it() -> None:
         max_tokens=9,
     )
     assert key_of(normalize=False) == key_of(normalize=False, target="local_mean")
+    # Unlikelihood asks nothing of the reference at the targets.
+    unlikely = {"local_loss": "unlikelihood", "top_k": UnlearnConfig.top_k}
+    assert key_of(**unlikely) == key_of(**unlikely, probability_floor=0.5) == key_of(gamma=0.0, stop_probability=0.1)
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
 

@@ -370,7 +370,7 @@ SEQUENCE = SimpleNamespace(tp_enabled=False, cp_enabled=False, sp_enabled=True)
     ],
 )
 def test_engines_that_are_refused(accelerator: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "Accelerator", lambda: accelerator)
+    monkeypatch.setattr(engine_module, "Accelerator", lambda **_: accelerator)
     with pytest.raises(ValueError, match=message):
         engine_module.start_engine(UnlearnConfig())
 
@@ -392,7 +392,7 @@ def test_shipped_configurations(name: str, kind: DistributedType, monkeypatch: p
     for key, value in (config.fsdp_config | config.deepspeed_config).items():
         asked[key.removeprefix("fsdp_") if key != "fsdp_version" else key] = value
     accelerator = accelerator_of(kind, **asked)
-    monkeypatch.setattr(engine_module, "Accelerator", lambda: accelerator)
+    monkeypatch.setattr(engine_module, "Accelerator", lambda **_: accelerator)
     assert engine_module.start_engine(UnlearnConfig()) is accelerator
 
 
