@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "K=5000": TOP_K | {"top_k": 5000},
     "K=V": TOP_K | {"top_k": 10**9},
     "top-K": TOP_K,
-    "top-K, N=all": TOP_K | {"n": -1},
+    "top-K N=all": TOP_K | {"n": -1},
     "N=1": {"n": 1},
     "N=3": {"n": 3},
     "no floor": {"probability_floor": 0.0},
