@@ -105,6 +105,9 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument(
+        "--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py"
+    )
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     known = _cross.NAMES if arguments.preset == "cross" else METHODS
@@ -114,6 +117,8 @@ def main() -> None:
     if arguments.preset == "cross":
         if arguments.seeds:
             parser.error("--preset cross has one seed")
+        if seen := set(arguments.authors or ()) - {*_cross.AUTHORS["report"], *_cross.AUTHORS["fresh"]}:
+            parser.error(f"--authors: {', '.join(map(str, sorted(seen)))}: choose from those that are not chosen on")
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
             found = _cross.run(arguments, methods, rates)

@@ -356,6 +356,11 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     assert {path.parent.name for path in runs.rglob("*.safetensors")} == {"original", "retain"}
     monkeypatch.setattr(_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
     assert command(monkeypatch, bench_tofu, tmp_path, *given)["reported"] == record["reported"]
+    rate = str(reported["learning_rate"])  # with one there is nothing to choose
+    one = command(monkeypatch, bench_tofu, tmp_path, *given, "--learning-rates", rate, "--authors", "5")
+    assert [run["author"] for run in one["reported"]["palu"]["runs"]] == [5] and one["choosing"]["palu"] == {}
+    with pytest.raises(SystemExit):
+        command(monkeypatch, bench_tofu, tmp_path, *given, "--authors", "0")
 
 
 @has_tofu
