@@ -659,7 +659,16 @@ def test_settings_in_plain_words(folder: Path) -> None:
     summary = json.loads((folder / "private" / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
-    assert "the 5 logits" in asked and "the first 3 tokens" in asked
+    assert (
+        "acts on all tokens of each marked span (the onset)." in asked
+        and "while its probability is above 0.02." in asked
+    )
+    config = {name: value for name, value in summary["config"].items() if name != "local_loss"} | {"n": 3}
+    earlier = " ".join(words.asked(summary | {"config": config}))
+    assert (
+        "the first 3 tokens of each marked span (the onset) and on no other token" in earlier
+        and "the 5 logits" in earlier
+    )
     assert "on ordinary tokens (reverse)" in asked
     drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
     assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))
