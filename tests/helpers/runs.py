@@ -112,8 +112,14 @@ def textbook(
     return local, loss.kl, F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten().to(device))
 
 
+def live_tensors() -> list[Tensor]:
+    """All tensors that Python holds, but for torch.func's wrappers, which have no storage."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    return [t for t in tensors if not torch._C._functorch.is_functorch_wrapped_tensor(t)]
+
+
 def live_bytes() -> int:
     """Bytes of the storages of all tensors that Python holds."""
-    gc.collect()
-    found = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    found = [t.untyped_storage() for t in live_tensors()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())

@@ -1,7 +1,6 @@
 """LoRA through PEFT: only the adapter is trained, the reference is the model without it, and nothing is copied."""
 
 import copy
-import gc
 import re
 import sys
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from helpers.benchmark_data import quick_tofu
 from helpers.refusals import NOT_CAUSAL, assert_refused
-from helpers.runs import assert_same_run, live_bytes, textbook, unlearn
+from helpers.runs import assert_same_run, live_bytes, live_tensors, textbook, unlearn
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor
@@ -245,9 +244,8 @@ def test_the_head_is_shared_and_no_base_weight_is_ever_copied(monkeypatch: pytes
         def after_step(self, record: dict[str, float]) -> dict[str, float]:
             assert self.ref_head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
             assert self.weight_mean is not None
-            gc.collect()
-            for tensor in gc.get_objects():
-                if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.ndim == 2 and tensor.data_ptr() not in base:
+            for tensor in live_tensors():
+                if tensor.ndim == 2 and tensor.data_ptr() not in base:
                     same = [p for p in base.values() if p.shape == tensor.shape and torch.equal(p, tensor)]
                     assert not same, "a base weight has been copied"
             steps.append(record["step"])
