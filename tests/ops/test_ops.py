@@ -83,7 +83,9 @@ def assert_no_worse(
         lost = (twin.double() - truth).abs().max() / scale
         error = (mine.double() - truth).abs().max() / scale
         # In float64 the eager twin is the truth itself, and tells nothing about rounding.
-        allowed = 1e-13 if twin.dtype == torch.float64 else 2 * lost + max(2, terms**0.5 / 2) * torch.finfo(mine.dtype).eps
+        allowed = (
+            1e-13 if twin.dtype == torch.float64 else 2 * lost + max(2, terms**0.5 / 2) * torch.finfo(mine.dtype).eps
+        )
         assert error <= allowed, (error, lost)
 
 

@@ -255,8 +255,12 @@ def test_redaction_leaves_no_secret(folder: Path) -> None:
     text = Page(path).text + path.read_text(encoding="utf-8")
     for secret in read(folder)["secrets"]:
         assert secret["text"].casefold() not in text.casefold()
-    for answer in read(folder)["answers"]["forget"]:
-        assert answer["after"] not in text
+    shown = [row["answer"] for row in FORGET]  # but for the secrets, at which what the model writes may end
+    for secret in read(folder)["secrets"]:
+        shown = [answer.replace(secret["text"], "") for answer in shown]
+    written = [answer[when] for answer in read(folder)["answers"]["forget"] for when in ("before", "after")]
+    hidden = [answer for answer in written if not any(answer in one for one in shown)]
+    assert hidden and not any(answer in text for answer in hidden)
     assert RETAIN[0]["answer"] in text
 
 

@@ -83,7 +83,7 @@ def test_text() -> None:
         console.print(legend_text())
     said = capture.get()
     assert "\x1b" not in said
-    assert "«onset»: start of a span" in said
+    assert "«onset»: to be forgotten" in said
     assert "<redundant>: rest of a span" in said
 
 
