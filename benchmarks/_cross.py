@@ -24,17 +24,15 @@ from _tofu import KEEPS, METHODS, PRESETS, Bench, summary
 
 import palu
 from palu.attacks.estimators import Rho, rho
+from palu.config import RECIPES
 from palu.evaluate import metrics
 from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-# Beside the methods at their defaults: other settings of PALU, under names of their own.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "palu-topk": {"local_loss": "topk_mse", "n": 3},  # the default until November 2026
-    "palu-paper": {"recipe": "paper"},
-}
-NAMES = METHODS | {"palu-topk": "PALU, top-K, n = 3", "palu-paper": "PALU, as published"}
+# Beside the methods at their defaults: PALU's recipes.
+VARIANTS: dict[str, dict[str, Any]] = {f"palu-{name}": {"recipe": name} for name in RECIPES}
+NAMES = METHODS | {"palu-paper": "PALU, as published", "palu-whole-spans": "PALU, whole spans"}
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.

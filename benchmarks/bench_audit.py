@@ -31,8 +31,8 @@ DRAWS = 8
 # What the stages of bench_tofu.py and bench_ablation.py call each, and its settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PALU": ("palu", {}),
-    "PALU, top-K": ("top-K", {"local_loss": "topk_mse", "n": 3}),
-    "PALU, top-K, n=-1": ("N=all", {"local_loss": "topk_mse", "n": -1}),
+    "PALU, n=-1": ("N=all", {"n": -1}),
+    "PALU, whole spans": ("whole-spans", RECIPES["whole-spans"]),
     "NPO": ("npo", {"objective": "npo"}),
     "TPO": ("tpo", {"objective": "tpo"}),
     "published loss": ("published-loss", RECIPES["paper"]),

@@ -105,9 +105,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
-    parser.add_argument(
-        "--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py"
-    )
+    parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     known = _cross.NAMES if arguments.preset == "cross" else METHODS

@@ -13,7 +13,7 @@ from typing import Any
 
 TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
-LOCAL_LOSSES = ("unlikelihood", "topk_mse")
+LOCAL_LOSSES = ("topk_mse", "unlikelihood")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -36,7 +36,8 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "rmu": {},
 }
 
-# Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it.
+# Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it. "whole-spans": every token of
+# a secret is made improbable, which closes its tail and costs more of everything else (docs/results.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "local_loss": "topk_mse",
@@ -48,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kl_direction": "reverse",
         "anchors": 0,
     },
+    "whole-spans": {"local_loss": "unlikelihood", "n": -1},
 }
 
 # The valid values of fields that have a few.
@@ -97,13 +99,12 @@ class UnlearnConfig:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
             (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``, ``"wga"``, ``"undial"``,
             ``"rmu"``.
-        local_loss: what is asked of an onset token. ``"unlikelihood"``: ``-log(1 - p)`` of the true token
-            (arXiv 1908.04319), while its probability p is above ``probability_floor``; what it loses goes to the
-            model's other candidates. ``"topk_mse"``: the paper's local entropy loss, which flattens the ``top_k``
-            highest logits.
+        local_loss: what is asked of an onset token. ``"topk_mse"``: the paper's local entropy loss, which flattens the
+            ``top_k`` highest logits. ``"unlikelihood"``: ``-log(1 - p)`` of the true token (arXiv 1908.04319), while
+            its probability p is above ``probability_floor``; what it loses goes to the model's other candidates.
         probability_floor: ``"unlikelihood"``: a token that is not more probable than this is left alone, in that step;
             0: all are pushed until the end.
-        n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span. The paper's is 3.
+        n: onset length: the first ``n`` tokens of each span are acted on; -1: the whole span.
         top_k: ``"topk_mse"``: how many of the reference's highest logits are flattened at an onset token;
             clamped to the vocabulary. The paper's is 5000; few put the whole push on the tokens that matter.
         target: ``"topk_mse"``: what they are pulled towards: ``"global_mean"`` (mean of all current logits, with
@@ -178,9 +179,9 @@ class UnlearnConfig:
     """
 
     objective: str = "palu"
-    local_loss: str = "unlikelihood"
+    local_loss: str = "topk_mse"
     probability_floor: float = 0.02
-    n: int = -1
+    n: int = 3
     top_k: int = 5
     target: str | float = "global_mean"
     normalize: bool = True

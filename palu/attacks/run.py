@@ -37,7 +37,6 @@ STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
 DRAWS, QUICK_DRAWS = 200, 16
-WHOLE_SPANS = 3  # true tokens to supply, less 2, where no onset was shorter than its span
 BATCH_TOKENS = 1024
 _MAX_NEW_TOKENS = 200
 # What is trained, on which rows, at which learning rate.
@@ -132,8 +131,8 @@ def attacks_of(
     data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
 ) -> list[Attack]:
     """List the attacks with their budgets. Raises ValueError for a setting that is out of range."""
-    if n == -1:
-        n = WHOLE_SPANS
+    if n == -1:  # whole spans leave no token that the default would leave alone
+        n = UnlearnConfig.n
     for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")

@@ -19,12 +19,9 @@ HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
 
 ANCHORS = 96  # eight steps' worth
-# One step an epoch: all secrets, in two micro-batches that halve the memory. The paper's local loss: with the default,
-# one of eight general answers is lost (docs/demo.md). At gamma = 1 the squared logits (some hundreds) would swamp the
-# other terms.
+# One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
+# hundreds) would swamp the other terms.
 UNLEARN = UnlearnConfig(
-    local_loss="topk_mse",
-    n=3,
     top_k=50,
     normalize=False,
     gamma=0.03,

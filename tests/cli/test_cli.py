@@ -143,7 +143,7 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
     for field in dataclasses.fields(palu.UnlearnConfig):
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
-    assert "first n tokens of each span are acted on; -1: the whole span. The paper's is 3. [default: -1]" in said
+    assert "first n tokens of each span are acted on; -1: the whole span. [default: 3]" in said
     assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|undial|rmu>" in said
     assert "``" not in said
     assert ":mod:" not in said
@@ -581,7 +581,7 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     file.write_text(
         f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
         f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\nprogress: false\n"
-        "local_loss: topk_mse\ntarget: 0.5\n"
+        "target: 0.5\n"
         "checkpoint_dir: null\nstop_probability: 0.9\nnormalize: false\n"
     )
     result = palu_command("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
@@ -873,7 +873,7 @@ def test_ctrl_c_or_sigterm_and_resume(
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start anew"
     )
     told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
-    assert "belongs to another run: n was -1 and is 2." in told
+    assert "belongs to another run: n was 3 and is 2." in told
 
     result = palu_command(*arguments, *settings, *lora, "--resume")
     assert result.exit_code == 0, result.output
@@ -902,7 +902,7 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = html.read_text(encoding="utf-8")
     assert page.count("<section>") == 6
-    assert "tokens at n = -1: " in page
+    assert "tokens at n = 3: " in page
     assert not re.search("https?://|<script|<link|src=", page), "self-contained"
 
 

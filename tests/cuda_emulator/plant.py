@@ -181,8 +181,8 @@ FAULTS = [
     Fault(
         "label-not-checked",
         "softmax_loss.cu",
-        "label >= 0 && label < vocab_size &&",
-        "label >= 0 &&",
+        'label >= 0 && label < vocab_size && "palu::cross_entropy_',
+        'label >= 0 && "palu::cross_entropy_',
         "softmax_loss.cu",
         "out_of_range/cross_entropy_-past/float32",
         "out of bounds",

@@ -16,8 +16,6 @@ import palu
 from palu import eager
 from palu.config import UnlearnConfig
 
-# The loss that reads the reference at every kind of row.
-TOP_K = {"local_loss": "topk_mse", "n": 3, "top_k": 20}
 LOSSES = ("loss", "local", "kl", "retain", "grad_norm")
 
 
@@ -34,7 +32,7 @@ def unlearn(
         "batch_size": 4,
         "learning_rate": 1e-3,
         "progress": False,
-        **({} if settings.get("local_loss") == "unlikelihood" else TOP_K),
+        **({} if settings.get("local_loss") == "unlikelihood" else {"top_k": 20}),
     } | settings
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain

@@ -43,8 +43,7 @@ BAD_SETTINGS += [
     ("probability_floor", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
 ]
 BAD_SETTINGS += [
-    (name, value, 'read by local_loss = "topk_mse" alone; give that, too, or leave it out')
-    for name, value in (("top_k", 20), ("target", "local_mean"), ("normalize", False))
+    ("probability_floor", 0.5, 'read by local_loss = "unlikelihood" alone; give that, too, or leave it out')
 ]
 BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
 BAD_SETTINGS += [
@@ -120,11 +119,11 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
     "settings",
     [
         {"n": -1},
-        {"local_loss": "topk_mse", "n": 1, "top_k": 1},
-        {"local_loss": "topk_mse", "target": 0},
-        {"local_loss": "topk_mse", "target": -3.5},
-        {"probability_floor": 0},
-        {"objective": "npo", "top_k": 1},
+        {"n": 1, "top_k": 1},
+        {"target": 0},
+        {"target": -3.5},
+        {"local_loss": "unlikelihood", "probability_floor": 0},
+        {"objective": "npo", "probability_floor": 0.5},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},

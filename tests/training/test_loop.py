@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.refusals import assert_refused
-from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, TOP_K, assert_same_run, live_bytes, textbook, unlearn
+from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, textbook, unlearn
 from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import (
     VOCAB,
@@ -65,7 +65,7 @@ FIELDS = {
 
 def test_history_and_summary() -> None:
     model = tiny_llama()
-    config = UnlearnConfig(local_loss="topk_mse", n=2, epochs=7, top_k=30)
+    config = UnlearnConfig(n=2, epochs=7, top_k=30)
     result = unlearn(model, config=config, epochs=2, batch_size=3, n=2)
     assert result.model is model
     assert [record["step"] for record in result.history] == list(range(1, 7))
@@ -95,10 +95,7 @@ def test_the_first_record_is_the_untrained_model() -> None:
     model = tiny_llama(dtype=torch.float64)
     forget, retain = forget_rows(), retain_rows(8)
     local, kl, retain_loss = (
-        term.item()
-        for term in textbook(
-            model, copy.deepcopy(model), forget, retain, UnlearnConfig(local_loss="topk_mse", n=2, top_k=20)
-        )
+        term.item() for term in textbook(model, copy.deepcopy(model), forget, retain, UnlearnConfig(n=2, top_k=20))
     )
     (record,) = unlearn(model, None, forget, retain, epochs=1, batch_size=8, n=2).history
     assert record["local"] == pytest.approx(local, rel=1e-6)
@@ -182,7 +179,7 @@ def knowing() -> dict[str, Tensor]:
         {"top_k": 1},
         {"n": 1},
         {"n": -1},
-        {"local_loss": "unlikelihood"},
+        RECIPES["whole-spans"],
         {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
     ],
     ids=str,
@@ -364,7 +361,7 @@ def test_without_a_retain_loss(retain: Any) -> None:
 def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
     """A term of weight 0 has no part in the gradient, and the loss is the weighted sum."""
     factors = {"gamma": 0.5, "lambda_kl": 2.0, "lambda_retain": 3.0} | dict.fromkeys(off, 0.0)
-    config = UnlearnConfig(local_loss="topk_mse", n=2, top_k=20, **factors)
+    config = UnlearnConfig(n=2, top_k=20, **factors)
     model, ref_model = tiny_llama(dtype=torch.float64), tiny_llama(seed=1, dtype=torch.float64)
     terms = textbook(model, ref_model, forget_rows(), retain_rows(8), config)
     total = sum(factor * term for factor, term in zip(factors.values(), terms, strict=True))
@@ -603,7 +600,7 @@ def test_mixed_precision(bf16_autocast: None) -> None:
     expected = tiny_llama()
     unlearned = unlearn(tiny_llama(), epochs=2)
     assert unlearned.model.dtype == torch.float32
-    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(local_loss="topk_mse", top_k=20))
+    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(top_k=20))
     (record,) = unlearn(expected, None, forget_rows(), retain_rows(8), epochs=1, batch_size=8).history
     assert record["local"] == pytest.approx(terms[0].item(), rel=0.03)
     assert record["retain"] == pytest.approx(terms[2].item(), rel=0.03)
@@ -648,13 +645,12 @@ def test_attention_implementations_agree() -> None:
     "settings",
     [
         {},
-        {"n": 2, "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
-        {"probability_floor": 1 / 64},
-        TOP_K,
-        TOP_K | {"normalize": False},
-        TOP_K | {"target": "local_mean", "kl_direction": "forward", "n": -1},
-        TOP_K | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
-        TOP_K | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+        {"normalize": False, "top_k": 20},
+        {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
+        {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
+        {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+        {"local_loss": "unlikelihood", "n": -1, "probability_floor": 1 / 64},
+        {"local_loss": "unlikelihood", "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
     ],
 )
 def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
@@ -695,9 +691,7 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
     assert [record[name] for name in ("local", "kl", "retain")] == pytest.approx([t.item() for t in expected], rel=1e-6)
     assert result_config(result) == UnlearnConfig(**RECIPES["paper"], **sizes)
     # What is given beside it comes after it, and it comes after a configuration.
-    mixed = palu.unlearn(
-        model, None, forget, retain, config=UnlearnConfig(**TOP_K | {"top_k": 7}), recipe="paper", n=2, **sizes
-    )
+    mixed = palu.unlearn(model, None, forget, retain, config=UnlearnConfig(top_k=7, n=1), recipe="paper", n=2, **sizes)
     assert {name: mixed.summary["config"][name] for name in ("top_k", "n", "normalize")} == {
         "top_k": 5000,
         "n": 2,
@@ -758,7 +752,7 @@ def test_no_second_model_exists(trainable: bool) -> None:
         items,
         AnchorPrompts([], set(), 0),
         PaluMethod,
-        UnlearnConfig(local_loss="topk_mse", top_k=4),
+        UnlearnConfig(top_k=4),
         accelerator,
         own=True,
     )

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 import palu
 from palu import CheckpointError, DivergenceError, PaluTrainer, UnlearnConfig
 
-CONFIG = {"local_loss": "topk_mse", "n": 3, "top_k": 20}
+CONFIG = {"top_k": 20}
 # What palu.unlearn's defaults are called by Trainer; the file formats are not in question.
 ARGUMENTS = {
     "num_train_epochs": 3,
