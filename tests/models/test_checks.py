@@ -38,7 +38,7 @@ BAD_SETTINGS += [
     ("target", value, "give one of global_mean, global_mean_detached, local_mean, or a finite number")
     for value in ("mean", "", NAN, INF, None, True)
 ]
-BAD_SETTINGS += [("local_loss", value, "give one of unlikelihood, topk_mse") for value in ("entropy", None, 1)]
+BAD_SETTINGS += [("local_loss", value, "give one of topk_mse, unlikelihood") for value in ("entropy", None, 1)]
 BAD_SETTINGS += [
     ("probability_floor", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
 ]

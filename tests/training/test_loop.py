@@ -697,7 +697,7 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
         "n": 2,
         "normalize": False,
     }
-    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, or None"):
+    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, whole-spans, or None"):
         palu.unlearn(model, None, forget, retain, recipe="papers")
 
 
