@@ -39,6 +39,16 @@ def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
             assert row["secrets"] == len(known)
 
 
+def test_only_some_attacks() -> None:
+    whole = audit(hides_from_greedy(), retain_model=never_saw())["attacks"]
+    some = audit(hides_from_greedy(), retain_model=never_saw(), only=["onset-answer", "ask"])["attacks"]
+    assert some == [row for row in whole if row["attack"] in ("ask", "onset-answer")]
+    (depth,) = audit(hides_from_greedy(), retain_model=never_saw(), only=["inside-depth"])["attacks"]
+    assert depth == whole[-1]
+    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-paraphrased, .*, sample"):
+        audit(hides_from_greedy(), only=["asking"])
+
+
 def test_models_and_random_numbers_are_left_as_they_were() -> None:
     models = [hides_from_greedy(), original()]
     models[0].train()
