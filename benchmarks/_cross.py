@@ -4,8 +4,9 @@ Each author of TOFU's forget10 has an original and a retain model of its own. On
 with every learning rate (of one there is nothing to choose), and of each method the rate is taken with the highest
 forget quality over all rows together, among those that keep 0.95 of the original's model utility on average (if none
 does, the one that keeps most). With it the method runs on the authors "report", and these make the table: forget
-quality over all rows together and by author, utility, and an audit (--quick, 8 draws) whose secrets are put together,
-too. The authors "fresh" are in no benchmark: a default is measured on them once it is chosen.
+quality over all rows together and by author, utility, and an audit (--quick, 8 draws, the attacks ATTACKS) whose
+secrets are put together, too. The authors "fresh" are in no benchmark: a default is measured on them once it is
+chosen.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ for _op in (
     "linear_topk_mse_frozen",
     "linear_topk_mse_backward",
     "cross_entropy_",
+    "unlikelihood_",
     "kl_div_",
     "scale_",
 ):

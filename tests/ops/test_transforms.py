@@ -141,14 +141,18 @@ def test_vmap_prefix_mask() -> None:
     assert torch.equal(mask, torch.stack([palu.prefix_mask(part, 2) for part in labels]))
 
 
-def test_vmap_of_what_is_overwritten() -> None:
+@pytest.mark.parametrize("op", ["cross_entropy_", "unlikelihood_"])
+def test_vmap_of_what_is_overwritten(op: str) -> None:
+    def call(z: Tensor, labels: Tensor) -> Tensor:
+        return getattr(palu.ops, op)(z, labels, weight, *([0.02] if op == "unlikelihood_" else []))
+
     z, labels, weight = leaf(BATCH, ROWS, VOCAB), torch.randint(VOCAB, (ROWS,)), torch.ones(ROWS, dtype=torch.float64)
     expected = [t.clone() for t in z]
-    each = torch.stack([palu.ops.cross_entropy_(t, labels, weight) for t in expected])
-    close(vmap(lambda z: palu.ops.cross_entropy_(z, labels, weight))(z), each)
+    each = torch.stack([call(t, labels) for t in expected])
+    close(vmap(lambda z: call(z, labels))(z), each)
     close(z, torch.stack(expected))
-    with pytest.raises(RuntimeError, match=r"palu::cross_entropy_ under torch.func.vmap: logits would be overwritten"):
-        vmap(lambda labels: palu.ops.cross_entropy_(z[0], labels, weight))(labels.expand(BATCH, -1))
+    with pytest.raises(RuntimeError, match=f"palu::{op} under torch.func.vmap: logits would be overwritten"):
+        vmap(lambda labels: call(z[0], labels))(labels.expand(BATCH, -1))
 
 
 @pytest.mark.parametrize("op", ["topk_mse", "gather", "dense"])

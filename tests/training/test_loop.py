@@ -748,13 +748,7 @@ def test_no_second_model_exists(trainable: bool) -> None:
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
     cache, head = precompute_reference(
-        ModelRoot(model),
-        items,
-        AnchorPrompts([], set(), 0),
-        PaluMethod,
-        UnlearnConfig(top_k=4),
-        accelerator,
-        own=True,
+        ModelRoot(model), items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator, own=True
     )
     held = live_bytes() - before
     answers = sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
