@@ -74,7 +74,7 @@ class Cross:
         }
 
     def audited(self, author: int, method: str, rate: float, seed: int) -> dict[str, Any]:
-        """Unlearn and audit; returns each attack's success by secret: {attack: {role: values}}."""
+        """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
         bench, name = self.bench(author), _name(method, rate, seed)
 
         def attack() -> dict[str, Any]:
@@ -94,9 +94,12 @@ class Cross:
                 max_new_tokens=MAX_NEW_TOKENS,
             )
             return {
-                row["name"]: {role: one["values"] for role, one in row["models"].items()}
-                for row in results["attacks"]
-                if row["models"]
+                "attacks": {
+                    row["name"]: {role: one["values"] for role, one in row["models"].items()}
+                    for row in results["attacks"]
+                    if row["models"]
+                },
+                "token_log_p": token_log_p(results),
             }
 
         return bench.stages.results(f"{name}-audited", attack)
@@ -134,7 +137,12 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
             audits.append(cross.audited(author, method, rate, seed))
             runs.append(cross.evaluated(author, method, rate, seed))
             cross.drop_model(author, method, rate, seed)
-        reported[method] = pooled(runs) | {"learning_rate": rate, "attacks": attacks(audits), "runs": runs}
+        reported[method] = pooled(runs) | {
+            "learning_rate": rate,
+            "attacks": attacks([audit["attacks"] for audit in audits]),
+            "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
+            "runs": runs,
+        }
     choosing = {
         method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items() if runs}
         for method, by_rate in tried.items()
@@ -206,6 +214,41 @@ def attacks(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def token_log_p(audit: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Take from an audit the log-probability of each secret's true tokens after the true ones before them.
+
+    Returns, for each model, one list for each place in a secret: first, second, ... token; the last list has, for each
+    longer secret, the mean over all of its further tokens.
+    """
+    lengths = [secret["stop"] - secret["first"] for secret in audit["secrets"]]
+    given = [row for row in audit["attacks"] if row["attack"] == "onset-answer"]  # one for each number of tokens
+    found = {}
+    for role in given[0]["models"]:
+        # rests[j][i]: the sum over the tokens of secret i after its first j.
+        rests = [
+            [0.0 if one is None else one["log_probability"] for one in row["models"][role]["evidence"]] for row in given
+        ]
+        places = [
+            [before - after for before, after, length in zip(*pair, lengths, strict=True) if length > j]
+            for j, pair in enumerate(zip(rests, rests[1:], strict=False))
+        ]
+        more = len(given) - 1
+        places.append([rest / (n - more) for rest, n in zip(rests[more], lengths, strict=True) if n > more])
+        found[role] = places
+    return found
+
+
+def quartiles(parts: Sequence[dict[str, list[list[float]]]]) -> dict[str, list[list[float]]]:
+    """Put the authors' :func:`token_log_p` together; returns of each model the quartiles at each place."""
+    return {
+        role: [
+            np.quantile(_joined(part[role][place] for part in parts), (0.25, 0.5, 0.75)).round(3).tolist()
+            for place in range(min(len(part[role]) for part in parts))
+        ]
+        for role in parts[0]
+    }
+
+
 def markdown(reported: dict[str, dict[str, Any]]) -> str:
     """Format the table; * marks a method that keeps less than 0.95 of the original's utility on average."""
     names = ["lr", "FQ", "FQ by author", "lowest", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
@@ -231,22 +274,34 @@ def _share(value: float | None) -> str:
 
 
 def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot the distributions of the truth ratios that forget quality compares, all rows together."""
+    """Plot all authors together: the truth ratios that forget quality compares, and what is left of each token.
+
+    On the right the medians and quartiles of the true tokens' probabilities, by their place in a secret.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    shown = [("Retain", "retain_ratios", next(iter(reported.values())), "black")]
-    shown += [(NAMES[name], "ratios", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
-    for label, key, one, colour in shown:
+    first = next(iter(reported.values()))
+    shown = [("Retain", "retain_ratios", "retain", first, "black")]
+    shown += [(NAMES[name], "ratios", "unlearned", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
+    for number, (label, key, role, one, colour) in enumerate(shown):
         ratios = np.sort(_joined(run[key] for run in one["runs"]))
-        axis.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)
-    axis.set(xscale="log", xlabel="truth ratio of a forget row (above 1: the wrong answers are likelier)")
-    axis.set(ylabel="share of rows", title="TOFU, authors that nothing was chosen on")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+        left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)
+        low, middle, high = np.exp(one["token_log_p"][role]).T
+        places = np.arange(1, len(middle) + 1) + (number - len(shown) / 2) * 0.06
+        right.errorbar(places, middle, (middle - low, high - middle), fmt="o", color=colour, label=label, capsize=2)
+    left.set(xscale="log", xlabel="truth ratio of a forget row (above 1: the wrong answers are likelier)")
+    left.set(ylabel="share of rows", title="TOFU, authors that nothing was chosen on")
+    last = len(first["token_log_p"]["retain"])
+    right.set(yscale="log", ylabel="probability, given the true words before", title="The true tokens of the secrets")
+    right.set(xlabel="place in the secret", xticks=range(1, last + 1))
+    right.set_xticklabels([*map(str, range(1, last)), f"{last} and later"])
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

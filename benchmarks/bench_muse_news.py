@@ -8,7 +8,8 @@ each method unlearns the forget texts. Stages are kept and resumed as in bench_t
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
-"palu_whole" takes all of a text as one span instead and acts on every token of it (n = -1).
+"palu-whole-spans" is the recipe on the same spans; "palu-whole-texts" is it with all of a text as one span. The shares
+of words that are none and of names found nowhere are of what a model writes after the beginning of a forget text.
 
 The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose
 answer and names stand close together in one of its texts; these are the questions that it asks.
@@ -38,7 +39,8 @@ from palu.testbed.smollm2 import mixed_precision
 
 METHODS: dict[str, dict[str, Any]] = {
     "palu": {"objective": "palu"},
-    "palu_whole": {"objective": "palu", "n": -1},
+    "palu-whole-spans": {"recipe": "whole-spans"},
+    "palu-whole-texts": {"recipe": "whole-spans"},
     "npo": {"objective": "npo"},
     "gd": {"objective": "gd"},
 }
@@ -48,6 +50,9 @@ COLUMNS = {
     "KnowMem retain": "retain_knowmem_ROUGE",
     "Min-K AUC": "mia_min_k",
     "PrivLeak": "privleak",
+    "no word": "forget_verbmem_no_word",
+    "unknown name": "forget_verbmem_unknown_name",
+    "rep-4": "forget_verbmem_rep_4",
     "seconds": "seconds",
 }
 SETS = (
@@ -209,7 +214,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def unlearned(method: str) -> dict[str, Any]:
         loaded = load(str(original))
         forget = data.forget
-        if method == "palu_whole":
+        if method == "palu-whole-texts":
             forget = [row | {"spans": [[0, len(row["completion"])]]} for row in forget]
         result = palu.unlearn(
             loaded[0],

@@ -333,6 +333,23 @@ def test_secrets_of_all_authors_are_put_together() -> None:
     assert found["onset: 4 in the answer"]["rho"] == [1.0, 1.0, 1.0]
 
 
+def test_what_is_left_of_each_token_comes_from_the_onset_attack() -> None:
+    """Two secrets, of four tokens and of one."""
+
+    def row(supplied: int, *rests: float | None) -> dict:
+        evidence = [None if rest is None else {"log_probability": rest} for rest in rests]
+        return {"attack": "onset-answer", "name": f"{supplied}", "models": {"unlearned": {"evidence": evidence}}}
+
+    secrets = [{"first": 3, "stop": 7}, {"first": 2, "stop": 3}]
+    audit = {
+        "secrets": secrets,
+        "attacks": [row(0, -10.0, -5.0), {"attack": "ask"}, row(1, -7.0, None), row(2, -6.0, None)],
+    }
+    found = _cross.token_log_p(audit)
+    assert found == {"unlearned": [[-3.0, -5.0], [-1.0], [-3.0]]}
+    assert _cross.quartiles([found, found])["unlearned"] == [[-5.0, -4.0, -3.0], [-1.0] * 3, [-3.0] * 3]
+
+
 @has_tofu
 def test_cross_chooses_on_some_authors_and_reports_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
