@@ -15,6 +15,7 @@ import argparse
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -230,7 +231,7 @@ def token_log_p(audit: dict[str, Any]) -> dict[str, list[list[float]]]:
         ]
         places = [
             [before - after for before, after, length in zip(*pair, lengths, strict=True) if length > j]
-            for j, pair in enumerate(zip(rests, rests[1:], strict=False))
+            for j, pair in enumerate(pairwise(rests))
         ]
         more = len(given) - 1
         places.append([rest / (n - more) for rest, n in zip(rests[more], lengths, strict=True) if n > more])
