@@ -79,24 +79,18 @@ PALU_INLINE double sum_impl(const T* x, int64_t n) {
   return total;
 }
 
-template <bool kPrefetch, typename T, typename A>
-PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n, const T* next) {
+template <typename T, typename A>
+PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n) {
   using V = Vector<A>;
-  constexpr int64_t step = 4 * V::lanes, line = 64 / sizeof(T);
+  constexpr int64_t step = 4 * V::lanes;
   typename V::type s[4] = {}, u, v;
   int64_t i = 0;
   for (; i + step <= n; i += step) {
-    if constexpr (kPrefetch) {
-      for (int64_t j = 0; j < step; j += line) __builtin_prefetch(next + i + j);
-    }
     for (int64_t j = 0; j < 4; ++j) {
       load(u, a + i + j * V::lanes);
       load(v, x + i + j * V::lanes);
       s[j] += u * v;
     }
-  }
-  if constexpr (kPrefetch) {
-    for (int64_t j = i; j < n; j += line) __builtin_prefetch(next + j);
   }
   A total = add_up<A>(s);
   for (; i < n; ++i) total += a[i] * static_cast<A>(x[i]);
@@ -115,20 +109,17 @@ PALU_INLINE bool all_in_range_impl(const I* x, int64_t n, int64_t bound) {
 
 }  // namespace
 
-#define PALU_DEFINE_VECTOR(T, A)                                                               \
-  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }               \
-  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<false>(a, x, n, x); } \
-  PALU_CLONES A dot_prefetch(const A* a, const T* x, int64_t n, const T* next) {               \
-    return dot_impl<true>(a, x, n, next);                                                      \
-  }                                                                                            \
-  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) {    \
-    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                          \
-  }                                                                                            \
-  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);        \
-  }                                                                                            \
-  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {           \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                               \
+#define PALU_DEFINE_VECTOR(T, A)                                                            \
+  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }            \
+  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<T, A>(a, x, n); }  \
+  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) { \
+    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                       \
+  }                                                                                         \
+  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {     \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);     \
+  }                                                                                         \
+  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                            \
   }
 
 PALU_DEFINE_VECTOR(float, float)
