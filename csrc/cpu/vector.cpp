@@ -14,31 +14,6 @@
 namespace palu::cpu {
 namespace {
 
-// Four independent accumulators hide the latency of the addition.
-template <typename T, typename A>
-PALU_INLINE A block_sum(const T* x, int64_t n) {
-  const int64_t q = n / 4;
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < q; ++i) {
-    s0 += static_cast<A>(x[i]);
-    s1 += static_cast<A>(x[i + q]);
-    s2 += static_cast<A>(x[i + 2 * q]);
-    s3 += static_cast<A>(x[i + 3 * q]);
-  }
-  for (int64_t i = 4 * q; i < n; ++i) s0 += static_cast<A>(x[i]);
-  return (s0 + s1) + (s2 + s3);
-}
-
-// Blocks summed in A, their sums in double: a long row loses no more than a short one.
-template <typename T, typename A>
-PALU_INLINE double sum_impl(const T* x, int64_t n) {
-  constexpr int64_t block = 2048;
-  double total = 0;
-  for (int64_t i = 0; i < n; i += block) total += block_sum<T, A>(x + i, std::min(block, n - i));
-  return total;
-}
-
 // One 64-byte vector of the sums' dtype; a compiler without registers of that width takes several.
 template <typename A>
 struct Vector {
@@ -60,30 +35,64 @@ PALU_INLINE void load(Vector<float>::type& v, const c10::BFloat16* x) {
   std::memcpy(&v, &bits, sizeof v);
 }
 
-// Reads both rows from front to back, as the hardware's prefetcher likes it. Four independent accumulators hide the
-// latency of the addition.
-template <bool kPrefetch, typename T, typename A>
-PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n, const T* next) {
+// Four independent accumulators hide the latency of the addition. All loops read from front to back: the hardware's
+// prefetcher follows one stream better than the four quarters of a block.
+template <typename A>
+PALU_INLINE A add_up(const typename Vector<A>::type (&s)[4]) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  const typename Vector<A>::type all = (s[0] + s[1]) + (s[2] + s[3]);
+  A part[lanes];
+  std::memcpy(part, &all, sizeof all);
+  for (int64_t width = lanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) part[j] += part[j + width];
+  }
+  return part[0];
+}
+
+template <typename T, typename A>
+PALU_INLINE A block_sum(const T* x, int64_t n) {
   using V = Vector<A>;
-  constexpr int64_t step = 4 * V::lanes, line = 64 / sizeof(T);
+  constexpr int64_t step = 4 * V::lanes;
+  typename V::type s[4] = {}, v;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    for (int64_t j = 0; j < 4; ++j) {
+      load(v, x + i + j * V::lanes);
+      s[j] += v;
+    }
+  }
+  for (; i + V::lanes <= n; i += V::lanes) {
+    load(v, x + i);
+    s[0] += v;
+  }
+  A rest = 0;  // of its own, since each addition to the whole would round at that size
+  for (; i < n; ++i) rest += static_cast<A>(x[i]);
+  return add_up<A>(s) + rest;
+}
+
+// Blocks summed in A, their sums in double: a long row loses no more than a short one.
+template <typename T, typename A>
+PALU_INLINE double sum_impl(const T* x, int64_t n) {
+  constexpr int64_t block = 2048;
+  double total = 0;
+  for (int64_t i = 0; i < n; i += block) total += block_sum<T, A>(x + i, std::min(block, n - i));
+  return total;
+}
+
+template <typename T, typename A>
+PALU_INLINE A dot_impl(const A* a, const T* x, int64_t n) {
+  using V = Vector<A>;
+  constexpr int64_t step = 4 * V::lanes;
   typename V::type s[4] = {}, u, v;
   int64_t i = 0;
   for (; i + step <= n; i += step) {
-    if constexpr (kPrefetch) {
-      for (int64_t j = 0; j < step; j += line) __builtin_prefetch(next + i + j);
-    }
     for (int64_t j = 0; j < 4; ++j) {
       load(u, a + i + j * V::lanes);
       load(v, x + i + j * V::lanes);
       s[j] += u * v;
     }
   }
-  if constexpr (kPrefetch) {
-    for (int64_t j = i; j < n; j += line) __builtin_prefetch(next + j);
-  }
-  const typename V::type all = (s[0] + s[1]) + (s[2] + s[3]);
-  A total = 0;
-  for (int64_t j = 0; j < V::lanes; ++j) total += all[j];
+  A total = add_up<A>(s);
   for (; i < n; ++i) total += a[i] * static_cast<A>(x[i]);
   return total;
 }
@@ -100,20 +109,17 @@ PALU_INLINE bool all_in_range_impl(const I* x, int64_t n, int64_t bound) {
 
 }  // namespace
 
-#define PALU_DEFINE_VECTOR(T, A)                                                               \
-  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }               \
-  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<false>(a, x, n, x); } \
-  PALU_CLONES A dot_prefetch(const A* a, const T* x, int64_t n, const T* next) {               \
-    return dot_impl<true>(a, x, n, next);                                                      \
-  }                                                                                            \
-  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) {    \
-    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                          \
-  }                                                                                            \
-  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);        \
-  }                                                                                            \
-  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {           \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                               \
+#define PALU_DEFINE_VECTOR(T, A)                                                            \
+  PALU_CLONES double sum(const T* x, int64_t n) { return sum_impl<T, A>(x, n); }            \
+  PALU_CLONES A dot(const A* a, const T* x, int64_t n) { return dot_impl<T, A>(a, x, n); }  \
+  PALU_CLONES void add_scaled(A* __restrict__ y, A a, const T* __restrict__ x, int64_t n) { \
+    for (int64_t i = 0; i < n; ++i) y[i] += a * static_cast<A>(x[i]);                       \
+  }                                                                                         \
+  PALU_CLONES void add_rounded(T* __restrict__ y, const A* __restrict__ x, int64_t n) {     \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(y[i]) + x[i]);     \
+  }                                                                                         \
+  PALU_CLONES void round_to(T* __restrict__ y, const A* __restrict__ x, int64_t n) {        \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                            \
   }
 
 PALU_DEFINE_VECTOR(float, float)

@@ -8,18 +8,16 @@
 
 namespace palu::cpu {
 
-#define PALU_DECLARE_VECTOR(T, A)                                   \
-  /* sum of x [n], finished in double */                            \
-  double sum(const T* x, int64_t n);                                \
-  /* a [n] . x [n] */                                               \
-  A dot(const A* a, const T* x, int64_t n);                         \
-  /* the same bits; asks for next [n] meanwhile */                  \
-  A dot_prefetch(const A* a, const T* x, int64_t n, const T* next); \
-  /* y [n] += a * x [n] */                                          \
-  void add_scaled(A* y, A a, const T* x, int64_t n);                \
-  /* y [n] = T(y + x [n]), one rounding */                          \
-  void add_rounded(T* y, const A* x, int64_t n);                    \
-  /* y [n] = T(x [n]) */                                            \
+#define PALU_DECLARE_VECTOR(T, A)                    \
+  /* sum of x [n], finished in double */             \
+  double sum(const T* x, int64_t n);                 \
+  /* a [n] . x [n] */                                \
+  A dot(const A* a, const T* x, int64_t n);          \
+  /* y [n] += a * x [n] */                           \
+  void add_scaled(A* y, A a, const T* x, int64_t n); \
+  /* y [n] = T(y + x [n]), one rounding */           \
+  void add_rounded(T* y, const A* x, int64_t n);     \
+  /* y [n] = T(x [n]) */                             \
   void round_to(T* y, const A* x, int64_t n);
 
 PALU_DECLARE_VECTOR(float, float)
