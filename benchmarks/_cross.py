@@ -90,7 +90,7 @@ class Cross:
                 retain=bench.data.retain,
                 folder=bench.stages.folder / "audits",
                 quick=True,
-                only=ATTACKS,
+                only=wanted,
                 draws=DRAWS,
                 max_new_tokens=MAX_NEW_TOKENS,
             )
@@ -103,7 +103,8 @@ class Cross:
                 "token_log_p": token_log_p(results),
             }
 
-        return bench.stages.results(f"{name}-audited", attack)
+        wanted = [key for key in ATTACKS if key == "onset-answer" or key in self.arguments.attacks]  # the plot reads it
+        return bench.stages.results("-".join([name, "audited", *wanted]), attack)
 
     def drop_model(self, author: int, method: str, rate: float, seed: int) -> None:
         """Delete the weights of a model that has been evaluated and audited: half a gigabyte each."""

@@ -74,7 +74,7 @@ class Preset:
 PRESETS = {
     "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
     "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
-    "cross": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
+    "cross": Preset(20, 20, 10, None, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
 }
 
@@ -108,15 +108,16 @@ def load_author(folder: Path, preset: Preset, author: int) -> Data:
     """Load the 20 rows of one author of forget10 (0 to 19), and beside them others for each author.
 
     To be kept are 20 rows of another author, whose number among those of retain90 is the same; the holdout is of a
-    third one, counted from the end of retain90. Facts are 25 of each kind, in turns.
+    third one, counted from the end of retain90. Where facts are a part of all, each author has others.
     """
     tofu = load_tofu("forget10", folder)
     retain90 = load_rows(folder / "retain90.jsonl")
     own = slice(20 * author, 20 * (author + 1))
-    count, last = preset.facts or 0, len(retain90) - 20 * author
+    last = len(retain90) - 20 * author
 
     def turn(rows: list[Row]) -> list[Row]:
-        first = count * author % (len(rows) - count)
+        count = preset.facts or len(rows)
+        first = count * author % max(len(rows) - count, 1)
         return _cut(rows[first : first + count], preset)
 
     evaluated = TofuData(

@@ -106,6 +106,9 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
+    parser.add_argument(
+        "--attacks", nargs="+", default=_cross.ATTACKS, choices=_cross.ATTACKS, help="cross: default: all"
+    )
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     known = _cross.NAMES if arguments.preset == "cross" else METHODS

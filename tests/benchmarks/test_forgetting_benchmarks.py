@@ -290,7 +290,7 @@ def test_the_authors_of_cross_are_apart() -> None:
     for author in range(20):
         data = _tofu.load_author(SHARED / "tofu", preset, author)
         sizes = [len(rows) for rows in vars(data.evaluated).values()]
-        assert (len(data.forget), len(data.retain), sizes) == (20, 20, [20, 10, 25, 25, 10])
+        assert (len(data.forget), len(data.retain), sizes) == (20, 20, [20, 10, 100, 117, 10])
         own = [row["question"] + row["answer"] for rows in (data.forget, data.retain) for row in rows]
         unseen = {row["question"] + row["answer"] for row in data.evaluated.holdout}
         assert len({*own} - seen) == 40 and unseen.isdisjoint(own) and len(unseen) == 10
