@@ -73,6 +73,7 @@ from torch import Tensor  # noqa: E402
 from palu import _build, eager, ops  # noqa: E402
 from palu.eager import acc_dtype  # noqa: E402
 from palu.ops import fused  # noqa: E402
+from palu.ops.functional import use_gather  # noqa: E402
 
 raw = torch.ops.palu
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
@@ -398,7 +399,7 @@ def bad_linear(draw: Draw, a: Arguments, vocab: int) -> list[Bad]:
 
 
 def linear_topk_mse(draw: Draw) -> Call:
-    arguments, (_, vocab, _, _), dtype = linear_arguments(draw)
+    arguments, (rows, vocab, k, _), dtype = linear_arguments(draw)
     hidden, weight, acc = arguments["hidden"], arguments["weight"], acc_dtype(dtype)
     target = draw.one(*TARGETS)
     bias = draw.normal((vocab,), dtype) if draw.chance(0.5) else None
@@ -412,13 +413,16 @@ def linear_topk_mse(draw: Draw) -> Call:
     bound = largest(hidden.double().abs() @ weight.double().abs().t()) + largest(bias)
     scale = 1 + 2 * bound + (0 if isinstance(target, str) else abs(target))
     grad = draw.normal((hidden.shape[0],), acc)
-    through = (1 + largest(hidden)) * (1 + largest(weight)) * (1 + hidden.shape[0])
+    through = (1 + largest(hidden)) * (1 + largest(weight)) * (1 + rows)
+    # The dense product rounds the logits, and their gradient, to their dtype; with a bias torch may round twice.
+    dense = not use_gather("auto", rows, k, vocab, "cpu")
+    rounding = 256 * eps(acc) + (4 * eps(dtype) if dense else 0)
     call = Call(
         "linear_topk_mse",
         lambda a: loss_and_gradients(ops.linear_topk_mse, a, wanted, "create_graph" in a),
         lambda a: loss_and_gradients(eager.linear_topk_mse, in_double(a), wanted),
         arguments,
-        error=256 * eps(acc) * (scale**2 + scale * (1 + largest(grad)) * through),
+        error=rounding * (scale**2 + scale * (1 + largest(grad)) * through),
     )
     call.bad = draw.common(
         call,
