@@ -46,7 +46,8 @@ def flat_head(
         raise ValueError(f"{who}: chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     h, w, b = hidden.flatten(0, -2), weight, bias
     if scale != 1:  # an integer stays one, and is refused below
-        h, b = (t * scale if t is not None and t.is_floating_point() else t for t in (h, b))
+        h = h * scale if h.is_floating_point() else h
+        b = b * scale if b is not None and b.is_floating_point() else b
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
