@@ -90,7 +90,8 @@ def agreeing(
         try:
             loss = peer.load(hidden.device)
             theirs = _with_gradients(loss, hidden, weight, own)
-            off = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(theirs, truth, strict=True))
+            differences = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(theirs, truth, strict=True)]
+            off = float(torch.stack(differences).max())
         except Exception as error:
             told = str(error).strip().split("\n")[0]
             missing[f"{peer.name}, {op}"] = f"{type(error).__name__}: {told}"
