@@ -196,7 +196,7 @@ def unread(draw: Draw, head: Head, ignored: Callable[[Arguments], Tensor], a: Ar
 
 def drawn_labels(draw: Draw, lead: Shape, vocab: int, ignore_index: int) -> Tensor:
     labels = torch.randint(0, max(vocab, 1), lead)
-    labels[torch.rand(lead) < draw.one(0, 0.2, 1)] = ignore_index
+    labels[torch.rand(lead) < draw.one(0, 0, 0.2, 0.2, 0.5, 1)] = ignore_index
     return draw.place(labels, lambda: draw.out_of_range(vocab, torch.int64))
 
 
@@ -212,7 +212,7 @@ def linear_topk_kl(draw: Draw) -> Call:
     mass = draw.one(0.9, 0.5) if (direction, tail) == ("reverse", "bucket") else draw.one(1, 0.9)
     teacher = (draw.one(1, 3) * torch.randn(*lead, vocab)).log_softmax(-1)[..., :k] + math.log(mass)
     index[torch.rand(index.shape) < draw.one(0, 0.3)] = ignore_index
-    index[torch.rand(lead) < draw.one(0, 0.2, 1)] = ignore_index
+    index[torch.rand(lead) < draw.one(0, 0, 0.2, 0.2, 0.5, 1)] = ignore_index
     teacher = teacher.to(draw.one(*FLOATS, torch.float16)).masked_fill(index == ignore_index, math.nan)
     own = {
         "index": draw.place(index, lambda: draw.out_of_range(vocab, dtype), expand=False),
