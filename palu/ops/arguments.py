@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def flat_head(
         raise ValueError(f"{who}: {names[0]} has {hidden.shape[-1]} columns but {names[1]} has {weight.shape[1]}")
     if bias is not None:
         check_shape(who, names[2], bias, weight.shape[:1])
-    if hidden.numel() and not weight.shape[0]:
+    if math.prod(hidden.shape[:-1]) and not weight.shape[0]:
         raise ValueError(f"{who}: the vocabulary is empty: {names[1]} has no rows")
     for name, value in ((f"{prefix}scale", scale), (f"{prefix}softcap", 1.0 if softcap is None else softcap)):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
@@ -45,8 +45,9 @@ def flat_head(
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"{who}: chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     h, w, b = hidden.flatten(0, -2), weight, bias
-    if scale != 1:
-        h, b = h * scale, b * scale if b is not None else None
+    if scale != 1:  # an integer stays one, and is refused below
+        h = h * scale if h.is_floating_point() else h
+        b = b * scale if b is not None and b.is_floating_point() else b
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -87,6 +88,14 @@ def check_labels(who: str, labels: Tensor, rows: torch.Size) -> None:
     if labels.dtype != torch.int64:
         raise TypeError(f"{who}: labels must be int64, got {dtype_name(labels.dtype)}")
     check_shape(who, "labels", labels, rows)
+
+
+def check_ignore_index(who: str, ignore_index: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `dtype` holds it: torch compares a tensor with what is left of a larger number."""
+    limits = torch.iinfo(dtype)
+    is_integer = isinstance(ignore_index, Integral) and not isinstance(ignore_index, bool)
+    if not is_integer or not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"{who}: ignore_index must be an integer that {dtype_name(dtype)} holds, got {ignore_index!r}")
 
 
 def check_shape(who: str, name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -91,6 +91,7 @@ def softmax_(logits: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def group_sums(index: Tensor, values: Tensor) -> Tensor:
     """Add up the values [r, K] of equal entries of index [r, K] in a row; each of them gets the sum."""
+    index = index.contiguous()  # else searchsorted warns
     groups = torch.searchsorted(index.sort(1).values, index)
     return torch.zeros_like(values).scatter_add_(1, groups, values).gather(1, groups)
 

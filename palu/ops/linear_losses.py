@@ -16,7 +16,16 @@ from palu.config import KL_DIRECTIONS
 from palu.eager import acc_dtype
 from palu.ops import loss_ops as _loss_ops  # noqa: F401  (defines ops)
 from palu.ops import topk_ops as _topk_ops  # noqa: F401  (defines ops)
-from palu.ops.arguments import cap, check_choice, check_labels, check_shape, dtype_name, flat_head, flat_index
+from palu.ops.arguments import (
+    cap,
+    check_choice,
+    check_ignore_index,
+    check_labels,
+    check_shape,
+    dtype_name,
+    flat_head,
+    flat_index,
+)
 from palu.ops.functional import use_gather
 from palu.ops.library import check_tensors
 
@@ -160,6 +169,7 @@ def linear_topk_kl(
 
     Raises:
         TypeError, ValueError: as `linear_topk_logits`; an unknown direction, tail or reduction.
+        ValueError: an `ignore_index` that is no integer, or that the dtype of `index` does not hold.
         ValueError: not on CUDA: probabilities of a row that sum to more than 1.05; entries that are not distinct.
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
@@ -172,6 +182,7 @@ def linear_topk_kl(
     check_shape(who, "teacher_log_probs", teacher_log_probs, index.shape)
     check_choice(who, "direction", direction, KL_DIRECTIONS)
     check_choice(who, "tail", tail, TAILS)
+    check_ignore_index(who, ignore_index, index.dtype)
     counts = (i != ignore_index).any(1)
     log_q = teacher_log_probs.detach().flatten(0, -2)
     own = i, log_q, direction == "reverse", tail == "bucket", ignore_index
@@ -225,6 +236,7 @@ def linear_kl(
 
     Raises:
         TypeError, ValueError: as `linear_topk_logits`; an unknown direction or reduction.
+        ValueError: an `ignore_index` that is no integer of 64 bits.
     """
     who = "palu::linear_kl"
     given = {"ref_hidden": ref_hidden} | ({"labels": labels} if labels is not None else {})
@@ -240,6 +252,7 @@ def linear_kl(
         told = f"{weight.shape[0]} and {ref_weight.shape[0]}"
         raise ValueError(f"{who}: weight and ref_weight must have the same vocabulary, got {told} rows")
     check_choice(who, "direction", direction, KL_DIRECTIONS)
+    check_ignore_index(who, ignore_index, torch.int64)
     counts = None
     if labels is not None:
         check_labels(who, labels, rows)
@@ -284,11 +297,13 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: as `linear_topk_logits`; an unknown reduction.
+        ValueError: an `ignore_index` that is no integer of 64 bits.
         IndexError: a label out of range (CPU; on CUDA a device-side assertion).
     """
     who = "palu::linear_cross_entropy"
     check_tensors(who, hidden=hidden, weight=weight, labels=labels)
     check_labels(who, labels, hidden.shape[:-1])
+    check_ignore_index(who, ignore_index, labels.dtype)
     if shift:
         hidden, labels = hidden[..., :-1, :], labels[..., 1:]
     h, w, b, rows = flat_head(who, hidden, weight, bias, scale, softcap, chunk_bytes, {})

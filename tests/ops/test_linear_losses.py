@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -261,6 +262,18 @@ def test_gradcheck(device: torch.device, case: Case) -> None:
         assert torch.autograd.gradcheck(function, inputs.leaves())
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_index_with_strides_is_no_cause_for_a_warning(device: torch.device, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_warn_always, torch.is_warn_always_enabled()))
+    torch.set_warn_always(True)
+    inputs = Inputs(device)
+    inputs.index = inputs.index.clamp(min=0).t().contiguous().t()
+    expected = inputs.run(eager, "linear_topk_log_probs")
+    for trained in [(0, 1, 2), (0,)]:
+        ours = inputs.run(ops, "linear_topk_log_probs", trained=trained)
+        assert_near(ours, expected[: len(trained) + 1], 1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The bucket
 
@@ -478,13 +491,16 @@ def changed(op: str, **values: Any) -> Any:
 BAD: list[tuple[Any, type[Exception], str]] = [
     (changed("linear_topk_logits", hidden=torch.zeros(3)), ValueError, "hidden must have 2 dimensions or more, got shape [3]"),
     (changed("linear_topk_logits", hidden=torch.zeros(2, 3).int()), TypeError, "hidden must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
+    (changed("linear_topk_logits", hidden=torch.zeros(2, 3).int(), scale=0.5), TypeError, "hidden must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
     (changed("linear_topk_logits", hidden=torch.zeros(2, 3).half(), weight=torch.zeros(6, 3).half()), TypeError, "hidden is float16, which the CPU kernels do not support; use bfloat16 or float32"),
     (changed("linear_topk_logits", weight=torch.zeros(6)), ValueError, "weight must have 2 dimensions, got shape [6]"),
     (changed("linear_topk_logits", weight=torch.zeros(6, 4)), ValueError, "hidden has 3 columns but weight has 4"),
     (changed("linear_topk_logits", weight=torch.zeros(6, 3).double()), TypeError, "weight must be float32, got float64"),
     (changed("linear_topk_logits", weight=torch.zeros(0, 3)), ValueError, "the vocabulary is empty: weight has no rows"),
+    (changed("linear_cross_entropy", hidden=torch.zeros(2, 0), weight=torch.zeros(0, 0)), ValueError, "the vocabulary is empty: weight has no rows"),
     (changed("linear_topk_logits", weight=torch.zeros(6, 3, device="meta")), ValueError, "weight is on meta but hidden is on cpu; move it there"),
     (changed("linear_topk_logits", bias=torch.zeros(5)), ValueError, "bias must have shape [6], got [5]"),
+    (changed("linear_topk_logits", bias=torch.zeros(6).int(), scale=0.5), TypeError, "bias must be float32, got int32"),
     (changed("linear_topk_logits", bias=torch.zeros(6).double()), TypeError, "bias must be float32, got float64"),
     (changed("linear_topk_logits", index=torch.zeros(2, 2)), TypeError, "index must be int32 or int64, got float32"),
     (changed("linear_topk_logits", index=torch.zeros(1, 2).long()), ValueError, "index must have shape [2, K], got [1, 2]"),
@@ -502,12 +518,16 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (changed("linear_topk_kl", direction="backward"), ValueError, "unknown direction 'backward'; choose one of forward, reverse"),
     (changed("linear_topk_kl", tail="drop"), ValueError, "unknown tail 'drop'; choose one of ignore, bucket"),
     (changed("linear_topk_kl", reduction="batchmean"), ValueError, "unknown reduction 'batchmean'; choose one of mean, sum, none"),
+    (changed("linear_topk_kl", index=torch.tensor([[0, 1], [2, 3]]).int(), ignore_index=2**32), ValueError, "ignore_index must be an integer that int32 holds, got 4294967296"),
+    (changed("linear_kl", ref_hidden=torch.zeros(2, 3).int(), ref_scale=0.5), TypeError, "ref_hidden must be float32, float64, bfloat16 or (not on a CPU) float16, got int32"),
+    (changed("linear_kl", ignore_index=None), ValueError, "ignore_index must be an integer that int64 holds, got None"),
     (changed("linear_kl", ref_hidden=torch.zeros(3, 3)), ValueError, "hidden and ref_hidden must have the same leading dimensions, got [2] and [3]"),
     (changed("linear_kl", ref_weight=torch.zeros(5, 3)), ValueError, "weight and ref_weight must have the same vocabulary, got 6 and 5 rows"),
     (changed("linear_kl", ref_weight=torch.zeros(6, 3).double()), TypeError, "ref_weight must be float32, got float64"),
     (changed("linear_kl", labels=torch.zeros(2)), TypeError, "labels must be int64, got float32"),
     (changed("linear_kl", ref_scale=-1), ValueError, "ref_scale must be a positive number, got -1"),
     (changed("linear_cross_entropy", labels=torch.tensor([0, 6])), IndexError, "labels[1] = 6 is out of range for a vocabulary of 6"),
+    (changed("linear_cross_entropy", ignore_index=-100.0), ValueError, "ignore_index must be an integer that int64 holds, got -100.0"),
     (changed("linear_cross_entropy", labels=torch.tensor([[0, 1]])), ValueError, "labels must have shape [2], got [1, 2]"),
 ]  # fmt: skip
 
