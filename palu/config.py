@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 }
 
 # Settings by one word. "paper": the loss of arXiv 2601.03190 as its authors published it. "whole-spans": every token of
-# a secret is made improbable, which closes its tail and costs more of everything else (docs/results.md).
+# a secret is made improbable, so that none follows from those before it (docs/results.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "local_loss": "topk_mse",
