@@ -107,7 +107,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
     parser.add_argument(
-        "--attacks", nargs="+", default=_cross.ATTACKS, choices=_cross.ATTACKS, help="cross: default: all"
+        "--attacks",
+        nargs="+",
+        default=_cross.ATTACKS,
+        choices=_cross.ATTACKS,
+        help="cross: those of the audit (onset-answer is always made); default: all",
     )
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
