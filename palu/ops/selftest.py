@@ -141,7 +141,8 @@ def _cross_entropy(module: Any, device: torch.device, dtype: torch.dtype) -> _Re
 def _unlikelihood(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
     logits = _random(15, ROWS, VOCAB).to(dtype).to(device)
     row_weight = _random(16, ROWS).to(dtype).to(device)
-    return [module.unlikelihood_(logits, _index(17, VOCAB, ROWS).to(device), row_weight, 1 / VOCAB), logits]
+    bounds = 2 / VOCAB, 0.5 / VOCAB
+    return [module.unlikelihood_(logits, _index(17, VOCAB, ROWS).to(device), row_weight, *bounds), logits]
 
 
 def _kl_div(module: Any, device: torch.device, dtype: torch.dtype, reverse: bool) -> _Results:

@@ -40,10 +40,15 @@ BAD_SETTINGS += [
 ]
 BAD_SETTINGS += [("local_loss", value, "give one of topk_mse, unlikelihood") for value in ("entropy", None, 1)]
 BAD_SETTINGS += [
-    ("probability_floor", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
+    ("max_probability", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
 ]
 BAD_SETTINGS += [
-    ("probability_floor", 0.5, 'read by local_loss = "unlikelihood" alone; give that, too, or leave it out')
+    ("min_probability", value, "give a number from 0 to max_probability = 0.02")
+    for value in (-0.1, 0.03, NAN, "0.01", None, True)
+]
+BAD_SETTINGS += [
+    (name, value, 'read by local_loss = "unlikelihood" alone; give that, too, or leave it out')
+    for name, value in (("max_probability", 0.5), ("min_probability", 0.0))
 ]
 BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
 BAD_SETTINGS += [
@@ -122,8 +127,8 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
         {"n": 1, "top_k": 1},
         {"target": 0},
         {"target": -3.5},
-        {"local_loss": "unlikelihood", "probability_floor": 0},
-        {"objective": "npo", "probability_floor": 0.5},
+        {"local_loss": "unlikelihood", "max_probability": 0, "min_probability": 0},
+        {"objective": "npo", "max_probability": 0.5},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},

@@ -664,7 +664,7 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
     assert "the 5 logits" in asked and "the first 3 tokens of each marked span (the onset) and on no other" in asked
     whole = " ".join(words.asked(summary | {"config": summary["config"] | RECIPES["whole-spans"]}))
-    assert "acts on all tokens of each marked span (the onset)." in whole and "probability is above 0.02" in whole
+    assert "acts on all tokens of each marked span (the onset)." in whole and "probability is above 0.02; it" in whole
     earlier = {name: value for name, value in summary["config"].items() if name != "local_loss"}
     assert "the 5 logits" in " ".join(words.asked(summary | {"config": earlier}))
     assert "on ordinary tokens (reverse)" in asked

@@ -180,7 +180,7 @@ def knowing() -> dict[str, Tensor]:
         {"n": 1},
         {"n": -1},
         RECIPES["whole-spans"],
-        {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
+        {"local_loss": "unlikelihood", "n": 1, "max_probability": 0.1},
     ],
     ids=str,
 )
@@ -649,8 +649,14 @@ def test_attention_implementations_agree() -> None:
         {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
         {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
         {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
-        {"local_loss": "unlikelihood", "n": -1, "probability_floor": 1 / 64},
-        {"local_loss": "unlikelihood", "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
+        {"local_loss": "unlikelihood", "n": -1, "max_probability": 1 / 64, "min_probability": 1 / 80},
+        {
+            "local_loss": "unlikelihood",
+            "max_probability": 0.0,
+            "min_probability": 0.0,
+            "kl_direction": "forward",
+            "gamma": 0.3,
+        },
     ],
 )
 def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
