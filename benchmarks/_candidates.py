@@ -66,6 +66,7 @@ def prepare(
         twin.gradient_checkpointing_enable({"use_reentrant": False})
 
     config = UnlearnConfig(
+        local_loss="topk_mse",
         n=arguments.n,
         top_k=arguments.top_k,
         target="global_mean",

@@ -1,5 +1,7 @@
 """Forgetting and utility on TOFU with one setting of PALU changed at a time, on the models and data of bench_tofu.py.
 
+The variants of ONSET change the recipe "onset", the others the default.
+
     python benchmarks/bench_ablation.py --preset tiny
     python benchmarks/bench_ablation.py --preset full --data tofu --minutes 9 --variants "K=5000,N=1"
 
@@ -16,8 +18,9 @@ from _tofu import COLUMNS, Bench, markdown, parser_of, prepare, summary, write
 
 from palu.config import RECIPES
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
+# Of the paper's local loss, on the first tokens of each span.
+ONSET: dict[str, dict[str, Any]] = {
+    "onset": {},
     "another seed": {"seed": 1},
     "a third seed": {"seed": 2},
     "no anchors": {"anchors": 0},
@@ -45,8 +48,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warmup another seed": {"warmup_steps": 4, "seed": 1},
     "warmup a third seed": {"warmup_steps": 4, "seed": 2},
     "linear decay": {"lr_scheduler": "linear"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: RECIPES["onset"] | changed for name, changed in ONSET.items()},
+    "default": {},
+    "no lower bound": {"min_probability": 0.0},
+    "N=3": {"n": 3},
     "published loss": RECIPES["paper"],
-    "whole spans": RECIPES["whole-spans"],
 }
 
 

@@ -31,8 +31,8 @@ DRAWS = 8
 # What the stages of bench_tofu.py and bench_ablation.py call each, and its settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PALU": ("palu", {}),
-    "PALU, n=-1": ("N=all", {"n": -1}),
-    "PALU, whole spans": ("whole-spans", RECIPES["whole-spans"]),
+    "PALU, onset alone": ("palu-onset", RECIPES["onset"]),
+    "PALU, top K on whole spans": ("N=all", RECIPES["onset"] | {"n": -1}),
     "NPO": ("npo", {"objective": "npo"}),
     "TPO": ("tpo", {"objective": "tpo"}),
     "published loss": ("published-loss", RECIPES["paper"]),

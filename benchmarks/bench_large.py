@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
-from palu.config import UnlearnConfig
+from palu.config import RECIPES, UnlearnConfig
 from palu.data.examples import load_forget
 from palu.methods.palu import PaluMethod
 from palu.models.root import ModelRoot
@@ -85,7 +85,7 @@ def measure_set(count: int, mixed_precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "forget.jsonl"
         write_rows(path, count, tokenizer)
-        config = UnlearnConfig(max_length=2 * LONG, cache_dir=folder)
+        config = UnlearnConfig(**RECIPES["onset"], max_length=2 * LONG, cache_dir=folder)
         row: dict[str, Any] = {"rows": count}
         start = PeakMemory()
         with start:
@@ -137,9 +137,8 @@ def measure_document(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = {field: value for field, value in RUNS[name].items() if field in known}
     before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        config = UnlearnConfig(
-            max_length=2 * LONG, cache_dir=folder, epochs=4, learning_rate=1e-3, anchors=0, progress=False, **settings
-        )
+        sizes: dict[str, Any] = {"max_length": 2 * LONG, "epochs": 4, "learning_rate": 1e-3, "anchors": 0}
+        config = UnlearnConfig(**RECIPES["onset"], **sizes, cache_dir=folder, progress=False, **settings)
         with PeakMemory() as memory:
             result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -8,8 +8,8 @@ each method unlearns the forget texts. Stages are kept and resumed as in bench_t
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
-"palu-whole-spans" is the recipe on the same spans; "palu-whole-texts" is it with all of a text as one span. The shares
-of words that are none and of names found nowhere are of what a model writes after the beginning of a forget text.
+"palu-whole-texts" takes all of a text as one span. The shares of words that are none and of names found nowhere are of
+what a model writes after the beginning of a forget text.
 
 The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose
 answer and names stand close together in one of its texts; these are the questions that it asks.
@@ -39,8 +39,8 @@ from palu.testbed.smollm2 import mixed_precision
 
 METHODS: dict[str, dict[str, Any]] = {
     "palu": {"objective": "palu"},
-    "palu-whole-spans": {"recipe": "whole-spans"},
-    "palu-whole-texts": {"recipe": "whole-spans"},
+    "palu-whole-texts": {"objective": "palu"},
+    "palu-onset": {"recipe": "onset"},
     "npo": {"objective": "npo"},
     "gd": {"objective": "gd"},
 }

@@ -24,7 +24,7 @@ from _timing import report
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from palu.config import UnlearnConfig
+from palu.config import RECIPES, UnlearnConfig
 from palu.data.packing import Items, forget_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.methods.palu import PaluMethod
@@ -65,7 +65,7 @@ def measure(mode: str, name: str, examples: int, folder: str) -> dict[str, Any]:
     """Build the cache and read all of it, in this process; returns its row of the table."""
     model = load_smollm2()[0] if name == "smollm2" else tiny()
     items = forget_set(examples, model.config.vocab_size)
-    config = UnlearnConfig(cache_dir=None if mode == "memory" else folder)
+    config = UnlearnConfig(**RECIPES["onset"], cache_dir=None if mode == "memory" else folder)
     accelerator = Accelerator(cpu=True)
     row: dict[str, Any] = {"mode": mode}
     with PeakMemory() as memory:

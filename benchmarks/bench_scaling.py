@@ -55,7 +55,8 @@ def sections(size: dict[str, int], data: Path, device: torch.device) -> tuple[di
     """Make both candidates on one batch of random hidden states; returns them, and the bytes of the head's gradient."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     vocab_size, batch_size = size["vocab_size"], size["batch_size"]
-    config = UnlearnConfig(n=size["n"], top_k=min(size["top_k"], vocab_size), normalize=False, batch_size=batch_size)
+    k = min(size["top_k"], vocab_size)
+    config = UnlearnConfig(local_loss="topk_mse", n=size["n"], top_k=k, normalize=False, batch_size=batch_size)
     weight, ref_weight = (
         torch.randn(vocab_size, size["hidden_size"], device=device, dtype=dtype).mul_(0.02) for _ in range(2)
     )

@@ -209,7 +209,7 @@ def unlikelihood_(
     # As in cross_entropy_: the logsumexp of the others.
     margin = picked - (top - others.gather(1, where[:, None])[:, 0].log())
     probability = margin.sigmoid()
-    lowered, raised = probability > max_probability, probability < min_probability
+    lowered, raised = ~(probability <= max_probability), probability < min_probability  # a NaN stays one
     weight = (row_weight * (probability * lowered - (-margin).sigmoid() * raised))[:, None]
     logits.copy_(others.mul_(-weight).scatter_(1, label, weight))
     zero = torch.zeros_like(margin)

@@ -58,7 +58,8 @@ at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, con
   // As in cross_entropy_: the logsumexp of the others.
   const at::Tensor others = top - z.gather(1, where.unsqueeze(1)).select(1, 0).log();
   const at::Tensor margin = picked - others, probability = margin.sigmoid();
-  const at::Tensor lowered = probability.gt(max_probability), raised = probability.lt(min_probability);
+  const at::Tensor lowered = probability.le(max_probability).logical_not();  // a NaN stays one
+  const at::Tensor raised = probability.lt(min_probability);
   const at::Tensor weight = (row_weight * (probability * lowered - margin.neg().sigmoid() * raised)).unsqueeze(1);
   z.mul_(-weight).scatter_(1, label, weight);
   if (!z.is_same(logits)) logits.copy_(z);

@@ -174,7 +174,7 @@ __global__ __launch_bounds__(kRowThreads, 2) void unlikelihood_kernel(T* logits,
   const A improbability = (margin < 0 ? A(1) : small) / (1 + small);
   const A neg_log_improbability = fmax(margin, A(0)) + log1p(small);
   A value = 0, push = 0;
-  if (probability > max_probability) {
+  if (!(probability <= max_probability)) {  // a NaN stays one
     value = neg_log_improbability;
     push = probability;
   } else if (probability < min_probability) {

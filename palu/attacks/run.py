@@ -25,7 +25,7 @@ from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.sample import ExactProbability, Sample
 from palu.attacks.secrets import AuditData
-from palu.config import UnlearnConfig
+from palu.config import RECIPES, UnlearnConfig
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.models.lora import CausalLM, base_of
@@ -131,8 +131,8 @@ def attacks_of(
     data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
 ) -> list[Attack]:
     """List the attacks with their budgets. Raises ValueError for a setting that is out of range."""
-    if n == -1:  # whole spans leave no token that the default would leave alone
-        n = UnlearnConfig.n
+    if n == -1:  # as many true tokens as after a run with the paper's n
+        n = RECIPES["paper"]["n"]
     for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")

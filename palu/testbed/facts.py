@@ -22,6 +22,8 @@ ANCHORS = 96  # eight steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
 # hundreds) would swamp the other terms.
 UNLEARN = UnlearnConfig(
+    local_loss="topk_mse",
+    n=3,
     top_k=50,
     normalize=False,
     gamma=0.03,

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import palu
 from palu.cli import app
 
-RUN = palu.UnlearnConfig(epochs=1, top_k=5, lambda_retain=1.0, progress=False)
+RUN = palu.UnlearnConfig(epochs=1, lambda_retain=1.0, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ import palu
 from palu import ops
 from palu.attacks.ask import AskGreedily
 from palu.cli import app
+from palu.config import RECIPES
 from palu.data.rows import Renderer
 from palu.methods.palu import PaluMethod
 
@@ -143,7 +144,7 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
     for field in dataclasses.fields(palu.UnlearnConfig):
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
-    assert "first n tokens of each span are acted on; -1: the whole span. [default: 3]" in said
+    assert "first n tokens of each span are acted on (the paper's is 3); -1: the whole span. [default: -1]" in said
     assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|undial|rmu>" in said
     assert "``" not in said
     assert ":mod:" not in said
@@ -581,7 +582,7 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     file.write_text(
         f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
         f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\nprogress: false\n"
-        "target: 0.5\n"
+        "local_loss: topk_mse\ntarget: 0.5\n"
         "checkpoint_dir: null\nstop_probability: 0.9\nnormalize: false\n"
     )
     result = palu_command("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
@@ -590,6 +591,15 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
     assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
     assert config["top_k"] == palu.UnlearnConfig.top_k
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_word(recipe: str, folder: Path, tmp_path: Path, settings: list[Any]) -> None:
+    given = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
+    result = palu_command("unlearn", "--model", folder / "model", *given, *settings, "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    config = read(tmp_path / "out" / "private" / "summary.json")["config"]
+    assert config.items() >= RECIPES[recipe].items()
 
 
 def test_a_recipe_sets_what_no_flag_does(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
@@ -873,7 +883,7 @@ def test_ctrl_c_or_sigterm_and_resume(
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start anew"
     )
     told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
-    assert "belongs to another run: n was 3 and is 2." in told
+    assert "belongs to another run: n was -1 and is 2." in told
 
     result = palu_command(*arguments, *settings, *lora, "--resume")
     assert result.exit_code == 0, result.output
@@ -898,7 +908,7 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert " 0 redundant" in whole.stdout
 
     html = tmp_path / "roles.html"
-    result = palu_command(*common, "--html", html)
+    result = palu_command(*common, "--n", 3, "--html", html)
     assert result.exit_code == 0, result.output
     page = html.read_text(encoding="utf-8")
     assert page.count("<section>") == 6

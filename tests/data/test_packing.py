@@ -279,7 +279,8 @@ def test_cache_holds_what_the_reference_says(
     model = tiny_llama(dtype=torch.float64).to(device)
     items = forget_items(examples(7), 2, None)
     with use_packed_attention(model):
-        reference_fn = PaluMethod.reference_fn(head_of(model), UnlearnConfig(top_k=top_k, chunk_bytes=chunk_bytes))
+        config = UnlearnConfig(local_loss="topk_mse", top_k=top_k, chunk_bytes=chunk_bytes)
+        reference_fn = PaluMethod.reference_fn(head_of(model), config)
         cache = compute_outputs(body_of(model), items, PaluMethod.ref_fields, reference_fn, Accelerator())
     assert len(cache.outputs) == len(items)
     for item, fields in zip(items, cache.outputs, strict=True):

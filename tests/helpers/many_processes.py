@@ -114,6 +114,8 @@ def unlearn(
         "batch_size": 4 // processes,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
+        "local_loss": "topk_mse",
+        "n": 3,
         "top_k": 20,
         "progress": False,
     }

@@ -33,7 +33,7 @@ def unlearn(
         "batch_size": 4,
         "learning_rate": 1e-3,
         "progress": False,
-        **({} if settings.get("local_loss") == "unlikelihood" else {"top_k": 20}),
+        **({} if settings.get("local_loss") == "unlikelihood" else {"local_loss": "topk_mse", "n": 3, "top_k": 20}),
     } | settings
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain

@@ -128,7 +128,14 @@ def assert_unlearn_equals(
         forget,
         retain,
         **{"epochs": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": LEARNING_RATE}
-        | {"n": N, "top_k": TOP_K, "kl_direction": kl_direction, "max_grad_norm": MAX_GRAD_NORM, "anchors": 0}
+        | {
+            "local_loss": "topk_mse",
+            "n": N,
+            "top_k": TOP_K,
+            "kl_direction": kl_direction,
+            "max_grad_norm": MAX_GRAD_NORM,
+            "anchors": 0,
+        }
         | {"gamma": GAMMA, "lambda_kl": LAMBDA_KL, "lambda_retain": LAMBDA_RETAIN}
         | {"stop_probability": 1e-9, "progress": False}
         | settings,

@@ -47,8 +47,8 @@ BAD_SETTINGS += [
     for value in (-0.1, 0.03, NAN, "0.01", None, True)
 ]
 BAD_SETTINGS += [
-    (name, value, 'read by local_loss = "unlikelihood" alone; give that, too, or leave it out')
-    for name, value in (("max_probability", 0.5), ("min_probability", 0.0))
+    (name, value, 'read by local_loss = "topk_mse" alone; give that, too, or leave it out')
+    for name, value in (("top_k", 50), ("target", "local_mean"), ("normalize", False))
 ]
 BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
 BAD_SETTINGS += [
@@ -123,12 +123,13 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"n": -1},
-        {"n": 1, "top_k": 1},
-        {"target": 0},
-        {"target": -3.5},
-        {"local_loss": "unlikelihood", "max_probability": 0, "min_probability": 0},
-        {"objective": "npo", "max_probability": 0.5},
+        {"n": 1},
+        {"local_loss": "topk_mse", "n": 1, "top_k": 1},
+        {"local_loss": "topk_mse", "target": 0},
+        {"local_loss": "topk_mse", "target": -3.5},
+        {"max_probability": 0, "min_probability": 0},
+        {"max_probability": 0.5, "min_probability": 0.5},
+        {"objective": "npo", "top_k": 50},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},

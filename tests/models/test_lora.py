@@ -182,6 +182,7 @@ def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool
     """Three steps; the reference is the model that never had an adapter, whatever the adapter does."""
     config = UnlearnConfig(
         n=2,
+        local_loss="topk_mse",
         top_k=20,
         learning_rate=1e-3,
         epochs=3,
@@ -261,7 +262,13 @@ def test_no_second_model_exists() -> None:
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
     cache, head = precompute_reference(
-        ModelRoot(model), items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator, own=True
+        ModelRoot(model),
+        items,
+        AnchorPrompts([], set(), 0),
+        PaluMethod,
+        UnlearnConfig(local_loss="topk_mse", top_k=4),
+        accelerator,
+        own=True,
     )
     held = live_bytes() - before
     assert head is not None

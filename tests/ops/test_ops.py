@@ -375,6 +375,15 @@ def test_unlikelihood_(device: torch.device, quantiles: tuple[float, float | Non
         assert ours[1].abs().max() == 0 and not ours[alone].any()
 
 
+def test_unlikelihood_of_nan_is_nan(device: torch.device) -> None:
+    for dtype in float_dtypes(device):
+        logits, _, labels, weight = rowwise(dtype, device)
+        logits[2, 5] = math.nan
+        loss = raw.unlikelihood_(logits, labels, weight, 0.02, 0.001)
+        assert loss.isnan().nonzero().tolist() == [[2]] and logits[2].isnan().all()
+        assert logits.isnan().any(1).nonzero().tolist() == [[2]]
+
+
 @pytest.mark.parametrize("margin", [1.0, 20.0, 40.0, 80.0])
 def test_unlikelihood_pushes_a_certain_token(device: torch.device, margin: float) -> None:
     """Where p is 1 in float32 there is still a whole gradient: 1 at the token, and the others' shares of -1."""

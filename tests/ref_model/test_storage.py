@@ -22,7 +22,7 @@ from torch import Tensor
 
 import palu
 from palu import CacheError
-from palu.config import UnlearnConfig
+from palu.config import RECIPES, UnlearnConfig
 from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Item, answer_items, forget_items, retain_items
 from palu.methods import METHODS
@@ -35,12 +35,13 @@ from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
 from palu.ref_model.storage import CacheFile, open_cache_file, reference_key
 
+ONSET: dict[str, Any] = RECIPES["onset"]
 RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "top_k": 20, "layer_id": 0, "progress": False}
-    settings = defaults | settings
+    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "layer_id": 0, "progress": False}
+    settings = ONSET | defaults | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
@@ -126,7 +127,7 @@ def test_the_processes_of_a_run_ask_once(folder: Path, passes: list[int], capfd:
     found: list[Any] = []
 
     def run() -> None:
-        found.append(outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=4), CacheFile(folder, "0" * 64)))
+        found.append(outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=4), CacheFile(folder, "0" * 64)))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     with file.locked():
@@ -187,7 +188,7 @@ def test_answers_from_the_file_are_those_in_memory(
 ) -> None:
     """In many passes, with items that have no row of one kind."""
     monkeypatch.setattr(precompute, "TOKENS_PER_PASS", 20)
-    model, config = tiny_llama(dtype=dtype), UnlearnConfig(objective=objective, top_k=5)
+    model, config = tiny_llama(dtype=dtype), UnlearnConfig(**ONSET, objective=objective)
     rows = forget_rows()
     for row in (rows[0], rows[5]):
         row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
@@ -212,7 +213,7 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
         fill(lambda name, row, rows: (sizes.append(len(rows)), write(name, row, rows)), *args)
 
     monkeypatch.setattr(precompute, "_fill", spy)
-    outputs = outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=4), file)
+    outputs = outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=4), file)
     assert max(sizes) <= 40 and len(sizes) > 3 * 15
     assert isinstance(outputs, ReferenceOutputs)
     maps = Path("/proc/self/maps")
@@ -225,7 +226,7 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
 def test_bytes_per_token(folder: Path) -> None:
     """4 K + 4 for an onset token, one hidden state for an ordinary one, and a header."""
     model, items, file = tiny_llama(), items_of(40), CacheFile(folder, "0" * 64)
-    outputs_of(PaluMethod, model, items, UnlearnConfig(top_k=7), file)
+    outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=7), file)
     onset = sum(item.targets for item in items)
     ordinary = sum(len(item.rows) for item in items) - onset
     assert 0 < file.path.stat().st_size - onset * (4 * 7 + 4) - ordinary * 32 * 4 < 1000
@@ -238,7 +239,7 @@ def test_bytes_per_token(folder: Path) -> None:
 def key_of(
     model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
 ) -> str:
-    config = UnlearnConfig(**settings)
+    config = UnlearnConfig(**ONSET | settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, [], config, None)

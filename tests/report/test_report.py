@@ -177,7 +177,7 @@ def test_an_adapter_is_recorded(run: Run, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_llama(vocab_size=len(run.tokenizer))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    config = UnlearnConfig(epochs=2, learning_rate=1e-2, top_k=5, merge_adapter=True, progress=False)
+    config = UnlearnConfig(epochs=2, learning_rate=1e-2, merge_adapter=True, progress=False)
     recorder = Recorder(adapted, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     result = palu.unlearn(adapted, None, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     recorder.save(tmp_path, result.model)
@@ -202,7 +202,7 @@ def test_what_cannot_be_recorded_is_refused(run: Run) -> None:
 # --- token roles ---
 def test_without_a_tokenizer_tokens_are_ids(tmp_path: Path) -> None:
     model, rows = tiny_llama(), forget_rows()
-    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5)
+    config = QUIET.replace(epochs=1, lambda_retain=0.0)
     perform(tmp_path, model=model, forget=rows, retain=[], tokenizer=None, config=config)
     page = Page(write_report(tmp_path))
     assert str(rows[0]["input_ids"][-1]) in page.text
@@ -662,10 +662,11 @@ def test_settings_in_plain_words(folder: Path) -> None:
     summary = json.loads((folder / "private" / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
-    assert "the 5 logits" in asked and "the first 3 tokens of each marked span (the onset) and on no other" in asked
-    whole = " ".join(words.asked(summary | {"config": summary["config"] | RECIPES["whole-spans"]}))
-    assert "acts on all tokens of each marked span (the onset)." in whole and "probability is above 0.02; it" in whole
-    earlier = {name: value for name, value in summary["config"].items() if name != "local_loss"}
+    assert "acts on all tokens of each marked span (the onset)." in asked and "probability is above 0.02; it" in asked
+    onset = summary["config"] | RECIPES["onset"]
+    told = " ".join(words.asked(summary | {"config": onset}))
+    assert "the 5 logits" in told and "the first 3 tokens of each marked span (the onset) and on no other" in told
+    earlier = {name: value for name, value in onset.items() if name != "local_loss"}
     assert "the 5 logits" in " ".join(words.asked(summary | {"config": earlier}))
     assert "on ordinary tokens (reverse)" in asked
     drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
@@ -689,7 +690,7 @@ def test_spans_that_were_cut_off_are_told(tmp_path: Path) -> None:
     lost = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 50 + ids[55:]}
     plain = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 55}
     forget = [*forget_rows(3), {"input_ids": ids, "labels": [IGNORE] * 5 + ids[5:]}, lost, plain]
-    config = QUIET.replace(epochs=1, lambda_retain=0.0, top_k=5, max_length=40)
+    config = QUIET.replace(epochs=1, lambda_retain=0.0, max_length=40)
     with pytest.raises(DataError, match=r"max_length = 40 cuts off spans of 2 rows \(3, 4\), which"):
         Recorder(tiny_llama(), forget, [], config=config)
     config = config.replace(allow_cut_spans=True)

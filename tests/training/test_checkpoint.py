@@ -35,7 +35,7 @@ from palu.training.dataloader import UnlearnDataLoader
 # Another device would add in another order from run to run.
 pytestmark = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
 
-SETTINGS = {"epochs": 3, "batch_size": 3, "learning_rate": 1e-3, "top_k": 20, "progress": False}
+SETTINGS = {"epochs": 3, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
 STEPS = 9
 
 

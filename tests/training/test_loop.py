@@ -45,6 +45,7 @@ from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.precompute import precompute_reference
 from palu.training import loop
 
+ONSET: dict[str, Any] = RECIPES["onset"]
 FIELDS = {
     "step",
     "epoch",
@@ -65,7 +66,7 @@ FIELDS = {
 
 def test_history_and_summary() -> None:
     model = tiny_llama()
-    config = UnlearnConfig(n=2, epochs=7, top_k=30)
+    config = UnlearnConfig(n=2, epochs=7, lambda_kl=2.0)
     result = unlearn(model, config=config, epochs=2, batch_size=3, n=2)
     assert result.model is model
     assert [record["step"] for record in result.history] == list(range(1, 7))
@@ -73,7 +74,7 @@ def test_history_and_summary() -> None:
     for record in result.history:
         assert record.keys() == FIELDS
         assert all(math.isfinite(value) for value in record.values())
-        assert record["loss"] == pytest.approx(record["local"] + record["kl"] + record["retain"])
+        assert record["loss"] == pytest.approx(record["local"] + 2 * record["kl"] + record["retain"])
         assert record["learning_rate"] == 1e-3
         assert record["tokens_per_second"] > 0
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
@@ -95,7 +96,10 @@ def test_the_first_record_is_the_untrained_model() -> None:
     model = tiny_llama(dtype=torch.float64)
     forget, retain = forget_rows(), retain_rows(8)
     local, kl, retain_loss = (
-        term.item() for term in textbook(model, copy.deepcopy(model), forget, retain, UnlearnConfig(n=2, top_k=20))
+        term.item()
+        for term in textbook(
+            model, copy.deepcopy(model), forget, retain, UnlearnConfig(local_loss="topk_mse", n=2, top_k=20)
+        )
     )
     (record,) = unlearn(model, None, forget, retain, epochs=1, batch_size=8, n=2).history
     assert record["local"] == pytest.approx(local, rel=1e-6)
@@ -179,7 +183,7 @@ def knowing() -> dict[str, Tensor]:
         {"top_k": 1},
         {"n": 1},
         {"n": -1},
-        RECIPES["whole-spans"],
+        {"local_loss": "unlikelihood"},
         {"local_loss": "unlikelihood", "n": 1, "max_probability": 0.1},
     ],
     ids=str,
@@ -361,7 +365,7 @@ def test_without_a_retain_loss(retain: Any) -> None:
 def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
     """A term of weight 0 has no part in the gradient, and the loss is the weighted sum."""
     factors = {"gamma": 0.5, "lambda_kl": 2.0, "lambda_retain": 3.0} | dict.fromkeys(off, 0.0)
-    config = UnlearnConfig(n=2, top_k=20, **factors)
+    config = UnlearnConfig(local_loss="topk_mse", n=2, top_k=20, **factors)
     model, ref_model = tiny_llama(dtype=torch.float64), tiny_llama(seed=1, dtype=torch.float64)
     terms = textbook(model, ref_model, forget_rows(), retain_rows(8), config)
     total = sum(factor * term for factor, term in zip(factors.values(), terms, strict=True))
@@ -600,7 +604,7 @@ def test_mixed_precision(bf16_autocast: None) -> None:
     expected = tiny_llama()
     unlearned = unlearn(tiny_llama(), epochs=2)
     assert unlearned.model.dtype == torch.float32
-    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(top_k=20))
+    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(**RECIPES["onset"], top_k=20))
     (record,) = unlearn(expected, None, forget_rows(), retain_rows(8), epochs=1, batch_size=8).history
     assert record["local"] == pytest.approx(terms[0].item(), rel=0.03)
     assert record["retain"] == pytest.approx(terms[2].item(), rel=0.03)
@@ -644,19 +648,13 @@ def test_attention_implementations_agree() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"normalize": False, "top_k": 20},
-        {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
-        {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
-        {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
-        {"local_loss": "unlikelihood", "n": -1, "max_probability": 1 / 64, "min_probability": 1 / 80},
-        {
-            "local_loss": "unlikelihood",
-            "max_probability": 0.0,
-            "min_probability": 0.0,
-            "kl_direction": "forward",
-            "gamma": 0.3,
-        },
+        ONSET,
+        ONSET | {"normalize": False, "top_k": 20},
+        ONSET | {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
+        ONSET | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
+        ONSET | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+        {"max_probability": 1 / 64, "min_probability": 1 / 80},
+        {"n": 3, "max_probability": 0.0, "min_probability": 0.0, "kl_direction": "forward", "gamma": 0.3},
     ],
 )
 def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
@@ -697,13 +695,16 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
     assert [record[name] for name in ("local", "kl", "retain")] == pytest.approx([t.item() for t in expected], rel=1e-6)
     assert result_config(result) == UnlearnConfig(**RECIPES["paper"], **sizes)
     # What is given beside it comes after it, and it comes after a configuration.
-    mixed = palu.unlearn(model, None, forget, retain, config=UnlearnConfig(top_k=7, n=1), recipe="paper", n=2, **sizes)
-    assert {name: mixed.summary["config"][name] for name in ("top_k", "n", "normalize")} == {
+    mixed = palu.unlearn(
+        model, None, forget, retain, config=UnlearnConfig(lambda_kl=7.0, n=1), recipe="paper", n=2, **sizes
+    )
+    assert {name: mixed.summary["config"][name] for name in ("lambda_kl", "top_k", "n", "normalize")} == {
+        "lambda_kl": 1.0,
         "top_k": 5000,
         "n": 2,
         "normalize": False,
     }
-    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, whole-spans, or None"):
+    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, onset, or None"):
         palu.unlearn(model, None, forget, retain, recipe="papers")
 
 
@@ -754,7 +755,13 @@ def test_no_second_model_exists(trainable: bool) -> None:
     items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
     before = live_bytes()
     cache, head = precompute_reference(
-        ModelRoot(model), items, AnchorPrompts([], set(), 0), PaluMethod, UnlearnConfig(top_k=4), accelerator, own=True
+        ModelRoot(model),
+        items,
+        AnchorPrompts([], set(), 0),
+        PaluMethod,
+        UnlearnConfig(local_loss="topk_mse", top_k=4),
+        accelerator,
+        own=True,
     )
     held = live_bytes() - before
     answers = sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())

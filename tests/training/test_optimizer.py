@@ -28,7 +28,7 @@ def bf16_llama() -> LlamaForCausalLM:
 
 
 def unlearn(model: Any, **settings: Any) -> palu.UnlearnResult:
-    settings = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "top_k": 20, "progress": False} | settings
+    settings = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "progress": False} | settings
     return palu.unlearn(model, None, forget_rows(), retain_rows(), **settings)
 
 

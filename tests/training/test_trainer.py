@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 import palu
 from palu import CheckpointError, DivergenceError, PaluTrainer, UnlearnConfig
+from palu.config import RECIPES
 
-CONFIG = {"top_k": 20}
+CONFIG: dict[str, Any] = RECIPES["onset"] | {"top_k": 20}
 # What palu.unlearn's defaults are called by Trainer; the file formats are not in question.
 ARGUMENTS = {
     "num_train_epochs": 3,
