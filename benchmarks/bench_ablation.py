@@ -52,7 +52,8 @@ ONSET: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: RECIPES["onset"] | changed for name, changed in ONSET.items()},
     "default": {},
-    "no lower bound": {"min_probability": 0.0},
+    "floor .1": {"probability_floor": 0.1},
+    "floor .005": {"probability_floor": 0.005},
     "N=3": {"n": 3},
     "published loss": RECIPES["paper"],
 }

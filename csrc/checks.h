@@ -228,17 +228,14 @@ inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& lab
 }
 
 inline void check_unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
-                                double max_probability, double min_probability) {
+                                double floor) {
   constexpr const char* op = "palu::unlikelihood_";
   check_rows_in_place(op, logits, row_weight);
   TORCH_CHECK_VALUE(logits.size(1) > 1, op, ": a vocabulary of one entry has no other to choose");
   check_device(op, "labels", labels, "logits", logits);
   check_dtype(op, "labels", labels, at::kLong);
   check_shape(op, "labels", labels, {logits.size(0)});
-  TORCH_CHECK_VALUE(max_probability >= 0 && max_probability < 1, op, ": max_probability must be in [0, 1), got ",
-                    max_probability);
-  TORCH_CHECK_VALUE(min_probability >= 0 && min_probability <= max_probability, op,
-                    ": min_probability must be in [0, max_probability], got ", min_probability);
+  TORCH_CHECK_VALUE(floor >= 0 && floor < 1, op, ": floor must be in [0, 1), got ", floor);
 }
 
 inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight) {

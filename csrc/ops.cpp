@@ -32,9 +32,7 @@ TORCH_LIBRARY(palu, m) {
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
-  m.def(
-      "unlikelihood_(Tensor(a!) logits, Tensor labels, Tensor row_weight, float max_probability, float "
-      "min_probability) -> Tensor");
+  m.def("unlikelihood_(Tensor(a!) logits, Tensor labels, Tensor row_weight, float floor) -> Tensor");
   m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
   m.def("scale_(Tensor(a!) tensor, Tensor factor) -> ()");
 
@@ -62,10 +60,8 @@ TORCH_LIBRARY(palu, m) {
       " Tensor? weight_mean, bool through_mean, Tensor? grad_hidden, Tensor? grad_weight, Tensor? grad_bias) -> ()",
       palu::check_linear_topk_mse_backward);
   m.def("_check_cross_entropy_(Tensor logits, Tensor labels, Tensor row_weight) -> ()", palu::check_cross_entropy_);
-  m.def(
-      "_check_unlikelihood_(Tensor logits, Tensor labels, Tensor row_weight, float max_probability, float "
-      "min_probability) -> ()",
-      palu::check_unlikelihood_);
+  m.def("_check_unlikelihood_(Tensor logits, Tensor labels, Tensor row_weight, float floor) -> ()",
+        palu::check_unlikelihood_);
   m.def("_check_kl_div_(Tensor logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> ()",
         [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
           palu::check_kl_div_(logits, ref_logits, row_weight);

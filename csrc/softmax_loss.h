@@ -8,11 +8,10 @@
 //
 // Unlikelihood (arXiv 1908.04319), with p the probability of the label, Q the softmax over the other entries, Q_label = 0
 // and margin = z_label - logsumexp of the others, so that p = 1 / (1 + exp(-margin)):
-//                  loss = -log(1 - p) = log(1 + exp(margin))    dloss/dz_v = p ([v = label] - Q_v)
-//   while p > max_probability. (As p goes to 1 the gradient stays bounded, and exact: neither 1 - p nor p / (1 - p) is
-//   formed.) While p < min_probability the label is pushed up again:
-//                  loss = log(min_probability) - log p          dloss/dz_v = -(1 - p) ([v = label] - Q_v)
-//   Between them a row has the loss 0 and the gradient 0.
+//                  loss = -log(1 - p) = log(1 + exp(margin))
+//                  dloss/dz_v = p ([v = label] - Q_v)
+//   (as p goes to 1 the gradient stays bounded, and exact: neither 1 - p nor p / (1 - p) is formed)
+//   A row with p <= floor has the loss 0 and the gradient 0.
 //
 // KL divergence, with P = softmax(z) and Q = softmax(z') of the reference logits z':
 //   forward        loss = sum_v Q_v (log Q_v - log P_v)     dloss/dz_v = P_v - Q_v

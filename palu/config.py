@@ -62,7 +62,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Settings of one of PALU's local losses.
-_READ_BY = {"topk_mse": ("top_k", "target", "normalize"), "unlikelihood": ("max_probability", "min_probability")}
+_READ_BY = {"topk_mse": ("top_k", "target", "normalize"), "unlikelihood": ("probability_floor",)}
 
 # Arguments of apply_chat_template that are palu's own.
 _NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
@@ -92,21 +92,18 @@ class UnlearnConfig:
         L = gamma * L_local + lambda_kl * L_kl + lambda_retain * L_retain
 
     Other objectives (:mod:`palu.methods.baselines`) read ``gamma`` as the weight of their forget loss,
-    ``lambda_retain``, and the settings named after them; ``local_loss``, ``max_probability``, ``min_probability``,
-    ``n``, ``top_k``, ``target``, ``normalize``, ``lambda_kl``, ``kl_direction``, ``kl_rows`` and ``anchors`` are
-    PALU's alone.
+    ``lambda_retain``, and the settings named after them; ``local_loss``, ``probability_floor``, ``n``, ``top_k``,
+    ``target``, ``normalize``, ``lambda_kl``, ``kl_direction``, ``kl_rows`` and ``anchors`` are PALU's alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
             (gradient difference), ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``, ``"wga"``, ``"undial"``,
             ``"rmu"``.
         local_loss: what is asked of an onset token. ``"unlikelihood"``: ``-log(1 - p)`` of the true token (arXiv
-            1908.04319), while its probability p is above ``max_probability``; what it loses goes to the model's other
+            1908.04319), while its probability p is above ``probability_floor``; what it loses goes to the model's other
             candidates. ``"topk_mse"``: the paper's local entropy loss, which flattens the ``top_k`` highest logits.
-        max_probability: ``"unlikelihood"``: a token that is not more probable than this is not pushed down, in that
-            step; 0: all are until the end.
-        min_probability: ``"unlikelihood"``: a token that has become less probable than this, carried by the pushes on
-            others, is pushed up again (``-log p``), at most ``max_probability``. 0: none is.
+        probability_floor: ``"unlikelihood"``: a token that is not more probable than this is left alone, in that step;
+            0: all are pushed until the end.
         n: onset length: the first ``n`` tokens of each span are acted on (the paper's is 3); -1: the whole span.
         top_k: ``"topk_mse"``: how many of the reference's highest logits are flattened at an onset token;
             clamped to the vocabulary. The paper's is 5000; few put the whole push on the tokens that matter.
@@ -183,8 +180,7 @@ class UnlearnConfig:
 
     objective: str = "palu"
     local_loss: str = "unlikelihood"
-    max_probability: float = 0.02
-    min_probability: float = 1e-5
+    probability_floor: float = 0.02
     n: int = -1
     top_k: int = 5
     target: str | float = "global_mean"
@@ -254,14 +250,9 @@ class UnlearnConfig:
             "give a positive integer, or -1 for whole spans",
         )
         require(
-            is_number(self.max_probability) and 0 <= self.max_probability < 1,
-            "max_probability",
+            is_number(self.probability_floor) and 0 <= self.probability_floor < 1,
+            "probability_floor",
             "give a number from 0 to below 1",
-        )
-        require(
-            is_number(self.min_probability) and 0 <= self.min_probability <= self.max_probability,
-            "min_probability",
-            f"give a number from 0 to max_probability = {self.max_probability}",
         )
         require(is_int(self.top_k) and self.top_k > 0, "top_k", "give a positive integer")
         require(

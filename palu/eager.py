@@ -4,7 +4,6 @@ Tests and benchmarks compare the ops with them, and they serve devices without n
 Formulas: PALU, arXiv 2601.03190.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -182,23 +181,17 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     return loss
 
 
-def unlikelihood_(
-    logits: Tensor, labels: Tensor, row_weight: Tensor, max_probability: float, min_probability: float
-) -> Tensor:
+def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
     """Unlikelihood of each row's label (arXiv 1908.04319); `logits` become its gradient times `row_weight`.
-
-    With p the label's probability: `-log(1 - p)` while p is above `max_probability`, `log(min_probability / p)`, which
-    pushes it up, while p is below `min_probability`, else 0.
 
     Args:
         logits: [R, V] float, V > 1, overwritten.
         labels: [R] int64.
         row_weight: [R] float64 for float64 logits, else float32.
-        max_probability: in [0, 1).
-        min_probability: in [0, max_probability].
+        floor: in [0, 1): a label that is not more probable than this has the loss 0 and the gradient 0.
 
     Returns:
-        [R], not weighted, in the dtype of `row_weight`.
+        [R], `-log(1 - p[label])`, not weighted, in the dtype of `row_weight`.
     """
     z = logits.to(row_weight.dtype, copy=True)
     label = labels[:, None]
@@ -209,12 +202,10 @@ def unlikelihood_(
     # As in cross_entropy_: the logsumexp of the others.
     margin = picked - (top - others.gather(1, where[:, None])[:, 0].log())
     probability = margin.sigmoid()
-    lowered, raised = ~(probability <= max_probability), probability < min_probability  # a NaN stays one
-    weight = (row_weight * (probability * lowered - (-margin).sigmoid() * raised))[:, None]
+    pushed = ~(probability <= floor)  # a NaN stays one
+    weight = (row_weight * probability * pushed)[:, None]
     logits.copy_(others.mul_(-weight).scatter_(1, label, weight))
-    zero = torch.zeros_like(margin)
-    of_raised = torch.logaddexp(-margin, zero) + math.log(min_probability) if min_probability else zero
-    return torch.where(lowered, torch.logaddexp(margin, zero), of_raised.where(raised, zero))
+    return torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
 
 
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:

@@ -115,19 +115,17 @@ class LocalTerm:
 
 @dataclass(frozen=True)
 class UnlikelihoodTerm:
-    """Unlikelihood of ``labels.shape[0]`` tokens; a token whose probability lies between the bounds is left alone."""
+    """Unlikelihood of ``labels.shape[0]`` tokens; a token that is not more probable than ``floor`` is left alone."""
 
     labels: Tensor  # [R] int64: the true tokens
-    max_probability: float
-    min_probability: float
+    floor: float
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        bounds = self.max_probability, self.min_probability
-        return fused.unlikelihood_(logits, self.labels[rows], row_weight, *bounds)
+        return fused.unlikelihood_(logits, self.labels[rows], row_weight, self.floor)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ at::Tensor cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, co
 }
 
 at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
-                         double max_probability, double min_probability) {
-  check_unlikelihood_(logits, labels, row_weight, max_probability, min_probability);
+                         double floor) {
+  check_unlikelihood_(logits, labels, row_weight, floor);
   const PlainOperations plain;
   at::Tensor z = logits.to(row_weight.scalar_type());  // the same tensor unless a half type
   const at::Tensor label = labels.unsqueeze(1);
@@ -58,14 +58,11 @@ at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, con
   // As in cross_entropy_: the logsumexp of the others.
   const at::Tensor others = top - z.gather(1, where.unsqueeze(1)).select(1, 0).log();
   const at::Tensor margin = picked - others, probability = margin.sigmoid();
-  const at::Tensor lowered = probability.le(max_probability).logical_not();  // a NaN stays one
-  const at::Tensor raised = probability.lt(min_probability);
-  const at::Tensor weight = (row_weight * (probability * lowered - margin.neg().sigmoid() * raised)).unsqueeze(1);
+  const at::Tensor pushed = probability.le(floor).logical_not();  // a NaN stays one
+  const at::Tensor weight = (row_weight * probability * pushed).unsqueeze(1);
   z.mul_(-weight).scatter_(1, label, weight);
   if (!z.is_same(logits)) logits.copy_(z);
-  const at::Tensor zero = at::zeros_like(margin);
-  const at::Tensor of_lowered = at::logaddexp(margin, zero), of_raised = at::logaddexp(-margin, zero);
-  return at::where(lowered, of_lowered, at::where(raised, of_raised + std::log(min_probability), zero));
+  return at::logaddexp(margin, at::zeros_like(margin)) * pushed;
 }
 
 at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool reverse) {

@@ -225,8 +225,8 @@ at::Tensor cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, co
 }
 
 at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
-                         double max_probability, double min_probability) {
-  check_unlikelihood_(logits, labels, row_weight, max_probability, min_probability);
+                         double floor) {
+  check_unlikelihood_(logits, labels, row_weight, floor);
   const OnDeviceOf device(logits);
   const at::Tensor l = labels.contiguous(), w = row_weight.contiguous();
   at::Tensor loss = at::empty({logits.size(0)}, acc_options(logits));
@@ -236,8 +236,7 @@ at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, con
   p.logits_stride = logits.stride(0);
   p.labels = l.const_data_ptr<int64_t>();
   p.row_weight = w.const_data_ptr();
-  p.max_probability = max_probability;
-  p.min_probability = min_probability;
+  p.floor = floor;
   p.loss = loss.mutable_data_ptr();
   p.rows = logits.size(0);
   p.vocab_size = logits.size(1);

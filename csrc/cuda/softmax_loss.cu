@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kRowThreads, 2) void unlikelihood_kernel(T* logits,
                                                                       int64_t logits_stride,
                                                                       const int64_t* __restrict__ labels,     // [R]
                                                                       const Acc<T>* __restrict__ row_weight,  // [R]
-                                                                      Acc<T> max_probability, Acc<T> min_probability,
+                                                                      Acc<T> floor,
                                                                       Acc<T>* __restrict__ loss,  // [R]
                                                                       int64_t vocab_size) {
   using A = Acc<T>;
@@ -171,19 +171,10 @@ __global__ __launch_bounds__(kRowThreads, 2) void unlikelihood_kernel(T* logits,
   const A margin = (label_logit - others.max) - log(others.sum);
   const A small = exp(-fabs(margin));  // in [0, 1]
   const A probability = (margin < 0 ? small : A(1)) / (1 + small);
-  const A improbability = (margin < 0 ? A(1) : small) / (1 + small);
-  const A neg_log_improbability = fmax(margin, A(0)) + log1p(small);
-  A value = 0, push = 0;
-  if (!(probability <= max_probability)) {  // a NaN stays one
-    value = neg_log_improbability;
-    push = probability;
-  } else if (probability < min_probability) {
-    value = log(min_probability) + (neg_log_improbability - margin);
-    push = -improbability;
-  }
-  if (team.thread == 0) loss[team.row] = value;
+  const bool pushed = !(probability <= floor);  // a NaN stays one
+  if (team.thread == 0) loss[team.row] = pushed ? fmax(margin, A(0)) + log1p(small) : A(0);
 
-  const A weight = row_weight[team.row] * push;
+  const A weight = pushed ? row_weight[team.row] * probability : A(0);
   const A scale = -weight / others.sum;
   for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
     uint4 packs[kUnroll];
@@ -288,8 +279,7 @@ void unlikelihood_(const Unlikelihood& p, cudaStream_t stream) {
     using A = Acc<T>;
     launch_rows(unlikelihood_kernel<T>, p.rows, p.vocab_size * static_cast<int64_t>(sizeof(T)), stream,
                 static_cast<T*>(p.logits), p.logits_stride, p.labels, static_cast<const A*>(p.row_weight),
-                static_cast<A>(p.max_probability), static_cast<A>(p.min_probability), static_cast<A*>(p.loss),
-                p.vocab_size);
+                static_cast<A>(p.floor), static_cast<A*>(p.loss), p.vocab_size);
   });
 }
 

@@ -100,8 +100,7 @@ class PaluMethod(Method):
         if gamma > 0:
             row_weight[0] = (gamma * shares.targets).expand(counts.targets)
             if config.local_loss == "unlikelihood":
-                bounds = config.max_probability, config.min_probability
-                terms[0] = UnlikelihoodTerm(batch.labels[: counts.targets], *bounds)
+                terms[0] = UnlikelihoodTerm(batch.labels[: counts.targets], config.probability_floor)
             else:
                 if self.weight_mean is None and head.softcap is None and not head_of(self.model).weight.requires_grad:
                     self.weight_mean = weight_mean(head.weight)

@@ -57,16 +57,13 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     return _ops.cross_entropy_(logits, labels, row_weight)
 
 
-def unlikelihood_(
-    logits: Tensor, labels: Tensor, row_weight: Tensor, max_probability: float, min_probability: float
-) -> Tensor:
-    """Compute the unlikelihood of each row's label [R]; `logits` [R, V] become its gradient times `row_weight` [R].
+def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
+    """Compute `-log(1 - p)` of each row's label [R]; `logits` [R, V] become its gradient times `row_weight` [R].
 
-    With p the label's probability: `-log(1 - p)` (arXiv 1908.04319) while p is above `max_probability`, in [0, 1);
-    `log(min_probability / p)`, which pushes it up, while p is below `min_probability`, in [0, max_probability]; else 0.
+    A label whose probability p is not above `floor` has the loss 0 and the gradient 0 (arXiv 1908.04319, with a floor).
     `labels`: [R] int64. `row_weight` and the result: float64 for float64 logits, else float32.
     """
-    return _ops.unlikelihood_(logits, labels, row_weight, max_probability, min_probability)
+    return _ops.unlikelihood_(logits, labels, row_weight, floor)
 
 
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:

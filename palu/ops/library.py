@@ -172,7 +172,7 @@ _register_fake("linear_topk_mse_backward")(_writes_only)
 _register_fake("scale_")(_writes_only)
 
 
-def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, *_settings: float | bool) -> Tensor:
+def _loss_of_rows(logits: Tensor, _: Tensor, row_weight: Tensor, setting: float | bool | None = None) -> Tensor:
     return torch.empty_like(row_weight, memory_format=torch.contiguous_format)
 
 

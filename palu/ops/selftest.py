@@ -141,8 +141,7 @@ def _cross_entropy(module: Any, device: torch.device, dtype: torch.dtype) -> _Re
 def _unlikelihood(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
     logits = _random(15, ROWS, VOCAB).to(dtype).to(device)
     row_weight = _random(16, ROWS).to(dtype).to(device)
-    bounds = 2 / VOCAB, 0.5 / VOCAB
-    return [module.unlikelihood_(logits, _index(17, VOCAB, ROWS).to(device), row_weight, *bounds), logits]
+    return [module.unlikelihood_(logits, _index(17, VOCAB, ROWS).to(device), row_weight, 1 / VOCAB), logits]
 
 
 def _kl_div(module: Any, device: torch.device, dtype: torch.dtype, reverse: bool) -> _Results:

@@ -151,11 +151,8 @@ def _palu(s: Mapping[str, Any]) -> list[str]:
 
 
 def _unlikelihood(s: Mapping[str, Any]) -> str:
-    above = f", while its probability is above {number(s['max_probability'])}" if s.get("max_probability") else ""
-    below = (
-        f"; it makes it more probable again below {number(s['min_probability'])}" if s.get("min_probability") else ""
-    )
-    return f"There it makes the true token less probable (unlikelihood){above}{below}."
+    floor = f", while its probability is above {number(s['probability_floor'])}" if s["probability_floor"] else ""
+    return f"There it makes the true token less probable (unlikelihood){floor}."
 
 
 def _topk_mse(s: Mapping[str, Any]) -> str:

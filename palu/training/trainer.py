@@ -87,7 +87,7 @@ class PaluTrainer(Trainer):
             forget="forget.jsonl",
             retain="retain.jsonl",
             processing_class=tokenizer,
-            config=palu.UnlearnConfig(max_probability=0.01, lambda_kl=2.0),
+            config=palu.UnlearnConfig(probability_floor=0.01, lambda_kl=2.0),
         )
         trainer.train()
         trainer.save_model()  # the plain model

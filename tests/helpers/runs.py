@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from typing import Any
 
 import pytest
@@ -100,8 +99,7 @@ def textbook(
     if config.local_loss == "unlikelihood":
         onset = palu.prefix_mask(labels, config.n)[:, 1:]
         p = own_logits[:, :-1][onset].softmax(-1).gather(-1, labels[:, 1:][onset][:, None])
-        up = (p < config.min_probability) * (math.log(config.min_probability or 1) - p.log())
-        local = (-torch.log1p(-p) * (p > config.max_probability) + up).mean()
+        local = (-torch.log1p(-p) * (p > config.probability_floor)).mean()
     elif config.normalize:
         onset = palu.prefix_mask(labels, config.n)[:, 1:]
         z, ref_z = own_logits[:, :-1][onset], ref_logits[:, :-1][onset]

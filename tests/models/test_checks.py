@@ -40,11 +40,7 @@ BAD_SETTINGS += [
 ]
 BAD_SETTINGS += [("local_loss", value, "give one of topk_mse, unlikelihood") for value in ("entropy", None, 1)]
 BAD_SETTINGS += [
-    ("max_probability", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
-]
-BAD_SETTINGS += [
-    ("min_probability", value, "give a number from 0 to max_probability = 0.02")
-    for value in (-0.1, 0.03, NAN, "0.01", None, True)
+    ("probability_floor", value, "give a number from 0 to below 1") for value in (-0.1, 1, NAN, "0.1", None, True)
 ]
 BAD_SETTINGS += [
     (name, value, 'read by local_loss = "topk_mse" alone; give that, too, or leave it out')
@@ -127,8 +123,7 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
         {"local_loss": "topk_mse", "n": 1, "top_k": 1},
         {"local_loss": "topk_mse", "target": 0},
         {"local_loss": "topk_mse", "target": -3.5},
-        {"max_probability": 0, "min_probability": 0},
-        {"max_probability": 0.5, "min_probability": 0.5},
+        {"probability_floor": 0},
         {"objective": "npo", "top_k": 50},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},

@@ -355,31 +355,28 @@ def test_cross_entropy_(device: torch.device) -> None:
         assert ours[1].abs().max() == 0
 
 
-@pytest.mark.parametrize("quantiles", [None, (0.6, None), (0.6, 0.3), (0.6, 0.6)])
-def test_unlikelihood_(device: torch.device, quantiles: tuple[float, float | None] | None) -> None:
-    """Bounds that some labels lie above, some below, and some between."""
+@pytest.mark.parametrize("floor", [0.0, 0.02])
+def test_unlikelihood_(device: torch.device, floor: float) -> None:
     for dtype in float_dtypes(device):
         logits, _, labels, weight = rowwise(dtype, device)
         labels[::2] = logits.argmax(1)[::2]
         z = logits.double().detach().requires_grad_()
         p = z.softmax(1).gather(1, labels[:, None])[:, 0]
-        highest, lowest = (p.quantile(q).item() if q else 0.0 for q in quantiles or (None, None))
-        truth = -torch.log1p(-p) * (p > highest) + (math.log(lowest or 1) - p.log()) * (p < lowest)
+        truth = -torch.log1p(-p) * (p > floor)
         (gradient,) = torch.autograd.grad(truth, z, weight.double())
-        alone = (p <= highest) & (p >= lowest)
-        assert (p > highest).any() and (lowest == 0) != (p < lowest).any() and (lowest < highest) == alone.any()
+        assert (p > floor).sum() > 0 and (floor == 0 or (p <= floor).any())
         ours = padded_copy(logits)
-        loss = raw.unlikelihood_(ours, labels, weight, highest, lowest)
+        loss = raw.unlikelihood_(ours, labels, weight, floor)
         torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.double(), gradient, rtol=0, atol=2 * torch.finfo(dtype).eps)
-        assert ours[1].abs().max() == 0 and not ours[alone].any()
+        assert ours[1].abs().max() == 0 and not ours[p <= floor].any()
 
 
 def test_unlikelihood_of_nan_is_nan(device: torch.device) -> None:
     for dtype in float_dtypes(device):
         logits, _, labels, weight = rowwise(dtype, device)
         logits[2, 5] = math.nan
-        loss = raw.unlikelihood_(logits, labels, weight, 0.02, 0.001)
+        loss = raw.unlikelihood_(logits, labels, weight, 0.02)
         assert loss.isnan().nonzero().tolist() == [[2]] and logits[2].isnan().all()
         assert logits.isnan().any(1).nonzero().tolist() == [[2]]
 
@@ -391,7 +388,7 @@ def test_unlikelihood_pushes_a_certain_token(device: torch.device, margin: float
         logits = torch.zeros(1, 5, device=device, dtype=dtype)
         logits[0, 3] = margin
         label, weight = torch.tensor([3], device=device), torch.ones(1, device=device, dtype=eager.acc_dtype(dtype))
-        loss = raw.unlikelihood_(logits, label, weight, 0.02, 0.0)
+        loss = raw.unlikelihood_(logits, label, weight, 0.02)
         apart = margin - math.log(4)
         p = 1 / (1 + math.exp(-apart))
         assert loss.item() == pytest.approx(math.log1p(math.exp(apart)), rel=1e-6)
@@ -420,7 +417,7 @@ def test_in_place_losses_survive_large_logits(device: torch.device) -> None:
     labels, weight = torch.tensor([7, 8], device=device), torch.ones(2, device=device)
     loss = raw.cross_entropy_(logits.clone(), labels, weight)
     torch.testing.assert_close(loss, torch.tensor([0.0, 1e4], device=device))
-    loss = raw.unlikelihood_(logits.clone(), labels, weight, 0.0, 0.0)
+    loss = raw.unlikelihood_(logits.clone(), labels, weight, 0.0)
     torch.testing.assert_close(loss, torch.tensor([1e4 - math.log(VOCAB - 1), 0.0], device=device))
     for reverse in (False, True):
         same = raw.kl_div_(logits.clone(), logits, weight, reverse)
@@ -432,7 +429,7 @@ def test_in_place_losses_under_autocast(device: torch.device) -> None:
     logits, ref_logits, labels, weight = rowwise(torch.float32, device)
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda z: raw.cross_entropy_(z, labels, weight),
-        lambda z: raw.unlikelihood_(z, labels, weight, 0.02, 0.001),
+        lambda z: raw.unlikelihood_(z, labels, weight, 0.02),
         lambda z: raw.kl_div_(z, ref_logits, weight, False),
         lambda z: raw.kl_div_(z, ref_logits, weight, True),
     ]
@@ -471,7 +468,7 @@ def test_no_rows(device: torch.device, k: int) -> None:
     none = torch.empty(0, device=device)
     labels = torch.empty(0, dtype=torch.int64, device=device)
     assert raw.cross_entropy_(logits.detach().clone(), labels, none).shape == (0,)
-    assert raw.unlikelihood_(logits.detach().clone(), labels, none, 0.02, 0.0).shape == (0,)
+    assert raw.unlikelihood_(logits.detach().clone(), labels, none, 0.02).shape == (0,)
     assert raw.kl_div_(logits.detach().clone(), logits.detach(), none, True).shape == (0,)
 
 
@@ -495,9 +492,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "topk_mse": lambda a, **o: palu.topk_mse(a["logits"], a["index"], **o),
     "linear_topk_mse": lambda a, **o: palu.linear_topk_mse(a["hidden"], a["weight"], a["index"], bias=a["bias"], **o),
     "cross_entropy_": lambda a: raw.cross_entropy_(a["logits"], a["labels"], a["row_weight"]),
-    "unlikelihood_": lambda a, bounds=(0.02, 0.0): raw.unlikelihood_(
-        a["logits"], a["labels"], a["row_weight"], *bounds
-    ),
+    "unlikelihood_": lambda a, floor=0.02: raw.unlikelihood_(a["logits"], a["labels"], a["row_weight"], floor),
     "kl_div_": lambda a: raw.kl_div_(a["logits"], a["ref_logits"], a["row_weight"], False),
     "scale_": lambda a: raw.scale_(a["logits"], a["factor"]),
 }
@@ -579,18 +574,11 @@ def test_unknown_target(device: torch.device, op: str) -> None:
         CALLS[op](op_arguments(device), target="mean")
 
 
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ((1.0, 0.0), r"max_probability must be in \[0, 1\), got 1$"),
-        ((math.nan, 0.0), r"max_probability must be in \[0, 1\), got nan$"),
-        ((0.5, -0.1), r"min_probability must be in \[0, max_probability\], got -0.1$"),
-        ((0.25, 0.5), r"min_probability must be in \[0, max_probability\], got 0.5$"),
-    ],
-)
-def test_bounds_of_unlikelihood(device: torch.device, bounds: tuple[float, float], message: str) -> None:
-    with pytest.raises(ValueError, match=f"palu::unlikelihood_: {message}"):
-        CALLS["unlikelihood_"](op_arguments(device), bounds=bounds)
+@pytest.mark.parametrize("floor", [1.0, -0.5, math.nan])
+def test_floor_of_unlikelihood(device: torch.device, floor: float) -> None:
+    message = rf"palu::unlikelihood_: floor must be in \[0, 1\), got {floor:g}$"
+    with pytest.raises(ValueError, match=message):
+        CALLS["unlikelihood_"](op_arguments(device), floor=floor)
 
 
 @pytest.mark.parametrize("op", ["topk_mse", "linear_topk_mse"])
@@ -657,7 +645,7 @@ WRITTEN: dict[str, Callable[[Tensor, dict[str, Any]], Any]] = {
     "topk_mse_backward": lambda t, a: raw.topk_mse_backward(a["row_weight"], a["residual"], a["index"], True, t),
     "linear_topk_mse_backward": lambda t, a: raw.linear_topk_mse_backward(a["row_weight"], a["residual"], a["logits"], a["head"], a["index"], None, False, t, None, None),
     "cross_entropy_": lambda t, a: raw.cross_entropy_(t, a["labels"], a["row_weight"]),
-    "unlikelihood_": lambda t, a: raw.unlikelihood_(t, a["labels"], a["row_weight"], 0.02, 0.0),
+    "unlikelihood_": lambda t, a: raw.unlikelihood_(t, a["labels"], a["row_weight"], 0.02),
     "kl_div_": lambda t, a: raw.kl_div_(t, a["logits"], a["row_weight"], True),
 }  # fmt: skip
 
@@ -778,7 +766,7 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
             (plain(3, of=acc), plain(3, 4, of=acc), leaf(3, 5), leaf(9, 5), index, None, True, None, plain(9, 5), None),
         ),
         (raw.cross_entropy_, (plain(3, 9), labels, plain(3, of=acc))),
-        (raw.unlikelihood_, (plain(3, 9), labels, plain(3, of=acc), 0.02, 0.001)),
+        (raw.unlikelihood_, (plain(3, 9), labels, plain(3, of=acc), 0.02)),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), False)),
         (raw.kl_div_, (plain(3, 9), plain(3, 9), plain(3, of=acc), True)),
         (raw.scale_, (plain(3, 9), torch.tensor(2.0, device=device))),

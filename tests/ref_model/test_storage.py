@@ -293,7 +293,7 @@ def test_the_key_has_nothing_else_in_it() -> None:
     assert key_of(normalize=False) == key_of(normalize=False, target="local_mean")
     # Unlikelihood asks nothing of the reference at the targets.
     unlikely: dict[str, Any] = {"local_loss": "unlikelihood"}
-    assert key_of(**unlikely) == key_of(**unlikely, max_probability=0.5) == key_of(gamma=0.0, stop_probability=0.1)
+    assert key_of(**unlikely) == key_of(**unlikely, probability_floor=0.5) == key_of(gamma=0.0, stop_probability=0.1)
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
 

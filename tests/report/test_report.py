@@ -662,7 +662,7 @@ def test_settings_in_plain_words(folder: Path) -> None:
     summary = json.loads((folder / "private" / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
-    assert "acts on all tokens of each marked span (the onset)." in asked and "probability is above 0.02; it" in asked
+    assert "acts on all tokens of each marked span (the onset)." in asked and "probability is above 0.02." in asked
     onset = summary["config"] | RECIPES["onset"]
     told = " ".join(words.asked(summary | {"config": onset}))
     assert "the 5 logits" in told and "the first 3 tokens of each marked span (the onset) and on no other" in told

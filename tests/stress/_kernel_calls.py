@@ -280,26 +280,21 @@ def unlikelihood_(draw: Draw) -> Call:
     if logits.shape[1] < 2:
         return cross_entropy_(draw)
     rows, vocab = logits.shape
-    labels = draw.integers((rows,), vocab)
-    highest, lowest = draw.random.choice(((0.0, 0.0), (0.3, 0.0), (0.3, 0.01)))
+    labels, floor = draw.integers((rows,), vocab), draw.random.choice((0.0, 0.3))
 
     def truth(a: Arguments) -> list[Tensor]:
         z, label = a["logits"].double(), a["labels"][:, None]
         others = z.scatter(1, label, float("-inf"))
         margin = z.gather(1, label)[:, 0] - others.logsumexp(1)
-        p, zero = margin.sigmoid(), torch.zeros_like(margin)
-        lowered, raised = p > a["max_probability"], p < a["min_probability"]
-        loss = torch.where(lowered, F.softplus(margin, threshold=1e9), zero)
-        loss = torch.where(raised, F.softplus(-margin, threshold=1e9) + math.log(a["min_probability"] or 1), loss)
-        weight = (a["row_weight"].double() * (p * lowered - (-margin).sigmoid() * raised))[:, None]
-        return [loss, (-weight * others.softmax(1)).scatter(1, label, weight)]
+        pushed = margin.sigmoid() > a["floor"]
+        weight = (a["row_weight"].double() * margin.sigmoid() * pushed)[:, None]
+        return [F.softplus(margin, threshold=1e9) * pushed, (-weight * others.softmax(1)).scatter(1, label, weight)]
 
     call = Call(
         "unlikelihood_",
         lambda a: [ops.unlikelihood_(**a)],
         truth,
-        {"logits": logits, "labels": labels, "row_weight": row_weight}
-        | {"max_probability": highest, "min_probability": lowest},
+        {"logits": logits, "labels": labels, "row_weight": row_weight, "floor": floor},
         written=["logits"],
         error=256 * eps(acc_dtype(dtype)) * (1 + largest(logits)) * (1 + largest(row_weight)),
     )

@@ -184,7 +184,7 @@ def knowing() -> dict[str, Tensor]:
         {"n": 1},
         {"n": -1},
         {"local_loss": "unlikelihood"},
-        {"local_loss": "unlikelihood", "n": 1, "max_probability": 0.1},
+        {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
     ],
     ids=str,
 )
@@ -653,8 +653,8 @@ def test_attention_implementations_agree() -> None:
         ONSET | {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
         ONSET | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
         ONSET | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
-        {"max_probability": 1 / 64, "min_probability": 1 / 80},
-        {"n": 3, "max_probability": 0.0, "min_probability": 0.0, "kl_direction": "forward", "gamma": 0.3},
+        {"probability_floor": 1 / 64},
+        {"n": 3, "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
     ],
 )
 def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:

@@ -102,12 +102,10 @@ def make(
     call |= {"row_weight": weight, "loss": loss, "rows": rows, "vocab_size": vocabulary}
     other, reverse = z, op == "kl_div_reverse"
     text = f"{short(dtype)} [{rows}, {vocabulary}], logits {kind} {logits.place()}"
-    bounds = draw.one((0.0, 0.0), (0.0213, 0.0), (0.3, 0.0213))  # at none of them is a row of equal logits
+    floor = draw.one(0.0, 0.0213, 0.3)  # at none of them is a row of equal logits
     if op in OF_LABELS:
         launcher = op
-        call |= {"labels": Placed("labels", labels)}
-        if op == "unlikelihood_":
-            call |= dict(zip(("max_probability", "min_probability"), bounds, strict=True))
+        call |= {"labels": Placed("labels", labels)} | ({"floor": floor} if op == "unlikelihood_" else {})
         buffers.append(call["labels"])
     else:
         launcher = "kl_div_"
@@ -129,7 +127,7 @@ def make(
         if op == "cross_entropy_":
             return eager.cross_entropy_(values, labels, w), values
         if op == "unlikelihood_":
-            return eager.unlikelihood_(values, labels, w, *bounds), values
+            return eager.unlikelihood_(values, labels, w, floor), values
         return eager.kl_div_(values, other.to(dtype), w, reverse), values
 
     true, same = twin(torch.float64), twin(dtype)
