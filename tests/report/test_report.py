@@ -685,6 +685,15 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert "checkpoint_dir" not in {row[0] for row in words.settings(summary["config"])}
 
 
+@pytest.mark.parametrize(("n", "limit"), [(-1, "made improbable, not deleted"), (3, "supplies the first tokens of a")])
+def test_the_card_says_what_an_attacker_may_get(folder: Path, n: int, limit: str) -> None:
+    path = folder / "private" / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(summary | {"config": summary["config"] | {"n": n}}), encoding="utf-8")
+    card = write_card(folder).read_text(encoding="utf-8")
+    assert limit in card and card.count("trains the model again") == 1 and "\n\n\n" not in card
+
+
 def test_spans_that_were_cut_off_are_told(tmp_path: Path) -> None:
     ids = list(range(1, 61))
     lost = {"input_ids": ids, "labels": [IGNORE] * 5 + [-200] * 50 + ids[55:]}
