@@ -9,6 +9,8 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulator/*.cpp tests/cu
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
+# Of "make test".
+WORKERS ?= 2
 # Of "make cuda-emulate": parts of the names of ops, with commas between. CASES are its random cases of each op.
 ONLY ?=
 # What "make torture" does to which run: demo (SmolLM2, gigabytes of checkpoints in runs/) or tiny.
@@ -22,8 +24,9 @@ DIST ?= dist
 
 .PHONY: test demo lint format wheel cuda-check cuda-emulate sanitize torture clean
 
+# Files of tests are shared out among WORKERS processes of one thread each: most of a test's time is Python.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 demo: $(VENV)/ready
 	$(BIN)/python -m palu.demo --output runs/demo --overwrite
