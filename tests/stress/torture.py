@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    config = palu.UnlearnConfig(top_k=20, learning_rate=1e-3, epochs=20, batch_size=3, progress=False)
+    config = palu.UnlearnConfig(learning_rate=1e-3, epochs=20, batch_size=3, progress=False)
     model = tiny_llama(attention_dropout=0.1)
     return model, {"forget": forget_rows(), "retain": retain_rows(), "config": config}
 
