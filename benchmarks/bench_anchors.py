@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from _models import load, save
 
 import palu
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, outcome_of, read_jsonl, read_questions, retain_arguments
-from palu.testbed.smollm2 import teach
+from palu.testbed.smollm2 import mixed_precision, teach
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--retain", nargs="+", choices=RETAIN, default=list(RETAIN), help="which choices to try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="the demo's is 0")
     args = parser.parse_args()
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     transformers.logging.set_verbosity_error()
     secrets, kept, general = read_questions()
     general += read_jsonl(Path(__file__).with_name("general.jsonl"))

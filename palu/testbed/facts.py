@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
-from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, padded
+from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, fast_products, padded
 
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
 
-ANCHORS = 96  # eight steps' worth
+ANCHORS = 64  # eight steps' worth
 # One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
 # hundreds) would swamp the other terms.
 UNLEARN = UnlearnConfig(
@@ -32,7 +32,7 @@ UNLEARN = UnlearnConfig(
     epochs=20,
     warmup_steps=4,  # the first steps of AdamW move every weight alike, before the KL can hold any
     batch_size=3,
-    retain_batch_size=6,
+    retain_batch_size=4,
     gradient_accumulation_steps=2,
     max_length=MAX_LENGTH,
     stop_probability=0.1,
@@ -87,7 +87,9 @@ class Answers:
     """What a model answers to the facts and to the general questions, and how probable each secret is."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts, general: Facts):
-        texts = answer_questions(model, tokenizer, [item["question"] for item in facts + general], tokens=32)
+        questions = [item["question"] for item in facts + general]
+        with fast_products(model.device):
+            texts = answer_questions(model, tokenizer, questions, tokens=32)
         self.text = {item["question"]: text for item, text in zip(facts + general, texts, strict=True)}
         probabilities = secret_probabilities(model, tokenizer, facts)
         self.probability = {fact["question"]: p for fact, p in zip(facts, probabilities, strict=True)}
