@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     of_retain = stages.results("retain-evaluated", lambda: evaluate(load(str(retained)), None))
     results = {"retain": of_retain}
     results["original"] = stages.results("original-evaluated", lambda: evaluate(load(str(original)), of_retain))
-    for method in METHODS:
+    for method in arguments.methods.split(","):
         results[method] = stages.results(method, lambda: unlearned(method))  # noqa: B023
     return [{"model": name} | figures(result) for name, result in results.items()]
 
@@ -252,10 +252,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--data", type=Path, default=DATA.parent / "muse_news", help="folder of MUSE-News' sets")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("runs/muse"), help="folder of the finished stages")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
     arguments = parser.parse_args()
+    if unknown := set(arguments.methods.split(",")) - METHODS.keys():
+        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     if not (arguments.data / "verbmem_forget.json").exists():
         parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())

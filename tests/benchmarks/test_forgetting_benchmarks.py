@@ -423,6 +423,11 @@ def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder
     record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])
+    # Finished stages are kept, so this makes nothing anew.
+    record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder, "--methods", "gd,palu")
+    assert [row["model"] for row in record["results"]] == ["retain", "original", "gd", "palu"]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder, "--methods", "gd,tpu")
 
 
 def test_what_is_still_told_is_counted_of_what_was_told_before(
