@@ -23,7 +23,7 @@ from palu.data.packing import Item, pack, retain_items
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import body_of, head_of
-from palu.testbed.smollm2 import load_smollm2, mixed_precision
+from palu.testbed.smollm2 import fast_products, load_smollm2, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -67,12 +67,11 @@ def fine_tune(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)
     steps = epochs * -(-len(items) // batch_size)
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
-    mixed = mixed_precision()
     model.train()
-    with use_packed_attention(model, mixed), tqdm(total=steps, desc=label) as bar:
+    with use_packed_attention(model, mixed_precision()), tqdm(total=steps, desc=label) as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
-                with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
+                with fast_products(device):
                     loss = mean_nll(model, [items[i] for i in chosen.tolist()], device)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

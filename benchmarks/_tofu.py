@@ -23,7 +23,7 @@ import palu
 from palu.config import OBJECTIVES
 from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
-from palu.testbed.smollm2 import mixed_precision
+from palu.testbed.smollm2 import fast_products, mixed_precision
 
 METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
 METHODS |= {name: name.upper() for name in ("pdu", "tpo", "wga", "undial", "rmu", "palu")}
@@ -188,7 +188,7 @@ class Bench:
 
     def _evaluate(self, loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(self.device)  # type: ignore[arg-type]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+        with fast_products(self.device):
             return palu.evaluate.tofu(
                 *loaded,
                 data=self.data.evaluated,

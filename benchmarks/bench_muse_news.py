@@ -35,7 +35,7 @@ from _workload import DATA
 
 import palu
 from palu.evaluate.rows import load_rows
-from palu.testbed.smollm2 import mixed_precision
+from palu.testbed.smollm2 import fast_products, mixed_precision
 
 METHODS: dict[str, dict[str, Any]] = {
     "palu": {"objective": "palu"},
@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(device)  # type: ignore[arg-type]
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+        with fast_products(device):
             return palu.evaluate.muse_news(
                 *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
             )
