@@ -229,6 +229,8 @@ def check_packing(
     ids = [torch.randint(vocab_size, (length,), generator=generator) for length in probe[:2]]
     packed = pack([Item(i, i[:0], i[:0]) for i in ids]).to(device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if half is None and torch.is_autocast_enabled(device.type):  # the caller's
+        half = torch.get_autocast_dtype(device.type)
     # LLM.int8 rounds activations by what else is in the row.
     dtype = torch.bfloat16 if quantized_by(base) else half or base.dtype
     body = body_of(base)
