@@ -13,6 +13,7 @@ from typing import Any
 
 TARGETS = ("global_mean", "global_mean_detached", "local_mean")
 KL_DIRECTIONS = ("forward", "reverse")
+KL_PROMPTS = ("own", "other")
 LOCAL_LOSSES = ("topk_mse", "unlikelihood")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -57,12 +58,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
     "local_loss": LOCAL_LOSSES,
     "kl_direction": KL_DIRECTIONS,
+    "kl_prompt": KL_PROMPTS,
     "optimizer": OPTIMIZERS,
     "lr_scheduler": LR_SCHEDULERS,
 }
 
 # Settings of one of PALU's local losses.
-_READ_BY = {"topk_mse": ("top_k", "target", "normalize"), "unlikelihood": ("probability_floor",)}
+_READ_BY = {"topk_mse": ("top_k", "target", "normalize"), "unlikelihood": ("probability_floor", "kl_prompt")}
 
 # Arguments of apply_chat_template that are palu's own.
 _NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
@@ -93,7 +95,8 @@ class UnlearnConfig:
 
     Other objectives (:mod:`palu.methods.baselines`) read ``gamma`` as the weight of their forget loss,
     ``lambda_retain``, and the settings named after them; ``local_loss``, ``probability_floor``, ``n``, ``top_k``,
-    ``target``, ``normalize``, ``lambda_kl``, ``kl_direction``, ``kl_rows`` and ``anchors`` are PALU's alone.
+    ``target``, ``normalize``, ``lambda_kl``, ``kl_direction``, ``kl_prompt``, ``kl_rows`` and ``anchors`` are PALU's
+    alone.
 
     Attributes:
         objective: ``"palu"``, or one of the methods it is compared with: ``"ga"`` (gradient ascent), ``"gd"``
@@ -114,6 +117,10 @@ class UnlearnConfig:
         gamma: weight of the local loss; ``None``: what the objective's authors use, else 1. A term of weight 0
             is not computed, and stands as 0 in the history.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
+        kl_prompt: what stands before a forget answer when the reference is asked for its ordinary tokens. ``"own"``:
+            its own prompt, so that the words between the spans stay as well known as they are. ``"other"``: the prompt
+            of the row half the set further, so that they become what the reference says without the question that they
+            were memorised with. Needs ``local_loss="unlikelihood"``.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         lambda_retain: weight of the cross-entropy on the retain set (RMU: of the distance from the reference's states
@@ -191,6 +198,7 @@ class UnlearnConfig:
     lambda_retain: float | None = None
     anchors: int | None = None
     kl_direction: str = "reverse"
+    kl_prompt: str = "own"
 
     beta: float | None = None
     delta: float = 0.0

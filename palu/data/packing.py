@@ -129,6 +129,29 @@ def forget_items(
     return Items(map(item, examples))
 
 
+def with_other_prompts(items: Items, examples: Sequence[Example], max_length: int) -> Items:
+    """Put before each answer the prompt of the example half the set further; rows and labels stay the answer's.
+
+    An answer that would be longer than ``max_length`` with it keeps its own.
+
+    Args:
+        items: one for each of the examples.
+    """
+
+    def answer_start(i: int) -> int:
+        return int((examples[i].labels != IGNORE).nonzero()[0])
+
+    def changed(i: int, item: Item) -> Item:
+        other, start = (i + len(items) // 2) % len(items), answer_start(i)
+        prompt = examples[other].input_ids[: answer_start(other)]
+        if len(prompt) + len(item.input_ids) - start > max_length:
+            return item
+        ids = torch.cat([prompt, item.input_ids[start:]])
+        return dataclasses.replace(item, input_ids=ids, rows=item.rows + (len(prompt) - start))
+
+    return Items(changed(i, item) for i, item in enumerate(items))
+
+
 def answer_items(examples: Iterable[Example]) -> Items:
     """Make items with every token of the answer as a target, end of sequence included."""
     return Items(map(_answer_item, examples))

@@ -91,6 +91,11 @@ class Method(ModelRoot):
         raise NotImplementedError
 
     @staticmethod
+    def asked(items: Items, examples: Sequence[Example], config: UnlearnConfig) -> Items:
+        """Return the forget items as the reference sees them: the same rows of each, perhaps after another prompt."""
+        return items
+
+    @staticmethod
     def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
         """Return the function that computes ``used_ref_fields`` from the reference's hidden states.
 

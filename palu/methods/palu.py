@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Items, forget_items
+from palu.data.packing import Batch, Items, forget_items, with_other_prompts
 from palu.data.tokenize import Example
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, UnlikelihoodTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
@@ -52,6 +52,11 @@ class PaluMethod(Method):
             most_ordinary=config.kl_rows if lambda_kl > 0 else 0,
             seed=config.seed,
         )
+
+    @staticmethod
+    def asked(items: Items, examples: Sequence[Example], config: UnlearnConfig) -> Items:
+        """Return the items with the prompts that ``kl_prompt`` says."""
+        return items if config.kl_prompt == "own" else with_other_prompts(items, examples, config.max_length)
 
     @classmethod
     def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:

@@ -28,7 +28,7 @@ class RunData:
     forget: Items
     retain: Items
     anchor_prompts: AnchorPrompts
-    asked: Items  # what the reference is asked about: the forget set, and the retain set where the method needs it
+    asked: Items  # the forget set as the reference sees it, and the retain set where the method needs it
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
@@ -81,8 +81,10 @@ def prepare_datasets(
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
     kept_items = retain_items(retain_set.examples)
+    asked = method.asked(forget_items, forget_set.examples, config)
+    asked = asked + kept_items if method.asks_of_retain else asked
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
-    longest = max(forget_items.longest(), kept_items.longest(), *texts)
+    longest = max(forget_items.longest(), kept_items.longest(), asked.longest(), *texts)
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
@@ -94,7 +96,6 @@ def prepare_datasets(
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    asked = forget_items + kept_items if method.asks_of_retain else forget_items
     return RunData(forget_items, kept_items, anchor_prompts, asked, longest, counts)
 
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
-from palu.data.packing import Batch, Item, answer_items, forget_items, pack, pair_items, retain_items
+from palu.data.packing import (
+    Batch,
+    Item,
+    answer_items,
+    forget_items,
+    pack,
+    pair_items,
+    retain_items,
+    with_other_prompts,
+)
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
 from palu.methods.palu import PaluMethod
@@ -525,3 +534,39 @@ def test_a_cut_epoch_goes_on_where_it_was() -> None:
         return [[numbers(batch) for batch in step] for step in source]
 
     assert steps(2) == steps(0)[2:]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other prompts
+
+
+@pytest.mark.parametrize("most_ordinary", [None, 2])
+def test_another_prompt_leaves_the_answer_as_it_is(most_ordinary: int | None) -> None:
+    given = examples(7)
+    items = forget_items(given, 1, None, most_ordinary=most_ordinary)
+    changed = with_other_prompts(items, given, max_length=100)
+    assert len(changed) == 7
+    for i, (old, new) in enumerate(zip(items, changed, strict=True)):
+        own, other = given[i], given[(i + 3) % 7]
+        prompt = other.input_ids[other.labels == IGNORE]
+        answer = own.input_ids[own.labels != IGNORE]
+        assert new.input_ids.tolist() == [*prompt.tolist(), *answer.tolist()]
+        assert torch.equal(new.labels, old.labels) and new.targets == old.targets
+        assert torch.equal(new.input_ids[new.rows + 1], new.labels)
+        assert torch.equal(new.rows - len(prompt), old.rows - int((own.labels == IGNORE).sum()))
+
+
+def test_an_answer_keeps_its_prompt_where_no_other_fits() -> None:
+    """One row has no other; a prompt that is too long for an answer is not put before it."""
+    alone = examples(1)
+    [item] = with_other_prompts(forget_items(alone, 1, None), alone, max_length=100)
+    assert torch.equal(item.input_ids, alone[0].input_ids)
+
+    labels = torch.tensor([IGNORE, ORDINARY, 8])
+    short = Example(0, torch.tensor([6, 7, 8]), labels)
+    long = Example(1, torch.arange(12), torch.cat([torch.full((9,), IGNORE), labels]))
+    items = forget_items([short, long], -1, None)
+    for most, expected in ((13, [12, 3]), (12, [12, 3]), (11, [3, 3])):
+        changed = with_other_prompts(items, [short, long], max_length=most)
+        assert [len(item.input_ids) for item in changed] == expected
+        assert all(torch.equal(item.input_ids[item.rows + 1], item.labels) for item in changed)

@@ -47,6 +47,7 @@ BAD_SETTINGS += [
     for name, value in (("top_k", 50), ("target", "local_mean"), ("normalize", False))
 ]
 BAD_SETTINGS += [("kl_direction", value, "give one of forward, reverse") for value in ("both", None, 1)]
+BAD_SETTINGS += [("kl_prompt", value, "give one of own, other") for value in ("none", None, True)]
 BAD_SETTINGS += [
     (name, value, NOT_NEGATIVE)
     for name in ("gamma", "lambda_kl", "lambda_retain", "weight_decay", "dual_step", "retain_loss_bound")

@@ -244,7 +244,8 @@ def key_of(
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, [], config, None)
     retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
-    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain)
+    asked = method.asked(items, examples, config)
+    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain, asked=asked)
     accelerator = Accelerator()
     accelerator.state._mixed_precision, before = mixed_precision, accelerator.state._mixed_precision
     try:
@@ -272,6 +273,7 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "objective": key_of(objective="npo"),
         "kl_rows": key_of(kl_rows=2),
         "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
+        "kl_prompt": key_of(local_loss="unlikelihood", kl_prompt="other"),
         "no KL": key_of(lambda_kl=0.0),
         "no local loss": key_of(gamma=0.0),
         "no local loss, but its probability": key_of(gamma=0.0, stop_probability=0.1),

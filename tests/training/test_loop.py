@@ -464,6 +464,33 @@ def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
     assert drawn_run.summary["ordinary_tokens"] == sum(r["labels"].count(-200) for r in masked)
 
 
+@torch.no_grad()
+def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
+    """Before the first step, when model and reference are the same one."""
+    model, rows = tiny_llama(dtype=torch.float64), forget_rows(6)
+
+    def log_p(prompt: list[int], row: Row) -> Tensor:
+        """Of the tokens at the ordinary places of the row's answer, after a prompt: [ordinary, V]."""
+        start = row["labels"].count(-100)
+        logits = model(input_ids=torch.tensor([prompt + row["input_ids"][start:]])).logits[0]
+        answer = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return answer[torch.tensor(row["labels"][start:]) == -200]
+
+    def prompt_of(row: Row) -> list[int]:
+        return row["input_ids"][: row["labels"].count(-100)]
+
+    ours = torch.cat([log_p(prompt_of(row), row) for row in rows])
+    theirs = torch.cat([log_p(prompt_of(rows[(i + 3) % 6]), row) for i, row in enumerate(rows)])
+    settings = {"local_loss": "unlikelihood", "batch_size": 6, "epochs": 1}
+    for direction, first, second in (("reverse", ours, theirs), ("forward", theirs, ours)):
+        expected = float((first.exp() * (first - second)).sum(-1).mean())
+        with torch.enable_grad():
+            run = functools.partial(unlearn, forget=rows, kl_direction=direction, **settings)
+            assert run(tiny_llama(dtype=torch.float64)).history[0]["kl"] == pytest.approx(0, abs=1e-12)
+            found = run(tiny_llama(dtype=torch.float64), kl_prompt="other").history[0]["kl"]
+        assert found == pytest.approx(expected, rel=1e-6) and expected > 0.1  # the history is float32
+
+
 # ---------------------------------------------------------------------------------------------------
 # Equal settings, equal runs
 

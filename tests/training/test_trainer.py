@@ -102,6 +102,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
         {"batch_size": 1, "gradient_accumulation_steps": 3},
     ),
+    "another prompt": (tiny_llama, {"local_loss": "unlikelihood", "top_k": 5, "kl_prompt": "other"}, {}, {}),
     "pdu": (tiny_llama, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}, {}, {}),
     "npo": (tiny_llama, {"objective": "npo"}, {}, {}),
     "rmu": (tiny_llama, {"objective": "rmu", "layer_id": 0}, {"seed": 5}, {"seed": 5}),
