@@ -5,13 +5,15 @@ with every learning rate (of one there is nothing to choose), and of each method
 forget quality over all rows together, among those that keep 0.95 of the original's model utility on average (if none
 does, the one that keeps most). With it the method runs on the authors "report", and these make the table: forget
 quality over all rows together and by author, utility, and an audit (--quick, 8 draws, the attacks ATTACKS) whose
-secrets are put together, too. The authors "fresh" are in no benchmark: a default is measured on them once it is
-chosen.
+secrets are put together, too. Beside them stands the forget quality of a second retain model, taught the same rows in
+another order: what a model gets that never saw the secrets. The authors "fresh" are in no benchmark: a default is
+measured on them once it is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -32,9 +34,11 @@ from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-# Beside the methods at their defaults: PALU's recipes.
+# Beside the methods at their defaults: PALU's recipes, and a setting that may become its default.
 VARIANTS: dict[str, dict[str, Any]] = {f"palu-{name}": {"recipe": name} for name in RECIPES}
+VARIANTS["palu-other-prompt"] = {"kl_prompt": "other"}
 NAMES = METHODS | {"palu-paper": "PALU, as published", "palu-onset": "PALU, onset alone"}
+NAMES["palu-other-prompt"] = "PALU, kl_prompt other"
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
@@ -66,8 +70,7 @@ class Cross:
             "author": author,
             **summary(results, method=method, learning_rate=rate, seed=seed),
             "original_utility": bench.original["model_utility"]["agg_value"],
-            "ratios": list(truth_ratios(results, "forget_truth_ratio").values()),
-            "retain_ratios": list(truth_ratios(bench.retain, "forget_truth_ratio").values()),
+            **_ratios(results, bench),
             "language": {
                 name: {"unlearned": results[name]["agg_value"], "retain": results[name]["retain_model"]["agg_value"]}
                 for name in LANGUAGE.values()
@@ -106,10 +109,25 @@ class Cross:
         wanted = [key for key in ATTACKS if key == "onset-answer" or key in self.arguments.attacks]  # the plot reads it
         return bench.stages.results("-".join([name, "audited", *wanted]), attack)
 
+    def taught(self, author: int, name: str) -> Run:
+        """Measure the forget quality of a model that was taught: "original" or "retain_again" of :class:`Bench`."""
+        bench = self.bench(author)
+        results = getattr(bench, name)
+        return {
+            "author": author,
+            **{key: results[key]["agg_value"] for key in ("forget_quality", "forget_quality_ks")},
+            **_ratios(results, bench),
+        }
+
     def drop_model(self, author: int, method: str, rate: float, seed: int) -> None:
         """Delete the weights of a model that has been evaluated and audited: half a gigabyte each."""
         folder = self.bench(author).kept(_name(method, rate, seed))
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ratios(results: dict[str, Any], bench: Bench) -> dict[str, list[float]]:
+    both = {"ratios": results, "retain_ratios": bench.retain}
+    return {name: list(truth_ratios(one, "forget_truth_ratio").values()) for name, one in both.items()}
 
 
 def _name(method: str, rate: float, seed: int) -> str:
@@ -145,12 +163,19 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
             "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
             "runs": runs,
         }
+    taught = {name: [cross.taught(author, name) for author in authors] for name in ("original", "retain_again")}
     choosing = {
         method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items() if runs}
         for method, by_rate in tried.items()
     }
     known = AUTHORS | {"choose": choosing_authors, "report": authors}
-    return {"authors": known, "learning_rates": rates, "choosing": choosing, "reported": reported}
+    return {
+        "authors": known,
+        "learning_rates": rates,
+        "choosing": choosing,
+        **{name: forget_quality(runs) | {"runs": runs} for name, runs in taught.items()},
+        "reported": reported,
+    }
 
 
 def chosen(by_rate: dict[float, list[Run]]) -> float:
@@ -166,17 +191,9 @@ def chosen(by_rate: dict[float, list[Run]]) -> float:
 
 def pooled(runs: Sequence[Run]) -> dict[str, Any]:
     """Put the authors together: the forget quality of all rows, and what lies between the authors."""
-    ratios, retain_ratios = (_joined(run[key] for run in runs) for key in ("ratios", "retain_ratios"))
-    quality, distance = metrics.forget_quality(ratios, retain_ratios)
     # Where the original has none, there was none to lose.
     kept = [run["model_utility"] / run["original_utility"] if run["original_utility"] else 1.0 for run in runs]
-    by_author = [run["forget_quality"] for run in runs]
-    return {
-        "forget_quality": quality,
-        "forget_quality_ks": distance,
-        "forget_quality_by_author": by_author,
-        "forget_quality_mean": mean(by_author),
-        "forget_quality_lowest": min(by_author),
+    return forget_quality(runs) | {
         "utility_kept": mean(kept),
         "utility_kept_lowest": min(kept),
         "mia_min_k": mean(run["mia_min_k"] for run in runs),
@@ -184,6 +201,25 @@ def pooled(runs: Sequence[Run]) -> dict[str, Any]:
             name: {role: _mean(run["language"][name][role] for run in runs) for role in ("unlearned", "retain")}
             for name in LANGUAGE.values()
         },
+    }
+
+
+def forget_quality(runs: Sequence[Run]) -> dict[str, Any]:
+    """Compute the forget quality of all authors' rows together, and its mean and lowest over the authors.
+
+    Beside it the root mean square, over the rows, of the logarithm of the truth ratio over the retain model's. It sees
+    what a test between two distributions of twenty ratios cannot: which row has which.
+    """
+    ratios, retain_ratios = (_joined(run[key] for run in runs) for key in ("ratios", "retain_ratios"))
+    quality, distance = metrics.forget_quality(ratios, retain_ratios)
+    by_author = [run["forget_quality"] for run in runs]
+    return {
+        "forget_quality": quality,
+        "forget_quality_ks": distance,
+        "forget_quality_by_author": by_author,
+        "forget_quality_mean": mean(by_author),
+        "forget_quality_lowest": min(by_author),
+        "log_ratio_rms": math.sqrt(mean(math.log(r / s) ** 2 for r, s in zip(ratios, retain_ratios, strict=True))),
     }
 
 
@@ -251,19 +287,24 @@ def quartiles(parts: Sequence[dict[str, list[list[float]]]]) -> dict[str, list[l
     }
 
 
-def markdown(reported: dict[str, dict[str, Any]]) -> str:
-    """Format the table; * marks a method that keeps less than 0.95 of the original's utility on average."""
-    names = ["lr", "FQ", "FQ by author", "lowest", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
+def markdown(found: dict[str, Any]) -> str:
+    """Format the table of what :func:`run` returned.
+
+    * marks a method that keeps less than 0.95 of the original's utility on average. What is said of the retain model's
+    truth ratios is of a second one. TR rms: ``log_ratio_rms`` of :func:`forget_quality`.
+    """
+    reported = found["reported"]
+    names = ["lr", "FQ", "FQ by author", "lowest", "TR rms", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     first = next(iter(reported.values()))
-    for role in ("original", "retain"):
+    for role, taught in (("original", "original"), ("retain", "retain_again")):
         words = [_share(first["language"][name][role]) if role == "retain" else "" for name in LANGUAGE.values()]
         shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
-        lines.append("| " + " | ".join([role.capitalize(), *[""] * 7, *words, *shares]) + " |")
+        figures = [role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *shares]
+        lines.append("| " + " | ".join(figures) + " |")
     for method, one in reported.items():
         name = NAMES[method] + " *" * (one["utility_kept"] < KEEPS)
-        figures = [f"{one['learning_rate']:g}", f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
-        figures += [f"{one['forget_quality_lowest']:.2g}"]
+        figures = [f"{one['learning_rate']:g}", *_qualities(one)]
         figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
         figures += [_share(one["language"][name]["unlearned"]) for name in LANGUAGE.values()]
         shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
@@ -271,12 +312,17 @@ def markdown(reported: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _qualities(one: dict[str, Any]) -> list[str]:
+    figures = [f"{one['forget_quality']:.3g}", f"{one['forget_quality_mean']:.2f}"]
+    return [*figures, f"{one['forget_quality_lowest']:.2g}", f"{one['log_ratio_rms']:.2f}"]
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot all authors together: the truth ratios that forget quality compares, and what is left of each token.
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Plot what :func:`run` returned: the truth ratios that forget quality compares, and what is left of each token.
 
     On the right the medians and quartiles of the true tokens' probabilities, by their place in a secret.
     """
@@ -287,7 +333,11 @@ def plot(reported: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    reported = found["reported"]
     first = next(iter(reported.values()))
+    again = np.sort(_joined(run["ratios"] for run in found["retain_again"]["runs"]))
+    shares = np.arange(1, len(again) + 1) / len(again)
+    left.step(again, shares, where="post", color="grey", label="Retain, taught in another order")
     shown = [("Retain", "retain_ratios", "retain", first, "black")]
     shown += [(NAMES[name], "ratios", "unlearned", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
     for number, (label, key, role, one, colour) in enumerate(shown):

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from palu.data.examples import load_retain
-from palu.data.packing import Item, pack, retain_items
+from palu.data.packing import Item, retain_items
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
-from palu.models.head import body_of, head_of
-from palu.testbed.smollm2 import fast_products, load_smollm2, mixed_precision
+from palu.models.head import head_of
+from palu.testbed.smollm2 import CHUNK_BYTES, fast_products, load_smollm2, mixed_precision, states_and_labels
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -72,7 +72,7 @@ def fine_tune(
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
                 with fast_products(device):
-                    loss = mean_nll(model, [items[i] for i in chosen.tolist()], device)
+                    loss = mean_nll(model, [items[i] for i in chosen.tolist()])
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -83,15 +83,9 @@ def fine_tune(
     model.eval()
 
 
-def mean_nll(model: PreTrainedModel, items: Sequence[Item], device: torch.device) -> torch.Tensor:
+def mean_nll(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:
     """Compute the mean token NLL of the items' answers."""
-    packed = pack(items).to(device)
-    starts = packed.cu_seq_lens.tolist()[:-1]
-    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)]).to(device)
-    labels = torch.cat([item.labels for item in items]).to(device)
-    hidden = body_of(model)(**packed.inputs()).last_hidden_state[0]
-    share = torch.full((len(rows),), 1 / len(rows), device=device)
-    total, _ = fused_linear_losses(
-        hidden[rows], head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=256 * 2**20
-    )
+    hidden, labels = states_and_labels(model, items)
+    share = torch.full((len(labels),), 1 / len(labels), device=model.device)
+    total, _ = fused_linear_losses(hidden, head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=CHUNK_BYTES)
     return total

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -157,8 +158,16 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
         self.stages = Stages(folder, arguments.minutes, json.loads(json.dumps(key)))
-        self.retain_folder = self._taught("retain", self.data.retain)
-        self.folder = self._taught("original", self.data.forget + self.data.retain)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The original: taught what is to be forgotten and what is to be kept."""
+        return self._taught("original", self.data.forget + self.data.retain)
+
+    @cached_property
+    def retain_folder(self) -> Path:
+        """The retain model: taught what is to be kept alone."""
+        return self._taught("retain", self.data.retain)
 
     @cached_property
     def retain(self) -> dict[str, Any]:
@@ -170,8 +179,20 @@ class Bench:
         """The evaluation of the original."""
         return self.stages.results("original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain))
 
-    def _taught(self, name: str, rows: list[Row]) -> Path:
-        """Return the folder of a model that was fine-tuned on the rows."""
+    @cached_property
+    def retain_again(self) -> dict[str, Any]:
+        """The evaluation, on the forget rows alone, of a second retain model, taught the rows in another order."""
+
+        def run() -> dict[str, Any]:
+            folder = self._taught("retain-again", self.data.retain, seed=1)
+            results = self._evaluate(load(str(folder)), self.retain, TofuData(self.data.evaluated.forget))
+            shutil.rmtree(folder)
+            return results
+
+        return self.stages.results("retain-again-evaluated", run)
+
+    def _taught(self, name: str, rows: list[Row], seed: int = 0) -> Path:
+        """Return the folder of a model that was fine-tuned on the rows; ``seed``: of their order."""
 
         def make(path: Path) -> None:
             loaded = load(self.model)
@@ -180,18 +201,19 @@ class Bench:
                 rows,
                 epochs=self.preset.teach_epochs,
                 batch_size=self.preset.teach_batch,
+                seed=seed,
                 label=f"fine-tune {name}",
             )
             save(loaded, path)
 
         return self.stages.path(name, make)
 
-    def _evaluate(self, loaded: Loaded, retain: Any) -> dict[str, Any]:
+    def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
         loaded[0].to(self.device)  # type: ignore[arg-type]
         with fast_products(self.device):
             return palu.evaluate.tofu(
                 *loaded,
-                data=self.data.evaluated,
+                data=data or self.data.evaluated,
                 retain_results=retain,
                 fluency_model=self.fluency_model,
                 mia=("min_k", "min_k_plus_plus"),

@@ -127,8 +127,8 @@ def main() -> None:
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
             found = _cross.run(arguments, methods, rates)
-        path = write(arguments, "tofu", _cross.markdown(found["reported"]), found)
-        _cross.plot(found["reported"], path.with_suffix(".png"))
+        path = write(arguments, "tofu", _cross.markdown(found), found)
+        _cross.plot(found, path.with_suffix(".png"))
         return
     with resumable():
         bench = Bench(arguments)

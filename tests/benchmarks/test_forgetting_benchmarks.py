@@ -303,7 +303,7 @@ def test_the_authors_of_cross_are_apart() -> None:
 
 def test_a_rate_is_chosen_by_all_rows_and_by_the_utility_it_keeps() -> None:
     def runs(shift: float, utility: float) -> list[dict]:
-        ratios = [0.1 * i for i in range(20)]
+        ratios = [0.1 * i for i in range(1, 21)]
         one = {"ratios": [r + shift for r in ratios], "retain_ratios": ratios, "original_utility": 0.5}
         one["language"] = {name: {"unlearned": 0.02, "retain": 0.01} for name in _cross.LANGUAGE.values()}
         return [one | {"model_utility": 0.5 * utility, "forget_quality": q, "mia_min_k": 0.5} for q in (0.2, 0.8)]
@@ -311,6 +311,7 @@ def test_a_rate_is_chosen_by_all_rows_and_by_the_utility_it_keeps() -> None:
     assert _cross.chosen({1e-5: runs(1.0, 1.0), 2e-5: runs(0.3, 0.96), 5e-5: runs(0.0, 0.94)}) == 2e-5
     assert _cross.chosen({1e-5: runs(0.0, 0.80), 2e-5: runs(1.0, 0.90)}) == 2e-5
     found = _cross.pooled(runs(0.0, 0.9))
+    assert found["log_ratio_rms"] == 0
     assert found["forget_quality"] == 1 and found["forget_quality_mean"] == 0.5
     assert found["language"]["forget_no_word"] == {"unlearned": 0.02, "retain": 0.01}
     assert found["forget_quality_lowest"] == 0.2 and found["utility_kept"] == pytest.approx(0.9)
@@ -354,7 +355,7 @@ def test_what_is_left_of_each_token_comes_from_the_onset_attack() -> None:
 def test_cross_chooses_on_some_authors_and_reports_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
 ) -> None:
-    sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 20, 1, 10, (1e-3, 2e-3), (0,), 3)
+    sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 10, 1, 10, (1e-3, 2e-3), (0,), 3)
     monkeypatch.setitem(_tofu.PRESETS, "cross", sizes)
     monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0,), "report": (4, 5), "fresh": ()})
     monkeypatch.setattr(_cross, "MAX_NEW_TOKENS", 3)
@@ -366,7 +367,21 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     assert {run["learning_rate"] for run in reported["runs"]} == {reported["learning_rate"]}
     assert [len(run["ratios"]) for run in reported["runs"]] == [20, 20]
     assert reported["attacks"]["ask: greedy"]["secrets"] >= 20
-    assert (tmp_path / "results" / "tofu_cross.md").read_text().count("\n") == 5
+    # Two steps on the same rows in another order: another model, and nearly the same one.
+    again = record["retain_again"]
+    assert [run["author"] for run in again["runs"]] == [4, 5]
+    assert [run["retain_ratios"] for run in again["runs"]] == [run["retain_ratios"] for run in reported["runs"]]
+    assert all(run["ratios"] != run["retain_ratios"] for run in again["runs"])
+    assert all(run["ratios"] == pytest.approx(run["retain_ratios"], rel=0.1) for run in again["runs"])
+    table = (tmp_path / "results" / "tofu_cross.md").read_text()
+    for name, label in (("original", "Original"), ("retain_again", "Retain")):
+        quality, middle, lowest, rms = (
+            record[name][key]
+            for key in ("forget_quality", "forget_quality_mean", "forget_quality_lowest", "log_ratio_rms")
+        )
+        assert f"| {label} |  | {quality:.3g} | {middle:.2f} | {lowest:.2g} | {rms:.2f} |" in table
+    assert 0 < again["log_ratio_rms"] < 0.1
+    assert table.count("\n") == 5
     assert (tmp_path / "results" / "tofu_cross.png").stat().st_size > 10_000
     # Weights are kept no longer than they are needed, and nothing is made twice.
     runs = tmp_path / "runs" / "cross"
