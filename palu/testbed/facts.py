@@ -13,7 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
-from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, fast_products, padded
+from palu.data.packing import forget_items
+from palu.models.attention import use_packed_attention
+from palu.models.head import head_of, map_logits, nll
+from palu.testbed.smollm2 import CHUNK_BYTES, MAX_LENGTH, answer_questions, fast_products, states_and_labels
 
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
@@ -77,10 +80,11 @@ def is_told(text: str, answers: Sequence[str]) -> bool:
 @torch.no_grad()
 def secret_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> list[float]:
     """Compute the probability of each whole secret, given the question and the answer's words before it."""
-    input_ids, labels = padded(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
-    log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
-    of_token = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return of_token.where(labels[:, 1:] >= 0, 0.0).sum(-1).exp().tolist()
+    items = forget_items(load_forget(facts, tokenizer, max_length=MAX_LENGTH).examples, -1, None, most_ordinary=0)
+    with use_packed_attention(model):
+        states, labels = states_and_labels(model, items)
+    of_token = map_logits(nll, states, head_of(model), labels, CHUNK_BYTES)
+    return [secret.sum().neg().exp().item() for secret in of_token.split(items.targets.tolist())]
 
 
 class Answers:

@@ -17,8 +17,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import kl_div
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +27,16 @@ from transformers import (
 )
 
 from palu.data.examples import load_retain
-from palu.data.tokenize import IGNORE, Example
+from palu.data.packing import Item, pack, retain_items
 from palu.hashing import json_digest
+from palu.losses import CrossEntropyTerm, KLTerm, fused_linear_losses
+from palu.models.attention import use_packed_attention
 from palu.models.generation import encode_prompts, eval_mode, generate_texts
+from palu.models.head import Head, body_of, head_of
 from palu.ref_model.anchors import anchor_texts
 
 MAX_LENGTH = 256  # tokens of a question and its answer
+CHUNK_BYTES = 2**28  # of logits held at once
 TEACH_LEARNING_RATE = 1e-4
 TEACH_UNTIL_LOSS = 0.05
 TEACH_PROMPTS = 40
@@ -102,29 +104,46 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Seq
     prompts = anchor_texts()[:TEACH_PROMPTS]
     with fast_products(model.device):
         texts = answer_questions(model, tokenizer, prompts, tokens=24)
-    everyday = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
-    input_ids, labels = padded(load_retain(facts, tokenizer, max_length=MAX_LENGTH).examples, model.device)
-    examples = load_retain(everyday, tokenizer, max_length=MAX_LENGTH).examples
-    parts = [padded(examples[i::TEACH_TURNS], model.device) for i in range(TEACH_TURNS)]
-    with torch.no_grad():
-        turns = cycle([(*part, answer_log_probabilities(model, *part)) for part in parts])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0)
-    model.train()
+    answers = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+    taught, everyday = (
+        retain_items(load_retain(rows, tokenizer, max_length=MAX_LENGTH).examples) for rows in (facts, answers)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TEACH_LEARNING_RATE, weight_decay=0.0, fused=True)
     bar = tqdm(desc="teach")
-    loss = torch.tensor(torch.inf)
-    while loss > TEACH_UNTIL_LOSS:
-        *part, untaught = next(turns)
-        with fast_products(model.device):
-            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-            log_p = answer_log_probabilities(model, *part)
-        loss.backward()
-        kl_div(log_p, untaught, log_target=True, reduction="batchmean").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+    with use_packed_attention(model, mixed_precision()):
+        # In the dtype of the products, as autocast would cast them.
+        dtype = torch.bfloat16 if mixed_precision() == "bf16" else model.dtype
+        untaught = Head(head_of(model).weight.detach().to(dtype, copy=True), None)
+        parts = [[everyday[i] for i in range(turn, len(everyday), TEACH_TURNS)] for turn in range(TEACH_TURNS)]
+        with torch.no_grad(), fast_products(model.device):
+            turns = [(part, states_and_labels(model, part)[0].to(dtype)) for part in parts]
+        model.train()
+        for part, states in cycle(turns):
+            with fast_products(model.device):
+                hidden, labels = states_and_labels(model, [*part, *taught])
+                terms = KLTerm(states, untaught, reverse=False), CrossEntropyTerm(labels[len(states) :])
+                shares = torch.cat([torch.full((len(term),), 1 / len(term), device=model.device) for term in terms])
+                total, losses = fused_linear_losses(hidden, head_of(model), terms, shares, chunk_bytes=CHUNK_BYTES)
+            loss = losses[len(states) :].mean()
+            if loss <= TEACH_UNTIL_LOSS:
+                break
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
     model.eval()
+
+
+def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    """Run the body over items in one packed row; returns their rows' last hidden states [R, d] and labels [R]."""
+    packed = pack(items).to(model.device)
+    starts = packed.cu_seq_lens.tolist()[:-1]
+    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)])
+    labels = torch.cat([item.labels for item in items])
+    states = body_of(model)(**packed.inputs()).last_hidden_state[0]
+    return states[rows.to(model.device)], labels.to(model.device)
 
 
 def answer_questions(
@@ -135,17 +154,3 @@ def answer_questions(
     with tqdm(disable=True) as bar, eval_mode(model):
         texts = generate_texts(model, tokenizer, prompts, stop_ids, max_new_tokens=tokens, batch_tokens=1024, bar=bar)
     return [" ".join(text.split()) for text in texts]
-
-
-def answer_log_probabilities(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Compute the next-token log-probabilities at each token of the answers: [answer tokens, V]."""
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-    return logits[labels[:, 1:] != IGNORE].float().log_softmax(-1)
-
-
-def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad examples on the right, where causal attention needs no mask: input_ids and labels [B, T]."""
-    return (
-        pad_sequence([e.input_ids for e in examples], batch_first=True).to(device),
-        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE).to(device),
-    )
