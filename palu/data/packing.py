@@ -132,7 +132,7 @@ def forget_items(
 def with_other_prompts(items: Items, examples: Sequence[Example], max_length: int) -> Items:
     """Put before each answer the prompt of the example half the set further; rows and labels stay the answer's.
 
-    An answer that would be longer than ``max_length`` with it keeps its own.
+    An answer that has no span keeps its own prompt, and one that would be longer than ``max_length`` with the other.
 
     Args:
         items: one for each of the examples.
@@ -144,7 +144,7 @@ def with_other_prompts(items: Items, examples: Sequence[Example], max_length: in
     def changed(i: int, item: Item) -> Item:
         other, start = (i + len(items) // 2) % len(items), answer_start(i)
         prompt = examples[other].input_ids[: answer_start(other)]
-        if len(prompt) + len(item.input_ids) - start > max_length:
+        if not (examples[i].labels >= 0).any() or len(prompt) + len(item.input_ids) - start > max_length:
             return item
         ids = torch.cat([prompt, item.input_ids[start:]])
         return dataclasses.replace(item, input_ids=ids, rows=item.rows + (len(prompt) - start))

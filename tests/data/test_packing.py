@@ -557,7 +557,7 @@ def test_another_prompt_leaves_the_answer_as_it_is(most_ordinary: int | None) ->
 
 
 def test_an_answer_keeps_its_prompt_where_no_other_fits() -> None:
-    """One row has no other; a prompt that is too long for an answer is not put before it."""
+    """One row has no other; a prompt that is too long for an answer is not put before it; without a span none is."""
     alone = examples(1)
     [item] = with_other_prompts(forget_items(alone, 1, None), alone, max_length=100)
     assert torch.equal(item.input_ids, alone[0].input_ids)
@@ -570,3 +570,7 @@ def test_an_answer_keeps_its_prompt_where_no_other_fits() -> None:
         changed = with_other_prompts(items, [short, long], max_length=most)
         assert [len(item.input_ids) for item in changed] == expected
         assert all(torch.equal(item.input_ids[item.rows + 1], item.labels) for item in changed)
+    kept = Example(0, short.input_ids, torch.tensor([IGNORE, ORDINARY, ORDINARY]))
+    [same, changed] = with_other_prompts(forget_items([kept, long], -1, None), [kept, long], max_length=13)
+    assert torch.equal(same.input_ids, kept.input_ids)
+    assert changed.input_ids.tolist() == [6, 10, 11]
