@@ -25,7 +25,7 @@ from palu.data.packing import (
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
 from palu.methods.palu import PaluMethod
-from palu.models.attention import packed_attention, use_packed_attention
+from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
 from palu.models.head import body_of, head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
@@ -534,6 +534,38 @@ def test_a_cut_epoch_goes_on_where_it_was() -> None:
         return [[numbers(batch) for batch in step] for step in source]
 
     assert steps(2) == steps(0)[2:]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Autocast
+
+
+@pytest.mark.parametrize(("longest", "in_float32"), [(FLOAT32_TOKENS, True), (FLOAT32_TOKENS + 1, False)])
+def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float32: bool) -> None:
+    """With gradient; as the layer gives them: query and key in float32, value in bfloat16."""
+    lengths = (longest, 5)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(lengths), 8, generator=generator, dtype=dtype).requires_grad_()
+        for heads, dtype in ((4, torch.float32), (2, torch.float32), (2, torch.bfloat16))
+    )
+    given = {
+        "cu_seq_lens_q": torch.tensor([0, longest, longest + 5], dtype=torch.int32),
+        "max_length_q": longest,
+        "sequence_lengths": lengths,
+    }
+
+    def run(autocast: bool) -> list[Tensor]:
+        v = value if autocast else value.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, _ = packed_attention(torch.nn.Identity(), query, key, v, None, **given)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))]
+
+    ours, plain = run(True), run(False)
+    assert ours[0].dtype == (torch.float32 if in_float32 else torch.bfloat16)
+    assert all(map(torch.equal, ours, plain)) == in_float32
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.03 * other.float().norm()
 
 
 # ---------------------------------------------------------------------------------------------------
