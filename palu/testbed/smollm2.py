@@ -125,7 +125,7 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Seq
                 shares = torch.cat([torch.full((len(term),), 1 / len(term), device=model.device) for term in terms])
                 total, losses = fused_linear_losses(hidden, head_of(model), terms, shares, chunk_bytes=CHUNK_BYTES)
             loss = losses[len(states) :].mean()
-            if loss <= TEACH_UNTIL_LOSS:
+            if not loss > TEACH_UNTIL_LOSS:  # nor if it is NaN
                 break
             total.backward()
             optimizer.step()
