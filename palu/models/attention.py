@@ -23,8 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# On a CPU torch's attention takes more than twice as long in bfloat16 as in float32 at 60 tokens an example, and as
-# long at 400 (both passes, 9 heads of 64; an Intel Xeon with AMX, 2026-11-26; without AMX they meet later).
+# On a CPU torch's attention takes three times as long in bfloat16 as in float32 at 60 tokens an example, and as
+# long at 400 (benchmarks/bench_attention.py).
 FLOAT32_TOKENS = 256
 
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -99,7 +99,8 @@ def packed_attention(
             **gqa,
         )
         return out[None], None
-    in_float32 = torch.is_autocast_enabled("cpu") and max_length_q <= FLOAT32_TOKENS
+    halves = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # which autocast leaves alone
+    in_float32 = halves and max_length_q <= FLOAT32_TOKENS
     if in_float32:
         query, key, value = (x.to(torch.float32) for x in (query, key, value))
     parts = (x.split(sequence_lengths, dim=2) for x in (query, key, value))

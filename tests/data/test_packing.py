@@ -567,6 +567,12 @@ def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float3
     for one, other in zip(ours, plain, strict=True):
         assert (one.float() - other.float()).norm() <= 0.03 * other.float().norm()
 
+    doubles = [x.detach().double() for x in (query, key, value)]
+    exact, _ = packed_attention(torch.nn.Identity(), *doubles, None, **given)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        found, _ = packed_attention(torch.nn.Identity(), *doubles, None, **given)
+    assert found.dtype == torch.float64 and torch.equal(found, exact)
+
 
 # ---------------------------------------------------------------------------------------------------
 # Other prompts
