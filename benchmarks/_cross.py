@@ -35,10 +35,15 @@ from palu.evaluate.summarize import truth_ratios
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
 # Beside the methods at their defaults: PALU's recipes, and a setting that may become its default.
-VARIANTS: dict[str, dict[str, Any]] = {f"palu-{name}": {"recipe": name} for name in RECIPES}
-VARIANTS["palu-other-prompt"] = {"kl_prompt": "other"}
-NAMES = METHODS | {"palu-paper": "PALU, as published", "palu-onset": "PALU, onset alone"}
-NAMES["palu-other-prompt"] = "PALU, kl_prompt other"
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"palu-{name}": {"recipe": name} for name in RECIPES},
+    "palu-other-prompt": {"kl_prompt": "other"},
+}
+NAMES = METHODS | {
+    "palu-paper": "PALU, as published",
+    "palu-onset": "PALU, onset alone",
+    "palu-other-prompt": "PALU, kl_prompt other",
+}
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.

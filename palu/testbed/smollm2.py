@@ -114,7 +114,7 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Seq
         # In the dtype of the products, as autocast would cast them.
         dtype = torch.bfloat16 if mixed_precision() == "bf16" else model.dtype
         untaught = Head(head_of(model).weight.detach().to(dtype, copy=True), None)
-        parts = [[everyday[i] for i in range(turn, len(everyday), TEACH_TURNS)] for turn in range(TEACH_TURNS)]
+        parts = [everyday[turn::TEACH_TURNS] for turn in range(TEACH_TURNS)]
         with torch.no_grad(), fast_products(model.device):
             turns = [(part, states_and_labels(model, part)[0].to(dtype)) for part in parts]
         model.train()
