@@ -146,7 +146,7 @@ def _settings(method: str, rate: float, seed: int) -> dict[str, Any]:
 def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
     """Choose on some authors, and report on others; returns what the JSON holds."""
     cross = Cross(arguments)
-    choosing_authors = AUTHORS["choose"] if len(rates) > 1 else ()
+    choosing_authors = arguments.choosing_authors if len(rates) > 1 else ()
     authors = arguments.authors or AUTHORS["report"]
     (seed,) = cross.preset.seeds
     tried: dict[str, dict[float, list[Run]]] = {}

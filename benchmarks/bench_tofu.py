@@ -107,6 +107,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
     parser.add_argument(
+        "--choosing-authors",
+        type=int,
+        nargs="+",
+        default=_cross.AUTHORS["choose"],
+        help="cross: those on which a learning rate is chosen; default: four of _cross.py",
+    )
+    parser.add_argument(
         "--attacks",
         nargs="+",
         default=_cross.ATTACKS,
@@ -124,6 +131,8 @@ def main() -> None:
             parser.error("--preset cross has one seed")
         if seen := set(arguments.authors or ()) - {*_cross.AUTHORS["report"], *_cross.AUTHORS["fresh"]}:
             parser.error(f"--authors: {', '.join(map(str, sorted(seen)))}: choose from those that are not chosen on")
+        if kept := set(arguments.choosing_authors) - {*_cross.AUTHORS["choose"]}:
+            parser.error(f"--choosing-authors: {', '.join(map(str, sorted(kept)))}: choose from those of _cross.py")
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
             found = _cross.run(arguments, methods, rates)

@@ -357,11 +357,13 @@ def test_cross_chooses_on_some_authors_and_reports_others(
 ) -> None:
     sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 10, 1, 10, (1e-3, 2e-3), (0,), 3)
     monkeypatch.setitem(_tofu.PRESETS, "cross", sizes)
-    monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0,), "report": (4, 5), "fresh": ()})
+    monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0, 1), "report": (4, 5), "fresh": ()})
     monkeypatch.setattr(_cross, "MAX_NEW_TOKENS", 3)
-    given = ("--preset", "cross", "--model", model_folder, "--methods", "palu")
+    given = ("--preset", "cross", "--model", model_folder, "--methods", "palu", "--choosing-authors", "0")
     record = command(monkeypatch, bench_tofu, tmp_path, *given)
     assert record["choosing"]["palu"].keys() == {"0.001", "0.002"}
+    assert {len(one["forget_quality_by_author"]) for one in record["choosing"]["palu"].values()} == {1}
+    assert record["authors"]["choose"] == [0]
     reported = record["reported"]["palu"]
     assert [run["author"] for run in reported["runs"]] == [4, 5]
     assert {run["learning_rate"] for run in reported["runs"]} == {reported["learning_rate"]}
@@ -391,8 +393,9 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     rate = str(reported["learning_rate"])  # with one there is nothing to choose
     one = command(monkeypatch, bench_tofu, tmp_path, *given, "--learning-rates", rate, "--authors", "5")
     assert [run["author"] for run in one["reported"]["palu"]["runs"]] == [5] and one["choosing"]["palu"] == {}
-    with pytest.raises(SystemExit):
-        command(monkeypatch, bench_tofu, tmp_path, *given, "--authors", "0")
+    for mixed in (("--authors", "0"), ("--choosing-authors", "4")):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, bench_tofu, tmp_path, *given, *mixed)
 
 
 @has_tofu
