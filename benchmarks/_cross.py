@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
 
 
 def chosen(by_rate: dict[float, list[Run]]) -> float:
-    """Choose a learning rate by the rule in this module's docstring."""
+    """Choose a learning rate by the rule in this module's docstring; of equals, the one that is given first."""
 
     def rank(rate: float) -> tuple[bool, float]:
         found = pooled(by_rate[rate])

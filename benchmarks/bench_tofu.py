@@ -131,8 +131,9 @@ def main() -> None:
             parser.error("--preset cross has one seed")
         if seen := set(arguments.authors or ()) - {*_cross.AUTHORS["report"], *_cross.AUTHORS["fresh"]}:
             parser.error(f"--authors: {', '.join(map(str, sorted(seen)))}: choose from those that are not chosen on")
-        if kept := set(arguments.choosing_authors) - {*_cross.AUTHORS["choose"]}:
-            parser.error(f"--choosing-authors: {', '.join(map(str, sorted(kept)))}: choose from those of _cross.py")
+        if other := set(arguments.choosing_authors) - {*_cross.AUTHORS["choose"]}:
+            told = ", ".join(map(str, _cross.AUTHORS["choose"]))
+            parser.error(f"--choosing-authors: {', '.join(map(str, sorted(other)))}: choose from {told}")
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
             found = _cross.run(arguments, methods, rates)
