@@ -28,9 +28,9 @@ from _tofu import KEEPS, METHODS, PRESETS, Bench, summary
 
 import palu
 from palu.attacks.estimators import Rho, rho
-from palu.config import RECIPES
 from palu.evaluate import metrics
 from palu.evaluate.summarize import truth_ratios
+from palu.methods.palu import RECIPES
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}

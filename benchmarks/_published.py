@@ -67,16 +67,16 @@ def published_loss(
 
     The target of the local loss is the mean of the current logits over the vocabulary, with gradient.
     """
-    onset = prefix_mask(labels, config.n, eos_token_id)[:, 1:]
+    onset = prefix_mask(labels, config.method.n, eos_token_id)[:, 1:]
     ordinary = labels[:, 1:] == ORDINARY
     current, frozen = logits[:, :-1], ref_logits[:, :-1]
 
-    index = frozen.topk(min(config.top_k, frozen.shape[-1]), dim=-1).indices
+    index = frozen.topk(min(config.method.top_k, frozen.shape[-1]), dim=-1).indices
     distance = current.gather(-1, index) - current.mean(-1, keepdim=True)
     local = _mean(distance.square().mean(-1)[onset])
 
     log_p, log_q = current.log_softmax(-1), frozen.log_softmax(-1)
-    if config.kl_direction == "reverse":
+    if config.method.kl_direction == "reverse":
         log_p, log_q = log_q, log_p
     kl = _mean(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[ordinary])
 
@@ -84,8 +84,8 @@ def published_loss(
     scores = retain_logits.to(torch.promote_types(retain_logits.dtype, torch.float32))
     shifted = retain_labels[:, 1:].flatten()
     retain = F.cross_entropy(scores[:, :-1].flatten(0, 1), shifted, ignore_index=IGNORE)
-    gamma, lambda_kl, lambda_retain = config.weights
-    return gamma * local + lambda_kl * kl + lambda_retain * retain
+    weights = config.method
+    return weights.gamma * local + weights.lambda_kl * kl + weights.lambda_retain * retain
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from _stages import resumable
 from _tofu import COLUMNS, Bench, markdown, parser_of, prepare, summary, write
 
-from palu.config import RECIPES
+from palu.methods.palu import RECIPES
 
 # Of the paper's local loss, on the first tokens of each span.
 ONSET: dict[str, dict[str, Any]] = {

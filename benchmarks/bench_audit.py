@@ -21,8 +21,8 @@ from _stages import resumable
 from _tofu import Bench, parser_of, prepare, write
 
 import palu
-from palu.config import RECIPES
 from palu.evaluate.language import WordList, key, measure, split
+from palu.methods.palu import RECIPES
 from palu.models.generation import Generation
 from palu.testbed.smollm2 import mixed_precision
 

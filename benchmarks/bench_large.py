@@ -8,7 +8,6 @@ off.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 import subprocess
@@ -27,9 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
-from palu.config import RECIPES, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
-from palu.methods.palu import PaluMethod
+from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.fingerprint import Fingerprints
@@ -98,16 +97,15 @@ def measure_set(count: int, mixed_precision: str) -> dict[str, Any]:
         clock = time.perf_counter()
         with PeakMemory() as memory:
             examples = load_forget(path, tokenizer, max_length=config.max_length).examples
-            items = PaluMethod.make_items(examples, [], config, tokenizer.eos_token_id)
+            items = PaluMethod.make_items(examples, config, tokenizer.eos_token_id)
             del examples
         stage("load", clock, memory)
         clock = time.perf_counter()
         with PeakMemory() as memory:
             fingerprints = Fingerprints(model, None, items, [])
-            settings = PaluMethod.cache_settings(config)
-            file = open_cache_file(config, reference_key(config.objective, settings, accelerator, fingerprints))
+            file = open_cache_file(config, reference_key(config, accelerator, fingerprints))
             root, none = ModelRoot(model), AnchorPrompts([], set(), 0)
-            cache, _ = precompute_reference(root, items, none, PaluMethod, config, accelerator, own=True, file=file)
+            cache, _ = precompute_reference(root, items, none, config, accelerator, own=True, file=file)
         stage("cache", clock, memory)
         clock = time.perf_counter()
         with PeakMemory() as memory:
@@ -133,7 +131,7 @@ def measure_document(name: str) -> dict[str, Any]:
     model, rng = tiny(len(tokenizer), **DOCUMENTS), random.Random(0)
     forget = [document(tokenizer, rng, LONG), *(document(tokenizer, rng, SHORTER) for _ in range(7))]
     retain = [{k: v for k, v in short_row(number, rng).items() if k != "spans"} for number in range(8)]
-    known = {field.name for field in dataclasses.fields(UnlearnConfig)}
+    known = UnlearnConfig().values()
     settings: dict[str, Any] = {field: value for field, value in RUNS[name].items() if field in known}
     before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +156,7 @@ def kl_of_all(
 ) -> float:
     """Compute the mean KL to the model before, over all ordinary tokens of the forget set."""
     config, total, count = UnlearnConfig(), 0.0, 0
-    items = list(PaluMethod.make_items(load_forget(forget, tokenizer, max_length=2 * LONG).examples, [], config, None))
+    items = list(PaluMethod.make_items(load_forget(forget, tokenizer, max_length=2 * LONG).examples, config, None))
     reference = tiny(len(tokenizer), **DOCUMENTS)
     reference.load_state_dict(before)
     for item in items:

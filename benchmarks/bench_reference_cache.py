@@ -24,10 +24,10 @@ from _timing import report
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from palu.config import RECIPES, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.data.packing import Items, forget_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
-from palu.methods.palu import PaluMethod
+from palu.methods.palu import RECIPES
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.cache import ReferenceOutputs
@@ -78,12 +78,11 @@ def measure(mode: str, name: str, examples: int, folder: str) -> dict[str, Any]:
             _ = fingerprints.forget
             row["hash_data_s"] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
-        settings = PaluMethod.cache_settings(config)
         file = None
         if mode != "memory":
-            file = open_cache_file(config, reference_key(config.objective, settings, accelerator, fingerprints))
+            file = open_cache_file(config, reference_key(config, accelerator, fingerprints))
         root, no_anchors = ModelRoot(model), AnchorPrompts([], set(), 0)
-        cache, _ = precompute_reference(root, items, no_anchors, PaluMethod, config, accelerator, own=True, file=file)
+        cache, _ = precompute_reference(root, items, no_anchors, config, accelerator, own=True, file=file)
         row["precompute_s"] = round(time.perf_counter() - clock, 2)
     row["precompute_peak_mib"] = memory.peak_mib
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()

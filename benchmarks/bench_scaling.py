@@ -63,11 +63,11 @@ def sections(size: dict[str, int], data: Path, device: torch.device) -> tuple[di
     weight.requires_grad_()
     [[[forget, retain]], _] = make_batches(data, vocab_size, 1, batch_size, batch_size, seed=0)
 
-    items = forget_items(forget, config.n, vocab_size - 1)
+    items = forget_items(forget, config.method.n, vocab_size - 1)
     cache = ReferenceCache(
         [
             {
-                "index": torch.rand(item.targets, vocab_size).topk(config.top_k, sorted=False).indices.int(),
+                "index": torch.rand(item.targets, vocab_size).topk(config.method.top_k, sorted=False).indices.int(),
                 "scale": torch.ones(item.targets),
                 "hidden": states(len(item.rows) - item.targets, like=weight).detach().cpu(),
             }

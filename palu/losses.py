@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palu.config import KL_DIRECTIONS
 from palu.data.tokenize import IGNORE, ORDINARY
 from palu.eager import softcap_
 from palu.models.head import Head
@@ -30,6 +29,7 @@ from palu.ops.functional import use_gather
 from palu.ops.fused import GradientSum
 from palu.ops.labels import checked_labels
 from palu.ops.library import check_tensors
+from palu.settings import KL_DIRECTIONS
 
 
 class PaluLoss(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from helpers.benchmark_data import small_muse_news, small_tofu
 from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama, weights
+from helpers.tiny import VOCAB, forget_rows, retain_rows, rmu_layer, tiny_llama, weights
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
 
@@ -257,7 +257,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     # Settings
     "K of nothing": (lambda: unlearn(top_k=0), ValueError, "top_k = 0: give a positive integer"),
     "N of nothing": (lambda: unlearn(n=0), ValueError, "n = 0: give a positive integer, or -1 for whole spans"),
-    "a setting of no name": (lambda: unlearn(topk=10), TypeError, f"'topk' is no setting of palu.unlearn; the settings are {', '.join(sorted(vars(palu.UnlearnConfig())))}"),
+    "a setting of no name": (lambda: unlearn(topk=10), TypeError, f"'topk' is no setting of palu.unlearn; the settings are {', '.join(sorted(palu.UnlearnConfig().values()))}"),
+    "settings of other methods": (lambda: unlearn(layer_id=3), ValueError, "layer_id = 3: objective = 'palu' does not read it (rmu would); leave it out"),
+    "a setting of PALU alone": (lambda: unlearn(objective="npo", anchors=7), ValueError, "anchors = 7: objective = 'npo' does not read it (palu would); leave it out"),
     "settings in a dict": (lambda: unlearn(config={"top_k": 10}), TypeError, "config is a dict; give a palu.UnlearnConfig, or its fields as arguments"),
     "a target that is NaN": (lambda: config(target=float("nan")), ValueError, "target = nan: give one of global_mean, global_mean_detached, local_mean, or a finite number"),
     "a chat template's values in text": (lambda: config(chat_template_kwargs="{}"), ValueError, "chat_template_kwargs = '{}': give a mapping of names to values, or None"),
@@ -396,9 +398,9 @@ def test_layouts_of_labels_and_rows() -> None:
 @pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial", "rmu"])
 def test_a_reference_in_another_dtype(dtype: torch.dtype, objective: str) -> None:
     reference = tiny_llama(seed=1)
-    function, arguments = unlearn(objective=objective, layer_id=0, ref_model=reference)
+    function, arguments = unlearn(objective=objective, **rmu_layer(objective), ref_model=reference)
     same = function(**arguments).history[-1]
-    function, arguments = unlearn(objective=objective, layer_id=0, ref_model=tiny_llama(seed=1).to(dtype))
+    function, arguments = unlearn(objective=objective, **rmu_layer(objective), ref_model=tiny_llama(seed=1).to(dtype))
     other = function(**arguments).history[-1]
     assert {n: other[n] for n in other if n != "tokens_per_second"} == pytest.approx(
         {n: same[n] for n in same if n != "tokens_per_second"}, rel=0.1

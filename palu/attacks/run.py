@@ -25,9 +25,9 @@ from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.sample import ExactProbability, Sample
 from palu.attacks.secrets import AuditData
-from palu.config import RECIPES, UnlearnConfig
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
+from palu.methods.palu import RECIPES
 from palu.models.lora import CausalLM, base_of
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
@@ -65,7 +65,7 @@ def audit(
     folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
     only: Sequence[str] | None = None,
-    n: int = UnlearnConfig.n,
+    n: int = -1,
     draws: int | None = None,
     max_new_tokens: int | None = None,
     batch_tokens: int = BATCH_TOKENS,

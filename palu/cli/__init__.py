@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -11,18 +12,42 @@ import typer
 from typer.core import TyperGroup
 
 import palu
-from palu.cli.audit import audit
-from palu.cli.doctor import doctor
-from palu.cli.evaluate import evaluate
-from palu.cli.inspect import inspect
-from palu.cli.report import report
-from palu.cli.settings import SectionedCommand
-from palu.cli.unlearn import unlearn
+from palu.cli.options import SectionedCommand
 from palu.signals import exit_on_sigterm
+
+# By name: what it does, and the function. Each is imported when it is called: the settings of `unlearn` import torch.
+COMMANDS = {
+    "inspect": ("Show what `palu unlearn` would touch: the role of every token of the forget set.", "inspect.inspect"),
+    "unlearn": ("Make a model forget the spans of the forget set, and write it to a folder.", "unlearn.unlearn"),
+    "eval": ("Has a model forgotten, and what does it still know?", "evaluate.evaluate"),
+    "audit": ("What does an attacker get out of an unlearned model?", "audit.audit"),
+    "report": (
+        "Write DIR/private/report.html again, from what runs and evaluations have left there.",
+        "report.report",
+    ),
+    "doctor": ("Tell which native ops are loaded and what serves each device; try every op.", "doctor.doctor"),
+}
 
 
 class Palu(TyperGroup):
     """The command group: an error that the user can mend is one line, any other keeps its traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name][1].split(".")
+        alone = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+        alone.command(cmd_name, cls=SectionedCommand)(getattr(importlib.import_module(f"palu.cli.{module}"), function))
+        command: Any = typer.main.get_command(alone)
+        command.context_settings = ctx.command.context_settings
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (text, _) in COMMANDS.items()])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # Typer's own handling would print usage and colour around each message.
@@ -78,14 +103,6 @@ def root(
     """Make a language model forget chosen answers, and keep the rest (PALU, arXiv 2601.03190)."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
-
-
-app.command(cls=SectionedCommand)(inspect)
-app.command(cls=SectionedCommand)(unlearn)
-app.command("eval", cls=SectionedCommand)(evaluate)
-app.command(cls=SectionedCommand)(audit)
-app.command(cls=SectionedCommand)(report)
-app.command(cls=SectionedCommand)(doctor)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import typer
 
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Dtype, check_hub, check_names, load_model, load_tokenizer
-from palu.cli.settings import TemplateKwargs
-from palu.config import UnlearnConfig, template_kwargs
+from palu.cli.options import TemplateKwargs
+from palu.settings import template_kwargs
 from palu.writable import check_folder
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def audit(
         typer.Option(
             help="The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied."
         ),
-    ] = UnlearnConfig.n,
+    ] = -1,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),

@@ -11,9 +11,9 @@ import typer
 
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
-from palu.cli.settings import TemplateKwargs
-from palu.config import template_kwargs
+from palu.cli.options import TemplateKwargs
 from palu.report.layout import QUESTIONS, results_folder
+from palu.settings import template_kwargs
 from palu.writable import check_file
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import typer
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.device import Device, choose_device
 from palu.cli.models import check_hub, check_names, load_model, load_tokenizer, position_limit
-from palu.cli.settings import TemplateKwargs
-from palu.config import UnlearnConfig
+from palu.cli.options import TemplateKwargs
+from palu.settings import RunSettings
 from palu.writable import check_file
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def inspect(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
     ] = None,
-    n: Annotated[int, typer.Option(help="Onset length; -1: the whole span.")] = UnlearnConfig.n,
-    max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = UnlearnConfig.max_length,
+    n: Annotated[int, typer.Option(help="Onset length; -1: the whole span.")] = -1,
+    max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = RunSettings.max_length,
     chat_template_kwargs: TemplateKwargs = None,
     rows: Annotated[
         str | None,
@@ -61,8 +61,6 @@ def inspect(
     if annotate == "contrast" and model is None:
         raise ValueError("--annotate contrast asks the model itself; give --model")
     check_annotate(annotate)
-    # Says what is wrong with them.
-    UnlearnConfig(n=n, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     name = tokenizer or model
     if name is None:
         raise ValueError("give --model or --tokenizer")
@@ -77,7 +75,10 @@ def inspect(
             raise ValueError(f"{option} {path} is the file of --forget, which would be replaced; give another one")
     check_hub(model=model if tokenizer is None or annotate == "contrast" else None, tokenizer=tokenizer)
 
+    from palu.config import UnlearnConfig
     from palu.data.examples import load_forget
+
+    UnlearnConfig(n=n, max_length=max_length, chat_template_kwargs=chat_template_kwargs)  # says what is wrong with them
     from palu.data.rows import text_rows, with_spans
     from palu.report.token_roles import count_roles, token_roles
 

@@ -1,4 +1,4 @@
-"""Make a flag of each field of :class:`palu.config.UnlearnConfig`, with its help from the class's docstring."""
+"""Make a flag of each setting of :class:`palu.UnlearnConfig`, with its help from the docstring that describes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import re
 import types
 import typing
@@ -15,26 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from palu.config import CHOICES, UnlearnConfig
+from palu.cli.options import json_value
+from palu.config import UnlearnConfig
+from palu.methods import METHODS
+from palu.settings import RunSettings, Settings, field_names
 
-SECTION = "Settings (the fields of palu.UnlearnConfig)"
+SECTION = "Settings (the arguments of palu.UnlearnConfig)"
 _NUMBERS = {int: "an integer", float: "a number"}
-
-
-class SectionedCommand(TyperCommand):
-    """A command whose help lists its options in sections: those with a ``rich_help_panel`` under its name."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options; Typer itself makes sections only through rich."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
-        for name, records in sections.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
 
 
 def with_settings(**defaults: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -72,34 +59,59 @@ def was_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
-    """Make an option for each field."""
-    helps, hints = _helps(), typing.get_type_hints(UnlearnConfig)
-    flags = {}
-    for field in dataclasses.fields(UnlearnConfig):
-        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-        option: dict[str, Any] = {"help": helps.get(field.name, ""), "rich_help_panel": SECTION}
-        option["show_default"] = defaults.get(field.name, True)
-        if field.name in CHOICES:
-            kind: Any = typing.Literal[CHOICES[field.name]]
-        elif kinds == (bool,):
-            kind = bool
-        else:
-            kind = Any
-            option |= {"parser": _parser(kinds), "metavar": f"<{'|'.join(map(_metavar, kinds))}>"}
-        flags[field.name] = inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=Annotated[kind, typer.Option(**option)],
-        )
+    """Make an option for each setting: in a section those of every run, and in one each those of the same methods."""
+    names: Any = typing.Literal[tuple(METHODS)]
+    option = typer.Option(help=_helps(UnlearnConfig)["objective"], rich_help_panel=SECTION)
+    flags = {"objective": _flag("objective", "palu", Annotated[names, option])}
+    for name in field_names(RunSettings):
+        of_all = {"help": _helps(RunSettings)[name], "rich_help_panel": SECTION}
+        flags[name] = _option(RunSettings, name, of_all | {"show_default": defaults.get(name, True)})
+    kinds = {method: kind.Settings for method, kind in METHODS.items()}
+    for name in dict.fromkeys(name for kind in kinds.values() for name in field_names(kind)):
+        readers = [method for method, kind in kinds.items() if name in field_names(kind)]
+        texts = _by_method({method: _helps(kinds[method])[name] for method in readers})
+        values = _by_method({method: str(getattr(kinds[method], name)).lower() for method in readers})
+        section = "every objective" if len(readers) == len(kinds) else ", ".join(readers)
+        own = {"help": texts, "rich_help_panel": f"Settings of {section}", "show_default": values if ":" in values else True}
+        flags[name] = _option(kinds[readers[0]], name, own)
     return flags
 
 
-def _helps() -> dict[str, str]:
-    """Read each field's entry under ``Attributes:`` in the docstring."""
-    _, _, attributes = inspect.cleandoc(UnlearnConfig.__doc__ or "").partition("Attributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
-    plain = {name: " ".join(re.sub(r"``|:\w+:|`", "", text).split()) for name, text in entries}
+def _by_method(texts: dict[str, str]) -> str:
+    """Join the texts of methods, each text once."""
+    groups: dict[str, list[str]] = {}
+    for method, text in texts.items():
+        groups.setdefault(text, []).append(method)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{', '.join(group)}: {text.rstrip('.')}" for text, group in groups.items())
+
+
+def _option(settings: type[Settings], name: str, option: dict[str, Any]) -> inspect.Parameter:
+    (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
+    hint = typing.get_type_hints(settings)[name]
+    kinds = typing.get_args(hint) or (hint,)
+    if choices := field.metadata.get("choices"):
+        kind: Any = typing.Literal[choices]
+    elif kinds == (bool,):
+        kind = bool
+    else:
+        kind = Any
+        option |= {"parser": _parser(kinds), "metavar": f"<{'|'.join(map(_metavar, kinds))}>"}
+    return _flag(name, field.default, Annotated[kind, typer.Option(**option)])
+
+
+def _flag(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _helps(settings: type) -> dict[str, str]:
+    """Read each field's entry under ``Attributes:`` in the docstrings of a class and of those that it extends."""
+    plain: dict[str, str] = {}
+    for kind in reversed(settings.__mro__):
+        _, _, attributes = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
+        plain |= {name: " ".join(re.sub(r"``|:\w+:|`", "", text).split()) for name, text in entries}
     return {name: text[0].upper() + text[1:] for name, text in plain.items()}
 
 
@@ -129,25 +141,6 @@ def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
         return value
 
     return parse
-
-
-def json_value(value: Any) -> Any:
-    """Parse JSON text; a value that ``--config`` has given a type stays as it is."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        mend = 'write a mapping, such as {"enable_thinking": false}'
-        raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {mend}") from None
-
-
-TemplateKwargs = Annotated[
-    Any,
-    typer.Option(
-        parser=json_value,
-        metavar="<json>",
-        help='Values for the chat template, by name, such as {"enable_thinking": false}.',
-    ),
-]
 
 
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -223,7 +223,7 @@ def unlearn(
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
-        own = {name: value for name, value in ctx.params.items() if not hasattr(config, name)}
+        own = {name: value for name, value in ctx.params.items() if name not in config.values()}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments}, overwrite=overwrite)
         if annotate is not None:
@@ -259,9 +259,9 @@ def found_spans(
     # Spans that max_length cuts off are shown here, and refused by the run.
     loaded = load_forget(found, tokenizer, max_length=config.max_length, allow_cut_spans=True, warn=True, **template)
     if processes.is_main_process:
-        roles = token_roles(loaded.examples, tokenizer, config.n)
+        roles = token_roles(loaded.examples, tokenizer, config.onset_length)
         numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
-        print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.n, config.max_length))
+        print_roles(numbered[:SHOWN], summary_of(loaded, count_roles(roles), config.onset_length, config.max_length))
     return loaded
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from palu.config import template_kwargs
 from palu.data.duplicates import RowHashes, warn_of_repeats
 from palu.data.files import DataError
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
 from palu.data.tokenize import CHUNK, IGNORE, Example, check_tokenizer, encode, from_tokens
+from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palu.config import template_kwargs
 from palu.data.files import DataError, read_rows
 from palu.data.secret import secret_spans
+from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Items, Packed
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
+from palu.losses import CrossEntropyTerm, Term, fused_linear_losses
 from palu.models.head import Head, body_of, head_of, map_logits, nll
 from palu.models.lora import CausalLM
 from palu.models.root import ModelRoot
+from palu.settings import RunSettings, Settings, not_negative
+
+Role: TypeAlias = Literal["targets", "others", "retain"]  # of the rows of a batch
+ROLES: tuple[Role, ...] = ("targets", "others", "retain")
+
+
+@dataclass(frozen=True)
+class MethodSettings(Settings):
+    """Settings that every method has.
+
+    Attributes:
+        gamma: weight of the loss on the forget set (PALU: of the local loss). A term of weight 0 is not computed, and
+            stands as 0 in the history.
+        lambda_retain: weight of the cross-entropy on the retain set (RMU: of the distance from the reference's states
+            there).
+    """
+
+    gamma: float = not_negative(1.0)
+    lambda_retain: float = not_negative(1.0)
+
+    @property
+    def uses_retain(self) -> bool:
+        """Whether the retain set has a part in the loss."""
+        return self.lambda_retain > 0
 
 
 class RefField(NamedTuple):
@@ -33,8 +58,21 @@ class RefRows(NamedTuple):
     other_labels: Tensor  # int64 [b]
 
 
-# Gives the reference fields by name. An entry must depend on its own row alone.
-ReferenceFn: TypeAlias = Callable[[RefRows], dict[str, Tensor]]
+# Gives the reference fields by name, from rows and the reference's head. An entry must depend on its own row alone.
+ReferenceFn: TypeAlias = Callable[[RefRows, Head], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run needs of the frozen reference, which runs once, before the first step."""
+
+    fields: tuple[RefField, ...] = ()
+    compute: ReferenceFn | None = None  # gives the fields; not called where there are none
+    settings: dict[str, Any] = field(default_factory=dict)  # what the fields depend on: part of the cache's key
+    head: bool = False  # whether the loss reads the reference's head
+    of_retain: bool = False  # whether it is asked about the retain set, too, whose rows are others
+    other_prompts: bool = False  # whether it sees each forget answer after the prompt of another row
+    anchors: int | None = 0  # how many everyday prompts it answers, to be kept; None: as many as the run can use
 
 
 class Shares(NamedTuple):
@@ -46,88 +84,104 @@ class Shares(NamedTuple):
     examples: Tensor
 
 
+class RowTerm(NamedTuple):
+    """A loss of each row of one role, averaged over these rows of the whole optimisation step."""
+
+    rows: Role
+    loss: Term
+    scale: Tensor | None = None  # [rows]: what each row's loss is divided by
+
+    def mean(self, share: Tensor, rows: int) -> Tensor:
+        """Return the factor of each row's loss in the mean [rows]; ``share``: one over all of the step's rows."""
+        factors = share.expand(rows)
+        return factors if self.scale is None else factors / self.scale.to(share.dtype)  # float64 beside float32
+
+
+def retain_term(batch: Batch) -> RowTerm:
+    """Return the token cross-entropy of the retain rows."""
+    return RowTerm("retain", CrossEntropyTerm(batch.labels[len(batch.item) :]))
+
+
+# (name in Method.terms, what it is, its weight). A tensor is a scalar with gradient, averaged already.
+WeightedTerm: TypeAlias = tuple[str, RowTerm | Tensor, float]
+
+
 class Losses(NamedTuple):
     """What a forward of a :class:`Method` returns; only ``total`` has a gradient."""
 
     total: Tensor  # the weighted sum of the terms
-    terms: Tensor  # one figure per name in ``Method.terms``, divided by the counts given; 0 for a term of weight 0
+    terms: Tensor  # one figure per name in ``Method.terms``, divided by the counts given; 0 for one not computed
     highest_probability: Tensor  # of a true token at a target row; NaN when not asked for
 
 
 class Method(ModelRoot):
-    """A method of unlearning: which rows it looks at, what it wants of the reference, and its loss.
+    """A method of unlearning: the rows it looks at, what it needs of the reference, and its losses.
 
     Args:
         model: a causal language model whose logits are ``head_of(model).logits(body(...))``.
-        config: the settings; ``stop_probability`` decides whether probabilities are computed.
+        config: the settings; ``config.method`` are the method's own; ``stop_probability`` decides whether probabilities
+            are computed.
 
     Attributes:
-        ref_head: the frozen reference's head, if ``needs_ref_head``; to be set before the first forward. ``None``: the
-            model's own, which is frozen and so the reference's, too.
+        ref_head: the frozen reference's head, if ``reference(config).head``; to be set before the first forward.
+            ``None``: the model's own, which is frozen and so the reference's, too.
     """
 
-    terms: ClassVar[tuple[str, ...]]  # names of the figures in Losses.terms
-    ref_fields: ClassVar[tuple[RefField, ...]] = ()  # what it wants of the reference, where all terms have a weight
-    needs_ref_head: ClassVar[bool] = False  # whether the loss reads the reference's head, where its term has a weight
-    needs_alternates: ClassVar[bool] = False  # whether forget rows must have a second answer to prefer
-    has_kl: ClassVar[bool] = False  # whether a KL keeps the other rows, so that anchors may be among them
-    asks_of_retain: ClassVar[bool] = False  # whether the reference is asked about the retain items, too, as others
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    title: ClassVar[str]  # its name in reports
+    terms: ClassVar[tuple[str, ...]] = ("forget", "retain")  # names of the figures in Losses.terms
     reaches_all: ClassVar[bool] = True  # whether its loss depends on all weights of the body and the head
 
-    def __init__(self, model: CausalLM, config: UnlearnConfig):
+    def __init__(self, model: CausalLM, config: RunSettings):
         super().__init__(model)
         self.config = config
+        self.settings: Any = config.method
         self.ref_head: Head | None = None
+        self.weight_mean: Tensor | None = None  # of a frozen head, where a term reads it
 
     @staticmethod
-    def check(model: CausalLM, config: UnlearnConfig) -> None:
+    def check(model: CausalLM, config: RunSettings) -> None:
         """Raise ValueError where the method cannot train the model with these settings."""
 
     @staticmethod
     def make_items(
-        examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
+        examples: Sequence[Example],
+        config: RunSettings,
+        eos_token_id: int | None,
+        alternates: Callable[[], Sequence[Example]] = list,
     ) -> Items:
-        """Make the items of the forget set, with the rows that the method looks at."""
-        raise NotImplementedError
+        """Make the items of the forget set, with the rows that the method looks at.
 
-    @staticmethod
-    def asked(items: Items, examples: Sequence[Example], config: UnlearnConfig) -> Items:
-        """Return the forget items as the reference sees them: the same rows of each, perhaps after another prompt."""
-        return items
-
-    @staticmethod
-    def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
-        """Return the function that computes ``used_ref_fields`` from the reference's hidden states.
-
-        It is called before training, once for every item; never where ``used_ref_fields`` is empty.
+        ``alternates`` reads the second answer of each row.
         """
         raise NotImplementedError
 
     @staticmethod
-    def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
-        """Return the settings on which the reference fields depend, beside the items: part of the cache's key."""
-        return {}
+    def reference(config: RunSettings) -> Reference:
+        """Return what a run with these settings needs of the reference."""
+        return Reference()
 
     @staticmethod
-    def hidden_states(body: nn.Module, packed: Packed, config: UnlearnConfig) -> tuple[Tensor, Tensor]:
+    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> tuple[Tensor, Tensor]:
         """Run the body over a packed row; return the states [T, d] that the method looks at, and the last ones."""
         last = body(**packed.inputs()).last_hidden_state[0]
         return last, last
 
-    @classmethod
-    def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
-        """Return those of ``ref_fields`` that a run reads: none that only a term of weight 0 would."""
-        return cls.ref_fields if config.value("gamma") > 0 else ()
+    def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
+        """Return the terms of the loss from the hidden states [R, d] of the batch's rows, none of weight 0.
 
-    @classmethod
-    def uses_ref_head(cls, config: UnlearnConfig) -> bool:
-        """Whether a run reads the reference's head."""
-        return cls.needs_ref_head
+        Terms on the same rows' logits come as a :class:`RowTerm`: all of these share one pass over the head. A
+        :class:`palu.losses.LocalTerm` comes first.
+        """
+        raise NotImplementedError
 
-    @staticmethod
-    def uses_retain(config: UnlearnConfig) -> bool:
-        """Whether the retain set, where one is given, has a part in the loss."""
-        return config.value("lambda_retain") > 0
+    def after_step(self, record: dict[str, float]) -> dict[str, float]:
+        """Take note of an optimisation step that was taken, by its figures; return figures to add to them.
+
+        A resumed run calls it again for every step that was taken before: what a method remembers from step to
+        step must follow from these calls.
+        """
+        return {}
 
     def forward(self, work: Batch | Callable[[], Any], *counts: Tensor) -> Any:
         """Compute :meth:`batch_losses`; or call a function, for :meth:`run`."""
@@ -144,20 +198,44 @@ class Method(ModelRoot):
         states, last = self.hidden_states(body_of(self.model), batch.packed, self.config)
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
-        total, terms = self.compute_losses(hidden, head, batch, shares)
-        return Losses(total, terms, self._highest_probability(last, head, batch))
+        terms = self.compute_losses(hidden, head, batch, shares)
+        figures = dict.fromkeys(self.terms, shares.targets.new_zeros(()))
+        of_rows = [(name, term, weight) for name, term, weight in terms if isinstance(term, RowTerm)]
+        total = self._row_losses(hidden, head, batch, shares, of_rows, figures)
+        for name, term, weight in terms:
+            if isinstance(term, Tensor):
+                total, figures[name] = total + weight * term, term.detach()
+        return Losses(total, torch.stack(list(figures.values())), self._highest_probability(last, head, batch))
 
-    def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
-        """Compute (total, terms) from the hidden states [R, d] of the batch's rows."""
-        raise NotImplementedError
-
-    def after_step(self, record: dict[str, float]) -> dict[str, float]:
-        """Take note of an optimisation step that was taken, by its figures; return figures to add to them.
-
-        A resumed run calls it again for every step that was taken before: what a method remembers from step to
-        step must follow from these calls.
-        """
-        return {}
+    def _row_losses(
+        self,
+        hidden: Tensor,
+        head: Head,
+        batch: Batch,
+        shares: Shares,
+        terms: Sequence[tuple[str, RowTerm, float]],
+        figures: dict[str, Tensor],
+    ) -> Tensor:
+        """Compute the weighted sum of the terms, and put each one's mean into ``figures``."""
+        if not terms:
+            return hidden[:0].sum(dtype=shares.targets.dtype)
+        parts = dict(zip(ROLES, hidden.split(list(batch.counts[:3])), strict=True))
+        means = [term.mean(getattr(shares, term.rows), len(parts[term.rows])) for _, term, _ in terms]
+        row_weight = [
+            term.mean(weight * getattr(shares, term.rows), len(parts[term.rows])) for _, term, weight in terms
+        ]
+        chosen = [term.rows for _, term, _ in terms if len(parts[term.rows])]
+        total, losses = fused_linear_losses(
+            hidden if chosen == [role for role in ROLES if len(parts[role])] else torch.cat([parts[r] for r in chosen]),
+            head,
+            tuple(term.loss for _, term, _ in terms),
+            torch.cat(row_weight),
+            chunk_bytes=self.config.chunk_bytes,
+            weight_mean=self.weight_mean,
+        )
+        of_terms = losses.split([len(mean) for mean in means])
+        figures |= {name: mean @ of_term for (name, _, _), mean, of_term in zip(terms, means, of_terms, strict=True)}
+        return total
 
     @torch.no_grad()
     def _highest_probability(self, last: Tensor, head: Head, batch: Batch) -> Tensor:

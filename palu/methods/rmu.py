@@ -15,78 +15,89 @@ other parameters for that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Items, Packed, answer_items
 from palu.data.tokenize import Example
-from palu.methods.base import Method, ReferenceFn, RefField, Shares
+from palu.methods.base import Method, MethodSettings, Reference, RefField, Shares, WeightedTerm
 from palu.models.head import Head, body_of, to_acc_dtype
 from palu.models.layers import layers_of
 from palu.models.lora import CausalLM
+from palu.settings import RunSettings, count, positive
+
+
+@dataclass(frozen=True)
+class RMUSettings(MethodSettings):
+    """Settings of RMU.
+
+    Attributes:
+        layer_id: the layer, from 0, whose output is steered. No weight above it is trained.
+        steering_coeff: the 2-norm of the random vector that it is steered to.
+    """
+
+    layer_id: int = count(7, zero=True)
+    steering_coeff: float = positive(2.0)
 
 
 class RMU(Method):
     """``gamma * forget + lambda_retain * retain``, of one layer's states; the layers above run, and do not train."""
 
-    terms = ("forget", "retain")
-    ref_fields = (RefField("state", "others"),)  # [retain tokens, d]: the layer's output
-    asks_of_retain = True
+    Settings = RMUSettings
+    title = "RMU"
     reaches_all = False
 
     @staticmethod
-    def check(model: CausalLM, config: UnlearnConfig) -> None:
+    def check(model: CausalLM, config: RunSettings) -> None:
         """Raise ValueError where the model has no such layer, or nothing up to it is trained."""
         body: Any = body_of(model)
-        layers, told = layers_of(body), f"layer_id = {config.layer_id}"
+        layers, shown = layers_of(body), f"layer_id = {config.method.layer_id}"
         if not layers:
             raise ValueError(
                 f"objective = 'rmu': {type(body).__name__} has no one list of as many layers as its configuration says "
                 "(num_hidden_layers); use another objective"
             )
-        if config.layer_id >= len(layers):
-            raise ValueError(f"{told}: the model has {len(layers)} layers; give one of 0 to {len(layers) - 1}")
-        reached = [body.get_input_embeddings(), *layers[: config.layer_id + 1]]
+        if config.method.layer_id >= len(layers):
+            raise ValueError(f"{shown}: the model has {len(layers)} layers; give one of 0 to {len(layers) - 1}")
+        reached = [body.get_input_embeddings(), *layers[: config.method.layer_id + 1]]
         if not any(p.requires_grad for module in reached for p in module.parameters()):
             raise ValueError(
-                f"{told}: no parameter of the layers up to it requires a gradient, so nothing could be unlearned; "
+                f"{shown}: no parameter of the layers up to it requires a gradient, so nothing could be unlearned; "
                 "train some of them, or give a higher layer"
             )
 
     @staticmethod
     def make_items(
-        examples: Sequence[Example], alternates: Sequence[Example], config: UnlearnConfig, eos_token_id: int | None
+        examples: Sequence[Example],
+        config: RunSettings,
+        eos_token_id: int | None,
+        alternates: Callable[[], Sequence[Example]] = list,
     ) -> Items:
         """Make the items of the forget set: every answer token is a target."""
         return answer_items(examples)
 
     @staticmethod
-    def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
-        """Return the function that keeps the states of the retain answers."""
-        return lambda rows: {"state": rows.others}
+    def reference(config: RunSettings) -> Reference:
+        """Return: the layer's output at the tokens of the retain answers, where their loss has a weight."""
+        return Reference(
+            (RefField("state", "others"),) if config.method.lambda_retain > 0 else (),
+            lambda rows, head: {"state": rows.others},
+            {"layer_id": config.method.layer_id},
+            of_retain=True,
+        )
 
     @staticmethod
-    def cache_settings(config: UnlearnConfig) -> dict[str, Any]:
-        """Return the layer."""
-        return {"layer_id": config.layer_id}
-
-    @classmethod
-    def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:
-        """Return what the retain loss reads, where it has a weight."""
-        return cls.ref_fields if config.value("lambda_retain") > 0 else ()
-
-    @staticmethod
-    def hidden_states(body: nn.Module, packed: Packed, config: UnlearnConfig) -> tuple[Tensor, Tensor]:
+    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> tuple[Tensor, Tensor]:
         """Run the body; return the layer's output at the token that each row predicts, and the last hidden states.
 
         So it is the answer's tokens whose states count, as in open-unlearning, whose labels are not shifted here.
         """
         outputs: list[Any] = []
-        layer = layers_of(body)[config.layer_id]
+        layer = layers_of(body)[config.method.layer_id]
         hook = layer.register_forward_hook(lambda module, given, output: outputs.append(output))
         try:
             last = body(**packed.inputs()).last_hidden_state[0]
@@ -95,21 +106,21 @@ class RMU(Method):
         output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # some layers give a tuple
         return output[0].roll(-1, 0), last
 
-    def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> tuple[Tensor, Tensor]:
-        """Compute (total, [forget, retain]). A term of weight 0 is not computed, and stands as 0."""
-        gamma, _, lambda_retain = self.config.weights
+    def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
+        """Return the distances of one layer's states from the random vector, and from the reference's."""
+        gamma, lambda_retain = self.settings.gamma, self.settings.lambda_retain
         states = to_acc_dtype(hidden)
         forgotten, kept = states.split([batch.counts.targets, batch.counts.retain])
-        total, forget, retain = states[:0].sum(), states.new_zeros(()), states.new_zeros(())
+        terms: list[WeightedTerm] = []
         if gamma > 0:
             forget = (forgotten - self.steering_vector(states)).square().mean(-1).sum() * shares.targets
-            total = total + gamma * forget
+            terms.append(("forget", forget, gamma))
         if lambda_retain > 0:
             retain = (kept - batch.reference["state"].to(states.dtype)).square().mean(-1).sum() * shares.retain
-            total = total + lambda_retain * retain
-        return total, torch.stack([forget, retain]).detach()
+            terms.append(("retain", retain, lambda_retain))
+        return terms
 
     def steering_vector(self, like: Tensor) -> Tensor:
         """Draw the vector [d] that forget states are steered to: the same one whenever it is asked for."""
         drawn = torch.rand(like.shape[-1], generator=torch.Generator().manual_seed(self.config.seed))
-        return (self.config.steering_coeff * drawn / drawn.norm()).to(like)
+        return (self.settings.steering_coeff * drawn / drawn.norm()).to(like)

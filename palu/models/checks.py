@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.config import UnlearnConfig
-from palu.data.duplicates import check_disjoint
-from palu.data.examples import Examples
-from palu.data.files import DataError
 from palu.data.packing import Item, Packed, pack
 from palu.data.tokenize import check_tokenizer
 from palu.models.attention import use_packed_attention
@@ -110,29 +106,6 @@ def check_causal(name: str, model: CausalLM, *, empty: bool = False) -> None:
         raise ValueError(
             f"{name} is not wholly loaded: {missing} is on the meta device; load it without offloading to CPU or disk"
         )
-
-
-def check_sets(
-    model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool = False
-) -> None:
-    """Raise DataError where the sets do not fit the model, the settings or each other.
-
-    ``anchored``: anchors stand for retain.
-    """
-    check_disjoint(forget.hashes, retain.hashes)
-    if not retain.examples and not anchored and (weight := config.value("lambda_retain")):
-        raise DataError(
-            f"the retain set is empty while lambda_retain = {weight}; give examples to keep, or set lambda_retain=0"
-        )
-    vocab_size = head_of(model).weight.shape[0]
-    for name, examples in (("forget", forget.examples), ("retain", retain.examples)):
-        for example in examples:
-            low, high = int(example.input_ids.min()), int(example.input_ids.max())
-            if low < 0 or high >= vocab_size:
-                raise DataError(
-                    f"{name} row {example.row}: token id {low if low < 0 else high} is outside the model's vocabulary "
-                    f"of {vocab_size}; use the tokenizer that belongs to the model"
-                )
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from palu.config import UnlearnConfig
 from palu.models.lora import CausalLM, base_of
 
 
@@ -21,7 +20,7 @@ def max_positions(model: CausalLM) -> int | None:
     return stated if any(stated <= count <= stated + 2 for count in rows) else None
 
 
-def fit_max_length(config: UnlearnConfig, *models: CausalLM | None) -> UnlearnConfig:
-    """Return the settings with a ``max_length`` for which all of the models have positions."""
+def fit_max_length(max_length: int, *models: CausalLM | None) -> int:
+    """Return the longest length up to ``max_length`` for which all of the models have positions."""
     limits = [limit for model in models if model is not None and (limit := max_positions(model)) is not None]
-    return config.replace(max_length=min([config.max_length, *limits]))
+    return min([max_length, *limits])

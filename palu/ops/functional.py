@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palu.config import TARGETS
 from palu.eager import acc_dtype
 from palu.ops import library
 from palu.ops.library import NATIVE_DEVICES, check_tensors
+from palu.settings import TARGETS
 
 _ops = torch.ops.palu
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu.config import KL_DIRECTIONS
 from palu.eager import acc_dtype
 from palu.ops import loss_ops as _loss_ops  # noqa: F401  (defines ops)
 from palu.ops import topk_ops as _topk_ops  # noqa: F401  (defines ops)
@@ -28,6 +27,7 @@ from palu.ops.arguments import (
 )
 from palu.ops.functional import use_gather
 from palu.ops.library import check_tensors
+from palu.settings import KL_DIRECTIONS
 
 _ops = torch.ops.palu
 

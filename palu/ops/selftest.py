@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from palu import eager, ops
-from palu.config import KL_DIRECTIONS, TARGETS
 from palu.ops.linear_losses import TAILS
+from palu.settings import KL_DIRECTIONS, TARGETS
 
 ROWS, VOCAB, HIDDEN, K = 33, 1009, 64, 20
 # Largest difference, as a share of the largest value.

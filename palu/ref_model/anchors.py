@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +26,6 @@ from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
-
-if TYPE_CHECKING:
-    from palu.methods.base import Method
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 ANSWER_TOKENS = 32
@@ -52,13 +49,12 @@ def encode_anchor_prompts(
     forget: int,
     retain: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    method: type[Method],
     config: UnlearnConfig,
     processes: int,
 ) -> AnchorPrompts:
-    """Choose and tokenise the prompts to which a run wants anchors: as many as ``config.anchors`` says.
+    """Choose and tokenise the prompts to which a run wants anchors: as many as the settings say.
 
-    They are never more than the run draws, and none for a method without a KL.
+    They are never more than the run draws, and none for a method that keeps none.
 
     Args:
         forget: how many examples are to be forgotten.
@@ -69,17 +65,18 @@ def encode_anchor_prompts(
         DataError: there is no tokenizer for them, or it will not do.
         ValueError: there are fewer prompts, or the KL has no weight.
     """
-    texts = anchor_texts()
+    texts, asked = anchor_texts(), config.reference.anchors
+    holds = config.reference.head  # else there is no KL to keep the answers
     # Beside retain examples, tokenised rows without a tokenizer or a run without the KL do without them.
-    possible = retain is None or (retain > 0 and tokenizer is not None and config.lambda_kl > 0)
-    count = (len(texts) if possible else 0) if config.anchors is None else config.anchors
-    if count == 0 or not method.has_kl:
+    possible = retain is None or (retain > 0 and tokenizer is not None and holds)
+    count = (len(texts) if possible else 0) if asked is None else asked
+    if count == 0:
         return AnchorPrompts([], set(), config.max_length)
-    wish = "retain = None" if config.anchors is None else f"anchors = {count}"
-    mend = "give retain examples, or retain=[] with lambda_retain=0" if config.anchors is None else "set anchors=0"
+    wish = "retain = None" if asked is None else f"anchors = {count}"
+    mend = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
     if count > len(texts):
         raise ValueError(f"{wish}: there are {len(texts)} everyday prompts; give no more than these")
-    if config.lambda_kl == 0:
+    if not holds:
         raise ValueError(f"{wish}: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {mend}")
     if tokenizer is None:
         raise DataError(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from palu.config import UnlearnConfig
 from palu.data.packing import Item, Items, Packed, pack
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
-from palu.methods.base import Method, ReferenceFn, RefField, RefRows
+from palu.methods.base import RefField, RefRows
 from palu.models.attention import use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
@@ -41,7 +41,6 @@ def precompute_reference(
     reference: ModelRoot,
     items: Sequence[Item],
     anchor_prompts: AnchorPrompts,
-    method: type[Method],
     config: UnlearnConfig,
     accelerator: Accelerator,
     *,
@@ -71,8 +70,9 @@ def precompute_reference(
         CacheError: the file cannot be read or written.
         DataError: the reference answers none of the prompts.
     """
-    fields = method.used_ref_fields(config)
-    if not method.uses_ref_head(config) and not fields:
+    needed = config.reference
+    fields, compute = needed.fields, needed.compute
+    if not needed.head and not fields:
         return ReferenceCache([{}] * len(items)), None
     model, base = reference.model, base_of(reference.model)
     with raise_on_all_ranks(accelerator):
@@ -92,9 +92,9 @@ def precompute_reference(
                         items,
                         fields,
                         # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for anew.
-                        lambda rows: method.reference_fn(head_of(model), config)(rows),
+                        lambda rows: compute(rows, head_of(model)) if compute is not None else {},
                         accelerator,
-                        states=lambda body, packed: method.hidden_states(body, packed, config)[0],
+                        states=lambda body, packed: config.method_class.hidden_states(body, packed, config)[0],
                         anchors=anchors,
                         file=file,
                         max_tokens=config.max_tokens,
@@ -102,7 +102,7 @@ def precompute_reference(
                     )
                 )
     assert cache is not None
-    head = _frozen_head(reference, own, accelerator) if method.uses_ref_head(config) else None
+    head = _frozen_head(reference, own, accelerator) if needed.head else None
     return cache, head
 
 
@@ -134,7 +134,7 @@ def compute_outputs(
     body: nn.Module,
     items: Sequence[Item],
     fields: Sequence[RefField],
-    reference_fn: ReferenceFn,
+    reference_fn: Callable[[RefRows], dict[str, Tensor]],
     accelerator: Accelerator,
     *,
     states: StatesFn = last_states,
@@ -205,7 +205,7 @@ def _run(
     body: nn.Module,
     items: Sequence[Item],
     fields: Sequence[RefField],
-    reference_fn: ReferenceFn,
+    reference_fn: Callable[[RefRows], dict[str, Tensor]],
     accelerator: Accelerator,
     states_of: StatesFn,
     max_tokens: int | None,

@@ -182,21 +182,16 @@ def open_cache_file(config: UnlearnConfig, key: str) -> CacheFile | None:
     return None if folder is None else CacheFile(folder, key)
 
 
-def reference_key(
-    objective: str, cache_settings: dict[str, Any], accelerator: Accelerator, fingerprints: Fingerprints
-) -> str:
-    """Hash everything that the reference's outputs depend on, but for versions of libraries.
-
-    ``cache_settings``: see :meth:`palu.methods.base.Method.cache_settings`.
-    """
+def reference_key(config: UnlearnConfig, accelerator: Accelerator, fingerprints: Fingerprints) -> str:
+    """Hash everything that the reference's outputs depend on, but for versions of libraries."""
     return digest(
         {
             "format": FORMAT,
             "reference": fingerprints.reference,
             "forget": fingerprints.asked,
             "anchor_prompts": fingerprints.anchor_prompts,
-            "objective": objective,
-            "settings": json.dumps(cache_settings, sort_keys=True, default=float),
+            "objective": config.name,
+            "settings": json.dumps(config.reference.settings, sort_keys=True, default=float),
             "mixed_precision": accelerator.mixed_precision,
             "device": accelerator.device.type,
         }

@@ -28,7 +28,7 @@ from palu.data.rows import load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
-from palu.models.checks import check_linear_head, check_models, check_packing, check_sets
+from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.generation import eval_mode, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
@@ -37,6 +37,7 @@ from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
 from palu.report.layout import MODEL, RECORD, make_private
 from palu.report.token_roles import token_roles
+from palu.training.datasets import check_sets
 
 FORMAT = 1
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
@@ -92,7 +93,7 @@ class Recorder:
         if not self.active:
             return
         check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
-        self.config = fit_max_length(self.config, model)
+        self.config = self.config.replace(max_length=fit_max_length(self.config.max_length, model))
         rendering: dict[str, Any] = {
             "max_length": self.config.max_length,
             "chat_template_kwargs": self.config.chat_template_kwargs,
@@ -106,7 +107,7 @@ class Recorder:
         )
         retain_set = load_retain(retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
-        check_sets(model, forget_set, retain_set, self.config.replace(lambda_retain=0.0))
+        check_sets(model, forget_set, retain_set, self.config, anchored=True)
         check_linear_head(model, forget_set.examples[0].input_ids)
         longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
@@ -171,7 +172,7 @@ class Recorder:
             for side, examples in self.samples.items()
         }
         shown_examples = self.forget[:SHOWN_ROWS]
-        roles = token_roles(shown_examples, self.tokenizer, self.config.n)
+        roles = token_roles(shown_examples, self.tokenizer, self.config.onset_length)
         shown = [
             {"row": example.row, "question": self._question("forget", example)}
             | {"tokens": tokens[_answer_start(example) :]}

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from palu.config import EVAL_PREFIX
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
+from palu.settings import EVAL_PREFIX
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
 FLOOR = 1e-8  # where the scale of probabilities ends

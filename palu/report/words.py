@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from palu.config import UnlearnConfig
+from palu.methods import METHODS
 from palu.report.plots import number
 from palu.training.checkpoint import FREE
 
-METHODS = {
-    "palu": "PALU",
-    "ga": "gradient ascent",
-    "gd": "gradient difference (GradDiff)",
-    "dpo": "direct preference optimisation (DPO)",
-    "npo": "negative preference optimisation (NPO)",
-    "simnpo": "SimNPO",
-    "pdu": "primal-dual unlearning (PDU)",
-    "tpo": "TPO",
-    "wga": "weighted gradient ascent (WGA)",
-    "undial": "UNDIAL",
-    "rmu": "RMU",
-}
 TARGETS = {
     "global_mean": "the mean of all logits",
     "global_mean_detached": "the mean of all logits, taken as a constant",
@@ -109,7 +96,7 @@ METRICS = {
 def method(settings: Mapping[str, Any]) -> str:
     """Return the method's name."""
     name = str(settings.get("objective", "palu"))
-    return METHODS.get(name, name)
+    return METHODS[name].title if name in METHODS else name
 
 
 def asked(summary: Mapping[str, Any]) -> list[str]:
@@ -190,15 +177,14 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
 
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """List the settings that have a part in the result: (field, value, default, whether they differ)."""
-    objective = config.get("objective")
-    defaults = UnlearnConfig(objective=objective) if objective in METHODS else UnlearnConfig()
+    """List the settings that have a part in the result: (name, value, default, whether they differ)."""
+    objective = config.get("objective", "palu")
+    defaults = UnlearnConfig(objective).values() if objective in METHODS else {}  # else of a class that is not here
     rows = []
-    for field in dataclasses.fields(UnlearnConfig):
-        if field.name in config and field.name not in FREE:
-            value, default = config[field.name], defaults.value(field.name)
-            default = field.default if field.name == "objective" else default
-            rows.append((field.name, _shown(value), _shown(default), value != default))
+    for name, value in config.items():
+        if name not in FREE:
+            default = "palu" if name == "objective" else defaults.get(name, value)
+            rows.append((name, _shown(value), _shown(default), value != default))
     return rows
 
 

@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, PrinterCallback
 
-from palu.config import EVAL_PREFIX, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import Method
 from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
+from palu.settings import EVAL_PREFIX
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 

@@ -310,7 +310,6 @@ class Checkpoints:
 
 def describe_run(
     config: UnlearnConfig,
-    cache_settings: dict[str, Any],
     accelerator: Accelerator,
     model: CausalLM,
     fingerprints: Fingerprints,
@@ -320,12 +319,11 @@ def describe_run(
     It holds the key of the reference cache, too. A run that keeps nothing on disk needs no description, and gets none.
 
     Args:
-        cache_settings: see :meth:`palu.methods.base.Method.cache_settings`.
         fingerprints: of what the run starts from; the model is still untouched.
     """
     if config.cache_dir is None and config.checkpoint_dir is None:
         return {}
-    key = reference_key(config.objective, cache_settings, accelerator, fingerprints)
+    key = reference_key(config, accelerator, fingerprints)
     if config.checkpoint_dir is None:
         return {"reference": key}
     settings = {name: value for name, value in config.values().items() if name not in FREE}

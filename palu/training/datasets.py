@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
+from palu.data.duplicates import check_disjoint
 from palu.data.examples import Examples, load_alternates, load_forget, load_retain
-from palu.data.packing import Items, retain_items
+from palu.data.files import DataError
+from palu.data.packing import Items, retain_items, with_other_prompts
 from palu.data.rows import iterate_rows
-from palu.methods import METHODS
-from palu.models.checks import check_linear_head, check_packing, check_sets
+from palu.data.tokenize import Example
+from palu.models.checks import check_linear_head, check_packing
+from palu.models.head import head_of
 from palu.models.lora import CausalLM
 from palu.models.positions import max_positions
 from palu.models.root import ModelRoot
@@ -49,12 +52,9 @@ def prepare_datasets(
     Raises:
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
     """
-    method = METHODS[config.objective]
+    method, needed = config.method_class, config.reference
     method.check(model, config)
-    if method.needs_alternates:  # which are read in a second pass
-        if isinstance(forget, Examples) and isinstance(forget.source, Iterator):
-            raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
-        forget = list(forget) if isinstance(forget, Iterator) else forget
+    forget = list(forget) if isinstance(forget, Iterator) else forget  # a method may read it twice
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
@@ -68,21 +68,25 @@ def prepare_datasets(
         **rendering,
     )
     # Rows that no term reads are not tokenised.
-    read = retain if retain is not None and method.uses_retain(config) else []
+    read = retain if retain is not None and config.method.uses_retain else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
-    anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, method, config, processes)
+    anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
-    alternates = (
-        load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
-        if method.needs_alternates
-        else []
-    )
+
+    def alternates() -> Sequence[Example]:
+        if isinstance(forget_set.source, Iterator):
+            raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
+        return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
+
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
-    forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
+    forget_items = method.make_items(forget_set.examples, config, eos_token_id, alternates)
     kept_items = retain_items(retain_set.examples)
-    asked = method.asked(forget_items, forget_set.examples, config)
-    asked = asked + kept_items if method.asks_of_retain else asked
+    asked = forget_items
+    if needed.other_prompts:
+        asked = with_other_prompts(forget_items, forget_set.examples, config.max_length)
+    if needed.of_retain:
+        asked = asked + kept_items
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
     longest = max(forget_items.longest(), kept_items.longest(), asked.longest(), *texts)
     counts = {
@@ -97,6 +101,27 @@ def prepare_datasets(
         "ordinary_tokens": int(forget_items.others.sum()),
     }
     return RunData(forget_items, kept_items, anchor_prompts, asked, longest, counts)
+
+
+def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool) -> None:
+    """Raise DataError where the sets do not fit the model, the settings or each other.
+
+    ``anchored``: anchors stand for retain.
+    """
+    check_disjoint(forget.hashes, retain.hashes)
+    if not retain.examples and not anchored and (weight := config.method.lambda_retain):
+        raise DataError(
+            f"the retain set is empty while lambda_retain = {weight}; give examples to keep, or set lambda_retain=0"
+        )
+    vocab_size = head_of(model).weight.shape[0]
+    for name, examples in (("forget", forget.examples), ("retain", retain.examples)):
+        for example in examples:
+            low, high = int(example.input_ids.min()), int(example.input_ids.max())
+            if low < 0 or high >= vocab_size:
+                raise DataError(
+                    f"{name} row {example.row}: token id {low if low < 0 else high} is outside the model's vocabulary "
+                    f"of {vocab_size}; use the tokenizer that belongs to the model"
+                )
 
 
 def check_forward_passes(
@@ -115,7 +140,7 @@ def check_forward_passes(
 
     def check(name: str, model: CausalLM) -> None:
         check_linear_head(model, data.forget[0].input_ids)
-        if name == "model" or METHODS[config.objective].used_ref_fields(config):  # else a reference does not run
+        if name == "model" or config.reference.fields:  # else a reference does not run
             check_packing(name, model, device, mixed_precision, longest=data.longest)
 
     root.run(lambda: check("model", root.model))

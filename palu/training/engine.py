@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
 from palu.distributed import ProcessError, full_tensor
-from palu.methods import METHODS
 from palu.models.lora import CausalLM, base_of
 from palu.models.root import ModelRoot, share_weights
 from palu.ref_model.storage import CacheError
@@ -40,7 +39,7 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
         ImportError: a tracker's package is missing.
     """
     # Else DDP waits for gradients that never come.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=not METHODS[config.objective].reaches_all)]
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=not config.method_class.reaches_all)]
     accelerator = Accelerator(kwargs_handlers=handlers, **tracker_arguments(config))
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if kind not in WHOLE + SHARDED:
@@ -96,9 +95,9 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
 
 def check_deepspeed(config: UnlearnConfig) -> None:
     """Raise ValueError where the objective trains some weights alone, which has not been tried under DeepSpeed."""
-    if not METHODS[config.objective].reaches_all:
+    if not config.method_class.reaches_all:
         raise ValueError(
-            f"objective = {config.objective!r} trains the lower layers alone, which has not been tried under "
+            f"objective = {config.name!r} trains the lower layers alone, which has not been tried under "
             "DeepSpeed; use FSDP2, DDP or one process"
         )
 

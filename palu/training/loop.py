@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
 from palu.distributed import compute_on_main, raise_on_all_ranks
-from palu.methods import METHODS, Method
+from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
@@ -140,7 +140,7 @@ def unlearn(
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
-    method_class = METHODS[config.objective]
+    method_class = config.method_class
     accelerator = start_engine(config)
     with raise_on_all_ranks(accelerator):
         check_callbacks(callbacks, evaluate, config)
@@ -155,7 +155,7 @@ def unlearn(
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
         )
-        config = fit_max_length(config, model, ref_model)
+        config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
         check_optimizer(model, config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
@@ -167,7 +167,6 @@ def unlearn(
     run = compute_on_main(
         lambda: describe_run(
             config,
-            method_class.cache_settings(config),
             accelerator,
             model,
             Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts, data.asked),
@@ -195,7 +194,6 @@ def unlearn(
             reference,
             data.asked,
             data.anchor_prompts,
-            method_class,
             config,
             accelerator,
             own=ref_model is None,

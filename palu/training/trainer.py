@@ -24,7 +24,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch
-from palu.methods import METHODS
 from palu.methods.base import Losses, Method
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_models
@@ -142,7 +141,7 @@ class PaluTrainer(Trainer):
         sharded = bool(args.fsdp or args.deepspeed)
         check_models(model, ref_model, tokenizer, args.device, args.mixed_precision, sharded=sharded)
         check_dtype(model, kwargs)
-        config = fit_max_length(config, model, ref_model)
+        config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
         data = prepare_datasets(
             model,
             forget,
@@ -157,16 +156,14 @@ class PaluTrainer(Trainer):
         self.forget_items, self.retain_items = data.forget, data.retain
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
-        self.config, self.method_class = config, METHODS[config.objective]
+        self.config, self.method_class = config, config.method_class
         self.model.to(args.device)
         fingerprints = Fingerprints(model, ref_model, self.forget_items, [], data.anchor_prompts, data.asked)
-        cache_settings = self.method_class.cache_settings(config)
-        self.reference_key = reference_key(config.objective, cache_settings, self.accelerator, fingerprints)
+        self.reference_key = reference_key(config, self.accelerator, fingerprints)
         self.cache, self.ref_head = precompute_reference(
             reference,
             data.asked,
             data.anchor_prompts,
-            self.method_class,
             config,
             self.accelerator,
             own=ref_model is None,

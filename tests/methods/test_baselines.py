@@ -21,6 +21,7 @@ from helpers.tiny import (
     overfit,
     padded,
     retain_rows,
+    rmu_layer,
     same_weights,
     tiny_llama,
     weights,
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "pdu": {"dual_step": 1, "retain_loss_bound": 0},
     "tpo": {"beta": 0.32},
     "wga": {"beta": 1},
+    "satimp": {"lambda_retain": 0.1, "beta1": 5, "beta2": 1},
     "undial": {"beta": 10, "lambda_retain": 0},
     "rmu": {"layer_id": 7, "steering_coeff": 2},
 }
@@ -122,7 +124,9 @@ def unlearn(
     objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM | None, **settings: Any
 ) -> palu.UnlearnResult:
     """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
-    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False, "layer_id": LAYER} | settings
+    settings = (
+        {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False} | rmu_layer(objective) | settings
+    )
     forget = TEXT if objective == "dpo" else example_rows()
     tokenizer = BYTE_LEVEL if objective == "dpo" else None
     return palu.unlearn(model, ref_model, forget, retain_rows(8), tokenizer=tokenizer, objective=objective, **settings)
@@ -198,6 +202,10 @@ def textbook(
     elif objective == "wga":
         p = logits[labels != -100].softmax(-1).gather(1, labels[labels != -100][:, None])
         forget = (p.detach() ** beta * p.log()).mean()
+    elif objective == "satimp":
+        p = logits[labels != -100].softmax(-1).gather(1, labels[labels != -100][:, None])
+        weight = p.detach() ** settings["beta1"] * (1 - p.detach()) ** settings["beta2"]
+        forget = (weight * p.log()).mean()
     elif objective == "undial":
         lowered = ref_logits[labels != -100] - beta * F.one_hot(labels[labels != -100], logits.shape[-1])
         soft = lowered.softmax(-1)
@@ -270,6 +278,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("pdu", {"lambda_retain": 0.0}),  # and rises from 0
     ("tpo", {"beta": 1.1, "lambda_retain": 0.2, "gamma": 3.0}),
     ("wga", {"beta": 0.3, "lambda_retain": 0.2, "gamma": 3.0}),
+    ("satimp", {"beta1": 0.7, "beta2": 2.0, "lambda_retain": 0.2, "gamma": 3.0}),
     ("undial", {"beta": 2.5, "lambda_retain": 0.2, "gamma": 3.0}),
     ("rmu", {"steering_coeff": 6.5, "lambda_retain": 12.0, "gamma": 3.0}),
     ("rmu", {"lambda_retain": 0.0}),
@@ -298,7 +307,7 @@ def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> No
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str) -> None:
     needed = objective in ("npo", "dpo", "tpo", "undial", "rmu")
-    assert bool(METHODS[objective].ref_fields) == needed
+    assert bool(UnlearnConfig(objective).reference.fields) == needed
     runs = []
     for broken in (False, True):
         model, ref_model = models(objective)
@@ -374,19 +383,20 @@ def test_unknown_objective() -> None:
 def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     """Three examples over four processes: the last runs an example without rows."""
     method = METHODS[objective]
-    config = UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1, layer_id=LAYER)
+    config = UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1, **rmu_layer(objective))
     model, ref_model = models(objective)
     forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows()[:3], None)
     examples = load_forget(forget, tokenizer, max_length=99).examples
-    alternates = load_alternates(TEXT, BYTE_LEVEL, examples, max_length=99) if method.needs_alternates else []
-    items = method.make_items(examples, alternates, config, None)
+    items = method.make_items(
+        examples, config, None, lambda: load_alternates(TEXT, BYTE_LEVEL, examples, max_length=99)
+    )
     retain = retain_items(load_retain(retain_rows(4), None, max_length=99).examples)
     cache = ReferenceCache([{}] * len(items))
-    if method.ref_fields:
-        reference_fn = method.reference_fn(head_of(ref_model), config)
-        asked = items + retain if method.asks_of_retain else items
+    needed, head = config.reference, head_of(ref_model)
+    if needed.fields:
+        asked = items + retain if needed.of_retain else items
         cache = compute_outputs(
-            body_of(ref_model), asked, method.ref_fields, reference_fn, Accelerator(),
+            body_of(ref_model), asked, needed.fields, lambda rows: needed.compute(rows, head), Accelerator(),
             states=lambda body, packed: method.hidden_states(body, packed, config)[0],
         )  # fmt: skip
 

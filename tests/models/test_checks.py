@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, LlamaModel
 
 import palu
-from palu.config import UnlearnConfig
+from palu.config import UnlearnConfig, readers_of
 from palu.models.checks import check_linear_head, check_models
 from palu.models.head import HEAD_FIELDS
 from palu.models.lora import UnsupportedModelError
@@ -54,7 +54,11 @@ BAD_SETTINGS += [
     for value in (-0.1, NAN, INF, "1", True)
 ]
 BAD_SETTINGS += [
-    ("objective", value, "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, undial, rmu")
+    (
+        "objective",
+        value,
+        "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, satimp, undial, rmu, or a class of method",
+    )
     for value in ("NPO", "", None, 1)
 ]
 BAD_SETTINGS += [
@@ -111,10 +115,12 @@ BAD_SETTINGS += [
 @pytest.mark.parametrize(("name", "value", "rule"), BAD_SETTINGS)
 def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
     message = f"{name} = {value!r}: {rule}"
+    readers = readers_of(name)
+    objective = {"objective": readers[0]} if readers and name != "objective" else {}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        UnlearnConfig(**{name: value})
+        UnlearnConfig(**objective, **{name: value})
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        UnlearnConfig().replace(**{name: value})
+        UnlearnConfig(**objective).replace(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_settings_that_are_not_valid(name: str, value: Any, rule: str) -> None:
         {"local_loss": "topk_mse", "target": 0},
         {"local_loss": "topk_mse", "target": -3.5},
         {"probability_floor": 0},
-        {"objective": "npo", "top_k": 50},
+        {"objective": "npo", "beta": 50},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
         {"stop_probability": 0.5},

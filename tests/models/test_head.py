@@ -11,16 +11,16 @@ import torch.nn.functional as F
 import transformers
 from helpers import textbook
 from helpers.runs import unlearn
-from helpers.tiny import VOCAB
+from helpers.tiny import VOCAB, rmu_layer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from palu.config import OBJECTIVES
 from palu.data.examples import load_retain
 from palu.evaluate.scores import gradient_norms, token_scores
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
+from palu.methods import METHODS
 from palu.models.checks import check_linear_head
 from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM
@@ -182,7 +182,7 @@ def test_ten_steps_of_a_lora_adapter(kind: Kind) -> None:
         textbook.assert_unlearn_equals(model.double(), tolerance=1e-8)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("palu", "dpo")])
+@pytest.mark.parametrize("objective", [name for name in METHODS if name not in ("palu", "dpo")])
 def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
     """A sixth of the logits is what a head with a sixth of the weights gives. DPO, on text only, is NPO's code."""
     scaled, plain = GRANITE.build(tie_word_embeddings=False), GRANITE.build(tie_word_embeddings=False)
@@ -200,7 +200,7 @@ def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
             textbook.rows(VOCAB, sensitive=False),
             objective=objective,
             stop_probability=1e-9,
-            layer_id=0,
+            **rmu_layer(objective),
         )
         records += result.history
     half = len(records) // 2

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from helpers.benchmark_data import quick_tofu
 from helpers.refusals import NOT_CAUSAL, assert_refused
-from helpers.runs import assert_same_run, live_bytes, live_tensors, textbook, unlearn
+from helpers.runs import assert_same_run, live_bytes, live_tensors, textbook, unlearn, weighted_sum
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor
@@ -82,7 +82,7 @@ def test_only_the_adapter_changes(attention: str, checkpointing: bool) -> None:
 def test_other_objectives(objective: str) -> None:
     model = tiny_lora()
     before = parts(model)
-    unlearn(model, objective=objective, layer_id=1)
+    unlearn(model, objective=objective, **({"layer_id": 1} if objective == "rmu" else {}))
     assert_only_the_adapter_changed(model, before)
 
 
@@ -203,7 +203,7 @@ def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     for record in result.history:
         terms = textbook(expected, ref_model, forget, retain, config)
-        sum(weight * term for weight, term in zip(config.weights, terms, strict=True)).backward()
+        weighted_sum(config, terms).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
             [value.item() for value in (*terms, norm)], rel=1e-6, abs=1e-12
@@ -251,8 +251,7 @@ def test_the_head_is_shared_and_no_base_weight_is_ever_copied(monkeypatch: pytes
             steps.append(record["step"])
             return {}
 
-    monkeypatch.setitem(loop.METHODS, "palu", Spy)
-    unlearn(model, gradient_checkpointing=True)
+    unlearn(model, gradient_checkpointing=True, objective=Spy)
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -265,7 +264,6 @@ def test_no_second_model_exists() -> None:
         ModelRoot(model),
         items,
         AnchorPrompts([], set(), 0),
-        PaluMethod,
         UnlearnConfig(local_loss="topk_mse", top_k=4),
         accelerator,
         own=True,

@@ -22,9 +22,10 @@ from transformers import LlamaForCausalLM
 
 import palu
 from palu import DataError
-from palu.config import RECIPES, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
+from palu.methods.palu import RECIPES
 from palu.models.generation import encode_prompts, eval_mode
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, precompute

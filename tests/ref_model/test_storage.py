@@ -15,19 +15,18 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers.refusals import assert_refused
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.tiny import forget_rows, retain_rows, rmu_layer, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import palu
 from palu import CacheError
-from palu.config import RECIPES, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
-from palu.data.packing import Item, answer_items, forget_items, retain_items
+from palu.data.packing import Item, answer_items, forget_items, retain_items, with_other_prompts
 from palu.methods import METHODS
-from palu.methods.base import Method
-from palu.methods.palu import PaluMethod
+from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.head import body_of, head_of
 from palu.ref_model import precompute
 from palu.ref_model.cache import ReferenceOutputs, read_cache
@@ -40,8 +39,9 @@ RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "layer_id": 0, "progress": False}
-    settings = ONSET | defaults | settings
+    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
+    objective = settings.get("objective", "palu")
+    settings = (ONSET if objective == "palu" else rmu_layer(objective)) | defaults | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
@@ -172,12 +172,12 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def outputs_of(
-    method: type[Method], model: Any, items: list[Item], config: UnlearnConfig, file: CacheFile | None = None
-) -> Any:
+def outputs_of(model: Any, items: list[Item], config: UnlearnConfig, file: CacheFile | None = None) -> Any:
     """What the reference gives for each item."""
-    reference_fn = method.reference_fn(head_of(model), config)
-    cache = compute_outputs(body_of(model), items, method.ref_fields, reference_fn, Accelerator(), file=file)
+    needed, head = config.reference, head_of(model)
+    cache = compute_outputs(
+        body_of(model), items, needed.fields, lambda rows: needed.compute(rows, head), Accelerator(), file=file
+    )
     return cache.outputs
 
 
@@ -188,18 +188,18 @@ def test_answers_from_the_file_are_those_in_memory(
 ) -> None:
     """In many passes, with items that have no row of one kind."""
     monkeypatch.setattr(precompute, "TOKENS_PER_PASS", 20)
-    model, config = tiny_llama(dtype=dtype), UnlearnConfig(**ONSET, objective=objective)
+    model, config = tiny_llama(dtype=dtype), UnlearnConfig(objective, **(ONSET if objective == "palu" else {}))
     rows = forget_rows()
     for row in (rows[0], rows[5]):
         row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
     rows[2]["labels"] = [ids if label == -200 else label for ids, label in zip(*rows[2].values(), strict=True)]
-    items = METHODS[objective].make_items(load_forget(rows, None, max_length=99).examples, [], config, None)
+    items = METHODS[objective].make_items(load_forget(rows, None, max_length=99).examples, config, None)
     file = CacheFile(folder, "0" * 64)
-    in_memory = outputs_of(METHODS[objective], model, items, config)
-    written = outputs_of(METHODS[objective], model, items, config, file)
+    in_memory = outputs_of(model, items, config)
+    written = outputs_of(model, items, config, file)
     assert same(in_memory, written)
     assert same(in_memory[2:4], [written[2], written[-5]]) and len(written) == 8
-    read = read_cache(file, METHODS[objective].ref_fields, items)
+    read = read_cache(file, config.reference.fields, items)
     assert read is not None and same(in_memory, read.outputs)
 
 
@@ -239,17 +239,17 @@ def test_bytes_per_token(folder: Path) -> None:
 def key_of(
     model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
 ) -> str:
-    config = UnlearnConfig(**ONSET | settings)
+    config = UnlearnConfig(**(ONSET if settings.get("objective", "palu") == "palu" else {}) | settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
-    items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, [], config, None)
+    items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, config, None)
     retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
-    asked = method.asked(items, examples, config)
+    asked = with_other_prompts(items, examples, 99) if config.reference.other_prompts else items
     fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain, asked=asked)
     accelerator = Accelerator()
     accelerator.state._mixed_precision, before = mixed_precision, accelerator.state._mixed_precision
     try:
-        return reference_key(config.objective, method.cache_settings(config), accelerator, fingerprints)
+        return reference_key(config, accelerator, fingerprints)
     finally:
         accelerator.state._mixed_precision = before
 

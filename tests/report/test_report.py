@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import palu
 from palu import DataError, Recorder, UnlearnConfig, write_card, write_report
-from palu.config import RECIPES
 from palu.data.tokenize import IGNORE, Example
 from palu.hashing import json_digest
+from palu.methods.palu import RECIPES
 from palu.report import audited, plots, recorder, view, words
 from palu.report.plots import downsample, line_chart, number
 from palu.report.reading import RecordError

@@ -30,7 +30,6 @@ from transformers.integrations import TensorBoardCallback
 
 import palu
 from palu.config import UnlearnConfig
-from palu.methods import METHODS
 from palu.models.attention import PLAIN
 from palu.ref_model.anchors import encode_anchor_prompts
 
@@ -109,7 +108,7 @@ def test_no_more_anchors_than_max_steps_draw() -> None:
 
     def count(**settings: Any) -> int:
         config = UnlearnConfig(batch_size=2, **settings)
-        return len(encode_anchor_prompts(3, None, tokenizer, METHODS["palu"], config, 1).prompts)
+        return len(encode_anchor_prompts(3, None, tokenizer, config, 1).prompts)
 
     assert (count(epochs=2), count(epochs=2, max_steps=3), count(epochs=2, max_steps=7)) == (8, 6, 14)
 

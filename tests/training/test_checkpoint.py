@@ -629,13 +629,13 @@ def test_ctrl_c_before_the_first_step_and_without_a_folder(folder: Path, monkeyp
         pressing(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             unlearn(model)
-    make = PaluMethod.reference_fn
+    make = PaluMethod.hidden_states
 
     def pressed(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return make(*args)
 
-    monkeypatch.setattr(PaluMethod, "reference_fn", staticmethod(pressed))
+    monkeypatch.setattr(PaluMethod, "hidden_states", staticmethod(pressed))
     with pytest.raises(KeyboardInterrupt):
         unlearn(checkpoint_dir=str(folder))
     assert [path.suffix for path in folder.iterdir()] == [".lock"]

@@ -15,7 +15,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.refusals import assert_refused
-from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, textbook, unlearn
+from helpers.runs import (
+    LOSSES,
+    TEXT_FORGET,
+    TEXT_RETAIN,
+    assert_same_run,
+    live_bytes,
+    textbook,
+    unlearn,
+    weighted_sum,
+)
 from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import (
     VOCAB,
@@ -24,6 +33,7 @@ from helpers.tiny import (
     forget_rows,
     overfit,
     retain_rows,
+    rmu_layer,
     same_weights,
     tiny_llama,
     weights,
@@ -32,14 +42,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import palu
-from palu.config import RECIPES, UnlearnConfig
+from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Packed, forget_items
 from palu.data.rows import Renderer
 from palu.losses import fused_linear_losses
 from palu.methods import METHODS
 from palu.methods import palu as palu_method
-from palu.methods.palu import PaluMethod
+from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.precompute import precompute_reference
@@ -454,7 +464,7 @@ def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
     config = UnlearnConfig(kl_rows=3, seed=5)
     examples = load_forget(forget_rows(), None, max_length=99).examples
     masked = []
-    for item, row in zip(PaluMethod.make_items(examples, [], config, None), forget_rows(), strict=True):
+    for item, row in zip(PaluMethod.make_items(examples, config, None), forget_rows(), strict=True):
         drawn = set((item.rows[item.targets :] + 1).tolist())
         labels = [-100 if label == -200 and i not in drawn else label for i, label in enumerate(row["labels"])]
         masked.append(row | {"labels": labels})
@@ -547,7 +557,9 @@ def test_max_tokens_changes_nothing(most: int, objective: str) -> None:
 
     def run(**settings: Any) -> palu.UnlearnResult:
         model = tiny_llama(dtype=torch.float64)
-        return unlearn(model, None, forget_rows(16), retain_rows(20), objective=objective, layer_id=0, **settings)
+        return unlearn(
+            model, None, forget_rows(16), retain_rows(20), objective=objective, **rmu_layer(objective), **settings
+        )
 
     whole, cut = run(), run(max_tokens=most)
     names = ["loss", "grad_norm", *METHODS[objective].terms]
@@ -697,7 +709,7 @@ def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
     optimizer = torch.optim.AdamW(expected.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     for record in result.history:
         terms = textbook(expected, ref_model, forget, retain, config)
-        sum(weight * term for weight, term in zip(config.weights, terms, strict=True)).backward()
+        weighted_sum(config, terms).backward()
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), config.max_grad_norm)
         assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
             [value.item() for value in (*terms, norm)], rel=1e-6
@@ -736,7 +748,7 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
 
 
 def result_config(result: palu.UnlearnResult) -> UnlearnConfig:
-    return UnlearnConfig(**result.summary["config"]).replace(gamma=None, lambda_retain=None)
+    return UnlearnConfig(**result.summary["config"])
 
 
 def test_warmup_and_schedule() -> None:
@@ -750,7 +762,7 @@ def test_warmup_and_schedule() -> None:
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_a_frozen_head_is_shared_and_a_trainable_one_copied(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
+def test_a_frozen_head_is_shared_and_a_trainable_one_copied(trainable: bool) -> None:
     objectives = []
 
     class Spy(PaluMethod):
@@ -758,11 +770,10 @@ def test_a_frozen_head_is_shared_and_a_trainable_one_copied(monkeypatch: pytest.
             super().__init__(*args)
             objectives.append(self)
 
-    monkeypatch.setitem(loop.METHODS, "palu", Spy)
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.requires_grad_(trainable)
     before = model.lm_head.weight.detach().clone()
-    unlearn(model)
+    unlearn(model, objective=Spy)
     (objective,) = objectives
     ref_weight = objective.ref_head.weight
     shared = ref_weight.data_ptr() == model.lm_head.weight.data_ptr()
@@ -785,7 +796,6 @@ def test_no_second_model_exists(trainable: bool) -> None:
         ModelRoot(model),
         items,
         AnchorPrompts([], set(), 0),
-        PaluMethod,
         UnlearnConfig(local_loss="topk_mse", top_k=4),
         accelerator,
         own=True,

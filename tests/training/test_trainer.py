@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 import palu
 from palu import CheckpointError, DivergenceError, PaluTrainer, UnlearnConfig
-from palu.config import RECIPES
+from palu.methods.palu import RECIPES
 
 CONFIG: dict[str, Any] = RECIPES["onset"] | {"top_k": 20}
 # What palu.unlearn's defaults are called by Trainer; the file formats are not in question.

@@ -1,0 +1,42 @@
+"""What the commands' options share: the help in sections, and values given as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose help lists its options in sections: those with a ``rich_help_panel`` under its name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options; Typer itself makes sections only through rich."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def json_value(value: Any) -> Any:
+    """Parse JSON text; a value that ``--config`` has given a type stays as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        mend = 'write a mapping, such as {"enable_thinking": false}'
+        raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {mend}") from None
+
+
+TemplateKwargs = Annotated[
+    Any,
+    typer.Option(
+        parser=json_value,
+        metavar="<json>",
+        help='Values for the chat template, by name, such as {"enable_thinking": false}.',
+    ),
+]

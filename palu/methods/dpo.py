@@ -1,0 +1,29 @@
+"""Direct preference optimisation towards an alternate answer (arXiv 2305.18290; TOFU's "IdkDPO", arXiv 2401.06121)::
+
+forget = mean over examples of -2/beta * log sigmoid(beta * ((NLL - NLL_ref)(answer) - (NLL - NLL_ref)(alternate)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from palu.data.packing import Items, pair_items
+from palu.data.tokenize import Example
+from palu.methods.npo import NPO
+from palu.settings import RunSettings
+
+
+class DPO(NPO):
+    """NPO with the tokens of an alternate answer as others."""
+
+    title = "direct preference optimisation (DPO)"
+
+    @staticmethod
+    def make_items(
+        examples: Sequence[Example],
+        config: RunSettings,
+        eos_token_id: int | None,
+        alternates: Callable[[], Sequence[Example]] = list,
+    ) -> Items:
+        """Make the items of the forget set: the answer's tokens are targets, the alternate answer's others."""
+        return pair_items(examples, alternates())
