@@ -72,7 +72,11 @@ def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
         texts = _by_method({method: _helps(kinds[method])[name] for method in readers})
         values = _by_method({method: str(getattr(kinds[method], name)).lower() for method in readers})
         section = "every objective" if len(readers) == len(kinds) else ", ".join(readers)
-        own = {"help": texts, "rich_help_panel": f"Settings of {section}", "show_default": values if ":" in values else True}
+        own = {
+            "help": texts,
+            "rich_help_panel": f"Settings of {section}",
+            "show_default": values if ":" in values else True,
+        }
         flags[name] = _option(kinds[readers[0]], name, own)
     return flags
 

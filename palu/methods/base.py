@@ -226,7 +226,9 @@ class Method(ModelRoot):
         ]
         chosen = [term.rows for _, term, _ in terms if len(parts[term.rows])]
         total, losses = fused_linear_losses(
-            hidden if chosen == [role for role in ROLES if len(parts[role])] else torch.cat([parts[r] for r in chosen]),
+            hidden
+            if chosen == [role for role in ROLES if len(parts[role])]
+            else torch.cat([hidden[:0], *(parts[r] for r in chosen)]),
             head,
             tuple(term.loss for _, term, _ in terms),
             torch.cat(row_weight),

@@ -5,31 +5,31 @@ All processes call every callback, and run every evaluation; what a callback ask
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, PrinterCallback
 
 from palu.config import UnlearnConfig
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
-from palu.methods.base import Method
 from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
-from palu.training.checkpoint import Checkpoints, History
-from palu.training.dataloader import UnlearnDataLoader
+from palu.training.step import Run
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
 EVENTS = {f"on_{name}" for name in ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save")}
 EVENTS |= {"on_epoch_end", "on_train_end"}
-WISHES = ("should_training_stop", "should_evaluate", "should_save")
+REQUESTS = ("should_training_stop", "should_evaluate", "should_save")
 # The only classes of transformers' own that read nothing of TrainingArguments.
 _WITHOUT_ARGUMENTS = {TrainerCallback, ExportableState, PrinterCallback}
 
@@ -67,16 +67,13 @@ def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> Non
 class TrainingEvents:
     """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for.
 
+    As a context it begins the run, and ends it with a last evaluation and checkpoint.
+
     Args:
+        run: restored from its newest checkpoint, if it is resumed.
         callbacks, evaluate: as :func:`check_callbacks` accepts them.
-        config: what the callbacks get as ``args``.
-        tokenizer: what they get as ``processing_class``.
-        root: holds the model to train.
-        loader, optimizer, scheduler: of the run.
-        checkpoints: of the run, restored.
-        history: the records of the steps taken, which grows from step to step.
-        total_steps: optimisation steps of the run.
-        rescue: called before an error of a callback, or of the evaluation, leaves.
+        tokenizer: what callbacks get as ``processing_class``.
+        progress: show a progress bar.
 
     Attributes:
         ended_by: ``"callback"`` or ``"stop_probability"`` where that ended the run before its last step, else None.
@@ -84,55 +81,67 @@ class TrainingEvents:
 
     def __init__(
         self,
+        run: Run,
         callbacks: Sequence[TrainerCallback],
         evaluate: Evaluate | None,
-        config: UnlearnConfig,
-        *,
         tokenizer: PreTrainedTokenizerBase | None,
-        root: Method,
-        loader: UnlearnDataLoader,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        accelerator: Accelerator,
-        checkpoints: Checkpoints,
-        history: History,
-        total_steps: int,
-        rescue: Callable[[], None],
+        *,
+        progress: bool,
     ):
-        self.evaluate, self.config, self.root = evaluate, config, root
-        self.accelerator, self.checkpoints, self.history, self.rescue = accelerator, checkpoints, history, rescue
-        self.steps_per_epoch, self.total_steps = len(loader), total_steps
-        self.handler = CallbackHandler([_Flow(), *callbacks], root.model, tokenizer, optimizer, scheduler)
-        self.handler.train_dataloader = loader
+        self.run, self.evaluate = run, evaluate
+        self.config, self.accelerator, self.checkpoints, self.history = (
+            run.config,
+            run.accelerator,
+            run.checkpoints,
+            run.history,
+        )
+        self.handler = CallbackHandler([_Flow(), *callbacks], run.root.model, tokenizer, run.optimizer, run.scheduler)
+        self.handler.train_dataloader = run.loader
         self.control = TrainerControl()
         self.state = TrainerState(
-            global_step=len(history),
-            epoch=len(history) / len(loader),
-            max_steps=total_steps,
-            num_train_epochs=-(-total_steps // len(loader)),
+            global_step=len(run.history),
+            epoch=len(run.history) / len(run.loader),
+            max_steps=run.total_steps,
+            num_train_epochs=-(-run.total_steps // len(run.loader)),
             logging_steps=1,
-            eval_steps=config.eval_steps,  # type: ignore[arg-type]
-            train_batch_size=config.batch_size,
-            log_history=history,
-            is_local_process_zero=accelerator.is_local_main_process,
-            is_world_process_zero=accelerator.is_main_process,
+            eval_steps=run.config.eval_steps,  # type: ignore[arg-type]
+            train_batch_size=run.config.batch_size,
+            log_history=run.history,
+            is_local_process_zero=run.accelerator.is_local_main_process,
+            is_world_process_zero=run.accelerator.is_main_process,
         )
         own = set().union(*map(_overridden, callbacks)) & EVENTS
-        self.heard = set().union(*gather_values(own, accelerator))  # events that a callback of any process wants
-        self.told_of = checkpoints.saved  # steps of the last checkpoint that on_save was told of
-        self.ended_by = checkpoints.ended_by
+        self.used_events = set().union(*gather_values(own, run.accelerator))  # by a callback of any process
+        self.last_saved = run.checkpoints.saved  # step of the last checkpoint that on_save was called for
+        self.ended_by = run.checkpoints.ended_by
+        self.bar = tqdm(total=run.total_steps, initial=len(run.history), desc="unlearn", disable=not progress)
+        self.clock = time.perf_counter()
 
-    @property
-    def steps_left(self) -> int:
-        """Optimisation steps that the run still has."""
-        return 0 if self.ended_by else self.total_steps - len(self.history)
-
-    def begin(self) -> None:
+    def __enter__(self) -> TrainingEvents:
         """Begin the run; one that is resumed evaluates first where that is still due."""
         self._call("on_train_begin")
         if self.history and self.config.eval_steps and len(self.history) % self.config.eval_steps == 0:
             self._evaluate()
         self._note_stop()
+        self.clock = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._evaluate()
+                self.checkpoints.save(self.history)
+                self._call_on_save()
+                self._call("on_train_end")
+        finally:
+            self.bar.close()
+
+    @property
+    def steps_left(self) -> int:
+        """Optimisation steps that the run still has."""
+        return 0 if self.ended_by else self.run.total_steps - len(self.history)
 
     def begin_epoch(self) -> None:
         """Begin an epoch, or what is left of it."""
@@ -144,47 +153,46 @@ class TrainingEvents:
 
     def end_step(self) -> None:
         """End the step whose record is the last of the history: log it, evaluate and write a checkpoint where due."""
+        record, now = self.history[-1], time.perf_counter()
+        record["tokens_per_second"] = record["tokens"] / (now - self.clock)
+        self.accelerator.log(record, step=int(record["step"]))
+        self.bar.update()
+        self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.run.root.terms})
         self.state.global_step = len(self.history)
-        self.state.epoch = len(self.history) / self.steps_per_epoch
+        self.state.epoch = len(self.history) / len(self.run.loader)
         self._call("on_step_end")
         self._call("on_log", logs=dict(self.history[-1]))
-        self._do_what_was_asked()
+        self._do_requests()
         self.checkpoints.after_step(self.history)
-        self._say_if_saved()
+        self._call_on_save()
+        self.clock = time.perf_counter()  # what was done since the step is no part of the next one
 
     def end_epoch(self) -> None:
         """End an epoch, and the run where the probabilities at all onset positions are low enough."""
         self._call("on_epoch_end")
-        self._do_what_was_asked()
+        self._do_requests()
         if (limit := self.config.stop_probability) is not None and self.steps_left:
             epoch = self.history[-1]["epoch"]
             if max(r["onset_probability"] for r in self.history if r["epoch"] == epoch) < limit:
                 self.ended_by = "stop_probability"
 
-    def end(self) -> None:
-        """End the run, with a last evaluation and checkpoint."""
-        self._evaluate()
-        self.checkpoints.save(self.history)
-        self._say_if_saved()
-        self._call("on_train_end")
-
-    def _do_what_was_asked(self) -> None:
+    def _do_requests(self) -> None:
         save, self.control.should_save = self.control.should_save, False
         if self.control.should_evaluate:
             self._evaluate()
         self._note_stop()
         if save or self.control.should_save:
             self.checkpoints.save(self.history)
-            self._say_if_saved()
+            self._call_on_save()
 
     def _note_stop(self) -> None:
         if self.control.should_training_stop and self.history and self.steps_left:
             self.ended_by = self.checkpoints.ended_by = "callback"
 
-    def _say_if_saved(self) -> None:
+    def _call_on_save(self) -> None:
         """Call ``on_save`` where a checkpoint was written since the last call."""
-        if self.checkpoints.saved > self.told_of:
-            self.told_of = self.checkpoints.saved
+        if self.checkpoints.saved > self.last_saved:
+            self.last_saved = self.checkpoints.saved
             self._call("on_save")
 
     def _evaluate(self) -> None:
@@ -193,7 +201,7 @@ class TrainingEvents:
         record = self.history[-1]
         if self.evaluate is None or any(name.startswith(EVAL_PREFIX) for name in record):
             return
-        with self._rescued(), raise_on_all_ranks(self.accelerator):
+        with self._saved_on_error(), raise_on_all_ranks(self.accelerator):
             metrics = self._metrics(self.evaluate)
         metrics = gather_values(metrics, self.accelerator)[0]
         record |= metrics
@@ -202,7 +210,7 @@ class TrainingEvents:
 
     def _metrics(self, evaluate: Evaluate) -> dict[str, float]:
         """Call the evaluation on the model as it is outside training; after it, all goes on as if it had not been."""
-        model, device = self.root.model, self.accelerator.device
+        model, device = self.run.root.model, self.accelerator.device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.no_grad(),
@@ -210,7 +218,7 @@ class TrainingEvents:
             use_own_attention(base_of(model)),
             eval_mode(base_of(model)),
         ):
-            given: Any = self.root.run(lambda: evaluate(model))
+            given: Any = self.run.root.run(lambda: evaluate(model))
         if not isinstance(given, Mapping):
             raise TypeError(f"evaluate returned a {type(given).__name__}; return a mapping of names to numbers")
         metrics = {}
@@ -223,23 +231,23 @@ class TrainingEvents:
 
     def _call(self, event: str, **given: Any) -> None:
         """Call an event of all callbacks; what one asks for on any process, it has asked for on all."""
-        if event not in self.heard:
+        if event not in self.used_events:
             self._call_here(event, **given)
             return
-        model = self.root.model
-        with self._rescued(), raise_on_all_ranks(self.accelerator):
+        model = self.run.root.model
+        with self._saved_on_error(), raise_on_all_ranks(self.accelerator):
             with use_own_attention(base_of(model)):
                 self._call_here(event, **given)
             model.train()
-            self._check_wishes(event)
-        wishes = gather_values([getattr(self.control, wish) for wish in WISHES], self.accelerator)
-        for wish, of_all in zip(WISHES, zip(*wishes, strict=True), strict=True):
-            setattr(self.control, wish, any(of_all))
+            self._check_requests(event)
+        requests = gather_values([getattr(self.control, request) for request in REQUESTS], self.accelerator)
+        for request, of_all in zip(REQUESTS, zip(*requests, strict=True), strict=True):
+            setattr(self.control, request, any(of_all))
 
     def _call_here(self, event: str, **given: Any) -> None:
         self.control = getattr(self.handler, event)(self.config, self.state, self.control, **given)
 
-    def _check_wishes(self, event: str) -> None:
+    def _check_requests(self, event: str) -> None:
         """Raise TypeError or ValueError where a callback asks for what cannot be done."""
         if not isinstance(self.control, TrainerControl):
             kind, self.control = type(self.control).__name__, TrainerControl()
@@ -255,12 +263,12 @@ class TrainingEvents:
             raise ValueError(f"{event} of a callback set should_save; give checkpoint_dir to palu.unlearn, too")
 
     @contextmanager
-    def _rescued(self) -> Iterator[None]:
-        """Write a checkpoint and call ``rescue`` before an error of the block leaves, which all processes raise."""
+    def _saved_on_error(self) -> Iterator[None]:
+        """Give the weights back and write a checkpoint before an error leaves, which all processes raise."""
         try:
             yield
         except Exception:
-            self.rescue()
+            self.run.give_weights_back()
             self.checkpoints.save(self.history)
             raise
 

@@ -37,13 +37,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
-from palu.distributed import full_tensor, raise_on_all_ranks, shard_like
+from palu.distributed import compute_on_main, full_tensor, raise_on_all_ranks, shard_like
 from palu.hashing import digest
 from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
+from palu.training.datasets import RunData
 from palu.training.optimizer import STATE, load_state, state_of
 
 FORMAT = 4
@@ -113,6 +114,11 @@ class Checkpoints:
             self._read(existing[-1])
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+
+    @property
+    def reference_key(self) -> str:
+        """The key of the reference cache; empty where nothing is kept on disk."""
+        return self.run.get("reference", "")
 
     def restore(
         self,
@@ -308,11 +314,19 @@ class Checkpoints:
             tqdm.write(f"palu: {message}", file=sys.stderr)
 
 
+def open_checkpoints(
+    model: CausalLM, ref_model: CausalLM | None, data: RunData, accelerator: Accelerator
+) -> Checkpoints:
+    """Open the run's checkpoints: with ``resume`` the newest one is this run's, or an error says what differs."""
+    run = compute_on_main(
+        lambda: describe_run(data.config, accelerator, model, data.fingerprints(model, ref_model)), accelerator
+    )
+    with raise_on_all_ranks(accelerator):
+        return Checkpoints(data.config, accelerator, run)
+
+
 def describe_run(
-    config: UnlearnConfig,
-    accelerator: Accelerator,
-    model: CausalLM,
-    fingerprints: Fingerprints,
+    config: UnlearnConfig, accelerator: Accelerator, model: CausalLM, fingerprints: Fingerprints
 ) -> dict[str, Any]:
     """Describe what must be the same on resume: values, and fingerprints of what is too large to keep.
 

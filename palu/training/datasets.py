@@ -1,4 +1,4 @@
-"""Load, tokenise and check a run's forget and retain sets, and choose its anchor prompts."""
+"""Prepare a run: check its models and settings, load and tokenise its sets, and choose its anchor prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
@@ -16,18 +17,23 @@ from palu.data.files import DataError
 from palu.data.packing import Items, retain_items, with_other_prompts
 from palu.data.rows import iterate_rows
 from palu.data.tokenize import Example
-from palu.models.checks import check_linear_head, check_packing
+from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.head import head_of
 from palu.models.lora import CausalLM
-from palu.models.positions import max_positions
+from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
+from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.fingerprint import Fingerprints
+from palu.training.dataloader import UnlearnDataLoader
+from palu.writable import check_folders
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The sets of a run, tokenised."""
+    """The sets of a run, tokenised, and its settings."""
 
+    config: UnlearnConfig  # with a max_length for which the models have positions
     forget: Items
     retain: Items
     anchor_prompts: AnchorPrompts
@@ -35,23 +41,53 @@ class RunData:
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
+    def fingerprints(self, model: CausalLM, ref_model: CausalLM | None) -> Fingerprints:
+        """Return the fingerprints of what the run starts from."""
+        return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts, self.asked)
 
-def prepare_datasets(
+    def loader(self, cache: ReferenceCache, accelerator: Accelerator) -> UnlearnDataLoader:
+        """Return the data loader of this process."""
+        return UnlearnDataLoader(
+            self.forget,
+            self.retain,
+            cache,
+            self.config,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+
+def prepare_run(
     model: CausalLM,
+    ref_model: CausalLM | None,
     forget: Any,
     retain: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
     *,
+    device: torch.device,
+    mixed_precision: str,
     processes: int,
+    sharded: bool,
+    empty: bool,
+    writes: bool,
 ) -> RunData:
-    """Load, tokenise and validate a run's forget and retain sets; see :func:`palu.unlearn`.
+    """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
-    ``processes``: how many take part in the run.
+    Args:
+        device, mixed_precision: of the run.
+        processes: how many take part in it.
+        sharded, empty: see :func:`palu.models.checks.check_models`.
+        writes: whether this process writes to the run's folders.
 
     Raises:
-        DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
+        DataError, ValueError, TypeError, OSError: something does not fit. Nothing has been changed then.
     """
+    if writes:
+        check_folders(config.folders)
+    check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
+    config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
     method, needed = config.method_class, config.reference
     method.check(model, config)
     forget = list(forget) if isinstance(forget, Iterator) else forget  # a method may read it twice
@@ -100,7 +136,7 @@ def prepare_datasets(
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(forget_items, kept_items, anchor_prompts, asked, longest, counts)
+    return RunData(config, forget_items, kept_items, anchor_prompts, asked, longest, counts)
 
 
 def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool) -> None:
@@ -128,7 +164,6 @@ def check_forward_passes(
     root: ModelRoot,
     reference: ModelRoot,
     data: RunData,
-    config: UnlearnConfig,
     device: torch.device,
     mixed_precision: str,
 ) -> None:
@@ -140,7 +175,7 @@ def check_forward_passes(
 
     def check(name: str, model: CausalLM) -> None:
         check_linear_head(model, data.forget[0].input_ids)
-        if name == "model" or config.reference.fields:  # else a reference does not run
+        if name == "model" or data.config.reference.fields:  # else a reference does not run
             check_packing(name, model, device, mixed_precision, longest=data.longest)
 
     root.run(lambda: check("model", root.model))

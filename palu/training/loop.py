@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,29 +13,21 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
-from palu.distributed import compute_on_main, raise_on_all_ranks
+from palu.distributed import raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
-from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
-from palu.models.positions import fit_max_length
 from palu.models.quantized import check_mergeable
-from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
-from palu.training.checkpoint import Checkpoints, describe_run
-from palu.training.dataloader import UnlearnDataLoader
-from palu.training.datasets import check_forward_passes, prepare_datasets
+from palu.training.checkpoint import open_checkpoints
+from palu.training.datasets import check_forward_passes, prepare_run
 from palu.training.engine import (
     SHARDED,
-    clip_gradients,
-    copy_weights_back,
-    grad_sync,
     keep_dtypes,
     loaded_on_main_alone,
     reference_root,
@@ -44,10 +35,11 @@ from palu.training.engine import (
     training_copy,
     weights_back_if_refused,
 )
-from palu.training.metrics import gather_metrics, sum_counts
 from palu.training.optimizer import check_optimizer, dither, make_optimizer
+from palu.training.step import DivergenceError, Run, train_step
 from palu.training.trackers import tracking
-from palu.writable import check_folders
+
+__all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
 
 
 @dataclass(frozen=True)
@@ -57,23 +49,6 @@ class UnlearnResult:
     model: CausalLM  # the one passed in, trained in place; with merge_adapter, its base with the adapter merged
     history: list[dict[str, float]]  # one record per optimisation step
     summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
-
-
-class DivergenceError(RuntimeError):
-    """A loss or the gradient norm was NaN or inf; the model keeps the weights of the last good step.
-
-    Attributes:
-        step: the optimisation step (counted from 1) that was not taken.
-        history: the records of the steps that were.
-    """
-
-    def __init__(self, record: dict[str, float], history: list[dict[str, float]]):
-        bad = ", ".join(f"{k} = {v}" for k, v in record.items() if not math.isfinite(v))
-        super().__init__(
-            f"step {record['step']}: {bad}; the model keeps the weights of step {record['step'] - 1}. "
-            "Lower the learning rate, or look at the model and the data of this step"
-        )
-        self.step, self.history = record["step"], history
 
 
 def unlearn(
@@ -140,42 +115,29 @@ def unlearn(
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
-    method_class = config.method_class
     accelerator = start_engine(config)
+    # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.
     with raise_on_all_ranks(accelerator):
         check_callbacks(callbacks, evaluate, config)
-        if accelerator.is_main_process:
-            check_folders(config.folders)
-        check_models(
+        data = prepare_run(
             model,
             ref_model,
+            forget,
+            retain,
             tokenizer,
-            accelerator.device,
-            accelerator.mixed_precision,
+            config,
+            device=accelerator.device,
+            mixed_precision=accelerator.mixed_precision,
+            processes=accelerator.num_processes,
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
+            writes=accelerator.is_main_process,
         )
-        config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
+        config = data.config
         check_optimizer(model, config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
-
-        # Text to tokens with roles. Every complaint about the data comes before anything is changed.
-        data = prepare_datasets(model, forget, retain, tokenizer, config, processes=accelerator.num_processes)
-
-    # With resume, the newest checkpoint is this run's, or an error says what differs.
-    run = compute_on_main(
-        lambda: describe_run(
-            config,
-            accelerator,
-            model,
-            Fingerprints(model, ref_model, data.forget, data.retain, data.anchor_prompts, data.asked),
-        ),
-        accelerator,
-    )
-    with raise_on_all_ranks(accelerator):
-        checkpoints = Checkpoints(config, accelerator, run)
-    cache_file = open_cache_file(config, run.get("reference", ""))
+    checkpoints = open_checkpoints(model, ref_model, data, accelerator)
 
     progress = config.progress and accelerator.is_main_process
     started = time.perf_counter()
@@ -183,12 +145,12 @@ def unlearn(
     trained = training_copy(model, accelerator)
     optimizer = make_optimizer(trained.parameters(), config, accelerator)
     with keep_dtypes(accelerator):
-        method, optimizer = accelerator.prepare(method_class(trained, config), optimizer)
+        method, optimizer = accelerator.prepare(config.method_class(trained, config), optimizer)
     root: Method = accelerator.unwrap_model(method)
     with weights_back_if_refused(model, trained, accelerator):
         reference = root if ref_model is None else reference_root(ref_model, accelerator)
         with raise_on_all_ranks(accelerator):
-            check_forward_passes(root, reference, data, config, accelerator.device, accelerator.mixed_precision)
+            check_forward_passes(root, reference, data, accelerator.device, accelerator.mixed_precision)
         # The reference runs once; then at most its head is needed.
         cache, root.ref_head = precompute_reference(
             reference,
@@ -197,90 +159,31 @@ def unlearn(
             config,
             accelerator,
             own=ref_model is None,
-            file=cache_file,
+            file=open_cache_file(config, checkpoints.reference_key),
             progress=progress,
         )
     del reference
     set_seed(config.seed, device_specific=True)
     with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
         dither(optimizer, config.seed)
-        parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
-        loader = UnlearnDataLoader(
-            data.forget,
-            data.retain,
-            cache,
-            config,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        loader = data.loader(cache, accelerator)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
-
         history = checkpoints.restore(trained, optimizer, scheduler, root)
-        bar = tqdm(total=total_steps, initial=len(history), desc="unlearn", disable=not progress)
-        events = TrainingEvents(
-            callbacks,
-            evaluate,
-            config,
-            tokenizer=tokenizer,
-            root=root,
-            loader=loader,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            accelerator=accelerator,
-            checkpoints=checkpoints,
-            history=history,
-            total_steps=total_steps,
-            rescue=lambda: copy_weights_back(model, trained, accelerator),
-        )
-        events.begin()
-        clock = time.perf_counter()
-        for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
-            events.begin_epoch()
-            for batches in islice(loader, events.steps_left):
-                events.begin_step()
-                # Exact means over the whole step: its counts come before its first micro-batch.
-                counts = sum_counts([batch.counts for batch in batches], accelerator)
-                outputs = []
-                for batch in batches:
-                    with grad_sync(method, accelerator, last=batch is batches[-1]):
-                        with accelerator.autocast():
-                            losses = method(batch.to(accelerator.device), counts)
-                        # Data-parallel engines average gradients over processes; the loss wants their sum.
-                        accelerator.backward(losses.total * accelerator.num_processes)
-                    outputs.append(losses)
-                grad_norm = clip_gradients(method, parameters, config.max_grad_norm, accelerator)
-
-                record: dict[str, float] = {"step": len(history) + 1, "epoch": epoch}
-                record |= gather_metrics(batches, outputs, grad_norm, method_class.terms, config, accelerator)
-                if not all(map(math.isfinite, record.values())):
-                    bar.close()
-                    optimizer.zero_grad()
-                    copy_weights_back(model, trained, accelerator)
-                    raise DivergenceError(record, history)
-                optimizer.step()
-                record |= root.after_step(record)
-                record["learning_rate"] = scheduler.get_last_lr()[0]
-                scheduler.step()
-                optimizer.zero_grad()
-
-                clock, before = time.perf_counter(), clock
-                record["tokens_per_second"] = record["tokens"] / (clock - before)
-                history.append(record)
-                accelerator.log(record, step=record["step"])
-                bar.update()
-                bar.set_postfix({name: f"{record[name]:.3g}" for name in method_class.terms})
-                events.end_step()  # an evaluation and a checkpoint, where due
-                clock = time.perf_counter()  # they are no part of the next step
+        run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
+        with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
+            for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
+                events.begin_epoch()
+                for batches in islice(loader, events.steps_left):
+                    events.begin_step()
+                    history.append(train_step(run, batches, epoch))
+                    events.end_step()  # logs it; an evaluation and a checkpoint, where due
+                    if events.ended_by:
+                        break
+                events.end_epoch()
                 if events.ended_by:
                     break
-            events.end_epoch()
-            if events.ended_by:
-                break
-        events.end()
-        copy_weights_back(model, trained, accelerator)
-        bar.close()
+        run.give_weights_back()
 
     summary = {
         **data.counts,
@@ -296,10 +199,8 @@ def unlearn(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "config": config.values(),
     }
-    if config.merge_adapter:
-        unlearned: Any = model.merge_and_unload()  # type: ignore[operator]
-        return UnlearnResult(unlearned, history, summary)
-    return UnlearnResult(model, history, summary)
+    unlearned: Any = model.merge_and_unload() if config.merge_adapter else model  # type: ignore[operator]
+    return UnlearnResult(unlearned, history, summary)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Counts
 from palu.methods.base import Losses
+from palu.settings import RunSettings
 
 
 def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
@@ -23,7 +23,7 @@ def gather_metrics(
     outputs: Sequence[Losses],
     grad_norm: Tensor,
     terms: Sequence[str],
-    config: UnlearnConfig,
+    config: RunSettings,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Gather the figures of a step from all processes, in the one read-back from the accelerator that a step costs.

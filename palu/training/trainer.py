@@ -8,6 +8,7 @@ the method for it: DDP and FSDP, which wrap the model, see one forward.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,20 +27,16 @@ from palu.config import UnlearnConfig
 from palu.data.packing import Batch
 from palu.methods.base import Losses, Method
 from palu.models.attention import use_packed_attention
-from palu.models.checks import check_models
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
-from palu.models.positions import fit_max_length
 from palu.models.root import ModelRoot
-from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import CacheFile, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.datasets import check_forward_passes, prepare_datasets
-from palu.training.engine import check_deepspeed, grad_sync
-from palu.training.loop import DivergenceError
-from palu.training.metrics import gather_metrics, sum_counts
-from palu.writable import check_folders
+from palu.training.datasets import check_forward_passes, prepare_run
+from palu.training.engine import check_deepspeed
+from palu.training.metrics import sum_counts
+from palu.training.step import DivergenceError, forward_backward, step_figures
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
@@ -136,35 +133,35 @@ class PaluTrainer(Trainer):
         check_arguments(args, config, kwargs)
         if args.deepspeed:
             check_deepspeed(config)
-        check_folders(config.folders)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        sharded = bool(args.fsdp or args.deepspeed)
-        check_models(model, ref_model, tokenizer, args.device, args.mixed_precision, sharded=sharded)
         check_dtype(model, kwargs)
-        config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
-        data = prepare_datasets(
+        data = prepare_run(
             model,
+            ref_model,
             forget,
             retain,
             tokenizer,
             _with_args(config, args),
+            device=args.device,
+            mixed_precision=args.mixed_precision,
             processes=args.world_size,
+            sharded=bool(args.fsdp or args.deepspeed),
+            empty=False,
+            writes=True,
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)
-        check_forward_passes(root, reference, data, config, args.device, args.mixed_precision)
-        self.forget_items, self.retain_items = data.forget, data.retain
+        check_forward_passes(root, reference, data, args.device, args.mixed_precision)
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
-        self.config, self.method_class = config, config.method_class
+        self.config, self.data = config.replace(max_length=data.config.max_length), data
         self.model.to(args.device)
-        fingerprints = Fingerprints(model, ref_model, self.forget_items, [], data.anchor_prompts, data.asked)
-        self.reference_key = reference_key(config, self.accelerator, fingerprints)
+        self.reference_key = reference_key(data.config, self.accelerator, data.fingerprints(model, ref_model))
         self.cache, self.ref_head = precompute_reference(
             reference,
             data.asked,
             data.anchor_prompts,
-            config,
+            data.config,
             self.accelerator,
             own=ref_model is None,
             file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
@@ -182,7 +179,8 @@ class PaluTrainer(Trainer):
             CheckpointError: the checkpoint is of another reference, or of another trainer.
             DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
         """
-        self.method: Method = self.method_class(self.model, _with_args(self.config, self.args))
+        settings = _with_args(self.config, self.args)
+        self.method = settings.method_class(self.model, settings)
         self.method.ref_head = self.ref_head
         self.history = self._history_of(resume_from_checkpoint)
         for record in self.history:
@@ -205,7 +203,7 @@ class PaluTrainer(Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         """Count the forget examples of an epoch; for other loaders as Trainer does."""
         if isinstance(dataloader.dataset, MicroBatches):
-            return len(self.forget_items)
+            return len(self.data.forget)
         return super().num_examples(dataloader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -218,32 +216,25 @@ class PaluTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch, part by part; record a step before it is taken."""
-        parts, last, loss = inputs[METHOD_INPUT], self.accelerator.sync_gradients, torch.tensor(0.0)
+        model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):  # schedule-free ones
+            train()
+        counts: Any = num_items_in_batch
+        parts, last = inputs[METHOD_INPUT], self.accelerator.sync_gradients
+        loss = torch.tensor(0.0)
+
+        def losses_of(batch: Batch, counts: Tensor) -> Losses:
+            return model(**{METHOD_INPUT: (batch, counts)})
+
         with use_packed_attention(base_of(self.model), self.accelerator.mixed_precision):
             for part in parts:
-                with grad_sync(model, self.accelerator, last=last and part is parts[-1]):
-                    loss = loss + super().training_step(model, inputs | {METHOD_INPUT: part}, num_items_in_batch)
+                ends_step = last and part is parts[-1]
+                losses = forward_backward(model, losses_of, part, counts, self.accelerator, last=ends_step)
+                self.done.append((part, losses))
+                loss = loss + losses.total.detach() * self.accelerator.num_processes
         if last:
             self._record()
         return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Compute the method's loss of a micro-batch; the plain model's of anything else, as in evaluation."""
-        if METHOD_INPUT not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = inputs[METHOD_INPUT].to(self.args.device)
-        with self.accelerator.autocast():
-            losses: Losses = model(**{METHOD_INPUT: (batch, num_items_in_batch)})
-        self.done.append((batch, losses))
-        # Data-parallel engines average gradients over processes; the loss wants their sum.
-        loss = losses.total * self.accelerator.num_processes
-        return (loss, losses) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the training loss the means of its terms over the same steps (the highest onset_probability)."""
@@ -264,29 +255,21 @@ class PaluTrainer(Trainer):
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
     def _loader(self) -> UnlearnDataLoader:
-        return UnlearnDataLoader(
-            self.forget_items,
-            self.retain_items,
-            self.cache,
-            _with_args(self.config, self.args),
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        data = dataclasses.replace(self.data, config=_with_args(self.config, self.args))
+        return data.loader(self.cache, self.accelerator)
 
     def _record(self) -> None:
-        """Gather this step's figures; raise DivergenceError where one is not finite."""
+        """Add this step's figures to the history; raise DivergenceError where one is not finite."""
         batches, outputs = zip(*self.done, strict=True)
         self.done = []
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm.to(self.args.device)
-        record: dict[str, float] = {"step": self.state.global_step + 1}
-        record |= gather_metrics(
-            list(batches), list(outputs), norm, self.method_class.terms, self.config, self.accelerator
-        )
-        if not all(map(math.isfinite, record.values())):
+        step = self.state.global_step + 1
+        try:
+            record = step_figures(step, batches, outputs, norm, self.method, self.accelerator, self.history)
+        except DivergenceError:
             self.model.zero_grad()
-            raise DivergenceError(record, self.history)
+            raise
         record |= self.method.after_step(record)
         self.history.append(record)
         if (limit := self.config.stop_probability) is not None and record["step"] % self.steps_per_epoch == 0:

@@ -26,7 +26,7 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Item, answer_items, forget_items, retain_items, with_other_prompts
 from palu.methods import METHODS
-from palu.methods.palu import RECIPES, PaluMethod
+from palu.methods.palu import RECIPES
 from palu.models.head import body_of, head_of
 from palu.ref_model import precompute
 from palu.ref_model.cache import ReferenceOutputs, read_cache
@@ -127,7 +127,7 @@ def test_the_processes_of_a_run_ask_once(folder: Path, passes: list[int], capfd:
     found: list[Any] = []
 
     def run() -> None:
-        found.append(outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=4), CacheFile(folder, "0" * 64)))
+        found.append(outputs_of(model, items, UnlearnConfig(**ONSET, top_k=4), CacheFile(folder, "0" * 64)))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     with file.locked():
@@ -213,7 +213,7 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
         fill(lambda name, row, rows: (sizes.append(len(rows)), write(name, row, rows)), *args)
 
     monkeypatch.setattr(precompute, "_fill", spy)
-    outputs = outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=4), file)
+    outputs = outputs_of(model, items, UnlearnConfig(**ONSET, top_k=4), file)
     assert max(sizes) <= 40 and len(sizes) > 3 * 15
     assert isinstance(outputs, ReferenceOutputs)
     maps = Path("/proc/self/maps")
@@ -226,7 +226,7 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
 def test_bytes_per_token(folder: Path) -> None:
     """4 K + 4 for an onset token, one hidden state for an ordinary one, and a header."""
     model, items, file = tiny_llama(), items_of(40), CacheFile(folder, "0" * 64)
-    outputs_of(PaluMethod, model, items, UnlearnConfig(**ONSET, top_k=7), file)
+    outputs_of(model, items, UnlearnConfig(**ONSET, top_k=7), file)
     onset = sum(item.targets for item in items)
     ordinary = sum(len(item.rows) for item in items) - onset
     assert 0 < file.path.stat().st_size - onset * (4 * 7 + 4) - ordinary * 32 * 4 < 1000

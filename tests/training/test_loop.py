@@ -149,7 +149,7 @@ def test_settings_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
         raise KeyError
 
     model = tiny_llama()
-    monkeypatch.setattr(loop, "UnlearnDataLoader", fail)
+    monkeypatch.setattr("palu.training.datasets.UnlearnDataLoader", fail)
     with pytest.raises(KeyError):
         unlearn(model, gradient_checkpointing=True)
     assert not model.training
@@ -613,7 +613,7 @@ def test_gradient_checkpointing_happens() -> None:
 def test_gathered_and_dense_onset_rows_give_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for impl in ("gather", "dense"):
-        monkeypatch.setattr("palu.methods.palu.fused_linear_losses", functools.partial(fused_linear_losses, impl=impl))
+        monkeypatch.setattr("palu.methods.base.fused_linear_losses", functools.partial(fused_linear_losses, impl=impl))
         runs.append(unlearn(tiny_llama(dtype=torch.float64)))
     assert_same_run(*runs, 1e-9)
 

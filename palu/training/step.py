@@ -1,0 +1,136 @@
+"""An optimisation step: forward and backward of its micro-batches, its record, and the step of the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from palu.config import UnlearnConfig
+from palu.data.packing import Batch
+from palu.methods import Method
+from palu.methods.base import Losses
+from palu.models.lora import CausalLM
+from palu.training.checkpoint import Checkpoints, History
+from palu.training.dataloader import UnlearnDataLoader
+from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
+from palu.training.metrics import gather_metrics, sum_counts
+
+
+class DivergenceError(RuntimeError):
+    """A loss or the gradient norm was NaN or inf; the model keeps the weights of the last good step.
+
+    Attributes:
+        step: the optimisation step (counted from 1) that was not taken.
+        history: the records of the steps that were.
+    """
+
+    def __init__(self, record: dict[str, float], history: list[dict[str, float]]):
+        bad = ", ".join(f"{k} = {v}" for k, v in record.items() if not math.isfinite(v))
+        super().__init__(
+            f"step {record['step']}: {bad}; the model keeps the weights of step {record['step'] - 1}. "
+            "Lower the learning rate, or look at the model and the data of this step"
+        )
+        self.step, self.history = record["step"], history
+
+
+@dataclass
+class Run:
+    """A run in progress: what its steps work on."""
+
+    config: UnlearnConfig
+    accelerator: Accelerator
+    model: CausalLM  # the one passed in
+    trained: CausalLM  # what is trained: the model, or an engine's copy of it
+    method: Any  # the method as the engine has wrapped it
+    root: Method  # the method itself
+    loader: UnlearnDataLoader
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    checkpoints: Checkpoints
+    history: History  # a record for each step that was taken
+
+    @property
+    def total_steps(self) -> int:
+        """Optimisation steps of the run, if nothing ends it early."""
+        return self.config.total_steps(len(self.loader))
+
+    def give_weights_back(self) -> None:
+        """Give the model the weights that have been trained; all processes must call it."""
+        copy_weights_back(self.model, self.trained, self.accelerator)
+
+
+def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, float]:
+    """Take an optimisation step on this process's micro-batches; return its record.
+
+    Raises DivergenceError where a figure is not finite: the step is not taken.
+    """
+    accelerator = run.accelerator
+    # Exact means over the whole step: its counts come before its first micro-batch.
+    counts = sum_counts([batch.counts for batch in batches], accelerator)
+    outputs = [
+        forward_backward(run.method, run.method, batch, counts, accelerator, last=batch is batches[-1])
+        for batch in batches
+    ]
+    parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
+    grad_norm = clip_gradients(run.method, parameters, run.config.max_grad_norm, accelerator)
+    try:
+        figures = step_figures(len(run.history) + 1, batches, outputs, grad_norm, run.root, accelerator, run.history)
+    except DivergenceError:
+        run.optimizer.zero_grad()
+        run.give_weights_back()
+        raise
+    run.optimizer.step()
+    record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
+    record |= run.root.after_step(record)
+    record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return record
+
+
+def forward_backward(
+    module: nn.Module,
+    losses_of: Callable[[Batch, Tensor], Losses],
+    batch: Batch,
+    counts: Tensor,
+    accelerator: Accelerator,
+    *,
+    last: bool,
+) -> Losses:
+    """Run forward and backward of a micro-batch.
+
+    Args:
+        module: what the engine has wrapped, which sums the gradients over the processes.
+        losses_of: gives the losses of a batch on the accelerator, by a forward of the module.
+        counts: of the whole step; see :meth:`palu.methods.Method.batch_losses`.
+        last: whether this is the step's last micro-batch, after which gradients are summed.
+    """
+    with grad_sync(module, accelerator, last=last):
+        with accelerator.autocast():
+            losses = losses_of(batch.to(accelerator.device), counts)
+        # Data-parallel engines average gradients over processes; the loss wants their sum.
+        accelerator.backward(losses.total * accelerator.num_processes)
+    return losses
+
+
+def step_figures(
+    step: int,
+    batches: Sequence[Batch],
+    outputs: Sequence[Losses],
+    grad_norm: Tensor,
+    method: Method,
+    accelerator: Accelerator,
+    history: History,
+) -> dict[str, float]:
+    """Return a step's number and figures; raise DivergenceError where one is not finite."""
+    figures = gather_metrics(batches, outputs, grad_norm, method.terms, method.config, accelerator)
+    record = {"step": step, **figures}
+    if not all(map(math.isfinite, record.values())):
+        raise DivergenceError(record, history)
+    return record
