@@ -134,13 +134,8 @@ def palu_section(
     weight_mean: Tensor | None,
     batch: Batch,
     config: UnlearnConfig,
-    *,
-    impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head.
-
-    impl: of the onset rows; see :func:`palu.losses.fused_linear_losses`.
-    """
+    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     row_weight = [
         torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
@@ -152,7 +147,7 @@ def palu_section(
         CrossEntropyTerm(batch.labels[len(batch.item) :]),
     )
     total, _ = fused_linear_losses(
-        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean, impl=impl
+        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean
     )
     return torch.autograd.grad(total, [t for t in (hidden, head.weight) if t.requires_grad])
 
@@ -213,8 +208,8 @@ def body_runs(setup: Setup) -> list[Run]:
     return runs
 
 
-def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
-    """Head and losses of palu, from random hidden states for each batch; ``impl`` as in :func:`palu_section`."""
+def palu_section_runs(setup: Setup) -> list[Run]:
+    """Head and losses of palu, from random hidden states for each batch."""
     head = head_of(setup.model)
     runs: list[Run] = []
     for loader in setup.loaders:
@@ -222,9 +217,7 @@ def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
         hidden = states(len(batch.rows), like=head.weight)
         ref_head, mean = setup.method.ref_head, setup.method.weight_mean
         assert ref_head is not None
-        runs.append(
-            partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config, impl=impl)
-        )
+        runs.append(partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config))
     return runs
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from _models import load
-from _tofu import KEEPS, METHODS, PRESETS, Bench, summary
+from _tofu import KEEPS, METHODS, PRESETS, Bench, rank, summary
 
 import palu
 from palu.attacks.estimators import Rho, rho
@@ -57,6 +57,8 @@ SHOWN = {
     "int4": "quantise: int4",
     "relearn": "relearn: all weights",
 }
+# Of each author's run, what the JSON holds beside the truth ratios.
+KEPT = ("author", "model_utility", "original_utility", "mia_min_k", "exact_memorization", "forget_Q_A_ROUGE", "seconds")
 Run = dict[str, Any]
 
 
@@ -166,11 +168,15 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
             "learning_rate": rate,
             "attacks": attacks([audit["attacks"] for audit in audits]),
             "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
-            "runs": runs,
+            "runs": [{name: run[name] for name in (*KEPT, "ratios")} for run in runs],
         }
     taught = {name: [cross.taught(author, name) for author in authors] for name in ("original", "retain_again")}
+    ratios = {name: [run["ratios"] for run in runs] for name, runs in taught.items()}
     choosing = {
-        method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items() if runs}
+        method: {
+            f"{rate:g}": {name: found[name] for name in ("forget_quality", "utility_kept")}
+            for rate, found in ((rate, pooled(runs)) for rate, runs in by_rate.items() if runs)
+        }
         for method, by_rate in tried.items()
     }
     known = AUTHORS | {"choose": choosing_authors, "report": authors}
@@ -178,7 +184,8 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
         "authors": known,
         "learning_rates": rates,
         "choosing": choosing,
-        **{name: forget_quality(runs) | {"runs": runs} for name, runs in taught.items()},
+        "retain_ratios": [run["retain_ratios"] for run in taught["original"]],  # a list for each author
+        **{name: forget_quality(runs) | {"ratios": ratios[name]} for name, runs in taught.items()},
         "reported": reported,
     }
 
@@ -186,12 +193,8 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
 def chosen(by_rate: dict[float, list[Run]]) -> float:
     """Choose a learning rate by the rule in this module's docstring; of equals, the one that is given first."""
 
-    def rank(rate: float) -> tuple[bool, float]:
-        found = pooled(by_rate[rate])
-        kept = found["utility_kept"]
-        return (True, found["forget_quality"]) if kept >= KEEPS else (False, kept)
-
-    return max(by_rate, key=rank)
+    found = {rate: pooled(runs) for rate, runs in by_rate.items()}
+    return max(found, key=lambda rate: rank(found[rate]["utility_kept"], KEEPS, found[rate]["forget_quality"]))
 
 
 def pooled(runs: Sequence[Run]) -> dict[str, Any]:
@@ -340,15 +343,19 @@ def plot(found: dict[str, Any], path: Path) -> None:
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     reported = found["reported"]
     first = next(iter(reported.values()))
-    again = np.sort(_joined(run["ratios"] for run in found["retain_again"]["runs"]))
-    shares = np.arange(1, len(again) + 1) / len(again)
-    left.step(again, shares, where="post", color="grey", label="Retain, taught in another order")
-    shown = [("Retain", "retain_ratios", "retain", first, "black")]
-    shown += [(NAMES[name], "ratios", "unlearned", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
-    for number, (label, key, role, one, colour) in enumerate(shown):
-        ratios = np.sort(_joined(run[key] for run in one["runs"]))
-        left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)
-        low, middle, high = np.exp(one["token_log_p"][role]).T
+
+    def step(ratios: Sequence[list[float]], **style: Any) -> None:
+        joined = np.sort(_joined(ratios))
+        left.step(joined, np.arange(1, len(joined) + 1) / len(joined), where="post", **style)
+
+    step(found["retain_again"]["ratios"], color="grey", label="Retain, taught in another order")
+    shown = [("Retain", found["retain_ratios"], first["token_log_p"]["retain"], "black")]
+    for colour, (name, one) in zip(colours, reported.items(), strict=False):
+        ratios = [run["ratios"] for run in one["runs"]]
+        shown.append((NAMES[name], ratios, one["token_log_p"]["unlearned"], colour))
+    for number, (label, ratios, log_p, colour) in enumerate(shown):
+        step(ratios, color=colour, label=label)
+        low, middle, high = np.exp(log_p).T
         places = np.arange(1, len(middle) + 1) + (number - len(shown) / 2) * 0.06
         right.errorbar(places, middle, (middle - low, high - middle), fmt="o", color=colour, label=label, capsize=2)
     left.set(xscale="log", xlabel="truth ratio of a forget row (above 1: the wrong answers are likelier)")

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
-from _timing import machine
+from _timing import machine, write_json
 from _workload import DATA
 
 import palu
@@ -264,8 +265,20 @@ class Bench:
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Pick the table's figures from one evaluation."""
-    figures = {name: results[name]["agg_value"] for name in COLUMNS.values() if name in results}
-    return more | dict.fromkeys(COLUMNS.values()) | results.get("cost", {}) | figures
+    found = {name: one["agg_value"] for name, one in results.items() if name in COLUMNS.values()}
+    found |= {name: value for name, value in results.get("cost", {}).items() if name in COLUMNS.values()}
+    return more | dict.fromkeys(COLUMNS.values()) | found
+
+
+def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Average the table's figures over some runs; None where one of them has none."""
+    values = {name: [run[name] for run in runs] for name in COLUMNS.values()}
+    return {name: None if None in of_runs else mean(of_runs) for name, of_runs in values.items()}
+
+
+def rank(kept: float, needed: float, quality: float) -> tuple[bool, float]:
+    """Order settings: by forget quality those that keep the utility that is needed, below them the others by theirs."""
+    return (True, quality) if kept >= needed else (False, kept)
 
 
 def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:
@@ -313,9 +326,8 @@ def write(arguments: argparse.Namespace, name: str, table: str, details: dict[st
         "settings": asdict(PRESETS[arguments.preset]),
         **details,
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{name}_{arguments.preset}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), record)
     path.with_suffix(".md").write_text(table)
     print(table)
     print(json.dumps(record))

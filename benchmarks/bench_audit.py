@@ -92,13 +92,17 @@ def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, fl
 
 
 def shortened(audit: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what stands there by secret."""
-    kept = ("told", "figures")
-    rows = [
-        row | {"models": {role: {key: one[key] for key in kept} for role, one in row["models"].items()}}
+    """Reduce an audit to the share of secrets that each model tells, rho with its interval, and the verdict."""
+    rows = {
+        row["name"]: {
+            "secrets": row.get("secrets", 0),
+            **{role: one["told"] for role, one in row["models"].items()},
+            "rho": [row["rho"][bound] for bound in ("value", "low", "high")],
+            "verdict": row["verdict"],
+        }
         for row in audit["attacks"]
-    ]
-    return audit | {"secrets": len(audit["secrets"]), "attacks": rows}
+    }
+    return {"models": audit["models"], "secrets": len(audit["secrets"]), "attacks": rows}
 
 
 def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import re
 import time
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages, resumable
-from _timing import report
+from _timing import report, write_json
 from _workload import DATA
 
 import palu
@@ -266,8 +265,7 @@ def main() -> None:
         rows = run(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f"muse_{arguments.preset}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.results / f"muse_{arguments.preset}.json", record)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import _cross
 from _stages import resumable
-from _tofu import COLUMNS, KEEPS, METHODS, Bench, markdown, parser_of, prepare, summary, write
+from _tofu import KEEPS, METHODS, Bench, markdown, mean_of, parser_of, prepare, rank, summary, write
 
 
 def run(
@@ -45,25 +44,14 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
     """Choose a setting for each method (see the module's docstring); returns a row each, the mean over its seeds."""
     table = [row for row in rows if "learning_rate" not in row]
     for method in METHODS:
-        by_setting: dict[float, list[dict[str, Any]]] = {}
+        by_rate: dict[float, list[dict[str, Any]]] = {}
         for row in rows:
             if row["method"] == method:
-                by_setting.setdefault(row["learning_rate"], []).append(row)
-        if not by_setting:
-            continue
-
-        def rank(runs: list[dict[str, Any]]) -> tuple[bool, float]:
-            kept = mean(run["model_utility"] for run in runs)
-            if kept >= KEEPS * utility:
-                return True, mean(run["forget_quality"] for run in runs)
-            return False, kept
-
-        best = max(by_setting.values(), key=rank)
-        means = {
-            name: None if any(run[name] is None for run in best) else mean(run[name] for run in best)
-            for name in COLUMNS.values()
-        }
-        table.append({"method": method, "learning_rate": best[0]["learning_rate"], "seeds": len(best)} | means)
+                by_rate.setdefault(row["learning_rate"], []).append(row)
+        means = [{"learning_rate": rate, "seeds": len(runs)} | mean_of(runs) for rate, runs in by_rate.items()]
+        if means:
+            best = max(means, key=lambda row: rank(row["model_utility"], KEEPS * utility, row["forget_quality"]))
+            table.append({"method": method} | best)
     return table
 
 
