@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _methods
 import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages, resumable
@@ -36,13 +37,7 @@ import palu
 from palu.evaluate.rows import load_rows
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
-METHODS: dict[str, dict[str, Any]] = {
-    "palu": {"objective": "palu"},
-    "palu-whole-texts": {"objective": "palu"},
-    "palu-onset": {"recipe": "onset"},
-    "npo": {"objective": "npo"},
-    "gd": {"objective": "gd"},
-}
+METHODS = {name: _methods.METHODS.get(name, {}) for name in ("palu", "palu-whole-texts", "palu-onset", "npo", "gd")}
 COLUMNS = {
     "VerbMem forget": "forget_verbmem_ROUGE",
     "KnowMem forget": "forget_knowmem_ROUGE",
