@@ -87,12 +87,16 @@ def prepare(
     if make_reference is None and not arguments.frozen_head:
         weight = weight.clone()
     ref_head = Head(weight, None)
-    reference_fn = PaluMethod.reference_fn(ref_head, config)
+    needed = config.reference
+    compute = needed.compute
+    assert compute is not None
     loaders, padded = [], []
     with use_packed_attention(ref_model):
         for forget, retain in batches:
-            items = PaluMethod.make_items(forget, [], config, eos_token_id)
-            cache = compute_outputs(body_of(ref_model), items, PaluMethod.ref_fields, reference_fn, Accelerator())
+            items = PaluMethod.make_items(forget, config, eos_token_id)
+            cache = compute_outputs(
+                body_of(ref_model), items, needed.fields, lambda rows: compute(rows, ref_head), Accelerator()
+            )
             loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:
@@ -134,25 +138,22 @@ def palu_section(
     weight_mean: Tensor | None,
     batch: Batch,
     config: UnlearnConfig,
-    *,
-    impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head.
-
-    impl: of the onset rows; see :func:`palu.losses.fused_linear_losses`.
-    """
+    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    own = config.method
+    weights = own.gamma, own.lambda_kl, own.lambda_retain
     row_weight = [
         torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
-        for weight, count in zip(config.weights, batch.counts[:3], strict=True)
+        for weight, count in zip(weights, batch.counts[:3], strict=True)
     ]
     terms = (
-        LocalTerm(batch.reference["index"], config.target),
-        KLTerm(batch.reference["hidden"], ref_head, reverse=config.kl_direction == "reverse"),
+        LocalTerm(batch.reference["index"], own.target),
+        KLTerm(batch.reference["hidden"], ref_head, reverse=own.kl_direction == "reverse"),
         CrossEntropyTerm(batch.labels[len(batch.item) :]),
     )
     total, _ = fused_linear_losses(
-        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean, impl=impl
+        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean
     )
     return torch.autograd.grad(total, [t for t in (hidden, head.weight) if t.requires_grad])
 
@@ -213,8 +214,8 @@ def body_runs(setup: Setup) -> list[Run]:
     return runs
 
 
-def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
-    """Head and losses of palu, from random hidden states for each batch; ``impl`` as in :func:`palu_section`."""
+def palu_section_runs(setup: Setup) -> list[Run]:
+    """Head and losses of palu, from random hidden states for each batch."""
     head = head_of(setup.model)
     runs: list[Run] = []
     for loader in setup.loaders:
@@ -222,9 +223,7 @@ def palu_section_runs(setup: Setup, impl: str) -> list[Run]:
         hidden = states(len(batch.rows), like=head.weight)
         ref_head, mean = setup.method.ref_head, setup.method.weight_mean
         assert ref_head is not None
-        runs.append(
-            partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config, impl=impl)
-        )
+        runs.append(partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config))
     return runs
 
 

@@ -23,27 +23,17 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from _methods import LABELS
 from _models import load
-from _tofu import KEEPS, METHODS, PRESETS, Bench, summary
+from _tofu import KEEPS, PRESETS, Bench, rank, run_name, summary
 
 import palu
 from palu.attacks.estimators import Rho, rho
 from palu.evaluate import metrics
 from palu.evaluate.summarize import truth_ratios
-from palu.methods.palu import RECIPES
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-# Beside the methods at their defaults: PALU's recipes, and a setting that may become its default.
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"palu-{name}": {"recipe": name} for name in RECIPES},
-    "palu-other-prompt": {"kl_prompt": "other"},
-}
-NAMES = METHODS | {
-    "palu-paper": "PALU, as published",
-    "palu-onset": "PALU, onset alone",
-    "palu-other-prompt": "PALU, kl_prompt other",
-}
 MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
@@ -57,6 +47,8 @@ SHOWN = {
     "int4": "quantise: int4",
     "relearn": "relearn: all weights",
 }
+# Of each author's run, what the JSON holds beside the truth ratios.
+KEPT = ("author", "model_utility", "original_utility", "mia_min_k", "exact_memorization", "forget_Q_A_ROUGE", "seconds")
 Run = dict[str, Any]
 
 
@@ -70,7 +62,7 @@ class Cross:
     def evaluated(self, author: int, method: str, rate: float, seed: int) -> Run:
         """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
         bench = self.bench(author)
-        results = bench.unlearned(_name(method, rate, seed), **_settings(method, rate, seed))
+        results = bench.unlearned(method, rate, seed)
         return {
             "author": author,
             **summary(results, method=method, learning_rate=rate, seed=seed),
@@ -84,11 +76,10 @@ class Cross:
 
     def audited(self, author: int, method: str, rate: float, seed: int) -> dict[str, Any]:
         """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
-        bench, name = self.bench(author), _name(method, rate, seed)
+        bench = self.bench(author)
 
         def attack() -> dict[str, Any]:
-            folder = bench.unlearned_model(name, **_settings(method, rate, seed))
-            model, tokenizer = load(str(folder))
+            model, tokenizer = load(str(bench.unlearned_model(method, rate, seed)))
             results = palu.audit(
                 model.to(bench.device),  # type: ignore[arg-type]
                 load(str(bench.folder))[0].to(bench.device),  # type: ignore[arg-type]
@@ -112,7 +103,7 @@ class Cross:
             }
 
         wanted = [key for key in ATTACKS if key == "onset-answer" or key in self.arguments.attacks]  # the plot reads it
-        return bench.stages.results("-".join([name, "audited", *wanted]), attack)
+        return bench.stages.results("-".join([run_name(method, rate, seed), "audited", *wanted]), attack)
 
     def taught(self, author: int, name: str) -> Run:
         """Measure the forget quality of a model that was taught: "original" or "retain_again" of :class:`Bench`."""
@@ -126,21 +117,12 @@ class Cross:
 
     def drop_model(self, author: int, method: str, rate: float, seed: int) -> None:
         """Delete the weights of a model that has been evaluated and audited: half a gigabyte each."""
-        folder = self.bench(author).kept(_name(method, rate, seed))
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.bench(author).kept(method, rate, seed), ignore_errors=True)
 
 
 def _ratios(results: dict[str, Any], bench: Bench) -> dict[str, list[float]]:
     both = {"ratios": results, "retain_ratios": bench.retain}
     return {name: list(truth_ratios(one, "forget_truth_ratio").values()) for name, one in both.items()}
-
-
-def _name(method: str, rate: float, seed: int) -> str:
-    return f"{method}-lr{rate:g}-seed{seed}"
-
-
-def _settings(method: str, rate: float, seed: int) -> dict[str, Any]:
-    return VARIANTS.get(method, {"objective": method}) | {"learning_rate": rate, "seed": seed}
 
 
 def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
@@ -166,11 +148,15 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
             "learning_rate": rate,
             "attacks": attacks([audit["attacks"] for audit in audits]),
             "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
-            "runs": runs,
+            "runs": [{name: run[name] for name in (*KEPT, "ratios")} for run in runs],
         }
     taught = {name: [cross.taught(author, name) for author in authors] for name in ("original", "retain_again")}
+    ratios = {name: [run["ratios"] for run in runs] for name, runs in taught.items()}
     choosing = {
-        method: {f"{rate:g}": pooled(runs) for rate, runs in by_rate.items() if runs}
+        method: {
+            f"{rate:g}": {name: found[name] for name in ("forget_quality", "utility_kept")}
+            for rate, found in ((rate, pooled(runs)) for rate, runs in by_rate.items() if runs)
+        }
         for method, by_rate in tried.items()
     }
     known = AUTHORS | {"choose": choosing_authors, "report": authors}
@@ -178,7 +164,8 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
         "authors": known,
         "learning_rates": rates,
         "choosing": choosing,
-        **{name: forget_quality(runs) | {"runs": runs} for name, runs in taught.items()},
+        "retain_ratios": [run["retain_ratios"] for run in taught["original"]],  # a list for each author
+        **{name: forget_quality(runs) | {"ratios": ratios[name]} for name, runs in taught.items()},
         "reported": reported,
     }
 
@@ -186,12 +173,8 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
 def chosen(by_rate: dict[float, list[Run]]) -> float:
     """Choose a learning rate by the rule in this module's docstring; of equals, the one that is given first."""
 
-    def rank(rate: float) -> tuple[bool, float]:
-        found = pooled(by_rate[rate])
-        kept = found["utility_kept"]
-        return (True, found["forget_quality"]) if kept >= KEEPS else (False, kept)
-
-    return max(by_rate, key=rank)
+    found = {rate: pooled(runs) for rate, runs in by_rate.items()}
+    return max(found, key=lambda rate: rank(found[rate]["utility_kept"], KEEPS, found[rate]["forget_quality"]))
 
 
 def pooled(runs: Sequence[Run]) -> dict[str, Any]:
@@ -308,7 +291,7 @@ def markdown(found: dict[str, Any]) -> str:
         figures = [role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *shares]
         lines.append("| " + " | ".join(figures) + " |")
     for method, one in reported.items():
-        name = NAMES[method] + " *" * (one["utility_kept"] < KEEPS)
+        name = LABELS.get(method, method) + " *" * (one["utility_kept"] < KEEPS)
         figures = [f"{one['learning_rate']:g}", *_qualities(one)]
         figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
         figures += [_share(one["language"][name]["unlearned"]) for name in LANGUAGE.values()]
@@ -340,15 +323,19 @@ def plot(found: dict[str, Any], path: Path) -> None:
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     reported = found["reported"]
     first = next(iter(reported.values()))
-    again = np.sort(_joined(run["ratios"] for run in found["retain_again"]["runs"]))
-    shares = np.arange(1, len(again) + 1) / len(again)
-    left.step(again, shares, where="post", color="grey", label="Retain, taught in another order")
-    shown = [("Retain", "retain_ratios", "retain", first, "black")]
-    shown += [(NAMES[name], "ratios", "unlearned", one, colours[i]) for i, (name, one) in enumerate(reported.items())]
-    for number, (label, key, role, one, colour) in enumerate(shown):
-        ratios = np.sort(_joined(run[key] for run in one["runs"]))
-        left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", color=colour, label=label)
-        low, middle, high = np.exp(one["token_log_p"][role]).T
+
+    def step(ratios: Sequence[list[float]], **style: Any) -> None:
+        joined = np.sort(_joined(ratios))
+        left.step(joined, np.arange(1, len(joined) + 1) / len(joined), where="post", **style)
+
+    step(found["retain_again"]["ratios"], color="grey", label="Retain, taught in another order")
+    shown = [("Retain", found["retain_ratios"], first["token_log_p"]["retain"], "black")]
+    for colour, (name, one) in zip(colours, reported.items(), strict=False):
+        ratios = [run["ratios"] for run in one["runs"]]
+        shown.append((LABELS.get(name, name), ratios, one["token_log_p"]["unlearned"], colour))
+    for number, (label, ratios, log_p, colour) in enumerate(shown):
+        step(ratios, color=colour, label=label)
+        low, middle, high = np.exp(log_p).T
         places = np.arange(1, len(middle) + 1) + (number - len(shown) / 2) * 0.06
         right.errorbar(places, middle, (middle - low, high - middle), fmt="o", color=colour, label=label, capsize=2)
     left.set(xscale="log", xlabel="truth ratio of a forget row (above 1: the wrong answers are likelier)")

@@ -1,10 +1,11 @@
-"""Time candidates in turns, and report medians and quartiles."""
+"""Time candidates in turns, and report and keep what was measured."""
 
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,3 +78,28 @@ def report(
     record = {"benchmark": benchmark, **machine(device), **(details or {}), "results": rows}
     print(json.dumps(record))
     return record
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON: numbers to four digits, and on one line what holds no list or is short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_lines(_rounded(record)) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _lines(value: Any, indent: str = "\n") -> str:
+    parts = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    if len(line := json.dumps(value)) < 160 or not any(isinstance(part, dict | list) for part in parts):
+        return line
+    inner = indent + " "
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(parts)
+    rows = [inner + name + _lines(part, inner) for name, part in zip(names, parts, strict=True)]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    return first + ",".join(rows) + indent + last

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+from _methods import LABELS, METHODS
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
-from _timing import machine
+from _timing import machine, write_json
 from _workload import DATA
 
 import palu
@@ -25,8 +27,6 @@ from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
-METHODS = {name: name.upper() for name in ("ga", "gd", "dpo", "npo")} | {"simnpo": "SimNPO"}
-METHODS |= {name: name.upper() for name in ("pdu", "tpo", "wga", "undial", "rmu", "palu")} | {"satimp": "SatImp"}
 COST = "cost.json"  # beside a kept model: what unlearning took
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 
@@ -218,39 +218,42 @@ class Bench:
                 max_new_tokens=self.preset.max_new_tokens,
             )
 
-    def unlearned(self, name: str, **settings: Any) -> dict[str, Any]:
-        """Unlearn the original with some settings and evaluate it; returns the results, and what unlearning cost."""
+    def unlearned(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """Unlearn the original with a method and evaluate it; returns the results, and what unlearning cost."""
 
         def run() -> dict[str, Any]:
-            if (kept := self.kept(name)).exists():
+            if (kept := self.kept(method, rate, seed)).exists():
                 loaded, cost = load(str(kept)), json.loads((kept / COST).read_text())
             else:
-                loaded, cost = self._unlearn(settings)
+                loaded, cost = self._unlearn(method, rate, seed)
             return self._evaluate(loaded, self.retain) | {"cost": cost}
 
+        name = run_name(method, rate, seed)
         print(name, flush=True)
         return self.stages.results(name, run)
 
-    def unlearned_model(self, name: str, **settings: Any) -> Path:
-        """Unlearn the original with some settings; returns the folder of the model, which is kept."""
+    def unlearned_model(self, method: str, rate: float, seed: int) -> Path:
+        """Unlearn the original with a method; returns the folder of the model, which is kept."""
 
         def make(path: Path) -> None:
-            loaded, cost = self._unlearn(settings)
+            loaded, cost = self._unlearn(method, rate, seed)
             save(loaded, path, {COST: json.dumps(cost)})
 
-        print(name, flush=True)
-        return self.stages.path(self.kept(name).name, make)
+        path = self.kept(method, rate, seed)
+        print(path.name, flush=True)
+        return self.stages.path(path.name, make)
 
-    def kept(self, name: str) -> Path:
+    def kept(self, method: str, rate: float, seed: int) -> Path:
         """Return where :meth:`unlearned_model` keeps a model."""
-        return self.stages.folder / f"{name}-model"
+        return self.stages.folder / f"{run_name(method, rate, seed)}-model"
 
-    def _unlearn(self, settings: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
+    def _unlearn(self, method: str, rate: float, seed: int) -> tuple[Loaded, dict[str, Any]]:
         model, tokenizer = load(str(self.folder))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
-        result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **sizes | settings)
+        settings = METHODS[method] | {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+        settings |= {"learning_rate": rate, "seed": seed}
+        result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
         on_gpu = self.device.type == "cuda"
         cost = {
             "seconds": result.summary["seconds"],
@@ -260,10 +263,27 @@ class Bench:
         return (model, tokenizer), cost
 
 
+def run_name(method: str, rate: float, seed: int) -> str:
+    """Return what the stages of a run are called."""
+    return f"{method}-lr{rate:g}-seed{seed}"
+
+
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Pick the table's figures from one evaluation."""
-    figures = {name: results[name]["agg_value"] for name in COLUMNS.values() if name in results}
-    return more | dict.fromkeys(COLUMNS.values()) | results.get("cost", {}) | figures
+    found = {name: one["agg_value"] for name, one in results.items() if name in COLUMNS.values()}
+    found |= {name: value for name, value in results.get("cost", {}).items() if name in COLUMNS.values()}
+    return more | dict.fromkeys(COLUMNS.values()) | found
+
+
+def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Average the table's figures over some runs; None where one of them has none."""
+    values = {name: [run[name] for run in runs] for name in COLUMNS.values()}
+    return {name: None if None in of_runs else mean(of_runs) for name, of_runs in values.items()}
+
+
+def rank(kept: float, needed: float, quality: float) -> tuple[bool, float]:
+    """Order settings: by forget quality those that keep the utility that is needed, below them the others by theirs."""
+    return (True, quality) if kept >= needed else (False, kept)
 
 
 def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:
@@ -271,7 +291,7 @@ def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str
     lines = ["| | " + " | ".join([*settings, *COLUMNS]) + " |"]
     lines.append("|---|" + "---|" * len(settings) + "---:|" * len(COLUMNS))
     for row in table:
-        name = METHODS.get(row["method"], row["method"][0].upper() + row["method"][1:])
+        name = LABELS.get(row["method"], row["method"][0].upper() + row["method"][1:])
         name += " *" if row["model_utility"] < KEEPS * utility else ""
         given = [f"{row[key]:g}" if key in row else "" for key in settings]
         figures = ["" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values()]
@@ -311,9 +331,8 @@ def write(arguments: argparse.Namespace, name: str, table: str, details: dict[st
         "settings": asdict(PRESETS[arguments.preset]),
         **details,
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{name}_{arguments.preset}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), record)
     path.with_suffix(".md").write_text(table)
     print(table)
     print(json.dumps(record))

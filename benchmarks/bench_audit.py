@@ -1,4 +1,4 @@
-"""What attackers get out of unlearned models: the audit of PALU, two settings of it, NPO and TPO on TOFU.
+"""What attackers get out of unlearned models: the audit of PALU, three settings of it, NPO and TPO on TOFU.
 
     python benchmarks/bench_audit.py --preset small                    # CPU; hours, in pieces with --minutes
 
@@ -7,7 +7,7 @@ model, taught all but the forget set, and the original unlearned by each method 
 and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
 models are served. Under the attacks stand the shares of words that are none in the greedy answers. Finished models and
 attacks are kept in --output, with what each model wrote: the same command goes on where it stopped. Writes
-audit_<preset>.json, .md and .png to --results.
+audit_<preset>.json and .md to --results.
 """
 
 from __future__ import annotations
@@ -16,27 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _methods import LABELS, named
 from _models import Loaded, Row, load
 from _stages import resumable
-from _tofu import Bench, parser_of, prepare, write
+from _tofu import Bench, parser_of, prepare, run_name, write
 
 import palu
 from palu.evaluate.language import WordList, key, measure, split
-from palu.methods.palu import RECIPES
 from palu.models.generation import Generation
 from palu.testbed.smollm2 import mixed_precision
 
 MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
 DRAWS = 8
-# What the stages of bench_tofu.py and bench_ablation.py call each, and its settings.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "PALU": ("palu", {}),
-    "PALU, onset alone": ("palu-onset", RECIPES["onset"]),
-    "PALU, top K on whole spans": ("N=all", RECIPES["onset"] | {"n": -1}),
-    "NPO": ("npo", {"objective": "npo"}),
-    "TPO": ("tpo", {"objective": "tpo"}),
-    "published loss": ("published-loss", RECIPES["paper"]),
-}
+AUDITED = "palu,palu-onset,N=all,npo,tpo,palu-paper"
 LANGUAGE = {"no_word": "words that are none", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 
@@ -44,9 +36,7 @@ SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 def audited(bench: Bench, method: str) -> dict[str, Any]:
     """Unlearn with a method, and audit the model; returns what :func:`palu.audit` does."""
     rate, seed = bench.preset.learning_rates[0], bench.preset.seeds[0]
-    name, settings = METHODS[method]
-    name = f"{name}-lr{rate:g}-seed{seed}"
-    folder = bench.unlearned_model(name, learning_rate=rate, seed=seed, **settings)
+    folder = bench.unlearned_model(method, rate, seed)
 
     def run() -> dict[str, Any]:
         model, tokenizer = served(bench, folder)
@@ -63,7 +53,7 @@ def audited(bench: Bench, method: str) -> dict[str, Any]:
             max_new_tokens=MAX_NEW_TOKENS,
         )
 
-    return bench.stages.results(f"{name}-audited", run)
+    return bench.stages.results(f"{run_name(method, rate, seed)}-audited", run)
 
 
 def served(bench: Bench, folder: Path) -> Loaded:
@@ -92,18 +82,23 @@ def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, fl
 
 
 def shortened(audit: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what stands there by secret."""
-    kept = ("told", "figures")
-    rows = [
-        row | {"models": {role: {key: one[key] for key in kept} for role, one in row["models"].items()}}
+    """Reduce an audit to the share of secrets that each model tells, rho with its interval, and the verdict."""
+    rows = {
+        row["name"]: {
+            "secrets": row.get("secrets", 0),
+            **{role: one["told"] for role, one in row["models"].items()},
+            "rho": [row["rho"][bound] for bound in ("value", "low", "high")],
+            "verdict": row["verdict"],
+        }
         for row in audit["attacks"]
-    ]
-    return audit | {"secrets": len(audit["secrets"]), "attacks": rows}
+    }
+    return {"models": audit["models"], "secrets": len(audit["secrets"]), "attacks": rows}
 
 
 def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, dict[str, float]]]) -> str:
     """Format a table: a row an attack, the share of secrets told by each model, and the verdict on it."""
-    lines = ["| attack (share of secrets told) | " + " | ".join(["original", "retain", *results]) + " |"]
+    names = ["original", "retain", *(LABELS.get(name, name) for name in results)]
+    lines = [f"| attack (share of secrets told) | {' | '.join(names)} |"]
     lines.append("|---|" + "---:|" * (2 + len(results)))
     for rows in zip(*(one["attacks"] for one in results.values()), strict=True):
         first = rows[0]
@@ -124,41 +119,9 @@ def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, 
     return "\n".join(lines) + "\n"
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Plot rho with its interval, a row an attack, a colour a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [row["name"] for row in next(iter(results.values()))["attacks"] if row["models"]]
-    figure, axis = plt.subplots(figsize=(8, 0.36 * len(names) + 1.5))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for number, (method, one) in enumerate(results.items()):
-        found = {row["name"]: row["rho"] for row in one["attacks"] if row["rho"]["value"] is not None}
-        places = [i + 0.14 * (number - (len(results) - 1) / 2) for i, name in enumerate(names) if name in found]
-        rhos = [found[name] for name in names if name in found]
-        for place, value in zip(places, rhos, strict=True):
-            low, high = (-9 if value["low"] is None else value["low"], 9 if value["high"] is None else value["high"])
-            axis.plot([low, high], [place, place], color=colours[number], linewidth=1)
-        axis.scatter([value["value"] for value in rhos], places, s=14, color=colours[number], label=method, zorder=3)
-    axis.axvline(0.1, color="grey", linewidth=0.8, linestyle="--")
-    axis.set(
-        xlim=(-0.55, 1.05), ylim=(-0.7, len(names) - 0.3), yticks=range(len(names)), yticklabels=names, title=title
-    )
-    axis.set_xlabel(
-        "rho, with its 95 % interval: 0 as the retain model, 1 as the original;\nheld where it ends left of 0.1"
-    )
-    axis.invert_yaxis()
-    axis.grid(alpha=0.3, axis="x")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
+    parser.add_argument("--methods", type=named, default=AUDITED, help=f"as of bench_tofu.py; default: {AUDITED}")
     arguments = parser.parse_args()
     prepare(parser, arguments)
     with resumable():
@@ -167,8 +130,7 @@ def main() -> None:
     languages = {method: language(one, bench.data.forget) for method, one in results.items()}
     dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
     details = {"dtype": dtype, "language": languages, "audits": {name: shortened(one) for name, one in results.items()}}
-    path = write(arguments, "audit", markdown(results, languages), details)
-    plot(results, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}")
+    write(arguments, "audit", markdown(results, languages), details)
 
 
 if __name__ == "__main__":

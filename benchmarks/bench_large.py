@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import PeakMemory
 from _timing import report
 from accelerate import Accelerator
-from bench_reference_cache import PeakMemory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

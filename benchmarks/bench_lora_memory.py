@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import status
 from _timing import report
 
 import palu
@@ -54,7 +54,7 @@ def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del loaded
     reset_peak()
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident("VmRSS")
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else status("VmRSS")
     clock = time.perf_counter()
     result = palu.unlearn(
         model,
@@ -100,14 +100,7 @@ def reset_peak() -> None:
 
 def peak() -> int:
     """Return the highest memory since :func:`reset_peak`, in bytes."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
-
-
-def resident(name: str) -> int:
-    """Read a figure of /proc/self/status, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import re
 import time
@@ -27,23 +26,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _methods
 import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages, resumable
-from _timing import report
+from _timing import report, write_json
 from _workload import DATA
 
 import palu
 from palu.evaluate.rows import load_rows
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
-METHODS: dict[str, dict[str, Any]] = {
-    "palu": {"objective": "palu"},
-    "palu-whole-texts": {"objective": "palu"},
-    "palu-onset": {"recipe": "onset"},
-    "npo": {"objective": "npo"},
-    "gd": {"objective": "gd"},
-}
+METHODS = {name: _methods.METHODS.get(name, {}) for name in ("palu", "palu-whole-texts", "palu-onset", "npo", "gd")}
 COLUMNS = {
     "VerbMem forget": "forget_verbmem_ROUGE",
     "KnowMem forget": "forget_knowmem_ROUGE",
@@ -266,8 +260,7 @@ def main() -> None:
         rows = run(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f"muse_{arguments.preset}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.results / f"muse_{arguments.preset}.json", record)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ and scaling_<device>.json to --output. Needs matplotlib.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from _candidates import Run, palu_section, published_section, published_states, states
 from _published import collate
-from _timing import interleaved, report
+from _timing import interleaved, report, write_json
 from _workload import DATA, make_batches
 from bench_step import GIB, peak_bytes
 
@@ -149,9 +148,8 @@ def main() -> None:
                 rows.append({"swept": swept, "impl": impl, **size, **times[impl], "extra_gib": extra})
 
     record = report("scaling", rows, device, {"base": base})
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"scaling_{device.type}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), record)
     title = f"Loss section, forward and backward: {record['device_name']}, d = {base['hidden_size']}"
     plot(rows, base, title, path.with_suffix(".png"))
 

@@ -19,10 +19,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from _memory import status
 from _timing import report
 from accelerate import PartialState, init_empty_weights
 from accelerate.utils import DistributedType
-from bench_reference_cache import anonymous
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import palu
@@ -115,7 +115,7 @@ class Stages:
     """The highest anonymous memory of this process in each stage of a run, in bytes above that at the beginning."""
 
     def __enter__(self) -> Stages:
-        self.before, self.stage, self.highest = anonymous(), "load", dict.fromkeys((*STAGES, "back"), 0)
+        self.before, self.stage, self.highest = status("RssAnon"), "load", dict.fromkeys((*STAGES, "back"), 0)
         self.patched = {
             "check_forward_passes": "reference",  # the first pass of a sharded model
             "training_mode": "train",
@@ -144,7 +144,7 @@ class Stages:
     def watch(self) -> None:
         """Look at the memory again and again."""
         while not self.ended.wait(0.001):
-            stage, now = self.stage, anonymous() - self.before
+            stage, now = self.stage, status("RssAnon") - self.before
             self.highest[stage] = max(self.highest[stage], now)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -48,8 +47,7 @@ from _workload import DATA, MODELS
 from transformers import PreTrainedModel
 
 from palu.models.attention import use_packed_attention
-from palu.models.head import body_of, head_of
-from palu.ops.functional import IMPLEMENTATIONS
+from palu.models.head import head_of
 from palu.training.dataloader import UnlearnDataLoader
 
 CANDIDATES = ("palu", "published", "body", "loss-palu", "loss-published")
@@ -100,7 +98,6 @@ def measure(arguments: argparse.Namespace) -> None:
     """Time the candidates in turns, take their peaks of memory, and report both."""
     setup = prepare(arguments, make_reference=None)
     device, weight = setup.device, head_of(setup.model).weight
-    details: dict[str, Any] = {}
     candidates: dict[str, Run] = {}
     peaks: dict[str, tuple[int, int] | None] = {}
 
@@ -110,13 +107,6 @@ def measure(arguments: argparse.Namespace) -> None:
         peaks[name] = peak_bytes(runs, device)
 
     with use_packed_attention(setup.model):
-        if arguments.compile:  # palu and body run the compiled body
-            body_of(setup.model).compile(dynamic=True)
-            started = time.perf_counter()
-            for run in palu_runs(setup):
-                run()
-            synchronize(device)
-            details["first_pass_with_compile_s"] = round(time.perf_counter() - started, 1)
         # In this order, so that each finds only what it needs in memory.
         if "palu" in arguments.impl:
             add("palu", palu_runs(setup))
@@ -128,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> None:
             setup.method.ref_head = head_of(ref_model)
             add("published", published_runs(setup, ref_model))
         if "loss-palu" in arguments.impl:
-            add("loss-palu", palu_section_runs(setup, arguments.onset_path))
+            add("loss-palu", palu_section_runs(setup))
         if "loss-published" in arguments.impl:
             add("loss-published", published_section_runs(setup))
         times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
@@ -147,11 +137,13 @@ def measure(arguments: argparse.Namespace) -> None:
             else:
                 row["peak_gib"] = round(highest / GIB, 2)
         rows.append(row)
-    details["arguments"] = vars(arguments) | {"data": str(arguments.data)}
-    details["transformers"] = version("transformers")
-    details["lengths"] = setup.lengths
     batches = zip(setup.loaders, setup.padded, strict=True)
-    details["tokens"] = [tokens_of(loader, padded) for loader, padded in batches]
+    details = {
+        "arguments": vars(arguments) | {"data": str(arguments.data)},
+        "transformers": version("transformers"),
+        "lengths": setup.lengths,
+        "tokens": [tokens_of(loader, padded) for loader, padded in batches],
+    }
     report("step", rows, device, details)
 
 
@@ -181,8 +173,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--n", type=int, default=3)
     add("--no-checkpointing", dest="checkpointing", action="store_false", help="of the published step")
     add("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
-    add("--onset-path", choices=IMPLEMENTATIONS, default="auto", help="of the onset rows of loss-palu")
-    add("--compile", action="store_true", help="torch.compile the packed body (palu and body)")
     add("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
     add("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
     add("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
@@ -195,8 +185,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.impl = arguments.impl.split(",")
     if unknown := set(arguments.impl) - set(CANDIDATES):
         parser.error(f"--impl: {', '.join(sorted(unknown))}: choose from {', '.join(CANDIDATES)}")
-    if arguments.onset_path != "auto" and (arguments.check or "palu" in arguments.impl):
-        parser.error("--onset-path: a whole step takes the faster one; give --impl loss-palu")
     default = "float64" if arguments.check else "float32" if on_cpu else "bfloat16"
     arguments.dtype = arguments.dtype or default
     arguments.batches = arguments.batches or (2 if on_cpu else 4)

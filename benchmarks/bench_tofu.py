@@ -1,13 +1,14 @@
-"""Forgetting and utility on TOFU of PALU and ten baselines: the paper's table, on one model and one code path.
+"""Forgetting and utility on TOFU of PALU, ten other methods and PALU's settings, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
     python benchmarks/bench_tofu.py --preset full --data tofu --minutes 9   # one GPU, in pieces
+    python benchmarks/bench_tofu.py --preset tiny --methods ablation   # one setting of PALU changed at a time
 
 Stages: teach a model the whole data set ("original") and one the data without the forget set ("retain"), evaluate
 both, then for each method, setting and seed: unlearn, evaluate. Every finished stage is kept in --output, so that the
 same command goes on where it stopped; with --minutes it stops by itself (exit code 3) before a stage that would not
-fit. When all are done it writes tofu_<preset>.json, .md and .png to --results.
+fit. When all are done it writes tofu_<preset>.json and .md to --results (and .png for "cross").
 
 The final weights are used, never a chosen epoch. Every method, PALU included, gets the same settings: the preset's
 learning rates and seeds, or those that are given; everything else is at its default. The table shows of each method the
@@ -19,13 +20,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import _cross
+from _methods import METHODS, OBJECTIVE_METHODS, named
 from _stages import resumable
-from _tofu import COLUMNS, KEEPS, METHODS, Bench, markdown, parser_of, prepare, summary, write
+from _tofu import KEEPS, Bench, markdown, mean_of, parser_of, prepare, rank, summary, write
 
 
 def run(
@@ -34,9 +34,7 @@ def run(
     """Unlearn and evaluate with each method, learning rate and seed; returns a summary of each evaluation."""
     rows = [summary(bench.original, method="original"), summary(bench.retain, method="retain")]
     for seed, learning_rate, method in itertools.product(seeds, learning_rates, methods):
-        results = bench.unlearned(
-            f"{method}-lr{learning_rate:g}-seed{seed}", objective=method, learning_rate=learning_rate, seed=seed
-        )
+        results = bench.unlearned(method, learning_rate, seed)
         rows.append(summary(results, method=method, learning_rate=learning_rate, seed=seed))
     return rows
 
@@ -45,64 +43,25 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
     """Choose a setting for each method (see the module's docstring); returns a row each, the mean over its seeds."""
     table = [row for row in rows if "learning_rate" not in row]
     for method in METHODS:
-        by_setting: dict[float, list[dict[str, Any]]] = {}
+        by_rate: dict[float, list[dict[str, Any]]] = {}
         for row in rows:
             if row["method"] == method:
-                by_setting.setdefault(row["learning_rate"], []).append(row)
-        if not by_setting:
-            continue
-
-        def rank(runs: list[dict[str, Any]]) -> tuple[bool, float]:
-            kept = mean(run["model_utility"] for run in runs)
-            if kept >= KEEPS * utility:
-                return True, mean(run["forget_quality"] for run in runs)
-            return False, kept
-
-        best = max(by_setting.values(), key=rank)
-        means = {
-            name: None if any(run[name] is None for run in best) else mean(run[name] for run in best)
-            for name in COLUMNS.values()
-        }
-        table.append({"method": method, "learning_rate": best[0]["learning_rate"], "seeds": len(best)} | means)
+                by_rate.setdefault(row["learning_rate"], []).append(row)
+        means = [{"learning_rate": rate, "seeds": len(runs)} | mean_of(runs) for rate, runs in by_rate.items()]
+        if means:
+            best = max(means, key=lambda row: rank(row["model_utility"], KEEPS * utility, row["forget_quality"]))
+            table.append({"method": method} | best)
     return table
-
-
-def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot forget quality against model utility, every run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 5))
-    colours = [*plt.get_cmap("tab10").colors[:9], "navy"]  # type: ignore[attr-defined]  # the tenth is PALU's
-    for number, (method, label) in enumerate(METHODS.items()):
-        runs = [row for row in rows if row["method"] == method]
-        if runs:
-            axis.scatter(
-                [row["model_utility"] for row in runs],
-                [row["forget_quality"] for row in runs],
-                color="tab:cyan" if method == "palu" else colours[number],
-                marker="*" if method == "palu" else "os^vDPX<>p"[number],
-                s=140 if method == "palu" else 45,
-                label=label,
-            )
-    original = next(row for row in rows if row["method"] == "original")
-    axis.scatter(original["model_utility"], original["forget_quality"], color="black", marker="x", label="Original")
-    retain = next(row for row in rows if row["method"] == "retain")
-    axis.axvline(retain["model_utility"], color="black", linewidth=1, linestyle=":", label="Retain")
-    axis.axvline(KEEPS * original["model_utility"], color="grey", linewidth=1, linestyle="--", label="0.95 of Original")
-    axis.axhline(0.05, color="grey", linewidth=0.5)
-    axis.set(yscale="log", xlabel="model utility (MU)", ylabel="forget quality (FQ, p-value)", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = parser_of(__doc__, cross=True)
-    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
+    parser.add_argument(
+        "--methods",
+        type=named,
+        default=",".join(OBJECTIVE_METHODS),
+        help="names of _methods.py, separated by commas, or ablation; default: all objectives",
+    )
     parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
@@ -121,10 +80,6 @@ def main() -> None:
         help="cross: those of the audit (onset-answer is always made); default: all",
     )
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
-    known = _cross.NAMES if arguments.preset == "cross" else METHODS
-    if unknown := set(methods) - known.keys():
-        parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     prepare(parser, arguments)
     if arguments.preset == "cross":
         if arguments.seeds:
@@ -136,7 +91,7 @@ def main() -> None:
             parser.error(f"--choosing-authors: {', '.join(map(str, sorted(other)))}: choose from {told}")
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
         with resumable():
-            found = _cross.run(arguments, methods, rates)
+            found = _cross.run(arguments, arguments.methods, rates)
         path = write(arguments, "tofu", _cross.markdown(found), found)
         _cross.plot(found, path.with_suffix(".png"))
         return
@@ -144,12 +99,11 @@ def main() -> None:
         bench = Bench(arguments)
         learning_rates = arguments.learning_rates or bench.preset.learning_rates
         seeds = arguments.seeds or bench.preset.seeds
-        rows = run(bench, methods, learning_rates, seeds)
+        rows = run(bench, arguments.methods, learning_rates, seeds)
     utility = bench.original["model_utility"]["agg_value"]
     table = chosen(rows, utility)
     details = {"learning_rates": learning_rates, "seeds": seeds, "table": table, "runs": rows}
-    path = write(arguments, "tofu", markdown(table, utility), details)
-    plot(rows, path.with_suffix(".png"), f"TOFU forget05, {arguments.preset}: every run")
+    write(arguments, "tofu", markdown(table, utility), details)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -106,3 +107,34 @@ def test_examples_run(page: Path, folder: Path, tmp_path: Path, monkeypatch: pyt
     parsers = (PythonCodeBlockParser(), CodeBlockParser("sh", run_commands), CodeBlockParser("yaml", write_yaml))
     for example in Document.parse(str(page), *parsers).examples():
         example.evaluate()
+
+
+def links() -> dict[Path, list[Path]]:
+    """The files that each document links to or shows."""
+    documents = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+    found = {page: re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")) for page in documents}
+    return {
+        page: [(page.parent / target).resolve() for target in targets if "://" not in target]
+        for page, targets in found.items()
+    }
+
+
+def test_links_lead_to_files_and_each_result_is_cited() -> None:
+    assert not [(page.name, target) for page, targets in links().items() for target in targets if not target.exists()]
+    cited = {target for targets in links().values() for target in targets}
+    assert {path for path in (ROOT / "benchmarks" / "results").iterdir() if path not in cited} == set()
+
+
+def test_contributing_lists_the_folders_and_the_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^    (\S+)  +\S", text.partition("## Folders")[2].partition("## Layers")[0], re.MULTILINE)
+    assert not [name for name in listed if not (ROOT / name).exists()]
+    there = {path.name for path in (ROOT / "palu").iterdir() if path.is_dir() or path.suffix == ".py"}
+    named = {Path(name).name for name in listed if name.startswith("palu/")}
+    assert named == there - {"__pycache__", "__init__.py", "__main__.py"}
+
+    contract = re.search(r"^layers = \[(.+?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    block = re.search(r"(?:^    .+\n)+", text.partition("## Layers")[2], re.MULTILINE)
+    assert contract is not None and block is not None
+    layers = re.findall(r'"(.+)"', contract[1])
+    assert [line.strip().replace(", ", " | ") for line in block[0].splitlines()] == layers

@@ -132,7 +132,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         ],
         "answers": answers,
         "examples": [_example(one, hide, redact) for one in record["examples"]],
-        "charts": charts(history),
+        "charts": charts(history, words.series(summary["config"])),
         "history": _table(history),
         "evaluations": found,
         "metrics": metric_table(found),
@@ -221,7 +221,7 @@ def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
     }
 
 
-def charts(history: Sequence[Json]) -> list[Json]:
+def charts(history: Sequence[Json], titles: Mapping[str, str] = words.SERIES) -> list[Json]:
     """Draw a chart for each figure of the history, terms of the loss first."""
     names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
     result = []
@@ -234,7 +234,7 @@ def charts(history: Sequence[Json]) -> list[Json]:
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is told in words
         steps = [int(record.get("step", i)) for i, record in held]
-        title = words.SERIES.get(name, name)
+        title = titles.get(name, name)
         ends = f"{number(values[0])} → {number(values[-1])}"
         if finite:
             label = (

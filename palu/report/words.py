@@ -21,7 +21,6 @@ TARGETS = {
 NOT_PLOTTED = {"step", "epoch", "tokens", "tokens_per_second"}
 SERIES = {
     "loss": "Total loss",
-    "local": "Local entropy loss (local)",
     "kl": "KL to the reference (kl)",
     "forget": "Loss on the forget set (forget)",
     "retain": "Loss on the retain set (retain)",
@@ -29,6 +28,7 @@ SERIES = {
     "onset_probability": "Highest probability of an onset token",
     "learning_rate": "Learning rate",
 }
+LOCAL = {"unlikelihood": "Unlikelihood loss (local)", "topk_mse": "Local entropy loss (local)"}
 
 
 class Metric(NamedTuple):
@@ -97,6 +97,11 @@ def method(settings: Mapping[str, Any]) -> str:
     """Return the method's name."""
     name = str(settings.get("objective", "palu"))
     return METHODS[name].title if name in METHODS else name
+
+
+def series(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the titles of the history's figures."""
+    return SERIES | {"local": LOCAL[settings.get("local_loss", "topk_mse")]}  # older runs have no such setting
 
 
 def asked(summary: Mapping[str, Any]) -> list[str]:

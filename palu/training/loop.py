@@ -83,8 +83,9 @@ def unlearn(
             ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
-        recipe: ``"paper"``: the published loss (K = 5000, not normalised, no anchors) in place of those settings of
-            ``config``; ``overrides`` come after it.
+        recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, not normalised, without
+            anchors). ``"onset"``: its local loss on these tokens, with ``top_k`` and ``normalize`` as set. A recipe
+            replaces settings of ``config``, and ``overrides`` replace the recipe's.
         evaluate: a function of the model that returns numbers by name, called every ``eval_steps`` steps and at the
             end. It gets the model in evaluation mode, without gradients, and all processes call it; the numbers of the
             main one count. They join the step's record, as ``eval_<name>``. The steps after it are the same, bit by

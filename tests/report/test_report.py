@@ -590,6 +590,16 @@ def test_figures_of_an_evaluation_are_not_gaps() -> None:
     assert "eval_told: 0.5 at step 2, 0.25 at step 4" in told["svg"]
 
 
+def test_the_chart_names_the_local_loss_of_the_run(folder: Path) -> None:
+    path = folder / "private" / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    text = Page(write_report(folder)).text
+    assert "Unlikelihood loss (local)" in text and "Local entropy loss" not in text
+    path.write_text(json.dumps(summary | {"config": summary["config"] | RECIPES["onset"]}), encoding="utf-8")
+    text = Page(write_report(folder)).text
+    assert "Local entropy loss (local)" in text and "Unlikelihood loss" not in text
+
+
 def test_gaps_break_the_line() -> None:
     svg = line_chart([1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 3.0, 4.0], label="gap")
     (path,) = re.findall(r'class="line" d="([^"]*)"', svg)
