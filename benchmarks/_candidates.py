@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, retain_items
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
+from palu.methods.base import ForgetSet
 from palu.methods.palu import PaluMethod
 from palu.models.attention import use_packed_attention
 from palu.models.head import Head, body_of, head_of
@@ -93,7 +94,7 @@ def prepare(
     loaders, padded = [], []
     with use_packed_attention(ref_model):
         for forget, retain in batches:
-            items = PaluMethod.make_items(forget, config, eos_token_id)
+            items = PaluMethod.make_items(ForgetSet(forget, eos_token_id), config)
             cache = compute_outputs(
                 body_of(ref_model), items, needed.fields, lambda rows: compute(rows, ref_head), Accelerator()
             )

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
+from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
@@ -97,7 +98,7 @@ def measure_set(count: int, mixed_precision: str) -> dict[str, Any]:
         clock = time.perf_counter()
         with PeakMemory() as memory:
             examples = load_forget(path, tokenizer, max_length=config.max_length).examples
-            items = PaluMethod.make_items(examples, config, tokenizer.eos_token_id)
+            items = PaluMethod.make_items(ForgetSet(examples, tokenizer.eos_token_id), config)
             del examples
         stage("load", clock, memory)
         clock = time.perf_counter()
@@ -156,7 +157,7 @@ def kl_of_all(
 ) -> float:
     """Compute the mean KL to the model before, over all ordinary tokens of the forget set."""
     config, total, count = UnlearnConfig(), 0.0, 0
-    items = list(PaluMethod.make_items(load_forget(forget, tokenizer, max_length=2 * LONG).examples, config, None))
+    items = list(PaluMethod.make_items(ForgetSet(load_forget(forget, tokenizer, max_length=2 * LONG).examples), config))
     reference = tiny(len(tokenizer), **DOCUMENTS)
     reference.load_state_dict(before)
     for item in items:

@@ -42,6 +42,14 @@ class MethodSettings(Settings):
         return self.lambda_retain > 0
 
 
+class ForgetSet(NamedTuple):
+    """The forget set, tokenised."""
+
+    examples: Sequence[Example]
+    eos_token_id: int | None = None
+    alternates: Callable[[], Sequence[Example]] = list  # reads the second answer of each row
+
+
 class RefField(NamedTuple):
     """One tensor that a method wants of the reference before training, with one entry per row of the items."""
 
@@ -144,16 +152,8 @@ class Method(ModelRoot):
         """Raise ValueError where the method cannot train the model with these settings."""
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
-        """Make the items of the forget set, with the rows that the method looks at.
-
-        ``alternates`` reads the second answer of each row.
-        """
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
+        """Make the items of the forget set, with the rows that the method looks at."""
         raise NotImplementedError
 
     @staticmethod

@@ -7,14 +7,11 @@ papers leave a choice, it is that of open-unlearning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from palu.data.packing import Batch, Items, answer_items
-from palu.data.tokenize import Example
-from palu.methods.base import Method, RowTerm, Shares, WeightedTerm, retain_term
+from palu.methods.base import ForgetSet, Method, RowTerm, Shares, WeightedTerm, retain_term
 from palu.models.head import Head
 from palu.settings import RunSettings
 
@@ -23,14 +20,9 @@ class Baseline(Method):
     """A forget loss on the logits of whole answers, and the cross-entropy of the retain set."""
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
         """Make the items of the forget set: every answer token is a target."""
-        return answer_items(examples)
+        return answer_items(forget.examples)
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
         """Return the forget loss and the cross-entropy."""

@@ -5,10 +5,8 @@ forget = mean over examples of -2/beta * log sigmoid(beta * ((NLL - NLL_ref)(ans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from palu.data.packing import Items, pair_items
-from palu.data.tokenize import Example
+from palu.methods.base import ForgetSet
 from palu.methods.npo import NPO
 from palu.settings import RunSettings
 
@@ -19,11 +17,6 @@ class DPO(NPO):
     title = "direct preference optimisation (DPO)"
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
         """Make the items of the forget set: the answer's tokens are targets, the alternate answer's others."""
-        return pair_items(examples, alternates())
+        return pair_items(forget.examples, forget.alternates())

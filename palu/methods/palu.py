@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from palu.data.packing import Batch, Items, forget_items
-from palu.data.tokenize import Example
 from palu.losses import KLTerm, LocalTerm, UnlikelihoodTerm
 from palu.methods.base import (
+    ForgetSet,
     Method,
     MethodSettings,
     Reference,
@@ -131,18 +130,13 @@ class PaluMethod(Method):
     terms = ("local", "kl", "retain")
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
         """Make the items of the forget set: its onset and its ordinary rows, where a term or a figure reads them."""
         own: PaluSettings = config.method
         return forget_items(
-            examples,
+            forget.examples,
             own.n,
-            eos_token_id,
+            forget.eos_token_id,
             onset=own.gamma > 0 or config.stop_probability is not None,
             most_ordinary=own.kl_rows if own.lambda_kl > 0 else 0,
             seed=config.seed,

@@ -15,7 +15,6 @@ other parameters for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from palu.data.packing import Batch, Items, Packed, answer_items
-from palu.data.tokenize import Example
-from palu.methods.base import Method, MethodSettings, Reference, RefField, Shares, WeightedTerm
+from palu.methods.base import ForgetSet, Method, MethodSettings, Reference, RefField, Shares, WeightedTerm
 from palu.models.head import Head, body_of, to_acc_dtype
 from palu.models.layers import layers_of
 from palu.models.lora import CausalLM
@@ -71,14 +69,9 @@ class RMU(Method):
             )
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
         """Make the items of the forget set: every answer token is a target."""
-        return answer_items(examples)
+        return answer_items(forget.examples)
 
     @staticmethod
     def reference(config: RunSettings) -> Reference:

@@ -6,15 +6,13 @@ forget = mean over examples of -2/beta * log sigmoid(beta * mean over sensitive 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from palu.data.packing import Batch, Items, forget_items
-from palu.data.tokenize import Example
-from palu.methods.base import MethodSettings, Reference, RefField, RefRows, Shares
+from palu.methods.base import ForgetSet, MethodSettings, Reference, RefField, RefRows, Shares
 from palu.methods.baseline import Baseline, per_item, preference, true_logit
 from palu.models.head import Head, map_logits, nll
 from palu.settings import RunSettings, positive
@@ -38,14 +36,9 @@ class TPO(Baseline):
     title = "TPO"
 
     @staticmethod
-    def make_items(
-        examples: Sequence[Example],
-        config: RunSettings,
-        eos_token_id: int | None,
-        alternates: Callable[[], Sequence[Example]] = list,
-    ) -> Items:
+    def make_items(forget: ForgetSet, config: RunSettings) -> Items:
         """Make the items of the forget set: all sensitive tokens are targets, all ordinary ones others."""
-        return forget_items(examples, -1, eos_token_id)
+        return forget_items(forget.examples, -1, forget.eos_token_id)
 
     @staticmethod
     def reference(config: RunSettings) -> Reference:

@@ -368,7 +368,10 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         return [name for name in saved[part] | current[part] if saved[part].get(name) != current[part].get(name)]
 
     old, new = saved["settings"], current["settings"]
-    words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differing("settings")]
+    # Another objective has other settings.
+    both = old.keys() & new.keys() if old.get("objective") != new.get("objective") else old.keys() | new.keys()
+    differ = [name for name in differing("settings") if name in both]
+    words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differ]
     # Another setting also makes other items of the same data: then those say nothing.
     parts = ("models",) if words else ("models", "data")
     words += [f"the {name} is another one" for part in parts for name in differing(part)]

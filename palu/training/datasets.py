@@ -17,6 +17,7 @@ from palu.data.files import DataError
 from palu.data.packing import Items, retain_items, with_other_prompts
 from palu.data.rows import iterate_rows
 from palu.data.tokenize import Example
+from palu.methods.base import ForgetSet
 from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.head import head_of
 from palu.models.lora import CausalLM
@@ -116,7 +117,7 @@ def prepare_run(
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
 
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
-    forget_items = method.make_items(forget_set.examples, config, eos_token_id, alternates)
+    forget_items = method.make_items(ForgetSet(forget_set.examples, eos_token_id, alternates), config)
     kept_items = retain_items(retain_set.examples)
     asked = forget_items
     if needed.other_prompts:

@@ -26,6 +26,7 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Item, answer_items, forget_items, retain_items, with_other_prompts
 from palu.methods import METHODS
+from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES
 from palu.models.head import body_of, head_of
 from palu.ref_model import precompute
@@ -193,7 +194,7 @@ def test_answers_from_the_file_are_those_in_memory(
     for row in (rows[0], rows[5]):
         row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
     rows[2]["labels"] = [ids if label == -200 else label for ids, label in zip(*rows[2].values(), strict=True)]
-    items = METHODS[objective].make_items(load_forget(rows, None, max_length=99).examples, config, None)
+    items = METHODS[objective].make_items(ForgetSet(load_forget(rows, None, max_length=99).examples), config)
     file = CacheFile(folder, "0" * 64)
     in_memory = outputs_of(model, items, config)
     written = outputs_of(model, items, config, file)
@@ -242,7 +243,7 @@ def key_of(
     config = UnlearnConfig(**(ONSET if settings.get("objective", "palu") == "palu" else {}) | settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
-    items = answer_items(examples) if config.objective == "dpo" else method.make_items(examples, config, None)
+    items = answer_items(examples) if config.objective == "dpo" else method.make_items(ForgetSet(examples), config)
     retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
     asked = with_other_prompts(items, examples, 99) if config.reference.other_prompts else items
     fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain, asked=asked)

@@ -665,7 +665,7 @@ ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to
     [
         ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
         ({"epochs": 4, "seed": 1}, "epochs was 3 and is 4; seed was 0 and is 1"),
-        ({"objective": "npo"}, "objective was 'palu' and is 'npo'; beta was None and is 0.1"),
+        ({"objective": "npo"}, "objective was 'palu' and is 'npo'"),
         ({"model": lambda: tiny_llama(seed=1)}, "the model is another one"),
         ({"model": lambda: tiny_llama(attention_dropout=0.1)}, "the model is another one"),
         ({"ref_model": lambda: tiny_llama(seed=1)}, "the ref_model is another one"),

@@ -49,6 +49,7 @@ from palu.data.rows import Renderer
 from palu.losses import fused_linear_losses
 from palu.methods import METHODS
 from palu.methods import palu as palu_method
+from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
@@ -464,7 +465,7 @@ def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
     config = UnlearnConfig(kl_rows=3, seed=5)
     examples = load_forget(forget_rows(), None, max_length=99).examples
     masked = []
-    for item, row in zip(PaluMethod.make_items(examples, config, None), forget_rows(), strict=True):
+    for item, row in zip(PaluMethod.make_items(ForgetSet(examples), config), forget_rows(), strict=True):
         drawn = set((item.rows[item.targets :] + 1).tolist())
         labels = [-100 if label == -200 and i not in drawn else label for i, label in enumerate(row["labels"])]
         masked.append(row | {"labels": labels})
