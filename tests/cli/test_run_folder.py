@@ -177,3 +177,29 @@ def test_a_run_that_is_running_is_left_alone(folder: Path, tmp_path: Path, monke
         assert re.fullmatch(rf"--output {out}: a run is writing to it \({process}\); .*", refusal(one))
     with FileLock(out / "private" / "run.lock", timeout=0):
         assert unlearn(folder, out, "--overwrite").exit_code == 2, "and it gave its own lock up"
+
+
+# --- damaged weights ---
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 269060552\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("model/model.safetensors", "half", "is damaged"),
+        ("model/model.safetensors", "pointer", "is a git-LFS pointer"),
+        ("model/tokenizer.json", "pointer", "is a git-LFS pointer"),
+        ("adapter/adapter_model.safetensors", "half", "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(name: str, damage: str, told: str, folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    file = mine / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage == "half" else POINTER.encode())
+    more = ["--model", file.parent, "--tokenizer", (mine if "tokenizer" in name else folder) / "model"]
+    assert refusal(unlearn(mine, tmp_path / "out", *more)).startswith(f"{file} {told}")
+    assert not (tmp_path / "out").exists()
+    if name.endswith("model.safetensors") and damage == "half":
+        asked = ["--rows", folder / "forget.jsonl", "--output", tmp_path / "x.json", "--tokenizer", folder / "model"]
+        assert str(file) in refusal(command("eval", "--model", file.parent, *asked))
