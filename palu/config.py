@@ -162,8 +162,8 @@ class UnlearnConfig:
             text is rendered. ``None``: none.
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
-        eval_steps: optimisation steps from one evaluation to the next; there is always one at the end. Needs something
-            to evaluate; ``None``: only at the end, and where a callback asks for one.
+        eval_steps: optimisation steps from one evaluation to the next, beside those before the first step and at the
+            end. Needs something to evaluate; ``None``: only these two, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
@@ -294,7 +294,7 @@ class UnlearnConfig:
             ("max_tokens", "no bound"),
             ("checkpoint_steps", "checkpoint_minutes"),
             ("max_steps", "epochs"),
-            ("eval_steps", "one at the end"),
+            ("eval_steps", "one before and one after"),
         ):
             value = getattr(self, field)
             require(

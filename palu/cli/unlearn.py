@@ -87,8 +87,8 @@ def unlearn(
     eval_rows: Annotated[
         Path | None,
         typer.Option(
-            help="Questions to evaluate on at the end, and every --eval-steps steps: rows as palu eval --rows takes "
-            "them (JSONL, CSV or Parquet).",
+            help="Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows "
+            "takes them (JSONL, CSV or Parquet).",
             metavar="FILE",
         ),
     ] = None,
