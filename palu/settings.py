@@ -163,8 +163,8 @@ class RunSettings(Settings):
             text is rendered. ``None``: none.
         stop_probability: end after an epoch in which the true token's probability stayed below
             this at every onset position (other objectives: at every token they act on); ``None``: never.
-        eval_steps: optimisation steps from one evaluation to the next; there is always one at the end. Needs something
-            to evaluate; ``None``: only at the end, and where a callback asks for one.
+        eval_steps: optimisation steps from one evaluation to the next, beside those before the first step and at the
+            end. Needs something to evaluate; ``None``: only these two, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
         merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
             ``PeftModel`` that was passed in must not be used any more.
@@ -209,7 +209,7 @@ class RunSettings(Settings):
         lambda value: value is None or (is_number(value) and 0 < value < 1),
         "give a number between 0 and 1, or None",
     )
-    eval_steps: int | None = count(None, "one at the end")
+    eval_steps: int | None = count(None, "one before and one after")
 
     gradient_checkpointing: bool = flag(False)
     merge_adapter: bool = flag(False)

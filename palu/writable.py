@@ -1,4 +1,4 @@
-"""Check, before anything slow begins, that results can be written where the user wants them. Nothing is left there."""
+"""Check, before anything slow begins, that results can be written where the user wants them; write what is private."""
 
 from __future__ import annotations
 
@@ -40,3 +40,19 @@ def check_file(path: Path, told: str) -> None:
             pass
     except OSError as error:
         raise OSError(f"{told} cannot be written ({error.strerror}); give another file") from None
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder that its owner alone can enter; one that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read, complete or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(mode=0o600)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

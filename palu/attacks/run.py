@@ -31,6 +31,7 @@ from palu.methods.palu import RECIPES
 from palu.models.lora import CausalLM, base_of
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
+from palu.writable import private_folder, write_private
 
 FORMAT = 2  # of stages and results: what another version kept is made anew
 STAGES, RESULTS = "audit", "audit.json"
@@ -85,7 +86,8 @@ def audit(
             there is no unlearning depth score.
         retain: rows of text to put in front of questions, and to measure utility on.
         folder: where ``audit.json`` is written, and in ``audit/`` what each attack gave, so that the same call goes on
-            where it was stopped. Both hold the secrets. None: nothing is written.
+            where it was stopped. Both hold the secrets: for their owner alone to read, in a folder that, if it is
+            new, its owner alone can enter. None: nothing is written.
         quick: 16 draws, hints of 1 and ``n`` tokens, utility on 8 texts, and relearning for 6 steps; not 200, 1 to
             ``n + 2``, 32, and 24.
         only: the attacks to make, by what stands as ``attack`` in the results (such as ``"ask"``, ``"onset-answer"``);
@@ -174,7 +176,7 @@ def audit_models(
             raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(wanted))}")
         wanted = set(only)
         attacks = [attack for attack in attacks if attack.key in wanted]
-    stages = None if folder is None else Path(folder) / STAGES
+    stages = None if folder is None else private_folder(Path(folder)) / STAGES
     results: dict[str, list[_Outcome]] = {}
     models: dict[str, Any] = {}
     sources: dict[str, Source] = {}
@@ -269,7 +271,6 @@ def _kept_or_run(
         )
         outcome = {"key": key, "findings": [asdict(finding) for finding in attack.run(victim)]}
     if path is not None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(path, outcome)
     return json.loads(json.dumps(outcome))  # as one that is read: the same types
 
@@ -279,10 +280,7 @@ def _settings(attack: Any) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write JSON, complete or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_private(private_folder(path.parent) / path.name, json.dumps(value, indent=1) + "\n")
 
 
 # --- the models compared ---

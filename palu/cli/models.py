@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Bits = Literal["4bit", "8bit"]
 _CACHED = ("config.json", "adapter_config.json", "tokenizer_config.json")  # one of them is loaded first
 _PATIENCE = 10.0  # seconds
+_POINTER = b"version https://git-lfs"
 
 
 def check_names(**names: str | None) -> None:
@@ -75,7 +78,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = _expanded(name)
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         raise FileNotFoundError(f"{name} holds no tokenizer; name one with --tokenizer")
-    return AutoTokenizer.from_pretrained(path)
+    with _damage_named(path):
+        return AutoTokenizer.from_pretrained(path)
 
 
 def load_model(
@@ -91,8 +95,8 @@ def load_model(
     ``quantize``: by bitsandbytes, all but the head; 4-bit as in QLoRA (NF4, double quantisation).
     ``empty``: without weights (they are on the meta device), since another process loads them. An adapter's folder,
     and a model whose configuration does not say its dtype, are loaded nevertheless.
-    Raises OSError or ValueError where there is none, ImportError where an adapter needs PEFT, or quantisation
-    bitsandbytes.
+    Raises OSError or ValueError where there is none or a file is damaged, ImportError where an adapter needs PEFT, or
+    quantisation bitsandbytes.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -103,7 +107,8 @@ def load_model(
     path = _expanded(name)
     if is_adapter(name):
         peft = import_peft(f"{name} holds an adapter")
-        return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
+        with _damage_named(path, _base_of(path)):
+            return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
     if empty:
         from accelerate import init_empty_weights
         from transformers import AutoConfig
@@ -113,7 +118,8 @@ def load_model(
         if stored is not None:
             with init_empty_weights():
                 return AutoModelForCausalLM.from_config(config, dtype=stored)
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    with _damage_named(path):
+        return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def position_limit(name: str | None, max_length: int) -> int | None:
@@ -126,8 +132,7 @@ def position_limit(name: str | None, max_length: int) -> int | None:
     if name is None:
         return None
     if is_adapter(name):
-        adapter = json.loads((Path(_expanded(name)) / "adapter_config.json").read_text(encoding="utf-8"))
-        return position_limit(adapter.get("base_model_name_or_path"), max_length)
+        return position_limit(_base_of(name), max_length)
     config = AutoConfig.from_pretrained(_expanded(name))
     if (getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + 1) > max_length:
         return None
@@ -138,6 +143,34 @@ def position_limit(name: str | None, max_length: int) -> int | None:
 def is_adapter(name: str) -> bool:
     """Whether this is the folder of an adapter."""
     return (Path(_expanded(name)) / "adapter_config.json").exists()
+
+
+def _base_of(adapter: str) -> str | None:
+    """Return the name of the model that an adapter's folder says it belongs to."""
+    config = json.loads((Path(_expanded(adapter)) / "adapter_config.json").read_text(encoding="utf-8"))
+    return config.get("base_model_name_or_path")
+
+
+@contextmanager
+def _damage_named(*folders: str | None) -> Iterator[None]:
+    """Raise ValueError that names a damaged file of these folders, if the block fails and there is one."""
+    try:
+        yield
+    except Exception as error:
+        from safetensors import SafetensorError, safe_open
+
+        files = [file for folder in folders if folder for file in sorted(Path(folder).glob("*")) if file.is_file()]
+        for file in files:
+            with open(file, "rb") as opened:
+                if opened.read(len(_POINTER)) == _POINTER:
+                    raise ValueError(f"{file} is a git-LFS pointer, not the file; run git lfs pull there") from error
+            if file.suffix == ".safetensors":
+                try:
+                    with safe_open(file, "pt"):
+                        pass
+                except SafetensorError as damage:
+                    raise ValueError(f"{file} is damaged ({damage}); copy or download it again") from error
+        raise
 
 
 def _quantized(bits: Bits, dtype: Dtype) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +24,20 @@ from palu.cli.models import (
 )
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
-from palu.report.layout import CHECKPOINTS, LOGS, MODEL, PRIVATE, check_free, has_finished, make_private
+from palu.report.layout import (
+    CHECKPOINT_FILES,
+    CHECKPOINTS,
+    LOCK,
+    LOGS,
+    MODEL,
+    PRIVATE,
+    check_free,
+    clear_run,
+    delete_files,
+    files_of_run,
+    hold_run,
+    mark_of,
+)
 from palu.writable import check_folder, check_folders
 
 if TYPE_CHECKING:
@@ -75,8 +87,8 @@ def unlearn(
     eval_rows: Annotated[
         Path | None,
         typer.Option(
-            help="Questions to evaluate on at the end, and every --eval-steps steps: rows as palu eval --rows takes "
-            "them (JSONL, CSV or Parquet).",
+            help="Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows "
+            "takes them (JSONL, CSV or Parquet).",
             metavar="FILE",
         ),
     ] = None,
@@ -107,7 +119,10 @@ def unlearn(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew where --output holds an earlier run, which is deleted.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Start anew where --output holds an earlier run, of which palu's files are deleted."
+        ),
     ] = False,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train a new LoRA adapter, not the model.", rich_help_panel=LORA)
@@ -150,10 +165,11 @@ def unlearn(
     if eval_rows is None and settings.get("eval_steps") is not None:
         raise ValueError(f"--eval-steps {settings['eval_steps']}: there is nothing to evaluate; add --eval-rows")
     asked = [] if eval_rows is None else [eval_rows]
+    deleted = {path.resolve() for path in files_of_run(output)} if overwrite else set()
     for file in (forget, *([] if retain in ("auto", "none") else [Path(retain)]), *asked):
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {file}")
-        if overwrite and file.resolve().is_relative_to(output.resolve()):
+        if file.resolve() in deleted:
             raise ValueError(f"{file} lies in --output {output}, of which --overwrite deletes it; copy it elsewhere")
     check_annotate(annotate)
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
@@ -162,7 +178,8 @@ def unlearn(
     folders: dict[str, Any] = {"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs)}
     config = UnlearnConfig(**folders).with_recipe(recipe).replace(**settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
-        check_folder(output, f"--output {output}")
+        run.check()
+        check_folder(output, run.told)
         check_folders(config.folders)
     check_hub(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
@@ -171,6 +188,7 @@ def unlearn(
     import palu
     from palu.data.duplicates import check_disjoint
     from palu.data.examples import load_forget, load_retain
+    from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.training.engine import loaded_on_main_alone
 
@@ -207,9 +225,10 @@ def unlearn(
     if lora:
         trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
 
-    if processes.is_main_process:
-        run.make_room()
-    processes.wait_for_everyone()
+    with raise_on_all_ranks(processes):
+        if processes.is_main_process:
+            ctx.with_resource(hold_run(output, run.told))
+            run.make_room()
     if annotate is not None:
         forget_set = found_spans(forget, annotate, trained, tokens, config)
     recorder = palu.Recorder(trained, forget_set, retain_source, tokenizer=tokens, config=config)
@@ -219,13 +238,14 @@ def unlearn(
         )
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if processes.is_main_process and run.interrupted:
-            print("palu: to go on, give the same command with --resume", file=sys.stderr)
+            told = "--resume in place of --overwrite" if overwrite else "--resume"
+            print(f"palu: to go on, give the same command with {told}", file=sys.stderr)
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
         own = {name: value for name, value in ctx.params.items() if name not in config.values()}
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
-        report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments}, overwrite=overwrite)
+        report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if annotate is not None:
             write_rows(run.private / ANNOTATED, forget_set.source)
         run.finish()
@@ -288,36 +308,32 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
 class Run:
     """A run's folder, in which nothing is overwritten unless the user asks for it.
 
-    An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints). Earlier versions
-    kept all of it in the folder itself; of that, only a finished run can be replaced.
+    An earlier run in it has finished (there is a summary) or was interrupted (there are checkpoints).
 
     Raises:
         ValueError: to write there would lose something, or there is nothing to go on from.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
-        self.output, self.overwrite = output, overwrite
+        self.output, self.overwrite, self.told = output, overwrite, f"--output {output}"
         self.private = output / PRIVATE
         self.checkpoints, self.logs = self.private / CHECKPOINTS, self.private / LOGS
         self.own_checkpoints = "checkpoint_dir" not in settings
-        resume = bool(settings.get("resume"))
-        if overwrite and resume:
+        self.resume = bool(settings.get("resume"))
+        if overwrite and self.resume:
             raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
-        earlier = output / CHECKPOINTS
-        empty = not any(path != self.private for path in output.rglob("*"))  # as a run that was stopped early leaves it
-        if not empty and not any(
-            (has_finished(output), self.checkpoints.is_dir(), self.logs.is_dir(), earlier.is_dir())
+
+    def check(self) -> None:
+        """Raise ValueError where the run may not write to its folder as it is now."""
+        check_free(self.output, overwrite=self.overwrite, told=self.told, mend="--overwrite")
+        # What a run that was killed at its very start leaves counts as nothing.
+        if not mark_of(self.output) and any(
+            p not in (self.private, self.private / LOCK) for p in self.output.rglob("*")
         ):
-            raise ValueError(f"--output {output} is not empty and holds no run; give another folder")
-        check_free(output, overwrite=overwrite, told=f"--output {output}", mend="--overwrite")
-        if self.own_checkpoints and not overwrite and any(earlier.glob("step-*.safetensors")):
+            raise ValueError(f"{self.told} is not empty and holds no run; give another folder")
+        if self.interrupted and self.own_checkpoints and not self.resume and not self.overwrite:
             raise ValueError(
-                f"--output {output} holds a run that an earlier palu began; finish it with that version, give another "
-                "folder, or --overwrite to start anew"
-            )
-        if self.interrupted and self.own_checkpoints and not resume and not overwrite:
-            raise ValueError(
-                f"--output {output} holds a run that was interrupted; add --resume to go on with it, "
+                f"{self.told} holds a run that was interrupted; add --resume to go on with it, "
                 "or --overwrite to start anew"
             )
 
@@ -326,14 +342,12 @@ class Run:
         return any(self.checkpoints.glob("step-*.safetensors"))
 
     def make_room(self) -> None:
-        """Make ``private/``; of an old run that is overwritten, delete checkpoints and logs before the first step."""
+        """Delete an old run that is overwritten, before the first step."""
+        self.check()  # while the models were loaded, another run may have come and gone
         if self.overwrite:
-            for folder in (self.private, self.output):
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-                shutil.rmtree(folder / LOGS, ignore_errors=True)
-        make_private(self.output)
+            clear_run(self.output)
 
     def finish(self) -> None:
         """Delete the checkpoints of a run that has been written."""
         if self.own_checkpoints:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            delete_files(self.output, files_of_run(self.output, CHECKPOINT_FILES))

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import palu
-from palu.report.layout import check_free, clear_run, make_private
+from palu.report.layout import PRIVATE, check_free, clear_run, hold_run
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
 from palu.testbed.smollm2 import load_taught, mixed_precision
 from palu.writable import check_folder
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the model and the records")
     given = "; ".join(f"{name}: {what}" for name, what in RETAIN.items())
     parser.add_argument("--retain", choices=RETAIN, default="both", help=f"what to hold on to ({given})")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     args = parser.parse_args()
     told = f"--output {args.output}"
     try:
@@ -38,6 +38,12 @@ def main() -> None:
         check_folder(args.output, told)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    with hold_run(args.output, told):
+        demonstrate(args)
+
+
+def demonstrate(args: argparse.Namespace) -> None:
+    """Teach, unlearn and compare; write the folder ``args.output``, whose lock is held."""
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -48,7 +54,7 @@ def main() -> None:
     lap = stopwatch(clock, "load SmolLM2-135M-Instruct, taught 12 invented facts")
     if args.overwrite:
         clear_run(args.output)
-    private = make_private(args.output)
+    private = args.output / PRIVATE
     model.save_pretrained(private / ORIGINAL)
     tokenizer.save_pretrained(private / ORIGINAL)
     for name, rows in (("forget", secrets), ("retain", kept)):

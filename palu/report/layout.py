@@ -1,20 +1,64 @@
 """What lies where in a run's folder: ``model/`` may be published as it is, ``private/`` must not leave the house.
 
 The records hold the forgotten text, figures by row, and hashes from which a short secret could be guessed.
+
+A run marks its folder as its own (``private/run.json``), and holds a lock on it while it writes.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from collections.abc import Iterable
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from palu.version import __version__
+from palu.writable import private_folder, write_private
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MODEL, PRIVATE = "model", "private"
 HISTORY, SUMMARY, RECORD, CARD = "history.jsonl", "summary.json", "record.json", "README.md"
 AUDIT, CHECKPOINTS, LOGS = "audit", "checkpoints", "logs"  # folders in private/
 QUESTIONS = "evaluation-questions.json"  # an evaluation on one's own questions
+MARK, LOCK = "run.json", "run.lock"
+
+# Patterns of all files that palu writes into a run's folder, but for the mark and the lock.
+_HEX, _STEP = "[0-9a-f]" * 16, "[0-9]" * 8
+_PROJECT = os.environ.get("WANDB_PROJECT", "palu")  # as in palu.training.trackers
+CHECKPOINT_FILES = tuple(
+    f"{PRIVATE}/{CHECKPOINTS}/{name}"
+    for name in (
+        f"step-{_STEP}.safetensors",
+        f"unfinished/step-{_STEP}.safetensors",
+        f"reference-{_HEX}.safetensors",
+        f"reference-{_HEX}.*.partial",
+        f"reference-{_HEX}.*.lock",
+    )
+)
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors", CARD),
+    *("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+_PRIVATE_FILES = (
+    *(HISTORY, SUMMARY, RECORD, "report.html", "report-redacted.html", "forget.annotated.jsonl"),
+    *("evaluation*.json", "evaluation*.json.gz"),
+    *(f"{path}{end}" for path in ("audit.json", f"{AUDIT}/*-{_HEX}.json") for end in ("", ".partial")),
+    *(f"{LOGS}/{_PROJECT}/**/events.out.tfevents.*", f"{LOGS}/{_PROJECT}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
+)
+_FILES = (
+    *CHECKPOINT_FILES,
+    *(f"{MODEL}/{name}" for name in _MODEL_FILES),
+    *(f"{PRIVATE}/{name}" for name in _PRIVATE_FILES),
+)
 
 
 class RunFolders(NamedTuple):
@@ -30,26 +74,64 @@ def folders_of(run_dir: str | os.PathLike[str]) -> RunFolders:
     return RunFolders(run / MODEL, run / PRIVATE) if (run / PRIVATE).is_dir() else RunFolders(run, run)
 
 
-def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, told: str, mend: str) -> None:
-    """Raise ValueError where a run that is written to this folder would replace an earlier one, or another model.
+def mark_of(run_dir: str | os.PathLike[str]) -> dict[str, str | int]:
+    """Read the mark of the run that wrote to this folder last; it is empty where none has."""
+    try:
+        mark = json.loads((Path(run_dir) / PRIVATE / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) and "palu" in mark else {}
 
-    ``overwrite``: whether it may. ``told`` names the folder in the message, ``mend`` how to set ``overwrite``.
+
+def _lock(run_dir: str | os.PathLike[str], told: str) -> FileLock:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(make_private(run_dir) / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        mark = mark_of(run_dir)
+        process = ", ".join(f"{name} {mark.get(name)}" for name in ("pid", "host", "since"))
+        raise ValueError(
+            f"{told}: a run is writing to it ({process}); wait for its end, or give another folder"
+        ) from None
+    return lock
+
+
+@contextmanager
+def hold_run(run_dir: str | os.PathLike[str], told: str) -> Iterator[None]:
+    """Mark a folder as a run's, and hold its lock within the block; a process that dies gives the lock up.
+
+    Blocks of one process may be nested. Raises ValueError where another process holds the lock; ``told`` names the
+    folder.
+    """
+    lock = _lock(run_dir, told)
+    try:
+        if lock.lock_counter == 1:
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            mark = {"palu": __version__, "pid": os.getpid(), "host": platform.node(), "since": since}
+            write_private(Path(run_dir) / PRIVATE / MARK, json.dumps(mark) + "\n")
+        yield
+    finally:
+        lock.release()
+
+
+def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, told: str, mend: str) -> None:
+    """Raise ValueError where a run that is written to this folder would replace another one, or what is no run's.
+
+    ``overwrite``: whether it may replace an earlier one. ``told`` names the folder in the message, ``mend`` how to set
+    ``overwrite``.
     """
     run = Path(run_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"{told} is a file; give a folder")
-    if overwrite:
-        return
-    if has_finished(run):
-        raise ValueError(f"{told} holds a run that has finished; give another folder, or {mend} to replace it")
-    # Beside private/, a model is of a run that has not finished.
-    if not (run / PRIVATE).is_dir() and any(holds_model(folder) for folder in (run, run / MODEL)):
-        raise ValueError(f"{told} holds a model that is no run's; give another folder, or {mend} to write there")
-
-
-def has_finished(run_dir: Path) -> bool:
-    """Whether a folder holds a run that has finished; an earlier palu wrote its summary into the folder itself."""
-    return any((folder / SUMMARY).exists() for folder in (run_dir / PRIVATE, run_dir))
+    if mark_of(run):
+        _lock(run, told).release()
+        if not overwrite and (run / PRIVATE / SUMMARY).exists():
+            raise ValueError(f"{told} holds a run that has finished; give another folder, or {mend} to replace it")
+    elif others := set(files_of_run(run)) - set(files_of_run(run, CHECKPOINT_FILES)):
+        name = min(others).relative_to(run)
+        raise ValueError(f"{told} holds {name}, but no {PRIVATE}/{MARK} of a run; give another folder, or move it away")
 
 
 def holds_model(folder: Path) -> bool:
@@ -57,29 +139,38 @@ def holds_model(folder: Path) -> bool:
     return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
 
 
-def clear_run(run_dir: str | os.PathLike[str], *, keep: Iterable[str] = ()) -> None:
-    """Delete a finished run with its audits, evaluations and reports, so that none passes for a new run's.
+def files_of_run(run_dir: str | os.PathLike[str], patterns: Iterable[str] = _FILES) -> list[Path]:
+    """List the files in a folder by whose names palu writes."""
+    found = {path for pattern in patterns for path in Path(run_dir).glob(pattern)}
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
-    Of a model that is no run's, the files in ``model/`` alone. ``keep``: folders that may lie in ``private/``.
-    """
+
+def delete_files(run_dir: str | os.PathLike[str], files: Iterable[Path]) -> None:
+    """Delete files of a run, and the folders that this leaves empty."""
     run = Path(run_dir)
-    # An earlier palu wrote everything into the folder itself.
-    records = [folder for folder in (run / PRIVATE, run) if (folder / SUMMARY).exists()]
+    for file in files:
+        file.unlink(missing_ok=True)  # it may lie behind a link that is gone
+        with suppress(OSError):  # a folder is not empty
+            for folder in file.parents[: len(file.relative_to(run).parts) - 1]:
+                folder.rmdir()
+
+
+def clear_run(run_dir: str | os.PathLike[str], *, keep: Iterable[str] = ()) -> None:
+    """Delete what an earlier run, its audits, evaluations and reports have left, so that none passes for a new run's.
+
+    What palu does not write stays. What is deleted is printed. ``keep``: folders that may lie in ``private/``.
+    """
     kept = [Path(folder).resolve() for folder in keep]
-    for path in [path for folder in (*records, run / MODEL) for path in folder.glob("*")]:
-        if path.is_file():
-            path.unlink()
-    for path in [folder / name for folder in records for name in (AUDIT, CHECKPOINTS, LOGS)]:
-        if not any(one.is_relative_to(path.resolve()) for one in kept):
-            shutil.rmtree(path, ignore_errors=True)
+    files = [f for f in files_of_run(run_dir) if not any(f.resolve().is_relative_to(folder) for folder in kept)]
+    delete_files(run_dir, files)
+    names = ", ".join(os.fspath(file.relative_to(run_dir)) for file in files)
+    if names:
+        print(f"palu: deleted of the earlier run in {run_dir}: {names}", file=sys.stderr)
 
 
 def make_private(run_dir: str | os.PathLike[str]) -> Path:
     """Create ``private/`` in a run's folder, for its owner alone to enter; one that is there keeps its mode."""
-    folder = Path(run_dir) / PRIVATE
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    return private_folder(Path(run_dir) / PRIVATE)
 
 
 def results_folder(model: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palu.report.layout import HISTORY, MODEL, SUMMARY, check_free, clear_run, make_private
+from palu.report.layout import HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,31 +46,33 @@ def save_run(
         tokenizer: the model's.
         recorder: the :class:`palu.Recorder` that looked at the model before the run.
         extra: added to the summary.
-        overwrite: whether to replace what the folder holds: of an earlier run everything is deleted, with its audits,
-            evaluations and reports, and of another model in ``model/`` its files.
+        overwrite: whether to replace a finished run in the folder: what palu wrote is deleted and named on stderr, with
+            audits, evaluations and reports; other files stay.
 
     Returns:
         The report's path.
 
     Raises:
-        ValueError: the folder holds a run that has finished, or another model, and ``overwrite`` is off.
+        ValueError: the folder holds a run that has finished, and ``overwrite`` is off; or a run is writing to it; or it
+            holds a model or records that no run has left there.
         OSError: the folder cannot be written.
     """
     check_free(output, overwrite=overwrite, told=os.fspath(output), mend="overwrite=True")
-    if overwrite:
-        settings = result.summary["config"]
-        own = (settings[field] for field in ("cache_dir", "checkpoint_dir", "logging_dir"))
-        clear_run(output, keep=[folder for folder in own if folder is not None])
-    private, model = make_private(output), Path(output) / MODEL
-    result.model.save_pretrained(str(model))
-    tokenizer.save_pretrained(model)
-    with open(private / HISTORY, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in result.history)
-    recorder.save(output, result.model)
-    # Where it is, the run has finished: what comes after can be made again.
-    summary = json.dumps({**result.summary, **(extra or {})}, indent=2)
-    (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
-    from palu.report.render import write_card, write_report
+    with hold_run(output, os.fspath(output)):
+        if overwrite:
+            settings = result.summary["config"]
+            own = (settings[field] for field in ("cache_dir", "checkpoint_dir", "logging_dir"))
+            clear_run(output, keep=[folder for folder in own if folder is not None])
+        private, model = Path(output) / PRIVATE, Path(output) / MODEL
+        result.model.save_pretrained(str(model))
+        tokenizer.save_pretrained(model)
+        with open(private / HISTORY, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in result.history)
+        recorder.save(output, result.model)
+        # Where it is, the run has finished: what comes after can be made again.
+        summary = json.dumps({**result.summary, **(extra or {})}, indent=2)
+        (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+        from palu.report.render import write_card, write_report
 
-    write_card(output)
-    return write_report(output)
+        write_card(output)
+        return write_report(output)

@@ -132,7 +132,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         ],
         "answers": answers,
         "examples": [_example(one, hide, redact) for one in record["examples"]],
-        "charts": charts(history, words.series(summary["config"])),
+        "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"])),
         "history": _table(history),
         "evaluations": found,
         "metrics": metric_table(found),
@@ -221,21 +221,22 @@ def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
     }
 
 
-def charts(history: Sequence[Json], titles: Mapping[str, str] = words.SERIES) -> list[Json]:
-    """Draw a chart for each figure of the history, terms of the loss first."""
+def charts(history: Sequence[Json], before: Json, titles: Mapping[str, str] = words.SERIES) -> list[Json]:
+    """Draw a chart for each figure of the history, terms of the loss first; an evaluation's begins before step 1."""
     names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
     result = []
     for name in names:
         # An evaluation has figures at some steps only.
         sparse = name.startswith(EVAL_PREFIX)
-        held = [(i, record) for i, record in enumerate(history, start=1) if name in record or not sparse]
+        records = enumerate([{"step": 0} | before, *history])
+        held = [(i, record) for i, record in records if (name in record if sparse else i)]
         values = [_float(record.get(name)) for _, record in held]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is told in words
         steps = [int(record.get("step", i)) for i, record in held]
         title = titles.get(name, name)
-        ends = f"{number(values[0])} → {number(values[-1])}"
+        ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
         if finite:
             label = (
                 f"{title}: {number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}; "

@@ -118,9 +118,9 @@ class TrainingEvents:
         self.clock = time.perf_counter()
 
     def __enter__(self) -> TrainingEvents:
-        """Begin the run; one that is resumed evaluates first where that is still due."""
+        """Begin the run with an evaluation, or resume it with one where that is still due."""
         self._call("on_train_begin")
-        if self.history and self.config.eval_steps and len(self.history) % self.config.eval_steps == 0:
+        if not self.history or (self.config.eval_steps and len(self.history) % self.config.eval_steps == 0):
             self._evaluate()
         self._note_stop()
         self.clock = time.perf_counter()
@@ -196,16 +196,16 @@ class TrainingEvents:
             self._call("on_save")
 
     def _evaluate(self) -> None:
-        """Evaluate after the last step, if that was not done; the metrics join its record."""
+        """Evaluate after the last step, if that was not done; the metrics join its record, or are those before all."""
         self.control.should_evaluate = False
-        record = self.history[-1]
+        record = self.history[-1] if self.history else self.checkpoints.evaluation_before
         if self.evaluate is None or any(name.startswith(EVAL_PREFIX) for name in record):
             return
         with self._saved_on_error(), raise_on_all_ranks(self.accelerator):
             metrics = self._metrics(self.evaluate)
         metrics = gather_values(metrics, self.accelerator)[0]
         record |= metrics
-        self.accelerator.log(metrics, step=int(record["step"]))
+        self.accelerator.log(metrics, step=len(self.history))
         self._call("on_evaluate", metrics=dict(metrics))
 
     def _metrics(self, evaluate: Evaluate) -> dict[str, float]:

@@ -97,6 +97,7 @@ class Checkpoints:
         self.stopped_by: int | None = None  # the signal that came
         self.running = False
         self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
+        self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
         if self.folder is None:
             return
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -151,6 +152,7 @@ class Checkpoints:
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
         self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
+        self.evaluation_before = about.get("evaluation_before", {})
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
         return about["history"]
 
@@ -186,6 +188,7 @@ class Checkpoints:
                     tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
         about = {"history": history, "scheduler": self.scheduler.state_dict(), "ended_by": self.ended_by}
+        about["evaluation_before"] = self.evaluation_before
         self._write(path, tensors, about)
         self.saved, self.written = len(history), time.monotonic()
         self._tidy()

@@ -86,10 +86,10 @@ def unlearn(
         recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, not normalised, without
             anchors). ``"onset"``: its local loss on these tokens, with ``top_k`` and ``normalize`` as set. A recipe
             replaces settings of ``config``, and ``overrides`` replace the recipe's.
-        evaluate: a function of the model that returns numbers by name, called every ``eval_steps`` steps and at the
-            end. It gets the model in evaluation mode, without gradients, and all processes call it; the numbers of the
-            main one count. They join the step's record, as ``eval_<name>``. The steps after it are the same, bit by
-            bit, as without it.
+        evaluate: a function of the model that returns numbers by name, called before the first step, every
+            ``eval_steps`` steps and at the end. It gets the model in evaluation mode, without gradients, and all
+            processes call it; the numbers of the main one count. They join the step's record, as ``eval_<name>``, and
+            before the first step ``summary["evaluation_before"]``. The steps are the same, bit by bit, as without it.
         callbacks: instances of ``transformers.TrainerCallback``. Their methods are called as ``transformers.Trainer``
             does, on all processes, with ``config`` as ``args``: ``on_train_begin``, ``on_epoch_begin``,
             ``on_step_begin``, ``on_step_end``, ``on_log`` (the step's record), ``on_evaluate`` (metrics), ``on_save``
@@ -194,6 +194,7 @@ def unlearn(
         "epochs": epoch,
         "stopped_early": events.ended_by is not None,
         "ended_by": events.ended_by,
+        "evaluation_before": checkpoints.evaluation_before,
         "seconds": time.perf_counter() - started,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,23 @@ def test_only_some_attacks() -> None:
     assert depth == whole[-1]
     with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-paraphrased, .*, sample"):
         audit(hides_from_greedy(), only=["asking"])
+
+
+@pytest.mark.parametrize("only", ["ask", "inside-depth"])
+def test_what_is_written_is_its_owners(only: str, tmp_path: Path) -> None:
+    """Also where every attack is skipped, as the depth is without a retain model."""
+    before = os.umask(0)
+    try:
+        results = audit(never_saw(), folder=tmp_path / "new" / "found", only=[only], max_new_tokens=1)
+    finally:
+        os.umask(before)
+    found = tmp_path / "new" / "found"
+    assert json.loads((found / "audit.json").read_text(encoding="utf-8")) == results
+    kept = [*found.glob("audit/*")]
+    assert bool(kept) == (only == "ask")
+    for path, mode in [(found, 0o700), (found / "audit.json", 0o600), *((path, 0o600) for path in kept)]:
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
+    assert all(stat.S_IMODE(path.parent.stat().st_mode) == 0o700 for path in kept)
 
 
 def test_models_and_random_numbers_are_left_as_they_were() -> None:

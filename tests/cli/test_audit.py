@@ -47,6 +47,7 @@ def test_a_table_is_printed_and_the_results_are_written(folder: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     private = tmp_path / "run" / "private"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert stat.S_IMODE((private / "audit.json").stat().st_mode) == 0o600
     written = json.loads((private / "audit.json").read_text(encoding="utf-8"))
     assert written == palu.audit(
         never_saw(),

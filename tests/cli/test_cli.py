@@ -22,6 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from helpers.benchmark_data import small_muse_news
 from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
@@ -65,9 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finished(arguments: list[Any], settings: list[Any], tmp_path: Path) -> Path:
-    """The folder of a run that has finished, with what an audit has left."""
+    """The folder of a run that has finished."""
     assert palu_command(*arguments, *settings, "--epochs", 1).exit_code == 0
-    (tmp_path / "out" / "private" / "audit").mkdir()
     return tmp_path / "out"
 
 
@@ -240,9 +240,8 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
 
     # Overwriting: nothing of the earlier run is left that could pass for the new one's.
     (out / "model" / "adapter_config.json").write_text("{}")
-    (private / "logs").mkdir()
     (private / "audit").mkdir()
-    stale = [private / name for name in ("audit/ask-0.json", "audit.json", "evaluation-tofu-forget05.json")]
+    stale = [private / name for name in (f"audit/ask-{'0' * 16}.json", "audit.json", "evaluation-tofu-forget05.json")]
     stale += [private / name for name in ("report-redacted.html", "forget.annotated.jsonl")]
     for path in stale:
         path.write_text("{}")
@@ -257,11 +256,12 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert result.exit_code == 0, result.output
     assert read(out / "private" / "summary.json")["steps"] == STEPS / 2
     assert not (out / "model" / "adapter_config.json").exists()
-    assert {path.name for path in private.iterdir()} == {"history.jsonl", "record.json", "report.html", "summary.json"}
+    written = {"history.jsonl", "record.json", "report.html", "summary.json", "run.json", "run.lock"}
+    assert {path.name for path in private.iterdir()} == written
 
 
 def test_save_run_replaces_nothing_unless_asked(folder: Path, finished: Path, tmp_path: Path) -> None:
-    """As the command, by the same guard."""
+    """As the command, by the same guard; and nothing at all of what is no run's."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = palu.UnlearnConfig(**SETTINGS | {"epochs": 1})
@@ -271,28 +271,28 @@ def test_save_run_replaces_nothing_unless_asked(folder: Path, finished: Path, tm
     def contents(of: Path) -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in of.rglob("*") if path.is_file()}
 
-    file, of_model, beside = tmp_path / "file", tmp_path / "of_model", tmp_path / "beside"
-    file.touch()
-    for other in (of_model, beside / "model"):
-        shutil.copytree(folder / "model", other)
-        (other / "adapter_config.json").write_text("{}")
-    mend = "give another folder, or overwrite=True to"
-    for output, told in (
-        (finished, f"{finished} holds a run that has finished; {mend} replace it"),
-        (of_model, f"{of_model} holds a model that is no run's; {mend} write there"),
-        (beside, f"{beside} holds a model that is no run's; {mend} write there"),
-        (file, f"{file} is a file; give a folder"),
+    file, beside, theirs = tmp_path / "file", tmp_path / "beside", tmp_path / "out" / "train.log"
+    file.touch(), theirs.touch()
+    shutil.copytree(folder / "model", beside / "model")
+    mend = "give another folder, or overwrite=True to replace it"
+    others = f"{beside} holds model/chat_template.jinja, but no private/run.json of a run; "
+    for output, overwrite, told in (
+        (finished, False, f"{finished} holds a run that has finished; {mend}"),
+        (beside, False, others),
+        (beside, True, others),
+        (file, True, f"{file} is a file; give a folder"),
     ):
         before = contents(output)
-        with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-            palu.save_run(output, result, tokenizer, recorder)
+        with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+            palu.save_run(output, result, tokenizer, recorder, overwrite=overwrite)
         assert contents(output) == before
-    for output in (finished, of_model, beside):
-        assert palu.save_run(output, result, tokenizer, recorder, overwrite=True) == output / "private" / "report.html"
-        assert same_weights(AutoModelForCausalLM.from_pretrained(output / "model"), weights(result.model))
-        assert not (output / "model" / "adapter_config.json").exists()
-    assert not (finished / "private" / "audit").exists()
-    assert (of_model / "adapter_config.json").exists(), "what is not replaced stays"
+    (finished / "model" / "adapter_config.json").write_text("{}")
+    with FileLock(finished / "private" / "run.lock"), pytest.raises(ValueError, match="a run is writing to it"):
+        palu.save_run(finished, result, tokenizer, recorder, overwrite=True)
+    report = palu.save_run(finished, result, tokenizer, recorder, overwrite=True)
+    assert report == finished / "private" / "report.html" and theirs.exists()
+    assert same_weights(AutoModelForCausalLM.from_pretrained(finished / "model"), weights(result.model))
+    assert not (finished / "model" / "adapter_config.json").exists()
 
     # A run that was killed while it was written can be written again.
     (finished / "private" / "summary.json").unlink()
@@ -366,7 +366,7 @@ def test_private_is_its_owners(folder: Path, arguments: list[Any], settings: lis
 
 
 def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
-    """Everything lay in one folder: a report of it can be made, and it can be replaced."""
+    """Everything lay in one folder: a report of it can be made."""
     assert palu_command(*arguments, *settings, "--epochs", 1, "--output", tmp_path / "new").exit_code == 0
     out = tmp_path / "out"
     out.mkdir()
@@ -376,24 +376,6 @@ def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], setting
         (out / name).unlink()
     assert palu_command("report", out).stdout == f"wrote {out / 'report.html'}\n"
     assert palu.write_card(out) == out / "README.md"
-    held = f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
-    assert refusal(palu_command(*arguments, *settings)) == held
-    result = palu_command(*arguments, *settings, "--epochs", 1, "--overwrite")
-    assert result.exit_code == 0, result.output
-    assert {path.name for path in out.iterdir()} == {"model", "private"}, "no secret of the old run is left"
-
-    old = tmp_path / "interrupted"
-    (old / "checkpoints").mkdir(parents=True)
-    (old / "checkpoints" / "step-00000002.safetensors").touch()
-    arguments[arguments.index("--output") + 1] = old
-    told = (
-        f"--output {old} holds a run that an earlier palu began; finish it with that version, give another folder, "
-        "or --overwrite to start anew"
-    )
-    for options in ([], ["--resume"]):
-        assert refusal(palu_command(*arguments, *settings, *options)) == told
-    assert palu_command(*arguments, *settings, "--epochs", 1, "--overwrite").exit_code == 0
-    assert {path.name for path in old.iterdir()} == {"model", "private"}
 
 
 def test_spans_that_max_length_cuts_off(

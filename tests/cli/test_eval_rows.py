@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import palu
 from palu.cli import app
+from palu.report.plots import number
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +37,26 @@ def unlearn(folder: Path, output: Path, *more: Any) -> Result:
 
 
 def test_the_history_has_their_means(folder: Path, tmp_path: Path) -> None:
-    """At steps 2 and 3 of three; the last ones are what `palu eval --rows` finds, and training is as without them."""
+    """Before step 1, at steps 2 and 3 of three; they are what `palu eval --rows` finds, and training is as without."""
     rows = folder / "mine.jsonl"
     result = unlearn(folder, tmp_path / "out", "--eval-rows", rows, "--eval-steps", 2)
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "out" / "private" / "history.jsonl").read_text(encoding="utf-8").splitlines()
     found = [{k: v for k, v in json.loads(line).items() if k.startswith("eval_")} for line in lines]
     assert [bool(one) for one in found] == [False, True, True]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    alone = palu.evaluate.questions(model, tokenizer(), str(rows), progress=False)
-    means = {f"eval_{name}": entry["agg_value"] for name, entry in alone.items() if name != "palu"}
-    assert found[2] == pytest.approx({name: value for name, value in means.items() if value is not None})
-    assert {"eval_forget_told", "eval_retain_Q_A_Prob"} <= found[2].keys()
-    assert "eval_forget_told" in (tmp_path / "out" / "private" / "report.html").read_text(encoding="utf-8")
+    before = json.loads((tmp_path / "out" / "private" / "summary.json").read_text())["evaluation_before"]
+    for path, metrics in ((folder / "model", before), (tmp_path / "out" / "model", found[2])):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        alone = palu.evaluate.questions(model, tokenizer(), str(rows), progress=False)
+        means = {f"eval_{name}": entry["agg_value"] for name, entry in alone.items() if name != "palu"}
+        assert metrics == pytest.approx({name: value for name, value in means.items() if value is not None})
+    name = "eval_retain_Q_A_Prob"
+    assert {"eval_forget_told", name} <= before.keys() and before[name] != found[2][name]
+    report = (tmp_path / "out" / "private" / "report.html").read_text(encoding="utf-8")
+    assert (
+        f"{number(before[name])} → {number(found[2][name])}" in report
+        and f"{name}: {number(before[name])} at step 0" in report
+    )
 
     assert unlearn(folder, tmp_path / "plain").exit_code == 0
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "model"), weights(model))

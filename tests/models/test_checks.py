@@ -86,7 +86,7 @@ BAD_SETTINGS += [
         ("kl_rows", "all ordinary tokens"),
         ("max_tokens", "no bound"),
         ("max_steps", "epochs"),
-        ("eval_steps", "one at the end"),
+        ("eval_steps", "one before and one after"),
     )
     for value in (0, -1, 2.0)
 ]

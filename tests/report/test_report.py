@@ -584,10 +584,14 @@ def test_no_step_and_no_number(folder: Path) -> None:
 def test_figures_of_an_evaluation_are_not_gaps() -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_told": 0.5}, {"step": 3}]
     history += [{"step": 4, "loss": 0.5, "eval_told": 0.25}]
-    loss, told = view.charts(history)
-    assert loss["gaps"] == 1
+    loss, told = view.charts(history, {})
+    assert (loss["gaps"], loss["ends"]) == (1, "2 → 0.5")
     assert (told["title"], told["ends"], told["gaps"]) == ("eval_told", "0.5 → 0.25", 0)
     assert "eval_told: 0.5 at step 2, 0.25 at step 4" in told["svg"]
+    again, told = view.charts(history, {"eval_told": 0.75})
+    assert again == loss and told["ends"] == "0.75 → 0.25"
+    assert "eval_told: 0.75 at step 0, 0.25 at step 4" in told["svg"]
+    assert view.charts([{"step": 1, "eval_told": 0.5}], {})[0]["ends"] == "0.5", "one point is no course"
 
 
 def test_the_chart_names_the_local_loss_of_the_run(folder: Path) -> None:

@@ -152,6 +152,7 @@ def test_events_come_in_trainers_order(tmp_path: Path) -> None:
     step = ("step_end", "log")
     assert one.heard == [
         ("train_begin", 0),
+        ("evaluate", 0),
         ("epoch_begin", 0),
         *[("step_begin", 0), *((name, 1) for name in step)],
         *[("step_begin", 1), *((name, 2) for name in step), ("save", 2)],
@@ -247,7 +248,7 @@ def test_an_evaluation_ends_the_run() -> None:
         control.should_training_stop = metrics["eval_left"] < 7
         return control
 
-    left = iter(range(9, 0, -1))
+    left = iter(range(10, 0, -1))
     result = unlearn(
         tiny_llama(),
         epochs=9,
@@ -255,6 +256,7 @@ def test_an_evaluation_ends_the_run() -> None:
         evaluate=lambda model: {"eval_left": next(left)},
         callbacks=[at("evaluate", enough)],
     )
+    assert result.summary["evaluation_before"] == {"eval_left": 10}
     assert [r.get("eval_left") for r in result.history] == [None, 9, None, 8, None, 7, None, 6]
     assert result.summary["ended_by"] == "callback"
 
@@ -332,6 +334,9 @@ def test_an_evaluation_changes_nothing(settings: dict[str, Any]) -> None:
     assert training_records(evaluated) == training_records(plain)
     assert same_weights(evaluated.model, weights(plain.model))
     assert all("eval_logit" in record for record in evaluated.history)
+    before = {"eval_logit": float(logit(tiny_llama(**bf16))["logit"])}
+    assert evaluated.summary["evaluation_before"] == pytest.approx(before)
+    assert plain.summary["evaluation_before"] == {}
 
 
 @ON_CPU
@@ -345,13 +350,11 @@ def test_packed_attention_is_back_after_an_evaluation() -> None:
     assert evaluated.history[-1]["eval_logit"] == pytest.approx(float(logit(evaluated.model)["logit"].detach()))
 
 
-def test_an_evaluation_at_the_end_alone() -> None:
+def test_evaluations_before_the_first_step_and_at_the_end_alone() -> None:
     result = unlearn(tiny_llama(), evaluate=lambda model: {"a": torch.tensor(2), "b": np.float32(0.5), "c": True})
-    assert {k: v for k, v in result.history[-1].items() if k.startswith("eval_")} == {
-        "eval_a": 2.0,
-        "eval_b": 0.5,
-        "eval_c": 1.0,
-    }
+    metrics = {"eval_a": 2.0, "eval_b": 0.5, "eval_c": 1.0}
+    assert {k: v for k, v in result.history[-1].items() if k.startswith("eval_")} == metrics
+    assert result.summary["evaluation_before"] == metrics
     assert not any(k.startswith("eval_") for record in result.history[:-1] for k in record)
     json.dumps(result.history)
 
@@ -376,6 +379,7 @@ def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatc
         with pytest.raises(Killed):
             unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
     resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
+    assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
     assert records(resumed) == records(expected)
     assert same_weights(resumed.model, weights(expected.model))
 
@@ -384,6 +388,7 @@ def test_trackers_get_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, dict(values))))
     result = unlearn(tiny_llama(), max_steps=2, evaluate=logit)
+    assert logged[0] == (0, result.summary["evaluation_before"])
     assert logged[-1] == (2, {"eval_logit": result.history[-1]["eval_logit"]})
 
 
@@ -433,7 +438,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
 
     def evaluate(model: LlamaForCausalLM) -> dict[str, float]:
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) == 2:
             raise RuntimeError("no room")
         return logit(model)
 
