@@ -115,8 +115,8 @@ def endless() -> Any:
     return tokenizer
 
 
-def lora(on: list[str]) -> peft.PeftModel:
-    model = tiny_llama(tie_word_embeddings=False)
+def lora(on: list[str], **config: Any) -> peft.PeftModel:
+    model = tiny_llama(tie_word_embeddings=False, **config)
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=on, task_type="CAUSAL_LM"))
 
 
@@ -150,6 +150,22 @@ def sequential_head() -> LlamaForCausalLM:
 def same_model_twice() -> Call:
     model = tiny_llama()
     return unlearn(model=model, ref_model=model)
+
+
+def model_inside_reference() -> Call:
+    adapted = lora(["q_proj"])
+    return unlearn(model=adapted.get_base_model(), ref_model=adapted)
+
+
+def two_adapters() -> dict[str, Any]:
+    one = lora(["q_proj"], vocab_size=len(words()))
+    return {"model": one, "reference_model": peft.PeftModel(one.get_base_model(), one.peft_config["default"], "other")}
+
+
+def merged_adapter() -> dict[str, Any]:
+    adapted = lora(["q_proj"], vocab_size=len(words()))
+    adapted.merge_adapter()
+    return {"model": adapted, "reference_model": adapted.get_base_model()}
 
 
 def in_int32(rows: list[Any]) -> list[Any]:
@@ -240,6 +256,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a reference without a head": (lambda: unlearn(ref_model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"ref_model is a LlamaModel, {CAUSAL}"),
     "a head of two layers": (lambda: unlearn(model=sequential_head()), UnsupportedModelError, f"model is a LlamaForCausalLM, {CAUSAL}"),
     "the model as its own reference": (same_model_twice, ValueError, "ref_model is the model itself, which training would change; pass None to use its starting weights"),
+    "a model inside its reference": (model_inside_reference, ValueError, "ref_model is the model itself, which training would change; pass None to use its starting weights"),
+    "two adapters on one base": (lambda: tofu(**two_adapters()), ValueError, "model and reference_model share one base model, which has an adapter in it; load model on its own"),
+    "a base with a merged adapter": (lambda: tofu(**merged_adapter()), ValueError, "reference_model and model share one base model, which has an adapter in it; load reference_model on its own"),
     "a reference with another vocabulary": (lambda: unlearn(ref_model=tiny_llama(vocab_size=VOCAB + 1)), ValueError, f"the model has a vocabulary of {VOCAB} and ref_model one of {VOCAB + 1}; the reference must be the model as it was before training"),
     "a frozen model": (lambda: unlearn(model=tiny_llama().requires_grad_(False)), ValueError, "no parameter of the model requires a gradient, so nothing could be unlearned"),
     "a model with NaN in it": (lambda: unlearn(model=broken()), palu.DivergenceError, "step 1: loss = nan, local = nan, kl = nan, retain = nan, grad_norm = nan; the model keeps the weights of step 0. Lower the learning rate, or look at the model and the data of this step"),

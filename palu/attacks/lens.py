@@ -10,8 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palu.attacks.attack import Finding, Victim
 from palu.attacks.secrets import AuditData
+from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import batches_by_length, eval_mode
-from palu.models.head import body_of, head_of
+from palu.models.head import body_of, head_of, map_logits
 from palu.models.lora import CausalLM, base_of
 
 TOP = 10
@@ -76,11 +77,14 @@ class LogitLens:
                     at, tokens = group.index(secret.row), ids[secret.row][secret.first : secret.stop].to(model.device)
                     part = (at, slice(secret.first - 1, secret.stop - 1))
                     hidden = [*(norm(state[part]) for state in states), output.last_hidden_state[part]]
-                    logits = torch.stack([head.logits(of_layer) for of_layer in hidden])
-                    own = logits.gather(2, tokens.expand(len(hidden), -1)[..., None])
-                    ranks[i] = ((logits > own).sum(2) + 1).cpu()
+                    found = map_logits(_rank, torch.cat(hidden), head, tokens.repeat(len(hidden)), CHUNK_BYTES)
+                    ranks[i] = found.view(len(hidden), -1).cpu()
                 victim.bar.update(len(group))
         return ranks
+
+
+def _rank(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits > logits.gather(1, labels[:, None])).sum(1) + 1
 
 
 def _final_norm(model: CausalLM) -> nn.Module | None:

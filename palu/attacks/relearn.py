@@ -18,7 +18,9 @@ from palu.attacks.attack import Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.data.matching import told
 from palu.data.tokenize import IGNORE, Example
+from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import eval_mode
+from palu.models.head import body_of, cross_entropy, head_of
 from palu.models.lora import CausalLM, is_peft
 from palu.models.quantized import quantized_by
 from palu.models.root import share_weights
@@ -174,7 +176,7 @@ def _loss(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
     ids = pad_sequence([example.input_ids for example in examples], batch_first=True)
     labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORE)
     mask = pad_sequence([torch.ones_like(example.input_ids) for example in examples], batch_first=True)
-    device = model.device
-    return model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False
-    ).loss
+    ids, labels, mask = (tensor.to(model.device) for tensor in (ids, labels[:, 1:], mask))
+    hidden = body_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    answer = labels != IGNORE
+    return cross_entropy(hidden[answer], head_of(model), labels[answer], CHUNK_BYTES)

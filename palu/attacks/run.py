@@ -28,7 +28,7 @@ from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.methods.palu import RECIPES
-from palu.models.lora import CausalLM, base_of
+from palu.models.lora import CausalLM, base_of, separate
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
 from palu.writable import private_folder, write_private
@@ -78,7 +78,7 @@ def audit(
 
     Args:
         model: the unlearned model, on its device; afterwards all models are as they were.
-        original: the model before unlearning.
+        original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         forget: the forget set: rows of text with ``secret`` or ``spans`` (see :mod:`palu.data`), perhaps with
             ``paraphrased_question`` (a question, or a list of them).
         tokenizer: of all models, a fast one.
@@ -111,8 +111,8 @@ def audit(
         ValueError: a setting is out of range, or models and tokenizer do not fit.
         UnsupportedModelError: a model is of a kind that palu does not work with.
     """
-    given = {"unlearned": model, "original": original, "retain": retain_model}
-    loaders = {role: (lambda one=one: one) for role, one in given.items() if one is not None}
+    given = separate(model=model, original=original, retain_model=retain_model)
+    loaders = {role: (lambda one=given[name]: one) for role, name in _NAMES.items() if name in given}
     data = AuditData(forget, retain, tokenizer, chat_template_kwargs)
     return audit_models(
         loaders,

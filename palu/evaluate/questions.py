@@ -19,7 +19,7 @@ from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, token_s
 from palu.evaluate.summarize import OTHERS, complete, entry
 from palu.hashing import json_digest
 from palu.models.generation import eval_mode, generate_texts, prompt_of
-from palu.models.lora import CausalLM, base_of
+from palu.models.lora import CausalLM, base_of, separate
 
 Kind: TypeAlias = Literal["forget", "retain"]
 
@@ -119,7 +119,7 @@ def questions(
         model: the unlearned model, on its device.
         tokenizer: of all models, a fast one.
         rows: see :class:`QuestionRows`.
-        original: the model before unlearning.
+        original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         retain_model: a model that never saw what was to be forgotten.
         max_new_tokens: bound on an answer's length; None: twice the longest true one, at most 200.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
@@ -138,13 +138,13 @@ def questions(
         ValueError: a setting is out of range; a tokenizer that does not fit; log-probabilities that are not finite.
         TypeError: a model that palu does not support.
     """
-    given = {"model": model, "original": original, "retain_model": retain_model}
+    given = separate(model=model, original=original, retain_model=retain_model)
 
     def loader(loaded: CausalLM) -> Callable[[], CausalLM]:
         return lambda: loaded
 
     return evaluate_models(
-        {name: loader(one) for name, one in given.items() if one is not None},
+        {name: loader(one) for name, one in given.items()},
         QuestionRows(rows, tokenizer, chat_template_kwargs),
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,

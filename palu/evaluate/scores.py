@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +21,7 @@ from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing
 from palu.models.generation import batches_by_length
-from palu.models.head import body_of, head_of, rows_per_chunk
+from palu.models.head import body_of, cross_entropy, head_of, rows_per_chunk
 from palu.models.positions import max_positions
 from palu.version import __version__
 
@@ -141,7 +140,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
         with use_packed_attention(model):
             for example in examples:
                 hidden, labels = _answer_states(model, [_item(example)])
-                loss = F.cross_entropy(head_of(model).logits(hidden[:-1]).float(), labels[:-1])
+                loss = cross_entropy(hidden[:-1], head_of(model), labels[:-1], CHUNK_BYTES)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 each = [g.float().norm() for g in gradients if g is not None]
                 norms.append(float(torch.stack(each).norm()))

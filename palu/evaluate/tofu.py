@@ -46,7 +46,7 @@ from palu.evaluate.summarize import (
 from palu.evaluate.tofu_data import COLUMNS, MEND, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
 from palu.models.generation import Generation, eval_mode, generate, prompt_of
-from palu.models.lora import CausalLM, base_of
+from palu.models.lora import CausalLM, base_of, separate
 
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
@@ -125,10 +125,10 @@ def tofu(
     sets: _Sets = {name: getattr(rows, name) for name in COLUMNS}
     answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}
     examples = [example for texts in answers.values() for example in texts.examples]
-    for name, candidate in (("model", model), ("reference_model", reference_model)):
-        if candidate is not None:
-            check_model(candidate, tokenizer, examples, name)
-    model, reference_model = base_of(model), None if reference_model is None else base_of(reference_model)
+    given = separate(model=model, reference_model=reference_model)
+    for name, candidate in given.items():
+        check_model(candidate, tokenizer, examples, name)
+    model, reference_model = base_of(given["model"]), base_of(given.get("reference_model"))
 
     metadata = {
         "benchmark": "TOFU",

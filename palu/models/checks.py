@@ -51,7 +51,7 @@ def check_models(
             "ref_model has the model's adapter in it, since PEFT puts it there; "
             "pass None to use the model without its adapter"
         )
-    if ref_model is model:
+    if ref_model is not None and base_of(ref_model) is base_of(model):
         raise ValueError(
             "ref_model is the model itself, which training would change; pass None to use its starting weights"
         )
@@ -95,7 +95,8 @@ def check_causal(name: str, model: CausalLM, *, empty: bool = False) -> None:
             f"{name} is a {type(model).__name__}, which is not a causal language model with a linear head; "
             "load it with AutoModelForCausalLM.from_pretrained"
         )
-    if base.get_decoder() is base:
+    # Llama 4's is the model itself, ModernBertDecoder's the output layer.
+    if base.get_output_embeddings() in base.get_decoder().modules():
         raise UnsupportedModelError(
             f"{name} is a {type(base).__name__}, whose get_decoder() gives no body apart from its head; "
             "load a model of a kind that docs/models.md lists as supported"

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.examples import load_retain
 from palu.data.tokenize import IGNORE, Example
 from palu.models.positions import max_positions
+from palu.settings import RunSettings
 
 DECODING_FACTOR = 8  # generation holds keys and values, not activations: this many times more tokens fit
 
@@ -111,6 +112,7 @@ def generate_ids(
     bar: tqdm,
     batches: int | None = None,
     sample: bool = False,
+    chunk_bytes: int = RunSettings.chunk_bytes,
 ) -> list[list[int]]:
     """Generate greedy or sampled continuations of tokenised prompts [t], in their order.
 
@@ -124,6 +126,7 @@ def generate_ids(
             least as many as its prompts make (:func:`generation_batches`).
         sample: draw each token from the model's own distribution (temperature 1, no token left out), by torch's global
             random numbers; False: take the likeliest.
+        chunk_bytes: bound on a batch's logits in float32, of its last position alone; one text is the least.
     """
     pad = next(iter(stop_ids), 0) if pad is None else pad
     # The model's own settings would be defaults of these: sampling, penalties.
@@ -137,38 +140,60 @@ def generate_ids(
     )
     positions = max_positions(model)
     found: list[list[int]] = [[]] * len(prompts)
-    groups = generation_batches(prompts, max_new_tokens, batch_tokens)
+    groups = generation_batches(model, prompts, max_new_tokens, batch_tokens, chunk_bytes)
     groups += [[] for _ in range(len(groups), batches or 0)]  # while other processes still have some
-    for group in groups:
-        batch = [prompts[i] for i in group] or [torch.tensor([pad])]
-        width = max(len(prompt) for prompt in batch)
-        ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
-        mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
-        room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=room,
-            synced_gpus=batches is not None,
-        )
-        for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
-            end = next((at + 1 for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
-            found[i] = tokens[:end]
-        bar.update(len(group))
+    with _contiguous_input(model.get_output_embeddings()):
+        for group in groups:
+            batch = [prompts[i] for i in group] or [torch.tensor([pad])]
+            width = max(len(prompt) for prompt in batch)
+            ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
+            mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
+            room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)
+            output: Any = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=room,
+                synced_gpus=batches is not None,
+            )
+            for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
+                end = next((at + 1 for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+                found[i] = tokens[:end]
+            bar.update(len(group))
     return found
 
 
-def generation_batches(prompts: Sequence[Tensor], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
+@contextmanager
+def _contiguous_input(head: nn.Module) -> Iterator[None]:
+    """Give the head contiguous hidden states within the block.
+
+    Those of the last positions are a slice [B, 1, d], which torch multiplies with a frozen head, as a model with an
+    adapter has it, one text at a time; in bfloat16 on a CPU it copies the head for each of them.
+    """
+    hook = head.register_forward_pre_hook(lambda module, given: tuple(hidden.contiguous() for hidden in given))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def generation_batches(
+    model: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch_tokens: int, chunk_bytes: int
+) -> list[list[int]]:
     """Group prompts [t], by index, into the batches of :func:`generate_ids`."""
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    return list(batches_by_length(lengths, DECODING_FACTOR * batch_tokens))
+    head: Any = model.get_output_embeddings()
+    rows = max(chunk_bytes // (4 * head.out_features), 1)
+    return list(batches_by_length(lengths, DECODING_FACTOR * batch_tokens, rows))
 
 
-def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Group indices of texts, the longest first: at most ``tokens`` tokens a group if padded, or one longer text."""
+def batches_by_length(lengths: Sequence[int], tokens: int, most: int = sys.maxsize) -> Iterator[list[int]]:
+    """Group indices of texts, the longest first: at most ``tokens`` tokens a group if padded, or one longer text.
+
+    ``most``: how many texts a group may have.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        count = max(tokens // lengths[order[start]], 1)
+        count = min(max(tokens // lengths[order[start]], 1), most)
         yield order[start : start + count]
         start += count

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from palu.eager import acc_dtype
 from palu.models.lora import CausalLM, base_of
@@ -108,6 +109,21 @@ def map_logits(
     rows = rows_per_chunk(head, chunk_bytes)
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat([function(head.logits(h), label) for h, label in chunks])
+
+
+def cross_entropy(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) -> Tensor:
+    """Compute the mean cross-entropy of rows with hidden states [R, d] and labels [R], with gradient, in any dtype.
+
+    The logits of one chunk of rows are held at a time; those of the backward pass are computed anew.
+    """
+
+    def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head.logits(hidden), labels, reduction="sum")
+
+    rows = rows_per_chunk(head, chunk_bytes)
+    chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
+    sums = [checkpoint(of_chunk, h, label, use_reentrant=False) for h, label in chunks]
+    return torch.stack(sums).sum() / len(labels)
 
 
 def to_acc_dtype(logits: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ PEFT is not needed, and not imported, for models without an adapter.
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, permutations
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from torch import nn
@@ -66,6 +68,54 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def adapter_settings(model: CausalLM) -> list[Any]:
+    """List what, beside weights, decides what a model's adapters compute; empty where none is active."""
+    settings = []
+    modules: list[tuple[str, Any]] = list(base_of(model).named_modules())
+    for path, layer in modules:
+        if _inner(layer) is layer or getattr(layer, "disable_adapters", True):
+            continue
+        dropouts = getattr(layer, "lora_dropout", {})
+        for adapter in layer.active_adapters:
+            scale = getattr(layer, "scaling", {}).get(adapter)
+            dropout = getattr(dropouts[adapter], "p", 0.0) if adapter in dropouts else None
+            variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+            settings.append([path, adapter, scale, dropout, variant, sorted(layer.merged_adapters)])
+    return settings
+
+
+def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
+    """Return the models that are given, by name, each as it is alone.
+
+    PEFT puts an adapter into its base in place. So for a base that is given beside its ``PeftModel``, the base without
+    the adapter is returned: modules of its own, and the same weights.
+
+    Raises ValueError where a base cannot be had without an adapter of another model.
+    """
+    given = {name: model for name, model in models.items() if model is not None}
+    found = dict(given)
+    for (name, model), (other, adapted) in permutations(given.items(), 2):
+        if model is adapted or not is_peft(adapted) or base_of(model) is not base_of(adapted):
+            continue
+        if is_peft(model) or adapted.get_model_status().merged_adapters:
+            raise ValueError(
+                f"{name} and {other} share one base model, which has an adapter in it; load {name} on its own"
+            )
+        found[name] = _without_adapters(base_of(model))
+    return found
+
+
+def _without_adapters(base: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules, but not its weights, and take out those that PEFT has put in."""
+    tensors = chain(base.parameters(), base.buffers())
+    bare = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+    for path, module in list(bare.named_modules()):
+        if (inner := _inner(module)) is not module:
+            bare.set_submodule(path, inner)
+    vars(bare).pop("peft_config", None)
+    return bare
 
 
 @contextmanager

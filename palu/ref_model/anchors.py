@@ -95,6 +95,7 @@ def generate_anchors(
     accelerator: Accelerator,
     *,
     adapter: bool,
+    chunk_bytes: int = UnlearnConfig.chunk_bytes,
     progress: bool = False,
 ) -> list[Item]:
     """Have the reference answer the prompts greedily: each process answers its share, all get every answer.
@@ -105,6 +106,7 @@ def generate_anchors(
     Args:
         reference: on the accelerator's device, whole or sharded.
         adapter: whether a ``PeftModel`` answers with its adapter.
+        chunk_bytes: bound on the logits held at once.
 
     Raises:
         DataError: no answer is left.
@@ -116,7 +118,7 @@ def generate_anchors(
     share = -(-len(prompts) // accelerator.num_processes)
     shares = [prompts[share * rank : share * (rank + 1)] for rank in range(accelerator.num_processes)]
     own = shares[accelerator.process_index]
-    batches = max(len(generation_batches(part, ANSWER_TOKENS, BATCH_TOKENS)) for part in shares)
+    batches = max(len(generation_batches(base, part, ANSWER_TOKENS, BATCH_TOKENS, chunk_bytes)) for part in shares)
     with (
         tqdm(total=len(own), desc="anchors", disable=not progress, leave=False) as bar,
         eval_mode(base),
@@ -133,6 +135,7 @@ def generate_anchors(
                 batch_tokens=BATCH_TOKENS,
                 bar=bar,
                 batches=batches if reference.sharded else None,
+                chunk_bytes=chunk_bytes,
             )
         )
 

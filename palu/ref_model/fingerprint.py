@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from palu.data.packing import Item, Items
 from palu.hashing import digest
-from palu.models.lora import CausalLM, base_of, original_name
+from palu.models.lora import CausalLM, adapter_settings, base_of, original_name
 from palu.models.quantized import quantized_state
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts
 
@@ -35,7 +36,7 @@ class Fingerprints:
     @cached_property
     def model(self) -> str:
         """The model to train, its adapter included."""
-        return _of_model(self._model, self._weights)
+        return _of_model(self._model, self._weights, adapter_settings(self._model))
 
     @cached_property
     def ref_model(self) -> str | None:
@@ -48,7 +49,7 @@ class Fingerprints:
         if self.ref_model is not None:
             return self.ref_model
         named = {original_name(name): weights for name, weights in self._weights.items()}
-        return _of_model(self._model, {name: weights for name, weights in named.items() if name is not None})
+        return _of_model(self._model, {name: weights for name, weights in named.items() if name is not None}, [])
 
     @cached_property
     def forget(self) -> str:
@@ -79,13 +80,14 @@ class Fingerprints:
 
 
 def fingerprint_model(model: CausalLM) -> str:
-    """Hash a model's weights and configuration, less where it was loaded from and by which version."""
-    return _of_model(model, _weights_of(model))
+    """Hash a model's weights, configuration and active adapters, less where it was loaded from and by which version."""
+    return _of_model(model, _weights_of(model), adapter_settings(model))
 
 
-def _of_model(model: CausalLM, weights: dict[str, str]) -> str:
+def _of_model(model: CausalLM, weights: dict[str, str], adapters: list[Any]) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
-    return digest([json.dumps(config, sort_keys=True, default=str), weights])
+    parts = [json.dumps(config, sort_keys=True, default=str), weights]
+    return digest([*parts, adapters] if adapters else parts)
 
 
 def _weights_of(model: CausalLM) -> dict[str, str]:

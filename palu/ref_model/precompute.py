@@ -79,7 +79,14 @@ def precompute_reference(
         cache = read_cache(file, fields, items) if file is not None else None
     if not all(gather_values(cache is not None, accelerator)):  # else all have found it
         with on_device(model, accelerator.device):
-            anchors = generate_anchors(reference, anchor_prompts, accelerator, adapter=not own, progress=progress)
+            anchors = generate_anchors(
+                reference,
+                anchor_prompts,
+                accelerator,
+                adapter=not own,
+                chunk_bytes=config.chunk_bytes,
+                progress=progress,
+            )
             with (
                 eval_mode(base),
                 autocast(accelerator),

@@ -21,6 +21,7 @@ from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.sample import Sample
 from palu.data.files import DataError
+from palu.models.lora import separate
 
 
 # --- what is returned ---
@@ -107,6 +108,32 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
     assert verdicts(results)["quantise: int8"] == "not told"
 
 
+def with_adapter(base: Any, **settings: Any) -> Any:
+    """PEFT puts the adapter into the base; its weights are the same whatever the settings."""
+    torch.manual_seed(5)
+    config = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "init_lora_weights": False} | settings
+    return get_peft_model(base, LoraConfig(**config))
+
+
+def test_a_base_is_audited_as_it_was_before_its_adapter() -> None:
+    base, attacks = copy.deepcopy(original()), ["ask", "exact-probability"]
+    adapted = with_adapter(base, modules_to_save=["norm"], lora_alpha=64)
+    with torch.no_grad():
+        adapted.base_model.model.model.norm.modules_to_save["default"].weight.neg_()
+    before = weights(adapted)
+    alone = audit(adapted, only=attacks)
+    told = {role: of_model["told"] for role, of_model in alone["attacks"][0]["models"].items()}
+    assert told == {"unlearned": 0.0, "original": 1.0}
+    assert audit(adapted, original=base, only=attacks) == alone
+    assert audit(base, original=adapted, only=["ask"])["attacks"][0]["models"]["unlearned"]["told"] == 1.0
+    assert same_weights(adapted, before) and adapted.get_base_model() is base
+    # It shares the weights, and can be attacked as one that never had an adapter.
+    bare = separate(model=adapted, original=base)["original"]
+    assert {p.data_ptr() for p in bare.parameters()} <= {p.data_ptr() for p in base.parameters()}
+    (row,) = audit(bare, only=["relearn-lora"])["attacks"]
+    assert row["models"]["unlearned"]["values"] == row["models"]["original"]["values"]
+
+
 # --- stages ---
 def test_a_killed_audit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
@@ -165,6 +192,15 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
     assert anew(forget=FORGET[1:]) == whole
     assert anew(never_saw()) == whole
     assert anew() == set()
+
+
+def test_an_adapter_of_another_alpha_is_asked_anew(tmp_path: Path) -> None:
+    values = []
+    for alpha in (1, 8, 1):
+        adapted = with_adapter(copy.deepcopy(original()), lora_alpha=alpha)
+        (row,) = audit(adapted, folder=tmp_path, only=["exact-probability"])["attacks"]
+        values.append(row["models"]["unlearned"]["values"])
+    assert values[0] == values[2] != values[1]
 
 
 # --- wrong input ---

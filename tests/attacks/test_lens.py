@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
+from helpers.logits import WatchLogits
 from helpers.planted import SECRETS, data, hides_from_greedy, never_saw, original, tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -49,6 +51,14 @@ def test_ranks_are_those_of_each_layer_alone() -> None:
 
 def test_batches_do_not_matter() -> None:
     assert lens(never_saw(), batch_tokens=1) == lens(never_saw(), batch_tokens=10_000)
+
+
+def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, vocab = lens(never_saw()), len(tokenizer())
+    monkeypatch.setattr("palu.attacks.lens.CHUNK_BYTES", 4 * 3 * vocab)
+    with WatchLogits(vocab, never_saw().config.hidden_size) as watched:
+        assert lens(never_saw()) == expected
+    assert watched.rows <= 3
 
 
 def test_a_secret_that_an_early_layer_alone_holds_is_seen() -> None:

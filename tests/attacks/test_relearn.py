@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.logits import WatchLogits
 from helpers.planted import FORGET, RETAIN, SECRETS, data, never_saw, original, refuses, tokenizer
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from palu.attacks.ask import AskGreedily
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.relearn import Relearn, unrelated_texts
+from palu.attacks.relearn import Relearn, _loss, unrelated_texts
 from palu.attacks.secrets import AuditData
 
 TOKENS = 24
@@ -118,6 +120,19 @@ def test_bfloat16_weights_are_trained(trained: str) -> None:
     rate = {"weights": 1e-3, "lora": 5e-3}[trained]
     assert relearn(model, trained=trained, learning_rate=rate).values.count(1.0) >= 4
     assert model.dtype == torch.bfloat16
+
+
+def test_the_loss_is_the_models_own_and_its_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples, vocab = refuses(), [row.example for row in data().rows[:4]], len(tokenizer())
+    ids, labels = (pad_sequence([getattr(e, name) for e in examples], True, -100) for name in ("input_ids", "labels"))
+    expected = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=labels, use_cache=False).loss
+    monkeypatch.setattr("palu.attacks.relearn.CHUNK_BYTES", 4 * 3 * vocab)
+    with WatchLogits(vocab, model.config.hidden_size) as watched:
+        loss = _loss(model, examples)
+        gradient = torch.autograd.grad(loss, model.model.norm.weight)[0]
+    assert watched.rows <= 3
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, model.model.norm.weight)[0], rtol=1e-4, atol=1e-7)
 
 
 def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

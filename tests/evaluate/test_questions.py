@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -75,6 +77,15 @@ def test_the_figures_are_the_definitions(results: Any) -> None:
     assert 0 < results["forget_Q_A_ROUGE"]["agg_value"] < 1
     assert palu.evaluate.summarize(results)["forget_told"] == 0.0
     assert set(palu.evaluate.summarize(results)) == set(results) - {"original", "retain_model", "palu"}
+
+
+def test_a_base_is_evaluated_as_it_was_before_its_adapter(results: Any) -> None:
+    base = copy.deepcopy(original())
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, lora_alpha=64)
+    adapted = get_peft_model(base, config)
+    found = palu.evaluate.questions(adapted, tokenizer(), ROWS, original=base, progress=False)
+    assert found["forget_told"]["agg_value"] == 0.0
+    assert found["original"] == results["original"]
 
 
 def test_kinds_and_secrets_of_rows() -> None:

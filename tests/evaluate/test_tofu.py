@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.benchmark_data import quick_tofu, small_tofu, tofu_rows
+from helpers.logits import WatchLogits
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import overfit, same_weights, tiny_llama, weights
+from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -25,6 +27,7 @@ from palu.data.examples import load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate import TofuData, load_tofu, summarize, tofu
+from palu.evaluate.scores import gradient_norms
 from palu.models.generation import prompt_of
 
 TOFU = Path(__file__).parents[3] / "shared" / "data" / "tofu"
@@ -155,11 +158,15 @@ def test_results_do_not_depend_on_the_batch_size(tokenizer: Tokenizer) -> None:
     assert values(one["forget_Q_A_ROUGE"], "generation") == values(many["forget_Q_A_ROUGE"], "generation")
 
 
-def test_gradient_norm_is_that_of_a_plain_backward_pass() -> None:
+def test_gradient_norm_is_that_of_a_plain_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, data = TOKENIZERS["chat"](), small_tofu()
     model = llama_for(tokenizer)
     model.model.embed_tokens.weight.requires_grad_(False)  # frozen weights count too
+    monkeypatch.setattr("palu.evaluate.scores.CHUNK_BYTES", 4 * 3 * len(tokenizer))
     results = quick_tofu(model, tokenizer, data, mia=["gradnorm"])
+    with WatchLogits(len(tokenizer), model.config.hidden_size) as watched:
+        gradient_norms(model, examples_of(data.forget, tokenizer), bar=tqdm(disable=True))
+    assert watched.rows <= 3
     assert not model.model.embed_tokens.weight.requires_grad
     assert all(p.grad is None for p in model.parameters())
 

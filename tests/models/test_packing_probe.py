@@ -135,6 +135,13 @@ MODELS = [
         refused="whose get_decoder() gives no body apart from its head",
         note="transformers gives no body apart from its head",
     ),
+    Kind(
+        "ModernBERT Decoder",
+        "ModernBertDecoderConfig",
+        LLAMA | dict.fromkeys((f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")), 0),
+        refused="whose get_decoder() gives no body apart from its head",
+        note="transformers gives no body apart from its head",
+    ),
     Kind("BLOOM", "BloomConfig", SIZES, "", SEE, note=NO_BORDERS),
     Kind("MPT", "MptConfig", IDS | {"d_model": 32, "n_heads": 4, "n_layers": 2}, "", SEE, note=NO_BORDERS),
     Kind("Mamba", "MambaConfig", SIZES, "", SEE, note=STATE),
