@@ -313,7 +313,15 @@ class UnlearnConfig:
                 field,
                 "give a folder's path as a string, or None",
             )
-        require(not self.resume or self.checkpoint_dir is not None, "resume", "give checkpoint_dir, too")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in ("checkpoint_minutes", "checkpoint_steps", "resume"):
+            given = getattr(self, field) != defaults[field]
+            require(not given or self.checkpoint_dir is not None, field, "give checkpoint_dir, too")
+        require(
+            self.lr_scheduler != "constant" or self.warmup_steps == 0,
+            "warmup_steps",
+            'lr_scheduler = "constant" has no warmup; give "constant_with_warmup"',
+        )
         require(
             self.report_to is None
             or (isinstance(self.report_to, str) and all(name in TRACKERS for name in self.trackers)),
@@ -328,7 +336,6 @@ class UnlearnConfig:
             "give a number between 0 and 1, or None",
         )
         if self.objective == "palu":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
             for loss, fields in _READ_BY.items():
                 for field in fields if loss != self.local_loss else ():
                     told = f'read by local_loss = "{loss}" alone; give that, too, or leave it out'

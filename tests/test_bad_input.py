@@ -265,6 +265,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a chat template's values without one": (lambda: unlearn(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: there is no chat template; leave it out"),
     "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
     "a resume from nowhere": (lambda: config(resume=True), ValueError, "resume = True: give checkpoint_dir, too"),
+    "checkpoints to nowhere, by steps": (lambda: config(checkpoint_steps=5), ValueError, "checkpoint_steps = 5: give checkpoint_dir, too"),
+    "checkpoints to nowhere, by time": (lambda: config(checkpoint_minutes=5), ValueError, "checkpoint_minutes = 5: give checkpoint_dir, too"),
+    "a warmup that the schedule leaves out": (lambda: config(lr_scheduler="constant", warmup_steps=2), ValueError, 'warmup_steps = 2: lr_scheduler = "constant" has no warmup; give "constant_with_warmup"'),
     # The ops
     "an index out of range": (lambda: topk_mse(index=torch.tensor([[0, 1], [6, 3]])), IndexError, "palu::topk_mse: index[1, 0] = 6 is out of range for a vocabulary of 6"),
     "a negative index": (lambda: linear_topk_mse(index=torch.tensor([[0, -1], [2, 3]])), IndexError, "palu::linear_topk_mse: index[0, 1] = -1 is out of range for a vocabulary of 6"),
