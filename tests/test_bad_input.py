@@ -185,6 +185,7 @@ WHOLE = "load it without offloading to CPU or disk"
 COLUMNS = "give question and answer, prompt and completion, or messages"
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada Lovelace did."}]
 NOT_BOTH = "the model cannot forget an answer and keep it; take the row out of one of the sets"
+DOCUMENT = {"prompt": "", "completion": "The cat sat.", "spans": [[0, 3]]}
 DataError = palu.DataError
 
 BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
@@ -197,6 +198,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a span of fractions": (lambda: text(row(spans=[[0.5, 3]])), DataError, f"forget row 1: span [0.5, 3] is not two integers; {EDGES}"),
     "a span of words": (lambda: text(row(spans=["Ada"])), DataError, f"forget row 1: span 'Ada' is not two integers; {EDGES}"),
     "a span of blanks": (lambda: text(row(spans=[[3, 4]])), DataError, "forget row 1: span [3, 4] holds only whitespace; move it onto the words or remove it"),
+    "a span that nothing predicts": (lambda: text(DOCUMENT, tokenizer=byte_level(bos=False)), DataError, "forget row 1: nothing stands before 'The', so nothing predicts its only token; give a prompt, or a tokenizer that adds a BOS"),
     # Rows
     "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"),
     "no answer": (lambda: text(row(answer=None)), DataError, f"forget row 1: columns are question, spans; {COLUMNS}"),
@@ -226,6 +228,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "labels that want a gradient": (lambda: unlearn(forget=[{"input_ids": [1, 2], "labels": torch.tensor([-100.0, 2.0], requires_grad=True)}]), DataError, "forget row 0: labels must be int64, got float32; convert them"),
     "a token beyond the vocabulary": (lambda: unlearn(forget=with_token(forget_rows(3), VOCAB)), DataError, f"forget row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
     "a token beyond the vocabulary, to retain": (lambda: unlearn(retain=with_token(retain_rows(3), VOCAB)), DataError, f"retain row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
+    "a sensitive label that nothing predicts": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [1, -200, 3]}]), DataError, "forget row 0: nothing stands before token 0, so nothing predicts it; label it -100, or give the tokens before it"),
     # Tokenizers
     "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
     "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),

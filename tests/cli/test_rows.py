@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.planted import FORGET, RETAIN, SECRETS, tokenizer
+from helpers.small_tokenizers import byte_level
 from helpers.tiny import tiny_llama, weights
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -60,6 +61,19 @@ def test_two_forms_in_one_row_are_refused(command: str, model: Path, tmp_path: P
     result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
     told = "it has question and answer, and also prompt and completion; leave one of them out"
     assert (result.exit_code, result.stderr) == (2, f"palu: forget row 1 (line 2): {told}\n"), result.output
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_a_secret_that_nothing_predicts(command: str, model: Path, tmp_path: Path) -> None:
+    """The first token of a text that has nothing before it, since this tokenizer adds no BOS."""
+    document = {"prompt": "", "completion": "The city is Karachi.", "secret": ["The", "Karachi"]}
+    plain = tmp_path / "tokenizer"
+    byte_level(bos=False).save_pretrained(plain)
+    files = written(tmp_path / "forget.jsonl", [FORGET[0], document]), written(tmp_path / "retain.jsonl", RETAIN)
+    result = palu_command(*arguments(command, model, *files, tmp_path / "out"), "--tokenizer", plain)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("palu: forget row 1 (line 2): nothing stands before 'The'"), result.stderr
 
 
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
