@@ -88,8 +88,9 @@ def load_forget(
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
     chat_template_kwargs: what the chat template is given beside the messages.
-    warn: of rows that repeat an earlier one; and where the text before the answer is not the prompt that the chat
-        template gives for generation, of the first such row.
+    warn: of rows that repeat an earlier one; of the first row where the text before the answer is not the prompt that
+        the chat template gives for generation; and, without a template, of the first completion that continues the last
+        word of its prompt.
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank

@@ -76,6 +76,30 @@ def test_a_secret_that_nothing_predicts(command: str, model: Path, tmp_path: Pat
     assert result.stderr.startswith("palu: forget row 1 (line 2): nothing stands before 'The'"), result.stderr
 
 
+def warned(*given: Any) -> list[str]:
+    """The warnings of a command that goes through."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = palu_command(*given)
+    assert result.exit_code == 0, result.output
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("command", ["inspect", "unlearn"])
+def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tmp_path: Path) -> None:
+    """The first such row of each set is named."""
+    plain = tmp_path / "tokenizer"
+    byte_level().save_pretrained(plain)
+    joined = {"prompt": "The capital of France is", "completion": "Paris.", "secret": "Paris"}
+    forget = written(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
+    retain = written(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
+    given = [*arguments(command, model, forget, retain, tmp_path / "out"), "--tokenizer", plain]
+    said = [one for one in warned(*given) if "without a blank" in one]
+    named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
+    assert len(said) == len(named) and all(map(str.startswith, said, named)), said
+    assert "'The capital of France isParis.'" in said[0]
+
+
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
 
 
@@ -83,11 +107,7 @@ TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0
 def test_rows_given_twice_are_told_once(command: str, model: Path, tmp_path: Path) -> None:
     forget = written(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
     retain = written(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = palu_command(*arguments(command, model, forget, retain, tmp_path / "out"))
-    assert result.exit_code == 0, result.output
-    said = [str(one.message) for one in caught if "repeat" in str(one.message)]
+    said = [one for one in warned(*arguments(command, model, forget, retain, tmp_path / "out")) if "repeat" in one]
     kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
     assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
 
