@@ -229,6 +229,8 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a token beyond the vocabulary": (lambda: unlearn(forget=with_token(forget_rows(3), VOCAB)), DataError, f"forget row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
     "a token beyond the vocabulary, to retain": (lambda: unlearn(retain=with_token(retain_rows(3), VOCAB)), DataError, f"retain row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
     "a sensitive label that nothing predicts": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [1, -200, 3]}]), DataError, "forget row 0: nothing stands before token 0, so nothing predicts it; label it -100, or give the tokens before it"),
+    "the only row after another prompt": (lambda: text(forget=[row()], kl_prompt="other"), DataError, "kl_prompt = 'other': no answer with a span fits behind the prompt of another row; give several rows with different prompts, or a larger max_length, or leave it out"),
+    "tokens after another prompt": (lambda: text(*forget_rows(1), kl_prompt="other"), DataError, "forget row 1: a tokenised row has no text that kl_prompt = 'other' could join with another; give text, or leave kl_prompt out"),
     # Tokenizers
     "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
     "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),

@@ -91,11 +91,6 @@ class Method(ModelRoot):
         raise NotImplementedError
 
     @staticmethod
-    def asked(items: Items, examples: Sequence[Example], config: UnlearnConfig) -> Items:
-        """Return the forget items as the reference sees them: the same rows of each, perhaps after another prompt."""
-        return items
-
-    @staticmethod
     def reference_fn(ref_head: Head, config: UnlearnConfig) -> ReferenceFn:
         """Return the function that computes ``used_ref_fields`` from the reference's hidden states.
 
@@ -123,6 +118,11 @@ class Method(ModelRoot):
     def uses_ref_head(cls, config: UnlearnConfig) -> bool:
         """Whether a run reads the reference's head."""
         return cls.needs_ref_head
+
+    @staticmethod
+    def uses_other_prompts(config: UnlearnConfig) -> bool:
+        """Whether the reference sees the forget answers after the prompts of other rows."""
+        return False
 
     @staticmethod
     def uses_retain(config: UnlearnConfig) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Items, forget_items, with_other_prompts
+from palu.data.packing import Batch, Items, forget_items
 from palu.data.tokenize import Example
 from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, UnlikelihoodTerm, fused_linear_losses
 from palu.methods.base import Method, ReferenceFn, RefField, RefRows, Shares
@@ -54,9 +54,9 @@ class PaluMethod(Method):
         )
 
     @staticmethod
-    def asked(items: Items, examples: Sequence[Example], config: UnlearnConfig) -> Items:
-        """Return the items with the prompts that ``kl_prompt`` says."""
-        return items if config.kl_prompt == "own" else with_other_prompts(items, examples, config.max_length)
+    def uses_other_prompts(config: UnlearnConfig) -> bool:
+        """Whether ``kl_prompt`` says so."""
+        return config.kl_prompt == "other"
 
     @classmethod
     def used_ref_fields(cls, config: UnlearnConfig) -> tuple[RefField, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.examples import Examples, load_alternates, load_forget, load_retain
-from palu.data.packing import Items, retain_items
+from palu.data.examples import Examples, load_alternates, load_forget, load_other_prompts, load_retain
+from palu.data.packing import Items, retain_items, with_other_prompts
 from palu.data.rows import iterate_rows
 from palu.methods import METHODS
 from palu.models.checks import check_linear_head, check_packing, check_sets
@@ -51,10 +50,6 @@ def prepare_datasets(
     """
     method = METHODS[config.objective]
     method.check(model, config)
-    if method.needs_alternates:  # which are read in a second pass
-        if isinstance(forget, Examples) and isinstance(forget.source, Iterator):
-            raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
-        forget = list(forget) if isinstance(forget, Iterator) else forget
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
@@ -81,7 +76,10 @@ def prepare_datasets(
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(forget_set.examples, alternates, config, eos_token_id)
     kept_items = retain_items(retain_set.examples)
-    asked = method.asked(forget_items, forget_set.examples, config)
+    asked = forget_items
+    if method.uses_other_prompts(config):
+        others = load_other_prompts(forget_set.source, tokenizer, forget_set.examples, **rendering)
+        asked = with_other_prompts(forget_items, forget_set.examples, others)
     asked = asked + kept_items if method.asks_of_retain else asked
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
     longest = max(forget_items.longest(), kept_items.longest(), asked.longest(), *texts)

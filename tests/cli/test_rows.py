@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from palu.cli import app
+from palu.ref_model.precompute import precompute_reference
+from palu.training import loop
 
 Rows = list[dict[str, Any]]
 
@@ -98,6 +100,29 @@ def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tm
     named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
     assert len(said) == len(named) and all(map(str.startswith, said, named)), said
     assert "'The capital of France isParis.'" in said[0]
+
+
+def test_answers_stand_after_another_prompt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the text of both is tokenised: a number and a word part from the blank before them in other ways."""
+    plain = byte_level()
+    plain.save_pretrained(tmp_path / "tokenizer")
+    texts = [("When was it?", "1843."), ("Who wrote it?", "The author.")]
+    rows = [{"question": question, "answer": answer, "secret": answer[:-1]} for question, answer in texts]
+    forget, retain = written(tmp_path / "forget.jsonl", rows), written(tmp_path / "retain.jsonl", RETAIN)
+    seen: list[str] = []
+
+    def recorded(reference: Any, items: Any, *others: Any, **named: Any) -> Any:
+        seen.extend(plain.decode(item.input_ids, skip_special_tokens=True) for item in items)
+        return precompute_reference(reference, items, *others, **named)
+
+    monkeypatch.setattr(loop, "precompute_reference", recorded)
+    given = [*arguments("unlearn", model, forget, retain, tmp_path / "out"), "--tokenizer", tmp_path / "tokenizer"]
+    given += ["--kl-prompt", "other"]
+    assert palu_command(*given).exit_code == 0
+    assert seen == ["Question: Who wrote it?\nAnswer: 1843.", "Question: When was it?\nAnswer: The author."]
+    written(forget, rows[:1])
+    result = palu_command(*given, "--overwrite")
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("palu: kl_prompt = 'other': ")
 
 
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
