@@ -230,7 +230,14 @@ class RunSettings(Settings):
         super().__post_init__()
         # A copy: the caller's may change.
         object.__setattr__(self, "chat_template_kwargs", template_kwargs(self.chat_template_kwargs))
-        self.require(not self.resume or self.checkpoint_dir is not None, "resume", "give checkpoint_dir, too")
+        for field in ("checkpoint_minutes", "checkpoint_steps", "resume"):
+            given = getattr(self, field) != getattr(type(self), field)
+            self.require(not given or self.checkpoint_dir is not None, field, "give checkpoint_dir, too")
+        self.require(
+            self.lr_scheduler != "constant" or self.warmup_steps == 0,
+            "warmup_steps",
+            'lr_scheduler = "constant" has no warmup; give "constant_with_warmup"',
+        )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimisation steps of a run that nothing ends early."""

@@ -201,6 +201,7 @@ WHOLE = "load it without offloading to CPU or disk"
 COLUMNS = "give question and answer, prompt and completion, or messages"
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada Lovelace did."}]
 NOT_BOTH = "the model cannot forget an answer and keep it; take the row out of one of the sets"
+DOCUMENT = {"prompt": "", "completion": "The cat sat.", "spans": [[0, 3]]}
 DataError = palu.DataError
 
 BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
@@ -213,6 +214,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a span of fractions": (lambda: text(row(spans=[[0.5, 3]])), DataError, f"forget row 1: span [0.5, 3] is not two integers; {EDGES}"),
     "a span of words": (lambda: text(row(spans=["Ada"])), DataError, f"forget row 1: span 'Ada' is not two integers; {EDGES}"),
     "a span of blanks": (lambda: text(row(spans=[[3, 4]])), DataError, "forget row 1: span [3, 4] holds only whitespace; move it onto the words or remove it"),
+    "a span that nothing predicts": (lambda: text(DOCUMENT, tokenizer=byte_level(bos=False)), DataError, "forget row 1: nothing stands before 'The', so nothing predicts its only token; give a prompt, or a tokenizer that adds a BOS"),
     # Rows
     "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"),
     "no answer": (lambda: text(row(answer=None)), DataError, f"forget row 1: columns are question, spans; {COLUMNS}"),
@@ -242,6 +244,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "labels that want a gradient": (lambda: unlearn(forget=[{"input_ids": [1, 2], "labels": torch.tensor([-100.0, 2.0], requires_grad=True)}]), DataError, "forget row 0: labels must be int64, got float32; convert them"),
     "a token beyond the vocabulary": (lambda: unlearn(forget=with_token(forget_rows(3), VOCAB)), DataError, f"forget row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
     "a token beyond the vocabulary, to retain": (lambda: unlearn(retain=with_token(retain_rows(3), VOCAB)), DataError, f"retain row 2: token id {VOCAB} is outside the model's vocabulary of {VOCAB}; use the tokenizer that belongs to the model"),
+    "a sensitive label that nothing predicts": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [1, -200, 3]}]), DataError, "forget row 0: nothing stands before token 0, so nothing predicts it; label it -100, or give the tokens before it"),
+    "the only row after another prompt": (lambda: text(forget=[row()], kl_prompt="other"), DataError, "kl_prompt = 'other': no answer with a span fits behind the prompt of another row; give several rows with different prompts, or a larger max_length, or leave it out"),
+    "tokens after another prompt": (lambda: text(*forget_rows(1), kl_prompt="other"), DataError, "forget row 1: a tokenised row has no text that kl_prompt = 'other' could join with another; give text, or leave kl_prompt out"),
     # Tokenizers
     "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
     "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
@@ -286,6 +291,9 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a chat template's values without one": (lambda: unlearn(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: there is no chat template; leave it out"),
     "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
     "a resume from nowhere": (lambda: config(resume=True), ValueError, "resume = True: give checkpoint_dir, too"),
+    "checkpoints to nowhere, by steps": (lambda: config(checkpoint_steps=5), ValueError, "checkpoint_steps = 5: give checkpoint_dir, too"),
+    "checkpoints to nowhere, by time": (lambda: config(checkpoint_minutes=5), ValueError, "checkpoint_minutes = 5: give checkpoint_dir, too"),
+    "a warmup that the schedule leaves out": (lambda: config(lr_scheduler="constant", warmup_steps=2), ValueError, 'warmup_steps = 2: lr_scheduler = "constant" has no warmup; give "constant_with_warmup"'),
     # The ops
     "an index out of range": (lambda: topk_mse(index=torch.tensor([[0, 1], [6, 3]])), IndexError, "palu::topk_mse: index[1, 0] = 6 is out of range for a vocabulary of 6"),
     "a negative index": (lambda: linear_topk_mse(index=torch.tensor([[0, -1], [2, 3]])), IndexError, "palu::linear_topk_mse: index[0, 1] = -1 is out of range for a vocabulary of 6"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from palu.data.duplicates import RowHashes, warn_of_repeats
@@ -48,7 +48,7 @@ class ExampleRows(RaggedSequence[Example]):
 class Examples:
     """A loaded set, in the user's order.
 
-    source: what it was loaded from.
+    source: what it was loaded from, to be read again; of an iterator, its rows.
     loaded_with: of what the tokens depend on, ``max_length`` and ``chat_template_kwargs``.
     skipped: rows left out because max_length cut off their whole answer.
     without_span: forget examples in which no token is sensitive, cut off or not.
@@ -88,8 +88,9 @@ def load_forget(
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
     chat_template_kwargs: what the chat template is given beside the messages.
-    warn: of rows that repeat an earlier one; and where the text before the answer is not the prompt that the chat
-        template gives for generation, of the first such row.
+    warn: of rows that repeat an earlier one; of the first row where the text before the answer is not the prompt that
+        the chat template gives for generation; and, without a template, of the first completion that continues the last
+        word of its prompt.
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
@@ -168,16 +169,58 @@ def load_alternates(
                 replaced = with_answer(columns, alternate)
                 yield renderer.render(row, f"alternate answer of {where}", replaced, forget=False)
 
-    alternates, texts = ExampleRows(), rendered()
+    alternates = ExampleRows()
+    for where, example in _encoded(rendered(), tokenizer, max_length):
+        if bool((example.labels == IGNORE).all()):
+            problem = f"no token of it is among the first {max_length} of its row"
+            raise DataError(f"{where}: {problem}; raise max_length")
+        alternates.append(example)
+    return alternates
+
+
+def load_other_prompts(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Sequence[Example]:
+    """Load the answers of a forget set, each after the prompt of the row half the set further; cut at max_length.
+
+    Arguments and errors are load_alternates's.
+    """
+    renderer = Renderer(tokenizer, chat_template_kwargs)
+    kept = {example.row for example in examples}
+
+    def rows() -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+        for row, where, columns in iterate_rows(source, "forget"):
+            if row in kept:
+                if "input_ids" in columns:
+                    problem = "a tokenised row has no text that kl_prompt = 'other' could join with another"
+                    raise DataError(f"{where}: {problem}; give text, or leave kl_prompt out")
+                yield row, where, columns
+
+    def rendered() -> Iterator[RenderedRow]:
+        half = len(kept) // 2
+        others = chain(islice(rows(), half, None), islice(rows(), half))
+        for (row, where, columns), (_, _, other) in zip(rows(), others, strict=True):
+            joined = renderer.after_prompt_of(other, columns, where)
+            yield renderer.render(row, f"after another prompt, {where}", joined, forget=False)
+
+    found = ExampleRows()
+    found.fill(example for _, example in _encoded(rendered(), tokenizer, max_length))
+    return found
+
+
+def _encoded(
+    texts: Iterator[RenderedRow], tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> Iterator[tuple[str, Example]]:
+    """Yield each row's name in errors, and its tokens, cut at max_length, every answer token labelled."""
     while chunk := list(islice(texts, CHUNK)):
         assert tokenizer is not None  # nothing would have been rendered
         for text, full in zip(chunk, encode(chunk, tokenizer, forget=False), strict=True):
-            example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
-            if bool((example.labels == IGNORE).all()):
-                problem = f"no token of it is among the first {max_length} of its row"
-                raise DataError(f"{text.where}: {problem}; raise max_length")
-            alternates.append(example)
-    return alternates
+            yield text.where, Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
 
 
 def _load(
@@ -202,7 +245,10 @@ def _load(
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
     without_span = all_spans_cut = spans_length = skipped = 0
-    for full in _tokenised(source, renderer, name):
+    rows, copies = source, list[Any]()
+    if isinstance(source, Iterator):
+        rows, source = _copied(source, copies), copies
+    for full in _tokenised(rows, renderer, name):
         hashes.append(full)
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
@@ -235,6 +281,13 @@ def _load(
         spans_length=spans_length,
         hashes=hashes,
     )
+
+
+def _copied(rows: Iterator[Any], copies: list[Any]) -> Iterator[Any]:
+    """Yield rows, and add each of them to a list."""
+    for row in rows:
+        copies.append(row)
+        yield row
 
 
 def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:

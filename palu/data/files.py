@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # by which a file may be parted that calls itself CSV
+_LONGEST_CELL = 2**31 - 1  # characters, the most that every platform takes; the module's own limit is 131,072
 _LISTS = ("spans", "messages", "input_ids", "labels", "attention_mask")
 
 
@@ -72,10 +73,13 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     while True:
         line = reader.line_num + 1  # where the row begins: quoted text may hold line breaks
         told = f"{name} line {line} of {path}"
+        limit = csv.field_size_limit(_LONGEST_CELL)  # one for all readers, so it is set back
         try:
             values = next(reader, None)
         except csv.Error as error:
             raise DataError(f"{told}: not CSV ({error}); quote fields with commas, quotes or line breaks") from None
+        finally:
+            csv.field_size_limit(limit)
         if values is None:
             return
         if not values:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError, read_rows
+from palu.data.matching import whole_places
 from palu.data.secret import secret_spans
 from palu.settings import template_kwargs
 
@@ -137,7 +138,8 @@ class Renderer:
     Args:
         tokenizer: whose chat template is applied, if it has one; None: every row is refused.
         chat_template_kwargs: what the template is given beside the messages.
-        check_prompts: warn of the first row whose prompt is not the one that the template gives for generation.
+        check_prompts: warn of the first row whose prompt is not the one that the template gives for generation, or,
+            without a template, whose completion continues the prompt's last word.
 
     Raises ValueError where chat_template_kwargs is not valid, or the template does not know a name in it.
     """
@@ -177,6 +179,8 @@ class Renderer:
             text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
             if rendered:  # what ends the answer is no part of it
                 stop -= len(answer) - len(self._special_end.sub("", answer))
+            elif self.check_prompts:
+                self._check_border(prompt, answer, where)
         elif tokenizer.chat_template is not None:
             text, start, stop, shift = _apply_template(conversation, answer, tokenizer, self.kwargs, where)
             if self.check_prompts:
@@ -186,6 +190,17 @@ class Renderer:
         complete = rendered or tokenizer.chat_template is not None
         in_text = [(first + shift, end + shift) for first, end in spans]
         return RenderedRow(row, where, text, start, stop, shift, in_text, complete)
+
+    def after_prompt_of(self, other: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return a row with the prompt of another one and the answer of this one.
+
+        Where prompt and answer are joined as they are, the blanks at the prompt's end stay this row's.
+        """
+        _, own, answer = conversation_of(columns, where)
+        _, prompt, _ = conversation_of(other, where)
+        if own is None or prompt is None or not own.strip() or self.tokenizer is None or self.tokenizer.chat_template:
+            return with_answer(other, answer)
+        return {"prompt": prompt.rstrip() + own[len(own.rstrip()) :], "completion": answer}
 
     def _is_rendered(self, prompt: str) -> bool:
         """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
@@ -204,6 +219,17 @@ class Renderer:
     def _special_end(self) -> re.Pattern[str]:
         """Matches the special tokens at the end of a text, and blanks around them."""
         return re.compile(rf"(?:\s*(?:{self._special.pattern}))+\s*\Z")
+
+    def _check_border(self, prompt: str, answer: str, where: str) -> None:
+        """Warn, once, where an answer continues the last word or sentence of its prompt without a blank."""
+        joined = re.sub(r"[.,:;?!]\Z", "a", prompt) + answer
+        if not prompt or len(prompt) in {start for start, _ in whole_places(answer, joined)}:
+            return
+        self.check_prompts = False
+        border = f"{prompt[-_SHOWN // 2 :]}{answer[: _SHOWN // 2]}"
+        mend = f"write the blank into the rows, as in {' ' + answer[: _SHOWN // 2]!r}"
+        told = f"the prompt and the completion are joined to {border!r}, without a blank between them; {mend}"
+        warnings.warn(f"{where}: {told}", stacklevel=2)
 
     def _compare_prompts(
         self, before: list[dict[str, Any]], trained: str, tokenizer: PreTrainedTokenizerBase, where: str

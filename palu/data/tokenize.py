@@ -73,10 +73,13 @@ def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: in
             raise DataError(f"{where}: input id {token} {at} is outside the vocabulary; {mend}")
         if label >= 0 and label != token:
             raise DataError(f"{where}: label {label} {at} is not its id ({token}); do not shift the labels")
-    labels[0] = IGNORE  # nothing predicts the first token
+    first, labels[0] = int(labels[0]), IGNORE  # nothing predicts the first token
     if bool((labels == IGNORE).all()):
         problem = "every label after the first token is -100"
         raise DataError(f"{where}: {problem}; label the answer or remove the row")
+    if forget and first >= 0 and labels[1] < 0:  # a span of this token alone
+        problem = "nothing stands before token 0, so nothing predicts it"
+        raise DataError(f"{where}: {problem}; label it -100, or give the tokens before it")
     return Example(row, ids, labels)
 
 
@@ -173,6 +176,9 @@ def _sensitive_tokens(text: RenderedRow, inside: list[int], offsets: _Offsets, p
         # the offsets of the word that follows, but says nothing of it.
         blanks = {i for i in held if pieces[i] in ("▁", "Ġ")}
         held -= {i for i in blanks if text.text[slice(*offsets[i])].strip(f" {pieces[i]}")}
+        if held == {0}:
+            problem = f"nothing stands before {text.text[first:end]!r}, so nothing predicts its only token"
+            raise DataError(f"{text.where}: {problem}; give a prompt, or a tokenizer that adds a BOS")
         if not held:
             problem = f"the tokenizer gives {text.text[first:end]!r} in the answer no token"
             raise DataError(f"{text.where}: {problem}; move or remove its span")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.examples import Examples, load_forget, load_retain
+from palu.data.examples import load_forget, load_retain
 from palu.data.rows import load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
@@ -88,7 +88,7 @@ class Recorder:
         self.device = roomy_device(model, accelerator.device) if sharding else accelerator.device
         self.active = accelerator.is_main_process
         for name, source in (("forget", forget), ("retain", retain)):
-            if isinstance(source.source if isinstance(source, Examples) else source, Iterator):
+            if isinstance(source, Iterator):
                 raise TypeError(f"{name} is an iterator, which the record would leave empty for the run; give a list")
         if not self.active:
             return

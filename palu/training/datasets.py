@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.duplicates import check_disjoint
-from palu.data.examples import Examples, load_alternates, load_forget, load_retain
+from palu.data.examples import Examples, load_alternates, load_forget, load_other_prompts, load_retain
 from palu.data.files import DataError
 from palu.data.packing import Items, retain_items, with_other_prompts
 from palu.data.rows import iterate_rows
@@ -91,7 +91,6 @@ def prepare_run(
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
     method, needed = config.method_class, config.reference
     method.check(model, config)
-    forget = list(forget) if isinstance(forget, Iterator) else forget  # a method may read it twice
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
@@ -112,8 +111,6 @@ def prepare_run(
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
 
     def alternates() -> Sequence[Example]:
-        if isinstance(forget_set.source, Iterator):
-            raise TypeError("forget was loaded from an iterator, which is read out; load it from a list")
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
 
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
@@ -121,7 +118,8 @@ def prepare_run(
     kept_items = retain_items(retain_set.examples)
     asked = forget_items
     if needed.other_prompts:
-        asked = with_other_prompts(forget_items, forget_set.examples, config.max_length)
+        others = load_other_prompts(forget_set.source, tokenizer, forget_set.examples, **rendering)
+        asked = with_other_prompts(forget_items, forget_set.examples, others)
     if needed.of_retain:
         asked = asked + kept_items
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]

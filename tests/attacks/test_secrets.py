@@ -69,6 +69,16 @@ def test_rows_without_a_secret_are_not_asked() -> None:
     assert [secret.row for secret in of.secrets] == [0, 0, 1, 1]
 
 
+def test_a_document_without_a_bos() -> None:
+    """Nothing predicts its first token: a secret is looked for from the second on."""
+    plain = byte_level(bos=False)
+    row = {"prompt": "", "completion": "The author wrote it in 1843.", "spans": [[0, 10], [23, 27]]}
+    of = data([row], plain)
+    written = [plain.decode(of.rows[0].example.input_ids[s.first : s.stop]).strip() for s in of.secrets]
+    assert written == ["author", "1843"]
+    assert [plain.decode(prompt) for prompt in of.prompts] == ["The"]
+
+
 def test_paraphrases() -> None:
     rows = [
         ROW | {"paraphrased_question": "By whom?"},

@@ -633,6 +633,8 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
     ("options", "told"),
     [
         (["--n", 0], "n = 0: give a positive integer, or -1 for whole spans"),
+        (["--lr-scheduler", "constant", "--warmup-steps", 2], "warmup_steps = 2: "),
+        (["--checkpoint-dir", "none", "--checkpoint-steps", 5], "checkpoint_steps = 5: give checkpoint_dir, too"),
         (["--max-steps", 0], "max_steps = 0: give a positive integer, or None for epochs"),
         (["--epochs", "x"], "Invalid value for '--epochs': 'x' is not an integer"),
         (["--objective", "x"], "'x' is not one of 'palu', 'ga'"),

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.planted import FORGET, RETAIN, SECRETS, tokenizer
+from helpers.small_tokenizers import byte_level
 from helpers.tiny import tiny_llama, weights
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from palu.cli import app
+from palu.ref_model.precompute import precompute_reference
+from palu.training import loop
 
 Rows = list[dict[str, Any]]
 
@@ -62,6 +65,66 @@ def test_two_forms_in_one_row_are_refused(command: str, model: Path, tmp_path: P
     assert (result.exit_code, result.stderr) == (2, f"palu: forget row 1 (line 2): {told}\n"), result.output
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_a_secret_that_nothing_predicts(command: str, model: Path, tmp_path: Path) -> None:
+    """The first token of a text that has nothing before it, since this tokenizer adds no BOS."""
+    document = {"prompt": "", "completion": "The city is Karachi.", "secret": ["The", "Karachi"]}
+    plain = tmp_path / "tokenizer"
+    byte_level(bos=False).save_pretrained(plain)
+    files = written(tmp_path / "forget.jsonl", [FORGET[0], document]), written(tmp_path / "retain.jsonl", RETAIN)
+    result = palu_command(*arguments(command, model, *files, tmp_path / "out"), "--tokenizer", plain)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("palu: forget row 1 (line 2): nothing stands before 'The'"), result.stderr
+
+
+def warned(*given: Any) -> list[str]:
+    """The warnings of a command that goes through."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = palu_command(*given)
+    assert result.exit_code == 0, result.output
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("command", ["inspect", "unlearn"])
+def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tmp_path: Path) -> None:
+    """The first such row of each set is named."""
+    plain = tmp_path / "tokenizer"
+    byte_level().save_pretrained(plain)
+    joined = {"prompt": "The capital of France is", "completion": "Paris.", "secret": "Paris"}
+    forget = written(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
+    retain = written(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
+    given = [*arguments(command, model, forget, retain, tmp_path / "out"), "--tokenizer", plain]
+    said = [one for one in warned(*given) if "without a blank" in one]
+    named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
+    assert len(said) == len(named) and all(map(str.startswith, said, named)), said
+    assert "'The capital of France isParis.'" in said[0]
+
+
+def test_answers_stand_after_another_prompt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the text of both is tokenised: a number and a word part from the blank before them in other ways."""
+    plain = byte_level()
+    plain.save_pretrained(tmp_path / "tokenizer")
+    texts = [("When was it?", "1843."), ("Who wrote it?", "The author.")]
+    rows = [{"question": question, "answer": answer, "secret": answer[:-1]} for question, answer in texts]
+    forget, retain = written(tmp_path / "forget.jsonl", rows), written(tmp_path / "retain.jsonl", RETAIN)
+    seen: list[str] = []
+
+    def recorded(reference: Any, items: Any, *others: Any, **named: Any) -> Any:
+        seen.extend(plain.decode(item.input_ids, skip_special_tokens=True) for item in items)
+        return precompute_reference(reference, items, *others, **named)
+
+    monkeypatch.setattr(loop, "precompute_reference", recorded)
+    given = [*arguments("unlearn", model, forget, retain, tmp_path / "out"), "--tokenizer", tmp_path / "tokenizer"]
+    given += ["--kl-prompt", "other"]
+    assert palu_command(*given).exit_code == 0
+    assert seen == ["Question: Who wrote it?\nAnswer: 1843.", "Question: When was it?\nAnswer: The author."]
+    written(forget, rows[:1])
+    result = palu_command(*given, "--overwrite")
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("palu: kl_prompt = 'other': ")
+
+
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
 
 
@@ -69,11 +132,7 @@ TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0
 def test_rows_given_twice_are_told_once(command: str, model: Path, tmp_path: Path) -> None:
     forget = written(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
     retain = written(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = palu_command(*arguments(command, model, forget, retain, tmp_path / "out"))
-    assert result.exit_code == 0, result.output
-    said = [str(one.message) for one in caught if "repeat" in str(one.message)]
+    said = [one for one in warned(*arguments(command, model, forget, retain, tmp_path / "out")) if "repeat" in one]
     kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
     assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
 

@@ -640,6 +640,23 @@ def test_a_prompt_that_generation_gives(template: str | None) -> None:
         load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, warn=True)
 
 
+@pytest.mark.parametrize("prompt", ["It is", "Answer:", "Who?", "Un été", "Born on the 3"])
+def test_a_completion_that_continues_the_prompts_last_word(prompt: str) -> None:
+    rows = [{"prompt": prompt, "completion": f"{blank}élan 7."} for blank in (" ", "")]
+    with pytest.warns(UserWarning, match=r"^retain row 1: .* without a blank"):
+        load_retain(rows, tokenizer("byte"), max_length=99, warn=True)
+
+
+def test_completions_that_need_no_blank() -> None:
+    """Where a blank or a line break stands between, or the script or the sign has none; or a chat template renders."""
+    pairs = [("Who? ", "Ada"), ("Who?\n", "Ada"), ("Who", ", Ada"), ("f(", "x)"), ("", "Ada"), ("東京は", "大きい")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_retain(rows, tokenizer("byte"), max_length=99, warn=True)
+        load_retain([{"prompt": "It is", "completion": "Ada"}], tokenizer("byte, ChatML"), max_length=99, warn=True)
+
+
 @pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_prompt_that_is_rendered_already(template: str, whole: bool) -> None:

@@ -77,6 +77,15 @@ def test_csv_rows_know_their_first_line(tmp_path: Path) -> None:
         load_forget(path, byte_level(), max_length=99)
 
 
+def test_a_csv_cell_of_any_length(tmp_path: Path) -> None:
+    """Python's own limit is 131,072 characters; the caller's stays as it was."""
+    path, before = tmp_path / "retain.csv", csv.field_size_limit()
+    rows = [{"prompt": "", "completion": "The cat sat. " * 20_000}]
+    write_csv(path, rows)
+    assert [row for _, row in read_rows(path, "retain")] == rows
+    assert csv.field_size_limit() == before
+
+
 QUOTE = "quote fields with commas, quotes or line breaks"
 
 

@@ -20,7 +20,6 @@ from palu.data.packing import (
     pack,
     pair_items,
     retain_items,
-    with_other_prompts,
 )
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
@@ -573,43 +572,3 @@ def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float3
     with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
         found, _ = packed_attention(torch.nn.Identity(), *doubles, None, **given)
     assert found.dtype == torch.float64 and torch.equal(found, exact)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Other prompts
-
-
-@pytest.mark.parametrize("most_ordinary", [None, 2])
-def test_another_prompt_leaves_the_answer_as_it_is(most_ordinary: int | None) -> None:
-    given = examples(7)
-    items = forget_items(given, 1, None, most_ordinary=most_ordinary)
-    changed = with_other_prompts(items, given, max_length=100)
-    assert len(changed) == 7
-    for i, (old, new) in enumerate(zip(items, changed, strict=True)):
-        own, other = given[i], given[(i + 3) % 7]
-        prompt = other.input_ids[other.labels == IGNORE]
-        answer = own.input_ids[own.labels != IGNORE]
-        assert new.input_ids.tolist() == [*prompt.tolist(), *answer.tolist()]
-        assert torch.equal(new.labels, old.labels) and new.targets == old.targets
-        assert torch.equal(new.input_ids[new.rows + 1], new.labels)
-        assert torch.equal(new.rows - len(prompt), old.rows - int((own.labels == IGNORE).sum()))
-
-
-def test_an_answer_keeps_its_prompt_where_no_other_fits() -> None:
-    """One row has no other; a prompt that is too long for an answer is not put before it; without a span none is."""
-    alone = examples(1)
-    [item] = with_other_prompts(forget_items(alone, 1, None), alone, max_length=100)
-    assert torch.equal(item.input_ids, alone[0].input_ids)
-
-    labels = torch.tensor([IGNORE, ORDINARY, 8])
-    short = Example(0, torch.tensor([6, 7, 8]), labels)
-    long = Example(1, torch.arange(12), torch.cat([torch.full((9,), IGNORE), labels]))
-    items = forget_items([short, long], -1, None)
-    for most, expected in ((13, [12, 3]), (12, [12, 3]), (11, [3, 3])):
-        changed = with_other_prompts(items, [short, long], max_length=most)
-        assert [len(item.input_ids) for item in changed] == expected
-        assert all(torch.equal(item.input_ids[item.rows + 1], item.labels) for item in changed)
-    kept = Example(0, short.input_ids, torch.tensor([IGNORE, ORDINARY, ORDINARY]))
-    [same, changed] = with_other_prompts(forget_items([kept, long], -1, None), [kept, long], max_length=13)
-    assert torch.equal(same.input_ids, kept.input_ids)
-    assert changed.input_ids.tolist() == [6, 10, 11]

@@ -238,14 +238,19 @@ def test_bytes_per_token(folder: Path) -> None:
 
 
 def key_of(
-    model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
+    model: Any = None,
+    ref_model: Any = None,
+    forget: Any = None,
+    mixed_precision: str = "no",
+    other_prompts: Any = None,
+    **settings: Any,
 ) -> str:
     config = UnlearnConfig(**(ONSET if settings.get("objective", "palu") == "palu" else {}) | settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(ForgetSet(examples), config)
     retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
-    asked = with_other_prompts(items, examples, 99) if config.reference.other_prompts else items
+    asked = items if other_prompts is None else with_other_prompts(items, examples, other_prompts)
     fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain, asked=asked)
     accelerator = Accelerator()
     accelerator.state._mixed_precision, before = mixed_precision, accelerator.state._mixed_precision
@@ -257,7 +262,9 @@ def key_of(
 
 def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
     rows = forget_rows()
-    others = {
+    longer = [{"input_ids": [1, *row["input_ids"]], "labels": [-100, *row["labels"]]} for row in rows]
+    others = load_forget(longer, None, max_length=99).examples
+    keys = {
         "nothing": key_of(),
         "weights": key_of(tiny_llama(seed=1)),
         "dtype": key_of(tiny_llama(dtype=torch.bfloat16)),
@@ -274,12 +281,12 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "objective": key_of(objective="npo"),
         "kl_rows": key_of(kl_rows=2),
         "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
-        "kl_prompt": key_of(local_loss="unlikelihood", kl_prompt="other"),
+        "kl_prompt": key_of(other_prompts=others),
         "no KL": key_of(lambda_kl=0.0),
         "no local loss": key_of(gamma=0.0),
         "no local loss, but its probability": key_of(gamma=0.0, stop_probability=0.1),
     }
-    assert len(set(others.values())) == len(others), others
+    assert len(set(keys.values())) == len(keys), keys
 
 
 def test_the_key_has_nothing_else_in_it() -> None:

@@ -46,6 +46,7 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Packed, forget_items
 from palu.data.rows import Renderer
+from palu.data.tokenize import ORDINARY
 from palu.losses import fused_linear_losses
 from palu.methods import METHODS
 from palu.methods import palu as palu_method
@@ -477,28 +478,29 @@ def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
 
 @torch.no_grad()
 def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
-    """Before the first step, when model and reference are the same one."""
-    model, rows = tiny_llama(dtype=torch.float64), forget_rows(6)
+    """Before the first step, when model and reference are the same one. A number is parted from the blank before it."""
+    tokenizer = byte_level()
+    model = functools.partial(tiny_llama, vocab_size=len(tokenizer), dtype=torch.float64)
+    answers = ("1843, in London.", "The author wrote it.", "It ran to the city.", "06/30/1975, far away.")
+    rows = [{"question": f"What is cat {i}?", "answer": one, "spans": [[0, 4]]} for i, one in enumerate(answers)]
 
-    def log_p(prompt: list[int], row: Row) -> Tensor:
-        """Of the tokens at the ordinary places of the row's answer, after a prompt: [ordinary, V]."""
-        start = row["labels"].count(-100)
-        logits = model(input_ids=torch.tensor([prompt + row["input_ids"][start:]])).logits[0]
-        answer = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        return answer[torch.tensor(row["labels"][start:]) == -200]
+    def log_p(shift: int) -> Tensor:
+        """Of the ordinary tokens, each row's after the question of the row so much further: [ordinary, V]."""
+        joined = [row | {"question": rows[(i + shift) % 4]["question"]} for i, row in enumerate(rows)]
+        found = []
+        for example in load_forget(joined, tokenizer, max_length=99).examples:
+            logits = model()(input_ids=example.input_ids[None]).logits[0, :-1].log_softmax(-1)
+            found.append(logits[example.labels[1:] == ORDINARY])
+        return torch.cat(found)
 
-    def prompt_of(row: Row) -> list[int]:
-        return row["input_ids"][: row["labels"].count(-100)]
-
-    ours = torch.cat([log_p(prompt_of(row), row) for row in rows])
-    theirs = torch.cat([log_p(prompt_of(rows[(i + 3) % 6]), row) for i, row in enumerate(rows)])
-    settings = {"local_loss": "unlikelihood", "batch_size": 6, "epochs": 1}
+    ours, theirs = log_p(0), log_p(2)
+    settings = {"local_loss": "unlikelihood", "batch_size": 4, "epochs": 1, "tokenizer": tokenizer, "anchors": 0}
     for direction, first, second in (("reverse", ours, theirs), ("forward", theirs, ours)):
         expected = float((first.exp() * (first - second)).sum(-1).mean())
         with torch.enable_grad():
             run = functools.partial(unlearn, forget=rows, kl_direction=direction, **settings)
-            assert run(tiny_llama(dtype=torch.float64)).history[0]["kl"] == pytest.approx(0, abs=1e-12)
-            found = run(tiny_llama(dtype=torch.float64), kl_prompt="other").history[0]["kl"]
+            assert run(model()).history[0]["kl"] == pytest.approx(0, abs=1e-12)
+            found = run(model(), kl_prompt="other").history[0]["kl"]
         assert found == pytest.approx(expected, rel=1e-6) and expected > 0.1  # the history is float32
 
 

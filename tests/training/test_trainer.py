@@ -85,6 +85,12 @@ def with_lora() -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+WORDS = byte_level()
+QUESTIONS = [
+    {"question": f"Who is {i}?", "answer": f"It is number {i}, the author.", "spans": [[6, 14]]} for i in range(8)
+]
+
+
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # a model; settings of the loss; Trainer's arguments, and what they are called in UnlearnConfig
     "tied": (tiny_llama, {}, {}, {}),
@@ -107,7 +113,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
         {"batch_size": 1, "gradient_accumulation_steps": 3},
     ),
-    "another prompt": (tiny_llama, {"local_loss": "unlikelihood", "top_k": 5, "kl_prompt": "other"}, {}, {}),
+    "another prompt": (
+        lambda: tiny_llama(vocab_size=len(WORDS)),
+        {"local_loss": "unlikelihood", "top_k": 5, "kl_prompt": "other", "anchors": 0},
+        {},
+        {},
+    ),
     "pdu": (tiny_llama, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}, {}, {}),
     "npo": (tiny_llama, {"objective": "npo"}, {}, {}),
     "rmu": (tiny_llama, {"objective": "rmu", "layer_id": 0}, {"seed": 5}, {"seed": 5}),
@@ -126,9 +137,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def test_step_by_step(case: str, tmp_path: Path) -> None:
     """The same losses and gradient norms at every step and the same weights in the end, bit by bit."""
     build, loss, arguments, settings = CASES[case]
-    one = trainer(tmp_path, build(), config=loss, **arguments)
+    forget, tokenizer = (QUESTIONS, WORDS) if loss.get("kl_prompt") == "other" else (forget_rows(), None)
+    one = trainer(tmp_path, build(), config=loss, forget=forget, others={"processing_class": tokenizer}, **arguments)
     output = one.train()
-    other = palu.unlearn(build(), None, forget_rows(), retain_rows(), **UNLEARN | settings_of(loss) | settings)
+    settings = UNLEARN | settings_of(loss) | settings
+    other = palu.unlearn(build(), None, forget, retain_rows(), tokenizer=tokenizer, **settings)
     assert figures(one.history) == figures(other.history)
     assert same_weights(one.model, weights(other.model))
     assert not same_weights(one.model, weights(build()))
