@@ -179,7 +179,7 @@ class UnlearnConfig:
         resume: go on from the newest checkpoint in ``checkpoint_dir``; where there is none yet, start from the
             beginning. Pass the starting model, loaded again, and all other arguments as they were.
         seed: of the data order, of any dropout, and of what ``kl_rows`` draws.
-        progress: show a progress bar.
+        progress: show a progress bar; ``--no-progress``: print lines of losses.
         report_to: ``"tensorboard"``, ``"wandb"``, or both with a comma between them, get each step's record;
             ``None``: neither.
         logging_dir: folder for what they write.
@@ -240,6 +240,10 @@ class UnlearnConfig:
     logging_dir: str = "runs"
 
     def __post_init__(self) -> None:
+        for field, value in list(vars(self).items()):
+            if getattr(value, "ndim", None) == 0:  # a number of numpy, which JSON does not have
+                object.__setattr__(self, field, value.item())
+
         def require(valid: bool, field: str, rule: str) -> None:
             if not valid:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: {rule}")

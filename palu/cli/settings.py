@@ -21,10 +21,21 @@ from palu.config import CHOICES, UnlearnConfig
 
 SECTION = "Settings (the fields of palu.UnlearnConfig)"
 _NUMBERS = {int: "an integer", float: "a number"}
+_ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 
 
 class SectionedCommand(TyperCommand):
     """A command whose help lists its options in sections: those with a ``rich_help_panel`` under its name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; of an option that does not exist, say what it may have been meant for."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            meant = _ABBREVIATED.get(getattr(error, "option_name", "").lstrip("-"))
+            if meant in {parameter.name for parameter in self.params}:
+                error.possibilities = [f"--{str(meant).replace('_', '-')}"]  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options; Typer itself makes sections only through rich."""
@@ -156,8 +167,17 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         return path
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML in which a mapping has each key once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise typer.BadParameter(f"{path}: key {twice[0]!r} is there twice; keep one of them")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict | None):
@@ -165,7 +185,7 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     known = [p.name for p in ctx.command.params if p.name not in ("config", "help")]
     for name in content or {}:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(_ABBREVIATED.get(str(name), str(name)), known, n=1)
             mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise typer.BadParameter(f"{path}: unknown key {name!r}; {mend}")
     ctx.default_map = {name: "none" if value is None else value for name, value in (content or {}).items()}

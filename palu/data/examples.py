@@ -81,9 +81,9 @@ def load_forget(
 ) -> Examples:
     """Load the forget set: the answers to unlearn.
 
-    source: a path to JSONL, CSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
-        datasets.Dataset), or a mapping {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is
-        optional); or what an earlier call returned, which is not read again.
+    source: a path to JSONL, JSON, CSV, TSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
+        datasets.Dataset), a pandas.DataFrame, or a mapping {"input_ids": [B, T], "labels": [B, T],
+        "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
@@ -104,19 +104,19 @@ def load_forget(
     loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
-    if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
-        reach = f"the first {max_length} tokens of any row"
-        raise DataError(f"forget set has no sensitive token in {reach}; mark spans or raise max_length")
+    mend = f"set max_length = {loaded.spans_length}"
+    if positions is not None and loaded.spans_length > positions:
+        mend = f"the model has {positions} positions, so shorten the rows"
     if loaded.cut_rows and not allow_cut_spans:
         count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
         told = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
-        mend = f"set max_length = {loaded.spans_length}"
-        if positions is not None and loaded.spans_length > positions:
-            mend = f"the model has {positions} positions, so shorten the rows"
         raise DataError(
             f"forget set: max_length = {max_length} cuts off spans of {told}, which would not be forgotten; "
             f"{mend}, or allow_cut_spans = True to go on without them"
         )
+    if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
+        reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
+        raise DataError(f"forget set has no sensitive token{reach}; {mend if loaded.cut_rows else 'mark spans'}")
     return loaded
 
 
@@ -175,7 +175,7 @@ def load_alternates(
             example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
             if bool((example.labels == IGNORE).all()):
                 problem = f"no token of it is among the first {max_length} of its row"
-                raise DataError(f"{text.where}: {problem}; raise max_length")
+                raise DataError(f"{text.where}: {problem}; set max_length = {len(full.input_ids)}")
             alternates.append(example)
     return alternates
 
@@ -201,9 +201,10 @@ def _load(
     renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=warn)
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
-    without_span = all_spans_cut = spans_length = skipped = 0
+    without_span = all_spans_cut = spans_length = skipped = longest = 0
     for full in _tokenised(source, renderer, name):
         hashes.append(full)
+        longest = max(longest, len(full.input_ids))
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
         answered = bool((example.labels != IGNORE).any())
@@ -221,7 +222,7 @@ def _load(
                 spans_length = max(spans_length, sensitive[-1] + 1)
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
-        raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
+        raise DataError(f"{name} set has no answer token in {reach}; set max_length = {longest} to cut none of them")
     if warn:
         warn_of_repeats(hashes, name)
     return Examples(
