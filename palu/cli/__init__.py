@@ -15,6 +15,7 @@ from palu.cli.audit import audit
 from palu.cli.doctor import doctor
 from palu.cli.evaluate import evaluate
 from palu.cli.inspect import inspect
+from palu.cli.quiet import silence_noise
 from palu.cli.report import report
 from palu.cli.settings import SectionedCommand
 from palu.cli.unlearn import unlearn
@@ -92,6 +93,7 @@ def main() -> None:
     """The console script."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, exit_on_sigterm)
+    silence_noise()
     try:
         app(prog_name="palu")
     except SystemExit as end:
