@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,9 +20,11 @@ from helpers.benchmark_data import small_muse_news, small_tofu
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import VOCAB, forget_rows, retain_rows, rmu_layer, tiny_llama, weights
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer, TrainingArguments
+from typer.testing import CliRunner
 
 import palu
+from palu.cli import app
 from palu.data.examples import load_forget
 from palu.data.tokenize import IGNORE, ORDINARY
 from palu.models.lora import UnsupportedModelError
@@ -57,6 +60,11 @@ def text(*forget: Any, **changed: Any) -> Call:
 def row(**columns: Any) -> dict[str, Any]:
     columns = {"question": "Who?", "answer": "Ada Lovelace did.", "spans": [[0, 12]]} | columns
     return {name: value for name, value in columns.items() if value is not None}
+
+
+def trainer(**changed: Any) -> Call:
+    given = {"model": tiny_llama(), "args": TrainingArguments("out", report_to="none"), "forget": forget_rows()}
+    return palu.PaluTrainer, given | {"retain": retain_rows()} | changed
 
 
 def topk_mse(**changed: Any) -> Call:
@@ -189,6 +197,11 @@ def jsonl(*lines: str) -> str:
     return "rows.jsonl"
 
 
+def trl(**changed: Any) -> dict[str, Any]:
+    """A row as TRL's conversational data sets have it."""
+    return {"prompt": TURNS[:1], "completion": TURNS[1:], "secret": "Ada Lovelace"} | changed
+
+
 def without(data: Any, name: str, number: int, column: str) -> Any:
     del getattr(data, name)[number][column]
     return data
@@ -200,6 +213,8 @@ BNB = "while palu works with bitsandbytes: load it with a BitsAndBytesConfig (lo
 WHOLE = "load it without offloading to CPU or disk"
 COLUMNS = "give question and answer, prompt and completion, or messages"
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada Lovelace did."}]
+LATE = {"question": "Who?", "answer": "The cat sat. " * 10 + "Ada Lovelace.", "secret": "Ada Lovelace"}
+ONE_ANSWER = "make 'completion' a list of one, the answer, and put what comes before it into 'prompt'"
 NOT_BOTH = "the model cannot forget an answer and keep it; take the row out of one of the sets"
 DOCUMENT = {"prompt": "", "completion": "The cat sat.", "spans": [[0, 3]]}
 DataError = palu.DataError
@@ -224,18 +239,27 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a blank answer": (lambda: text(row(answer=" ")), DataError, "forget row 1: column 'answer' is blank; give an answer or remove the row"),
     "an answer that is a number": (lambda: text(row(answer=1843)), DataError, "forget row 1: column 'answer' must be a string, got int; give text"),
     "no rows to forget": (lambda: unlearn(forget=[]), DataError, "forget set is empty; give at least one row"),
-    "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
-    "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token in the first 1024 tokens of any row; mark spans or raise max_length"),
+    "nothing given to forget": (lambda: unlearn(forget=None), DataError, "forget set is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or a mapping with input_ids and labels"),
+    "rows without any span": (lambda: text(forget=[row(spans=[])] * 2), DataError, "forget set has no sensitive token; mark spans"),
     "a span that is cut off": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3] * 9, "labels": [-100, 2, 3] * 9}], max_length=20), DataError, "forget set: max_length = 20 cuts off spans of 1 row (1), which would not be forgotten; set max_length = 27, or allow_cut_spans = True to go on without them"),
-    "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; raise max_length"),
+    "a secret that is cut off": (lambda: text(forget=[LATE], max_length=40), DataError, "forget set: max_length = 40 cuts off spans of 1 row (0), which would not be forgotten; set max_length = 53, or allow_cut_spans = True to go on without them"),
+    "only secrets that may be cut off": (lambda: text(forget=[LATE], max_length=40, allow_cut_spans=True), DataError, "forget set has no sensitive token in the first 40 tokens of any row; set max_length = 53"),
+    "answers cut off entirely": (lambda: text(max_length=3), DataError, "forget set has no answer token in the first 3 tokens of any row; set max_length = 17 to cut none of them"),
+    "answers to retain cut off entirely": (lambda: text(forget=[{"input_ids": [1, 2], "labels": [-100, 2]}], max_length=3), DataError, "retain set has no answer token in the first 3 tokens of any row; set max_length = 19 to cut none of them"),
+    "a prompt of messages before a text": (lambda: text(trl(completion="Ada Lovelace did.")), DataError, f"forget row 1: column 'prompt' is a list of messages; {ONE_ANSWER}"),
+    "a completion of several messages": (lambda: text(trl(completion=TURNS)), DataError, f"forget row 1: column 'prompt' is a list of messages; {ONE_ANSWER}"),
+    "messages given twice": (lambda: text(trl(messages=TURNS)), DataError, "forget row 1: it has messages, and also prompt and completion; leave one of them out"),
+    "a prompt of texts": (lambda: text(trl(prompt=["Who?"])), DataError, "forget row 1: column 'prompt' must be a string, got list; give text"),
     "a row to forget and to retain": (lambda: text(row(answer="Ada.", spans=[[0, 3]]), retain=[KEPT, row(), row(answer="Ada.")]), DataError, f"forget row 0 and retain row 1 are the same, prompt and answer (and 1 more): {NOT_BOTH}"),
     "tokens to forget and to retain": (lambda: unlearn(retain=[*retain_rows(2), kept(forget_rows()[3])]), DataError, f"forget row 3 and retain row 2 are the same, prompt and answer: {NOT_BOTH}"),
     "no rows to retain": (lambda: unlearn(retain=[], lambda_retain=0.5), DataError, "the retain set is empty while lambda_retain = 0.5; give examples to keep, or set lambda_retain=0"),
     "nothing given to retain": (lambda: unlearn(retain=None), DataError, "retain = None: for the model to answer everyday prompts there must be a tokenizer; pass it, or give retain examples, or retain=[] with lambda_retain=0"),
     "a tensor's columns without rows": (lambda: unlearn(retain={"input_ids": [], "labels": []}), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
-    "a number for a set": (lambda: unlearn(retain=3), DataError, "retain set is of type int; give a file's path, a list of dicts, a datasets.Dataset, or a mapping with input_ids and labels"),
+    "a number for a set": (lambda: unlearn(retain=3), DataError, "retain set is of type int; give a file's path, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or a mapping with input_ids and labels"),
     "a file that is not there": (lambda: unlearn(forget="nowhere.jsonl"), FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere.jsonl'"),
-    "a file that is not JSON": (lambda: text(forget=jsonl(json.dumps(row()), '{"question":')), DataError, "forget line 2 of rows.jsonl: not JSON (Expecting value at column 13); write one JSON object per line"),
+    "a file that is not JSON": (lambda: text(forget=jsonl(json.dumps(row()), '{"question":')), DataError, "forget line 2 of rows.jsonl: not JSON (Expecting value at column 13); write one JSON object per line, or one list of them"),
+    "a list that is not JSON": (lambda: text(forget=jsonl("[", json.dumps(row()))), DataError, "forget line 1 of rows.jsonl: not JSON (Expecting ',' delimiter: line 2 column 72 (char 73)); write one JSON object per line, or one list of them"),
+    "a list of texts in a file": (lambda: text(forget=jsonl('["Ada"]')), DataError, "forget row 0: a row must map column names to values, got str"),
     # Tokenised rows
     "labels of another length": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3], "labels": [-100, 2]}]), DataError, "forget row 1: labels have 2 tokens, input_ids 3; give one label per token"),
     "labels that were shifted": (lambda: unlearn(retain=[{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}]), DataError, "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels"),
@@ -290,6 +314,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a value that no chat template knows": (lambda: text(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: the chat template knows no enable_thinking; mend the name or leave it out"),
     "a chat template's values without one": (lambda: unlearn(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: there is no chat template; leave it out"),
     "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
+    "a tokenizer by the name that Trainer had for it": (lambda: trainer(tokenizer=words()), TypeError, "PaluTrainer takes no tokenizer: pass it as processing_class, as to Trainer"),
     "a resume from nowhere": (lambda: config(resume=True), ValueError, "resume = True: give checkpoint_dir, too"),
     "checkpoints to nowhere, by steps": (lambda: config(checkpoint_steps=5), ValueError, "checkpoint_steps = 5: give checkpoint_dir, too"),
     "checkpoints to nowhere, by time": (lambda: config(checkpoint_minutes=5), ValueError, "checkpoint_minutes = 5: give checkpoint_dir, too"),
@@ -372,6 +397,44 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # ---------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=len(words())).save_pretrained(folder)
+    words().save_pretrained(folder)
+    return str(folder)
+
+
+def settings(*lines: str) -> str:
+    Path("settings.yaml").write_text("\n".join(lines) + "\n")
+    return "settings.yaml"
+
+
+REFUSED: dict[str, tuple[Callable[[], list[str]], str]] = {
+    # What is added to `palu unlearn --model ... --forget ... --output ...`, and the one line that is said.
+    "another tool's name of a setting": (lambda: ["--lr", "1e-4"], "No such option: --lr (Possible options: --learning-rate)"),
+    "another tool's name of a setting in a file": (lambda: ["--config", settings("lr: 1e-4")], "Invalid value for '--config': settings.yaml: unknown key 'lr'; did you mean learning_rate?"),
+    "a key twice": (lambda: ["--config", settings("epochs: 1", "n: 3", "epochs: 2")], "Invalid value for '--config': settings.yaml: key 'epochs' is there twice; keep one of them"),
+    "a key twice within a key": (lambda: ["--config", settings("chat_template_kwargs:", "  a: 1", "  a: 2")], "Invalid value for '--config': settings.yaml: key 'a' is there twice; keep one of them"),
+    "a secret that is cut off": (lambda: ["--forget", jsonl(json.dumps(LATE)), "--max-length", "40"], "forget set: max_length = 40 cuts off spans of 1 row (0), which would not be forgotten; set max_length = 53, or allow_cut_spans = True to go on without them"),
+    "a weight for no rows": (lambda: ["--retain", "none", "--lambda-retain", "1"], "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_the_command(name: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build, message = REFUSED[name]
+    forget = ["--forget", jsonl(json.dumps(row()))]
+    result = CliRunner().invoke(app, ["unlearn", "--model", model_folder, "--output", "out", *forget, *build()])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == f"palu: {message}"
+
+
+# ---------------------------------------------------------------------------------------------------
 # What looks as bad and is good
 
 
@@ -432,6 +495,17 @@ def test_a_reference_in_another_dtype(dtype: torch.dtype, objective: str) -> Non
     assert {n: other[n] for n in other if n != "tokens_per_second"} == pytest.approx(
         {n: same[n] for n in same if n != "tokens_per_second"}, rel=0.1
     )
+
+
+def test_numbers_of_numpy() -> None:
+    """As settings they are Python's own, which JSON has, and as spans integers."""
+    settings = {"n": np.int64(2), "learning_rate": np.float32(0.125), "allow_cut_spans": np.bool_(True)}
+    function, arguments = text(
+        forget=[row(spans=np.array([[0, 12]]))], retain=[], lambda_retain=np.int64(0), **settings
+    )
+    summary = function(**arguments).summary
+    assert summary["onset_tokens"] == 2
+    assert json.loads(json.dumps(summary))["config"]["learning_rate"] == 0.125
 
 
 def test_a_tokenizer_that_adds_no_end_of_sequence() -> None:

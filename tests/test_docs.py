@@ -20,6 +20,7 @@ from helpers.tiny import tiny_llama
 from sybil import Example
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from palu.cli import app
@@ -97,6 +98,18 @@ def write_yaml(example: Example) -> None:
     """Write a YAML example to the file that its first line names."""
     name = example.parsed.removeprefix("# ").partition(":")[0]
     Path(name).write_text(example.parsed, encoding="utf-8")
+
+
+def test_the_trainer_trains_a_model_that_is_stored_in_bfloat16(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nearly every Llama is."""
+    shutil.copytree(folder, tmp_path / "stored")
+    LlamaForCausalLM.from_pretrained(folder / "my-llama", dtype="bfloat16").save_pretrained(
+        tmp_path / "stored/my-llama"
+    )
+    (tmp_path / "run").mkdir()
+    test_examples_run(ROOT / "docs" / "trainer.md", tmp_path / "stored", tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import palu
 from palu.cli.options import SectionedCommand
+from palu.cli.quiet import silence_noise
 from palu.signals import exit_on_sigterm
 
 # By name: what it does, and the function. Each is imported when it is called: the settings of `unlearn` import torch.
@@ -109,6 +110,7 @@ def main() -> None:
     """The console script."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, exit_on_sigterm)
+    silence_noise()
     try:
         app(prog_name="palu")
     except SystemExit as end:

@@ -11,6 +11,7 @@ import typer
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.options import TemplateKwargs
+from palu.cli.quiet import hide_progress_bars
 from palu.settings import template_kwargs
 from palu.writable import check_folder
 
@@ -26,7 +27,9 @@ def audit(
     original: Annotated[str, typer.Option(help="The model before unlearning.", metavar="DIR_OR_NAME")],
     forget: Annotated[
         Path,
-        typer.Option(help="What was unlearned: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE"),
+        typer.Option(
+            help="What was unlearned: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).", metavar="FILE"
+        ),
     ],
     output: Annotated[
         Path,
@@ -38,7 +41,8 @@ def audit(
     retain: Annotated[
         Path | None,
         typer.Option(
-            help="What was kept, for examples in front and for utility (JSONL, CSV or Parquet).", metavar="FILE"
+            help="What was kept, for examples in front and for utility (JSONL, JSON, CSV, TSV or Parquet).",
+            metavar="FILE",
         ),
     ] = None,
     quick: Annotated[
@@ -89,6 +93,8 @@ def audit(
     from palu.report.reading import read_run
     from palu.report.render import write_card, write_report
 
+    if not progress:
+        hide_progress_bars()
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again
     place: Any = choose_device(device)

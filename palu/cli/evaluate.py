@@ -12,6 +12,7 @@ import typer
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.options import TemplateKwargs
+from palu.cli.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
 from palu.settings import template_kwargs
 from palu.writable import check_file
@@ -32,7 +33,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind "
-            "(forget or retain) (JSONL, CSV or Parquet).",
+            "(forget or retain) (JSONL, JSON, CSV, TSV or Parquet).",
             metavar="FILE",
             rich_help_panel=OWN,
         ),
@@ -145,6 +146,8 @@ def evaluate(
     import palu
     from palu.evaluate.language import WordList
 
+    if not progress:
+        hide_progress_bars()
     place: Any = choose_device(device)
     tokens = load_tokenizer(tokenizer or model)
     options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
@@ -202,6 +205,8 @@ def _evaluate_rows(
 
     from palu.evaluate.questions import QuestionRows, evaluate_models
 
+    if not progress:
+        hide_progress_bars()
     place: Any = choose_device(device)
     # Complaints about the data come before a large model is loaded.
     asked = QuestionRows(rows, load_tokenizer(tokenizer or names["model"]), chat_template_kwargs)

@@ -25,7 +25,10 @@ SHOWN = 10
 
 def inspect(
     forget: Annotated[
-        Path, typer.Option(help="What to forget: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE")
+        Path,
+        typer.Option(
+            help="What to forget: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).", metavar="FILE"
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="The model, of which the tokenizer is loaded.", metavar="DIR_OR_NAME")

@@ -124,10 +124,7 @@ def load_model(
 
 def position_limit(name: str | None, max_length: int) -> int | None:
     """Return a model's :func:`palu.models.positions.max_positions` without its weights; None above ``max_length``."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from palu.models.positions import max_positions
+    from transformers import AutoConfig
 
     if name is None:
         return None
@@ -136,6 +133,11 @@ def position_limit(name: str | None, max_length: int) -> int | None:
     config = AutoConfig.from_pretrained(_expanded(name))
     if (getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + 1) > max_length:
         return None
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from palu.models.positions import max_positions
+
     with init_empty_weights():
         return max_positions(AutoModelForCausalLM.from_config(config))
 

@@ -8,9 +8,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
+
 
 class SectionedCommand(TyperCommand):
     """A command whose help lists its options in sections: those with a ``rich_help_panel`` under its name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; of an option that does not exist, say what it may have been meant for."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            meant = ABBREVIATED.get(getattr(error, "option_name", "").lstrip("-"))
+            if meant in {parameter.name for parameter in self.params}:
+                error.possibilities = [f"--{str(meant).replace('_', '-')}"]  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options; Typer itself makes sections only through rich."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palu.cli.options import json_value
+from palu.cli.options import ABBREVIATED, json_value
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 from palu.settings import RunSettings, Settings, field_names
@@ -153,8 +153,17 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         return path
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML in which a mapping has each key once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise typer.BadParameter(f"{path}: key {twice[0]!r} is there twice; keep one of them")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict | None):
@@ -162,7 +171,7 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     known = [p.name for p in ctx.command.params if p.name not in ("config", "help")]
     for name in content or {}:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(ABBREVIATED.get(str(name), str(name)), known, n=1)
             mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise typer.BadParameter(f"{path}: unknown key {name!r}; {mend}")
     ctx.default_map = {name: "none" if value is None else value for name, value in (content or {}).items()}

@@ -22,6 +22,7 @@ from palu.cli.models import (
     load_tokenizer,
     position_limit,
 )
+from palu.cli.quiet import hide_progress_bars
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.report.layout import (
@@ -57,7 +58,10 @@ def unlearn(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.", metavar="DIR_OR_NAME")],
     forget: Annotated[
-        Path, typer.Option(help="What to forget: rows with a secret or spans (JSONL, CSV or Parquet).", metavar="FILE")
+        Path,
+        typer.Option(
+            help="What to forget: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).", metavar="FILE"
+        ),
     ],
     output: Annotated[
         Path,
@@ -88,7 +92,7 @@ def unlearn(
         Path | None,
         typer.Option(
             help="Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows "
-            "takes them (JSONL, CSV or Parquet).",
+            "takes them (JSONL, JSON, CSV, TSV or Parquet).",
             metavar="FILE",
         ),
     ] = None,
@@ -176,7 +180,8 @@ def unlearn(
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     run = Run(output, settings, overwrite)
     folders: dict[str, Any] = {"checkpoint_dir": str(run.checkpoints), "logging_dir": str(run.logs)}
-    config = UnlearnConfig(**folders).with_recipe(recipe).replace(**settings)
+    implied = {"lambda_retain": 0.0} if retain == "none" else {}
+    config = UnlearnConfig(**folders).with_recipe(recipe).replace(**implied | settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         run.check()
         check_folder(output, run.told)
@@ -190,8 +195,11 @@ def unlearn(
     from palu.data.examples import load_forget, load_retain
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
+    from palu.training.callbacks import LossLines
     from palu.training.engine import loaded_on_main_alone
 
+    if not config.progress:
+        hide_progress_bars()
     if device is not None:
         choose_device(device)
     retain_source: Any = {"auto": None, "none": []}.get(retain, retain)
@@ -234,7 +242,14 @@ def unlearn(
     recorder = palu.Recorder(trained, forget_set, retain_source, tokenizer=tokens, config=config)
     try:
         result = palu.unlearn(
-            trained, reference, forget_set, retain_source, tokenizer=tokens, config=config, evaluate=evaluate
+            trained,
+            reference,
+            forget_set,
+            retain_source,
+            tokenizer=tokens,
+            config=config,
+            evaluate=evaluate,
+            callbacks=[] if config.progress else [LossLines()],
         )
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if processes.is_main_process and run.interrupted:

@@ -81,9 +81,9 @@ def load_forget(
 ) -> Examples:
     """Load the forget set: the answers to unlearn.
 
-    source: a path to JSONL, CSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
-        datasets.Dataset), or a mapping {"input_ids": [B, T], "labels": [B, T], "attention_mask": [B, T]} (the mask is
-        optional); or what an earlier call returned, which is not read again.
+    source: a path to JSONL, JSON, CSV, TSV or Parquet (palu.data.files), an iterable of mappings (list of dicts,
+        datasets.Dataset), a pandas.DataFrame, or a mapping {"input_ids": [B, T], "labels": [B, T],
+        "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length: tokens kept per example, counted from the left.
     allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
@@ -105,19 +105,19 @@ def load_forget(
     loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
-    if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
-        reach = f"the first {max_length} tokens of any row"
-        raise DataError(f"forget set has no sensitive token in {reach}; mark spans or raise max_length")
+    mend = f"set max_length = {loaded.spans_length}"
+    if positions is not None and loaded.spans_length > positions:
+        mend = f"the model has {positions} positions, so shorten the rows"
     if loaded.cut_rows and not allow_cut_spans:
         count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
         told = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
-        mend = f"set max_length = {loaded.spans_length}"
-        if positions is not None and loaded.spans_length > positions:
-            mend = f"the model has {positions} positions, so shorten the rows"
         raise DataError(
             f"forget set: max_length = {max_length} cuts off spans of {told}, which would not be forgotten; "
             f"{mend}, or allow_cut_spans = True to go on without them"
         )
+    if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
+        reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
+        raise DataError(f"forget set has no sensitive token{reach}; {mend if loaded.cut_rows else 'mark spans'}")
     return loaded
 
 
@@ -170,10 +170,11 @@ def load_alternates(
                 yield renderer.render(row, f"alternate answer of {where}", replaced, forget=False)
 
     alternates = ExampleRows()
-    for where, example in _encoded(rendered(), tokenizer, max_length):
+    for where, full in _encoded(rendered(), tokenizer):
+        example = _cut(full, max_length)
         if bool((example.labels == IGNORE).all()):
             problem = f"no token of it is among the first {max_length} of its row"
-            raise DataError(f"{where}: {problem}; raise max_length")
+            raise DataError(f"{where}: {problem}; set max_length = {len(full.input_ids)}")
         alternates.append(example)
     return alternates
 
@@ -209,18 +210,20 @@ def load_other_prompts(
             yield renderer.render(row, f"after another prompt, {where}", joined, forget=False)
 
     found = ExampleRows()
-    found.fill(example for _, example in _encoded(rendered(), tokenizer, max_length))
+    found.fill(_cut(full, max_length) for _, full in _encoded(rendered(), tokenizer))
     return found
 
 
-def _encoded(
-    texts: Iterator[RenderedRow], tokenizer: PreTrainedTokenizerBase | None, max_length: int
-) -> Iterator[tuple[str, Example]]:
-    """Yield each row's name in errors, and its tokens, cut at max_length, every answer token labelled."""
+def _encoded(texts: Iterator[RenderedRow], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[str, Example]]:
+    """Yield each row's name in errors, and its tokens, every answer token labelled."""
     while chunk := list(islice(texts, CHUNK)):
         assert tokenizer is not None  # nothing would have been rendered
         for text, full in zip(chunk, encode(chunk, tokenizer, forget=False), strict=True):
-            yield text.where, Example(full.row, full.input_ids[:max_length], full.labels[:max_length])
+            yield text.where, full
+
+
+def _cut(example: Example, max_length: int) -> Example:
+    return Example(example.row, example.input_ids[:max_length], example.labels[:max_length])
 
 
 def _load(
@@ -244,12 +247,13 @@ def _load(
     renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=warn)
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
-    without_span = all_spans_cut = spans_length = skipped = 0
+    without_span = all_spans_cut = spans_length = skipped = longest = 0
     rows, copies = source, list[Any]()
     if isinstance(source, Iterator):
         rows, source = _copied(source, copies), copies
     for full in _tokenised(rows, renderer, name):
         hashes.append(full)
+        longest = max(longest, len(full.input_ids))
         offsets = None if full.offsets is None else full.offsets[:max_length]
         example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
         answered = bool((example.labels != IGNORE).any())
@@ -267,7 +271,7 @@ def _load(
                 spans_length = max(spans_length, sensitive[-1] + 1)
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
-        raise DataError(f"{name} set has no answer token in {reach}; raise max_length")
+        raise DataError(f"{name} set has no answer token in {reach}; set max_length = {longest} to cut none of them")
     if warn:
         warn_of_repeats(hashes, name)
     return Examples(

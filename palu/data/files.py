@@ -1,13 +1,13 @@
-"""Read rows from a file: JSONL, CSV or Parquet, by its suffix.
+"""Read rows from a file: JSONL, JSON, CSV, TSV or Parquet, by its suffix.
 
 ==================== ====================================================================================
 suffix               rows
 ==================== ====================================================================================
-``.csv``             one a line under a header, separated by commas, UTF-8; lists (``spans``, ``messages``,
-                     ``input_ids``, ``labels``, ``attention_mask``) are JSON text, an empty one is missing;
-                     ``secret`` is a text as it is, or a JSON list of texts, or missing if empty
+``.csv``, ``.tsv``   one a line under a header, separated by commas (``.tsv``: tabs), UTF-8; lists (``spans``,
+                     ``messages``, ``input_ids``, ``labels``, ``attention_mask``) are JSON text, an empty one is
+                     missing; ``secret`` is a text as it is, or a JSON list of texts, or missing if empty
 ``.parquet``         one a record; lists are lists (needs ``pyarrow``)
-any other            JSONL: one JSON object a line, UTF-8; blank lines are no rows
+any other            one JSON object a line (JSONL), or one list of them (JSON); UTF-8; blank lines are no rows
 ==================== ====================================================================================
 """
 
@@ -16,10 +16,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # by which a file may be parted that calls itself CSV
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_CELL = 2**31 - 1  # characters, the most that every platform takes; the module's own limit is 131,072
 _LISTS = ("spans", "messages", "input_ids", "labels", "attention_mask")
 
@@ -36,8 +37,8 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     Raises DataError, naming file and line, where the file is not what its suffix says; FileNotFoundError and other
     OSErrors; ImportError where Parquet wants a package.
     """
-    reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
-    return reader(path, name)
+    readers: dict[str, Any] = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".parquet": _parquet}
+    return readers.get(path.suffix.lower(), _json)(path, name)
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
@@ -52,23 +53,27 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
                 raise DataError(f"{told}: not UTF-8; save the file as UTF-8") from None
 
 
-def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    begun = False
-    for where, told, text in _lines(path, name):
-        if text.strip():
-            if not begun and text.lstrip().startswith("["):
-                mend = f"write one JSON object per line (JSONL), as this does: jq -c '.[]' {path} > rows.jsonl"
-                raise DataError(f"{told}: a JSON list begins here; {mend}")
-            begun = True
-            try:
-                yield where, json.loads(text.strip())
-            except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg} at column {error.colno})"
-                raise DataError(f"{told}: {problem}; write one JSON object per line") from None
+def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    lines, first = _lines(path, name), True
+    for where, told, text in lines:
+        if not text.strip():
+            continue
+        is_list = first and text.lstrip().startswith("[")
+        first = False
+        if is_list:
+            text += "".join(line for _, _, line in lines)
+        try:
+            value = json.loads(text.rstrip())
+        except json.JSONDecodeError as error:
+            problem = str(error) if is_list else f"{error.msg} at column {error.colno}"
+            mend = "write one JSON object per line, or one list of them"
+            raise DataError(f"{told}: not JSON ({problem}); {mend}") from None
+        yield from [("", row) for row in value] if is_list else [(where, value)]
 
 
-def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader((text for _, _, text in _lines(path, name)), strict=True)
+def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
+    reader = csv.reader((text for _, _, text in _lines(path, name)), delimiter=delimiter, strict=True)
+    mend = f"quote fields with {_DELIMITERS[delimiter]}, quotes or line breaks"
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1  # where the row begins: quoted text may hold line breaks
@@ -77,7 +82,7 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         try:
             values = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{told}: not CSV ({error}); quote fields with commas, quotes or line breaks") from None
+            raise DataError(f"{told}: not {path.suffix[1:].upper()} ({error}); {mend}") from None
         finally:
             csv.field_size_limit(limit)
         if values is None:
@@ -85,17 +90,18 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         if not values:
             continue
         if header is None:
-            header = values
+            header = [column.strip() for column in values]
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
                 raise DataError(f"{told}: column {twice!r} is there twice; give each column one name")
-            for delimiter, them in _DELIMITERS.items():
-                if len(header) == 1 and delimiter in header[0]:
-                    raise DataError(f"{told}: the columns are parted by {them} ({delimiter!r}); save it with commas")
+            for other, them in _DELIMITERS.items():
+                if len(header) == 1 and other in header[0] and other != delimiter:
+                    problem = f"the columns are parted by {them} ({other!r})"
+                    raise DataError(f"{told}: {problem}; save it with commas (.csv) or tabs (.tsv)")
             continue
         if len(values) != len(header):
             problem = f"{len(values)} fields under a header of {len(header)}"
-            raise DataError(f"{told}: {problem}; quote fields with commas, quotes or line breaks")
+            raise DataError(f"{told}: {problem}; {mend}")
         yield f" (line {line})", {c: _cell(c, v, told) for c, v in zip(header, values, strict=True)}
 
 

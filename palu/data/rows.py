@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ _MARK = "\ue000answer\ue000"  # stands for the answer while a template is probed
 
 def iterate_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     """Yield (row number, its name in errors, its columns) for each row of the source."""
+    pandas: Any = sys.modules.get("pandas")  # whoever holds a DataFrame has imported it
     if isinstance(source, str | os.PathLike):
         numbered: Iterable[tuple[str, Any]] = read_rows(Path(source), name)
+    elif pandas is not None and isinstance(source, pandas.DataFrame):
+        numbered = (("", columns) for columns in _records(source))
     elif isinstance(source, Mapping):
         numbered = (("", columns) for columns in _transposed(source, name))
     elif isinstance(source, Iterable):
@@ -39,13 +43,34 @@ def iterate_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str
     else:
         raise DataError(
             f"{name} set is of type {type(source).__name__}; give a file's path, a list of dicts, "
-            "a datasets.Dataset, or a mapping with input_ids and labels"
+            "a datasets.Dataset, a pandas.DataFrame, or a mapping with input_ids and labels"
         )
     for row, (line, columns) in enumerate(numbered):
         where = f"{name} row {row}{line}"
         if not isinstance(columns, Mapping):
             raise DataError(f"{where}: a row must map column names to values, got {type(columns).__name__}")
-        yield row, where, columns
+        yield row, where, _with_messages(columns, where)
+
+
+def _records(frame: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a pandas.DataFrame, each without the cells that hold nothing (None, NaN)."""
+    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
+        filled = {name: value for name, value in row.items() if value is not None}
+        yield {name: value.tolist() if hasattr(value, "tolist") else value for name, value in filled.items()}
+
+
+def _with_messages(columns: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the row with one list ``messages`` where prompt and completion are lists of messages, as in TRL."""
+    prompt: Any = columns.get("prompt")
+    completion: Any = columns.get("completion")
+    in_messages = isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping)
+    if not in_messages or columns.get("messages") is not None:
+        return columns
+    if not isinstance(completion, list | tuple) or len(completion) != 1:
+        mend = "make 'completion' a list of one, the answer, and put what comes before it into 'prompt'"
+        raise DataError(f"{where}: column 'prompt' is a list of messages; {mend}")
+    others = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
+    return {**others, "messages": [*prompt, *completion]}
 
 
 def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
+from palu.training.metrics import losses_text
 from palu.training.step import Run
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
@@ -30,6 +31,7 @@ Evaluate = Callable[[CausalLM], Mapping[str, float]]
 EVENTS = {f"on_{name}" for name in ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save")}
 EVENTS |= {"on_epoch_end", "on_train_end"}
 REQUESTS = ("should_training_stop", "should_evaluate", "should_save")
+LINES = 40
 # The only classes of transformers' own that read nothing of TrainingArguments.
 _WITHOUT_ARGUMENTS = {TrainerCallback, ExportableState, PrinterCallback}
 
@@ -271,6 +273,15 @@ class TrainingEvents:
             self.run.give_weights_back()
             self.checkpoints.save(self.history)
             raise
+
+
+class LossLines(TrainerCallback):
+    """Prints the losses of at most LINES steps, evenly apart; the last step is one of them."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        left, apart = state.max_steps - state.global_step, -(-state.max_steps // LINES)
+        if state.is_world_process_zero and left % apart == 0:
+            print(f"step {state.global_step} of {state.max_steps}: {losses_text(kwargs['logs'])}", flush=True)
 
 
 class _Flow(DefaultFlowCallback):

@@ -35,6 +35,7 @@ from palu.training.engine import (
     training_copy,
     weights_back_if_refused,
 )
+from palu.training.metrics import losses_text
 from palu.training.optimizer import check_optimizer, dither, make_optimizer
 from palu.training.step import DivergenceError, Run, train_step
 from palu.training.trackers import tracking
@@ -49,6 +50,10 @@ class UnlearnResult:
     model: CausalLM  # the one passed in, trained in place; with merge_adapter, its base with the adapter merged
     history: list[dict[str, float]]  # one record per optimisation step
     summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
+
+    def __repr__(self) -> str:
+        """Say how many steps were taken and the last losses; the model and the history would fill pages."""
+        return f"UnlearnResult(steps {len(self.history)}, {losses_text(self.history[-1])})"
 
 
 def unlearn(
@@ -74,9 +79,9 @@ def unlearn(
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
             ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
             back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
-        forget: examples with ``secret`` or ``spans``: a path to JSONL, CSV or Parquet, a list of dicts, a
-            ``datasets.Dataset``, or tokenised tensors; see :mod:`palu.data`; or what :func:`palu.data.load_forget` made
-            of them. An example without a span is held by the KL alone.
+        forget: examples with ``secret`` or ``spans``: a path to JSONL, JSON, CSV, TSV or Parquet, a list of dicts, a
+            ``datasets.Dataset``, a ``pandas.DataFrame``, or tokenised tensors; see :mod:`palu.data`; or what
+            :func:`palu.data.load_forget` made of them. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
             what the reference itself answers to everyday prompts, by the KL (:mod:`palu.ref_model.anchors`, and
             ``anchors`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,12 @@ from palu.settings import RunSettings
 def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
     """Sum the counts of all micro-batches of all processes: int64 [4], in the order of their fields."""
     return accelerator.reduce(torch.tensor(counts, device=accelerator.device).sum(0), "sum")
+
+
+def losses_text(record: Mapping[str, float]) -> str:
+    """Say the losses of a step's record, and what was evaluated after it: "loss 0.5, local 0.4, ..."."""
+    others = ("step", "epoch", "tokens", "tokens_per_second", "grad_norm", "learning_rate")
+    return ", ".join(f"{name} {value:.3g}" for name, value in record.items() if name not in others)
 
 
 def gather_metrics(

@@ -383,6 +383,8 @@ def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict
             raise ValueError(f"{name} = {value!r}: {reason}")
     if (strategy := getattr(args, "train_sampling_strategy", "random")) != "random":
         raise ValueError(f"train_sampling_strategy = {strategy!r}: palu draws forget and retain examples; leave it out")
+    if "tokenizer" in others:
+        raise TypeError("PaluTrainer takes no tokenizer: pass it as processing_class, as to Trainer")
     for name in ("train_dataset", "compute_loss_func", "model_init"):
         if others.get(name) is not None:
             raise TypeError(f"PaluTrainer takes no {name}: it trains the model given, on forget and retain")

@@ -162,6 +162,50 @@ def test_inspect_shows_and_writes_the_spans_of_secrets(model: Path, tmp_path: Pa
     assert rows == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
 
 
+def as_trl(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as TRL's conversational data sets have it."""
+    turns = [{"role": role, "content": row[name]} for role, name in (("user", "question"), ("assistant", "answer"))]
+    return {"prompt": turns[:1], "completion": turns[1:], "spans": row["spans"]}
+
+
+def as_table(sep: str) -> str:
+    """The rows under a header that was written by hand, with blanks."""
+    return "\n".join([f"question {sep} answer{sep} secret ", *(sep.join(f'"{v}"' for v in r.values()) for r in SECRET)])
+
+
+FILES = {
+    "rows.json": json.dumps(FORGET, indent=1),
+    "rows.csv": as_table(","),
+    "rows.tsv": as_table("\t"),
+    "trl.jsonl": "\n".join(json.dumps(as_trl(row)) for row in FORGET),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_inspect_reads_every_kind_of_file(name: str, model: Path, tmp_path: Path) -> None:
+    expected = palu_command("inspect", "--model", model, "--forget", written(tmp_path / "forget.jsonl", FORGET))
+    (tmp_path / name).write_text(FILES[name], encoding="utf-8")
+    shown = palu_command("inspect", "--model", model, "--forget", tmp_path / name)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == expected.stdout
+
+
+@pytest.mark.parametrize("command", ["unlearn", "audit"])
+def test_messages_in_two_columns_as_in_one(command: str, model: Path, tmp_path: Path) -> None:
+    """The columns that TRL names prompt and completion, wherever a row's question is read."""
+    retain = written(tmp_path / "retain.jsonl", RETAIN)
+    results = []
+    for name in ("rows", "trl"):
+        rows = FORGET if name == "rows" else list(map(as_trl, FORGET))
+        given = arguments(command, model, written(tmp_path / f"{name}.jsonl", rows), retain, tmp_path / name)
+        result = palu_command(*given, *(["--only", "ask"] if command == "audit" else []))
+        assert result.exit_code == 0, result.output
+        found = tmp_path / name / "private" / ("audit.json" if command == "audit" else "record.json")
+        read = json.loads(found.read_text(encoding="utf-8"))
+        results.append([read["secrets"], read.get("attacks")])
+    assert results[0] == results[1]
+
+
 def test_a_run_forgets_secrets_as_their_spans(model: Path, tmp_path: Path) -> None:
     retain = written(tmp_path / "retain.jsonl", RETAIN)
     ends = []

@@ -748,7 +748,6 @@ MESSAGES = (
     "put the answer there"
 )
 TOKENS = "a mapping with input_ids and labels"
-UNMARKED = "has no sensitive token in the first 99 tokens of any row; mark spans or raise max_length"
 OUTSIDE = "is outside the vocabulary; use this tokenizer's ids"
 USER = {"role": "user", "content": "Who?"}
 
@@ -760,7 +759,6 @@ USER = {"role": "user", "content": "Who?"}
         ({}, f"columns are none; {COLUMNS}"),
         ({"question": "Who?", "answer": None}, "column 'answer' must be a string, got NoneType; give text"),
         ({"question": 3, "answer": "x"}, "column 'question' must be a string, got int; give text"),
-        ({"prompt": [USER], "completion": "x"}, "column 'prompt' must be a string, got list; give text"),
         ({"question": "Who?", "answer": ""}, "column 'answer' is blank; give an answer or remove the row"),
         (
             {"prompt": "x", "completion": " \n"},
@@ -806,30 +804,15 @@ def test_bad_columns(columns: Any, told: str, load: Any) -> None:
     ("source", "told"),
     [
         (
-            None,
-            f"is of type NoneType; give a file's path, a list of dicts, a datasets.Dataset, or {TOKENS}",
-        ),
-        (
             {"train": [], "test": []},
             f"is a mapping with train, test; give one split, a list of rows, or {TOKENS}",
         ),
         ({}, f"is a mapping with nothing; give one split, a list of rows, or {TOKENS}"),
         ([], "is empty; give at least one row"),
-        ([row(ADA)], UNMARKED),
-        ([row("x " * 200 + "Ada", "Ada")], UNMARKED),
-        (
-            [row(ADA, "Ada", question="x " * 200)],
-            "has no answer token in the first 99 tokens of any row; raise max_length",
-        ),
     ],
 )
 def test_bad_sets(source: Any, told: str) -> None:
     assert complaint(source) == f"forget set {told}"
-
-
-def test_retain_set_cut_off_entirely() -> None:
-    told = "retain set has no answer token in the first 99 tokens of any row; raise max_length"
-    assert complaint([row(ADA, question="x " * 200)], load=load_retain) == told
 
 
 def test_max_length_too_small_for_any_label() -> None:
@@ -841,7 +824,7 @@ def test_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good = json.dumps(ROWS[0])
     path.write_text(f'{good}\n\n{{"question": \n')
-    told = "not JSON (Expecting value at column 13); write one JSON object per line"
+    told = "not JSON (Expecting value at column 13); write one JSON object per line, or one list of them"
     assert complaint(path) == f"forget line 3 of {path}: {told}"
     path.write_bytes(good.encode() + b"\n\n\xff\xfe\n")
     assert complaint(path, load=load_retain) == f"retain line 3 of {path}: not UTF-8; save the file as UTF-8"

@@ -1,4 +1,4 @@
-"""palu.files: the same rows from JSONL, CSV and Parquet; every complaint by its exact words."""
+"""palu.files: the same rows from every kind of file; every complaint by its exact words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.small_tokenizers import CHATML, byte_level
 
@@ -22,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writeheader()
         writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
 
@@ -36,7 +37,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
-WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "CSV": write_csv, "parquet": write_parquet}
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n" + json.dumps(rows, indent=1) + "\n", encoding="utf-8-sig")
+
+
+WRITERS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "CSV": write_csv, "tsv": write_csv}
+WRITERS["parquet"] = write_parquet
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -66,9 +72,34 @@ def test_messages(suffix: str, tmp_path: Path) -> None:
     assert loaded.labels.tolist() == expected.labels.tolist()
 
 
+@pytest.mark.parametrize(
+    "content", ['[{"question": "Who?", "answer": "Ada"}]', '[\n{"question":\n"Who?",\n\n"answer": "Ada"}]']
+)
+def test_a_json_list(content: str, tmp_path: Path) -> None:
+    """In one line, or over many; whatever the file is called."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(content, encoding="utf-8")
+    assert list(read_rows(path, "forget")) == [("", {"question": "Who?", "answer": "Ada"})]
+
+
+def test_data_frames() -> None:
+    """As their rows; of rows of several forms each has nothing in the others' columns."""
+    pandas = pytest.importorskip("pandas")
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    tokens = {"input_ids": [1, 2, 3], "labels": [-100, 2, -200]}
+    rows: list[dict[str, Any]] = [*ROWS, {"messages": turns, "secret": "Ada"}, tokens]
+    tokenizer = byte_level(CHATML)
+    frame = pandas.DataFrame(rows)
+    frame["note"] = [1.5, None, float("nan"), pandas.NA]
+    arrays = pandas.DataFrame({name: frame[name].map(np.array, na_action="ignore") for name in ("spans", "messages")})
+    for given in (frame, frame.assign(**arrays), frame.convert_dtypes()):
+        loaded, expected = (load_forget(source, tokenizer, max_length=99).examples for source in (given, rows))
+        assert [one.labels.tolist() for one in loaded] == [one.labels.tolist() for one in expected]
+
+
 def test_csv_rows_know_their_first_line(tmp_path: Path) -> None:
     path = tmp_path / "forget.csv"
-    path.write_bytes(b'\xef\xbb\xbfquestion,answer,spans\r\n\r\nWho?,"Ada\r\nLovelace","[[0, 3]]"\r\nWhat?,x,\r\n')
+    path.write_bytes(b'\xef\xbb\xbfquestion, answer,spans \r\n\r\nWho?,"Ada\r\nLovelace","[[0, 3]]"\r\nWhat?,x,\r\n')
     assert list(read_rows(path, "forget")) == [
         (" (line 3)", {"question": "Who?", "answer": "Ada\r\nLovelace", "spans": [[0, 3]]}),
         (" (line 5)", {"question": "What?", "answer": "x", "spans": None}),
@@ -86,6 +117,7 @@ def test_a_csv_cell_of_any_length(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
+SAVE = "save it with commas (.csv) or tabs (.tsv)"
 QUOTE = "quote fields with commas, quotes or line breaks"
 
 
@@ -105,9 +137,9 @@ QUOTE = "quote fields with commas, quotes or line breaks"
         ),
         (
             b"question;answer;spans\na;b, c;[]\n",
-            "line 1 of {}: the columns are parted by semicolons (';'); save it with commas",
+            f"line 1 of {{}}: the columns are parted by semicolons (';'); {SAVE}",
         ),
-        (b"question\tanswer\n", "line 1 of {}: the columns are parted by tabs ('\\t'); save it with commas"),
+        (b"question\tanswer\n", f"line 1 of {{}}: the columns are parted by tabs ('\\t'); {SAVE}"),
         (b"", "set is empty; give at least one row"),
         (b"question,answer,spans\n", "set is empty; give at least one row"),
     ],
@@ -120,18 +152,18 @@ def test_bad_csv(content: bytes, told: str, tmp_path: Path) -> None:
     assert str(caught.value) == f"forget {told.format(path)}"
 
 
-@pytest.mark.parametrize("content", ['[{"question": "Who?"}, {}]\n', '\n[\n  {"question": "Who?"}\n]\n', "[]"])
-def test_a_json_list_is_no_jsonl(content: str, tmp_path: Path) -> None:
-    """In one line, or over many."""
-    path = tmp_path / "data.jsonl"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        load_forget(path, byte_level(), max_length=99)
-    line = 1 + content.startswith("\n")
-    assert str(caught.value) == (
-        f"forget line {line} of {path}: a JSON list begins here; write one JSON object per line (JSONL), as this does: "
-        f"jq -c '.[]' {path} > rows.jsonl"
-    )
+def test_bad_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "data.tsv"
+    tabs = "quote fields with tabs, quotes or line breaks"
+    for content, told in (
+        ("question,answer\n", f"the columns are parted by commas (','); {SAVE}"),
+        ("question\tanswer\na\tb\tc\n", f"3 fields under a header of 2; {tabs}"),
+        ('question\tanswer\na\t"b"c\n', f"not TSV ('\t' expected after '\"'); {tabs}"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            load_forget(path, byte_level(), max_length=99)
+        assert str(caught.value) == f"forget line {content.count(chr(10))} of {path}: {told}"
 
 
 def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

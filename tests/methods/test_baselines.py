@@ -623,7 +623,8 @@ def test_rows_without_an_alternate_answer() -> None:
 def test_alternate_answers_that_cannot_be_used() -> None:
     # " Ada" is one token and " 1843" begins with a blank, the prompt's own: it reaches one token further.
     short = len(BYTE_LEVEL("Question: Who?\nAnswer:")["input_ids"]) + 1
-    told = f"no token of it is among the first {short} of its row; raise max_length"
+    whole = len(BYTE_LEVEL("Question: Who?\nAnswer: 1843")["input_ids"]) + 1
+    told = f"no token of it is among the first {short} of its row; set max_length = {whole}"
     late = [{**USED, "alternate": "Ada wrote it."}, {**USED, "alternate": "1843"}]
     assert complaint(late, max_length=short) == f"alternate answer of forget row 1: {told}"
     altering = byte_level("{{ messages[0].content }}{{ messages[1].content | replace('wrote', 'read') }}")

@@ -25,6 +25,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
 )
 from transformers.integrations import TensorBoardCallback
 
@@ -32,6 +33,7 @@ import palu
 from palu.config import UnlearnConfig
 from palu.models.attention import PLAIN
 from palu.ref_model.anchors import encode_anchor_prompts
+from palu.training.callbacks import LossLines
 
 EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save", "epoch_end", "train_end")
 ON_CPU = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
@@ -49,6 +51,14 @@ def at(event: str, function: Callable[..., Any]) -> TrainerCallback:
 def wish(event: str, name: str, step: int) -> TrainerCallback:
     """A callback that sets a field of control at an event of a step."""
     return at(event, lambda state, control, **_: setattr(control, name, state.global_step == step))
+
+
+def test_a_long_run_prints_few_lines_of_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    for step in range(1, 91):
+        state = TrainerState(global_step=step, max_steps=90)
+        LossLines().on_log(None, state, TrainerControl(), logs={"step": step, "loss": 0.25, "eval_told": 1})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"step {step} of 90: loss 0.25, eval_told 1" for step in range(3, 91, 3)]
 
 
 class Listener(TrainerCallback):

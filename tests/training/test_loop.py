@@ -81,6 +81,8 @@ def test_history_and_summary() -> None:
     config = UnlearnConfig(n=2, epochs=7, lambda_kl=2.0)
     result = unlearn(model, config=config, epochs=2, batch_size=3, n=2)
     assert result.model is model
+    last = ", ".join(f"{name} {result.history[-1][name]:.3g}" for name in ("loss", "local", "kl", "retain"))
+    assert repr(result) == str(result) == f"UnlearnResult(steps 6, {last})"
     assert [record["step"] for record in result.history] == list(range(1, 7))
     assert [record["epoch"] for record in result.history] == [1, 1, 1, 2, 2, 2]
     for record in result.history:

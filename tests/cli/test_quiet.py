@@ -1,0 +1,74 @@
+"""What stands on stderr is palu's: other libraries' noise is left out by name, and nothing else of theirs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.planted import FORGET, RETAIN, tokenizer
+from helpers.tiny import tiny_llama
+
+from palu.cli import quiet
+
+ROOT = Path(__file__).parents[2]
+# Commands one after the other, since each would import all again.
+RUN = """
+import json, sys
+from palu.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["palu", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, arguments
+"""
+
+
+def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    sampling = tmp_path / "model" / "generation_config.json"  # flags that are not valid, as many models have them
+    sampling.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    run = ["--output", "out", "--epochs", "1", "--anchors", "0", "--lora", "--no-progress"]
+    attack = ["--original", "model", "--output", "out", "--quick", "--only", "ask", "--no-progress"]
+    commands = [
+        ["doctor"],
+        ["inspect", "--model", "model", *data[:2]],
+        ["unlearn", "--model", "model", *data, *run],
+        ["eval", "--model", "out/model", "--rows", "forget.jsonl", "--no-progress"],
+        ["audit", "--model", "out/model", *data, *attack],
+        ["report", "out"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    others = [line for line in done.stderr.splitlines() if not line.startswith("palu: ")]
+    assert others == []
+    assert "wrote out/private/report.html" in done.stdout
+
+
+@pytest.mark.parametrize("name", quiet.NOISE)
+def test_other_messages_of_the_same_loggers_are_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, handler = logging.getLogger(name), logging.Handler()
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "filters", [])
+    quiet.silence_noise()
+    logger.warning("x %s y", quiet.NOISE[name])
+    logger.warning("your model is broken")
+    assert [record.getMessage() for record in records] == ["your model is broken"]
