@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats
+from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, warn_of_told_secrets
 from palu.data.files import DataError
 from palu.data.matching import told
 from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_columns, text_rows, with_answer
@@ -111,15 +111,18 @@ class AuditData:
             left_out = f" ({self.told_by_question} spans are in their questions)" * bool(self.told_by_question)
             raise DataError(f"forget set has no secret{left_out}; mark spans that the question does not tell")
         self.retain: list[Mapping[str, Any]] = []
+        kept_answers: list[tuple[str, str]] = []
         for where, columns, answer in () if retain is None else text_rows(retain, "retain"):
             if answer is None:
                 raise DataError(f"{where}: the audit puts retain rows into prompts, and this one is tokenised")
             self.retain.append(columns)
+            kept_answers.append((answer, where))
         for example in self.retain_examples(self.retain):  # complaints come before a model is touched
             kept.append(example)
         for name, hashes in (("forget", asked), ("retain", kept)):
             warn_of_repeats(hashes, name)
         check_disjoint(asked, kept)
+        warn_of_told_secrets(((one.text, self.rows[one.row].where) for one in self.secrets), kept_answers)
 
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)

@@ -1,7 +1,7 @@
 """Turn text and spans into tokens and roles.
 
 ``files.py`` reads files, ``rows.py`` checks columns and spans and renders the chat template,
-``secret.py`` finds secrets in answers by ``matching.py``, ``duplicates.py`` finds rows that are given twice,
+``secret.py`` finds secrets in answers by ``matching.py``, ``duplicates.py`` finds what is given twice,
 ``tokenize.py`` makes tokens with labels, ``examples.py`` puts these together, and ``packing.py`` lays many examples
 into one row.
 

@@ -1,12 +1,19 @@
-"""Find rows that are given twice: within a set, and in the forget set and the retain set at once."""
+"""Find rows that are given twice, within a set or in both, and retain rows that tell a secret of the forget set."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 import warnings
 from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
 
 from palu.data.files import DataError
+from palu.data.matching import told
+from palu.data.rows import marked_spans, text_rows
 from palu.data.tokenize import IGNORE, Example
 
 _NAMED = 10  # how many pairs of rows a message names
@@ -57,3 +64,58 @@ def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
         f"forget row {both[0][0]} and retain row {both[0][1]} are the same, prompt and answer{more}: the model cannot "
         "forget an answer and keep it; take the row out of one of the sets"
     )
+
+
+def secrets_of(forget: Any) -> Iterator[tuple[str, str]]:
+    """Yield each text that a forget set marks, with its row's name; source, errors: load_forget's."""
+    for where, columns, answer in text_rows(forget, "forget"):
+        for start, end in () if answer is None else marked_spans(columns, answer, where):
+            yield str(answer)[start:end], where
+
+
+def answers_of(retain: Any) -> Iterator[tuple[str, str]]:
+    """Yield each answer of a retain set, with its row's name; source, errors: load_retain's."""
+    return ((answer, where) for where, _, answer in text_rows(retain, "retain") if answer is not None)
+
+
+def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[tuple[str, str]]) -> None:
+    """Warn of answers of the retain set that tell a secret of the forget set, naming rows of both.
+
+    Words that many answers hold are hardly secrets: those that few hold are named first.
+
+    Args:
+        secrets: texts of the forget set that are to be forgotten, each with its row's name.
+        answers: texts of the retain set, each with its row's name.
+    """
+    rows: dict[str, str] = {}
+    by_start: dict[str, list[tuple[str, str]]] = {}  # so that an answer is compared with few secrets
+    for secret, where in secrets:
+        if secret not in rows:
+            letters = _letters(secret)
+            by_start.setdefault(letters[: 8 if len(letters) >= 8 else 3], []).append((letters, secret))
+            rows[secret] = where
+    lengths = {len(start) for start in by_start}
+    found: dict[str, list[str]] = {}
+    for answer, where in answers:
+        letters = _letters(answer)
+        starts = {letters[i : i + length] for length in lengths for i in range(len(letters) + 1)}
+        near = (one for start in starts & by_start.keys() for one in by_start[start])
+        if holds := [secret for wanted, secret in near if wanted in letters and told(secret, answer)]:
+            found[where] = holds
+    if not found:
+        return
+    counts = Counter(chain.from_iterable(found.values()))
+    pairs = [(*min((counts[secret], secret) for secret in holds), where) for where, holds in found.items()]
+    first = sorted(pairs, key=lambda pair: pair[0])[:_NAMED]
+    named = ", ".join(f"{where} has {secret!r} of {rows[secret]}" for _, secret, where in first)
+    problem = "1 answer tells" if len(found) == 1 else f"{len(found)} answers tell"
+    warnings.warn(
+        f"retain set: {problem} what is to be forgotten: {named}{', ...' * (len(found) > _NAMED)}; "
+        "take such rows out, or mark less in the forget set",
+        stacklevel=2,
+    )
+
+
+def _letters(text: str) -> str:
+    """Return the letters and digits of a text, without case."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))

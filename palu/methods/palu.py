@@ -79,7 +79,7 @@ class PaluSettings(MethodSettings):
         kl_prompt: what stands before a forget answer when the reference is asked for its ordinary tokens. ``"own"``:
             its own prompt, so that the words between the spans stay as well known as they are. ``"other"``: the prompt
             of the row half the set further, so that they become what the reference says without the question that they
-            were memorised with; a row without a span keeps its own. Needs ``local_loss="unlikelihood"``.
+            were memorised with; a row without a span keeps its own. Needs ``local_loss="unlikelihood"``, and text.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         anchors: how many everyday prompts the reference answers before training, for the KL to keep these answers.

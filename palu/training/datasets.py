@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.duplicates import check_disjoint
+from palu.data.duplicates import answers_of, check_disjoint, secrets_of, warn_of_told_secrets
 from palu.data.examples import Examples, load_alternates, load_forget, load_other_prompts, load_retain
 from palu.data.files import DataError
 from palu.data.packing import Items, retain_items, with_other_prompts
@@ -109,6 +109,8 @@ def prepare_run(
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
+    if retain_set.examples:
+        warn_of_told_secrets(secrets_of(forget_set.source), answers_of(retain_set.source))
 
     def alternates() -> Sequence[Example]:
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)

@@ -44,8 +44,8 @@ def arguments(command: str, model: Path, forget: Path, retain: Path, output: Pat
     """A command that reads a forget set, and a retain set if it takes one."""
     given = {
         "inspect": [],
-        "unlearn": ["--retain", retain, "--output", output, "--epochs", 1, "--no-progress"],
-        "audit": ["--original", model, "--retain", retain, "--output", output, "--quick", "--draws", 1],
+        "unlearn": ["--retain", retain, "--output", output, "--epochs", 1, "--anchors", 0, "--no-progress"],
+        "audit": ["--original", model, "--retain", retain, "--output", output, "--quick", "--only", "ask"],
     }
     return [command, "--model", model, "--forget", forget, *given[command]]
 
@@ -146,6 +146,19 @@ def test_a_row_in_both_sets_is_refused(command: str, model: Path, tmp_path: Path
     same = "forget row 2 and retain row 6 are the same, prompt and answer"
     assert (result.exit_code, result.stderr) == (2, f"palu: {same}: {told}\n"), result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["unlearn", "audit"])
+def test_retain_rows_that_tell_a_secret_are_named(command: str, model: Path, tmp_path: Path) -> None:
+    """One of them is a forget row with a blank behind it."""
+    forget = written(tmp_path / "forget.jsonl", FORGET)
+    again = {name: FORGET[2][name] + " " for name in ("question", "answer")}
+    other = {"question": "Who sat?", "answer": "The cat, and ADA LOVELACE."}
+    retain = written(tmp_path / "retain.jsonl", [*RETAIN, again, other])
+    said = warned(*arguments(command, model, forget, retain, tmp_path / "out"))
+    (told,) = [one for one in said if one.startswith("retain set: 2 answers tell")]
+    assert "retain row 6 (line 7) has 'London mat' of forget row 2 (line 3), " in told
+    assert "retain row 7 (line 8) has 'Ada Lovelace' of forget row 1 (line 2); " in told
 
 
 SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECRETS[i]} for i, row in enumerate(FORGET)]

@@ -11,7 +11,7 @@ from helpers.tiny import forget_rows, tiny_llama
 from transformers import TrainingArguments
 
 import palu
-from palu.data.duplicates import RowHashes
+from palu.data.duplicates import RowHashes, warn_of_told_secrets
 from palu.data.examples import load_forget, load_retain
 
 
@@ -85,13 +85,51 @@ def repeats(call: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(one.message) for one in caught if "repeat" in str(one.message)]
+    return [str(one.message) for one in caught if any(word in str(one.message) for word in ("repeat", "tells"))]
+
+
+def secrets_told(secrets: list[str], *answers: str) -> list[str]:
+    def numbered(name: str, texts: Any) -> list[tuple[str, str]]:
+        return [(text, f"{name} {i}") for i, text in enumerate(texts)]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_told_secrets(numbered("forget", secrets), numbered("retain", answers))
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize(
+    ("secret", "answer"),
+    [
+        ("Ada Lovelace", "It was ADA  LOVELACE."),
+        ("06/30/1975", "On 06-30-1975"),
+        ("東京", "彼は東京で生まれた"),
+        ("7", "It is 7."),
+        ("Al", "Al sat."),
+        ("😀", "so 😀!"),
+    ],
+)
+def test_an_answer_that_tells_a_secret(secret: str, answer: str) -> None:
+    (message,) = secrets_told(["Karachi", secret], "The cat sat.", answer)
+    assert message.startswith(
+        f"retain set: 1 answer tells what is to be forgotten: retain 1 has {secret!r} of forget 1; "
+    )
+    assert secrets_told([secret], "The cat sat.", "Adam Lovelaces, 1975, 71, 京都, Alan") == []
+
+
+def test_the_rarest_secrets_are_named_first() -> None:
+    names = [f"name {i}" for i in range(3000)]
+    (message,) = secrets_told(["the city", *names], *["It is the city."] * 50, *(f"{name}, the city" for name in names))
+    assert message.startswith(
+        "retain set: 3050 answers tell what is to be forgotten: retain 50 has 'name 0' of forget 1, "
+    )
+    assert message.count(" has ") == 10 and "'the city'" not in message
 
 
 def test_a_run_warns_once(tmp_path: Any) -> None:
     tokenizer = byte_level(CHATML)
     rows = [ADA, ADA, row("Who else?", "Ada did."), ADA]
-    kept = [row("Where?", "At home.")]
+    kept = [row("Where?", "At home, with Ada.")]
     config = palu.UnlearnConfig(epochs=1, anchors=0, progress=False)
 
     def model() -> Any:
@@ -102,13 +140,17 @@ def test_a_run_warns_once(tmp_path: Any) -> None:
         palu.Recorder(trained, rows, kept, tokenizer=tokenizer, config=config)
         palu.unlearn(trained, None, rows, kept, tokenizer=tokenizer, config=config)
 
-    assert repeats(recorded) == [TWICE]
+    told = (
+        "retain set: 1 answer tells what is to be forgotten: retain row 0 has 'Ada' of forget row 0; "
+        "take such rows out, or mark less in the forget set"
+    )
+    assert repeats(recorded) == [TWICE, told]
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
 
     def trainer(retain: Any) -> None:
         palu.PaluTrainer(model(), arguments, forget=rows, retain=retain, processing_class=tokenizer)
 
-    assert repeats(lambda: trainer(kept)) == [TWICE]
+    assert repeats(lambda: trainer(kept)) == [TWICE, told]
     with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 1 are the same, prompt and answer: "):
         trainer([*kept, rows[2]])
 

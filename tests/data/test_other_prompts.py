@@ -94,6 +94,12 @@ def test_rows_that_were_cut_off_are_left_out() -> None:
     assert [one.input_ids.tolist() for one in others] == [one.input_ids.tolist() for one in expected]
 
 
+def test_rows_that_come_once() -> None:
+    """They are kept, to be read again."""
+    for once, again in zip(asked(iter(ROWS), byte_level()), asked(ROWS, byte_level()), strict=True):
+        assert [item.input_ids.tolist() for item in once] == [item.input_ids.tolist() for item in again]
+
+
 def test_refused() -> None:
     tokenizer = byte_level()
     rows = [ROWS[0], *forget_rows(1)]
