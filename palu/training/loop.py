@@ -45,7 +45,7 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.metrics import gather_metrics, sum_counts
-from palu.training.optimizer import check_optimizer, dither, make_optimizer
+from palu.training.optimizer import check_optimizer, make_optimizer
 from palu.training.trackers import tracking
 from palu.writable import check_folders
 
@@ -205,7 +205,6 @@ def unlearn(
     del reference
     set_seed(config.seed, device_specific=True)
     with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
-        dither(optimizer, config.seed)
         parameters = [p for p in trained.parameters() if p.requires_grad]  # those that an engine has sharded
         loader = UnlearnDataLoader(
             data.forget,
