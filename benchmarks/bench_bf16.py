@@ -8,6 +8,11 @@ Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --resu
 
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
+
+With ``--steps``, instead: how far the optimizer of bfloat16 weights, and what it was before, leave float32's AdamW when
+all get the gradients of one long run. It needs neither SmolLM2 nor data, and takes some minutes::
+
+    python benchmarks/bench_bf16.py --steps 3000
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from typing import Any
 
 import torch
 import transformers
+from _long_run import follow_a_run, follow_falling_gradients, followed
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
 from _timing import machine
@@ -52,7 +58,7 @@ class Choice:
 CHOICES = {
     "float32": Choice("float32", torch.float32),
     "mixed": Choice("float32, bfloat16 products", torch.float32, mixed_precision="bf16"),
-    "bfloat16": Choice("bfloat16 (Kahan)", torch.bfloat16),
+    "bfloat16": Choice("bfloat16", torch.bfloat16),
     "bfloat16_8bit": Choice("bfloat16, 8-bit AdamW", torch.bfloat16, optimizer="adamw_8bit"),
 }
 TERMS = ("local", "kl", "retain")
@@ -227,8 +233,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bf16"), help="folder of the finished runs")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--every", type=int, default=1, help="steps from one line of the losses' table to the next")
+    parser.add_argument("--steps", type=int, help="compare optimizers on the gradients of so many steps, and end")
     parser.add_argument("--one", nargs=2, metavar=("CHOICE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps is not None:
+        marks = sorted({step for step in (300, 1000, 1500, 2000) if step < args.steps} | {args.steps})
+        print("Falling gradients, weights near 0.02:", followed(follow_falling_gradients(marks, 0.0, 0.02)), sep="\n\n")
+        print("Falling gradients, weights near 1:", followed(follow_falling_gradients(marks, 1.0, 0.1)), sep="\n\n")
+        print("palu.unlearn on a tiny Llama:", followed(follow_a_run(marks)), sep="\n\n")
+        return
     if args.task == "tofu" and not (args.data / "forget05.jsonl").exists():
         parser.error(f"--data: {args.data} holds no forget05.jsonl; give TOFU's folder")
     transformers.logging.set_verbosity_error()

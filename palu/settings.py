@@ -137,7 +137,7 @@ class RunSettings(Settings):
 
     Attributes:
         method: the settings of the method, an instance of its ``Settings``.
-        optimizer: ``"adamw"``: torch's for float32 weights, Kahan-compensated for bfloat16; ``"adamw_8bit"``: its
+        optimizer: ``"adamw"``; beside bfloat16 weights it keeps the rest of their float32 bits. ``"adamw_8bit"``: its
             moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
         learning_rate: AdamW's step size; 5e-5 for a Llama of 135M parameters, papers use 1e-5 for 1B to 8B.
         weight_decay: AdamW's decoupled weight decay.

@@ -47,7 +47,7 @@ from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
 from palu.training.optimizer import STATE, load_state, state_of
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 2
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {

@@ -36,7 +36,7 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.metrics import losses_text
-from palu.training.optimizer import check_optimizer, dither, make_optimizer
+from palu.training.optimizer import check_optimizer, make_optimizer
 from palu.training.step import DivergenceError, Run, train_step
 from palu.training.trackers import tracking
 
@@ -171,7 +171,6 @@ def unlearn(
     del reference
     set_seed(config.seed, device_specific=True)
     with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
-        dither(optimizer, config.seed)
         loader = data.loader(cache, accelerator)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)

@@ -1,12 +1,10 @@
-"""AdamW for the weights as they are loaded: torch's for float32, Kahan-compensated for bfloat16; or with 8-bit moments.
+"""AdamW for the weights as they are loaded: torch's for float32, ours for bfloat16; or with 8-bit moments.
 
-Near 0.02 neighbouring bfloat16 values lie 1.2e-4 apart, so that plain AdamW rounds a step of 1e-5 away. optimi's AdamW
-keeps what was rounded off in a buffer (Kahan summation) and adds it to the next step: its weights are those of float32
-training, rounded. Bytes for each trained weight, gradient and states included: 16 in float32, 10 in bfloat16.
-
-Loaded weights lie on bfloat16 values exactly, and Adam's first steps are all of one size: with an empty buffer nothing
-would change for some steps, and then all weights of one magnitude at once. So the buffers begin with a random part of
-the distance to the neighbours (:func:`dither`); from the first step on, as many weights change as the step is long.
+Near 0.02 neighbouring bfloat16 values lie 1.2e-4 apart, so that plain AdamW rounds a step of 1e-5 away. Neighbouring
+values differ by up to 0.8 %, so that a second moment in bfloat16 never decays by a thousandth, either.
+:class:`BFloat16AdamW` is AdamW on float32 weights and second moments: a bfloat16 weight is the upper half of a float32
+one, rounded, and the lower half is kept beside it. Bytes for each trained weight, gradient and states included: 16 in
+float32, 12 in bfloat16.
 
 ``adamw_8bit`` is torchao's AdamW, whose moments take a byte each. Its bfloat16 weights are rounded up or down at
 random, so that they are right on average, and nothing need be kept: 6 bytes for each trained weight, 10 in float32.
@@ -18,24 +16,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import optimi
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from palu.config import UnlearnConfig
 from palu.distributed import shard_like
 from palu.hashing import digest
 
-BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults; optimi has others
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 EIGHT_BIT = "adamw_8bit"
 # What an optimizer keeps of a parameter: 8-bit moments are codes, with a scale for each block of 256.
 STATE = (
     "step",
     "exp_avg",
     "exp_avg_sq",
-    "kahan_comp",
+    "low_bits",
     *(f"exp_avg{m}.{p}" for m in ("", "_sq") for p in ("codes", "scale")),
 )
 
@@ -50,12 +48,9 @@ def make_optimizer(
     trained = [p for p in parameters if p.requires_grad]
     if config.optimizer == EIGHT_BIT:
         return _adamw_8bit(trained, config, accelerator.device)
-    compensated = any(p.dtype == torch.bfloat16 for p in trained)
-    if compensated and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        # The plain loop: its fused kernels have not been tried on sharded weights.
-        return optimi.AdamW(
-            trained, config.learning_rate, BETAS, config.weight_decay, EPS, kahan_sum=True, foreach=False, triton=False
-        )
+    low = any(p.dtype == torch.bfloat16 for p in trained)
+    if low and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return BFloat16AdamW(trained, config.learning_rate, config.seed)
     return torch.optim.AdamW(
         trained,
         config.learning_rate,
@@ -64,6 +59,87 @@ def make_optimizer(
         config.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
+
+
+class BFloat16AdamW(torch.optim.Optimizer):
+    """AdamW, without weight decay, that keeps for a bfloat16 weight the lower half of its float32 bits.
+
+    The first moment has the weight's dtype, the second one is float32. Weights in float32 may stand beside those in
+    bfloat16. FSDP2 may shard them: each process steps its own part.
+
+    Loaded weights lie on bfloat16 values exactly, and Adam's first steps are all of one size: with lower halves of 0
+    nothing would change for some steps, and then all weights of one magnitude at once. So they begin at random, within
+    half the distance to the neighbours; from the first step on, as many weights change as the step is long.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, seed: int):
+        super().__init__(parameters, {"lr": learning_rate})
+        self.seed = seed  # of the lower halves; all processes draw the same
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step with the gradients that there are."""
+        if not self.state:  # not before an engine has sharded the weights
+            self._start()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] += 1
+                    tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low_bits", p))
+                    for slices in zip(*map(_slices, tensors), strict=True):
+                        _step(slices, group["lr"], state["step"].item())
+
+    def _start(self) -> None:
+        generators: dict[torch.device, torch.Generator] = {}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[p] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
+            }
+            if p.dtype == torch.bfloat16:
+                generator = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(self.seed))
+                state["low_bits"] = _random_low_bits(p, generator)
+
+
+def _random_low_bits(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw int16 in the guise of bfloat16, since gloo gathers no int16; below a half, so that p stays as it is."""
+    most = int(0.99 * 2**15)
+    drawn = torch.randint(-most, most + 1, p.shape, generator=generator, device=p.device, dtype=torch.int16)
+    low_bits = torch.zeros_like(p)
+    _local(low_bits).view(torch.int16).copy_(_local(shard_like(p, drawn)) * (_local(p) != 0))  # below 0 there is NaN
+    return low_bits
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _slices(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Cut this process's part of a tensor, so that a step's float32 copies of it are small."""
+    tensor = torch.atleast_1d(_local(tensor))
+    # On a CPU what a slice needs stays in the cache; on a GPU each slice launches a dozen kernels.
+    most = 2**18 if tensor.device.type == "cpu" else 2**24
+    return tensor.split(max(1, most * len(tensor) // max(1, tensor.numel())))
+
+
+def _step(slices: Sequence[Tensor], rate: float, t: float) -> None:
+    """Take step ``t``, from 1, in place; ``low_bits`` of a float32 weight are not read."""
+    p, grad, exp_avg, exp_avg_sq, low_bits = slices
+    beta1, beta2 = BETAS
+    unbias = (1 - beta2**t) ** 0.5
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    weight = p
+    if p.dtype == torch.bfloat16:
+        weight = p.float()
+        bits = weight.view(torch.int32).add_(low_bits.view(torch.int16))
+    weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(EPS * unbias), value=-rate * unbias / (1 - beta1**t))
+    if p.dtype == torch.bfloat16:
+        low_bits.view(torch.int16).copy_(bits)  # the lower 16, with a sign: so the upper ones are rounded
+        p.view(torch.int16).copy_(bits.add_(2**15).bitwise_right_shift_(16))
 
 
 def _adamw_8bit(trained: list[nn.Parameter], config: UnlearnConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -121,29 +197,6 @@ def _import_torchao() -> Any:
     return torchao.optim
 
 
-@torch.no_grad()
-def dither(optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Start each compensation at random, within half the distance to the next bfloat16 value; others have none.
-
-    To be called once the engine has sharded the weights; all processes draw the same numbers.
-    """
-    generators: dict[torch.device, torch.Generator] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"] if group.get("kahan_sum") else ():
-            if p.dtype != torch.bfloat16:
-                continue
-            generator = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(seed))
-            # Below a half, so that no weight changes by this alone.
-            share = shard_like(p, 0.99 * (torch.rand(p.shape, generator=generator, device=p.device) - 0.5))
-            # To the neighbour that is nearer to 0, which at a power of two is the nearer one; 0 where the weight is 0.
-            distance = (p.detach().float().abs() * (1 - 2**-9)).log2().floor().exp2() * 2**-7
-            optimizer.state[p] = {
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-                "kahan_comp": (share * distance).bfloat16(),
-            }
-
-
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return what the optimizer keeps of a parameter, under the names in STATE; 8-bit moments in their parts."""
     state: dict[str, Tensor] = {}
@@ -163,17 +216,19 @@ def load_state(
         rates: the learning rate of each group.
         steps: how many were taken.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loaded: list[dict[str, Any]] = [_joined(state, p.dtype) for state, p in zip(states, parameters, strict=True)]
-    for group, rate in zip(groups, rates, strict=True):
+    remaining = iter(states)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         if "steps" in group:
             group["steps"] = steps
-        if "setup" in group:  # optimi counts steps here, and starts anew where a state lacks a name
-            group |= {"setup": True, "step": torch.tensor(steps, dtype=torch.int32)}
-            loaded = [{"kahan_comp": None, **state} if state else {} for state in loaded]
-    optimizer.load_state_dict({"state": {i: s for i, s in enumerate(loaded) if s}, "param_groups": groups})
+        for p in group["params"]:
+            if state := _joined(next(remaining), p.dtype):
+                # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
+                counted_here = group.get("fused")  # else on the CPU
+                optimizer.state[p] = {
+                    name: value.to(p.device) if name != "step" or counted_here else value
+                    for name, value in state.items()
+                }
 
 
 def _joined(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

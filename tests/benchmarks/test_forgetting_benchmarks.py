@@ -8,8 +8,10 @@ from argparse import ArgumentTypeError
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import _cross
+import _long_run
 import _methods
 import _tofu
 import bench_audit
@@ -484,7 +486,23 @@ def test_what_is_still_told_is_counted_of_what_was_told_before(
     assert row["lost"] == {"secrets": [0], "retained": [0], "general": []}
     assert row["steps"] == len(row["history"]) == 2
     assert row["peak_gib"] > 0
-    assert "| bfloat16 (Kahan) | 0 | 1 of 2 | 0 of 1 | 1 of 1 | 2 |" in bench_bf16.outcomes([row])
+    assert "| bfloat16 | 0 | 1 of 2 | 0 of 1 | 1 of 1 | 2 |" in bench_bf16.outcomes([row])
+
+
+def test_optimizers_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = _long_run.make_followers
+
+    def without_8_bit(weights: Any, rate: float) -> Any:  # whose steps would be compiled
+        return {name: optimizer for name, optimizer in make(weights, rate).items() if "8bit" not in name}
+
+    monkeypatch.setattr(_long_run, "make_followers", without_8_bit)
+    for rows in (_long_run.follow_falling_gradients([4, 9], 0.0, 0.02), _long_run.follow_a_run([4, 9])):
+        assert [row["step"] for row in rows] == [4] * 4 + [9] * 4
+        found = {row["optimizer"]: (row["moment"], row["update"]) for row in rows[4:]}
+        assert found["float32"] == pytest.approx((1, 1))
+        assert found["`adamw`"] == pytest.approx((1, 1), abs=1e-2)
+        assert found["Kahan, second moment in bfloat16"][0] != pytest.approx(1, abs=1e-3)
+        assert "| `adamw` | 1.000, 1.0" in _long_run.followed(rows)
 
 
 @has_tofu

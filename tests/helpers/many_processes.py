@@ -80,10 +80,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
     "npo": (make_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
     "undial": (make_llama, None, {"objective": "undial"}),
     "rmu": (lambda: make_llama(tie_word_embeddings=False), None, {"objective": "rmu", "layer_id": 0}),
+    # In float64, where nothing but an unequal weight of unequal shares can make a difference.
     "anchors": (
-        lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256),
+        lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, dtype=torch.float64),
         None,
-        {"forget": TEXT_FORGET * 3, "retain": None, "tokenizer": TOKENIZER, "anchors": 5, "max_length": 200},
+        {"forget": TEXT_FORGET * 3, "retain": TEXT_RETAIN, "tokenizer": TOKENIZER, "anchors": 5, "max_length": 200},
     ),
     "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
     # In mixed precision (PRECISION).

@@ -1,0 +1,153 @@
+"""Give the gradients of one long run to several optimizers, and compare them with float32's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from _workload import make_model
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import palu
+from palu.config import UnlearnConfig
+from palu.training.optimizer import BETAS, EPS, make_optimizer
+
+
+class Kahan(torch.optim.Optimizer):
+    """AdamW as palu had it before: what rounding takes from a weight is kept in bfloat16, as is the first moment."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, second: torch.dtype):
+        super().__init__(parameters, {"lr": rate})
+        for p in parameters:
+            names = {"exp_avg": None, "exp_avg_sq": second, "rest": None}
+            self.state[p] = {name: torch.zeros_like(p, dtype=dtype) for name, dtype in names.items()}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        (beta1, beta2), (group,) = BETAS, self.param_groups
+        first, second = (1 - beta**self.steps for beta in BETAS)
+        for p in group["params"]:
+            m, v, rest = self.state[p].values()
+            m.lerp_(p.grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            rest.addcdiv_(m, (v / second).sqrt_().add_(EPS), value=-group["lr"] / first)
+            before = p.clone()
+            p.add_(rest)
+            rest.add_(before.sub_(p))
+
+
+def make_followers(weights: Sequence[Tensor], rate: float) -> dict[str, torch.optim.Optimizer]:
+    """Make the optimizers to compare, each with weights of its own; the first is float32's."""
+
+    def copies(dtype: torch.dtype = torch.bfloat16) -> list[nn.Parameter]:
+        return [nn.Parameter(weight.detach().clone().to(dtype)) for weight in weights]
+
+    def ours(name: str) -> torch.optim.Optimizer:
+        return make_optimizer(copies(), UnlearnConfig(learning_rate=rate, optimizer=name), Accelerator())
+
+    return {
+        "float32": torch.optim.AdamW(copies(torch.float32), rate, BETAS, EPS, weight_decay=0.0),
+        "Kahan, second moment in bfloat16": Kahan(copies(), rate, torch.bfloat16),
+        "Kahan, second moment in float32": Kahan(copies(), rate, torch.float32),
+        "`adamw`": ours("adamw"),
+        "`adamw_8bit`": ours("adamw_8bit"),
+    }
+
+
+def whole_weights(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return all weights in float64, with what the optimizer keeps of them beside their bfloat16 values."""
+    parts = []
+    for p in optimizer.param_groups[0]["params"]:
+        state, weight = optimizer.state[p], p.detach().float()
+        if "low_bits" in state:
+            weight.view(torch.int32).add_(state["low_bits"].view(torch.int16))
+        parts.append(weight.double().flatten() + (state["rest"].double().flatten() if "rest" in state else 0))
+    return torch.cat(parts)
+
+
+def second_moments(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return all second moments in float64."""
+    moments = [optimizer.state[p]["exp_avg_sq"] for p in optimizer.param_groups[0]["params"]]
+    return torch.cat([(m.dequantize() if hasattr(m, "dequantize") else m).double().flatten() for m in moments])
+
+
+class Follow:
+    """Gives every gradient of a run to the followers, and compares them with float32's AdamW at some steps.
+
+    moment: the median over all weights of the second moment, float32's being 1. update: how far the weights went along
+    float32's update since the step before (of ``marks``), 1 for as far.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], rate: float, marks: Sequence[int]):
+        self.followers, self.marks = make_followers(weights, rate), marks
+        self.steps, self.rows = 0, list[dict[str, Any]]()
+        self.before: dict[str, Tensor] = {}
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        for optimizer in self.followers.values():
+            for p, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+                p.grad = None if gradient is None else gradient.to(p.dtype, copy=True)
+            optimizer.step()
+        self.steps += 1
+        if self.steps != 1 and self.steps not in self.marks:
+            return
+        now = {name: whole_weights(optimizer) for name, optimizer in self.followers.items()}
+        exact = second_moments(self.followers["float32"])
+        for name, optimizer in self.followers.items() if self.before else ():
+            went, goal = now[name] - self.before[name], now["float32"] - self.before["float32"]
+            moment = (second_moments(optimizer) / exact)[exact > 0].median()
+            update = went @ goal / goal.square().sum()
+            self.rows.append({"step": self.steps, "optimizer": name, "moment": float(moment), "update": float(update)})
+        self.before = now
+
+
+def follow_falling_gradients(marks: Sequence[int], mean: float, deviation: float) -> list[dict[str, Any]]:
+    """Follow gradients that fall to a hundredth within 2,300 steps, each with noise of half its size.
+
+    The weights have that mean and deviation.
+    """
+    torch.manual_seed(0)
+    follow = Follow([mean + deviation * torch.randn(128, 128)], 1e-5, marks)
+    for step in range(marks[-1]):
+        follow([(max(0.01, 0.998**step) * (1 + 0.5 * torch.randn(128, 128))).bfloat16()])
+    return follow.rows
+
+
+def follow_a_run(marks: Sequence[int]) -> list[dict[str, Any]]:
+    """Follow the gradients of ``palu.unlearn`` on a bfloat16 Llama of 2 layers: 8 rows to forget, 16 to retain."""
+    torch.manual_seed(0)
+    model: Any = make_model("tiny", torch.device("cpu"), torch.bfloat16)
+    follow = Follow(list(model.parameters()), 1e-4, marks)
+
+    def on_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = optimizer.param_groups[0]["params"]
+        if optimizer not in follow.followers.values():
+            follow([p.grad for p in parameters])
+
+    rows = [torch.randint(512, (24,)).tolist() for _ in range(24)]
+    forget = [{"input_ids": ids, "labels": [-100] * 8 + ids[8:12] + [-200] * 12} for ids in rows[:8]]
+    retain = [{"input_ids": ids, "labels": [-100] * 8 + ids[8:]} for ids in rows[8:]]
+    handle = register_optimizer_step_pre_hook(on_step)
+    try:
+        palu.unlearn(
+            model, None, forget, retain, recipe="onset", learning_rate=1e-4, max_steps=marks[-1], progress=False
+        )
+    finally:
+        handle.remove()
+    return follow.rows
+
+
+def followed(rows: Sequence[dict[str, Any]]) -> str:
+    """Format what :class:`Follow` found as Markdown."""
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    lines = ["| optimizer | " + " | ".join(f"moment, update at {step}" for step in steps) + " |"]
+    lines.append("|---" + "|---:" * len(steps) + "|")
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        found = [f"{row['moment']:.3f}, {row['update']:.3f}" for row in rows if row["optimizer"] == name]
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    return "\n".join(lines)
