@@ -33,7 +33,7 @@ from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
 from palu.writable import private_folder, write_private
 
-FORMAT = 2  # of stages and results: what another version kept is made anew
+FORMAT = 3  # of stages and results: what another version kept is made anew
 STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
@@ -101,10 +101,11 @@ def audit(
         progress: show progress bars.
 
     Returns:
-        The content of ``audit.json``, ready for JSON: ``secrets``; ``attacks``, a row of the table each, with
-        ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or "not told"), ``reason`` where
-        there is more to say, and in ``models`` for each model its share ``told`` with ``values`` and ``evidence`` by
-        secret, and ``figures``; ``notes``. There is no number for all attacks together.
+        The content of ``audit.json``, ready for JSON: ``secrets``; ``marked``, every text that a row marks;
+        ``attacks``, a row of the table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict``
+        ("held", "open" or "not told"), ``reason`` where there is more to say, and in ``models`` for each model its
+        share ``told`` with ``values`` and ``evidence`` by secret, and ``figures``; ``notes``. There is no number for
+        all attacks together.
 
     Raises:
         DataError: a row cannot be used, or there is no secret.
@@ -217,6 +218,7 @@ def audit_models(
         "models": models,
         "forget_sha256": data.forget_digest,
         "secrets": [asdict(secret) | {"question": data.rows[secret.row].question} for secret in data.secrets],
+        "marked": sorted(set(data.marked)),
         "left_out": {"told_by_their_question": data.told_by_question, "repeated": data.repeated},
         "attacks": rows,
         "notes": _notes(data, "retain" in results),

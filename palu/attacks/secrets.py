@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, warn_of_told_secrets
 from palu.data.files import DataError
 from palu.data.matching import told
-from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_columns, text_rows, with_answer
+from palu.data.rows import (
+    RenderedRow,
+    Renderer,
+    conversation_of,
+    iterate_rows,
+    marked_texts,
+    text_columns,
+    text_rows,
+    with_answer,
+)
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
 from palu.models.generation import prompt_of
@@ -95,6 +104,7 @@ class AuditData:
         self._renderer = Renderer(tokenizer, chat_template_kwargs)
         self.rows: list[AuditRow] = []
         self.secrets: list[Secret] = []
+        self.marked: list[str] = []
         self.told_by_question = self.repeated = 0
         numbered = list(iterate_rows(forget, "forget"))
         for _, where, columns in numbered:
@@ -126,6 +136,7 @@ class AuditData:
 
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)
+        self.marked += marked_texts(columns, answer, text.where)
         before = "\n".join(message["content"] for message in conversation[:-1])
         assert example.offsets is not None
         secrets: list[Secret] = []

@@ -1,27 +1,168 @@
-"""Find one text in another as whole words: secrets in answers, and in what a model writes."""
+"""Find one text in another: secrets in answers, in what a model writes, and in what a redacted report shows."""
 
 from __future__ import annotations
 
 import difflib
+import html
+import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import NamedTuple
 
-_WORD = re.compile(r"[^\W_]+")
 # Scripts that put no blank between words, or (Hangul) write particles onto them: every character may end a word there.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "HANGUL")
 _SIMILAR = 0.6  # difflib's own bound for a close match
+_FEW = 3  # letters; fewer keep their punctuation ("U.S." is not "us"), and are not looked for within words
+_LONG_NUMBER = re.compile(r"\d{4,}")  # shorter ones keep their punctuation: "2.5" is not 25
+_GROUPED_NUMBER = re.compile(r"(?<!\d)\d{1,3}(?:[,.'\u2019]\d{2,3})*[,.'\u2019]\d{3}(?!\d)")
+_ESCAPE = re.compile(r'&#?\w{1,31};|\\u(?i:d[89ab]..\\ud[c-f]..|[\da-f]{4})|\\["\\/bfnrt]')
+_CHARACTER = re.compile(".", re.DOTALL)
+_ESCAPE_OR_CHARACTER = re.compile(rf"{_ESCAPE.pattern}|.", re.DOTALL)
+
+Span = tuple[int, int]  # [start, end) in characters
 
 
 def told(secret: str, text: str) -> bool:
-    """Whether a text holds a secret as whole words, case and punctuation aside.
+    """Whether a text holds a secret as whole words, case and punctuation aside (:func:`find`)."""
+    return next(find(secret, text, whole=True), None) is not None
 
-    A secret without any letter or digit (an emoji) is looked for as it is.
+
+def find(secret: str, text: str, *, whole: bool) -> Iterator[Span]:
+    """Yield the places where a text has the words of a secret, case and punctuation aside; HTML and JSON unescaped.
+
+    Within a word ("O'Neil") or a number ("7,391") one mark of punctuation may be missing or come in addition. Accents
+    and vowel signs are of the word. A secret without letter or digit (an emoji) is looked for as it is.
+
+    whole: as whole words and numbers; else within longer ones, too, and with the punctuation that the secret has.
     """
-    words = _plain(secret)
-    if not words:
-        return secret.strip() in text
-    return next(whole_places(words, _plain(text)), None) is not None
+    wanted = _readings(secret.strip())[0]
+    for read in _readings(text) if wanted.text else ():
+        for i, end in _places(wanted.letters, read.letters) if wanted.letters else ():
+            place = read.indices[i], read.indices[end - 1] + 1
+            within = not whole and len(wanted.letters) >= _FEW
+            if _is_parted_alike(wanted, read, i) and (within or _is_whole(read, place)):
+                yield read.span(place)
+        for place in _places(wanted.text, read.text):  # as it is written, punctuation around it included
+            if not whole or not wanted.letters or _is_whole(read, place):
+                yield read.span(place)
+
+
+def letters(text: str) -> list[str]:
+    """Return a text's letters, digits and marks without case; where it has escapes, also of what they stand for.
+
+    :func:`find` finds a secret only where the first of its own are in one of the text's.
+    """
+    return [read.letters for read in _readings(text)]
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """Sort spans, and join those that overlap."""
+    found: list[Span] = []
+    for start, end in sorted(spans):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def split_at(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
+    """Split a text at spans, which may overlap and reach beyond it: (part, whether a span holds it)."""
+    within = ((max(start, 0), min(end, len(text))) for start, end in spans)
+    edges = [0, *chain.from_iterable(merged(span for span in within if span[0] < span[1])), len(text)]
+    return [(text[start:end], i % 2 == 1) for i, (start, end) in enumerate(pairwise(edges)) if start < end]
+
+
+class _Reading(NamedTuple):
+    """A text without case, accents apart from their letters.
+
+    starts, ends: of each of its characters, the span of the original one with its accents.
+    letters: letters, digits and marks alone. indices: their places in the text.
+    """
+
+    text: str
+    starts: Sequence[int]
+    ends: Sequence[int]
+    letters: str
+    indices: Sequence[int]
+
+    def span(self, place: Span) -> Span:
+        """Return a place's span in the original text."""
+        return self.starts[place[0]], self.ends[place[1] - 1]
+
+    def gap(self, i: int) -> str:
+        """Return what stands between a letter and the one before it; joiners and soft hyphens part no words."""
+        between = self.text[self.indices[i - 1] + 1 : self.indices[i]]
+        return "".join(character for character in between if unicodedata.category(character) != "Cf")
+
+
+@lru_cache(maxsize=4096)
+def _readings(text: str) -> list[_Reading]:
+    """Read a text as it is; where it has escapes, also as what they stand for."""
+    return [_read(text, pattern) for pattern in (_CHARACTER, _ESCAPE_OR_CHARACTER)[: 1 + bool(_ESCAPE.search(text))]]
+
+
+def _read(text: str, pattern: re.Pattern[str]) -> _Reading:
+    pieces: list[tuple[int, int, str]] = []  # characters with their accents
+    for match in pattern.finditer(text):
+        start, written = match.start(), _unescaped(match[0])
+        if pieces and _is_mark(written[0]):
+            start, _, before = pieces.pop()
+            written = before + written
+        pieces.append((start, match.end(), written))
+    characters: list[str] = []
+    starts, ends, indices = array("q"), array("q"), array("q")
+    after_letter = False
+    for start, end, written in pieces:
+        for character in _decomposed(_decomposed(written).casefold()):
+            after_letter = character.isalnum() or (_is_mark(character) and after_letter)
+            if after_letter:
+                indices.append(len(characters))
+            characters.append(character)
+            starts.append(start)
+            ends.append(end)
+    return _Reading("".join(characters), starts, ends, "".join(characters[i] for i in indices), indices)
+
+
+def _unescaped(written: str) -> str:
+    if len(written) == 1:
+        return written
+    plain = html.unescape(written) if written[0] == "&" else str(json.loads(f'"{written}"'))
+    return plain or written
+
+
+def _decomposed(text: str) -> str:
+    return unicodedata.normalize("NFKD", text)
+
+
+def _is_parted_alike(wanted: _Reading, read: _Reading, first: int) -> bool:
+    """Whether the letters from the first one on stand apart where the wanted ones do, as far as it counts."""
+    for i in range(1, len(wanted.letters)):
+        own, gap = wanted.gap(i), read.gap(first + i)
+        if bool(own) == bool(gap):
+            continue
+        of_number = wanted.letters[i - 1 : i + 1].isdecimal()
+        if of_number:
+            long = any(number.start() < i < number.end() for number in _LONG_NUMBER.finditer(wanted.letters))
+        else:
+            long = len(wanted.letters) >= _FEW
+        if not long or len(gap) > 1 or (gap.isspace() and not of_number):
+            return False
+    return True
+
+
+def _is_whole(read: _Reading, place: Span) -> bool:
+    """Whether a place neither begins nor ends within a word, a number or an accented letter."""
+    return not any(
+        _in_word(read.text, edge)
+        or (0 < edge < len(read.text) and read.starts[edge - 1] == read.starts[edge])
+        or any(number.start() < edge < number.end() for number in _GROUPED_NUMBER.finditer(read.text))
+        for edge in place
+    )
 
 
 def whole_places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
@@ -76,12 +217,12 @@ def _is_spaced(character: str) -> bool:
     """Whether this is a letter, its accent, or a digit, of a script with blanks between words."""
     if character.isascii():
         return character.isalnum()
-    of_word = character.isalnum() or unicodedata.category(character).startswith("M")
+    of_word = character.isalnum() or _is_mark(character)
     return of_word and not unicodedata.name(character, "").startswith(_UNSPACED)
 
 
-def _plain(text: str) -> str:
-    return " ".join(_WORD.findall(_folded(text)))
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 def _folded(text: str) -> str:

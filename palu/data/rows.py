@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError, read_rows
 from palu.data.matching import whole_places
-from palu.data.secret import secret_spans
+from palu.data.secret import secret_spans, secret_texts
 from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
@@ -109,6 +109,15 @@ def load_questions(source: Any, name: str) -> dict[int, str]:
             conversation, _, _ = conversation_of(columns, where)
             asked[row] = conversation[-2]["content"]
     return asked
+
+
+def load_marked_texts(source: Any, name: str) -> list[str]:
+    """Read the texts that all rows mark, each once; source, errors: as of :func:`load_questions`."""
+    texts: dict[str, None] = {}
+    for where, columns, answer in text_rows(source, name):
+        if answer is not None:
+            texts |= dict.fromkeys(marked_texts(columns, answer, where))
+    return list(texts)
 
 
 def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
@@ -335,6 +344,13 @@ def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tu
     if columns.get("spans") is not None:
         raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
     return secret_spans(secret, answer, where)
+
+
+def marked_texts(columns: Mapping[str, Any], answer: str, where: str) -> list[str]:
+    """Return the texts of :func:`marked_spans`, and secrets that are in one span with others."""
+    secret = columns.get("secret")
+    texts = [answer[start:end] for start, end in marked_spans(columns, answer, where)]
+    return list(dict.fromkeys([*texts, *([] if secret is None else secret_texts(secret, where))]))
 
 
 def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import unicodedata
 from typing import Any
 
 from palu.data.files import DataError
-from palu.data.matching import around, nearest, whole_places
+from palu.data.matching import around, merged, nearest, whole_places
 
 
 def secret_spans(secret: Any, answer: str, where: str) -> list[tuple[int, int]]:
@@ -22,27 +22,26 @@ def secret_spans(secret: Any, answer: str, where: str) -> list[tuple[int, int]]:
     Raises:
         DataError: it is something else, or a text is blank or not in the answer; the nearest one is named.
     """
-    value = secret.tolist() if hasattr(secret, "tolist") else secret
-    texts = value if isinstance(value, list | tuple) else [value]
     spans: list[tuple[int, int]] = []
-    for text in texts:
-        if not isinstance(text, str):
-            got = type(text).__name__
-            raise DataError(f"{where}: column 'secret' must be text or a list of texts, got {got}; put it in quotes")
-        wanted = text.strip()
-        if not wanted:
-            raise DataError(f"{where}: column 'secret' is blank; give the text to forget, or [] for nothing")
+    for wanted in secret_texts(secret, where):
         found = list(whole_places(wanted, answer))
         if not found:
             raise DataError(f"{where}: secret {wanted!r} {_why_not(wanted, answer)}")
         spans += found
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
+    return merged(spans)
+
+
+def secret_texts(secret: Any, where: str) -> list[str]:
+    """Return the texts of a row's column ``secret``, without the blanks around them. Raises DataError for no text."""
+    value = secret.tolist() if hasattr(secret, "tolist") else secret
+    texts = value if isinstance(value, list | tuple) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            got = type(text).__name__
+            raise DataError(f"{where}: column 'secret' must be text or a list of texts, got {got}; put it in quotes")
+        if not text.strip():
+            raise DataError(f"{where}: column 'secret' is blank; give the text to forget, or [] for nothing")
+    return [text.strip() for text in texts]
 
 
 def _why_not(wanted: str, answer: str) -> str:

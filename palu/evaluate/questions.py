@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.data.files import DataError
 from palu.data.matching import told
-from palu.data.rows import Renderer, conversation_of, iterate_rows, marked_spans
+from palu.data.rows import Renderer, conversation_of, iterate_rows, marked_spans, marked_texts
 from palu.data.tokenize import Example, check_tokenizer, encode
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results
@@ -50,7 +50,7 @@ class QuestionRows:
         asked: what stands before each answer: the last message.
         answers: the true ones.
         marked: each row's texts that ``secret`` or ``spans`` mark.
-        secrets: those of them that the messages before the answer do not tell already.
+        secrets: the texts of its spans that the messages before the answer do not tell already.
         examples: tokenised, every answer token labelled.
     """
 
@@ -80,13 +80,13 @@ class QuestionRows:
             if kind not in KINDS:
                 raise DataError(f"{where}: column 'kind' is {kind!r}; give {' or '.join(KINDS)}, or leave it out")
             before = "\n".join(message["content"] for message in conversation[:-1])
-            marked = list(dict.fromkeys(answer[start:end] for start, end in spans))
+            secrets = list(dict.fromkeys(answer[start:end] for start, end in spans))
             self.names.append(where)
             self.kinds.append(kind)
             self.asked.append(conversation[-2]["content"])
             self.answers.append(answer)
-            self.marked.append(marked)
-            self.secrets.append([secret for secret in marked if not told(secret, before)])
+            self.marked.append(marked_texts(columns, answer, where) if marks else [])
+            self.secrets.append([secret for secret in secrets if not told(secret, before)])
             texts.append(renderer.render(number, where, columns, False))
         if not texts:
             raise DataError("evaluation set is empty; give at least one row")

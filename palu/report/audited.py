@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from palu.attacks.estimators import LEVEL, LIMIT, Verdict
 from palu.attacks.run import ROLES
-from palu.data.matching import told
+from palu.data.matching import find, split_at, told
 from palu.report import words
 from palu.report.plots import number
 from palu.report.reading import Json
+from palu.report.redact import MASK
 
 MEANING = (
     "rho is the part of the original’s leak that is left: 0 is as good as a model that never saw the secrets, 1 is no "
@@ -145,7 +145,7 @@ def leaks(audit: Json, hide: Callable[[str], str], *, known: float, redact: bool
                 {"names": names, "parts": None if answer is None else marked(answer, secret["text"])}
                 for answer, names in sorted(ways.items(), key=lambda way: way[0] is None)
             ]
-            text, question = hide(secret["text"]), hide(secret["question"])
+            text, question = MASK if redact else secret["text"], hide(secret["question"])
             found.append({"text": text, "question": question, "attacks": len(attacks), "ways": shown})
     return sorted(found, key=lambda leak: -leak["attacks"])
 
@@ -175,13 +175,7 @@ def _name(row: Json, evidence: Any) -> str:
     return f"{row['name']} ({details})" if details else row["name"]
 
 
-def marked(text: str, secret: str) -> Sequence[tuple[str, bool]]:
-    """Split an answer at a secret, whose case and punctuation do not count: (part, whether it is the secret)."""
-    exact = re.escape(secret.strip())
-    plain = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", secret))) or exact
-    # As whole words, if it can be: scripts without blanks have it within one.
-    for pattern in (rf"((?<!\w){exact}(?!\w))", rf"((?<!\w){plain}(?!\w))", f"({plain})"):
-        parts = re.split(pattern, text, flags=re.IGNORECASE)
-        if len(parts) > 1:
-            break
-    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+def marked(text: str, *secrets: str) -> list[tuple[str, bool]]:
+    """Split a text at secrets, as whole words where it has them so: (part, whether it is of a secret)."""
+    spans = [list(find(one, text, whole=True)) or list(find(one, text, whole=False)) for one in secrets]
+    return split_at(text, [span for of_secret in spans for span in of_secret])

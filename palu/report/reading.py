@@ -59,7 +59,14 @@ def _parse(path: Path, text: str, mend: str = "restore it, or run again") -> Jso
 
 
 # What is shown of an audit, and of what kind it is.
-_AUDIT: dict[str, type] = {"secrets": list, "attacks": list, "models": dict, "notes": list, "left_out": dict}
+_AUDIT: dict[str, type] = {
+    "secrets": list,
+    "marked": list,
+    "attacks": list,
+    "models": dict,
+    "notes": list,
+    "left_out": dict,
+}
 _SECRET: dict[str, type] = {"text": str, "question": str}
 _ATTACK: dict[str, type] = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
 _MEND = "run palu audit again, or delete it"
@@ -140,12 +147,12 @@ def _aggregates(results: Mapping[str, Any]) -> Json:
 
 
 def asked_questions(folder: Path) -> Json | None:
-    """Read the table of an evaluation on one's own questions, with all marked texts; None: there is none."""
+    """Read the table of an evaluation on one's own questions, and what is marked in it; None: there is none."""
     path = folder / QUESTIONS
     if not path.exists():
         return None
     try:
         results = load_results(path)
-        return table_of(results) | {"secrets": [text for row in results["palu"]["rows"] for text in row["marked"]]}
+        return table_of(results) | {"marked": [text for row in results["palu"]["rows"] for text in row["marked"]]}
     except (ValueError, KeyError) as error:
         raise RecordError(f"{path}: it does not hold what palu eval --rows wrote ({error}); evaluate again") from error

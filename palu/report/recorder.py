@@ -2,7 +2,7 @@
 
 A :class:`Recorder` looks at the model before :func:`palu.unlearn` and again when it is done, and writes both to
 ``record.json``; :mod:`palu.report` makes a page of it. A *secret* is a run of neighbouring sensitive tokens, as in the
-losses. The record holds the text of the forget set, so it is as private as that.
+losses; beside them stands every marked text. The record holds the text of the forget set, so it is as private as that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
-from palu.data.rows import load_questions
+from palu.data.rows import load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
@@ -123,6 +123,9 @@ class Recorder:
             "forget": load_questions(forget_source, "forget"),
             "retain": load_questions(retain_source, "retain"),
         }
+        tokenised = [(e, spans) for e, spans in zip(self.forget, self.spans, strict=True) if e.offsets is None]
+        self.marked = load_marked_texts(forget_source, "forget")
+        self.marked += [self._text(example, span) for example, spans in tokenised for span in spans]
         self.about = {
             "format": FORMAT,
             "started": _now(),
@@ -187,6 +190,7 @@ class Recorder:
         record = self.about | {
             "finished": _now(),
             "hashes": hashes,
+            "marked": self.marked,
             "secrets": secrets,
             "retained": retained,
             "answers": answers,

@@ -9,6 +9,7 @@ itself.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from markupsafe import Markup
 from palu.report import audited, view, words
 from palu.report.layout import CARD, folders_of
 from palu.report.plots import number
-from palu.report.reading import evaluations, read_audit, read_run
+from palu.report.reading import asked_questions, read_audit, read_run
+from palu.report.redact import Redaction, marked_texts
 
 HERE = Path(__file__).parent
 
@@ -27,15 +29,15 @@ HERE = Path(__file__).parent
 def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Path:
     """Write ``private/report.html``: one file that asks for nothing else, runs no script and opens offline.
 
-    It shows the forgotten text, so it is as private as the forget set. With ``redact`` the secrets are blotted out
-    wherever their words stand, the model's answers to the forget set and its hashes are left out, and the file is
+    It shows the forgotten text, so it is as private as the forget set. With ``redact`` each marked text is blotted out
+    wherever its words stand, the model's answers to the forget set and its hashes are left out, and the file is
     ``report-redacted.html``; a secret told in other words, in a question for example, would still be there.
 
     Returns:
         The file's path.
 
     Raises:
-        RecordError: the folder's records are missing or damaged.
+        RecordError: the folder's records are missing or damaged, or too old to be redacted.
     """
     folder = folders_of(run_dir).private
     shown = view.page(folder, redact=redact)
@@ -53,7 +55,8 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     """
     folders = folders_of(run_dir)
     record, summary, _ = read_run(folders.private)
-    model, found, audit = record["model"], evaluations(folders.private), read_audit(folders.private)
+    model, audit, asked = record["model"], read_audit(folders.private), asked_questions(folders.private)
+    hide = Redaction(marked_texts(record, audit, asked))
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
@@ -67,21 +70,26 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         "card.md.jinja",
         autoescape=False,
         metadata=metadata.to_yaml(),
-        record=record,
+        record=view.described(record, hide),
         summary=summary,
         outcome=view.outcome(record),
         known=view.KNOWN,
         asked=words.asked(summary),
         method=words.method(summary["config"]),
-        settings=[row for row in words.settings(summary["config"]) if row[3]],
-        evaluations=found,
-        metrics=view.metric_table(found),
+        settings=[row for row in view.settings(summary["config"], hide) if row[3]],
+        **view.results(folders.private, hide),
         audit=audit and audited.summary(audit, record),
     )
     return path
 
 
 def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> None:
+    # Line ends as they are: a checksum of the file is the same on every system.
+    path.write_bytes((_template(template, autoescape).render(values).rstrip() + "\n").encode())
+
+
+@cache
+def _template(name: str, autoescape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=autoescape,
@@ -96,5 +104,4 @@ def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> Non
         "percent": words.percent,
         "duration": words.duration,
     }
-    # Line ends as they are: a checksum of the file is the same on every system.
-    path.write_bytes((environment.get_template(template).render(values).rstrip() + "\n").encode())
+    return environment.get_template(name)

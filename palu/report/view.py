@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +11,10 @@ from statistics import median
 from typing import Any
 
 from palu.report import audited, words
+from palu.report.layout import RECORD
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
+from palu.report.reading import Json, RecordError, asked_questions, evaluations, read_audit, read_run
+from palu.report.redact import MASK, Redaction, blot, marked_texts
 from palu.settings import EVAL_PREFIX
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
@@ -22,7 +23,6 @@ FLOOR = 1e-8  # where the scale of probabilities ends
 BINS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
 OPEN_ROWS = 12  # of a table, before the rest is folded away
 OPEN_EXAMPLES = 6
-MASK = "███"
 
 
 # --- the outcome ---
@@ -65,20 +65,40 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def metric_table(found: Sequence[Json]) -> list[Json]:
+def results(folder: Path, hide: Redaction) -> Json:
+    """Collect the evaluations in a folder, and a table of their metrics: {evaluations, metrics}."""
+    found = [one | {name: hide(one[name]) for name in ("file", "column", "about")} for one in evaluations(folder)]
+    return {"evaluations": found, "metrics": _metric_table(found, hide)}
+
+
+def _metric_table(found: Sequence[Json], hide: Redaction) -> list[Json]:
     """Make a row per metric of any evaluation: {label, name, better, values, reason}, the known ones first."""
     names = list(dict.fromkeys(name for one in found for name in one["values"]))
     names = [name for name in words.METRICS if name in names] + [name for name in names if name not in words.METRICS]
     return [
         {
-            "label": words.METRICS[name].label if name in words.METRICS else name,
+            "label": words.METRICS[name].label if name in words.METRICS else hide(name),
             "better": words.METRICS[name].better if name in words.METRICS else "",
-            "name": name,
+            "name": name if name in words.METRICS else hide(name),
             "values": [_figure(one, name) for one in found],
-            "reason": next((one["reasons"][name] for one in found if name in one["reasons"]), ""),
+            "reason": hide(next((one["reasons"][name] for one in found if name in one["reasons"]), "")),
         }
         for name in names
     ]
+
+
+def described(record: Json, hide: Redaction) -> Json:
+    """Redact what a record says of the model, the device and the files."""
+    data = {side: about | {"file": hide(about["file"])} for side, about in record["data"].items()}
+    files = [(hide(name), sha) for name, sha in record["hashes"]["files"].items()]
+    model = {name: hide(value) for name, value in record["model"].items()}
+    told = {"model": model, "device": hide(record["device"]), "data": data}
+    return record | told | {"hashes": record["hashes"] | {"files": files}}
+
+
+def settings(config: Json, hide: Redaction) -> list[tuple[str, str, str, bool]]:
+    """List the run's settings as :func:`palu.report.words.settings`; texts are in mappings alone."""
+    return words.settings({name: hide(value) if isinstance(value, dict) else value for name, value in config.items()})
 
 
 def _figure(one: Json, name: str) -> str:
@@ -92,26 +112,18 @@ def _figure(one: Json, name: str) -> str:
 def page(folder: Path, *, redact: bool) -> Json:
     """Collect everything that the report's template shows. ``folder``: of the run's records."""
     record, summary, history = read_run(folder)
+    audit, asked = read_audit(folder), asked_questions(folder)
+    if redact and "marked" not in record:
+        told = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
+        raise RecordError(f"{told}, so that no report can be redacted; run palu unlearn again")
+    hide = Redaction(marked_texts(record, audit, asked) if redact else ())
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    audit, asked = read_audit(folder), asked_questions(folder)
-    also = [{"text": text} for text in asked["secrets"]] if asked else []
-    hide = masker([*record["secrets"], *also, *(audit["secrets"] if audit else [])]) if redact else str
+    record = described(record, hide)
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
-    found = evaluations(folder)
-    answers = {
-        side: [
-            {
-                "row": one["row"],
-                "question": hide(one["question"]),
-                **{when: marked(hide(one[when]), [] if redact else _texts(record, one["row"], side)) for when in _WHEN},
-            }
-            for one in record["answers"][side]
-            # What a model makes of a secret may give it away in other words.
-            if not (redact and side == "forget")
-        ]
-        for side in ("forget", "retain")
-    }
+    # What a model makes of a secret may give it away in other words.
+    forget = [] if redact else [_answer(one, record["secrets"], hide) for one in record["answers"]["forget"]]
+    retain = [_answer(one, (), hide) for one in record["answers"]["retain"]]
     return {
         "title": record["model"]["name"] or record["model"]["type"],
         "redact": redact,
@@ -122,7 +134,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "finished": datetime.fromisoformat(record["finished"]),
         "asked": words.asked(summary),
         "method": words.method(summary["config"]),
-        "settings": words.settings(summary["config"]),
+        "settings": settings(summary["config"], hide),
         "secrets": [_secret(one, hide, redact) for one in secrets],
         "audit": audit and audited.summary(audit, record),
         "leaked": audited.leaks(audit, hide, known=KNOWN, redact=redact) if audit else [],
@@ -130,12 +142,11 @@ def page(folder: Path, *, redact: bool) -> Json:
         "retained": [
             _bar(one, decades=False) | {"question": hide(one["question"])} for one in _by_loss(record["retained"])
         ],
-        "answers": answers,
+        "answers": {"forget": forget, "retain": retain},
         "examples": [_example(one, hide, redact) for one in record["examples"]],
-        "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"])),
-        "history": _table(history),
-        "evaluations": found,
-        "metrics": metric_table(found),
+        "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"]), hide),
+        "history": _table(history, hide),
+        **results(folder, hide),
         "questions": asked and {**asked, "rows": [{**r, "question": hide(r["question"])} for r in asked["rows"]]},
         "open_rows": OPEN_ROWS,
         "open_examples": OPEN_EXAMPLES,
@@ -145,28 +156,14 @@ def page(folder: Path, *, redact: bool) -> Json:
 _WHEN = ("before", "after")
 
 
-def _texts(record: Json, row: int, side: str) -> list[str]:
-    """Return the texts of a forget row's secrets."""
-    return [s["text"] for s in record["secrets"] if side == "forget" and s["row"] == row and s["text"]]
+def _answer(one: Json, secrets: Sequence[Json], hide: Redaction) -> Json:
+    """Mark a row's secrets in what the model wrote: (part, whether it is of a secret)."""
+    own = [secret["text"] for secret in secrets if secret["row"] == one["row"] and secret["text"]]
+    parts = {when: audited.marked(hide(one[when]), *own) or [("(nothing)", False)] for when in _WHEN}
+    return {"row": one["row"], "question": hide(one["question"]), **parts}
 
 
-def masker(secrets: Iterable[Mapping[str, Any]]) -> Callable[[str], str]:
-    """Return a function that blots the secrets out of a text, whatever their case."""
-    texts = {s["text"].strip() for s in secrets if s["text"] and s["text"].strip()}
-    if not texts:
-        return str
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)), re.IGNORECASE)
-    return lambda text: pattern.sub(MASK, text)
-
-
-def marked(text: str, secrets: Sequence[str]) -> list[tuple[str, bool]]:
-    """Split a text at the secrets: (part, whether it is one of them); "(nothing)" for an empty text."""
-    wanted = [re.escape(secret.strip()) for secret in sorted(secrets, key=len, reverse=True) if secret.strip()]
-    parts = re.split(f"({'|'.join(wanted)})", text, flags=re.IGNORECASE) if wanted else [text]
-    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part] or [("(nothing)", False)]
-
-
-def _secret(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
+def _secret(one: Json, hide: Redaction, redact: bool) -> Json:
     return _bar(one, decades=True) | {
         "question": hide(one["question"]),
         "text": MASK if redact else one["text"] or words.count(one["tokens"], "token"),
@@ -203,15 +200,20 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
     return rows
 
 
-def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
+def _example(one: Json, hide: Redaction, redact: bool) -> Json:
     """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
-    runs = []
+    runs, start = [], 0
+    spans = hide.spans(
+        "".join(piece for piece, _ in one["tokens"])
+    )  # a secret may begin in one run, and end in another
     for role, tokens in groupby(one["tokens"], key=lambda token: token[1]):
         pieces = [piece for piece, _ in tokens]
+        text = "".join(pieces)
         if role in ("onset", "redundant"):
             runs += [(MASK if redact else piece, role) for piece in pieces if piece]
         else:
-            runs.append((hide("".join(pieces)), role))
+            runs.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
+        start += len(text)
     roles = [role for _, role in one["tokens"]]
     return {
         "row": one["row"],
@@ -221,7 +223,12 @@ def _example(one: Json, hide: Callable[[str], str], redact: bool) -> Json:
     }
 
 
-def charts(history: Sequence[Json], before: Json, titles: Mapping[str, str] = words.SERIES) -> list[Json]:
+def charts(
+    history: Sequence[Json],
+    before: Json,
+    titles: Mapping[str, str] = words.SERIES,
+    hide: Callable[[str], str] = str,
+) -> list[Json]:
     """Draw a chart for each figure of the history, terms of the loss first; an evaluation's begins before step 1."""
     names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
     result = []
@@ -235,7 +242,7 @@ def charts(history: Sequence[Json], before: Json, titles: Mapping[str, str] = wo
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is told in words
         steps = [int(record.get("step", i)) for i, record in held]
-        title = titles.get(name, name)
+        title = titles[name] if name in titles else hide(name)
         ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
         if finite:
             label = (
@@ -250,12 +257,13 @@ def charts(history: Sequence[Json], before: Json, titles: Mapping[str, str] = wo
     return result
 
 
-def _table(history: Sequence[Json], limit: int = 50) -> Json:
+def _table(history: Sequence[Json], hide: Redaction, limit: int = 50) -> Json:
     """Make a table of the history, of at most ``limit`` steps, evenly spaced, the last one among them."""
     names = list(dict.fromkeys(name for record in history for name in record))
     every = -(-len(history) // limit) or 1
     kept = history[::-every][::-1]
-    return {"names": names, "rows": [[number(_float(r.get(name))) for name in names] for r in kept], "every": every}
+    rows = [[number(_float(r.get(name))) for name in names] for r in kept]
+    return {"names": [hide(name) for name in names], "rows": rows, "every": every}
 
 
 def _float(value: Any) -> float:

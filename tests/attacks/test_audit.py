@@ -29,9 +29,11 @@ def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
     results = audit(hides_from_greedy(), retain_model=never_saw())
     assert results == json.loads(json.dumps(results))
     assert set(results) == {
-        *("format", "seed", "quick", "models", "forget_sha256", "secrets", "left_out", "attacks", "notes", "versions"),
+        *("format", "seed", "quick", "models", "forget_sha256", "secrets", "marked", "left_out", "attacks", "notes"),
+        "versions",
     }
     assert [secret["text"] for secret in results["secrets"]] == list(SECRETS)
+    assert results["marked"] == sorted(SECRETS)
     assert list(results["models"]) == ["unlearned", "original", "retain"]
     for row in results["attacks"]:
         assert row["budget"] and list(row["models"]) == ["unlearned", "original", "retain"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from palu.data.matching import around, nearest, told, whole_places
+from palu.data.matching import around, find, nearest, split_at, told, whole_places
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,23 @@ from palu.data.matching import around, nearest, told, whole_places
         ("서울", "그는 서울에서 태어났다"),
         ("😀", "so 😀!"),
         ("C++", "He wrote it in C."),  # punctuation aside
+        ("दिन", "आज का दिन।"),
+        ("দিন", "আজ দিন ভালো"),
+        ("\u0915\u093c", "\u0958"),  # a letter and its dot apart and in one
+        ("café", "cafe\u0301!"),
+        ("7391", "It costs $7,391."),
+        ("7,391", "about 7391 of them"),
+        ("7391", "7.391, 7\u202f391 or 7'391"),
+        ("1234567", "12,34,567"),
+        ("123-45-6789", "123456789"),
+        ("DE89370400440532", "DE89 3704 0044 0532"),
+        ("O'Neil", "Mr ONeil"),
+        ("ONeil", "o\u2019neil"),
+        ("Al-Kuwaiti", "Basil AlKuwaiti"),
+        ("USA", "in the U.S.A."),
+        ("Lena", "Le\u00adna"),  # a soft hyphen
+        ("Tom & Jerry", "Tom &amp; Jerry"),
+        ("café", '{"x": "caf\\u00e9"}'),
     ],
 )
 def test_told(secret: str, text: str) -> None:
@@ -44,6 +61,21 @@ def test_told(secret: str, text: str) -> None:
         ("東京 Tower", "東京 towers"),
         ("😀", "so 😃!"),
         ("Karachi", ""),
+        ("दिन", "यह दान है"),
+        ("দিন", "দান"),
+        ("กร", "กรุงเทพ"),  # a part of a letter with its vowel sign
+        ("か", "が"),
+        ("cafe", "café"),
+        ("25", "2.5"),
+        ("2.5", "25"),
+        ("12", "1,2"),
+        ("391", "7,391"),
+        ("7", "7,391"),
+        ("7391", "7,391,000"),
+        ("1843", "18, 43"),
+        ("U.S.", "give us"),
+        ("Ian", "am I an author?"),
+        (" ", "a b"),
     ],
 )
 def test_not_told(secret: str, text: str) -> None:
@@ -94,3 +126,31 @@ def test_around() -> None:
     assert around("25", "in 1925.") == "1925"
     assert around("Love", "It was Lovelace") == "Lovelace"
     assert around("Karachi", "It was Lovelace") is None
+
+
+@pytest.mark.parametrize(
+    ("secret", "text", "shown"),
+    [
+        ("Lena", "Anna-Lena, LENAS", "Anna-#, #S"),
+        ("$7,391", "($7,391) and 7391 and USD17391", "(#) and # and USD1#"),
+        ("C++", "C++, C#, c++ic", "#, ##, #ic"),
+        ("25", "25 in 1925", "# in 19#"),
+        ("Kim 😀", "Kim 😀, Kim", "#, #"),
+        ("दिन", "दिन दान", "# दान"),
+        ("cafe", "café", "#"),  # its letters are in the file
+        ("Tom & Jerry", "tom &AMP; jerry &amp; co", "# &amp; co"),
+        ("new", "C:\\new", "C:\\#"),
+        ("anan", "ananan", "#"),
+        ("?!", "what?!", "what#"),
+        ("\u200b", "a\u200bb", "a#b"),
+    ],
+)
+def test_places_within_words(secret: str, text: str, shown: str) -> None:
+    spans = list(find(secret, text, whole=False))
+    assert "".join("#" if held else part for part, held in split_at(text, spans)) == shown
+    assert "".join(part for part, _ in split_at(text, spans)) == text
+
+
+def test_spans_that_overlap_or_reach_beyond() -> None:
+    assert split_at("abcdef", [(3, 9), (-2, 1), (2, 4), (3, 3)]) == [("a", True), ("b", False), ("cdef", True)]
+    assert split_at("abc", []) == [("abc", False)] and split_at("", [(0, 1)]) == []

@@ -539,7 +539,7 @@ def test_the_card_has_the_audit_and_nothing_of_the_sets(run: Run, folder: Path) 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda found: found.update(format=99), r"has format 99, and this palu reads 2"),
+        (lambda found: found.update(format=99), r"has format 99, and this palu reads 3"),
         (lambda found: found.clear(), r"has format None"),
         (lambda found: found.pop("attacks"), r"is damaged \(it has no attacks\)"),
         (lambda found: found["attacks"].append("ask"), r"is damaged \(attack 7 has no name\)"),
