@@ -66,7 +66,9 @@ def test_a_class_as_the_objective() -> None:
     assert half.summary["config"]["scale"] == 0.5
 
 
-@pytest.mark.parametrize("objective", [int, Baseline.compute_losses, "shred", None], ids=str)
+@pytest.mark.parametrize(
+    "objective", [int, Baseline.compute_losses, "shred", None], ids=["a class", "a function", "a name", "nothing"]
+)
 def test_what_is_no_method(objective: object) -> None:
     with pytest.raises(ValueError, match=r"^objective = .*: give one of palu, ga"):
         UnlearnConfig(objective)  # type: ignore[arg-type]
