@@ -1,9 +1,9 @@
 """Precision and recall of the span finders of palu.annotate, against the spans that GPT-4o marked: TOFU, forget05.
 
     python benchmarks/bench_spans.py --data tofu
-    python benchmarks/bench_spans.py --data tofu --fit     # the constants of palu/spans/contrast.py, anew
+    python benchmarks/bench_spans.py --data tofu --fit     # the constants of palu/spans/contrast.py, again
 
-SmolLM2 is taught the rows of forget05, and kept in --output; what it says of them is computed anew each time. Rows are
+SmolLM2 is taught the rows of forget05, and kept in --output; what it says of them is computed again each time. Rows are
 plain text (`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
 
 The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`

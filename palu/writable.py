@@ -14,32 +14,32 @@ def check_folders(settings: Mapping[str, str]) -> None:
         check_folder(Path(folder), f"{field} = {folder!r}")
 
 
-def check_folder(folder: Path, told: str) -> None:
-    """Raise OSError where a folder, which need not exist, cannot be made or written to; ``told`` names it."""
+def check_folder(folder: Path, subject: str) -> None:
+    """Raise OSError where a folder, which need not exist, cannot be made or written to; ``subject`` names it."""
     # Tried, not asked for: root may write everywhere, and yet not into /proc.
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
-        raise NotADirectoryError(f"{told}: {there} is a file; give a folder")
+        raise NotADirectoryError(f"{subject}: {there} is a file; give a folder")
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(f"{told}: nothing can be written to {there} ({error.strerror}); give another folder") from None
+        raise OSError(f"{subject}: nothing can be written to {there} ({error.strerror}); give another folder") from None
 
 
-def check_file(path: Path, told: str) -> None:
-    """Raise OSError where a file, which need not exist, cannot be written; ``told`` names it."""
+def check_file(path: Path, subject: str) -> None:
+    """Raise OSError where a file, which need not exist, cannot be written; ``subject`` names it."""
     if path.is_dir():
-        raise IsADirectoryError(f"{told} is a folder; give a file")
+        raise IsADirectoryError(f"{subject} is a folder; give a file")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{told}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{subject}: there is no folder {path.parent}")
     if not path.exists():
-        return check_folder(path.parent, told)
+        return check_folder(path.parent, subject)
     try:
         with open(path, "ab"):
             pass
     except OSError as error:
-        raise OSError(f"{told} cannot be written ({error.strerror}); give another file") from None
+        raise OSError(f"{subject} cannot be written ({error.strerror}); give another file") from None
 
 
 def private_folder(folder: Path) -> Path:

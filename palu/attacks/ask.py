@@ -27,7 +27,7 @@ class AskGreedily:
     def budget(self) -> str:
         return f"1 greedy answer of {self.max_new_tokens} tokens"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
@@ -46,7 +46,7 @@ class AskInOtherWords:
     def budget(self) -> str:
         return f"1 greedy answer of {self.max_new_tokens} tokens to each paraphrase"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if not any(data.rows[secret.row].paraphrases for secret in data.secrets):
             return f"the forget set has no column '{PARAPHRASES}'"
         return None
@@ -78,7 +78,7 @@ class AskAfterExamples:
     def budget(self) -> str:
         return f"1 greedy answer of {self.max_new_tokens} tokens, after {SHOTS} retain rows"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if len(data.retain) < SHOTS:
             return f"it needs {SHOTS} retain rows to put in front, and there are {len(data.retain)}"
         return data.unchangeable
@@ -106,7 +106,7 @@ class AskWithPrefix:
     def budget(self) -> str:
         return f'1 greedy answer of {self.max_new_tokens} tokens, after "{PREFIX}"'
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         return None
 
     def run(self, victim: Victim) -> list[Finding]:

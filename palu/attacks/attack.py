@@ -50,7 +50,7 @@ class Attack(Protocol):
     def reads_retain(self) -> bool:
         """Whether its results depend on the retain set."""
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         """Say what it lacks; None: it can be made."""
 
     def run(self, victim: Victim) -> list[Finding]:

@@ -52,8 +52,10 @@ class DepthScore:
     def outcomes(self, patched: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Make each model's finding, or say what lacks, from what :class:`Patch` gave by role of the source."""
         if "retain" not in patched:
-            return {"retain": {"unmet": "it needs a retain model, whose states tell which layers hold the secrets"}}
-        if any("unmet" in outcome for outcome in patched.values()):
+            return {
+                "retain": {"skip_reason": "it needs a retain model, whose states tell which layers hold the secrets"}
+            }
+        if any("skip_reason" in outcome for outcome in patched.values()):
             return dict(patched)
         s1, s2 = (patched[role]["findings"][0]["evidence"] for role in ("retain", "unlearned"))
         scores = [
@@ -63,7 +65,7 @@ class DepthScore:
         known = [score for score in scores if score is not None]
         if not known:
             lacks = f"no secret has a layer with S1 > {self.threshold:g}: the retain model's states tell them as well"
-            return {"retain": {"unmet": lacks}}
+            return {"retain": {"skip_reason": lacks}}
         name = "inside: depth, 1 - UDS"
         findings = {
             "unlearned": Finding(
@@ -97,24 +99,24 @@ def depth_score(s1: list[float], s2: list[float], threshold: float = THRESHOLD) 
 class Source:
     """A model's states where it predicts the tokens of the secrets; they are kept on the host, the model is not.
 
-    So no two models need be loaded at once. An audit that goes on takes them anew.
+    So no two models need be loaded at once. An audit that goes on takes them again.
 
     fingerprint: of the model.
     states: every layer's output, [layers, t, d] for each secret.
-    unmet: why there are none; None: there are.
+    skip_reason: why there are none; None: there are.
     """
 
     fingerprint: str
     states: list[Tensor]
-    unmet: str | None = None
+    skip_reason: str | None = None
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: CausalLM, fingerprint: str, data: AuditData, *, batch_tokens: int, progress: bool) -> Source:
         """Take a model's states, the true answers given."""
         base, found = base_of(model), []
-        if isinstance(unmet := _shape_of(base, data), str):
-            return cls(fingerprint, [], unmet)
+        if isinstance(skip_reason := _shape_of(base, data), str):
+            return cls(fingerprint, [], skip_reason)
         with eval_mode(base):
             for secret in tqdm(data.secrets, desc="states", disable=not progress, leave=False):
                 states: list[Tensor] = []
@@ -141,9 +143,9 @@ class Patch:
     def __post_init__(self, given: Source) -> None:
         self.source, self._given = given.fingerprint, given
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
-        if self._given.unmet is not None:
-            return self._given.unmet
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
+        if self._given.skip_reason is not None:
+            return self._given.skip_reason
         if isinstance(own := _shape_of(base_of(model), data), str):
             return own
         layers, _, width = self._given.states[0].shape

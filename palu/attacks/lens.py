@@ -36,7 +36,7 @@ class LogitLens:
     def budget(self) -> str:
         return f"the weights: each token of the secret, after the true ones before it, among the {self.top} of a layer"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if _final_norm(model) is None:
             kind = type(body_of(model)).__name__
             return f"{kind} has no norm after its last layer that is called {', '.join(NORMS[:-1])} or {NORMS[-1]}"

@@ -28,7 +28,7 @@ class OnsetInAnswer:
     def budget(self) -> str:
         return f"the true answer up to the secret's first j = 0 ... {self.most} tokens; greedy from there"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
@@ -65,7 +65,7 @@ class OnsetInQuestion:
         given = ", ".join(map(str, self.counts))
         return f"j = {given} tokens of the secret as a hint; 1 greedy answer of {self.max_new_tokens} tokens each"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if not any(_hint(data, secret, j) for secret in data.secrets for j in self.counts):
             return "no secret has more tokens than a hint gives away"
         return data.unchangeable

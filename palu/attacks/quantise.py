@@ -45,7 +45,7 @@ class Quantise:
     def budget(self) -> str:
         return f"linear layers rounded to {SCHEMES[self.scheme][0]}; 1 greedy answer of {self.max_new_tokens} tokens"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if is_peft(model):
             return "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
         if method := quantized_by(model):

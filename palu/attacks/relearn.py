@@ -73,7 +73,7 @@ class Relearn:
         training = f"{self.steps} steps of AdamW at {self.learning_rate:g} on {rows}, {BATCH} a step, {how}"
         return f"{training}; 1 greedy answer of {self.max_new_tokens} tokens after every {self.every}, the most told"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if method := quantized_by(model):
             return f"the model is quantised, by {method}, and such weights are not trained"
         if is_peft(model):

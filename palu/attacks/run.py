@@ -33,7 +33,7 @@ from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
 from palu.writable import private_folder, write_private
 
-FORMAT = 3  # of stages and results: what another version kept is made anew
+FORMAT = 3  # of stages and results: what another version kept is made again
 STAGES, RESULTS = "audit", "audit.json"
 ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
@@ -230,7 +230,7 @@ def audit_models(
 
 
 # --- one attack on one model ---
-_Outcome = dict[str, Any]  # {"findings": [...]}, or {"unmet": why it was not made}
+_Outcome = dict[str, Any]  # {"findings": [...]}, or {"skip_reason": why it was not made}
 _NAMES = {"unlearned": "model", "original": "original", "retain": "retain_model"}
 
 
@@ -244,8 +244,8 @@ def _kept_or_run(
     progress: bool,
 ) -> _Outcome:
     """Read what an earlier audit kept of this attack on this model, or make it and keep it."""
-    if (unmet := attack.unmet(data, model)) is not None:
-        return {"unmet": unmet}
+    if (skip_reason := attack.skip_reason(data, model)) is not None:
+        return {"skip_reason": skip_reason}
     key = {
         "format": FORMAT,
         "attack": attack.key,
@@ -291,7 +291,7 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Make the rows of the table: one for each finding of an attack, or one that says why it was not made."""
     common = {"attack": attack.key, "budget": attack.budget, "settings": _settings(attack)}
-    lacking = {role: outcome["unmet"] for role, outcome in outcomes.items() if "unmet" in outcome}
+    lacking = {role: outcome["skip_reason"] for role, outcome in outcomes.items() if "skip_reason" in outcome}
     if lacking:
         reasons = set(lacking.values())
         of_all = len(reasons) == 1 and len(lacking) == len(outcomes)

@@ -28,7 +28,7 @@ class Sample:
     def budget(self) -> str:
         return f"{self.draws} sampled answers of {self.max_new_tokens} tokens, temperature 1, top-p 1"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
@@ -53,7 +53,7 @@ class ExactProbability:
     def budget(self) -> str:
         return "the true words before the secret; none sampled: its exact chance p, and 1/p, the draws it takes"
 
-    def unmet(self, data: AuditData, model: CausalLM) -> str | None:
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         return None
 
     def run(self, victim: Victim) -> list[Finding]:

@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 class Palu(TyperGroup):
-    """The command group: an error that the user can mend is one line, any other keeps its traceback."""
+    """The command group: an error that the user can fix is one line, any other keeps its traceback."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

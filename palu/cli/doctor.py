@@ -57,8 +57,8 @@ def doctor() -> None:
     for device in devices:
         for check in check_ops(device):
             failed += not check.passed
-            told = check.problem or f"{check.error:.1e}"
-            print(f"{'ok' if check.passed else 'FAILED':7} {check.op:38} {check.device:7} {check.dtype:8} {told}")
+            subject = check.problem or f"{check.error:.1e}"
+            print(f"{'ok' if check.passed else 'FAILED':7} {check.op:38} {check.device:7} {check.dtype:8} {subject}")
     bounds = ", ".join(f"{str(dtype).removeprefix('torch.')} {bound:.0e}" for dtype, bound in TOLERANCES.items())
     print(f"\nLargest difference to the twin, relative; allowed: {bounds}.", "All passed." if not failed else "")
     if failed:

@@ -133,8 +133,8 @@ def summary_of(loaded: Examples, counts: dict[str, int], n: int, max_length: int
     """Count rows, those of which max_length cuts off spans, and tokens of each role, in one line."""
     rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
     if cut := len(loaded.cut_rows):
-        told = f"{cut} row{'s' * (cut > 1)}"
-        rows += f"; max_length = {max_length} cuts off spans of {told}, {loaded.spans_length} would cut off none"
+        subject = f"{cut} row{'s' * (cut > 1)}"
+        rows += f"; max_length = {max_length} cuts off spans of {subject}, {loaded.spans_length} would cut off none"
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
     return f"{rows}; tokens at n = {n}: {tokens}"
 

@@ -31,17 +31,17 @@ def check_names(**names: str | None) -> None:
     for option, name in names.items():
         if name is None:
             continue
-        told, folder = f"--{option.replace('_', '-')} {name}", Path(name).expanduser()
+        subject, folder = f"--{option.replace('_', '-')} {name}", Path(name).expanduser()
         if not folder.is_dir():
             if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-                raise FileNotFoundError(f"{told}: there is no such folder")
+                raise FileNotFoundError(f"{subject}: there is no such folder")
         elif option == "tokenizer":
             if not any(folder.glob("tokenizer*")):
-                raise FileNotFoundError(f"{told}: the folder holds no tokenizer")
+                raise FileNotFoundError(f"{subject}: the folder holds no tokenizer")
         elif not holds_model(folder):
             if holds_model(own := folders_of(folder).model):
-                raise ValueError(f"{told} is the folder of a run; give its model, {own}")
-            raise FileNotFoundError(f"{told}: the folder holds no config.json, so it is no model's")
+                raise ValueError(f"{subject} is the folder of a run; give its model, {own}")
+            raise FileNotFoundError(f"{subject}: the folder holds no config.json, so it is no model's")
 
 
 def check_hub(**names: str | None) -> None:
@@ -55,20 +55,24 @@ def check_hub(**names: str | None) -> None:
         from huggingface_hub import HfApi, try_to_load_from_cache
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-        told = f"--{option.replace('_', '-')} {name}: there is no such folder, "
+        subject = f"--{option.replace('_', '-')} {name}: there is no such folder, "
         try:
             if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
                 continue
             HfApi().model_info(name, timeout=_PATIENCE)
         except RepositoryNotFoundError:
-            raise FileNotFoundError(f"{told}and no such model on the hub, or it is private (hf auth login)") from None
+            raise FileNotFoundError(
+                f"{subject}and no such model on the hub, or it is private (hf auth login)"
+            ) from None
         except HFValidationError:
-            raise FileNotFoundError(f"{told}and it cannot be a name on the hub") from None
+            raise FileNotFoundError(f"{subject}and it cannot be a name on the hub") from None
         except HfHubHTTPError:
             continue  # it answers: what keeps the files from being loaded, loading them will say
         except Exception as error:  # of whichever HTTP library huggingface_hub uses
             reason = str(error) or type(error).__name__
-            raise FileNotFoundError(f"{told}and the hub, whose cache lacks it, cannot be reached ({reason})") from None
+            raise FileNotFoundError(
+                f"{subject}and the hub, whose cache lacks it, cannot be reached ({reason})"
+            ) from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

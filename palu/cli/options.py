@@ -40,8 +40,8 @@ def json_value(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        mend = 'write a mapping, such as {"enable_thinking": false}'
-        raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {mend}") from None
+        fix = 'write a mapping, such as {"enable_thinking": false}'
+        raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {fix}") from None
 
 
 TemplateKwargs = Annotated[

@@ -172,8 +172,8 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     for name in content or {}:
         if name not in known:
             near = difflib.get_close_matches(ABBREVIATED.get(str(name), str(name)), known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise typer.BadParameter(f"{path}: unknown key {name!r}; {mend}")
+            fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+            raise typer.BadParameter(f"{path}: unknown key {name!r}; {fix}")
     ctx.default_map = {name: "none" if value is None else value for name, value in (content or {}).items()}
     return path
 

@@ -125,7 +125,7 @@ def unlearn(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Start anew where --output holds an earlier run, of which palu's files are deleted."
+            "--overwrite", help="Start again where --output holds an earlier run, of which palu's files are deleted."
         ),
     ] = False,
     lora: Annotated[
@@ -184,7 +184,7 @@ def unlearn(
     config = UnlearnConfig(**folders).with_recipe(recipe).replace(**implied | settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         run.check()
-        check_folder(output, run.told)
+        check_folder(output, run.subject)
         check_folders(config.folders)
     check_hub(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
@@ -235,7 +235,7 @@ def unlearn(
 
     with raise_on_all_ranks(processes):
         if processes.is_main_process:
-            ctx.with_resource(hold_run(output, run.told))
+            ctx.with_resource(hold_run(output, run.subject))
             run.make_room()
     if annotate is not None:
         forget_set = found_spans(forget, annotate, trained, tokens, config)
@@ -253,8 +253,8 @@ def unlearn(
         )
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if processes.is_main_process and run.interrupted:
-            told = "--resume in place of --overwrite" if overwrite else "--resume"
-            print(f"palu: to go on, give the same command with {told}", file=sys.stderr)
+            subject = "--resume in place of --overwrite" if overwrite else "--resume"
+            print(f"palu: to go on, give the same command with {subject}", file=sys.stderr)
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
@@ -330,26 +330,26 @@ class Run:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
-        self.output, self.overwrite, self.told = output, overwrite, f"--output {output}"
+        self.output, self.overwrite, self.subject = output, overwrite, f"--output {output}"
         self.private = output / PRIVATE
         self.checkpoints, self.logs = self.private / CHECKPOINTS, self.private / LOGS
         self.own_checkpoints = "checkpoint_dir" not in settings
         self.resume = bool(settings.get("resume"))
         if overwrite and self.resume:
-            raise ValueError("--overwrite starts anew and --resume goes on; give one of them")
+            raise ValueError("--overwrite starts again and --resume goes on; give one of them")
 
     def check(self) -> None:
         """Raise ValueError where the run may not write to its folder as it is now."""
-        check_free(self.output, overwrite=self.overwrite, told=self.told, mend="--overwrite")
+        check_free(self.output, overwrite=self.overwrite, subject=self.subject, fix="--overwrite")
         # What a run that was killed at its very start leaves counts as nothing.
         if not mark_of(self.output) and any(
             p not in (self.private, self.private / LOCK) for p in self.output.rglob("*")
         ):
-            raise ValueError(f"{self.told} is not empty and holds no run; give another folder")
+            raise ValueError(f"{self.subject} is not empty and holds no run; give another folder")
         if self.interrupted and self.own_checkpoints and not self.resume and not self.overwrite:
             raise ValueError(
-                f"{self.told} holds a run that was interrupted; add --resume to go on with it, "
-                "or --overwrite to start anew"
+                f"{self.subject} holds a run that was interrupted; add --resume to go on with it, "
+                "or --overwrite to start again"
             )
 
     @property

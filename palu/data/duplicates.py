@@ -49,8 +49,8 @@ def warn_of_repeats(found: RowHashes, name: str) -> None:
         return
     told = ", ".join(f"{row} (as {earlier})" for row, earlier in repeats[:_NAMED]) + ", ..." * (len(repeats) > _NAMED)
     problem = f"{len(repeats)} row{'s' * (len(repeats) > 1)} repeat{'s' * (len(repeats) == 1)} an earlier one"
-    mend = "keep each row once" + ", with all that is to be forgotten in it" * (name == "forget")
-    warnings.warn(f"{name} set: {problem}, so that it weighs more: {told}; {mend}", stacklevel=2)
+    fix = "keep each row once" + ", with all that is to be forgotten in it" * (name == "forget")
+    warnings.warn(f"{name} set: {problem}, so that it weighs more: {told}; {fix}", stacklevel=2)
 
 
 def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:

@@ -105,19 +105,19 @@ def load_forget(
     loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
-    mend = f"set max_length = {loaded.spans_length}"
+    fix = f"set max_length = {loaded.spans_length}"
     if positions is not None and loaded.spans_length > positions:
-        mend = f"the model has {positions} positions, so shorten the rows"
+        fix = f"the model has {positions} positions, so shorten the rows"
     if loaded.cut_rows and not allow_cut_spans:
         count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
-        told = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
+        subject = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
         raise DataError(
-            f"forget set: max_length = {max_length} cuts off spans of {told}, which would not be forgotten; "
-            f"{mend}, or allow_cut_spans = True to go on without them"
+            f"forget set: max_length = {max_length} cuts off spans of {subject}, which would not be forgotten; "
+            f"{fix}, or allow_cut_spans = True to go on without them"
         )
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
         reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
-        raise DataError(f"forget set has no sensitive token{reach}; {mend if loaded.cut_rows else 'mark spans'}")
+        raise DataError(f"forget set has no sensitive token{reach}; {fix if loaded.cut_rows else 'mark spans'}")
     return loaded
 
 
@@ -157,8 +157,8 @@ def load_alternates(
     def rendered() -> Iterator[RenderedRow]:
         for row, where, columns in iterate_rows(source, "forget"):
             if "input_ids" in columns:
-                mend = "give text with a column 'alternate'"
-                raise DataError(f"{where}: a tokenised row has no alternate answer; {mend}")
+                fix = "give text with a column 'alternate'"
+                raise DataError(f"{where}: a tokenised row has no alternate answer; {fix}")
             alternate = columns.get("alternate")
             if alternate is None:
                 raise DataError(f"{where}: column 'alternate' is missing; give the answer to prefer")

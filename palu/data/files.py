@@ -26,7 +26,7 @@ _LISTS = ("spans", "messages", "input_ids", "labels", "attention_mask")
 
 
 class DataError(ValueError):
-    """The user's data cannot be used. The message names set, row, column or span, and the mend."""
+    """The user's data cannot be used. The message names set, row, column or span, and the fix."""
 
 
 def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -46,16 +46,16 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
     # Read as bytes: a line ends at "\n" alone, and bad UTF-8 is told with its line number.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            told = f"{name} line {number} of {path}"
+            subject = f"{name} line {number} of {path}"
             try:
-                yield f" (line {number})", told, line.decode("utf-8-sig")
+                yield f" (line {number})", subject, line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise DataError(f"{told}: not UTF-8; save the file as UTF-8") from None
+                raise DataError(f"{subject}: not UTF-8; save the file as UTF-8") from None
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     lines, first = _lines(path, name), True
-    for where, told, text in lines:
+    for where, subject, text in lines:
         if not text.strip():
             continue
         is_list = first and text.lstrip().startswith("[")
@@ -66,23 +66,23 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             value = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
             problem = str(error) if is_list else f"{error.msg} at column {error.colno}"
-            mend = "write one JSON object per line, or one list of them"
-            raise DataError(f"{told}: not JSON ({problem}); {mend}") from None
+            fix = "write one JSON object per line, or one list of them"
+            raise DataError(f"{subject}: not JSON ({problem}); {fix}") from None
         yield from [("", row) for row in value] if is_list else [(where, value)]
 
 
 def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     reader = csv.reader((text for _, _, text in _lines(path, name)), delimiter=delimiter, strict=True)
-    mend = f"quote fields with {_DELIMITERS[delimiter]}, quotes or line breaks"
+    fix = f"quote fields with {_DELIMITERS[delimiter]}, quotes or line breaks"
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1  # where the row begins: quoted text may hold line breaks
-        told = f"{name} line {line} of {path}"
+        subject = f"{name} line {line} of {path}"
         limit = csv.field_size_limit(_LONGEST_CELL)  # one for all readers, so it is set back
         try:
             values = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{told}: not {path.suffix[1:].upper()} ({error}); {mend}") from None
+            raise DataError(f"{subject}: not {path.suffix[1:].upper()} ({error}); {fix}") from None
         finally:
             csv.field_size_limit(limit)
         if values is None:
@@ -93,19 +93,19 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
             header = [column.strip() for column in values]
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
-                raise DataError(f"{told}: column {twice!r} is there twice; give each column one name")
+                raise DataError(f"{subject}: column {twice!r} is there twice; give each column one name")
             for other, them in _DELIMITERS.items():
                 if len(header) == 1 and other in header[0] and other != delimiter:
                     problem = f"the columns are parted by {them} ({other!r})"
-                    raise DataError(f"{told}: {problem}; save it with commas (.csv) or tabs (.tsv)")
+                    raise DataError(f"{subject}: {problem}; save it with commas (.csv) or tabs (.tsv)")
             continue
         if len(values) != len(header):
             problem = f"{len(values)} fields under a header of {len(header)}"
-            raise DataError(f"{told}: {problem}; {mend}")
-        yield f" (line {line})", {c: _cell(c, v, told) for c, v in zip(header, values, strict=True)}
+            raise DataError(f"{subject}: {problem}; {fix}")
+        yield f" (line {line})", {c: _cell(c, v, subject) for c, v in zip(header, values, strict=True)}
 
 
-def _cell(column: str, value: str, told: str) -> Any:
+def _cell(column: str, value: str, subject: str) -> Any:
     if column == "secret":
         return _texts(value)
     if column not in _LISTS:
@@ -116,7 +116,7 @@ def _cell(column: str, value: str, told: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         problem = f"column {column!r} is not JSON ({error.msg} at character {error.pos})"
-        raise DataError(f"{told}: {problem}; write lists as JSON, such as [[0, 5]]") from None
+        raise DataError(f"{subject}: {problem}; write lists as JSON, such as [[0, 5]]") from None
 
 
 def _texts(value: str) -> Any:

@@ -1,4 +1,4 @@
-"""Read rows of text: their columns, spans and chat template, checked so that an error names the row and the mend."""
+"""Read rows of text: their columns, spans and chat template, checked so that an error names the row and the fix."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _with_messages(columns: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not in_messages or columns.get("messages") is not None:
         return columns
     if not isinstance(completion, list | tuple) or len(completion) != 1:
-        mend = "make 'completion' a list of one, the answer, and put what comes before it into 'prompt'"
-        raise DataError(f"{where}: column 'prompt' is a list of messages; {mend}")
+        fix = "make 'completion' a list of one, the answer, and put what comes before it into 'prompt'"
+        raise DataError(f"{where}: column 'prompt' is a list of messages; {fix}")
     others = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
     return {**others, "messages": [*prompt, *completion]}
 
@@ -83,8 +83,8 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
     columns = {key: source[key] for key in keys}
     sizes = {key: len(values) for key, values in columns.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{key} {size}" for key, size in sizes.items())
-        raise DataError(f"{name} set: columns differ in rows ({told}); give each the same number of rows")
+        subject = ", ".join(f"{key} {size}" for key, size in sizes.items())
+        raise DataError(f"{name} set: columns differ in rows ({subject}); give each the same number of rows")
     for row in range(sizes["input_ids"]):
         yield {key: values[row] for key, values in columns.items()}
 
@@ -192,8 +192,8 @@ class Renderer:
             raise ValueError(f"chat_template_kwargs = {self.kwargs!r}: there is no chat template; leave it out")
         for name in self.kwargs:  # a template would pass over it
             if name not in _OF_TRANSFORMERS and not re.search(rf"\b{re.escape(name)}\b", str(template)):
-                told = f"chat_template_kwargs = {self.kwargs!r}: the chat template knows no {name}"
-                raise ValueError(f"{told}; mend the name or leave it out")
+                subject = f"chat_template_kwargs = {self.kwargs!r}: the chat template knows no {name}"
+                raise ValueError(f"{subject}; correct the name or leave it out")
 
     def render(self, row: int, where: str, columns: Mapping[str, Any], forget: bool) -> RenderedRow:
         """Render a row. Raises DataError where it or the tokenizer cannot be used."""
@@ -201,8 +201,8 @@ class Renderer:
         if tokenizer is None:
             raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
         if not tokenizer.is_fast:
-            mend = "load a fast one (one with a tokenizer.json)"
-            raise DataError(f"{where}: a slow tokenizer gives no offsets; {mend}")
+            fix = "load a fast one (one with a tokenizer.json)"
+            raise DataError(f"{where}: a slow tokenizer gives no offsets; {fix}")
         if tokenizer.eos_token_id is None:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
@@ -261,9 +261,9 @@ class Renderer:
             return
         self.check_prompts = False
         border = f"{prompt[-_SHOWN // 2 :]}{answer[: _SHOWN // 2]}"
-        mend = f"write the blank into the rows, as in {' ' + answer[: _SHOWN // 2]!r}"
-        told = f"the prompt and the completion are joined to {border!r}, without a blank between them; {mend}"
-        warnings.warn(f"{where}: {told}", stacklevel=2)
+        fix = f"write the blank into the rows, as in {' ' + answer[: _SHOWN // 2]!r}"
+        subject = f"the prompt and the completion are joined to {border!r}, without a blank between them; {fix}"
+        warnings.warn(f"{where}: {subject}", stacklevel=2)
 
     def _compare_prompts(
         self, before: list[dict[str, Any]], trained: str, tokenizer: PreTrainedTokenizerBase, where: str
@@ -289,8 +289,8 @@ class Renderer:
                 f"(add_generation_prompt=True) has {there!r}"
             )
         self.check_prompts = False
-        mend = "set chat_template_kwargs, such as {'enable_thinking': False}, or mend the template"
-        warnings.warn(f"{where}: {problem}, so the model is not trained as it is asked; {mend}", stacklevel=2)
+        fix = "set chat_template_kwargs, such as {'enable_thinking': False}, or mend the template"
+        warnings.warn(f"{where}: {problem}, so the model is not trained as it is asked; {fix}", stacklevel=2)
 
 
 def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
@@ -311,29 +311,29 @@ def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[s
         for number, message in enumerate(messages):
             check_string(message.get("content"), f"{where}: content of message {number}")
         conversation, prompt = [dict(message) for message in messages], None
-        told = "content of the last message"
+        subject = "content of the last message"
     elif pair is not None:
         for column in pair:
             check_string(columns[column], f"{where}: column '{column}'")
         first, answer = columns[pair[0]], columns[pair[1]]
         prompt = f"Question: {first}\nAnswer: " if pair[0] == "question" else first
-        told = f"column '{pair[1]}'"
+        subject = f"column '{pair[1]}'"
         conversation = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
     else:
         raise DataError(f"{where}: columns are {', '.join(map(str, columns)) or 'none'}; give {_COLUMNS}")
     if not conversation[-1]["content"].strip():
-        raise DataError(f"{where}: {told} is blank; give an answer or remove the row")
+        raise DataError(f"{where}: {subject} is blank; give an answer or remove the row")
     return conversation, prompt, conversation[-1]["content"]
 
 
-def check_string(value: Any, told: str) -> None:
+def check_string(value: Any, subject: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{told} must be a string, got {type(value).__name__}; give text")
+        raise DataError(f"{subject} must be a string, got {type(value).__name__}; give text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
         problem = f"has half a surrogate pair at character {error.start}"
-        raise DataError(f"{told} {problem}; repair the text") from None
+        raise DataError(f"{subject} {problem}; repair the text") from None
 
 
 def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
@@ -357,13 +357,13 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
     """Check the row's spans, sort them, and strip the blanks at their edges."""
     spans = columns.get("spans")
     if spans is None:
-        mend = "give the text to forget, or [] if nothing is sensitive"
-        raise DataError(f"{where}: column 'secret' (or 'spans') is missing; {mend}")
-    mend = "give [start, end) in characters of the answer"
+        fix = "give the text to forget, or [] if nothing is sensitive"
+        raise DataError(f"{where}: column 'secret' (or 'spans') is missing; {fix}")
+    fix = "give [start, end) in characters of the answer"
     spans = spans.tolist() if hasattr(spans, "tolist") else spans
     if not isinstance(spans, list | tuple):
         got = type(spans).__name__
-        raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {mend}")
+        raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {fix}")
     if len(spans) == 2 and all(isinstance(edge, Integral) for edge in spans):
         pair = [int(edge) for edge in spans]
         raise DataError(f"{where}: column 'spans' is one pair, not a list of pairs; write [{pair}]")
@@ -375,17 +375,17 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
             and len(pair) == 2
             and all(isinstance(edge, Integral) and not isinstance(edge, bool) for edge in pair)
         ):
-            raise DataError(f"{where}: span {pair!r} is not two integers; {mend}")
+            raise DataError(f"{where}: span {pair!r} is not two integers; {fix}")
         start, end = int(pair[0]), int(pair[1])
-        told = f"{where}: span [{start}, {end}]"
+        subject = f"{where}: span [{start}, {end}]"
         if start >= end:
-            raise DataError(f"{told} is empty or reversed; {mend}")
+            raise DataError(f"{subject} is empty or reversed; {fix}")
         if start < 0:
-            raise DataError(f"{told} starts before the answer; {mend}")
+            raise DataError(f"{subject} starts before the answer; {fix}")
         if end > len(answer):
-            raise DataError(f"{told} ends after the answer ({len(answer)} characters); {mend}")
+            raise DataError(f"{subject} ends after the answer ({len(answer)} characters); {fix}")
         if not answer[start:end].strip():
-            raise DataError(f"{told} holds only whitespace; move it onto the words or remove it")
+            raise DataError(f"{subject} holds only whitespace; move it onto the words or remove it")
         checked.append((start, end))
     # A span within another repeats it (TOFU's annotations do) and changes no role. Two that cross are
     # a slip in somebody's arithmetic.

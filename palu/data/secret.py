@@ -45,7 +45,7 @@ def secret_texts(secret: Any, where: str) -> list[str]:
 
 
 def _why_not(wanted: str, answer: str) -> str:
-    """Say why a secret was not found, and the mend."""
+    """Say why a secret was not found, and the fix."""
     if (longer := around(wanted, answer)) is not None:
         return f"is in the answer only as a part of {longer!r}; give all of it, or use 'spans'"
     close = nearest(wanted, answer)

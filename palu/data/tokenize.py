@@ -62,15 +62,15 @@ def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: in
 
     sentinels, known = ((IGNORE, ORDINARY), "-100, -200") if forget else ((IGNORE,), "-100")
     size = 2**31 if vocab_size is None else vocab_size  # int32 holds them
-    mend = "use this tokenizer's ids"
+    fix = "use this tokenizer's ids"
     for position, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
         at = f"at token {position}"
         if label < 0 and label not in sentinels:
             raise DataError(f"{where}: label {label} {at} has no meaning; use {known} or the token's id")
         if label >= size:
-            raise DataError(f"{where}: label {label} {at} is outside the vocabulary; {mend}")
+            raise DataError(f"{where}: label {label} {at} is outside the vocabulary; {fix}")
         if not 0 <= token < size:
-            raise DataError(f"{where}: input id {token} {at} is outside the vocabulary; {mend}")
+            raise DataError(f"{where}: input id {token} {at} is outside the vocabulary; {fix}")
         if label >= 0 and label != token:
             raise DataError(f"{where}: label {label} {at} is not its id ({token}); do not shift the labels")
     first, labels[0] = int(labels[0]), IGNORE  # nothing predicts the first token

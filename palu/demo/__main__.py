@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("--retain", choices=RETAIN, default="both", help=f"what to hold on to ({given})")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     args = parser.parse_args()
-    told = f"--output {args.output}"
+    subject = f"--output {args.output}"
     try:
-        check_free(args.output, overwrite=args.overwrite, told=told, mend="--overwrite")
-        check_folder(args.output, told)
+        check_free(args.output, overwrite=args.overwrite, subject=subject, fix="--overwrite")
+        check_folder(args.output, subject)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    with hold_run(args.output, told):
+    with hold_run(args.output, subject):
         demonstrate(args)
 
 

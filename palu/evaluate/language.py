@@ -151,8 +151,8 @@ def measure(generation: Generation, known: Iterable[str], words: WordList | None
     known = set(known)
     found: dict[str, list[str]] = {"no_word": [], "unknown_name": []}
     for position, word in enumerate(written):
-        begun = generation.cut_off and position == len(written) - 1 and text.endswith(word)
-        if not _is_word(key(word), known, words, begun):
+        is_cut = generation.cut_off and position == len(written) - 1 and text.endswith(word)
+        if not _is_word(key(word), known, words, is_cut):
             name = word[0].isupper() and not _DIGIT.search(word) and REPLACEMENT not in word
             found["unknown_name" if name else "no_word"].append(word)
     for figure, counted in found.items():
@@ -161,10 +161,10 @@ def measure(generation: Generation, known: Iterable[str], words: WordList | None
     return values
 
 
-def _is_word(form: str, known: set[str], words: WordList, begun: bool) -> bool:
+def _is_word(form: str, known: set[str], words: WordList, is_cut: bool) -> bool:
     if form in known or _NUMBER.fullmatch(form) or form in words:
         return True
-    return begun and (words.begin_with(form) or any(word.startswith(form) for word in known))
+    return is_cut and (words.begin_with(form) or any(word.startswith(form) for word in known))
 
 
 class LanguageFigures:

@@ -16,7 +16,7 @@ Results: TypeAlias = dict[str, Any]
 
 
 def load_rows(path: Path) -> list[Any]:
-    """Load the rows of a benchmark's .jsonl or .json file; DataError names the file and the mend."""
+    """Load the rows of a benchmark's .jsonl or .json file; DataError names the file and the fix."""
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".jsonl":
@@ -37,21 +37,21 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
     return [dict(row) for row in load_dataset(name, config, split=split)]
 
 
-def require(rows: Sequence[Any], name: str, columns: Sequence[str], mend: str) -> None:
+def require(rows: Sequence[Any], name: str, columns: Sequence[str], fix: str) -> None:
     """Raise DataError unless each row has text in every column; ``perturbed_answer`` is a list of texts."""
     for number, row in enumerate(rows):
         where = f"{name} row {number}"
         if not isinstance(row, Mapping):
-            raise DataError(f"{where}: a row must map column names to values, got {type(row).__name__}; {mend}")
+            raise DataError(f"{where}: a row must map column names to values, got {type(row).__name__}; {fix}")
         for column in columns:
             value = row.get(column)
             texts = value if column == "perturbed_answer" else [value]
             if value is None:
-                raise DataError(f"{where}: column '{column}' is missing; {mend}")
+                raise DataError(f"{where}: column '{column}' is missing; {fix}")
             if not isinstance(texts, list | tuple) or not texts:
-                raise DataError(f"{where}: column '{column}' must be a list of one or more wrong answers; {mend}")
+                raise DataError(f"{where}: column '{column}' must be a list of one or more wrong answers; {fix}")
             if not all(isinstance(text, str) and text.strip() for text in texts):
-                raise DataError(f"{where}: column '{column}' holds a blank or something else than text; {mend}")
+                raise DataError(f"{where}: column '{column}' holds a blank or something else than text; {fix}")
 
 
 def load_results(source: str | os.PathLike[str] | Mapping[str, Any]) -> Results:

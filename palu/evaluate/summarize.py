@@ -137,7 +137,7 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
     indices: as :func:`example_indices` gives them; an empty set is not compared.
     """
     theirs = retain.get("palu", {})
-    for key, told, mend in (
+    for key, name, fix in (
         ("benchmark", "benchmark", "evaluate the retain model on the same benchmark"),
         ("split", "forget split", "evaluate the retain model on the same forget split"),
         ("model", "model", "train the retain model from the same base model"),
@@ -148,7 +148,7 @@ def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[
     ):
         ours, other = metadata.get(key), theirs.get(key)
         if ours is not None and other is not None and ours != other:
-            raise ValueError(f"retain_results do not fit: their {told} is {other}, the model's is {ours}; {mend}")
+            raise ValueError(f"retain_results do not fit: their {name} is {other}, the model's is {ours}; {fix}")
     found = example_indices(retain)
     if indices.get("forget_truth_ratio") and not found["forget_truth_ratio"]:
         raise ValueError("retain_results hold no forget_truth_ratio values; give the results of a TOFU evaluation")

@@ -43,7 +43,7 @@ from palu.evaluate.summarize import (
     rouge_value,
     truth_ratios,
 )
-from palu.evaluate.tofu_data import COLUMNS, MEND, PREFIX, TofuData, load_tofu
+from palu.evaluate.tofu_data import COLUMNS, FIX, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
 from palu.models.generation import Generation, eval_mode, generate, prompt_of
 from palu.models.lora import CausalLM, base_of, separate
@@ -120,7 +120,7 @@ def tofu(
     words = None if language is None else WordList(language)
     rows = load_tofu(forget, data)
     if holdout is not None:
-        require(holdout, "holdout", COLUMNS["holdout"], MEND)
+        require(holdout, "holdout", COLUMNS["holdout"], FIX)
         rows = replace(rows, holdout=[dict(row) for row in holdout])
     sets: _Sets = {name: getattr(rows, name) for name in COLUMNS}
     answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}

@@ -21,7 +21,7 @@ COLUMNS = {
     "world_facts": ("question", "answer", "perturbed_answer"),
     "holdout": ("question", "answer"),
 }
-MEND = "fill it in, or use TOFU's perturbed sets, which have it"
+FIX = "fill it in, or use TOFU's perturbed sets, which have it"
 
 
 @dataclass(frozen=True)
@@ -81,5 +81,5 @@ def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData 
     if not loaded.forget:
         raise DataError("forget set is empty; give at least one row")
     for name, columns in COLUMNS.items():
-        require(getattr(loaded, name), name, columns, MEND)
+        require(getattr(loaded, name), name, columns, FIX)
     return loaded

@@ -1,4 +1,4 @@
-"""Check that models, tokenizer and sets belong together: every message names what is wrong and the mend."""
+"""Check that models, tokenizer and sets belong together: every message names what is wrong and the fix."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
                 theirs = base(input_ids=ids, use_cache=False).logits.float()
             finally:
                 enlarge.remove()
-            head = head_of(base)  # anew, since ZeRO-3 drops weights after a module's pass
+            head = head_of(base)  # again, since ZeRO-3 drops weights after a module's pass
             ours = head._replace(scale=factor * head.scale).logits(hidden).float()
             if theirs.shape != ours.shape or (theirs - ours).norm() > tolerance * ours.norm():
                 raise ValueError(

@@ -114,7 +114,7 @@ def map_logits(
 def cross_entropy(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) -> Tensor:
     """Compute the mean cross-entropy of rows with hidden states [R, d] and labels [R], with gradient, in any dtype.
 
-    The logits of one chunk of rows are held at a time; those of the backward pass are computed anew.
+    The logits of one chunk of rows are held at a time; those of the backward pass are computed again.
     """
 
     def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def quantized_state(base: PreTrainedModel) -> dict[str, Tensor]:
 def check_placement(name: str, base: PreTrainedModel) -> None:
     """Raise ValueError where a model is spread over devices, or its head is quantised.
 
-    On CPUs with AVX512-BF16 bitsandbytes lays 4-bit weights out anew in the first pass without gradients. Later passes
+    On CPUs with AVX512-BF16 bitsandbytes lays 4-bit weights out again in the first pass without gradients. Later passes
     give no gradients through such weights, without a word: this is switched off.
     """
     devices = sorted({str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()})
@@ -99,7 +99,7 @@ def check_quantized(name: str, model: CausalLM, device: torch.device, *, trained
     states = (getattr(layer.weight, "quant_state", None) for _, layer in quantized_layers(base))
     if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         raise ValueError(
-            f"the 4-bit weights of {name} were laid out anew by a pass on this CPU, and gradients do not go through "
+            f"the 4-bit weights of {name} were laid out again by a pass on this CPU, and gradients do not go through "
             "them any more; load it again, and run it in palu first"
         )
 

@@ -65,9 +65,9 @@ class CacheFile:
         """Map the tensors into memory: (them by name, what :meth:`writing` was told about them); None without a file.
 
         Raises:
-            CacheError: the file is damaged, foreign, or written by another version; the message gives the mend.
+            CacheError: the file is damaged, foreign, or written by another version; the message gives the fix.
         """
-        mend = "delete it to have the reference run again"
+        fix = "delete it to have the reference run again"
         try:
             with safe_open(self.path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("palu", "null"))
@@ -77,13 +77,13 @@ class CacheFile:
         except OSError as error:
             raise CacheError(f"{self.path} cannot be read: {error}") from error
         except (SafetensorError, ValueError) as error:
-            raise CacheError(f"{self.path} is damaged ({error}); {mend}") from error
+            raise CacheError(f"{self.path} is damaged ({error}); {fix}") from error
         if not isinstance(header, dict) or header.get("key") != self.key:
-            raise CacheError(f"{self.path} does not hold this reference's outputs; {mend}")
+            raise CacheError(f"{self.path} does not hold this reference's outputs; {fix}")
         if header["transformers"] != transformers.__version__:
             raise CacheError(
                 f"{self.path} holds outputs computed under transformers {header['transformers']}, and this is "
-                f"{transformers.__version__}; {mend}"
+                f"{transformers.__version__}; {fix}"
             )
         return tensors, header["about"]
 
@@ -169,7 +169,7 @@ class CacheFile:
 
     def _unwritten(self, error: OSError) -> CacheError:
         return CacheError(
-            f"{self.path} could not be written: {error}. Make room or mend the folder, or choose another one"
+            f"{self.path} could not be written: {error}. Make room or repair the folder, or choose another one"
         )
 
 

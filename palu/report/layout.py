@@ -83,7 +83,7 @@ def mark_of(run_dir: str | os.PathLike[str]) -> dict[str, str | int]:
     return mark if isinstance(mark, dict) and "palu" in mark else {}
 
 
-def _lock(run_dir: str | os.PathLike[str], told: str) -> FileLock:
+def _lock(run_dir: str | os.PathLike[str], subject: str) -> FileLock:
     from filelock import FileLock, Timeout
 
     lock = FileLock(make_private(run_dir) / LOCK, timeout=0, is_singleton=True)
@@ -93,19 +93,19 @@ def _lock(run_dir: str | os.PathLike[str], told: str) -> FileLock:
         mark = mark_of(run_dir)
         process = ", ".join(f"{name} {mark.get(name)}" for name in ("pid", "host", "since"))
         raise ValueError(
-            f"{told}: a run is writing to it ({process}); wait for its end, or give another folder"
+            f"{subject}: a run is writing to it ({process}); wait for its end, or give another folder"
         ) from None
     return lock
 
 
 @contextmanager
-def hold_run(run_dir: str | os.PathLike[str], told: str) -> Iterator[None]:
+def hold_run(run_dir: str | os.PathLike[str], subject: str) -> Iterator[None]:
     """Mark a folder as a run's, and hold its lock within the block; a process that dies gives the lock up.
 
-    Blocks of one process may be nested. Raises ValueError where another process holds the lock; ``told`` names the
+    Blocks of one process may be nested. Raises ValueError where another process holds the lock; ``subject`` names the
     folder.
     """
-    lock = _lock(run_dir, told)
+    lock = _lock(run_dir, subject)
     try:
         if lock.lock_counter == 1:
             since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -116,22 +116,24 @@ def hold_run(run_dir: str | os.PathLike[str], told: str) -> Iterator[None]:
         lock.release()
 
 
-def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, told: str, mend: str) -> None:
+def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, subject: str, fix: str) -> None:
     """Raise ValueError where a run that is written to this folder would replace another one, or what is no run's.
 
-    ``overwrite``: whether it may replace an earlier one. ``told`` names the folder in the message, ``mend`` how to set
-    ``overwrite``.
+    ``overwrite``: whether it may replace an earlier one. ``subject`` names the folder in the message, ``fix`` how to
+    set it.
     """
     run = Path(run_dir)
     if run.exists() and not run.is_dir():
-        raise ValueError(f"{told} is a file; give a folder")
+        raise ValueError(f"{subject} is a file; give a folder")
     if mark_of(run):
-        _lock(run, told).release()
+        _lock(run, subject).release()
         if not overwrite and (run / PRIVATE / SUMMARY).exists():
-            raise ValueError(f"{told} holds a run that has finished; give another folder, or {mend} to replace it")
+            raise ValueError(f"{subject} holds a run that has finished; give another folder, or {fix} to replace it")
     elif others := set(files_of_run(run)) - set(files_of_run(run, CHECKPOINT_FILES)):
         name = min(others).relative_to(run)
-        raise ValueError(f"{told} holds {name}, but no {PRIVATE}/{MARK} of a run; give another folder, or move it away")
+        raise ValueError(
+            f"{subject} holds {name}, but no {PRIVATE}/{MARK} of a run; give another folder, or move it away"
+        )
 
 
 def holds_model(folder: Path) -> bool:

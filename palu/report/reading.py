@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 class RecordError(ValueError):
-    """A folder's records are missing or damaged; the message names the file and the mend."""
+    """A folder's records are missing or damaged; the message names the file and the fix."""
 
 
 def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
@@ -35,26 +35,26 @@ def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
     return record, summary, [_parse(folder / HISTORY, line) for line in lines if line.strip()]
 
 
-def _read(path: Path, mend: str) -> Json:
-    return _parse(path, _text(path, mend))
+def _read(path: Path, fix: str) -> Json:
+    return _parse(path, _text(path, fix))
 
 
-def _text(path: Path, mend: str) -> str:
+def _text(path: Path, fix: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecordError(f"{path} is missing, so this is no folder of a recorded run; {mend}") from None
+        raise RecordError(f"{path} is missing, so this is no folder of a recorded run; {fix}") from None
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is damaged ({error}); restore it, or run again") from error
 
 
-def _parse(path: Path, text: str, mend: str = "restore it, or run again") -> Json:
+def _parse(path: Path, text: str, fix: str = "restore it, or run again") -> Json:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path} is damaged ({error}); {mend}") from error
+        raise RecordError(f"{path} is damaged ({error}); {fix}") from error
     if not isinstance(value, dict):
-        raise RecordError(f"{path} does not hold what palu wrote; {mend}")
+        raise RecordError(f"{path} does not hold what palu wrote; {fix}")
     return value
 
 

@@ -57,7 +57,7 @@ def save_run(
             holds a model or records that no run has left there.
         OSError: the folder cannot be written.
     """
-    check_free(output, overwrite=overwrite, told=os.fspath(output), mend="overwrite=True")
+    check_free(output, overwrite=overwrite, subject=os.fspath(output), fix="overwrite=True")
     with hold_run(output, os.fspath(output)):
         if overwrite:
             settings = result.summary["config"]

@@ -72,14 +72,14 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     """Decode each token. Where a character's bytes are spread over tokens, the first of these has its text."""
     stream = DecodeStream(skip_special_tokens=False)
     pieces = [""] * len(ids)
-    begun = None
+    first = None
     for i, token in enumerate(ids):
         text = stream.step(tokenizer.backend_tokenizer, token)
-        begun = i if begun is None else begun
+        first = i if first is None else first
         if text is not None:
-            pieces[begun], begun = text, None
-    if begun is not None:  # max_length cut the text within a character
-        pieces[begun] = "\ufffd"
+            pieces[first], first = text, None
+    if first is not None:  # max_length cut the text within a character
+        pieces[first] = "\ufffd"
     return pieces
 
 

@@ -92,8 +92,8 @@ def described(record: Json, hide: Redaction) -> Json:
     data = {side: about | {"file": hide(about["file"])} for side, about in record["data"].items()}
     files = [(hide(name), sha) for name, sha in record["hashes"]["files"].items()]
     model = {name: hide(value) for name, value in record["model"].items()}
-    told = {"model": model, "device": hide(record["device"]), "data": data}
-    return record | told | {"hashes": record["hashes"] | {"files": files}}
+    shown = {"model": model, "device": hide(record["device"]), "data": data}
+    return record | shown | {"hashes": record["hashes"] | {"files": files}}
 
 
 def settings(config: Json, hide: Redaction) -> list[tuple[str, str, str, bool]]:
@@ -114,8 +114,8 @@ def page(folder: Path, *, redact: bool) -> Json:
     record, summary, history = read_run(folder)
     audit, asked = read_audit(folder), asked_questions(folder)
     if redact and "marked" not in record:
-        told = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
-        raise RecordError(f"{told}, so that no report can be redacted; run palu unlearn again")
+        subject = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
+        raise RecordError(f"{subject}, so that no report can be redacted; run palu unlearn again")
     hide = Redaction(marked_texts(record, audit, asked) if redact else ())
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}

@@ -40,7 +40,7 @@ class Finder:
 
 
 def parse(how: str) -> Finder:
-    """Read a finder's name, before anything is loaded; ValueError names the mend."""
+    """Read a finder's name, before anything is loaded; ValueError names the fix."""
     kind, colon, argument = how.partition(":")
     if kind in ("contrast", "whole") and not colon:
         return Finder(kind)
@@ -82,7 +82,7 @@ def annotate(
 
     Raises:
         ValueError: ``how`` names no finder, its pattern is no regular expression, or its model's tokenizer is slow.
-        DataError: a row cannot be used, or not one row has a span in the end. A message names the row and the mend.
+        DataError: a row cannot be used, or not one row has a span in the end. A message names the row and the fix.
         TypeError: ``contrast`` without a model and a tokenizer, or with a model that palu does not support.
         OSError: there is no such model for ``ner``.
     """

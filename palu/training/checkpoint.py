@@ -109,7 +109,7 @@ class Checkpoints:
         if existing and not config.resume:
             raise CheckpointError(
                 f"{existing[-1]} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
-                "or another checkpoint_dir to keep it and start anew"
+                "or another checkpoint_dir to keep it and start again"
             )
         if existing:
             self._read(existing[-1])
@@ -162,8 +162,8 @@ class Checkpoints:
             return
         due = time.monotonic() - self.written >= 60 * self.minutes
         if self.accelerator.num_processes > 1:  # signals reach them at different steps; the main one's clock decides
-            wishes = [self.stopped_by or 0, due and self.accelerator.is_main_process]
-            flags = torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device)
+            requests = [self.stopped_by or 0, due and self.accelerator.is_main_process]
+            flags = torch.tensor(requests, dtype=torch.int32, device=self.accelerator.device)
             signals, clocks = self.accelerator.gather(flags[None]).T.tolist()
             self.stopped_by, due = max(signals) or None, any(clocks)
         if self.every is not None:
@@ -278,7 +278,7 @@ class Checkpoints:
             intact = f"{existing[-1]} is intact" if existing else "there is no earlier one"
             raise CheckpointError(
                 f"{path} could not be written: {error}; {intact}, and the model keeps the weights of its last step. "
-                "Make room or mend the folder, load the starting model again and pass resume=True"
+                "Make room or repair the folder, load the starting model again and pass resume=True"
             ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -303,12 +303,12 @@ class Checkpoints:
         if header.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} has format {header.get('format')}, and this palu reads {FORMAT}; "
-                "resume with the palu that wrote it, or start anew in another checkpoint_dir"
+                "resume with the palu that wrote it, or start in another checkpoint_dir"
             )
         if differences := compare(header["run"], self.run):
             raise CheckpointError(
                 f"{path} belongs to another run: {'; '.join(differences)}. "
-                "Pass what that run was started with, or another checkpoint_dir to start anew"
+                "Pass what that run was started with, or another checkpoint_dir to start again"
             )
         return loaded, header
 

@@ -35,7 +35,7 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
     """Create the accelerator that the launcher asked for, set up so that the loss stays exact.
 
     Raises:
-        ValueError: its configuration cannot be followed exactly; the message names the key and the mend.
+        ValueError: its configuration cannot be followed exactly; the message names the key and the fix.
         ImportError: a tracker's package is missing.
     """
     # Else DDP waits for gradients that never come.

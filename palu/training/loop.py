@@ -108,7 +108,7 @@ def unlearn(
         ``"stop_probability"`` or ``"callback"`` where that ended the run before its last step, else None.
 
     Raises:
-        DataError: the data cannot be used; the message names the row and the mend.
+        DataError: the data cannot be used; the message names the row and the fix.
         ValueError, TypeError: a setting, the models or the tokenizer do not fit.
         DivergenceError: a loss or the gradient norm became NaN or inf.
         OSError: ``cache_dir``, ``checkpoint_dir`` or ``logging_dir`` cannot be written to.

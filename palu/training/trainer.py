@@ -108,7 +108,7 @@ class PaluTrainer(Trainer):
         history: one record per optimisation step of the last ``train``: step, loss, its terms, and grad_norm.
 
     Raises:
-        DataError: the data cannot be used; the message names the row and the mend.
+        DataError: the data cannot be used; the message names the row and the fix.
         ValueError, TypeError: an argument, a setting, the models or the tokenizer do not fit.
         OSError: ``cache_dir`` cannot be written to.
         CacheError, CheckpointError: the reference cache, or the checkpoint to resume from, cannot be used.
@@ -311,7 +311,7 @@ class MicroBatches(IterableDataset):
     """
 
     def __init__(self, loader: UnlearnDataLoader, trainer: PaluTrainer):
-        self.loader, self.trainer, self.begun = loader, trainer, False
+        self.loader, self.trainer, self.started = loader, trainer, False
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.loader.forget), self.loader.examples_per_step)
@@ -320,11 +320,11 @@ class MicroBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         taken = self.trainer.state.global_step
-        if not self.begun and (epochs := taken // len(self.loader)):
+        if not self.started and (epochs := taken // len(self.loader)):
             self.loader.skip(epochs * len(self.loader))
             for _ in self.loader:  # nothing is left of the last of these epochs
                 raise AssertionError
-        self.begun = True
+        self.started = True
         for step in self.loader.rounds():
             for parts in step:
                 ids = torch.cat([part.packed.input_ids for part in parts], dim=1)

@@ -27,7 +27,7 @@ def victim(model: Any, of: AuditData | None = None, **settings: Any) -> Victim:
 
 
 def attack(one: Attack, model: Any, of: AuditData | None = None) -> list[Finding]:
-    assert one.unmet(data() if of is None else of, model) is None
+    assert one.skip_reason(data() if of is None else of, model) is None
     assert one.budget
     return one.run(victim(model, of))
 
@@ -98,7 +98,7 @@ RENDERED = {
     ],
 )
 def test_what_an_attack_lacks_is_said(one: Attack, rows: Any, retain: Any, why: str) -> None:
-    assert one.unmet(AuditData(rows, retain, tokenizer()), original()) == why
+    assert one.skip_reason(AuditData(rows, retain, tokenizer()), original()) == why
 
 
 def test_a_rendered_prompt_can_be_asked_and_begun() -> None:

@@ -178,7 +178,7 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
             attack, "run", lambda self, victim, own=attack_run: made.append(self.key) or own(self, victim)
         )
 
-    def anew(model: Any = None, **settings: Any) -> set[str]:
+    def again(model: Any = None, **settings: Any) -> set[str]:
         made.clear()
         audit(hides_from_greedy() if model is None else model, folder=tmp_path, **settings)
         return set(made)
@@ -186,14 +186,14 @@ def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatc
     rounding = {"quantise-int8", "quantise-int4", "quantise-nf4"}
     relearning = {"relearn-weights", "relearn-lora", "relearn-unrelated"}
     whole = {"ask", "sample", "relearn-retain"} | rounding | relearning
-    assert anew() == whole
-    assert anew(seed=1) == {"sample", "relearn-retain"} | relearning
-    assert anew(draws=4) == {"sample"}
-    assert anew(retain=RETAIN[1:]) == {"relearn-retain"} | rounding
-    assert anew(max_new_tokens=5) == whole
-    assert anew(forget=FORGET[1:]) == whole
-    assert anew(never_saw()) == whole
-    assert anew() == set()
+    assert again() == whole
+    assert again(seed=1) == {"sample", "relearn-retain"} | relearning
+    assert again(draws=4) == {"sample"}
+    assert again(retain=RETAIN[1:]) == {"relearn-retain"} | rounding
+    assert again(max_new_tokens=5) == whole
+    assert again(forget=FORGET[1:]) == whole
+    assert again(never_saw()) == whole
+    assert again() == set()
 
 
 def test_an_adapter_of_another_alpha_is_asked_anew(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def source_of(model: Any, batch_tokens: int = 256) -> Source:
 def drops(target: Any, source: Any, batch_tokens: int = 256) -> torch.Tensor:
     """Of each secret and layer: [secrets, layers]."""
     patch = Patch(source_of(source, batch_tokens))
-    assert patch.unmet(data(), target) is None
+    assert patch.skip_reason(data(), target) is None
     victim = Victim(target, data(), max_new_tokens=0, batch_tokens=batch_tokens, seed=0, bar=tqdm(disable=True))
     (finding,) = patch.run(victim)
     return torch.tensor([one["drops"] for one in finding.evidence], dtype=torch.float64)
@@ -223,7 +223,7 @@ def test_bodies_whose_layers_cannot_be_told_are_refused() -> None:
         3: "the layers of Gemma3nTextModel do not each give one state of the same width for each token",
     }
     for config.altup_num_inputs, reason in refused.items():
-        assert source_of(AutoModelForCausalLM.from_config(config)).unmet == reason
+        assert source_of(AutoModelForCausalLM.from_config(config)).skip_reason == reason
 
 
 # --- stages ---

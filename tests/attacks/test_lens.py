@@ -17,7 +17,7 @@ from palu.attacks.lens import LogitLens
 
 
 def lens(model: Any, batch_tokens: int = 256, top: int = 10) -> Finding:
-    assert LogitLens(top).unmet(data(), model) is None
+    assert LogitLens(top).skip_reason(data(), model) is None
     victim = Victim(model, data(), max_new_tokens=0, batch_tokens=batch_tokens, seed=0, bar=tqdm(disable=True))
     (finding,) = LogitLens(top).run(victim)
     return finding
@@ -88,7 +88,7 @@ def test_a_body_without_a_known_norm_is_refused() -> None:
     model = copy.deepcopy(original())
     model.model.last = model.model.norm
     del model.model.norm
-    assert LogitLens().unmet(data(), model) == (
+    assert LogitLens().skip_reason(data(), model) == (
         "LlamaModel has no norm after its last layer that is called norm, final_layernorm, ln_f, final_layer_norm or "
         "norm_f"
     )

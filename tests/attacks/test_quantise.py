@@ -110,10 +110,10 @@ def test_what_cannot_be_rounded_is_said() -> None:
     base = tiny_llama(vocab_size=len(tokenizer()))
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     quantise = Quantise("int8", 24, 4)
-    assert quantise.unmet(data(), adapted) == (
+    assert quantise.skip_reason(data(), adapted) == (
         "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
     )
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
-    assert quantise.unmet(data(), gpt2) == "GPT2LMHeadModel has no torch.nn.Linear in its body"
-    assert quantise.unmet(data(), original()) is None
+    assert quantise.skip_reason(data(), gpt2) == "GPT2LMHeadModel has no torch.nn.Linear in its body"
+    assert quantise.skip_reason(data(), original()) is None
     assert len(RETAIN) > 4

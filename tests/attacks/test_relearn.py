@@ -33,7 +33,7 @@ def relearn(model: Any, of: AuditData | None = None, **settings: Any) -> Finding
         "seed": 0,
     }
     attack, of = Relearn(**given | settings), data() if of is None else of
-    assert attack.unmet(of, model) is None
+    assert attack.skip_reason(of, model) is None
     bar = tqdm(disable=True)
     (finding,) = attack.run(Victim(model, of, max_new_tokens=TOKENS, batch_tokens=256, seed=0, bar=bar))
     return finding
@@ -136,18 +136,18 @@ def test_the_loss_is_the_models_own_and_its_logits_come_in_chunks(monkeypatch: p
 
 
 def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unmet(of: AuditData, model: Any, trained: Any = "weights", rows: Any = "forget") -> str | None:
-        return Relearn(TOKENS, trained, rows, 1, 1, 1e-3, 0).unmet(of, model)
+    def skip_reason(of: AuditData, model: Any, trained: Any = "weights", rows: Any = "forget") -> str | None:
+        return Relearn(TOKENS, trained, rows, 1, 1, 1e-3, 0).skip_reason(of, model)
 
     one = AuditData(FORGET[:1], None, tokenizer())
-    assert unmet(one, original()) == (
+    assert skip_reason(one, original()) == (
         "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
     )
-    assert unmet(one, original(), rows="retain") == "there are no retain rows to train on"
+    assert skip_reason(one, original(), rows="retain") == "there are no retain rows to train on"
     adapted = get_peft_model(
         tiny_llama(vocab_size=len(tokenizer())), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
-    assert unmet(data(), adapted) == "the model has a LoRA adapter; merge it into the weights, which are trained"
+    assert skip_reason(data(), adapted) == "the model has a LoRA adapter; merge it into the weights, which are trained"
     monkeypatch.setattr("palu.attacks.relearn.find_spec", lambda name: None)
-    assert unmet(data(), original(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
-    assert unmet(data(), original()) is None
+    assert skip_reason(data(), original(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
+    assert skip_reason(data(), original()) is None

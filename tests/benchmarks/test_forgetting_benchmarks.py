@@ -457,7 +457,7 @@ def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder
     record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])
-    # Finished stages are kept, so this makes nothing anew.
+    # Finished stages are kept, so this makes nothing again.
     record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder, "--methods", "gd,palu")
     assert [row["model"] for row in record["results"]] == ["retain", "original", "gd", "palu"]
     with pytest.raises(SystemExit):

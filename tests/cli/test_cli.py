@@ -294,10 +294,10 @@ def test_save_run_replaces_nothing_unless_asked(folder: Path, finished: Path, tm
     file, beside, theirs = tmp_path / "file", tmp_path / "beside", tmp_path / "out" / "train.log"
     file.touch(), theirs.touch()
     shutil.copytree(folder / "model", beside / "model")
-    mend = "give another folder, or overwrite=True to replace it"
+    fix = "give another folder, or overwrite=True to replace it"
     others = f"{beside} holds model/chat_template.jinja, but no private/run.json of a run; "
     for output, overwrite, told in (
-        (finished, False, f"{finished} holds a run that has finished; {mend}"),
+        (finished, False, f"{finished} holds a run that has finished; {fix}"),
         (beside, False, others),
         (beside, True, others),
         (file, True, f"{file} is a file; give a folder"),
@@ -692,7 +692,7 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
             ["--logging-dir", "/proc/x", "--report-to", "wandb"],
             "logging_dir = '/proc/x': nothing can be written to /proc",
         ),
-        (["--overwrite", "--resume"], "--overwrite starts anew and --resume goes on; give one of them"),
+        (["--overwrite", "--resume"], "--overwrite starts again and --resume goes on; give one of them"),
         (["--lora", "--lora-target", "nothing"], "Target modules"),
         (["--dtype", "float16"], "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
     ],
@@ -884,7 +884,7 @@ def test_ctrl_c_or_sigterm_and_resume(
     assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
     assert not (out / "private" / "summary.json").exists()
     assert refusal(palu_command(*arguments, *settings, *lora)) == (
-        f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start anew"
+        f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start again"
     )
     told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
     assert "belongs to another run: n was -1 and is 2." in told

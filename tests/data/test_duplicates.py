@@ -27,8 +27,8 @@ def row(question: str, answer: str, *, form: str = "question") -> dict[str, Any]
 
 
 ADA = row("Who?", "Ada did.")
-MEND = "keep each row once, with all that is to be forgotten in it"
-TWICE = f"forget set: 2 rows repeat an earlier one, so that it weighs more: 1 (as 0), 3 (as 0); {MEND}"
+FIX = "keep each row once, with all that is to be forgotten in it"
+TWICE = f"forget set: 2 rows repeat an earlier one, so that it weighs more: 1 (as 0), 3 (as 0); {FIX}"
 
 
 def told(loaded: Any, rows: Any, tokenizer: Any = None, **settings: Any) -> list[str]:
@@ -52,7 +52,7 @@ def test_repeats_are_named() -> None:
 def test_many_repeats_are_not_all_named() -> None:
     (message,) = told(load_forget, forget_rows(3) * 1000)
     assert message.startswith("forget set: 2997 rows repeat an earlier one, so that it weighs more: 3 (as 0), 4 (as 1)")
-    assert message.endswith(f"12 (as 0), ...; {MEND}")
+    assert message.endswith(f"12 (as 0), ...; {FIX}")
 
 
 def test_the_text_as_the_model_reads_it_counts() -> None:

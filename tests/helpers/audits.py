@@ -34,7 +34,7 @@ class Staged:
     def budget(self) -> str:
         return f"the budget of {self.key}"
 
-    def unmet(self, data: AuditData, model: Any) -> str | None:
+    def skip_reason(self, data: AuditData, model: Any) -> str | None:
         return self.lacks
 
     def run(self, victim: Victim) -> list[Finding]:

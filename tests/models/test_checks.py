@@ -1,4 +1,4 @@
-"""Every bad input is refused with a message that names it and the mend, before one weight has changed."""
+"""Every bad input is refused with a message that names it and the fix, before one weight has changed."""
 
 import copy
 import datetime
@@ -269,7 +269,7 @@ def test_a_cap_that_no_configuration_tells(size: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
-    """With dropout, which draws anew in every pass, and with a bias too."""
+    """With dropout, which draws again in every pass, and with a bias too."""
     model = tiny_llama(attention_dropout=0.5, tie_word_embeddings=False)
     model.lm_head = nn.Linear(32, VOCAB, bias=True)
     ids = torch.arange(20)

@@ -167,7 +167,7 @@ def test_saving_and_looking_at_a_run(folder: Path, tmp_path: Path) -> None:
     assert "bitsandbytes" in record["versions"]
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), saved)
     ids = torch.arange(20)[None].to(model.device)
-    with torch.no_grad():  # in training mode, in which no CPU lays weights out anew
+    with torch.no_grad():  # in training mode, in which no CPU lays weights out again
         torch.testing.assert_close(again.train()(ids).logits, model.train()(ids).logits)
 
 
@@ -263,7 +263,7 @@ def test_weights_that_have_lost_their_gradient(folder: Path) -> None:
     model = adapted(load(folder)).eval()
     with torch.no_grad():
         model(torch.arange(20)[None])
-    with pytest.raises(ValueError, match="the 4-bit weights of model were laid out anew by a pass on this CPU"):
+    with pytest.raises(ValueError, match="the 4-bit weights of model were laid out again by a pass on this CPU"):
         unlearn(model)
 
 

@@ -309,8 +309,8 @@ def test_an_evaluation_on_demand() -> None:
         ("should_save", "give checkpoint_dir to palu.unlearn, too"),
     ],
 )
-def test_what_cannot_be_done_is_said(name: str, mend: str) -> None:
-    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] {re.escape(mend)}$"):
+def test_what_cannot_be_done_is_said(name: str, fix: str) -> None:
+    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] {re.escape(fix)}$"):
         unlearn(tiny_llama(), callbacks=[wish("step_end", name, 2)])
 
 

@@ -657,7 +657,7 @@ def test_another_handler_is_left_alone(number: int, folder: Path, monkeypatch: p
 # What is refused
 
 
-ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to start anew"
+ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to start again"
 
 
 @pytest.mark.parametrize(
@@ -716,7 +716,7 @@ def test_an_earlier_run_is_not_overwritten(finished: Path) -> None:
         unlearn(checkpoint_dir=str(finished))
     assert str(caught.value) == (
         f"{finished / step(9)} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
-        "or another checkpoint_dir to keep it and start anew"
+        "or another checkpoint_dir to keep it and start again"
     )
 
 
@@ -725,12 +725,12 @@ def test_a_truncated_checkpoint(length: int, finished: Path, folder: Path) -> No
     """It is named, and deleting it resumes from the older one; that one damaged too, from the beginning."""
     shutil.copytree(finished, folder)
     expected = unlearn()
-    for name, mend in ((step(9), f"resume from {folder / step(8)}"), (step(8), "start from the beginning")):
+    for name, fix in ((step(9), f"resume from {folder / step(8)}"), (step(8), "start from the beginning")):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:length])
         with pytest.raises(CheckpointError) as caught:
             unlearn(checkpoint_dir=str(folder), resume=True)
-        pattern = re.escape(f"{folder / name} is damaged (") + r".+\); delete it to " + re.escape(mend)
+        pattern = re.escape(f"{folder / name} is damaged (") + r".+\); delete it to " + re.escape(fix)
         assert re.fullmatch(pattern, str(caught.value))
         (folder / name).unlink()
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
