@@ -316,7 +316,7 @@ def main(folder: Path) -> None:
             else complaint(lambda: run("8-bit", PROCESSES))
         )
         if engine in ("ddp", "fsdp2"):
-            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
+            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")
             outcome[f"{engine}.callbacks"] = with_callbacks(rank)
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")
