@@ -156,7 +156,7 @@ def unlearn(
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
         )
         config = fit_max_length(config, model, ref_model)
-        check_optimizer(model, config, accelerator)
+        check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
 
