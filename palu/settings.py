@@ -97,7 +97,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Real) and hasattr(value, "item"):  # NumPy's
+            if getattr(value, "ndim", None) == 0:  # a number of NumPy, which JSON does not have
                 value = value.item()
                 object.__setattr__(self, field.name, value)
             self.require(

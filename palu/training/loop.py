@@ -140,7 +140,7 @@ def unlearn(
             writes=accelerator.is_main_process,
         )
         config = data.config
-        check_optimizer(model, config, accelerator)
+        check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
     checkpoints = open_checkpoints(model, ref_model, data, accelerator)

@@ -50,7 +50,7 @@ def make_optimizer(
         return _adamw_8bit(trained, config, accelerator.device)
     low = any(p.dtype == torch.bfloat16 for p in trained)
     if low and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return BFloat16AdamW(trained, config.learning_rate, config.seed)
+        return BFloat16AdamW(trained, config.learning_rate, config.weight_decay, config.seed)
     return torch.optim.AdamW(
         trained,
         config.learning_rate,
@@ -62,7 +62,7 @@ def make_optimizer(
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
-    """AdamW, without weight decay, that keeps for a bfloat16 weight the lower half of its float32 bits.
+    """AdamW that keeps for a bfloat16 weight the lower half of its float32 bits.
 
     The first moment has the weight's dtype, the second one is float32. Weights in float32 may stand beside those in
     bfloat16. FSDP2 may shard them: each process steps its own part.
@@ -72,8 +72,8 @@ class BFloat16AdamW(torch.optim.Optimizer):
     half the distance to the neighbours; from the first step on, as many weights change as the step is long.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, seed: int):
-        super().__init__(parameters, {"lr": learning_rate})
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, seed: int):
+        super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
         self.seed = seed  # of the lower halves; all processes draw the same
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
                     state["step"] += 1
                     tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low_bits", p))
                     for slices in zip(*map(_slices, tensors), strict=True):
-                        _step(slices, group["lr"], state["step"].item())
+                        _step(slices, group["lr"], group["weight_decay"], state["step"].item())
 
     def _start(self) -> None:
         generators: dict[torch.device, torch.Generator] = {}
@@ -125,7 +125,7 @@ def _slices(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.split(max(1, most * len(tensor) // max(1, tensor.numel())))
 
 
-def _step(slices: Sequence[Tensor], rate: float, t: float) -> None:
+def _step(slices: Sequence[Tensor], rate: float, decay: float, t: float) -> None:
     """Take step ``t``, from 1, in place; ``low_bits`` of a float32 weight are not read."""
     p, grad, exp_avg, exp_avg_sq, low_bits = slices
     beta1, beta2 = BETAS
@@ -136,6 +136,8 @@ def _step(slices: Sequence[Tensor], rate: float, t: float) -> None:
     if p.dtype == torch.bfloat16:
         weight = p.float()
         bits = weight.view(torch.int32).add_(low_bits.view(torch.int16))
+    if decay:
+        weight.mul_(1 - rate * decay)
     weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(EPS * unbias), value=-rate * unbias / (1 - beta1**t))
     if p.dtype == torch.bfloat16:
         low_bits.view(torch.int16).copy_(bits)  # the lower 16, with a sign: so the upper ones are rounded
@@ -170,9 +172,8 @@ def _adamw_8bit(trained: list[nn.Parameter], config: UnlearnConfig, device: torc
     return optimizer
 
 
-def check_optimizer(model: nn.Module, config: UnlearnConfig, accelerator: Accelerator) -> None:
+def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
     """Raise ValueError where the optimizer could not do what is asked of it, ImportError without its package."""
-    low = any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
     if config.optimizer == EIGHT_BIT:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
@@ -180,11 +181,6 @@ def check_optimizer(model: nn.Module, config: UnlearnConfig, accelerator: Accele
                 "the weights; use DDP or one process, or optimizer = 'adamw'"
             )
         _import_torchao()
-    elif config.weight_decay and low:
-        raise ValueError(
-            f"weight_decay = {config.weight_decay}: weights in bfloat16 round it away; set 0, or load the model with "
-            f"dtype=torch.float32, or set optimizer = {EIGHT_BIT!r}, which rounds at random"
-        )
 
 
 def _import_torchao() -> Any:

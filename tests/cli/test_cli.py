@@ -526,7 +526,7 @@ def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[
     ("options", "dtype", "precision", "optimizer"),
     [
         (["--dtype", "float32", "--mixed-precision", "bf16"], torch.float32, "bf16", "AdamW"),
-        (["--dtype", "bfloat16"], torch.bfloat16, "no", "AdamW"),
+        (["--dtype", "bfloat16"], torch.bfloat16, "no", "BFloat16AdamW"),
         (["--dtype", "bfloat16", "--optimizer", "adamw_8bit"], torch.bfloat16, "no", "AdamW8bit"),
         (["--dtype", "bfloat16", "--lora"], torch.bfloat16, "no", "AdamW"),
     ],

@@ -115,11 +115,10 @@ def unlearn(
         "batch_size": 4 // processes,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
-        "local_loss": "topk_mse",
-        "n": 3,
-        "top_k": 20,
         "progress": False,
     }
+    if settings.get("objective", "palu") == "palu":
+        defaults |= {"local_loss": "topk_mse", "n": 3, "top_k": 20}
     return palu.unlearn(model, ref_model, forget, retain_rows() if retain == () else retain, **(defaults | settings))
 
 
@@ -316,7 +315,7 @@ def main(folder: Path) -> None:
             else complaint(lambda: run("8-bit", PROCESSES))
         )
         if engine in ("ddp", "fsdp2"):
-            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else tiny_llama
+            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")
             outcome[f"{engine}.callbacks"] = with_callbacks(rank)
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")

@@ -199,7 +199,10 @@ def test_divergence_stops_all(engine: str, outcomes: tuple[Path, list[dict[str, 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_resumed(engine: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
-    """The same bits; under DDP with dropout, for which every process goes on with its own random numbers."""
+    """The same bits; under DDP with dropout, for which every process goes on with its own random numbers.
+
+    Under FSDP2 in bfloat16, beside which the optimizer keeps states of two dtypes, all of them sharded.
+    """
     assert [result[f"{engine}.resumed"] for result in outcomes[1]] == [True] * PROCESSES
 
 

@@ -91,13 +91,13 @@ def test_the_first_steps_are_not_lost() -> None:
 def test_long_runs_train_as_float32_does() -> None:
     """3,000 steps of gradients that fall to a hundredth: second moment and weights stay those of torch's AdamW.
 
-    In bfloat16 a second moment does not decay by a thousandth, and a bfloat16 compensation loses small steps.
+    In bfloat16 a second moment does not decay by a thousandth, and neither small steps nor weight decay are kept.
     """
     torch.manual_seed(0)
     start = (1 + torch.rand(4096)).bfloat16()
     low, full = nn.Parameter(start.clone()), nn.Parameter(start.float())
-    optimizer = make_optimizer([low], UnlearnConfig(learning_rate=RATE), Accelerator())
-    exact = torch.optim.AdamW([full], RATE, weight_decay=0)
+    optimizer = make_optimizer([low], UnlearnConfig(learning_rate=RATE, weight_decay=0.1), Accelerator())
+    exact = torch.optim.AdamW([full], RATE, weight_decay=0.1)
     at: list[Tensor] = []  # [float32, bfloat16] after 1,000 steps and after 3,000
     for step in range(3000):
         low.grad = ((1 + 0.5 * torch.randn(4096)) * max(0.01, 0.998**step)).bfloat16()
@@ -123,14 +123,6 @@ def test_weights_whose_gradient_is_zero_stay_as_they_are() -> None:
         optimizer.step()
     assert (optimizer.state[parameter]["low_bits"].view(torch.int16) != 0).float().mean() > 0.9
     assert same_weights(nn.ParameterDict({"weight": parameter}), before)
-
-
-def test_weight_decay_of_bfloat16_weights_is_refused() -> None:
-    message = (
-        "weight_decay = 0.1: weights in bfloat16 round it away; set 0, or load the model with dtype=torch.float32, "
-        "or set optimizer = 'adamw_8bit', which rounds at random"
-    )
-    assert_refused(bf16_llama(), ValueError, message, weight_decay=0.1)
 
 
 def test_float32_weights_have_torchs_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
