@@ -1,0 +1,72 @@
+"""``palu unlearn --lora``: what it holds in memory, what it may go on from, and what it says at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.logits import WatchLogits
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.small_tokenizers import LLAMA3, byte_level
+from helpers.tiny import overfit, tiny_llama
+from typer.testing import CliRunner, Result
+
+from palu.cli import app
+from palu.data.examples import load_retain
+from palu.evaluate import scores
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+VOCAB, WIDTH = 5003, 32
+SECRETS = 3  # in TEXT_FORGET
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, which knows the rows of forget.jsonl by heart, and its large vocabulary; tests write elsewhere."""
+    folder, tokenizer = tmp_path_factory.mktemp("lora"), byte_level(LLAMA3)
+    model = tiny_llama(vocab_size=VOCAB, hidden_size=WIDTH, max_position_embeddings=256)
+    examples = load_retain(TEXT_FORGET + TEXT_RETAIN, tokenizer, max_length=256).examples
+    overfit(model, [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples], 30)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("forget", TEXT_FORGET), ("retain", TEXT_RETAIN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def unlearn(folder: Path, output: Path, *options: Any) -> Result:
+    given = ["unlearn", "--model", folder / "model", "--forget", folder / "forget.jsonl", "--output", output]
+    return CliRunner().invoke(app, [*map(str, given), "--lora", "--no-progress", *map(str, options)], prog_name="palu")
+
+
+def test_no_logits_of_whole_texts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows fit into --chunk-bytes, those of the last positions of twelve anchors too."""
+    monkeypatch.setattr(scores, "CHUNK_BYTES", 16 * VOCAB)
+    options = ["--max-steps", 1, "--anchors", 12, "--retain-batch-size", 12, "--chunk-bytes", 16 * VOCAB]
+    with WatchLogits(VOCAB, WIDTH) as watched:
+        result = unlearn(folder, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert watched.rows <= 8  # tokens of the check of the head
+
+
+def test_another_adapter_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    """Its weights may be the same, and it computes something else."""
+    options = ["--epochs", 1, "--anchors", 2, "--checkpoint-dir", tmp_path / "checkpoints"]
+    assert unlearn(folder, tmp_path / "one", *options).exit_code == 0
+    assert unlearn(folder, tmp_path / "two", *options, "--resume").exit_code == 0
+    for other in (["--lora-alpha", 4], ["--lora-dropout", 0.5]):
+        result = unlearn(folder, tmp_path / "three", *options, "--resume", *other)
+        assert result.exit_code == 2
+        assert "belongs to another run: the model is another one." in result.stderr
+
+
+def test_the_last_line_says_which_secrets_remain(folder: Path, tmp_path: Path) -> None:
+    result = unlearn(folder, tmp_path / "weak", "--max-steps", 1, "--learning-rate", 1e-6, "--anchors", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith(f"0 of {SECRETS} secrets forgotten, {SECRETS} still known; raise ")
+    assert "docs/lora.md" in result.stdout
+    result = unlearn(folder, tmp_path / "strong", "--epochs", 20, "--learning-rate", 0.05, "--anchors", 2)
+    assert result.exit_code == 0, result.output
+    assert "known" not in result.stdout
