@@ -206,7 +206,7 @@ def fused_linear_losses(
 
     Raises:
         ValueError: ``impl="gather"`` with a capped head.
-        RuntimeError: in a transform of ``torch.func`` or in forward mode, which :func:`palu_loss` knows.
+        RuntimeError: in a transform of ``torch.func`` or in forward mode.
     """
     if torch._C._are_functorch_transforms_active():  # torch's own error would ask for another forward pass
         _reverse_mode_only()
@@ -223,7 +223,7 @@ def fused_linear_losses(
 def _reverse_mode_only() -> NoReturn:
     raise RuntimeError(
         "fused_linear_losses has first derivatives in reverse mode only, and no torch.func transforms; "
-        "use palu_loss, or the plain-torch twins in palu.eager"
+        "use the plain-torch twins in palu.eager"
     )
 
 
@@ -323,9 +323,16 @@ class _FusedLinearLosses(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         for i, (dtype, factor) in enumerate(zip(ctx.dtypes, ctx.factors, strict=True)):
             if grads[i] is not None:
-                fused.scale_(grads[i], grad_total if factor == 1 else grad_total * factor)
+                _scale_(grads[i], grad_total if factor == 1 else grad_total * factor)
                 grads[i] = grads[i].to(dtype)
         return (*grads, *[None] * 7)
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    if factor.device.type != "cpu":  # one that is 1, too: to ask would be to wait for the GPU
+        gradient.view(-1).mul_(factor.view(1))  # of one dimension: a scalar would be rounded to gradient's dtype first
+    elif factor != 1:
+        gradient.mul_(factor.item())
 
 
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
