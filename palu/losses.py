@@ -1,13 +1,15 @@
-"""The PALU losses (arXiv 2601.03190): the textbook form on logits, and the fused form on hidden states.
+"""The losses: PALU's textbook form on logits (arXiv 2601.03190), and the fused form on hidden states.
 
-With ``z`` the current logits, ``V_top`` the K indices that the frozen reference ranks highest::
+With ``z`` the current logits, ``P_theta`` their softmax and ``V_top`` the K indices that the frozen reference ranks
+highest::
 
-    L_local = mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2
+    L_local = mean over sensitive tokens of -log(1 - P_theta(token))               (unlikelihood, the default)
+              mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2       (the paper's)
     L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
     L_retain = mean token cross-entropy
 
-:func:`palu_loss` takes full logits and suits any trainer. :func:`fused_linear_losses` takes the last hidden
-states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
+:func:`palu_loss` takes full logits, has the paper's local loss and suits any trainer. :func:`fused_linear_losses` takes
+the last hidden states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
 from palu.ops.fused import GradientSum
 from palu.ops.labels import checked_labels
-from palu.ops.library import check_tensors
+from palu.ops.library import check_tensors, first_order_only
 
 
 class PaluLoss(NamedTuple):
@@ -314,8 +316,8 @@ class _FusedLinearLosses(torch.autograd.Function):
         _reverse_mode_only()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("fused_linear_losses", "the plain-torch twins in palu.eager")
         if ctx.grads is None:
             raise RuntimeError(
                 "the gradients of fused_linear_losses were already used: call it again for another backward pass"

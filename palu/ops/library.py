@@ -119,16 +119,20 @@ for _op in ("cross_entropy_", "unlikelihood_", "kl_div_"):
 # Autograd: what the forward pass returns beside the losses is kept for the backward pass, and has no gradient.
 
 
+def first_order_only(who: str, instead: str) -> None:
+    """Raise where a backward pass is asked to be differentiable itself; `instead` can be used.
+
+    torch's once_differentiable would not do: it takes the derivative for what was saved to be zero.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{who} has first derivatives only, and create_graph=True asks for a second; use {instead}")
+
+
 def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     twin = op.removesuffix("_frozen")
 
     def first_order(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        # torch's once_differentiable would not do: it takes the derivative for the saved tensors to be zero.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"palu::{twin} has first derivatives only, and create_graph=True asks for a second; "
-                f"use palu.eager.{twin}"
-            )
+        first_order_only(f"palu::{twin}", f"palu.eager.{twin}")
         return backward(ctx, grad)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.op_calls import CPU, OPS, SOFTMAX_LOSSES, draw_call, try_one
 from helpers.op_cases import Draw, Inputs
+from helpers.peak import peak_bytes
 from torch import Tensor
 
 import palu
@@ -395,11 +396,4 @@ def test_loss_from_hidden_states_allocates_under_a_tenth_of_dense(device: torch.
         ).sum().backward()
 
     run()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert 0 < peak < dense / 10
+    assert 0 < peak_bytes(device, run) < dense / 10
