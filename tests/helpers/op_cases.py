@@ -134,10 +134,6 @@ class Draw:
                 at[0, 0], at[-1, -1] = 0, vocabulary - 1
         return at.to(dtype or self.one(*INDEX_DTYPES)).contiguous()
 
-    def dtype(self, given: torch.dtype | None) -> torch.dtype:
-        """Return a floating dtype."""
-        return given or self.one(*self.dtypes)
-
     def target(self) -> str | float:
         """Return a target that topk_mse and linear_topk_mse take."""
         target: str | float = self.one("global_mean", "global_mean", "global_mean_detached", "local_mean", 0.5, -3, 0.0)
@@ -193,7 +189,7 @@ def topk_mse(
     """Logits [rows, vocabulary] with K candidates each, and the gradient that comes in."""
     vocabulary = vocabulary or draw.vocabulary()
     rows = draw.rows(vocabulary) if rows is None else rows
-    k, dtype = k or draw.k(vocabulary), draw.dtype(dtype)
+    k, dtype = k or draw.k(vocabulary), dtype or draw.one(*draw.dtypes)
     target = draw.target() if target is None else target
     grad = torch.randn(rows, dtype=acc_dtype(dtype)) * draw.one(1, 1e-3)
     if rows and draw.chance(0.3):
@@ -253,7 +249,7 @@ def linear_topk_mse(
     vocabulary = vocabulary or (min(draw.vocabulary(), 5003) if size < 600 else draw.random.randint(1, 60))
     k = k or int(draw.one(1, 2, 7, 31, 32, 33, 40, 65, 100, 300))
     rows = int(draw.one(0, 1, 1, 2, 3, 5, 9)) if rows is None else rows
-    dtype, target = draw.dtype(dtype), draw.target() if target is None else target
+    dtype, target = dtype or draw.one(*draw.dtypes), draw.target() if target is None else target
     bias = draw.chance(0.5) if bias is None else bias
     asked = wanted or (draw.chance(0.8), draw.chance(0.8), draw.chance(0.8))
     leaves = {
@@ -318,7 +314,7 @@ def softmax_loss(
     """Logits [rows, vocabulary] of cross_entropy_, unlikelihood_ or kl_div_. `infinite`: which share is -inf."""
     vocabulary = max(vocabulary or draw.vocabulary(), 2 if op == "unlikelihood_" else 1)
     rows = draw.rows(vocabulary) if rows is None else rows
-    dtype = draw.dtype(dtype)
+    dtype = dtype or draw.one(*draw.dtypes)
     z = draw.logits(rows, vocabulary, dtype, values)
     weight = torch.rand(rows, dtype=acc_dtype(dtype)) * draw.one(1, 1, 1e-3)
     if rows and draw.chance(0.3):

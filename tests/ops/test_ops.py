@@ -65,20 +65,6 @@ def loss_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tup
 # -------------------------------------------------------------------------------- topk_mse, linear_topk_mse
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_chosen_path_and_given_mean(device: torch.device, target: str | float) -> None:
-    hidden = torch.randn(ROWS, HIDDEN, device=device, dtype=torch.float64)
-    weight = torch.randn(VOCAB, HIDDEN, device=device, dtype=torch.float64)
-    index = indices(device)
-    expected = loss_and_gradients(lambda h, w: eager.linear_topk_mse(h, w, index, target), hidden, weight)
-    mean = ops.weight_mean(weight)
-    for given in (None, mean):
-        ours = loss_and_gradients(
-            lambda h, w, m=given: palu.linear_topk_mse(h, w, index, target, weight_mean=m), hidden, weight
-        )
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-
-
 def test_no_graph_without_a_gradient(device: torch.device) -> None:
     logits, index = torch.randn(ROWS, VOCAB, device=device), indices(device)
     assert not palu.topk_mse(logits, index).requires_grad
@@ -109,28 +95,16 @@ def test_same_bits_every_time(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("k", [KEPT, 130])
-def test_linear_topk_mse_of_a_frozen_head(device: torch.device, target: str | float, k: int) -> None:
-    """On a CPU the gradient is formed in the forward pass, in as many slices as K is long."""
-    index = torch.randint(0, VOCAB, (ROWS, k), device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_training_loops_call_is_the_op(device: torch.device, target: str | float, dtype: torch.dtype) -> None:
+    """Of a frozen head: on a CPU the gradient is formed in the forward pass, in as many slices as K is long."""
+    index = torch.randint(0, VOCAB, (ROWS, 130), device=device)
     shapes = (ROWS, HIDDEN), (VOCAB, HIDDEN), (VOCAB,)
-    for dtype, allowed in ((torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
-        hidden, weight, bias = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
-
-        def twin(h: Tensor, w: Tensor = weight, b: Tensor = bias) -> Tensor:
-            return eager.linear_topk_mse(h, w.double(), index, target, b.double())
-
-        ours = loss_and_gradients(
-            lambda h, w=weight, b=bias: palu.linear_topk_mse(h, w, index, target, b, impl="gather"), hidden
-        )
-        assert ours[1].dtype == dtype
-        for mine, exact in zip(ours, loss_and_gradients(twin, hidden.double()), strict=True):
-            assert (mine.double() - exact).abs().max() <= allowed * exact.abs().max()
-        # The training loop's call adds to a buffer.
-        grad = torch.zeros_like(ours[1])
-        row_weight = torch.arange(1, ROWS + 1, device=device, dtype=ours[0].dtype)
-        loss = fused.linear_topk_mse_fwd_bwd(hidden, weight, index, row_weight, target, bias, None, (grad, None, None))
-        assert torch.equal(loss, ours[0]) and torch.equal(grad, ours[1])
+    hidden, weight, bias = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    expected = loss_and_gradients(lambda h: palu.linear_topk_mse(h, weight, index, target, bias, impl="gather"), hidden)
+    grad, row_weight = torch.zeros_like(hidden), torch.arange(1, ROWS + 1, device=device, dtype=expected[0].dtype)
+    loss = fused.linear_topk_mse_fwd_bwd(hidden, weight, index, row_weight, target, bias, None, (grad, None, None))
+    assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
 
 
 @pytest.mark.skipif("cpu" not in NATIVE_DEVICES, reason="the twins form it in the backward pass")
@@ -209,19 +183,6 @@ def test_unlikelihood_pushes_a_certain_token(device: torch.device, margin: float
         p = 1 / (1 + math.exp(-apart))
         assert loss.item() == pytest.approx(math.log1p(math.exp(apart)), rel=1e-6)
         assert logits[0].tolist() == pytest.approx([-p / 4, -p / 4, -p / 4, p, -p / 4], rel=4 * torch.finfo(dtype).eps)
-
-
-def test_in_place_losses_survive_large_logits(device: torch.device) -> None:
-    logits = torch.zeros(2, VOCAB, device=device)
-    logits[:, 7] = 1e4
-    labels, weight = torch.tensor([7, 8], device=device), torch.ones(2, device=device)
-    loss = raw.cross_entropy_(logits.clone(), labels, weight)
-    torch.testing.assert_close(loss, torch.tensor([0.0, 1e4], device=device))
-    loss = raw.unlikelihood_(logits.clone(), labels, weight, 0.0)
-    torch.testing.assert_close(loss, torch.tensor([1e4 - math.log(VOCAB - 1), 0.0], device=device))
-    for reverse in (False, True):
-        same = raw.kl_div_(logits.clone(), logits, weight, reverse)
-        torch.testing.assert_close(same, torch.zeros(2, device=device))
 
 
 @pytest.mark.parametrize("op", SOFTMAX_LOSSES)
