@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulator/*.cpp tests/cuda_emulator/include/emulate.h)
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* $(addprefix tests/cuda_emulator/,*.cpp *.h include/emulate.h))
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0

@@ -5,10 +5,6 @@
 Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, the twin under
 `torch.compile`, in turns on the same inputs. `x_eager` and `x_compile` say how many times faster the op is.
 
-linear_cross_entropy and linear_kl also run beside what other libraries have for them (benchmarks/_peers.py), each
-after its loss and gradients were found to agree. What is not installed, or does not run on the device, is named above
-the table with the reason. `pip install liger-kernel cut-cross-entropy` brings them, torch 2.13 its own.
-
 The floor is the least traffic over the bandwidth of a copy measured in the same run; `x_floor` is the op's time over
 it. With s bytes an element the least traffic is
 
@@ -27,7 +23,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _peers import agreeing
 from _timing import copy_bandwidth, interleaved, report
 from torch import Tensor
 
@@ -101,44 +96,6 @@ def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: 
     return cases
 
 
-def general_cases(device: torch.device, dtype: torch.dtype, vocab_size: int, missing: dict[str, str]) -> list[Case]:
-    """The general ops, forward and backward; most of their time are matrix products, which the floor leaves out.
-
-    `missing` receives the peers that cannot be timed, and why.
-    """
-    rows, d, k = (4096, 4096, 64) if device.type == "cuda" else (256, 512, 64)
-    vocab_size = vocab_size if device.type == "cuda" else vocab_size // 4
-    hidden, ref_hidden = (torch.randn(rows, d, device=device, dtype=dtype) for _ in range(2))
-    weight = torch.randn(vocab_size, d, device=device, dtype=dtype) / d**0.5
-    index = distinct(rows, vocab_size, k, device)
-    labels = index[:, 0].long()
-    teacher = torch.randn(rows, vocab_size, device=device).log_softmax(1).gather(1, index.long())
-    calls: dict[str, tuple[Tensor, ...]] = {
-        "linear_topk_logits": (index,),
-        "linear_topk_log_probs": (index,),
-        "linear_topk_kl": (index, teacher),
-        "linear_kl": (ref_hidden, weight.clone()),
-        "linear_cross_entropy": (labels,),
-    }
-    cases = []
-    for op, own in calls.items():
-        peers = agreeing(op, getattr(ops, op), hidden, weight, own, missing)
-        for tail in ("ignore", "bucket") if op == "linear_topk_kl" else (None,):
-            for head in ("frozen", "trainable"):
-                inputs = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(head == "trainable")]
-                options = {"tail": tail} if tail else {}
-                losses = {"palu": getattr(ops, op), "eager": getattr(eager, op), **peers}
-                trained = inputs[: 2 if head == "trainable" else 1]
-                candidates = {
-                    name: forward_backward(partial(loss, *inputs, *own, **options), trained)
-                    for name, loss in losses.items()
-                }
-                floor = 2 * hidden.nbytes + (2 if head == "trainable" else 1) * weight.nbytes
-                told = f"{op} rows={rows} d={d} V={vocab_size} K={k} {tail or ''} {head} head".replace("  ", " ")
-                cases.append(Case(told, floor, candidates))
-    return cases
-
-
 def distinct(rows: int, vocab_size: int, k: int, device: torch.device) -> Tensor:
     """Draw int32 indices [rows, k], distinct within a row, as a top-k gives them."""
     return torch.rand(rows, vocab_size, device=device).topk(k).indices.int()
@@ -158,12 +115,7 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
-    for case in [
-        *topk_mse_cases(device, dtype),
-        *linear_topk_mse_cases(device, dtype, arguments.vocab_size),
-        *general_cases(device, dtype, arguments.vocab_size, missing),
-    ]:
+    for case in [*topk_mse_cases(device, dtype), *linear_topk_mse_cases(device, dtype, arguments.vocab_size)]:
         calls = 10 if device.type == "cuda" else 1
         times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls)
         row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
@@ -175,9 +127,7 @@ def main() -> None:
         row["floor_ms"] = round(case.floor_bytes / bandwidth, 3)
         row["x_floor"] = round(ours / row["floor_ms"], 2)
         rows.append(row)
-    for peer, reason in missing.items():
-        print(f"missing: {peer} ({reason})")
-    report("kernels", rows, device, {"copy_gb_per_s": round(bandwidth / 1e6, 1), "missing": missing})
+    report("kernels", rows, device, {"copy_gb_per_s": round(bandwidth / 1e6, 1)})
 
 
 if __name__ == "__main__":

@@ -246,15 +246,4 @@ inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits
   check_shape(op, "ref_logits", ref_logits, logits.sizes());
 }
 
-inline void check_scale_(const at::Tensor& tensor, const at::Tensor& factor) {
-  constexpr const char* op = "palu::scale_";
-  check_floating(op, "tensor", tensor);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": tensor must be contiguous, got strides ", text(tensor.strides()));
-  check_no_graph(op, "tensor", tensor);
-  check_device(op, "factor", factor, "tensor", tensor);
-  check_dim(op, "factor", factor, 0);
-  TORCH_CHECK_TYPE(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble, op,
-                   ": factor must be float32 or float64, got ", dtype_name(factor.scalar_type()));
-}
-
 }  // namespace palu

@@ -1,12 +1,52 @@
-// The schema of every palu op, and the Python module whose import registers them.
-// Kernels live in cpu/ and cuda/, for other devices in palu/ops/twins.py; fakes and autograd in palu/ops/library.py.
+// The schema of every palu op, the derivatives that none has, and the Python module whose import registers them.
+// Kernels live in cpu/ and cuda/, and where there is none in palu/ops/twins.py; fakes and autograd in
+// palu/ops/library.py.
+#include <c10/core/GradMode.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "checks.h"
+
+namespace palu {
+namespace {
+
+constexpr const char* kDifferentiable[] = {
+    "topk_mse",       "topk_mse_backward", "linear_topk_mse", "linear_topk_mse_frozen", "linear_topk_mse_backward",
+    "cross_entropy_", "unlikelihood_",     "kl_div_"};
+
+// torch would drop a tangent without a word, and its errors in torch.func are of no help.
+void refuse(const c10::OperatorHandle& op) {
+  std::string name = op.schema().name();
+  for (const char* suffix : {"_backward", "_frozen"}) name = name.substr(0, name.find(suffix));
+  const std::string twin = name.substr(name.rfind(':') + 1);
+  TORCH_CHECK(false, name,
+              " has reverse mode alone, one gradient at a time: neither torch.func, forward mode nor is_grads_batched "
+              "is supported; use palu.eager.",
+              twin);
+}
+
+void refuse_transform(const c10::OperatorHandle& op, torch::jit::Stack*) { refuse(op); }
+
+void refuse_tangent(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  {
+    const c10::AutoFwGradMode visible(true);  // an autograd function hides tangents from its forward pass
+    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
+      if (value.isTensor() && value.toTensor()._fw_grad(/*level=*/0).defined()) refuse(op);
+  }
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+template <auto* kernel>
+void register_for_all(torch::Library& m) {
+  for (const char* op : kDifferentiable) m.impl(op, torch::CppFunction::makeFromBoxedFunction<kernel>());
+}
+
+}  // namespace
+}  // namespace palu
 
 TORCH_LIBRARY(palu, m) {
   m.def("prefix_mask(Tensor labels, int n, int? eos_token_id=None) -> Tensor");
@@ -34,7 +74,6 @@ TORCH_LIBRARY(palu, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
   m.def("unlikelihood_(Tensor(a!) logits, Tensor labels, Tensor row_weight, float floor) -> Tensor");
   m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
-  m.def("scale_(Tensor(a!) tensor, Tensor factor) -> ()");
 
   // The argument checks alone, for kernels that are not written in C++: the arguments are the op's.
   using Optional = std::optional<at::Tensor>;
@@ -66,7 +105,10 @@ TORCH_LIBRARY(palu, m) {
         [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
           palu::check_kl_div_(logits, ref_logits, row_weight);
         });
-  m.def("_check_scale_(Tensor tensor, Tensor factor) -> ()", palu::check_scale_);
 }
+
+TORCH_LIBRARY_IMPL(palu, FuncTorchDynamicLayerFrontMode, m) { palu::register_for_all<&palu::refuse_transform>(m); }
+TORCH_LIBRARY_IMPL(palu, Batched, m) { palu::register_for_all<&palu::refuse_transform>(m); }  // is_grads_batched
+TORCH_LIBRARY_IMPL(palu, ADInplaceOrView, m) { palu::register_for_all<&palu::refuse_tangent>(m); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Registers the torch.ops.palu operators when imported."; }

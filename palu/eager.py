@@ -1,10 +1,8 @@
 """Plain-torch twins of the native ops, with the same signatures. Importing this module compiles nothing.
 
-Tests and benchmarks compare the ops with them, and they serve devices without native kernels (`palu/ops/twins.py`).
-Formulas: PALU, arXiv 2601.03190.
+Tests and benchmarks compare the ops with them, and they are the kernels where there is no native one
+(`palu/ops/twins.py`). What each computes, and the shapes it takes, stands in `csrc/*.h`.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +11,9 @@ from torch import Tensor
 __all__ = [
     "cross_entropy_",
     "kl_div_",
-    "linear_cross_entropy",
-    "linear_kl",
-    "linear_topk_kl",
-    "linear_topk_log_probs",
-    "linear_topk_logits",
     "linear_topk_mse",
     "linear_topk_mse_backward",
     "prefix_mask",
-    "scale_",
     "topk_mse",
     "topk_mse_backward",
     "topk_residual",
@@ -86,15 +78,7 @@ def topk_residual(logits: Tensor, index: Tensor, target: str | float = "global_m
 
 
 def topk_mse_backward(grad: Tensor, residual: Tensor, index: Tensor, through_mean: bool, grad_logits: Tensor) -> None:
-    """Twin of the backward pass of `topk_mse`: `grad_logits` [R, V] become the gradient (`csrc/topk_mse.h`).
-
-    Args:
-        grad: [R], of the losses.
-        residual: [R, K], of `topk_residual`, in the dtype of `grad`.
-        index: [R, K].
-        through_mean: whether the gradient flows through the mean over the vocabulary.
-        grad_logits: [R, V], overwritten.
-    """
+    """Twin of the backward pass of `topk_mse`: `grad_logits` become the gradient."""
     of_kept, of_all = _of_logits(grad, residual, index, through_mean, grad_logits.shape[1])
     grad_logits.copy_(of_kept.add_(of_all))
 
@@ -134,17 +118,7 @@ def linear_topk_mse_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Twin of the backward pass of `linear_topk_mse`: the gradient is added (`csrc/linear_topk_mse.h`).
-
-    It forms the gradient of the logits [R, V], and copies `hidden` and `weight` to the dtype of `grad`.
-
-    Args:
-        grad, residual, index, through_mean: as in `topk_mse_backward`.
-        hidden: [R, d].
-        weight: [V, d].
-        weight_mean: [d], the mean row of `weight`; needed for `grad_hidden` where `through_mean`.
-        grad_hidden, grad_weight, grad_bias: [R, d], [V, d] and [V], added to; None: not asked for.
-    """
+    """Twin of the backward pass of `linear_topk_mse`: the gradients are added. It forms that of the logits [R, V]."""
     vocab_size = weight.shape[0]
     of_kept, of_all = _of_logits(grad, residual, index, through_mean, vocab_size)
     if grad_hidden is not None:
@@ -160,69 +134,38 @@ def linear_topk_mse_backward(
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor:
-    """Cross-entropy of each row; `logits` become its gradient times `row_weight`.
-
-    Args:
-        logits: [R, V] float, overwritten.
-        labels: [R] int64.
-        row_weight: [R] float64 for float64 logits, else float32.
-
-    Returns:
-        [R], `logsumexp(z) - z[label]`, not weighted, in the dtype of `row_weight`.
-    """
-    z = logits.to(row_weight.dtype)
-    label = labels[:, None]
+    """Twin of `palu.ops.cross_entropy_`."""
+    z = logits.to(row_weight.dtype)  # the same tensor unless a half type
+    label, weight = labels[:, None], row_weight[:, None]
     picked = z.gather(1, label)[:, 0]
     top, where = z.max(1) if z.numel() else (picked, labels)
-    probability = torch.softmax(z, 1)
+    torch.softmax(z, 1, out=z)
     # At the largest logit softmax cannot underflow, and there z - log softmax(z) = logsumexp(z).
-    loss = top - probability.gather(1, where[:, None])[:, 0].log() - picked
-    logits.copy_(probability.mul_(row_weight[:, None]).scatter_add_(1, label, -row_weight[:, None]))
+    loss = top - z.gather(1, where[:, None])[:, 0].log() - picked
+    _write(logits, z.mul_(weight).scatter_add_(1, label, -weight))
     return loss
 
 
 def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
-    """Unlikelihood of each row's label (arXiv 1908.04319); `logits` become its gradient times `row_weight`.
-
-    Args:
-        logits: [R, V] float, V > 1, overwritten.
-        labels: [R] int64.
-        row_weight: [R] float64 for float64 logits, else float32.
-        floor: in [0, 1): a label that is not more probable than this has the loss 0 and the gradient 0.
-
-    Returns:
-        [R], `-log(1 - p[label])`, not weighted, in the dtype of `row_weight`.
-    """
-    z = logits.to(row_weight.dtype, copy=True)
+    """Twin of `palu.ops.unlikelihood_`."""
+    z = logits.to(row_weight.dtype)
     label = labels[:, None]
     picked = z.gather(1, label)[:, 0]
-    z.scatter_(1, label, float("-inf"))
-    top, where = z.max(1)
-    others = torch.softmax(z, 1)
+    top, where = z.scatter_(1, label, float("-inf")).max(1)
+    torch.softmax(z, 1, out=z)
     # As in cross_entropy_: the logsumexp of the others.
-    margin = picked - (top - others.gather(1, where[:, None])[:, 0].log())
+    margin = picked - (top - z.gather(1, where[:, None])[:, 0].log())
     probability = margin.sigmoid()
     pushed = ~(probability <= floor)  # a NaN stays one
     weight = (row_weight * probability * pushed)[:, None]
-    logits.copy_(others.mul_(-weight).scatter_(1, label, weight))
+    _write(logits, z.mul_(-weight).scatter_(1, label, weight))
     return torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
 
 
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:
-    """KL divergence of each row; `logits` become its gradient times `row_weight`.
-
-    With P = softmax(logits) and Q = softmax(ref_logits): KL(Q || P), whose gradient is P - Q, or with
-    `reverse` KL(P || Q), whose gradient is P * (log P - log Q - KL).
-
-    Args:
-        logits: [R, V] float, overwritten.
-        ref_logits: [R, V], the dtype of `logits`.
-        row_weight: [R] float64 for float64 logits, else float32.
-
-    Returns:
-        [R], not weighted, in the dtype of `row_weight`.
-    """
-    log_p = torch.log_softmax(logits, 1, dtype=row_weight.dtype)
+    """Twin of `palu.ops.kl_div_`."""
+    log_p = logits.to(row_weight.dtype)
+    torch.log_softmax(log_p, 1, out=log_p)
     log_q = torch.log_softmax(ref_logits, 1, dtype=row_weight.dtype)
     if reverse:
         log_ratio = log_q.neg_().add_(log_p)
@@ -233,140 +176,13 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
         q = log_q.exp()
         loss = _row_dot(q, log_q.sub_(log_p))
         gradient = log_p.exp_().sub_(q)
-    logits.copy_(gradient.mul_(row_weight[:, None]))
+    _write(logits, gradient.mul_(row_weight[:, None]))
     return loss
 
 
-def linear_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
-) -> Tensor:
-    """Compute the logits [..., V] of a head that may be scaled and capped, in the dtype of sums."""
-    logits = F.linear(hidden, weight, bias)
-    logits = logits.to(acc_dtype(logits.dtype)) * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def linear_topk_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Twin of `palu.ops.linear_topk_logits`."""
-    return linear_logits(hidden, weight, bias, softcap, scale).gather(-1, index.long())
-
-
-def linear_topk_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Twin of `palu.ops.linear_topk_log_probs`."""
-    return linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1).gather(-1, index.long())
-
-
-def linear_topk_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    teacher_log_probs: Tensor,
-    bias: Tensor | None = None,
-    *,
-    direction: str = "forward",
-    tail: str = "ignore",
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Twin of `palu.ops.linear_topk_kl`."""
-    log_all = linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1)
-    there = index != ignore_index
-    # One entry more, for what is not there: neither distribution has anything in it.
-    nowhere = torch.full_like(log_all[..., :1], -torch.inf)
-    i = torch.where(there, index.long(), log_all.shape[-1])
-    log_p = torch.cat([log_all, nowhere], -1).gather(-1, i)
-    log_q = torch.where(there, teacher_log_probs.to(log_p.dtype), -torch.inf)
-    if tail == "bucket":
-        kept = torch.cat([torch.zeros_like(log_all), nowhere], -1).scatter(-1, i, 1)[..., :-1] == 1
-        rest = log_all.masked_fill(kept, -torch.inf)
-        some = ~kept.all(-1, keepdim=True)
-        log_p_rest = torch.where(some, rest.masked_fill(~some, 0).logsumexp(-1, keepdim=True), -torch.inf)
-        q_rest = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=0) * some
-        if direction == "reverse":
-            q_rest = q_rest.clamp(min=torch.finfo(q_rest.dtype).eps)
-        log_p, log_q = torch.cat([log_p, log_p_rest], -1), torch.cat([log_q, q_rest.log()], -1)
-    log_p, log_q = (log_q, log_p) if direction == "forward" else (log_p, log_q)
-    nothing = log_p == -torch.inf  # of the distribution that comes first
-    ratio = log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0)
-    losses = (log_p.exp() * ratio).sum(-1)
-    return _reduced(losses, there.any(-1), reduction)
-
-
-def linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    *,
-    labels: Tensor | None = None,
-    direction: str = "forward",
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    scale: float = 1.0,
-    ref_softcap: float | None = None,
-    ref_scale: float = 1.0,
-) -> Tensor:
-    """Twin of `palu.ops.linear_kl`."""
-    log_p = linear_logits(hidden, weight, bias, softcap, scale).log_softmax(-1)
-    log_q = linear_logits(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale).log_softmax(-1).detach()
-    given, wanted = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    losses = F.kl_div(given, wanted.to(given.dtype), log_target=True, reduction="none").sum(-1)
-    counts = torch.ones_like(losses, dtype=torch.bool) if labels is None else labels != ignore_index
-    return _reduced(losses, counts, reduction)
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    shift: bool = False,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Twin of `palu.ops.linear_cross_entropy`."""
-    if shift:
-        hidden, labels = hidden[..., :-1, :], labels[..., 1:]
-    logits = linear_logits(hidden, weight, bias, softcap, scale)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "none"}
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options).view(labels.shape)
-    return _reduced(losses, labels != ignore_index, reduction)
-
-
-def _reduced(losses: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    losses = torch.where(counts, losses, 0)
-    if reduction == "none":
-        return losses
-    return losses.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)
-
-
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply a contiguous tensor by a scalar tensor, float32 or float64, in place."""
-    tensor.view(-1).mul_(factor.view(1))  # one dimension: a scalar would be rounded to the tensor's dtype first
+def _write(logits: Tensor, gradient: Tensor) -> None:
+    if gradient is not logits:
+        logits.copy_(gradient)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""The PALU losses (arXiv 2601.03190): the textbook form on logits, and the fused form on hidden states.
+"""The losses: PALU's textbook form on logits (arXiv 2601.03190), and the fused form on hidden states.
 
-With ``z`` the current logits, ``V_top`` the K indices that the frozen reference ranks highest::
+With ``z`` the current logits, ``P_theta`` their softmax and ``V_top`` the K indices that the frozen reference ranks
+highest::
 
-    L_local = mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2
+    L_local = mean over sensitive tokens of -log(1 - P_theta(token))               (unlikelihood, the default)
+              mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2       (the paper's)
     L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
     L_retain = mean token cross-entropy
 
-:func:`palu_loss` takes full logits and suits any trainer. :func:`fused_linear_losses` takes the last hidden
-states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
+:func:`palu_loss` takes full logits, has the paper's local loss and suits any trainer. :func:`fused_linear_losses` takes
+the last hidden states of only those tokens that have a role, and never holds more logits than ``chunk_bytes``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
 from palu.ops.fused import GradientSum
 from palu.ops.labels import checked_labels
-from palu.ops.library import check_tensors
+from palu.ops.library import check_tensors, first_order_only
 from palu.settings import KL_DIRECTIONS
 
 
@@ -206,7 +208,7 @@ def fused_linear_losses(
 
     Raises:
         ValueError: ``impl="gather"`` with a capped head.
-        RuntimeError: in a transform of ``torch.func`` or in forward mode, which :func:`palu_loss` knows.
+        RuntimeError: in a transform of ``torch.func`` or in forward mode.
     """
     if torch._C._are_functorch_transforms_active():  # torch's own error would ask for another forward pass
         _reverse_mode_only()
@@ -223,7 +225,7 @@ def fused_linear_losses(
 def _reverse_mode_only() -> NoReturn:
     raise RuntimeError(
         "fused_linear_losses has first derivatives in reverse mode only, and no torch.func transforms; "
-        "use palu_loss, or the plain-torch twins in palu.eager"
+        "use the plain-torch twins in palu.eager"
     )
 
 
@@ -314,8 +316,8 @@ class _FusedLinearLosses(torch.autograd.Function):
         _reverse_mode_only()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("fused_linear_losses", "the plain-torch twins in palu.eager")
         if ctx.grads is None:
             raise RuntimeError(
                 "the gradients of fused_linear_losses were already used: call it again for another backward pass"
@@ -323,9 +325,16 @@ class _FusedLinearLosses(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         for i, (dtype, factor) in enumerate(zip(ctx.dtypes, ctx.factors, strict=True)):
             if grads[i] is not None:
-                fused.scale_(grads[i], grad_total if factor == 1 else grad_total * factor)
+                _scale_(grads[i], grad_total if factor == 1 else grad_total * factor)
                 grads[i] = grads[i].to(dtype)
         return (*grads, *[None] * 7)
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    if factor.device.type != "cpu":  # one that is 1, too: to ask would be to wait for the GPU
+        gradient.view(-1).mul_(factor.view(1))  # of one dimension: a scalar would be rounded to gradient's dtype first
+    elif factor != 1:
+        gradient.mul_(factor.item())
 
 
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)

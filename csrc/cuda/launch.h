@@ -145,13 +145,4 @@ struct KlDiv {
 };
 void kl_div_(const KlDiv& p, cudaStream_t stream);
 
-struct Scale {
-  Dtype dtype;
-  bool factor64;
-  void* tensor;        // T [n], contiguous
-  const void* factor;  // float64 [1] if factor64, else float32 [1]; on the device: no host synchronisation
-  int64_t n;
-};
-void scale_(const Scale& p, cudaStream_t stream);
-
 }  // namespace palu::cuda

@@ -264,18 +264,6 @@ at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const
   return loss;
 }
 
-void scale_(const at::Tensor& tensor, const at::Tensor& factor) {
-  check_scale_(tensor, factor);
-  const OnDeviceOf device(tensor);
-  cuda::Scale p{};
-  p.dtype = dtype_of(tensor);
-  p.factor64 = factor.scalar_type() == at::kDouble;
-  p.tensor = tensor.mutable_data_ptr();
-  p.factor = factor.const_data_ptr();
-  p.n = tensor.numel();
-  cuda::scale_(p, device.stream);
-}
-
 }  // namespace
 }  // namespace palu
 
@@ -288,5 +276,4 @@ TORCH_LIBRARY_IMPL(palu, CUDA, m) {
   m.impl("cross_entropy_", palu::cross_entropy_);
   m.impl("unlikelihood_", palu::unlikelihood_);
   m.impl("kl_div_", palu::kl_div_);
-  m.impl("scale_", palu::scale_);
 }

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu.eager import acc_dtype
-from palu.ops import library
 from palu.ops.library import NATIVE_DEVICES, check_tensors
 from palu.settings import TARGETS
 
@@ -63,7 +62,7 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
     check_tensors("palu::topk_mse", logits=logits, index=index)
-    loss, _ = library.topk_mse(logits, index, *split_target(target))
+    loss, _ = _ops.topk_mse(logits, index, *split_target(target))
     return loss
 
 
@@ -109,16 +108,31 @@ def linear_topk_mse(
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
+    name, constant = split_target(target)
     gather = True
     if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
         (rows, k), vocab_size = index.shape, weight.shape[0]
         gather = use_gather(impl, rows, k, vocab_size, hidden.device.type)
-    return (_gather if gather else _dense)(hidden, weight, index, target, bias, weight_mean)
+    if not gather:
+        with torch.no_grad():  # the op's checks, on no rows: linear() would say less of what is wrong
+            _ops.linear_topk_mse(hidden[:0], weight, index[:0], bias, weight_mean, "constant", 0.0)
+        return topk_mse(F.linear(hidden, weight, bias), index, target)
+    mean = needed_mean(weight, weight_mean, name)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    with_grad = torch.is_grad_enabled() and hidden.requires_grad
+    op = _ops.linear_topk_mse_frozen if with_grad and frozen and has_frozen(hidden, name) else _ops.linear_topk_mse
+    loss, _ = op(hidden, weight, index, bias, mean, name, constant)
+    return loss
 
 
 def weight_mean(weight: Tensor) -> Tensor:
     """Compute the mean row of a head, `weight.mean(0)`: [d] from [V, d], float64 for float64 and else float32."""
     return weight.detach().mean(0, dtype=acc_dtype(weight.dtype))
+
+
+def needed_mean(weight: Tensor, mean: Tensor | None, target: str) -> Tensor | None:
+    """Return the mean row that a target needs: the given one, or computed here."""
+    return weight_mean(weight) if mean is None and target.startswith("global_mean") else mean
 
 
 def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, *, beside_dense: bool = False) -> bool:
@@ -160,28 +174,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _gather(
-    hidden: Tensor, weight: Tensor, index: Tensor, target: str | float, bias: Tensor | None, mean: Tensor | None
-) -> Tensor:
-    name, constant = split_target(target)
-    if mean is None and name.startswith("global_mean"):
-        mean = weight_mean(weight)
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    with_grad = torch.is_grad_enabled() and hidden.requires_grad
-    once = with_grad and frozen and has_frozen(hidden, name)
-    op = library.linear_topk_mse_frozen if once else library.linear_topk_mse
-    loss, _ = op(hidden, weight, index, bias, mean, name, constant)
-    return loss
-
-
-def _dense(
-    hidden: Tensor, weight: Tensor, index: Tensor, target: str | float, bias: Tensor | None, mean: Tensor | None
-) -> Tensor:
-    with torch.no_grad():  # the other path's checks, on no rows: linear() would say less of what is wrong
-        _ops.linear_topk_mse(hidden[:0], weight, index[:0], bias, mean, "constant", 0.0)
-    return topk_mse(F.linear(hidden, weight, bias), index, target)
 
 
 def split_target(target: str | float) -> tuple[str, float]:

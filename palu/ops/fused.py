@@ -1,13 +1,12 @@
-"""Losses with forward and backward in one call: the gradient is written over the input. No autograd.
+"""Losses with forward and backward in one call, for `palu.losses.fused_linear_losses`. No autograd.
 
-For `palu.losses.fused_linear_losses` and the ops of `palu/ops/loss_ops.py`. A trailing underscore means, as in
-torch, that the first argument is overwritten.
+A trailing underscore means, as in torch, that the first argument is overwritten: with its gradient.
 """
 
 import torch
 from torch import Tensor
 
-from palu.ops.functional import has_frozen, split_target, weight_mean
+from palu.ops.functional import has_frozen, needed_mean, split_target
 
 _ops = torch.ops.palu
 
@@ -37,8 +36,7 @@ def linear_topk_mse_fwd_bwd(
         grads: those of hidden [R, d], weight [V, d] and bias [V]; None: not asked for.
     """
     name, constant = split_target(target)
-    if mean is None and name.startswith("global_mean"):
-        mean = weight_mean(weight)
+    mean = needed_mean(weight, mean, name)
     grad_hidden, *grads_of_head = grads
     if grad_hidden is not None and grads_of_head == [None, None] and has_frozen(hidden, name):
         loss, gradient = _ops.linear_topk_mse_frozen(hidden, weight, index, bias, mean, name, constant)
@@ -73,115 +71,6 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
     `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: float64 for float64 logits, else float32.
     """
     return _ops.kl_div_(logits, ref_logits, row_weight, reverse)
-
-
-def softmax_(logits: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite logits [r, V] with their softmax times `row_weight` [r].
-
-    `row_weight` and the results: float64 for float64 logits, else float32.
-
-    Returns:
-        The largest logit [r], and how far the logsumexp lies above it [r]: to log V. (Their sum would be rounded.)
-    """
-    top, where = logits.max(1)
-    above = cross_entropy_(logits, where, row_weight)  # of the largest entry, logsumexp - top
-    logits.scatter_(1, where[:, None], (row_weight * above.neg().exp())[:, None].to(logits.dtype))
-    return top.to(row_weight.dtype), above
-
-
-def group_sums(index: Tensor, values: Tensor) -> Tensor:
-    """Add up the values [r, K] of equal entries of index [r, K] in a row; each of them gets the sum."""
-    index = index.contiguous()  # else searchsorted warns
-    groups = torch.searchsorted(index.sort(1).values, index)
-    return torch.zeros_like(values).scatter_add_(1, groups, values).gather(1, groups)
-
-
-def topk_kl_(
-    logits: Tensor,
-    row_weight: Tensor,
-    index: Tensor,
-    teacher_log_probs: Tensor,
-    reverse: bool,
-    bucket: bool,
-    ignore_index: int,
-) -> Tensor:
-    """Compute the KL between a teacher's top K and softmax(logits) [r]; `logits` [r, V] become its gradient, weighted.
-
-    With q_k the teacher's probabilities, p = softmax(z) and p_k = p at index[k]; what is not among the K is the rest:
-
-        ignore   dz at index_k is c_k - p_k C, dz_v = -p_v C of the rest, with C = sum_k c_k
-                 forward   sum_k q_k (log q_k - log p_k)          c_k = -q_k
-                 reverse   sum_k p_k (log p_k - log q_k)          c_k = p_k (log p_k - log q_k + 1)
-        bucket   the same sums with one term more, q_rest = 1 - sum_k q_k and p_rest = 1 - sum_k p_k. Over the rest,
-                 dz_v is shared out as p_v / p_rest = softmax(z over the rest)_v. m = sum_k q_k + q_rest is 1.
-                 forward   dz at index_k: m p_k - q_k             dz of the rest: m p_rest - q_rest
-                 reverse   dz at index_k: p_k (log p_k - log q_k - loss)       the rest likewise
-
-    log p_rest is taken from the rest's own logsumexp, so that it is finite and exact where p_rest is nearly nothing.
-    What belongs to index_k is formed in float32 and rounded once: as a difference of bfloat16 numbers p_k - q_k would
-    be wrong by all of it where both are nearly the same.
-
-    Args:
-        index: [r, K], distinct in a row; `ignore_index` marks entries that are not there, and each row has one that is.
-        teacher_log_probs: [r, K].
-    """
-    dtype = row_weight.dtype
-    there = index != ignore_index
-    first = there.to(torch.uint8).argmax(1, keepdim=True)
-    i = torch.where(there, index, index.gather(1, first)).long()  # what is not there writes what the first one does
-    log_q = teacher_log_probs.to(dtype).masked_fill(~there, -torch.inf)
-    q = log_q.exp()
-    z = logits.gather(1, i).to(dtype)
-    if not bucket:
-        top, above = softmax_(logits, torch.ones_like(row_weight) if reverse else row_weight * q.sum(1))
-        log_p = (z - top[:, None]) - above[:, None]
-        p = log_p.exp()
-        if reverse:
-            ratio = (log_p - log_q).masked_fill(~there, 0)
-            loss = _times(p, ratio).sum(1)
-            c = _times(p, ratio + 1).masked_fill(~there, 0)
-            logits.mul_((-row_weight * c.sum(1))[:, None])
-        else:
-            loss, c = _times(q, log_q - log_p).sum(1), -q
-        of_kept = c - p * c.sum(1, keepdim=True)
-        of_kept = torch.where(there, of_kept, of_kept.gather(1, first)) * row_weight[:, None]
-        logits.scatter_(1, i, of_kept.to(logits.dtype))
-        return loss
-
-    lowest = torch.finfo(logits.dtype).min
-    logits.scatter_(1, i, lowest)
-    top, above = softmax_(logits, torch.ones_like(row_weight))
-    top = top.masked_fill(top == lowest, -torch.inf)  # nothing but the K
-    z = z.masked_fill(~there, -torch.inf)
-    highest = torch.maximum(top, z.amax(1))
-    z, lse_rest = z - highest[:, None], (top - highest) + above
-    lse = torch.logaddexp(z.logsumexp(1), lse_rest)
-    log_p, log_p_rest = z - lse[:, None], lse_rest - lse
-    p, p_rest = log_p.exp(), log_p_rest.exp()
-    q_rest = (1 - q.sum(1)).clamp(min=0).masked_fill(top == -torch.inf, 0)
-    if reverse:
-        ratio = log_p - log_q
-        ratio_rest = log_p_rest - q_rest.clamp(min=torch.finfo(dtype).eps).log()
-        loss = _times(p, ratio).sum(1) + _times(p_rest, ratio_rest)
-        of_kept, of_rest = _times(p, ratio - loss[:, None]), _times(p_rest, ratio_rest - loss)
-    else:
-        loss = _times(q, log_q - log_p).sum(1) + _times(q_rest, q_rest.log() - log_p_rest)
-        mass = q.sum(1) + q_rest
-        of_kept, of_rest = mass[:, None] * p - q, mass * p_rest - q_rest
-    logits.mul_((row_weight * of_rest)[:, None])
-    of_kept = torch.where(there, of_kept, of_kept.gather(1, first)) * row_weight[:, None]
-    logits.scatter_(1, i, of_kept.to(logits.dtype))
-    return loss
-
-
-def _times(probability: Tensor, value: Tensor) -> Tensor:
-    """0 where the probability is 0, whatever the value."""
-    return torch.where(probability > 0, probability * value, 0)
-
-
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply a tensor by a scalar tensor: free where that is 1, and without waiting for a GPU."""
-    _ops.scale_(tensor, factor)
 
 
 class GradientSum:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from palu import eager, ops
-from palu.ops.linear_losses import TAILS
 from palu.settings import KL_DIRECTIONS, TARGETS
 
 ROWS, VOCAB, HIDDEN, K = 33, 1009, 64, 20
@@ -74,9 +73,6 @@ def _functions() -> dict[str, Callable[[Any, torch.device, torch.dtype], _Result
     for target in (*TARGETS, 0.5):
         functions[f"topk_mse, {target}"] = partial(_topk_mse, target=target)
         functions[f"linear_topk_mse, {target}"] = partial(_linear_topk_mse, target=target)
-    functions["linear_topk_log_probs"] = _linear_topk_log_probs
-    for tail in TAILS:
-        functions[f"linear_topk_kl, {tail}"] = partial(_linear_topk_kl, tail=tail)
     functions["cross_entropy_"] = _cross_entropy
     functions["unlikelihood_"] = _unlikelihood
     for direction in KL_DIRECTIONS:
@@ -110,26 +106,6 @@ def _linear_topk_mse(module: Any, device: torch.device, dtype: torch.dtype, targ
     loss = module.linear_topk_mse(hidden, weight, _index(7, VOCAB, ROWS, K).to(device), target, bias)
     grads = torch.autograd.grad(loss @ _random(8, ROWS).to(loss.dtype).to(device), (hidden, weight, bias))
     return [loss.detach(), *grads]
-
-
-def _head(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    hidden, weight = (_random(seed, *shape) for seed, shape in ((15, (ROWS, HIDDEN)), (16, (VOCAB, HIDDEN))))
-    return (hidden / 4).to(dtype).to(device).requires_grad_(), weight.to(dtype).to(device).requires_grad_()
-
-
-def _linear_topk_log_probs(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    hidden, weight = _head(device, dtype)
-    result = module.linear_topk_log_probs(hidden, weight, _index(17, VOCAB, ROWS, K).to(device))
-    upstream = _random(18, ROWS, K).to(result.dtype).to(device)
-    return [result.detach(), *torch.autograd.grad(result, (hidden, weight), upstream)]
-
-
-def _linear_topk_kl(module: Any, device: torch.device, dtype: torch.dtype, tail: str) -> _Results:
-    hidden, weight = _head(device, dtype)
-    top = _random(19, ROWS, VOCAB).log_softmax(1).topk(K)
-    teacher = top.values.float().to(dtype).to(device)
-    loss = module.linear_topk_kl(hidden, weight, top.indices.to(device), teacher, tail=tail)
-    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
 def _cross_entropy(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:

@@ -18,7 +18,7 @@ FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-u
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-but-set-variable"]
 # nvcc contracts a*b+c to an FMA wherever it can.
 FLAGS += ["-ffp-contract=fast"]
-# For the kernels. These only put in the calls; without them at link time, they come to emulate.cpp.
+# For the kernels. These only put in the calls; without them at link time, they come to accesses.cpp.
 CHECKS = ["-fsanitize=thread", "-fsanitize=undefined", "-fno-sanitize=vptr"]
 
 Texts = dict[str, str]  # of the sources, by their path from the root of the repository
@@ -56,7 +56,7 @@ def build_changed(folder: Path, architecture: int, unit: str, texts: Texts) -> P
     return link(folder, architecture, objects)
 
 
-MACHINE = ("emulate.cpp", "wrappers.cpp")
+MACHINE = ("emulate.cpp", "accesses.cpp", "wrappers.cpp")
 
 
 def compile_kernels(folder: Path, architecture: int, unit: str, texts: Texts) -> Path:

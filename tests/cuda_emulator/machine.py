@@ -9,7 +9,7 @@ from typing import Any
 
 import compiler
 import torch
-from compare import compare
+from helpers.compare import compare
 from torch import Tensor
 
 GUARD = 4096  # bytes around every tensor

@@ -1,7 +1,7 @@
 """Run the CUDA kernels of palu on an emulated GPU, beside their plain-torch twins in float64.
 
 python tests/cuda_emulator/run.py                                # fixed and random cases of every op, planted faults
-python tests/cuda_emulator/run.py --only kl,scale --cases 2000   # many random cases of some ops
+python tests/cuda_emulator/run.py --only kl,topk --cases 2000    # many random cases of some ops
 python tests/cuda_emulator/run.py --case topk_mse/repeats/float16 --arch 900
 
 Needs g++ 12 or later, no GPU and no CUDA. Exits 1 if there is any finding. README.md says what is checked.
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for helpers
 
 import cases
 import compiler

@@ -19,6 +19,5 @@ PALU_LAUNCHER(linear_grad_weight, LinearTopkMseBackward)
 PALU_LAUNCHER(cross_entropy_, CrossEntropy)
 PALU_LAUNCHER(unlikelihood_, Unlikelihood)
 PALU_LAUNCHER(kl_div_, KlDiv)
-PALU_LAUNCHER(scale_, Scale)
 
 }  // namespace palu::cuda

@@ -1,11 +1,10 @@
 """Random calls of every op: shapes, strides, dtypes and bad arguments. Not a pytest file; `make sanitize` runs it.
 
 A call with good arguments must agree with plain torch in float64 and write nothing outside its buffers. One with a
-bad argument must raise the right exception and change nothing. Some tensors fill their allocation, where the sanitizer
-sees an access just outside; the others are views of larger ones, whose poison (NaN, an index out of range) shows in
-the result. `--sanitize` builds the ops with AddressSanitizer and UBSan, without it they are the usual ones.
+bad argument must raise the right exception and change nothing. `--sanitize` builds the ops with AddressSanitizer and
+UBSan, without it they are the usual ones.
 
-`_fuzzer.py` makes the calls, `_draw.py` their arguments; `_kernel_calls.py` and `_general_calls.py` have the ops.
+The calls are those of tests/helpers/op_calls.py, as in tests/ops/test_ops.py.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 
 def sanitized_environment() -> dict[str, str]:
@@ -43,9 +43,10 @@ def main() -> int:
     if options.record:
         os.environ.pop("LD_PRELOAD", None)  # not for the compilers that this process starts
         sys.modules["palu._C"] = None  # type: ignore[assignment]  # the ops built from these sources, nothing prebuilt
-        from _fuzzer import Fuzzer  # loads them
+        sys.path.append(str(Path(__file__).resolve().parents[1]))  # for helpers
+        from _fuzzer import fuzz  # loads them
 
-        return Fuzzer(options.seed, options.cases, options.record).run()
+        return fuzz(options.seed, options.cases, options.record)
     with tempfile.NamedTemporaryFile("r") as record:
         environment = os.environ | (sanitized_environment() if options.sanitize else {})
         command = [sys.executable, *sys.argv, "--record", record.name]

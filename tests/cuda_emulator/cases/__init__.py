@@ -1,4 +1,7 @@
-"""The cases of every op. A new op has a module here, with `fixed` and `make`, and a line in OPS."""
+"""The cases of every op: fixed.py has those of a certain path, launches.py what makes a case of its sizes.
+
+The arguments, and what must come of them, are those of tests/helpers/op_cases.py.
+"""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -6,10 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from helpers.op_cases import DTYPES, Draw
 from machine import Case
 
-from cases import linear_topk_mse, out_of_range, prefix_mask, scale, softmax_loss, topk_mse
-from cases.draw import DTYPES, Draw, Fixed, short
+from cases import fixed, launches, out_of_range
+from cases.fixed import Fixed
+
+LARGE = 0.6  # of the random vocabularies are as large as a model's
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,15 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
+_OF_KL = partial(fixed.softmax_loss, rows_read=2)
 OPS = {
-    "prefix_mask": Op(prefix_mask.make, prefix_mask.fixed, dtypes=()),
-    "topk_mse": Op(topk_mse.make, topk_mse.fixed),
-    "linear_topk_mse": Op(linear_topk_mse.make, linear_topk_mse.fixed),
-    "cross_entropy_": Op(softmax_loss.cross_entropy, partial(softmax_loss.fixed, rows_read=1)),
-    "unlikelihood_": Op(softmax_loss.unlikelihood, softmax_loss.fixed_with_others),
-    "kl_div_": Op(softmax_loss.kl_div, partial(softmax_loss.fixed, rows_read=2)),
-    "kl_div_reverse": Op(softmax_loss.kl_div_reverse, partial(softmax_loss.fixed, rows_read=2)),
-    "scale_": Op(scale.make, scale.fixed),
+    "prefix_mask": Op(launches.prefix_mask, fixed.prefix_mask, dtypes=()),
+    "topk_mse": Op(launches.topk_mse, fixed.topk_mse),
+    "linear_topk_mse": Op(launches.linear_topk_mse, fixed.linear_topk_mse),
+    "cross_entropy_": Op(partial(launches.softmax_loss, op="cross_entropy_"), partial(fixed.softmax_loss, rows_read=1)),
+    "unlikelihood_": Op(partial(launches.softmax_loss, op="unlikelihood_"), fixed.unlikelihood),
+    "kl_div_": Op(partial(launches.softmax_loss, op="kl_div_", reverse=False), _OF_KL),
+    "kl_div_reverse": Op(partial(launches.softmax_loss, op="kl_div_", reverse=True), _OF_KL),
     "out_of_range": Op(out_of_range.make, out_of_range.fixed, dtypes=(torch.float32,)),
 }
 
@@ -38,7 +44,7 @@ def fixed_names(op: str) -> Iterator[str]:
     """Yield the names of an op's fixed cases, "op/case/dtype", or "op/case" where no dtype is to be chosen."""
     for dtype in OPS[op].dtypes or (None,):
         for case in OPS[op].fixed(dtype or torch.int64):
-            yield f"{op}/{case.name}" + (f"/{short(dtype)}" if dtype else "")
+            yield f"{op}/{case.name}" + (f"/{dtype}".replace("torch.", "") if dtype else "")
 
 
 def random_names(op: str, count: int, seed: int) -> Iterator[str]:
@@ -56,11 +62,11 @@ def seed_of(name: str) -> int:
 def make(name: str) -> Case:
     """Make the case of this name."""
     op, case, *dtype = name.split("/")
-    draw = Draw(seed_of(name))
+    draw = Draw(seed_of(name), large=LARGE)
     if case.isdecimal():
         return OPS[op].make(draw)
     of = getattr(torch, dtype[0]) if dtype else None
-    sizes = next(fixed.sizes for fixed in OPS[op].fixed(of or torch.int64) if fixed.name == case)
+    sizes = next(known.sizes for known in OPS[op].fixed(of or torch.int64) if known.name == case)
     return OPS[op].make(draw, **sizes, **({"dtype": of} if of else {}))
 
 

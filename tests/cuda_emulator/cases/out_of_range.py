@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import torch
+from helpers.op_cases import OF_LABELS, Draw
 from machine import Case
 
-from cases import linear_topk_mse, softmax_loss, topk_mse
-from cases.draw import Draw, Fixed
+from cases import launches
+from cases.fixed import Fixed
 
-LAUNCHERS = ("topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_grad_hidden", *softmax_loss.OF_LABELS)
+LAUNCHERS = ("topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_grad_hidden", *OF_LABELS)
 
 
 def fixed(_: torch.dtype) -> Iterator[Fixed]:
@@ -30,17 +31,17 @@ def make(
     launcher = launcher or draw.one(*LAUNCHERS)
     if drawn:
         value = draw.one(-1, None, 2**31 - 1, 2**32)
-    if launcher in softmax_loss.OF_LABELS:
-        case = softmax_loss.make(draw, op=launcher, dtype=dtype, rows=2, vocabulary=300)
+    if launcher in OF_LABELS:
+        case = launches.softmax_loss(draw, op=launcher, dtype=dtype, rows=2, vocabulary=300)
         name, vocabulary = "labels", 300
     elif launcher.startswith("topk_mse"):
         vocabulary = draw.one(5, 300, 40_000) if drawn else 300
-        case = topk_mse.make(draw, dtype=dtype, rows=2, vocabulary=vocabulary, k=draw.one(3, 600))
+        case = launches.topk_mse(draw, dtype=dtype, rows=2, vocabulary=vocabulary, k=draw.one(3, 600))
         name = "index"
     else:
         vocabulary = 9
         everything = (True, True, True)
-        case = linear_topk_mse.make(
+        case = launches.linear_topk_mse(
             draw, dtype=dtype, rows=2, vocabulary=9, size=draw.one(7, 64), k=40, target="local_mean", wanted=everything
         )
         name = "index"

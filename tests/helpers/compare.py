@@ -1,4 +1,4 @@
-"""Errors of a result, in units of what cannot be helped."""
+"""How far a result of an op is off, in units of what cannot be helped."""
 
 import math
 

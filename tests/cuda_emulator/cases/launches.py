@@ -1,0 +1,208 @@
+"""Launches of the kernels: the arguments of a case placed in guarded memory, and the launchers' structs."""
+
+from typing import Any
+
+import torch
+from helpers import op_cases
+from helpers.op_cases import DTYPES, OF_LABELS, Draw, OpCase
+from machine import Case, Output, Phase, Placed
+
+from palu.eager import acc_dtype
+
+
+def layout(draw: Draw, columns: int, lead: int | None, pad: int | None) -> dict[str, Any]:
+    """Return `lead` and `stride` of a tensor whose rows are `pad` apart: aligned, anywhere, or apart."""
+    lead = draw.one(0, 0, 1, 3, 5, 7) if lead is None else lead
+    return {"lead": lead, "stride": columns + (draw.one(0, 0, 0, 1, 3, 8, 16) if pad is None else pad)}
+
+
+def of_case(case: OpCase, places: dict[str, Placed | None], phases: list[Phase], text: str) -> Case:
+    """Make a case of its placed tensors; the outputs are among them."""
+    expected = {name: of for name, of in case.expected().items() if places.get(name) is not None}
+    outputs = [Output(places[name], *of) for name, of in expected.items()]  # type: ignore[arg-type]
+    return Case(f"{case.text}, {text}", [p for p in places.values() if p is not None], phases, outputs)
+
+
+def prefix_mask(draw: Draw, *, place: str | None = None, **sizes: Any) -> Case:
+    """Launch it on labels whose rows are apart, transposed, in steps, or one row expanded."""
+    case = op_cases.prefix_mask(draw, **sizes)
+    labels, n, eos = case.inputs["labels"], case.inputs["n"], case.inputs["eos_token_id"]
+    batch, length = labels.shape
+    place = place or draw.one("rows", "rows", "transposed", "steps", "expanded")
+    if place == "expanded":
+        labels.copy_(labels[:1].clone().expand(batch, length))
+        placed = Placed("labels", labels[:1].clone())
+        strides = 0, 1
+    elif place == "transposed":
+        placed = Placed("labels", labels.t().clone(), stride=batch + draw.one(0, 3))
+        strides = 1, placed.stride
+    elif place == "steps":
+        step = draw.one(2, 3)
+        spread = torch.full((batch, length * step), 1)
+        spread[:, ::step] = labels
+        placed = Placed("labels", spread, stride=length * step + draw.one(0, 5))
+        strides = placed.stride, step
+    else:
+        placed = Placed("labels", labels, stride=length + draw.one(0, 1, 5))
+        strides = placed.stride, 1
+    mask = Placed("mask", None, (batch, length), torch.bool)
+    call = {"labels": placed, "batch_stride": strides[0], "token_stride": strides[1], "mask": mask}
+    call |= {"batch": batch, "length": length, "n": n, "eos": -1 if eos is None else eos}
+    return of_case(case, {"labels": placed, "mask": mask}, [Phase("prefix_mask", call, ["mask"], ["mask"])], place)
+
+
+def _center(target: str | float) -> dict[str, Any]:
+    if not isinstance(target, str):
+        return {"center": 2, "constant": float(target)}
+    return {"center": int(target == "local_mean"), "constant": 0.0}
+
+
+def topk_mse(draw: Draw, *, lead: int | None = None, pad: int | None = None, edges: bool = False, **sizes: Any) -> Case:
+    """Launch both passes on logits and a gradient whose rows are `pad` apart.
+
+    `edges`: candidates at both sides of a tile's end. K and the vocabulary must be larger than 4.
+    """
+    case = op_cases.topk_mse(draw, **sizes)
+    z, at, incoming, target = (case.inputs[name] for name in ("logits", "index", "grad", "target"))
+    (rows, vocabulary), k, acc = z.shape, at.shape[1], acc_dtype(z.dtype)
+    gradient = Placed("grad_logits", None, (rows, vocabulary), z.dtype, **layout(draw, vocabulary, lead, pad))
+    if edges:
+        _put_at_edges(at, gradient)
+    logits = Placed("logits", z, **layout(draw, vocabulary, lead, pad))
+    places: dict[str, Placed | None] = {
+        "logits": logits,
+        "index": Placed("index", at),
+        "grad": Placed("grad", incoming),
+        "loss": Placed("loss", None, (rows,), acc),
+        "residual": Placed("residual", None, (rows, k), acc),
+        "grad_logits": gradient,
+    }
+    both = {"dtype": DTYPES.index(z.dtype), "index64": at.dtype == torch.int64, "rows": rows, "vocab_size": vocabulary}
+    both |= {"k": k, "index": places["index"], "residual": places["residual"]}
+    forward = both | {"logits": logits, "logits_stride": logits.stride, "loss": places["loss"]} | _center(target)
+    backward = both | {"grad": places["grad"], "grad_logits": gradient, "grad_logits_stride": gradient.stride}
+    backward |= {"through_mean": target == "global_mean"}
+    phases = [
+        Phase("topk_mse", forward, ["loss", "residual"], ["loss", "residual", "grad_logits"]),
+        Phase("topk_mse_backward", backward, ["grad_logits"], ["grad_logits"]),
+    ]
+    return of_case(case, places, phases, f"logits {logits.place()}, gradient {gradient.place()}")
+
+
+def _put_at_edges(index: torch.Tensor, gradient: Placed) -> None:
+    """Put the last candidates of each row at its beginning, and at both sides of the first tile's end or the row's."""
+    tile = 64 * 1024 // gradient.element
+    for r in range(gradient.rows):
+        before = (gradient.pointer // gradient.element + r * gradient.stride) % (16 // gradient.element)
+        end = min(tile - before, gradient.columns - 1)
+        row = index[r]
+        for column, place in ((-1, end), (-2, end - 1), (-3, 0), (-4, 1)):
+            row[row == place] = row[column]  # each once
+            row[column] = place
+
+
+def linear_topk_mse(
+    draw: Draw, *, lead: int | None = None, pad: int | None = None, only: bool = False, **sizes: Any
+) -> Case:
+    """Launch it and the gradients that are asked for.
+
+    `lead` and `pad` are those of weight, and `pad` that of its gradient. `only`: the gradients alone, with the residual
+    given.
+    """
+    case = op_cases.linear_topk_mse(draw, **sizes)
+    a, dtype, acc = case.inputs, case.dtype, acc_dtype(case.dtype)
+    (rows, size), (vocabulary, _), k, target = a["hidden"].shape, a["weight"].shape, a["index"].shape[1], a["target"]
+    of_hidden, of_weight, of_bias = (a[f"grad_{name}"] is not None for name in ("hidden", "weight", "bias"))
+    through, is_global = target == "global_mean", _center(target)["center"] == 0
+    apart = draw.one(0, 0, 0, 1, 8, 16) if pad is None else pad
+    leads = {"weight": draw.one(0, 0, 0, 1, 8) if lead is None else lead}
+    leads["hidden"] = draw.one(0, 0, 0, 1) if pad is None else 0
+    strides = {"weight": size + apart, "grad_hidden": size + draw.one(0, 0, 3)}
+    strides["grad_weight"] = size + (draw.one(0, 0, 3, 8) if pad is None else pad)
+    slices = min(-(-1024 // rows), -(-k // 32)) if rows else 1  # as in linear_topk_mse_backward.cu
+    places: dict[str, Placed | None] = {
+        name: None if t is None else Placed(name, t, lead=leads.get(name, 0), stride=strides.get(name))
+        for name, t in a.items()
+        if name != "target"
+    }
+    given = {
+        "residual": case.expected()["residual"][0].to(acc) if only else None,
+        "weight_mean": a["weight"].mean(0, dtype=acc) if is_global else None,
+        "bias_mean": a["bias"].mean(0, dtype=acc).reshape(1) if is_global and a["bias"] is not None else None,
+    }
+    if of_weight or of_bias:
+        given["sorted_index"], given["sorted_order"] = torch.sort(a["index"].flatten(), stable=True)
+    places |= {name: None if t is None else Placed(name, t) for name, t in given.items()}
+    scratch = {
+        "loss": ((rows,), acc, not only),
+        "residual": ((rows, k), acc, not only),
+        "shift": ((rows,), acc, through),
+        "partial": ((slices * rows, size), acc, of_hidden),
+        "offsets": ((vocabulary + 1,), torch.int64, of_weight or of_bias),
+        "mean_row": ((size,), acc, through and of_weight),
+    }
+    places |= {name: Placed(name, None, shape, of) for name, (shape, of, is_there) in scratch.items() if is_there}
+    numbers: dict[str, Any] = {"dtype": DTYPES.index(dtype), "index64": a["index"].dtype == torch.int64, "rows": rows}
+    numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | _center(target)
+    numbers |= {f"{name}_stride": p.stride for name, p in places.items() if p is not None}
+
+    def phase(launcher: str, members: list[str], writes: list[str], fresh: list[str]) -> Phase:
+        return Phase(launcher, {name: places.get(name, numbers.get(name, 0)) for name in members}, writes, fresh)
+
+    phases = [] if only else [phase("linear_topk_mse", _FORWARD, ["loss", "residual"], ["loss", "residual"])]
+    if through:
+        phases.append(phase("linear_mean_shift", _BACKWARD, ["shift"], ["shift"]))
+    if of_hidden:
+        phases.append(phase("linear_grad_hidden", _BACKWARD, ["partial", "grad_hidden"], ["partial"]))
+    if of_weight or of_bias:
+        written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
+        phases.append(phase("linear_grad_weight", _BACKWARD, written, ["offsets", "mean_row"]))
+    made = of_case(case, places, phases, f"weight +{leads['weight']} stride {strides['weight']}")
+    made.outputs = [o for o in made.outputs if not only or o.placed.name != "residual"]
+    return made
+
+
+_BOTH = ["dtype", "index64", "hidden", "weight", "weight_stride", "index", "weight_mean", "residual"]
+_BOTH += ["rows", "vocab_size", "hidden_size", "k"]
+_FORWARD = [*_BOTH, "bias", "bias_mean", "loss", "center", "constant"]
+_BACKWARD = [*_BOTH, "grad", "shift", "partial", "grad_hidden", "grad_hidden_stride", "sorted_index", "sorted_order"]
+_BACKWARD += ["offsets", "mean_row", "grad_weight", "grad_weight_stride", "grad_bias"]
+
+
+def softmax_loss(
+    draw: Draw,
+    *,
+    op: str,
+    lead: int | None = None,
+    pad: int | None = None,
+    together: bool | None = None,
+    **sizes: Any,
+) -> Case:
+    """Launch cross_entropy_, unlikelihood_ or kl_div_.
+
+    `together`: the reference's rows begin at the same place of a 16-byte pack.
+    """
+    case = op_cases.softmax_loss(draw, op, **sizes)
+    z = case.inputs["logits"]
+    rows, vocabulary = z.shape
+    logits = Placed("logits", z, **layout(draw, vocabulary, lead, pad))
+    places: dict[str, Placed | None] = {
+        "logits": logits,
+        "row_weight": Placed("row_weight", case.inputs["row_weight"]),
+        "loss": Placed("loss", None, (rows,), acc_dtype(z.dtype)),
+    }
+    call: dict[str, Any] = {"dtype": DTYPES.index(z.dtype), "logits_stride": logits.stride}
+    call |= {"rows": rows, "vocab_size": vocabulary}
+    call |= {name: case.inputs[name] for name in ("floor", "reverse") if name in case.inputs}
+    text = f"logits {logits.place()}"
+    if op in OF_LABELS:
+        places["labels"] = Placed("labels", case.inputs["labels"])
+    else:
+        together = draw.chance(0.5) if together is None else together
+        at = logits.pointer % 16 // logits.element
+        apart = layout(draw, vocabulary, (at + 1) % (16 // logits.element), None)
+        ref_layout: dict[str, Any] = {"lead": at, "stride": logits.stride} if together else apart
+        ref = Placed("ref_logits", case.inputs["ref_logits"], **ref_layout)
+        places["ref_logits"], call["ref_logits_stride"] = ref, ref.stride
+        text += f", ref {ref.place()}"
+    return of_case(case, places, [Phase(op, call | places, ["logits", "loss"], ["loss"])], text)

@@ -1,0 +1,398 @@
+"""Random arguments of every op, what plain torch makes of them, and what errors are relative to.
+
+pytest (tests/ops), the fuzzer (tests/stress) and the emulated GPU (tests/cuda_emulator) draw their calls here. What is
+not given to a function is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palu import eager
+from palu.eager import acc_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of launch.h
+INDEX_DTYPES = (torch.int32, torch.int64)
+EXTREMES = (-(2**63), 2**63 - 1)
+OF_LABELS = ("cross_entropy_", "unlikelihood_")
+
+Inputs = dict[str, Any]
+Outputs = dict[str, Tensor]
+
+
+@dataclass
+class OpCase:
+    """Inputs of one op; those that it overwrites are among its outputs under the same name."""
+
+    op: str
+    inputs: Inputs
+    outputs: Callable[[Inputs], Outputs]  # by plain torch, in the dtype of the inputs
+    dtype: torch.dtype
+    scales: Callable[[Inputs, Outputs, torch.dtype], Outputs]  # of inputs and outputs in float64, and the dtype
+    text: str
+
+    def expected(self) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        """Return of each output the truth, what plain torch makes of it, and what errors are relative to."""
+        inputs = {n: t.double() if is_floating(t) else t for n, t in self.inputs.items()}
+        truth, plain = self.outputs(inputs), self.outputs(self.inputs)
+        scales = self.scales(inputs, truth, self.dtype)
+        return {name: (truth[name], plain[name], scales.get(name)) for name in truth}
+
+
+def is_floating(value: Any) -> bool:
+    """Say whether it is a tensor of floating dtype."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class Draw:
+    """All random choices of a case, from one seed. `large`: how often a vocabulary is one of a real model's size."""
+
+    def __init__(self, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, large: float = 0.03) -> None:
+        self.random = random.Random(seed)
+        self.dtypes, self.large = dtypes, large
+        torch.manual_seed(seed)
+
+    def one(self, *choices: Any) -> Any:
+        """Return one of the choices."""
+        return self.random.choice(choices)
+
+    def chance(self, p: float) -> bool:
+        """Return True with probability p."""
+        return self.random.random() < p
+
+    def size(self) -> int:
+        """Return a size: mostly below ten; around powers of two, where loops change."""
+        kind = self.random.random()
+        if kind < 0.7:
+            return self.random.randint(1, 9)
+        return self.random.randint(10, 70) if kind < 0.95 else int(self.one(127, 128, 129, 255, 257))
+
+    def vocabulary(self) -> int:
+        """Return a size of the vocabulary: small, at the edge of a loop, of a tile or a cluster, or a real model's."""
+        if not self.chance(self.large):
+            return self.size()
+        kind = self.random.random()
+        if kind < 0.5:
+            return int(self.one(256, 1000, 2047, 2048, 2049, 4095, 4096, 4097, 5003))
+        if kind < 0.85:
+            return int(self.one(8192, 16384, 32768, 65536)) + self.random.randint(-9, 9)
+        return int(self.one(49152, 50257, 128256, 151936, 200_000, 200_003))
+
+    def rows(self, vocabulary: int) -> int:
+        """Return a number of rows; seldom none."""
+        if self.chance(0.04):
+            return 0
+        return int(self.one(1, 1, 2, 3)) if vocabulary > 3000 else self.random.randint(1, self.one(5, 12, 40))
+
+    def k(self, vocabulary: int) -> int:
+        """Return how many candidates a row has; they may be more than the vocabulary has entries."""
+        kind = self.random.random()
+        if kind < 0.15:
+            return 1
+        if kind < 0.85 or vocabulary < 1000:
+            return self.random.randint(1, min(vocabulary + 3, 70))
+        return int(self.one(self.random.randint(1, 1500), 5000, 5119, 5120, 5121, 6000, 10_241))
+
+    def logits(self, rows: int, vocabulary: int, dtype: torch.dtype, kind: str | None) -> Tensor:
+        """Return logits that are "normal", "wide", "extreme", "equal", "one high" or "rising"."""
+        kind = kind or self.one("normal", "normal", "wide", "extreme", "equal", "one high", "rising")
+        z = torch.randn(rows, vocabulary, dtype=torch.float64)
+        if kind == "wide":
+            z *= 30
+        elif kind == "extreme":
+            z = z.sign() * 1e4 + z
+        elif kind == "equal":
+            z = z[:, :1].expand_as(z).clone() * 3
+        elif kind == "one high" and rows:
+            z[:, self.random.randrange(vocabulary)] = 60.0
+        elif kind == "rising":
+            z += torch.linspace(0, 20, vocabulary, dtype=torch.float64)
+        return z.to(dtype)
+
+    def index(self, rows: int, vocabulary: int, k: int, dtype: torch.dtype | None, kind: str | None) -> Tensor:
+        """Return an index [rows, k] that is "unique" in each row, "any", or all "one value"."""
+        kind = kind or self.one("any", "unique", "unique", "one value")
+        if kind == "unique" and k <= vocabulary:
+            if vocabulary > 4000:  # a step that has no factor in common with the vocabulary
+                step = next(s for s in range(vocabulary // 3 + 1, vocabulary) if math.gcd(s, vocabulary) == 1)
+                at = (torch.randint(0, vocabulary, (rows, 1)) + torch.arange(k) * step) % vocabulary
+            else:
+                at = torch.rand(rows, vocabulary).topk(k).indices
+        elif kind == "one value":
+            at = torch.randint(0, vocabulary, (rows, 1)).expand(rows, k)
+        else:
+            at = torch.randint(0, vocabulary, (rows, k))
+            if rows and k > 1:
+                at[0, 0], at[-1, -1] = 0, vocabulary - 1
+        return at.to(dtype or self.one(*INDEX_DTYPES)).contiguous()
+
+    def target(self) -> str | float:
+        """Return a target that topk_mse and linear_topk_mse take."""
+        target: str | float = self.one("global_mean", "global_mean", "global_mean_detached", "local_mean", 0.5, -3, 0.0)
+        return target
+
+
+# ------------------------------------------------------------------------------------------ prefix_mask
+
+
+def prefix_mask(
+    draw: Draw,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    n: int | None = None,
+    gaps: float | None = None,
+    eos: int | None = -1,  # drawn
+) -> OpCase:
+    """Labels [batch, length] of which a share `gaps` is not sensitive."""
+    batch = int(draw.one(0, 1, 2, 3, 4, 5, 17)) if batch is None else batch
+    length = int(draw.one(0, 1, 5, 31, 32, 33, 63, 255, 256, 257, 511, 600, 1025)) if length is None else length
+    n = int(draw.one(-1, 0, 1, 3, 31, 32, 33, 256, 300, 2**62, 2**63 - 1)) if n is None else n
+    eos = draw.one(None, None, 2, 0, *EXTREMES) if eos == -1 else eos
+    gaps = draw.one(0.0, 0.005, 0.1, 0.5, 1.0) if gaps is None else gaps  # long spans, short ones, none
+    labels = torch.randint(0, 5, (batch, length))
+    labels[torch.rand(batch, length) < gaps] = draw.one(-1, -100, -200, -(2**63))
+    if labels.numel() and draw.chance(0.3):
+        labels.view(-1)[draw.random.randrange(labels.numel())] = 2**63 - 1
+
+    def outputs(a: Inputs) -> Outputs:
+        return {"mask": eager.prefix_mask(a["labels"], min(a["n"], 2**40), a["eos_token_id"])}
+
+    inputs = {"labels": labels, "n": n, "eos_token_id": eos}
+    text = f"[{batch}, {length}], n {n}, eos {eos}, gaps {gaps}"
+    return OpCase("prefix_mask", inputs, outputs, torch.bool, lambda *_: {}, text)
+
+
+# ------------------------------------------------------------------------------------------ topk_mse
+
+
+def topk_mse(
+    draw: Draw,
+    *,
+    dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    vocabulary: int | None = None,
+    k: int | None = None,
+    target: str | float | None = None,
+    index_dtype: torch.dtype | None = None,
+    kind: str | None = None,
+    values: str | None = None,
+) -> OpCase:
+    """Logits [rows, vocabulary] with K candidates each, and the gradient that comes in."""
+    vocabulary = vocabulary or draw.vocabulary()
+    rows = draw.rows(vocabulary) if rows is None else rows
+    k, dtype = k or draw.k(vocabulary), dtype or draw.one(*draw.dtypes)
+    target = draw.target() if target is None else target
+    grad = torch.randn(rows, dtype=acc_dtype(dtype)) * draw.one(1, 1e-3)
+    if rows and draw.chance(0.3):
+        grad[draw.random.randrange(rows)] = 0
+    index = draw.index(rows, vocabulary, k, index_dtype, kind)
+    inputs = {"logits": draw.logits(rows, vocabulary, dtype, values), "index": index, "target": target, "grad": grad}
+    text = f"{dtype} [{rows}, {vocabulary}] K {k} {target} {index.dtype}"
+    return OpCase("topk_mse", inputs, _topk_outputs, dtype, _topk_scales, text)
+
+
+def _topk_outputs(a: Inputs) -> Outputs:
+    leaf = a["logits"].clone().requires_grad_()
+    loss = eager.topk_mse(leaf, a["index"], a["target"])
+    (grad_logits,) = torch.autograd.grad(loss, leaf, a["grad"].to(loss.dtype))
+    residual = eager.topk_residual(a["logits"], a["index"], a["target"])
+    return {"loss": loss.detach(), "residual": residual, "grad_logits": grad_logits}
+
+
+def _topk_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
+    # Beside rounding: a thread's sum for the mean is one of V/1024 terms, an entry that occurs often sums as many.
+    (rows, vocabulary), k = a["logits"].shape, a["index"].shape[1]
+    constant = 0.0 if isinstance(a["target"], str) else abs(a["target"])
+    size = a["logits"].abs().amax(1).clamp(min=constant) * (1 + vocabulary / 4096)
+    counts = torch.zeros(rows, vocabulary).scatter_add_(1, a["index"].long(), torch.ones(rows, k))
+    times = counts.max().item() if rows else 1
+    if dtype == torch.float64:  # the truth is no better: it sums one term after the other
+        times *= 1 + times / 64
+    eps = torch.finfo(acc_dtype(dtype)).eps
+    of_loss = truth["loss"] + size * truth["residual"].abs().amax(1) + eps * size**2
+    return {"loss": of_loss, "residual": size, "grad_logits": a["grad"].abs() * size * 2 / k * (2 + times)}
+
+
+# ------------------------------------------------------------------------------------------ linear_topk_mse
+
+
+def linear_topk_mse(
+    draw: Draw,
+    *,
+    dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    vocabulary: int | None = None,
+    size: int | None = None,
+    k: int | None = None,
+    target: str | float | None = None,
+    index_dtype: torch.dtype | None = None,
+    kind: str | None = None,
+    bias: bool | None = None,
+    wanted: tuple[bool, bool, bool] | None = None,
+    start: bool = True,
+) -> OpCase:
+    """Hidden [rows, size] and weight [vocabulary, size] with K candidates a row, and the gradient that comes in.
+
+    `wanted`: which gradients, of hidden, weight and bias. `start`: they are added to something.
+    """
+    if size is None:
+        size = int(draw.one(0, 576, 2047, 2048, 4096)) if draw.chance(draw.large) else draw.size()
+    vocabulary = vocabulary or (min(draw.vocabulary(), 5003) if size < 600 else draw.random.randint(1, 60))
+    k = k or int(draw.one(1, 2, 7, 31, 32, 33, 40, 65, 100, 300))
+    rows = int(draw.one(0, 1, 1, 2, 3, 5, 9)) if rows is None else rows
+    dtype, target = dtype or draw.one(*draw.dtypes), draw.target() if target is None else target
+    bias = draw.chance(0.5) if bias is None else bias
+    asked = wanted or (draw.chance(0.8), draw.chance(0.8), draw.chance(0.8))
+    leaves = {
+        "hidden": (torch.randn(rows, size) * draw.one(1, 1, 5)).to(dtype),
+        "weight": (torch.randn(vocabulary, size) * draw.one(0.02, 1) + draw.one(0, 0, 0.1)).to(dtype),
+        "bias": torch.randn(vocabulary).to(dtype) if bias else None,
+    }
+    inputs: Inputs = leaves | {
+        "index": draw.index(rows, vocabulary, k, index_dtype, kind),
+        "target": target,
+        "grad": torch.randn(rows, dtype=acc_dtype(dtype)),
+    }
+    for (name, t), is_asked in zip(leaves.items(), asked, strict=True):
+        begun = draw.one(0, 0.1) * start
+        inputs[f"grad_{name}"] = (torch.randn(t.shape) * begun).to(dtype) if is_asked and t is not None else None
+    text = f"{dtype} R {rows} V {vocabulary} d {size} K {k} {target}, bias {bias}, {inputs['index'].dtype}, {asked}"
+    return OpCase("linear_topk_mse", inputs, _linear_outputs, dtype, _linear_scales, text)
+
+
+def _linear_outputs(a: Inputs) -> Outputs:
+    names = [n for n in ("hidden", "weight", "bias") if a[n] is not None]
+    leaves = {n: a[n].clone().requires_grad_() for n in names}
+    loss = eager.linear_topk_mse(**leaves, index=a["index"], target=a["target"])
+    gradients = torch.autograd.grad(loss, list(leaves.values()), a["grad"].to(loss.dtype))
+    logits = F.linear(a["hidden"], a["weight"], a["bias"])
+    found = {"loss": loss.detach(), "residual": eager.topk_residual(logits, a["index"], a["target"])}
+    starts = {f"grad_{n}": (a[f"grad_{n}"], g) for n, g in zip(names, gradients, strict=True)}
+    return found | {n: start + g for n, (start, g) in starts.items() if start is not None}
+
+
+def _linear_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
+    # Sums of products: errors are relative to the sum of their sizes.
+    h, w, k = a["hidden"].abs(), a["weight"].abs(), a["index"].shape[1]
+    sizes = (h @ w.t() + (0 if a["bias"] is None else a["bias"].abs())).amax(1)
+    off = torch.maximum(truth["residual"].abs().amax(1), torch.finfo(acc_dtype(dtype)).eps * sizes)
+    g = a["grad"].abs() * torch.maximum(off, sizes) * 4
+    if dtype == torch.float64:  # the truth is no better
+        g = g * (1 + k / 64)
+    return {
+        "loss": truth["loss"] + sizes * off,
+        "residual": sizes,
+        "grad_hidden": g * (w.max() if w.numel() else 0),
+        "grad_weight": (g[:, None] * k * h).sum() * torch.ones(len(w)),
+        "grad_bias": (g * k).sum() * torch.ones(len(w)),
+    }
+
+
+# ------------------------------------------------------------------------------------------ losses in place
+
+
+def softmax_loss(
+    draw: Draw,
+    op: str,
+    *,
+    dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    vocabulary: int | None = None,
+    values: str | None = None,
+    infinite: float | None = None,
+    reverse: bool | None = None,
+) -> OpCase:
+    """Logits [rows, vocabulary] of cross_entropy_, unlikelihood_ or kl_div_. `infinite`: which share is -inf."""
+    vocabulary = max(vocabulary or draw.vocabulary(), 2 if op == "unlikelihood_" else 1)
+    rows = draw.rows(vocabulary) if rows is None else rows
+    dtype = dtype or draw.one(*draw.dtypes)
+    z = draw.logits(rows, vocabulary, dtype, values)
+    weight = torch.rand(rows, dtype=acc_dtype(dtype)) * draw.one(1, 1, 1e-3)
+    if rows and draw.chance(0.3):
+        weight[draw.random.randrange(rows)] = draw.one(0.0, -1.0)
+    labels = torch.randint(0, vocabulary, (rows,))
+    if rows and draw.chance(0.4):
+        labels[0], labels[-1] = 0, vocabulary - 1
+    if infinite is None and draw.chance(0.15) and vocabulary > 1:
+        infinite = draw.one(0.01, 0.5)
+    if infinite:
+        gone = torch.rand(rows, vocabulary) < infinite
+        for kept in (labels, (labels + 1) % vocabulary):
+            gone[torch.arange(rows), kept] = False
+        z[gone] = -math.inf
+    inputs: Inputs = {"logits": z}
+    if op in OF_LABELS:
+        inputs["labels"] = labels
+    else:  # the other row: like the first, or unlike it
+        like = (z.double() + torch.randn(rows, vocabulary) * draw.one(0, 0.01, 1, 5)).to(dtype)
+        inputs["ref_logits"] = torch.randn(rows, vocabulary).to(dtype) if draw.chance(0.3) else like
+    inputs["row_weight"] = weight
+    if op == "unlikelihood_":
+        inputs["floor"] = draw.one(0.0, 0.0213, 0.3)  # at none of them is a row of equal logits
+    elif op == "kl_div_":
+        inputs["reverse"] = draw.chance(0.5) if reverse is None else reverse
+    outputs = {"cross_entropy_": _cross_entropy, "unlikelihood_": _unlikelihood, "kl_div_": _kl_div}[op]
+    text = f"{dtype} [{rows}, {vocabulary}]{f', {infinite} is -inf' if infinite else ''}"
+    return OpCase(op, inputs, outputs, dtype, _softmax_scales, text)
+
+
+def _cross_entropy(a: Inputs) -> Outputs:
+    z, w, label = a["logits"].to(a["row_weight"].dtype), a["row_weight"][:, None], a["labels"][:, None]
+    loss = -z.log_softmax(1).gather(1, label)[:, 0]
+    return {"loss": loss, "logits": (z.softmax(1) * w).scatter_add(1, label, -w).to(a["logits"].dtype)}
+
+
+def _unlikelihood(a: Inputs) -> Outputs:
+    z, label = a["logits"].to(a["row_weight"].dtype), a["labels"][:, None]
+    others = z.scatter(1, label, -math.inf)
+    margin = z.gather(1, label)[:, 0] - others.logsumexp(1)
+    pushed = margin.sigmoid() > a["floor"]
+    weight = (a["row_weight"] * margin.sigmoid() * pushed)[:, None]
+    gradient = (-weight * others.softmax(1)).scatter(1, label, weight)
+    loss = torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
+    return {"loss": loss, "logits": gradient.to(a["logits"].dtype)}
+
+
+def _kl_div(a: Inputs) -> Outputs:
+    log_p, log_q = (a[n].to(a["row_weight"].dtype).log_softmax(1) for n in ("logits", "ref_logits"))
+    p, q = log_p.exp(), log_q.exp()
+    if a["reverse"]:
+        loss = (p * (log_p - log_q)).sum(1)
+        gradient = p * (log_p - log_q - loss[:, None])
+    else:
+        loss, gradient = (q * (log_q - log_p)).sum(1), p - q
+    return {"loss": loss, "logits": (gradient * a["row_weight"][:, None]).to(a["logits"].dtype)}
+
+
+def _softmax_scales(a: Inputs, _: Outputs, dtype: torch.dtype) -> Outputs:
+    def of_finite(t: Tensor) -> Tensor:
+        return torch.where(t.isfinite(), t, 0)
+
+    z, other = a["logits"], a.get("ref_logits")
+    largest, probability = of_finite(z).abs(), z.softmax(1)
+    if "floor" in a:  # p Q: an error of the margin is a relative one of p
+        probability = probability.gather(1, a["labels"][:, None]) * largest.amax(1, keepdim=True).clamp(min=1)
+    elif other is not None:
+        largest = torch.maximum(largest, of_finite(other).abs())
+        if a["reverse"]:  # P ((x - y) - the difference of the logsumexps - KL)
+            apart = (of_finite(z) - of_finite(other)).abs()
+            probability = probability.amax(1, keepdim=True) * (1 + apart.amax(1, keepdim=True))
+        else:
+            probability = torch.maximum(probability, other.softmax(1))
+    more = 1 + z.shape[1] / 4096
+    of_gradient = a["row_weight"].abs() * probability.amax(1)
+    if dtype == torch.float64:  # the truth is no better
+        of_gradient = of_gradient * more
+    of_loss = largest.amax(1).clamp(min=1)
+    if dtype == torch.float64 or other is not None:  # a dot product of two rows adds one term after the other
+        of_loss = of_loss * more
+    return {"loss": of_loss, "logits": of_gradient}

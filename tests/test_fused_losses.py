@@ -1,0 +1,386 @@
+"""`fused_linear_losses` against plain autograd with all logits at once."""
+
+import functools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.loss_cases import (
+    TARGETS,
+    assert_equal_textbook,
+    assert_near,
+    make,
+    textbook,
+    textbook_logits,
+    textbook_losses,
+)
+from helpers.peak import peak_bytes
+from torch import Tensor
+
+from palu import eager
+from palu.eager import softcap_
+from palu.losses import KLTerm, Term, _chunks, fused_linear_losses
+from palu.models.head import Head
+from palu.ops import functional, fused
+
+# (scale, softcap); logits are near 3 * scale
+HEADS = [(1.0, None), (0.0625, None), (0.3, None), (1.0, 3.0), (0.3, 2.0), (8.0, 30.0)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["gather", "dense"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Both ways to the logits of onset rows, whichever is faster here."""
+    return request.param
+
+
+@pytest.mark.parametrize("trial", range(100))
+def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int) -> None:
+    """Terms of any length or none, heads with a scale or a cap, chunks of any size; a gradient only where asked for."""
+    rng = random.Random(trial)
+    torch.manual_seed(trial)
+    scale, softcap = rng.choice(HEADS)
+    case = make(
+        device,
+        [rng.choice([0, rng.randint(1, 9)]) for _ in range(4)],
+        vocab=rng.randint(2, 60),
+        hidden_size=rng.randint(1, 20),
+        top_k=rng.randint(1, 20),
+        target=rng.choice(TARGETS),
+        reverse=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
+        trainable=[rng.random() < 0.7 for _ in range(3)],
+        impl=impl,
+        scale=scale,
+        softcap=softcap,
+        ref_scale=rng.choice([1.0, 0.5]),
+        ref_softcap=rng.choice([None, 3.0]),
+        floor=rng.choice([0.0, 0.1]),
+    )
+    kept = rng.randint(1, 4)
+    rows = sum(len(term) for term in case.terms[:kept])
+    hidden = case.hidden.detach()[:rows].requires_grad_(case.hidden.requires_grad)
+    case = replace(case, terms=case.terms[:kept], hidden=hidden, row_weight=case.row_weight[:rows])
+    assert_equal_textbook(case, rows_per_chunk=rng.randint(0, 30), factor=rng.choice([1.0, 3.0, -0.25, 0.0]))
+
+
+def test_no_terms_at_all(device: torch.device) -> None:
+    total, losses = replace(make(device, (0, 0, 0)), terms=()).run()
+    assert total == 0
+    assert len(losses) == 0
+
+
+@pytest.mark.parametrize("trial", range(100))
+def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
+    rng = random.Random(trial)
+    rows = [rng.choice([0, rng.randint(1, 12)]) for _ in range(4)]
+    terms = make(CPU, rows).terms
+    start, budget, copies = rng.choice([0, rows[0]]), rng.randint(0, 20), rng.randint(1, 2)
+    seen: list[tuple[Term, int, int]] = []
+    for chunk, parts in _chunks(terms, start, budget, copies=copies):
+        assert chunk.start == parts[0][1].start
+        assert chunk.stop == parts[-1][1].stop
+        cost = 0
+        for term, of_hidden, of_term in parts:
+            hidden_rows, term_rows = (
+                range(of_hidden.start, of_hidden.stop),
+                range(of_term.start, of_term.stop),
+            )
+            seen += [(term, *pair) for pair in zip(hidden_rows, term_rows, strict=True)]
+            cost += len(term_rows) * (copies + 1 if isinstance(term, KLTerm) else copies)
+        assert cost <= budget or chunk.stop - chunk.start == 1
+    every = [(term, row) for term in terms for row in range(len(term))]
+    expected = [(term, number, row) for number, (term, row) in enumerate(every)][start:]
+    assert [pair[1:] for pair in seen] == [pair[1:] for pair in expected]
+    assert all(a[0] is b[0] for a, b in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_per_chunk", [1, 8, 10**6])
+@pytest.mark.parametrize(("scale", "softcap"), HEADS)
+def test_low_precision_loses_no_more_than_torch(
+    device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, scale: float, softcap: float | None
+) -> None:
+    for reverse in (False, True):
+        options = {"scale": scale, "softcap": softcap, "ref_scale": scale, "ref_softcap": softcap, "reverse": reverse}
+        case = make(device, (20, 24, 28, 12), vocab=211, hidden_size=16, top_k=30, dtype=dtype, impl=impl, **options)
+        truth, plain = case.to(torch.float64), case.to(dtype)
+        results = case.run(rows_per_chunk), textbook(plain, rows_per_chunk), textbook(truth)
+        gradients = [[leaf.grad for leaf in c.leaves if leaf is not None] for c in (case, plain, truth)]
+        together = ([*result, *of] for result, of in zip(results, gradients, strict=True))
+        for ours, theirs, true in zip(*together, strict=True):
+            lost, torch_lost = ((x.double() - true).norm() for x in (ours, theirs))
+            # A little is allowed where torch is right by luck, as it is for a scalar.
+            assert lost <= 1.5 * torch_lost + 4 * torch.finfo(dtype).eps * true.norm()
+            assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "softcap"), HEADS)
+def test_logits_of_a_head_lose_no_more_than_torch(dtype: torch.dtype, scale: float, softcap: float | None) -> None:
+    hidden, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((64, 32), (300, 32), (300,)))
+    head = Head(weight, bias, scale, softcap)
+    truth = textbook_logits(hidden.double(), head._replace(weight=weight.double(), bias=bias.double()))
+    lost, torch_lost = ((z - truth).norm() for z in (head.logits(hidden), textbook_logits(hidden, head)))
+    assert head.logits(hidden).dtype == torch.float32
+    assert lost <= 1.1 * torch_lost
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (3, 5), (17, 33)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_cap_and_its_slope_are_rounded_once(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    logits = 60 * torch.randn(shape, dtype=dtype)
+    t = (logits.double() / 30).tanh()
+    slope = softcap_(logits, 30.0, slope=True)
+    assert slope is not None
+    assert slope.shape == logits.shape
+    exact = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(eager.acc_dtype(dtype)).eps
+    assert ((logits - 30 * t).abs() <= exact * (30 * t).abs()).all()
+    # 1 - t^2 itself cancels near the cap, in float32 as in torch's own.
+    assert ((slope - (1 - t * t)).abs() <= exact * (1 - t * t) + 4 * torch.finfo(eager.acc_dtype(dtype)).eps).all()
+
+
+def test_gathering_is_refused_for_a_capped_head(device: torch.device) -> None:
+    case = make(device, softcap=2.0)
+    with pytest.raises(ValueError, match=r'^impl = "gather" needs logits that are not capped; give "auto" or "dense"$'):
+        replace(case, impl="gather").run()
+    with pytest.raises(ValueError, match=r"^unknown impl 'fast'"):
+        replace(case, impl="fast").run()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
+def test_many_chunks_lose_no_more_than_one(
+    device: torch.device, impl: str, weight_dtype: torch.dtype, bias: bool
+) -> None:
+    """The head's gradient is added up in float32: in bfloat16 a sum of 400 chunks would stand still."""
+    case = make(device, (40, 0, 360), vocab=61, hidden_size=16, bias=bias, dtype=weight_dtype, impl=impl)
+    with torch.no_grad():
+        case.hidden.add_(1)  # so that the chunks' parts do not cancel each other
+    one, truth = case.to(weight_dtype), case.to(torch.float64)
+    with torch.autocast(device.type, torch.bfloat16, enabled=weight_dtype == torch.float32):
+        case.run(rows_per_chunk=1)
+        one.run()
+    truth.run()
+    for ours, theirs, true in list(zip(case.leaves, one.leaves, truth.leaves, strict=True))[1:]:
+        if true is None:
+            continue
+        assert ours.grad.dtype == weight_dtype
+        lost, lost_by_one = ((x.grad.double() - true.grad).norm() / true.grad.norm() for x in (ours, theirs))
+        assert lost <= 1.1 * lost_by_one + torch.finfo(torch.bfloat16).eps / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sum_of_full_precision_keeps_its_bits(device: torch.device, dtype: torch.dtype) -> None:
+    """Chunk after chunk is added to the buffer, the gathered rows last."""
+    case = make(device, (5, 6, 7), dtype=dtype, impl="gather", bias=False)
+    case.run(rows_per_chunk=4)
+    local = case.terms[0]
+    weight, hidden = case.weight.detach(), case.hidden.detach()
+    expected = torch.zeros_like(weight)
+    for chunk, parts in _chunks(case.terms, 5, 4):
+        logits = hidden[chunk] @ weight.t()
+        for term, of_hidden, of_term in parts:
+            at = slice(of_hidden.start - chunk.start, of_hidden.stop - chunk.start)
+            term.loss_and_grad_(logits[at], case.row_weight[of_hidden], of_term)
+        expected.addmm_(logits.t(), hidden[chunk])
+    gathered = None, expected, None
+    fused.linear_topk_mse_fwd_bwd(
+        hidden[:5], weight, local.index, case.row_weight[:5], local.target, None, None, gathered
+    )
+    assert torch.equal(case.weight.grad, expected)
+
+
+def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
+    """Tied embeddings, accumulation: the head's weight has other gradients too."""
+    case = make(device)
+    plain = case.to(torch.float64)
+    for _ in range(2):
+        total, _ = fused_linear_losses(
+            2 * case.hidden, Head(3 * case.weight, case.bias), case.terms, case.row_weight, chunk_bytes=0
+        )
+        (total + case.weight.square().sum()).backward()
+        scaled = replace(plain, hidden=2 * plain.hidden, weight=3 * plain.weight)
+        ((scaled.row_weight * textbook_losses(scaled)).sum() + plain.weight.square().sum()).backward()
+    for ours, theirs in zip(case.leaves, plain.leaves, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert_near(ours.grad, theirs.grad, 1e-12)
+
+
+def test_no_gradient_is_formed_under_no_grad(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    with torch.no_grad():
+        total, losses = case.run()
+    assert not total.requires_grad
+    expected = textbook(case.to(torch.float64))
+    assert_near(total, expected[0], 1e-12)
+    assert_near(losses, expected[1], 1e-12)
+
+
+def test_a_second_backward_is_refused(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"fused_linear_losses were already used: call it again"):
+        total.backward()
+
+
+def test_a_second_derivative_is_refused(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    for function in (torch.square, torch.clone):  # with a history of the incoming gradient, and without
+        total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
+        with pytest.raises(RuntimeError, match=r"fused_linear_losses has first derivatives only.*; use .*palu\.eager"):
+            torch.autograd.grad(function(total), case.hidden, create_graph=True)
+
+
+def test_inputs_in_any_layout(device: torch.device, impl: str) -> None:
+    """Slices of larger tensors and transposed ones; what lies around them is NaN and must not be read."""
+    case = make(device, dtype=torch.float64, impl=impl)
+
+    def transposed(t: Tensor) -> Tensor:
+        whole = torch.full([size + 4 for size in t.shape[::-1]], float("nan"), dtype=t.dtype, device=device)
+        part = whole[tuple(slice(2, 2 + size) for size in t.shape[::-1])].permute(*range(t.dim() - 1, -1, -1))
+        return part.copy_(t.detach())
+
+    def dense(t: Tensor) -> Tensor:
+        return t.detach().t().contiguous().t()
+
+    expected = textbook(case)
+    for layout in (transposed, dense):
+        leaves = [layout(t).requires_grad_() for t in (case.hidden, case.weight)]
+        bias = transposed(case.bias).requires_grad_()
+        total, losses = fused_linear_losses(
+            leaves[0],
+            Head(leaves[1], bias),
+            case.terms,
+            transposed(case.row_weight),
+            chunk_bytes=5 * case.row_bytes(),
+            impl=impl,
+        )
+        total.backward()
+        assert_near(total, expected[0], 1e-12)
+        assert_near(losses, expected[1], 1e-12)
+        for ours, theirs in zip((*leaves, bias), case.leaves, strict=True):
+            assert_near(ours.grad, theirs.grad, 1e-12)
+
+
+def test_inputs_are_left_as_they_were(device: torch.device, impl: str) -> None:
+    case = make(device, impl=impl)
+    tensors = [*case.leaves, case.row_weight, case.terms[0].index, *case.terms[1].head[:2], case.terms[1].hidden]
+    before = [t.detach().clone() for t in tensors]
+    case.run(rows_per_chunk=4, factor=2.0)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def test_a_known_mean_row_is_used(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(device, bias=False, impl="gather")
+    mean = case.weight.detach().mean(0)
+    call = functools.partial(
+        fused_linear_losses, case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl="gather"
+    )
+    expected, _ = call()
+    monkeypatch.setattr(functional, "weight_mean", None)  # it would be called otherwise
+    total, _ = call(weight_mean=mean)
+    assert total == expected
+    with pytest.raises(TypeError):
+        call()
+
+
+def test_autocast(device: torch.device, impl: str) -> None:
+    """float32 hidden states and head, bfloat16 products: no worse than torch's own autocast."""
+    case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, dtype=torch.float32, impl=impl)
+    truth, plain = case.to(torch.float64), case.to(torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        case.run(rows_per_chunk=32)
+        textbook(plain)
+    textbook(truth)
+    for ours, theirs, true in zip(case.leaves, plain.leaves, truth.leaves, strict=True):
+        assert ours is not None
+        assert ours.grad is not None
+        assert ours.grad.dtype == torch.float32
+        lost, torch_lost = ((x.grad.double() - true.grad).norm() for x in (ours, theirs))
+        assert lost <= 1.5 * torch_lost + 4 * torch.finfo(torch.bfloat16).eps * true.grad.norm()
+        assert lost > 1e-5 * true.grad.norm(), "autocast had no effect"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse: bool) -> None:
+    case = make(
+        device,
+        (64, 256, 256),
+        vocab=4096,
+        hidden_size=16,
+        top_k=50,
+        dtype=torch.float32,
+        bias=False,
+        reverse=reverse,
+        impl=impl,
+    )
+    case.run()  # what is allocated once, such as cuBLAS's workspace
+    case.weight.grad = case.hidden.grad = None
+    row, gradients = case.row_bytes(), 4 * (case.weight.numel() + case.hidden.numel())
+    chunk = 16 * row
+    peak = peak_bytes(device, functools.partial(case.run, 16))
+    # The logits, the CPU's two copies for the KL, each no larger than half a chunk, and small change.
+    assert gradients + row < peak < gradients + 2 * chunk + 2**18
+    whole = peak_bytes(device, functools.partial(case.run))
+    assert whole > gradients + 512 * row > gradients + 2 * chunk + 2**18, "the bound would hold without chunks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(0, 0, 512), (512, 0, 0), (0, 512, 0)], ids=["retain", "local", "kl"])
+def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
+    device: torch.device, dtype: torch.dtype, rows: tuple[int, int, int]
+) -> None:
+    """Slopes and float32 values count, so that it holds no more than a head without a cap."""
+    peaks = []
+    for softcap in (None, 2.0):
+        case = make(
+            device,
+            rows,
+            vocab=4096,
+            hidden_size=16,
+            dtype=dtype,
+            bias=False,
+            trainable=(True, False, False),
+            impl="dense",
+            softcap=softcap,
+            ref_softcap=softcap,
+        )
+        case.run()
+        case.hidden.grad = None
+        peaks.append(peak_bytes(device, functools.partial(case.run, 64)))
+    assert 32 * case.row_bytes() < peaks[1] <= peaks[0] + 2**14, peaks
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 10**6])
+def test_memory_of_a_head_in_bfloat16(device: torch.device, rows_per_chunk: int) -> None:
+    """As the docstring says: the sum in float32 beside the gradient where there are several chunks."""
+    case = make(device, (8, 0, 24), vocab=8192, hidden_size=256, dtype=torch.bfloat16, bias=False, impl="dense")
+    case.run(rows_per_chunk)
+    case.weight.grad = case.hidden.grad = None
+    gradient = (6 if rows_per_chunk == 1 else 2) * case.weight.numel()
+    peak = peak_bytes(device, functools.partial(case.run, rows_per_chunk))
+    assert gradient <= peak < gradient + 2 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """weight.grad is the very buffer that the forward pass filled: a head's gradient can be a gigabyte."""
+    buffers = []
+
+    def spy(*args: object) -> Tensor:
+        buffers.append([t.data_ptr() for t in args[-1] if t is not None])  # type: ignore[attr-defined]
+        return linear_topk_mse_fwd_bwd(*args)  # type: ignore[arg-type]
+
+    linear_topk_mse_fwd_bwd = fused.linear_topk_mse_fwd_bwd
+    monkeypatch.setattr(fused, "linear_topk_mse_fwd_bwd", spy)
+    case = make(device, dtype=dtype, impl="gather")
+    case.run(rows_per_chunk=4)
+    assert buffers == [[leaf.grad.data_ptr() for leaf in case.leaves]]
