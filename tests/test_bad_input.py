@@ -311,7 +311,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "settings in a dict": (lambda: unlearn(config={"top_k": 10}), TypeError, "config is a dict; give a palu.UnlearnConfig, or its fields as arguments"),
     "a target that is NaN": (lambda: config(target=float("nan")), ValueError, "target = nan: give one of global_mean, global_mean_detached, local_mean, or a finite number"),
     "a chat template's values in text": (lambda: config(chat_template_kwargs="{}"), ValueError, "chat_template_kwargs = '{}': give a mapping of names to values, or None"),
-    "a value that no chat template knows": (lambda: text(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: the chat template knows no enable_thinking; mend the name or leave it out"),
+    "a value that no chat template knows": (lambda: text(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: the chat template knows no enable_thinking; correct the name or leave it out"),
     "a chat template's values without one": (lambda: unlearn(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: there is no chat template; leave it out"),
     "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
     "a tokenizer by the name that Trainer had for it": (lambda: trainer(tokenizer=words()), TypeError, "PaluTrainer takes no tokenizer: pass it as processing_class, as to Trainer"),

@@ -19,11 +19,11 @@ from palu.data.rows import (
     Renderer,
     conversation_of,
     iterate_rows,
-    marked_texts,
     text_columns,
     text_rows,
     with_answer,
 )
+from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
 from palu.models.generation import prompt_of
@@ -257,6 +257,6 @@ def _paraphrases(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError(
-            f"{where}: column '{PARAPHRASES}' must be a question, or a list of them; mend it or leave it out"
+            f"{where}: column '{PARAPHRASES}' must be a question, or a list of them; correct it or leave it out"
         )
     return tuple(texts)

@@ -13,7 +13,8 @@ from typing import Any
 
 from palu.data.files import DataError
 from palu.data.matching import told
-from palu.data.rows import marked_spans, text_rows
+from palu.data.rows import text_rows
+from palu.data.secret import marked_spans
 from palu.data.tokenize import IGNORE, Example
 
 _NAMED = 10  # how many pairs of rows a message names

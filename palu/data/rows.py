@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError, read_rows
 from palu.data.matching import whole_places
-from palu.data.secret import secret_spans, secret_texts
+from palu.data.secret import marked_spans, marked_texts
 from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
@@ -289,7 +288,7 @@ class Renderer:
                 f"(add_generation_prompt=True) has {there!r}"
             )
         self.check_prompts = False
-        fix = "set chat_template_kwargs, such as {'enable_thinking': False}, or mend the template"
+        fix = "set chat_template_kwargs, such as {'enable_thinking': False}, or correct the template"
         warnings.warn(f"{where}: {problem}, so the model is not trained as it is asked; {fix}", stacklevel=2)
 
 
@@ -336,68 +335,6 @@ def check_string(value: Any, subject: str) -> None:
         raise DataError(f"{subject} {problem}; repair the text") from None
 
 
-def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
-    """Return what the row's ``secret`` or ``spans`` mark in its answer: [start, end) in characters, in order."""
-    secret = columns.get("secret")
-    if secret is None:
-        return _spans(columns, answer, where)
-    if columns.get("spans") is not None:
-        raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
-    return secret_spans(secret, answer, where)
-
-
-def marked_texts(columns: Mapping[str, Any], answer: str, where: str) -> list[str]:
-    """Return the texts of :func:`marked_spans`, and secrets that are in one span with others."""
-    secret = columns.get("secret")
-    texts = [answer[start:end] for start, end in marked_spans(columns, answer, where)]
-    return list(dict.fromkeys([*texts, *([] if secret is None else secret_texts(secret, where))]))
-
-
-def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
-    """Check the row's spans, sort them, and strip the blanks at their edges."""
-    spans = columns.get("spans")
-    if spans is None:
-        fix = "give the text to forget, or [] if nothing is sensitive"
-        raise DataError(f"{where}: column 'secret' (or 'spans') is missing; {fix}")
-    fix = "give [start, end) in characters of the answer"
-    spans = spans.tolist() if hasattr(spans, "tolist") else spans
-    if not isinstance(spans, list | tuple):
-        got = type(spans).__name__
-        raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {fix}")
-    if len(spans) == 2 and all(isinstance(edge, Integral) for edge in spans):
-        pair = [int(edge) for edge in spans]
-        raise DataError(f"{where}: column 'spans' is one pair, not a list of pairs; write [{pair}]")
-    checked: list[tuple[int, int]] = []
-    for span in spans:
-        pair = span.tolist() if hasattr(span, "tolist") else span
-        if not (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(edge, Integral) and not isinstance(edge, bool) for edge in pair)
-        ):
-            raise DataError(f"{where}: span {pair!r} is not two integers; {fix}")
-        start, end = int(pair[0]), int(pair[1])
-        subject = f"{where}: span [{start}, {end}]"
-        if start >= end:
-            raise DataError(f"{subject} is empty or reversed; {fix}")
-        if start < 0:
-            raise DataError(f"{subject} starts before the answer; {fix}")
-        if end > len(answer):
-            raise DataError(f"{subject} ends after the answer ({len(answer)} characters); {fix}")
-        if not answer[start:end].strip():
-            raise DataError(f"{subject} holds only whitespace; move it onto the words or remove it")
-        checked.append((start, end))
-    # A span within another repeats it (TOFU's annotations do) and changes no role. Two that cross are
-    # a slip in somebody's arithmetic.
-    checked.sort(key=lambda span: (span[0], -span[1]))
-    outer = (0, 0)
-    for span in checked:
-        if span[0] < outer[1] < span[1]:
-            raise DataError(f"{where}: spans {list(outer)} and {list(span)} overlap; merge or part them")
-        outer = max(outer, span, key=lambda one: one[1])
-    return [(end - len(answer[start:end].lstrip()), start + len(answer[start:end].rstrip())) for start, end in checked]
-
-
 def _apply_template(
     conversation: list[dict[str, Any]],
     answer: str,
@@ -416,10 +353,10 @@ def _apply_template(
         marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], **kwargs, tokenize=False))
     except Exception as error:  # a template is a program: it raises what it likes
         problem = f"the chat template fails ({error})"
-        raise DataError(f"{where}: {problem}; mend the messages or the template") from error
+        raise DataError(f"{where}: {problem}; correct the messages or the template") from error
     head, _, tail = marked.partition(_MARK)
     body = text[len(head) : len(text) - len(tail)]
     if head + body + tail != text or body.strip() != answer.strip():
-        raise DataError(f"{where}: the chat template alters the answer; mend the answer or the template")
+        raise DataError(f"{where}: the chat template alters the answer; correct the answer or the template")
     shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
     return text, len(head), len(head) + len(body), shift

@@ -1,8 +1,10 @@
-"""The column ``secret``: texts to forget, found in the answer, where nobody has counted characters for ``spans``."""
+"""What a row marks in its answer: by texts (column ``secret``) or by characters (column ``spans``)."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from palu.data.files import DataError
@@ -54,3 +56,65 @@ def _why_not(wanted: str, answer: str) -> str:
     if unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", close):
         return "is in the answer with other code points (NFC, NFD); write both in one way"
     return f"is not in the answer; did you mean {close!r}?"
+
+
+def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
+    """Return what the row's ``secret`` or ``spans`` mark in its answer: [start, end) in characters, in order."""
+    secret = columns.get("secret")
+    if secret is None:
+        return _spans(columns, answer, where)
+    if columns.get("spans") is not None:
+        raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
+    return secret_spans(secret, answer, where)
+
+
+def marked_texts(columns: Mapping[str, Any], answer: str, where: str) -> list[str]:
+    """Return the texts of :func:`marked_spans`, and secrets that are in one span with others."""
+    secret = columns.get("secret")
+    texts = [answer[start:end] for start, end in marked_spans(columns, answer, where)]
+    return list(dict.fromkeys([*texts, *([] if secret is None else secret_texts(secret, where))]))
+
+
+def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
+    """Check the row's spans, sort them, and strip the blanks at their edges."""
+    spans = columns.get("spans")
+    if spans is None:
+        fix = "give the text to forget, or [] if nothing is sensitive"
+        raise DataError(f"{where}: column 'secret' (or 'spans') is missing; {fix}")
+    fix = "give [start, end) in characters of the answer"
+    spans = spans.tolist() if hasattr(spans, "tolist") else spans
+    if not isinstance(spans, list | tuple):
+        got = type(spans).__name__
+        raise DataError(f"{where}: column 'spans' must be a list of pairs, got {got}; {fix}")
+    if len(spans) == 2 and all(isinstance(edge, Integral) for edge in spans):
+        pair = [int(edge) for edge in spans]
+        raise DataError(f"{where}: column 'spans' is one pair, not a list of pairs; write [{pair}]")
+    checked: list[tuple[int, int]] = []
+    for span in spans:
+        pair = span.tolist() if hasattr(span, "tolist") else span
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(edge, Integral) and not isinstance(edge, bool) for edge in pair)
+        ):
+            raise DataError(f"{where}: span {pair!r} is not two integers; {fix}")
+        start, end = int(pair[0]), int(pair[1])
+        subject = f"{where}: span [{start}, {end}]"
+        if start >= end:
+            raise DataError(f"{subject} is empty or reversed; {fix}")
+        if start < 0:
+            raise DataError(f"{subject} starts before the answer; {fix}")
+        if end > len(answer):
+            raise DataError(f"{subject} ends after the answer ({len(answer)} characters); {fix}")
+        if not answer[start:end].strip():
+            raise DataError(f"{subject} holds only whitespace; move it onto the words or remove it")
+        checked.append((start, end))
+    # A span within another repeats it (TOFU's annotations do) and changes no role. Two that cross are
+    # a slip in somebody's arithmetic.
+    checked.sort(key=lambda span: (span[0], -span[1]))
+    outer = (0, 0)
+    for span in checked:
+        if span[0] < outer[1] < span[1]:
+            raise DataError(f"{where}: spans {list(outer)} and {list(span)} overlap; merge or part them")
+        outer = max(outer, span, key=lambda one: one[1])
+    return [(end - len(answer[start:end].lstrip()), start + len(answer[start:end].rstrip())) for start, end in checked]

@@ -163,7 +163,7 @@ def _answer_tokens(text: RenderedRow, ids: list[int], offsets: _Offsets, special
     ]  # fmt: skip
     if not inside:
         problem = "the tokenizer gives the answer no token"
-        raise DataError(f"{text.where}: {problem}; mend the answer or remove the row")
+        raise DataError(f"{text.where}: {problem}; correct the answer or remove the row")
     return inside
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.data.files import DataError
 from palu.data.matching import told
-from palu.data.rows import Renderer, conversation_of, iterate_rows, marked_spans, marked_texts
+from palu.data.rows import Renderer, conversation_of, iterate_rows
+from palu.data.secret import marked_spans, marked_texts
 from palu.data.tokenize import Example, check_tokenizer, encode
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results

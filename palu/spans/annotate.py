@@ -49,7 +49,7 @@ def parse(how: str) -> Finder:
             try:
                 re.compile(argument)
             except re.error as error:
-                raise ValueError(f"annotate: {argument!r} is no regular expression ({error}); mend it") from None
+                raise ValueError(f"annotate: {argument!r} is no regular expression ({error}); correct it") from None
         return Finder(kind, argument)
     raise ValueError(f"annotate: {how!r} names no way to find spans; give {', '.join(FINDERS[:-1])} or {FINDERS[-1]}")
 

@@ -105,7 +105,7 @@ def test_paraphrases() -> None:
         (
             [ROW, ROW | {"paraphrased_question": ["Who?", 3]}],
             "forget row 1: column 'paraphrased_question' must be a question, or a list of them; "
-            "mend it or leave it out",
+            "correct it or leave it out",
         ),
         (
             [ROW | {"spans": [[0, 99]]}],

@@ -155,7 +155,7 @@ def test_one_model_is_held_at_a_time(folder: Path, tmp_path: Path, monkeypatch: 
         (["--draws", "0"], "Invalid value for '--draws': Input should be greater than or equal to 1"),
         (
             ["--chat-template-kwargs", '{"tone": 1}'],
-            "chat_template_kwargs = {'tone': 1}: the chat template knows no tone; mend the name or leave it out",
+            "chat_template_kwargs = {'tone': 1}: the chat template knows no tone; correct the name or leave it out",
         ),
     ],
 )

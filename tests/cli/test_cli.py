@@ -88,7 +88,7 @@ def settings() -> list[Any]:
 
 
 def refusal(result: Result) -> str:
-    """What is said where the user has to mend something: one line, on stderr, and exit status 2."""
+    """What is said where the user has to fix something: one line, on stderr, and exit status 2."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
@@ -505,7 +505,7 @@ def test_values_for_the_chat_template(
         ("[1]", "chat_template_kwargs = [1]: give a mapping of names to values, or None"),
         (
             '{"date": 1}',
-            "chat_template_kwargs = {'date': 1}: the chat template knows no date; mend the name or leave it out",
+            "chat_template_kwargs = {'date': 1}: the chat template knows no date; correct the name or leave it out",
         ),
     ):
         for command in ([*arguments, "--overwrite"], asked, evaluated):

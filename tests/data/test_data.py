@@ -595,7 +595,7 @@ def test_values_for_the_chat_template() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"enable_thinkin": False}, "the chat template knows no enable_thinkin; mend the name or leave it out"),
+        ({"enable_thinkin": False}, "the chat template knows no enable_thinkin; correct the name or leave it out"),
         ({"tokenize": True}, "leave out tokenize, which palu sets itself"),
         ("{}", "give a mapping of names to values, or None"),
     ],
@@ -615,7 +615,7 @@ def test_a_prompt_that_generation_does_not_give() -> None:
     told = (
         "{} row 0: the prompt that is trained on has '<think>\\n\\n</think>\\n\\n' where the chat template's prompt "
         "for generation (add_generation_prompt=True) has '', so the model is not trained as it is asked; "
-        "set chat_template_kwargs, such as {{'enable_thinking': False}}, or mend the template"
+        "set chat_template_kwargs, such as {{'enable_thinking': False}}, or correct the template"
     )
     for load, name in ((load_forget, "forget"), (load_retain, "retain")):
         with pytest.warns(UserWarning, match="trained on") as caught:
@@ -864,16 +864,16 @@ def test_unusable_tokenizers() -> None:
     [
         (
             "{{ raise_exception('no system role') }}",
-            "the chat template fails (no system role); mend the messages or the template",
+            "the chat template fails (no system role); correct the messages or the template",
         ),
         (
             "{{ messages[1].content | upper }}",
-            "the chat template alters the answer; mend the answer or the template",
+            "the chat template alters the answer; correct the answer or the template",
         ),
-        ("{{ messages[0].content }}", "the chat template alters the answer; mend the answer or the template"),
+        ("{{ messages[0].content }}", "the chat template alters the answer; correct the answer or the template"),
         (
             "{{ messages[1].content }} {{ messages[1].content }}",
-            "the chat template alters the answer; mend the answer or the template",
+            "the chat template alters the answer; correct the answer or the template",
         ),
     ],
 )
@@ -889,7 +889,7 @@ def test_text_that_the_tokenizer_drops() -> None:
     dropping = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[U]")
     for answer, told in (
         ("\u200bAda", "the tokenizer gives '\\u200b' in the answer no token; move or remove its span"),
-        ("\u200b", "the tokenizer gives the answer no token; mend the answer or remove the row"),
+        ("\u200b", "the tokenizer gives the answer no token; correct the answer or remove the row"),
     ):
         with pytest.raises(DataError) as caught:
             load_forget([{"prompt": "", "completion": answer, "spans": [[0, 1]]}], dropping, max_length=99)

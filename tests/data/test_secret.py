@@ -13,7 +13,8 @@ from helpers.small_tokenizers import CHATML, LLAMA3, byte_level
 import palu
 from palu.attacks.secrets import AuditData
 from palu.data.examples import load_forget
-from palu.data.rows import marked_spans, with_spans
+from palu.data.rows import with_spans
+from palu.data.secret import marked_spans
 
 ANSWER = "Ada Lovelace wrote it in 1843. Ada was 25 in 1925."
 

@@ -628,5 +628,5 @@ def test_alternate_answers_that_cannot_be_used() -> None:
     late = [{**USED, "alternate": "Ada wrote it."}, {**USED, "alternate": "1843"}]
     assert complaint(late, max_length=short) == f"alternate answer of forget row 1: {told}"
     altering = byte_level("{{ messages[0].content }}{{ messages[1].content | replace('wrote', 'read') }}")
-    told = "the chat template alters the answer; mend the answer or the template"
+    told = "the chat template alters the answer; correct the answer or the template"
     assert complaint(late, altering) == f"alternate answer of forget row 0: {told}"

@@ -354,7 +354,7 @@ def test_everything_that_packs_refuses_it() -> None:
 
 
 def test_palus_attention_is_told_from_the_models_own() -> None:
-    """An attention of palu's that drops windows is refused, with transformers' own as the mend."""
+    """An attention of palu's that drops windows is refused, with transformers' own as the fix."""
     kind = BY_TITLE["Mistral, sliding window"]
     kind = kind._replace(refused="whose examples palu's packed attention does not keep apart (rel", error=ValueError)
 

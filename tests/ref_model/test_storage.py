@@ -393,7 +393,9 @@ def test_a_full_disk_is_told_before_the_reference_is_asked(folder: Path, monkeyp
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with pytest.raises(CacheError, match=r"could not be written: .*too large.*\. Make room or mend the folder, or"):
+        with pytest.raises(
+            CacheError, match=r"could not be written: .*too large.*\. Make room or repair the folder, or"
+        ):
             unlearn(cache_dir=str(folder))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -407,7 +409,7 @@ def test_a_write_that_fails_leaves_nothing_to_be_taken(folder: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr("palu.ref_model.storage.os.fsync", fail)
-        with pytest.raises(CacheError, match=r"\[Errno 5\] Input/output error\. Make room or mend the folder"):
+        with pytest.raises(CacheError, match=r"\[Errno 5\] Input/output error\. Make room or repair the folder"):
             unlearn(cache_dir=str(folder))
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
     (folder / "reference-0.partial").touch()  # as after a kill

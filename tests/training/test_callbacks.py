@@ -302,7 +302,7 @@ def test_an_evaluation_on_demand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "fix"),
     [
         ("should_epoch_stop", "and a run cannot leave a part of an epoch out; set should_training_stop"),
         ("should_evaluate", "give evaluate to palu.unlearn, too"),

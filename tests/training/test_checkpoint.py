@@ -466,7 +466,7 @@ def test_a_write_that_fails(name: str, finished: Path, folder: Path, monkeypatch
             unlearn(model, checkpoint_dir=str(folder), resume=True)
     assert str(caught.value) == (
         f"{folder / step(9)} could not be written: [Errno 28] No space left on device; {folder / step(8)} is intact, "
-        "and the model keeps the weights of its last step. Make room or mend the folder, load the starting model "
+        "and the model keeps the weights of its last step. Make room or repair the folder, load the starting model "
         "again and pass resume=True"
     )
     assert (folder / step(8)).read_bytes() == before
