@@ -54,7 +54,7 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
         target: what the kept logits are pulled towards.
 
     Returns:
-        [R], float64 for float64 logits and float32 otherwise.
+        [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
 
     Raises:
         TypeError: a dtype not listed above.
@@ -97,7 +97,7 @@ def linear_topk_mse(
             "auto" takes the faster one (`palu.ops.functional.use_gather`).
 
     Returns:
-        [R], float64 for float64 inputs and float32 otherwise.
+        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
 
     Raises:
         TypeError: a dtype not listed above, or different dtypes.
