@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import palu
-from palu.training import loop
+from palu.training import loop, step
 
 STAGES = ("load", "reference", "train")
 BYTES = {"load": 4, "reference": 4, "train": 16}  # for each weight: itself; with its gradient and AdamW's moments
@@ -116,13 +116,13 @@ class Stages:
 
     def __enter__(self) -> Stages:
         self.before, self.stage, self.highest = status("RssAnon"), "load", dict.fromkeys((*STAGES, "back"), 0)
-        self.patched = {
-            "check_forward_passes": "reference",  # the first pass of a sharded model
-            "training_mode": "train",
-            "copy_weights_back": "back",
-        }
-        for name, stage in self.patched.items():
-            setattr(loop, name, self.entering(stage, getattr(loop, name)))
+        begins: list[tuple[Any, str, str]] = [
+            (loop, "check_forward_passes", "reference"),  # the first pass of a sharded model
+            (loop, "training_mode", "train"),
+            (step, "copy_weights_back", "back"),
+        ]
+        for module, name, stage in begins:
+            setattr(module, name, self.entering(stage, getattr(module, name)))
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()

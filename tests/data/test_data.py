@@ -376,7 +376,11 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
     spans = [[a, b] for a, b in zip(edges[::2], edges[1::2], strict=False) if answer[a:b].strip()]
     tok = tokenizer(name)
     source = [{"prompt": question, "completion": answer, "spans": spans}, row("Ada", "Ada")]
-    example = load_forget(source, tok, max_length=10**6).examples[0]
+    try:
+        example = load_forget(source, tok, max_length=10**6).examples[0]
+    except DataError as error:  # the span is the text's first token, and has no other
+        assert not question and "nothing stands before" in str(error)
+        return
 
     if tok.chat_template is None:
         text, shift = question + answer, len(question)
