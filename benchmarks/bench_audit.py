@@ -5,7 +5,7 @@
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
 and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
-models are served. Under the attacks stand the shares of words that are none in the greedy answers. Finished models and
+models are served. Under the attacks stand the shares of broken words in the greedy answers. Finished models and
 attacks are kept in --output, with what each model wrote: the same command goes on where it stopped. Writes
 audit_<preset>.json and .md to --results.
 """
@@ -29,7 +29,7 @@ from palu.testbed.smollm2 import mixed_precision
 MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
 DRAWS = 8
 AUDITED = "palu,palu-onset,N=all,npo,tpo,palu-paper"
-LANGUAGE = {"no_word": "words that are none", "unknown_name": "names found nowhere"}
+LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 
 
@@ -64,7 +64,7 @@ def served(bench: Bench, folder: Path) -> Loaded:
 
 
 def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, float]]:
-    """Compute the shares of words that are none, and of unknown names, in each model's greedy answers."""
+    """Compute the shares of broken words, and of unknown names, in each model's greedy answers."""
     true = {row["question"]: row["answer"] for row in forget}
     questions = [secret["question"] for secret in audit["secrets"]]
     greedy = next(row for row in audit["attacks"] if row["name"] == "ask: greedy")["models"]

@@ -8,7 +8,7 @@ each method unlearns the forget texts. Stages are kept and resumed as in bench_t
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
-"palu-whole-texts" takes all of a text as one span. The shares of words that are none and of names found nowhere are of
+"palu-whole-texts" takes all of a text as one span. The shares of broken words and of names found nowhere are of
 what a model writes after the beginning of a forget text.
 
 The tiny preset teaches passages, not whole texts: of each set, those around the answers to the first questions whose

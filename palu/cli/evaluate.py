@@ -78,7 +78,7 @@ def evaluate(
         str | None, typer.Option(help="TOFU: classifier of gibberish, for fluency.", metavar="DIR_OR_NAME")
     ] = None,
     language: Annotated[
-        str, typer.Option(help="Of the word list for the share of words that are none, such as de; none: leave it out.")
+        str, typer.Option(help="Of the word list for the share of broken words, such as de; none: leave it out.")
     ] = "en",
     reference_results: Annotated[
         Path | None,

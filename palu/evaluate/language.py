@@ -3,7 +3,7 @@
 For each text five figures are computed, :data:`FIGURES`:
 
 ``no_word``
-    Share of words that are none: neither in the word list, nor in the question, nor in the true answer, nor in what
+    Share of broken words: neither in the word list, nor in the question, nor in the true answer, nor in what
     the reference writes on other rows. Pooled over the words of a set.
 ``unknown_name``
     Share of words that begin with a capital and are found in none of these. Nobody can tell an invented name from a

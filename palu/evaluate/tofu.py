@@ -91,7 +91,7 @@ def tofu(
         reference_model: for the reference attack, with the same tokenizer.
         fluency_model: name, path or text-classification pipeline; adds ``forget_fluency``, the share of forget
             generations that it labels ``fluency_label``.
-        language: of the word list that the share of words that are none is measured with, such as "de"; None leaves
+        language: of the word list that the share of broken words is measured with, such as "de"; None leaves
             it out. What counts as a word: :mod:`palu.evaluate.language`.
         reference_results: this function's results for the model before unlearning; what it writes on other rows then
             counts as words, too.

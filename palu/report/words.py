@@ -45,7 +45,7 @@ _UNSEEN = "as a model that never saw it"
 def _language(prefix: str, of: str) -> dict[str, Metric]:
     """List the language figures of one set of generations."""
     return {
-        f"{prefix}_no_word": Metric(f"Words that are none, {of}", _LOWER),
+        f"{prefix}_no_word": Metric(f"Broken words, {of}", _LOWER),
         f"{prefix}_unknown_name": Metric(f"Capitalised words that no list has, {of}", _UNSEEN),
         f"{prefix}_rep_4": Metric(f"Repeated 4-grams (rep-4), {of}", _LOWER),
         f"{prefix}_replacement_character": Metric(f"Texts with characters that are none (U+FFFD), {of}", _LOWER),

@@ -117,7 +117,7 @@ class UnlearnDataLoader:
             after = len(self.retain) if self.asked_of_retain else 0
             outputs = [self.cache.outputs[i if i < forget else i + after] for i in chosen]
             batch = collate(items, kept, outputs + of_kept)
-        else:  # none was left for this process, or for this part: a token without a row stands in
+        else:  # nothing is left for this process, or for this part: it runs one token, which has no part in the loss
             idle = self.forget[0]
             token = Item(idle.input_ids[:1], idle.rows[:0], idle.labels[:0])
             none = {name: output[:0] for name, output in self.cache.outputs[0].items()}

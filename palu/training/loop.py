@@ -77,8 +77,8 @@ def unlearn(
             one with a LoRA adapter, of which only the adapter is trained, and whose base bitsandbytes may have
             quantised.
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
-            ``PeftModel`` the model without its adapter. An adapter that has learnt something before is so pulled
-            back to a model that never learnt it; to keep that, merge the adapter and add a new one first.
+            ``PeftModel`` the model without its adapter. So the KL takes back what an adapter has learnt before; to keep
+            that, merge the adapter and add a new one first.
         forget: examples with ``secret`` or ``spans``: a path to JSONL, JSON, CSV, TSV or Parquet, a list of dicts, a
             ``datasets.Dataset``, a ``pandas.DataFrame``, or tokenised tensors; see :mod:`palu.data`; or what
             :func:`palu.data.load_forget` made of them. An example without a span is held by the KL alone.

@@ -32,7 +32,7 @@ def known_of(*texts: str) -> set[str]:
 
 
 def counted(text: str, words: WordList, *known: str, cut_off: bool = False) -> tuple[list[str], list[str], int]:
-    """(words that are none, unknown names, words in all)."""
+    """(broken words, unknown names, words in all)."""
     found = measure(Generation(text, cut_off), known_of(*known), words)
     no_word, name = found["no_word"], found["unknown_name"]
     assert no_word["score"] == (len(no_word["found"]) / no_word["words"] if no_word["words"] else None)

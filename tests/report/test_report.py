@@ -307,7 +307,7 @@ def test_evaluations_in_the_folder_are_shown(folder: Path) -> None:
     page = Page(write_report(folder))
     for text in ("TOFU forget05 from evaluation.json", "Model utility", "0.627", "no retain_results", "odd", "7.5"):
         assert text in page.text
-    assert "Words that are none, forget set" in page.text and "0.25 (retain model 0.125)" in page.text
+    assert "Broken words, forget set" in page.text and "0.25 (retain model 0.125)" in page.text
     assert page.text.index("evaluation_before") < page.text.index("evaluation.json")
     (folder / "private" / "evaluation.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RecordError, match=r"evaluation\.json: these are no results"):
