@@ -82,7 +82,10 @@ def draw_call(draw: Draw, op: str, device: torch.device = CPU) -> Call:
 
 
 def _losses(_: Draw, case: OpCase, __: bool) -> Call:
-    return Call(case.op, case, dict(case.inputs), ("logits",), lambda a: {"loss": getattr(ops, case.op)(**a)})
+    call = Call(case.op, case, dict(case.inputs), ("logits",), lambda a: {"loss": getattr(ops, case.op)(**a)})
+    if case.op == "kl_div_":  # a CPU's BLAS sums a row's products one after the other
+        call.slack = 4 + case.inputs["logits"].shape[1] / 512
+    return call
 
 
 def _prefix_mask(_: Draw, case: OpCase, __: bool) -> Call:

@@ -215,9 +215,10 @@ def _topk_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
     size = a["logits"].abs().amax(1).clamp(min=constant) * (1 + vocabulary / 4096)
     counts = torch.zeros(rows, vocabulary).scatter_add_(1, a["index"].long(), torch.ones(rows, k))
     times = counts.max().item() if rows else 1
+    eps = torch.finfo(acc_dtype(dtype)).eps
     if dtype == torch.float64:  # the truth is no better: it sums one term after the other
         times *= 1 + times / 64
-    eps = torch.finfo(acc_dtype(dtype)).eps
+        eps *= 64
     of_loss = truth["loss"] + size * truth["residual"].abs().amax(1) + eps * size**2
     return {"loss": of_loss, "residual": size, "grad_logits": a["grad"].abs() * size * 2 / k * (2 + times)}
 
@@ -287,7 +288,7 @@ def _linear_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
     off = torch.maximum(truth["residual"].abs().amax(1), torch.finfo(acc_dtype(dtype)).eps * sizes)
     g = a["grad"].abs() * torch.maximum(off, sizes) * 4
     if dtype == torch.float64:  # the truth is no better
-        g = g * (1 + k / 64)
+        g = g * (1 + k / 64 + len(w) / 1024)
     return {
         "loss": truth["loss"] + sizes * off,
         "residual": sizes,
