@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import palu
 from palu.cli.options import SectionedCommand
-from palu.cli.quiet import silence_noise
+from palu.quiet import silence_noise
 from palu.signals import exit_on_sigterm
 
 # By name: what it does, and the function. Each is imported when it is called: the settings of `unlearn` import torch.

@@ -12,7 +12,7 @@ import typer
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
 from palu.cli.options import TemplateKwargs
-from palu.cli.quiet import hide_progress_bars
+from palu.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
 from palu.settings import template_kwargs
 from palu.writable import check_file

@@ -22,9 +22,9 @@ from palu.cli.models import (
     load_tokenizer,
     position_limit,
 )
-from palu.cli.quiet import hide_progress_bars
 from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
+from palu.quiet import hide_progress_bars
 from palu.report.layout import (
     CHECKPOINT_FILES,
     CHECKPOINTS,

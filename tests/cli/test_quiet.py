@@ -13,7 +13,7 @@ import pytest
 from helpers.planted import FORGET, RETAIN, tokenizer
 from helpers.tiny import tiny_llama
 
-from palu.cli import quiet
+from palu import quiet
 
 ROOT = Path(__file__).parents[2]
 # Commands one after the other, since each would import all again.
