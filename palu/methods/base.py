@@ -168,10 +168,10 @@ class Method(ModelRoot):
         return last, last
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
-        """Return the terms of the loss from the hidden states [R, d] of the batch's rows, none of weight 0.
+        """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
 
-        Terms on the same rows' logits come as a :class:`RowTerm`: all of these share one pass over the head. A
-        :class:`palu.losses.LocalTerm` comes first.
+        A term whose setting is 0 is left out. Losses of single rows come as a :class:`RowTerm`: all of these share one
+        pass over the head, a :class:`palu.losses.LocalTerm` first.
         """
         raise NotImplementedError
 
