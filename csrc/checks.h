@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-#include "topk_mse.h"
+#include "topk.h"
 
 namespace palu {
 
@@ -22,7 +22,7 @@ inline Center parse_target(const char* op, std::string_view target) {
   return Center::kConstant;
 }
 
-// The dtype that sums are kept in, and that losses and residuals come back in.
+// The dtype that sums are kept in, and that losses and slopes come back in.
 inline at::ScalarType acc_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Numbers in messages become strings here: where a toolchain links libstdc++ statically, a stream
@@ -123,39 +123,61 @@ inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
   TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", text(n));
 }
 
-inline Center check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
-  constexpr const char* op = "palu::topk_mse";
+inline void check_rows_and_index(const char* op, const at::Tensor& logits, const at::Tensor& index) {
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
   check_device(op, "index", index, "logits", logits);
   check_index(op, index, logits.size(0), logits.size(1));
+}
+
+inline Center check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
+  constexpr const char* op = "palu::topk_mse";
+  check_rows_and_index(op, logits, index);
   return parse_target(op, target);
 }
 
-// grad [R] and residual [R,K], both in the acc dtype of the op's floating inputs.
-inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index,
-                           const char* as, const at::Tensor& like) {
-  check_device(op, "grad", grad, as, like);
-  check_device(op, "residual", residual, as, like);
-  check_device(op, "index", index, as, like);
-  check_dtype(op, "grad", grad, acc_dtype(like.scalar_type()));
-  check_dtype(op, "residual", residual, acc_dtype(like.scalar_type()));
-  check_shape(op, "grad", grad, {like.size(0)});
-  check_shape(op, "residual", residual, index.sizes());
+inline void check_floor(const char* op, double floor) {
+  TORCH_CHECK_VALUE(floor >= 0 && floor < 1, op, ": floor must be in [0, 1), got ", floor);
 }
 
-inline void check_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index,
-                                    const at::Tensor& grad_logits) {
-  constexpr const char* op = "palu::topk_mse_backward";
+// What unlikelihood among candidates asks beyond the other checks.
+inline void check_candidates(const char* op, const at::Tensor& index, double floor) {
+  TORCH_CHECK_VALUE(
+      index.size(0) == 0 || index.size(1) > 1, op,
+      ": index must hold the true token and at least one candidate in each row, got K = ", text(index.size(1)));
+  check_floor(op, floor);
+}
+
+inline void check_topk_unlikelihood(const at::Tensor& logits, const at::Tensor& index, double floor) {
+  constexpr const char* op = "palu::topk_unlikelihood";
+  check_rows_and_index(op, logits, index);
+  check_candidates(op, index, floor);
+}
+
+// grad [R] and slope [R,K], both in the acc dtype of the op's floating inputs.
+inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index,
+                           const char* as, const at::Tensor& like) {
+  check_device(op, "grad", grad, as, like);
+  check_device(op, "slope", slope, as, like);
+  check_device(op, "index", index, as, like);
+  check_dtype(op, "grad", grad, acc_dtype(like.scalar_type()));
+  check_dtype(op, "slope", slope, acc_dtype(like.scalar_type()));
+  check_shape(op, "grad", grad, {like.size(0)});
+  check_shape(op, "slope", slope, index.sizes());
+}
+
+inline void check_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index,
+                                const at::Tensor& grad_logits) {
+  constexpr const char* op = "palu::topk_backward";
   check_floating(op, "grad_logits", grad_logits);
   check_dim(op, "grad_logits", grad_logits, 2);
   check_writable(op, "grad_logits", grad_logits);
   check_index(op, index, grad_logits.size(0), grad_logits.size(1));
-  check_incoming(op, grad, residual, index, "grad_logits", grad_logits);
+  check_incoming(op, grad, slope, index, "grad_logits", grad_logits);
 }
 
 inline void check_linear(const char* op, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
-                         const std::optional<at::Tensor>& weight_mean) {
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& weight_mean) {
   check_floating(op, "hidden", hidden);
   check_dim(op, "hidden", hidden, 2);
   check_device(op, "weight", weight, "hidden", hidden);
@@ -165,6 +187,11 @@ inline void check_linear(const char* op, const at::Tensor& hidden, const at::Ten
                     " columns but weight has ", text(weight.size(1)));
   check_device(op, "index", index, "hidden", hidden);
   check_index(op, index, hidden.size(0), weight.size(0));
+  if (bias) {
+    check_device(op, "bias", *bias, "hidden", hidden);
+    check_dtype(op, "bias", *bias, hidden.scalar_type());
+    check_shape(op, "bias", *bias, {weight.size(0)});
+  }
   if (weight_mean) {
     check_device(op, "weight_mean", *weight_mean, "hidden", hidden);
     check_dtype(op, "weight_mean", *weight_mean, acc_dtype(hidden.scalar_type()));
@@ -176,27 +203,29 @@ inline Center check_linear_topk_mse(const at::Tensor& hidden, const at::Tensor& 
                                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& weight_mean,
                                     std::string_view target) {
   constexpr const char* op = "palu::linear_topk_mse";
-  check_linear(op, hidden, weight, index, weight_mean);
-  if (bias) {
-    check_device(op, "bias", *bias, "hidden", hidden);
-    check_dtype(op, "bias", *bias, hidden.scalar_type());
-    check_shape(op, "bias", *bias, {weight.size(0)});
-  }
+  check_linear(op, hidden, weight, index, bias, weight_mean);
   const Center center = parse_target(op, target);
   TORCH_CHECK_VALUE(center != Center::kGlobalMean || weight_mean, op, ": target '", target,
                     "' needs weight_mean = weight.mean(0)");
   return center;
 }
 
-inline void check_linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
-                                           const at::Tensor& weight, const at::Tensor& index,
-                                           const std::optional<at::Tensor>& weight_mean, bool through_mean,
-                                           const std::optional<at::Tensor>& grad_hidden,
-                                           const std::optional<at::Tensor>& grad_weight,
-                                           const std::optional<at::Tensor>& grad_bias) {
-  constexpr const char* op = "palu::linear_topk_mse_backward";
-  check_linear(op, hidden, weight, index, weight_mean);
-  check_incoming(op, grad, residual, index, "hidden", hidden);
+inline void check_linear_topk_unlikelihood(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index,
+                                           const std::optional<at::Tensor>& bias, double floor) {
+  constexpr const char* op = "palu::linear_topk_unlikelihood";
+  check_linear(op, hidden, weight, index, bias, std::nullopt);
+  check_candidates(op, index, floor);
+}
+
+inline void check_linear_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& hidden,
+                                       const at::Tensor& weight, const at::Tensor& index,
+                                       const std::optional<at::Tensor>& weight_mean, bool through_mean,
+                                       const std::optional<at::Tensor>& grad_hidden,
+                                       const std::optional<at::Tensor>& grad_weight,
+                                       const std::optional<at::Tensor>& grad_bias) {
+  constexpr const char* op = "palu::linear_topk_backward";
+  check_linear(op, hidden, weight, index, std::nullopt, weight_mean);
+  check_incoming(op, grad, slope, index, "hidden", hidden);
   TORCH_CHECK_VALUE(!through_mean || !grad_hidden || weight_mean, op,
                     ": grad_hidden through the mean needs weight_mean = weight.mean(0)");
   if (grad_hidden) check_buffer(op, "grad_hidden", *grad_hidden, "hidden", hidden);
@@ -235,7 +264,7 @@ inline void check_unlikelihood_(const at::Tensor& logits, const at::Tensor& labe
   check_device(op, "labels", labels, "logits", logits);
   check_dtype(op, "labels", labels, at::kLong);
   check_shape(op, "labels", labels, {logits.size(0)});
-  TORCH_CHECK_VALUE(floor >= 0 && floor < 1, op, ": floor must be in [0, 1), got ", floor);
+  check_floor(op, floor);
 }
 
 inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight) {

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <optional>
-#include <string>
 #include <string_view>
 
 #include "checks.h"
@@ -14,19 +13,22 @@
 namespace palu {
 namespace {
 
-constexpr const char* kDifferentiable[] = {
-    "topk_mse",       "topk_mse_backward", "linear_topk_mse", "linear_topk_mse_frozen", "linear_topk_mse_backward",
-    "cross_entropy_", "unlikelihood_",     "kl_div_"};
+constexpr const char* kDifferentiable[] = {"topk_mse",
+                                           "topk_unlikelihood",
+                                           "topk_backward",
+                                           "linear_topk_mse",
+                                           "linear_topk_mse_frozen",
+                                           "linear_topk_unlikelihood",
+                                           "linear_topk_backward",
+                                           "cross_entropy_",
+                                           "unlikelihood_",
+                                           "kl_div_"};
 
 // torch would drop a tangent without a word, and its errors in torch.func are of no help.
 void refuse(const c10::OperatorHandle& op) {
-  std::string name = op.schema().name();
-  for (const char* suffix : {"_backward", "_frozen"}) name = name.substr(0, name.find(suffix));
-  const std::string twin = name.substr(name.rfind(':') + 1);
-  TORCH_CHECK(false, name,
+  TORCH_CHECK(false, op.schema().name(),
               " has reverse mode alone, one gradient at a time: neither torch.func, forward mode nor is_grads_batched "
-              "is supported; use palu.eager.",
-              twin);
+              "is supported; use its twin in palu.eager");
 }
 
 void refuse_transform(const c10::OperatorHandle& op, torch::jit::Stack*) { refuse(op); }
@@ -53,21 +55,23 @@ TORCH_LIBRARY(palu, m) {
 
   m.def(
       "topk_mse(Tensor logits, Tensor index, str target, float constant)"
-      " -> (Tensor loss, Tensor residual)");
-  m.def(
-      "topk_mse_backward(Tensor grad, Tensor residual, Tensor index, bool through_mean,"
-      " Tensor(a!) grad_logits) -> ()");
+      " -> (Tensor loss, Tensor slope)");
+  m.def("topk_unlikelihood(Tensor logits, Tensor index, float floor) -> (Tensor loss, Tensor slope)");
+  m.def("topk_backward(Tensor grad, Tensor slope, Tensor index, bool through_mean, Tensor(a!) grad_logits) -> ()");
 
   m.def(
       "linear_topk_mse(Tensor hidden, Tensor weight, Tensor index, Tensor? bias,"
-      " Tensor? weight_mean, str target, float constant) -> (Tensor loss, Tensor residual)");
-  // With the gradient of each row's loss for hidden [R, d], in the dtype of the sums, instead of the residual. It is
+      " Tensor? weight_mean, str target, float constant) -> (Tensor loss, Tensor slope)");
+  // With the gradient of each row's loss for hidden [R, d], in the dtype of the sums, instead of the slope. It is
   // there for CPUs, and for targets other than "local_mean".
   m.def(
       "linear_topk_mse_frozen(Tensor hidden, Tensor weight, Tensor index, Tensor? bias,"
       " Tensor? weight_mean, str target, float constant) -> (Tensor loss, Tensor grad_hidden)");
   m.def(
-      "linear_topk_mse_backward(Tensor grad, Tensor residual, Tensor hidden, Tensor weight,"
+      "linear_topk_unlikelihood(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, float floor)"
+      " -> (Tensor loss, Tensor slope)");
+  m.def(
+      "linear_topk_backward(Tensor grad, Tensor slope, Tensor hidden, Tensor weight,"
       " Tensor index, Tensor? weight_mean, bool through_mean, Tensor(a!)? grad_hidden,"
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 
@@ -83,21 +87,22 @@ TORCH_LIBRARY(palu, m) {
         [](const at::Tensor& logits, const at::Tensor& index, std::string_view target, double) {
           palu::check_topk_mse(logits, index, target);
         });
-  m.def(
-      "_check_topk_mse_backward(Tensor grad, Tensor residual, Tensor index, bool through_mean, Tensor grad_logits)"
-      " -> ()",
-      [](const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index, bool,
-         const at::Tensor& grad_logits) { palu::check_topk_mse_backward(grad, residual, index, grad_logits); });
+  m.def("_check_topk_unlikelihood(Tensor logits, Tensor index, float floor) -> ()", palu::check_topk_unlikelihood);
+  m.def("_check_topk_backward(Tensor grad, Tensor slope, Tensor index, bool through_mean, Tensor grad_logits) -> ()",
+        [](const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index, bool,
+           const at::Tensor& grad_logits) { palu::check_topk_backward(grad, slope, index, grad_logits); });
   m.def(
       "_check_linear_topk_mse(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, Tensor? weight_mean,"
       " str target, float constant) -> ()",
       [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index, const Optional& bias,
          const Optional& weight_mean, std::string_view target,
          double) { palu::check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target); });
+  m.def("_check_linear_topk_unlikelihood(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, float floor) -> ()",
+        palu::check_linear_topk_unlikelihood);
   m.def(
-      "_check_linear_topk_mse_backward(Tensor grad, Tensor residual, Tensor hidden, Tensor weight, Tensor index,"
+      "_check_linear_topk_backward(Tensor grad, Tensor slope, Tensor hidden, Tensor weight, Tensor index,"
       " Tensor? weight_mean, bool through_mean, Tensor? grad_hidden, Tensor? grad_weight, Tensor? grad_bias) -> ()",
-      palu::check_linear_topk_mse_backward);
+      palu::check_linear_topk_backward);
   m.def("_check_cross_entropy_(Tensor logits, Tensor labels, Tensor row_weight) -> ()", palu::check_cross_entropy_);
   m.def("_check_unlikelihood_(Tensor logits, Tensor labels, Tensor row_weight, float floor) -> ()",
         palu::check_unlikelihood_);

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from palu.config import UnlearnConfig
     from palu.data.files import DataError
     from palu.losses import PaluLoss, palu_loss
-    from palu.ops import linear_topk_mse, prefix_mask, topk_mse
+    from palu.ops import linear_topk_mse, linear_topk_unlikelihood, prefix_mask, topk_mse, topk_unlikelihood
     from palu.ref_model.storage import CacheError
     from palu.report.recorder import Recorder
     from palu.report.render import write_card, write_report
@@ -37,10 +37,12 @@ _MODULE_OF = {
     "annotate": "palu.spans.annotate",
     "audit": "palu.attacks.run",
     "linear_topk_mse": "palu.ops",
+    "linear_topk_unlikelihood": "palu.ops",
     "palu_loss": "palu.losses",
     "prefix_mask": "palu.ops",
     "save_run": "palu.report.save",
     "topk_mse": "palu.ops",
+    "topk_unlikelihood": "palu.ops",
     "unlearn": "palu.training.loop",
     "write_card": "palu.report.render",
     "write_report": "palu.report.render",
@@ -64,12 +66,14 @@ __all__ = [
     "eager",
     "evaluate",
     "linear_topk_mse",
+    "linear_topk_unlikelihood",
     "losses",
     "ops",
     "palu_loss",
     "prefix_mask",
     "save_run",
     "topk_mse",
+    "topk_unlikelihood",
     "unlearn",
     "write_card",
     "write_report",

@@ -11,12 +11,16 @@ from torch import Tensor
 __all__ = [
     "cross_entropy_",
     "kl_div_",
+    "linear_topk_backward",
     "linear_topk_mse",
-    "linear_topk_mse_backward",
+    "linear_topk_unlikelihood",
     "prefix_mask",
+    "topk_backward",
     "topk_mse",
-    "topk_mse_backward",
-    "topk_residual",
+    "topk_mse_and_slope",
+    "topk_unlikelihood",
+    "topk_unlikelihood_and_slope",
+    "unlikelihood_",
 ]
 
 
@@ -61,11 +65,11 @@ def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tens
 
 def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
     """Twin of `palu.topk_mse`."""
-    return topk_residual(logits, index, target).square().mean(1)
+    return topk_mse_and_slope(logits, index, target)[0]
 
 
-def topk_residual(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
-    """Compute the distances [R, K] of the kept logits from the target, whose mean square is `topk_mse`."""
+def topk_mse_and_slope(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> tuple[Tensor, Tensor]:
+    """Compute `topk_mse` [R], and its derivative for the kept logits [R, K] with the target held constant."""
     kept = logits.gather(1, index.long()).to(acc_dtype(logits.dtype))
     if target == "local_mean":
         c: Tensor | float = kept.mean(1, keepdim=True)
@@ -74,20 +78,41 @@ def topk_residual(logits: Tensor, index: Tensor, target: str | float = "global_m
         c = c.detach() if target == "global_mean_detached" else c
     else:
         c = float(target)
-    return kept - c
+    difference = kept - c
+    return difference.square().mean(1), difference * (2 / max(index.shape[1], 1))
 
 
-def topk_mse_backward(grad: Tensor, residual: Tensor, index: Tensor, through_mean: bool, grad_logits: Tensor) -> None:
-    """Twin of the backward pass of `topk_mse`: `grad_logits` become the gradient."""
-    of_kept, of_all = _of_logits(grad, residual, index, through_mean, grad_logits.shape[1])
+def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tensor:
+    """Twin of `palu.topk_unlikelihood`."""
+    return topk_unlikelihood_and_slope(logits, index, floor)[0]
+
+
+def topk_unlikelihood_and_slope(logits: Tensor, index: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Compute `topk_unlikelihood` [R], and its derivative for the logits [R, K] of true token and candidates."""
+    kept = logits.gather(1, index.long()).to(acc_dtype(logits.dtype))
+    others = kept[:, 1:].masked_fill(index[:, 1:] == index[:, :1], float("-inf"))
+    alone = (others == float("-inf")).all(1)
+    others = others.masked_fill(alone[:, None], 0)  # else the softmax of nothing, which is NaN
+    largest = others.detach().amax(1)  # taken away first: a logsumexp near 1e4 would be rounded as such a number
+    margin = (kept[:, 0] - largest) - (others - largest[:, None]).logsumexp(1)
+    probability = margin.sigmoid()
+    pushed = ~(probability <= floor) & ~alone  # a NaN stays one
+    loss = torch.logaddexp(margin, torch.zeros_like(margin)).where(pushed, 0)
+    probability = probability.where(pushed, 0)[:, None]
+    return loss, torch.cat([probability, -probability * others.softmax(1)], 1)
+
+
+def topk_backward(grad: Tensor, slope: Tensor, index: Tensor, through_mean: bool, grad_logits: Tensor) -> None:
+    """Twin of the backward pass of `topk_mse` and `topk_unlikelihood`: `grad_logits` become the gradient."""
+    of_kept, of_all = _of_logits(grad, slope, index, through_mean, grad_logits.shape[1])
     grad_logits.copy_(of_kept.add_(of_all))
 
 
 def _of_logits(
-    grad: Tensor, residual: Tensor, index: Tensor, through_mean: bool, vocab_size: int
+    grad: Tensor, slope: Tensor, index: Tensor, through_mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """(what each logit receives for being kept [R, V], what all logits of a row receive through the mean [R, 1])."""
-    g = 2 / max(index.shape[1], 1) * grad[:, None] * residual
+    g = grad[:, None] * slope
     of_kept = grad.new_zeros(len(grad), vocab_size).scatter_add_(1, index.long(), g)
     of_all = -g.sum(1, keepdim=True) / max(vocab_size, 1) if through_mean else torch.zeros_like(grad[:, None])
     return of_kept, of_all
@@ -106,9 +131,16 @@ def linear_topk_mse(
     return topk_mse(F.linear(hidden, weight, bias), index, target)
 
 
-def linear_topk_mse_backward(
+def linear_topk_unlikelihood(
+    hidden: Tensor, weight: Tensor, index: Tensor, floor: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
+    """Twin of `palu.linear_topk_unlikelihood`; it forms the logits."""
+    return topk_unlikelihood(F.linear(hidden, weight, bias), index, floor)
+
+
+def linear_topk_backward(
     grad: Tensor,
-    residual: Tensor,
+    slope: Tensor,
     hidden: Tensor,
     weight: Tensor,
     index: Tensor,
@@ -118,9 +150,12 @@ def linear_topk_mse_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Twin of the backward pass of `linear_topk_mse`: the gradients are added. It forms that of the logits [R, V]."""
+    """Twin of the backward pass of both losses of hidden states: the gradients are added.
+
+    It forms that of the logits [R, V].
+    """
     vocab_size = weight.shape[0]
-    of_kept, of_all = _of_logits(grad, residual, index, through_mean, vocab_size)
+    of_kept, of_all = _of_logits(grad, slope, index, through_mean, vocab_size)
     if grad_hidden is not None:
         sums = of_kept @ weight.to(grad.dtype)
         if through_mean and weight_mean is not None:

@@ -4,6 +4,7 @@ With ``z`` the current logits, ``P_theta`` their softmax and ``V_top`` the K ind
 highest::
 
     L_local = mean over sensitive tokens of -log(1 - P_theta(token))               (unlikelihood, the default)
+              the same, with P_theta renormalised over V_top and the token         (local unlikelihood)
               mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2       (the paper's)
     L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
     L_retain = mean token cross-entropy
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,9 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(values.numel(), 1)
 
 
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias, to be added to
+
+
 @dataclass(frozen=True)
 class LocalTerm:
     """Local entropy maximisation on ``index.shape[0]`` onset rows."""
@@ -113,6 +117,33 @@ class LocalTerm:
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
         return fused.topk_mse_fwd_bwd_(logits, self.index[rows], row_weight, self.target)
+
+    def gathered(self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, to: Grads) -> Tensor:
+        """Return the losses [R] of all rows from the head's rows in ``index``; add the weighted gradients ``to``."""
+        return fused.linear_topk_mse_fwd_bwd(
+            hidden, head.weight, self.index, row_weight, self.target, head.bias, weight_mean, to
+        )
+
+
+@dataclass(frozen=True)
+class LocalUnlikelihoodTerm:
+    """Unlikelihood of ``index.shape[0]`` tokens among the reference's candidates (:func:`palu.topk_unlikelihood`)."""
+
+    index: Tensor  # [R, K] int32 or int64: the true token, then the candidates
+    floor: float
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
+        return fused.topk_unlikelihood_fwd_bwd_(logits, self.index[rows], row_weight, self.floor)
+
+    def gathered(self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, to: Grads) -> Tensor:
+        """Return the losses [R] of all rows from the head's rows in ``index``; add the weighted gradients ``to``."""
+        return fused.linear_topk_unlikelihood_fwd_bwd(
+            hidden, head.weight, self.index, row_weight, self.floor, head.bias, to
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +199,8 @@ class CrossEntropyTerm:
         return fused.cross_entropy_(logits, self.labels[rows], row_weight)
 
 
-Term = LocalTerm | UnlikelihoodTerm | KLTerm | CrossEntropyTerm
+GatheredTerm = LocalTerm | LocalUnlikelihoodTerm  # reads some of a row's logits, so that these alone may be formed
+Term = GatheredTerm | UnlikelihoodTerm | KLTerm | CrossEntropyTerm
 
 
 def fused_linear_losses(
@@ -186,8 +218,8 @@ def fused_linear_losses(
     The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
     per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
 
-    A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so the onset rows
-    of a capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
+    A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so all rows of a
+    capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
 
     In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and
     rounded once at the end; each chunk's own product is rounded as torch's products are. Until the forward pass is
@@ -200,7 +232,8 @@ def fused_linear_losses(
         row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
         chunk_bytes: bound on the logits held at once, those of the reference and a cap's slopes included.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
-        impl: how the rows of a LocalTerm, which comes first, get their logits; see :func:`palu.ops.linear_topk_mse`.
+        impl: how the rows of a LocalTerm or LocalUnlikelihoodTerm, which comes first, get their logits; see
+            :func:`palu.ops.linear_topk_mse`.
 
     Returns:
         (total, losses): the scalar ``(row_weight * losses).sum()`` with gradient for hidden, weight
@@ -234,7 +267,7 @@ class _FusedLinearLosses(torch.autograd.Function):
     #   dH = G W,   dW += G^T H,   db += sum_r G_r.
     # A scale s is in H and b from the start (Head.scaled), so dH and db are multiplied by it at the end. With a cap c
     # the losses get c tanh(Z / c), and G is multiplied by 1 - tanh^2(Z / c) before the products.
-    # LocalTerm comes first among the terms; where gathering is faster its rows skip the chunks.
+    # A GatheredTerm comes first among the terms; where gathering is faster its rows skip the chunks.
 
     @staticmethod
     def forward(
@@ -261,7 +294,7 @@ class _FusedLinearLosses(torch.autograd.Function):
             need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
             grad_h = h.new_empty(h.shape) if need_hidden else None
 
-            local = terms[0] if terms and isinstance(terms[0], LocalTerm) else None
+            local = terms[0] if terms and isinstance(terms[0], GatheredTerm) else None
             gathered = 0
             if local is not None:
                 onset, k = local.index.shape
@@ -300,9 +333,7 @@ class _FusedLinearLosses(torch.autograd.Function):
                     sum_w.buffer() if sum_w is not None else None,
                     sum_b.buffer() if sum_b is not None else None,
                 )
-                losses[rows] = fused.linear_topk_mse_fwd_bwd(
-                    h[rows], w, local.index, row_weight[rows], local.target, b, weight_mean, grads_of_rows
-                )
+                losses[rows] = local.gathered(h[rows], Head(w, b), row_weight[rows], weight_mean, grads_of_rows)
         ctx.grads = [
             grad_h,
             sum_w.result(weight.dtype) if sum_w is not None else None,

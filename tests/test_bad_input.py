@@ -76,6 +76,10 @@ def linear_topk_mse(**changed: Any) -> Call:
     return palu.linear_topk_mse, given | changed
 
 
+def linear_topk_unlikelihood(**changed: Any) -> Call:
+    return palu.linear_topk_unlikelihood, linear_topk_mse()[1] | changed
+
+
 def prefix_mask(**changed: Any) -> Call:
     return palu.prefix_mask, {"labels": torch.tensor([[-100, 1, -200]]), "n": 3} | changed
 
@@ -87,8 +91,8 @@ def palu_loss(**changed: Any) -> Call:
 
 def overwriting(grad_logits: Tensor) -> Call:
     """The raw op, which fills a buffer."""
-    given = {"grad": torch.ones(2), "residual": torch.ones(2, 2), "index": torch.tensor([[0, 1], [2, 3]])}
-    return torch.ops.palu.topk_mse_backward, given | {"through_mean": True, "grad_logits": grad_logits}
+    given = {"grad": torch.ones(2), "slope": torch.ones(2, 2), "index": torch.tensor([[0, 1], [2, 3]])}
+    return torch.ops.palu.topk_backward, given | {"through_mean": True, "grad_logits": grad_logits}
 
 
 def config(**settings: Any) -> Call:
@@ -336,10 +340,12 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a bias on another device": (lambda: linear_topk_mse(bias=torch.zeros(6, device=META)), ValueError, "palu::linear_topk_mse: bias is on meta but hidden is on cpu; move it there"),
     "a head in another dtype": (lambda: linear_topk_mse(weight=torch.zeros(6, 3, dtype=torch.float64)), TypeError, "palu::linear_topk_mse: weight must be float32, got float64"),
     "a half-precision head": (lambda: linear_topk_mse(hidden=torch.zeros(2, 3).half(), weight=torch.zeros(6, 3).half()), TypeError, "palu::linear_topk_mse: hidden is float16, which the CPU kernels do not support; use bfloat16 or float32"),
+    "a true token alone": (lambda: linear_topk_unlikelihood(index=torch.tensor([[0], [2]])), ValueError, "palu::linear_topk_unlikelihood: index must hold the true token and at least one candidate in each row, got K = 1"),
+    "a floor of one": (lambda: linear_topk_unlikelihood(floor=1.0), ValueError, "palu::linear_topk_unlikelihood: floor must be in [0, 1), got 1"),
     "a mean row of another size": (lambda: linear_topk_mse(weight_mean=torch.zeros(6)), ValueError, "palu::linear_topk_mse: weight_mean must have shape [3], got [6]"),
-    "a buffer of zero stride": (lambda: overwriting(torch.zeros(1, 6).expand(2, 6)), ValueError, "palu::topk_mse_backward: grad_logits must not have rows that overlap, got shape [2, 6] and strides [0, 1]"),
-    "a buffer in steps": (lambda: overwriting(torch.zeros(6, 2).t()), ValueError, "palu::topk_mse_backward: grad_logits must have unit stride in its last dimension, got strides [1, 2]"),
-    "a buffer on another device": (lambda: overwriting(torch.zeros(2, 6, device=META)), ValueError, "palu::topk_mse_backward: grad_logits is on meta but grad is on cpu; move it there"),
+    "a buffer of zero stride": (lambda: overwriting(torch.zeros(1, 6).expand(2, 6)), ValueError, "palu::topk_backward: grad_logits must not have rows that overlap, got shape [2, 6] and strides [0, 1]"),
+    "a buffer in steps": (lambda: overwriting(torch.zeros(6, 2).t()), ValueError, "palu::topk_backward: grad_logits must have unit stride in its last dimension, got strides [1, 2]"),
+    "a buffer on another device": (lambda: overwriting(torch.zeros(2, 6, device=META)), ValueError, "palu::topk_backward: grad_logits is on meta but grad is on cpu; move it there"),
     "a mask of int32 labels": (lambda: prefix_mask(labels=torch.zeros(1, 3, dtype=torch.int32)), TypeError, "palu::prefix_mask: labels must be int64, got int32"),
     "a mask of a fractional N": (lambda: prefix_mask(n=1.5), TypeError, "palu::prefix_mask: n must be one integer of 64 bits, got 1.5"),
     "a mask of N below -1": (lambda: prefix_mask(n=-2), ValueError, "palu::prefix_mask: n must be -1 (all) or at least 0, got -2"),
@@ -456,7 +462,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("build", [topk_mse, linear_topk_mse])
+@pytest.mark.parametrize("build", [topk_mse, linear_topk_mse, linear_topk_unlikelihood])
 def test_layouts_of_inputs(build: Callable[..., Call], layout: str) -> None:
     """Bit for bit what the same values give in a contiguous tensor with an int64 index."""
     function, arguments = build()

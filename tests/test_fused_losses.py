@@ -47,7 +47,7 @@ def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int
         vocab=rng.randint(2, 60),
         hidden_size=rng.randint(1, 20),
         top_k=rng.randint(1, 20),
-        target=rng.choice(TARGETS),
+        target=rng.choice([*TARGETS, "unlikelihood"]),
         reverse=rng.random() < 0.5,
         bias=rng.random() < 0.5,
         trainable=[rng.random() < 0.7 for _ in range(3)],
@@ -102,8 +102,15 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
 def test_low_precision_loses_no_more_than_torch(
     device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, scale: float, softcap: float | None
 ) -> None:
-    for reverse in (False, True):
-        options = {"scale": scale, "softcap": softcap, "ref_scale": scale, "ref_softcap": softcap, "reverse": reverse}
+    for reverse, target in ((False, "global_mean"), (True, "unlikelihood")):
+        options = {
+            "target": target,
+            "scale": scale,
+            "softcap": softcap,
+            "ref_scale": scale,
+            "ref_softcap": softcap,
+            "reverse": reverse,
+        }
         case = make(device, (20, 24, 28, 12), vocab=211, hidden_size=16, top_k=30, dtype=dtype, impl=impl, **options)
         truth, plain = case.to(torch.float64), case.to(dtype)
         results = case.run(rows_per_chunk), textbook(plain, rows_per_chunk), textbook(truth)

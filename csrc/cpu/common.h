@@ -59,20 +59,20 @@ void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows
   }
 }
 
-// From z [K] in residual: residual = z - c and its mean square.
+// From z [K] in slope: the slope of the mean square of z - c, which is returned. c is not read for the local mean.
 template <typename A>
-A finish_row(A* residual /* [K] */, int64_t k, Center center, A global_mean, A constant) {
-  const A c = center == Center::kConstant    ? constant
-              : center == Center::kLocalMean ? static_cast<A>(sum(residual, k) / k)
-                                             : global_mean;
-  for (int64_t i = 0; i < k; ++i) residual[i] -= c;
-  return dot(residual, residual, k) / static_cast<A>(k);
+A finish_mse(A* slope /* [K] */, int64_t k, Center center, A c) {
+  if (center == Center::kLocalMean) c = static_cast<A>(sum(slope, k) / k);
+  for (int64_t i = 0; i < k; ++i) slope[i] -= c;
+  const A loss = dot(slope, slope, k) / static_cast<A>(k);
+  for (int64_t i = 0; i < k; ++i) slope[i] *= A(2) / static_cast<A>(k);
+  return loss;
 }
 
-// s = -(1/V) sum_k g[k], for g = scale * residual.
+// s = -(1/V) sum_k g[k], for g = grad * slope.
 template <typename A>
-A mean_share(const A* residual /* [K] */, int64_t k, A scale, int64_t vocab_size) {
-  return static_cast<A>(-static_cast<double>(scale) * sum(residual, k) / vocab_size);
+A mean_share(const A* slope /* [K] */, int64_t k, A grad, int64_t vocab_size) {
+  return static_cast<A>(-static_cast<double>(grad) * sum(slope, k) / vocab_size);
 }
 
 }  // namespace palu::cpu

@@ -237,6 +237,22 @@ __device__ A block_reduce(A x, A identity, Op op) {
   return x;
 }
 
+// ---- unlikelihood of a token, from the margin of its logit over the logsumexp of the others ----
+
+template <typename A>
+struct LossAndProbability {
+  A loss;         // -log(1 - probability), or 0 where the probability is not above the floor
+  A probability;  // 0 there, too
+};
+
+template <typename A>
+__device__ LossAndProbability<A> unlikelihood_of(A margin, A floor) {
+  const A small = exp(-fabs(margin));  // in [0, 1]
+  const A probability = (margin < 0 ? small : A(1)) / (1 + small);
+  if (probability <= floor) return {0, 0};  // a NaN stays one
+  return {fmax(margin, A(0)) + log1p(small), probability};
+}
+
 // ---- one row, several blocks ----
 
 // On Hopper a cluster of up to 8 blocks, which run at the same time and read each other's shared

@@ -3,7 +3,7 @@
 // beyond c10/cuda.
 //
 // T is the dtype of logits, hidden and weight (`Dtype`); A, float64 for float64 and float32 otherwise,
-// holds every sum, loss and residual; I is the dtype of the index (int64 if `index64`, else int32).
+// holds every sum, loss and slope; I is the dtype of the index (int64 if `index64`, else int32).
 // Strides count elements, from a row to the next; inside a row elements are neighbours. Every launcher
 // accepts rows = 0. Every kernel is deterministic: sums are trees of one fixed shape, and no float is
 // ever added atomically, so torch.use_deterministic_algorithms needs no special case.
@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "../prefix_mask.h"
-#include "../topk_mse.h"
+#include "../topk.h"
 
 namespace palu::cuda {
 
@@ -29,51 +29,57 @@ struct TopkMse {
   int64_t logits_stride;
   const void* index;  // I [R,K], contiguous
   void* loss;         // A [R]
-  void* residual;     // A [R,K], contiguous
+  void* slope;        // A [R,K], contiguous
   int64_t rows, vocab_size, k;
   Center center;
   double constant;
 };
 void topk_mse(const TopkMse& p, cudaStream_t stream);
 
-struct TopkMseBackward {
+struct TopkBackward {
   Dtype dtype;
   bool index64;
-  const void* grad;      // A [R], contiguous
-  const void* residual;  // A [R,K], contiguous
-  const void* index;     // I [R,K], contiguous
-  void* grad_logits;     // T [R,V], every element is overwritten
+  const void* grad;   // A [R], contiguous
+  const void* slope;  // A [R,K], contiguous
+  const void* index;  // I [R,K], contiguous
+  void* grad_logits;  // T [R,V], every element is overwritten
   int64_t grad_logits_stride;
   int64_t rows, vocab_size, k;
   bool through_mean;
 };
-void topk_mse_backward(const TopkMseBackward& p, cudaStream_t stream);
+void topk_backward(const TopkBackward& p, cudaStream_t stream);
 
-struct LinearTopkMse {
+struct LinearTopk {
   Dtype dtype;
   bool index64;
   const void* hidden;  // T [R,d], contiguous
   const void* weight;  // T [V,d]
   int64_t weight_stride;
-  const void* index;        // I [R,K], contiguous
-  const void* bias;         // T [V], contiguous, or null
+  const void* index;  // I [R,K], contiguous
+  const void* bias;   // T [V], contiguous, or null
+  void* loss;         // A [R]
+  void* slope;        // A [R,K], contiguous
+  int64_t rows, vocab_size, hidden_size, k;
+
+  // linear_topk_mse only
   const void* weight_mean;  // A [d], contiguous; read for the global mean only
   const void* bias_mean;    // A [1], or null without bias; read for the global mean only
-  void* loss;               // A [R]
-  void* residual;           // A [R,K], contiguous
-  int64_t rows, vocab_size, hidden_size, k;
   Center center;
   double constant;
-};
-void linear_topk_mse(const LinearTopkMse& p, cudaStream_t stream);
 
-// The gradients, in up to three steps.
-struct LinearTopkMseBackward {
+  // linear_topk_unlikelihood only
+  double floor;  // a true token that is not more probable has neither loss nor gradient
+};
+void linear_topk_mse(const LinearTopk& p, cudaStream_t stream);
+void linear_topk_unlikelihood(const LinearTopk& p, cudaStream_t stream);
+
+// The gradients of either, in up to three steps.
+struct LinearTopkBackward {
   Dtype dtype;
   bool index64;
-  const void* grad;      // A [R], contiguous
-  const void* residual;  // A [R,K], contiguous
-  void* shift;           // A [R], or null: the gradient does not flow through the mean
+  const void* grad;   // A [R], contiguous
+  const void* slope;  // A [R,K], contiguous
+  void* shift;        // A [R], or null: the gradient does not flow through the mean
   int64_t rows, vocab_size, hidden_size, k;
 
   // linear_grad_hidden only
@@ -97,17 +103,17 @@ struct LinearTopkMseBackward {
 };
 
 // shift[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r. Before the others.
-void linear_mean_shift(const LinearTopkMseBackward& p, cudaStream_t stream);
+void linear_mean_shift(const LinearTopkBackward& p, cudaStream_t stream);
 
 // grad_hidden[r] += sum_k g[r,k] weight[i_rk] + V s[r] weight_mean
-void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream);
+void linear_grad_hidden(const LinearTopkBackward& p, cudaStream_t stream);
 
 // How many slices of K the gradient of hidden is summed in (rows > 0); partial has this many.
 int64_t linear_grad_hidden_slices(int64_t rows, int64_t k);
 
 // grad_weight[v] += sum_{(r,k): i_rk=v} g[r,k] hidden[r] + sum_r s[r] hidden[r]
 // grad_bias[v]   += sum_{(r,k): i_rk=v} g[r,k] + sum_r s[r]
-void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream);
+void linear_grad_weight(const LinearTopkBackward& p, cudaStream_t stream);
 
 struct CrossEntropy {
   Dtype dtype;

@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor> topk_mse(const at::Tensor& logits, const at::
   const OnDeviceOf device(logits);
   const at::Tensor z = with_unit_stride(logits), i = index.contiguous();
   at::Tensor loss = at::empty({z.size(0)}, acc_options(z));
-  at::Tensor residual = at::empty(i.sizes(), acc_options(z));
+  at::Tensor slope = at::empty(i.sizes(), acc_options(z));
   cuda::TopkMse p{};
   p.dtype = dtype_of(z);
   p.index64 = is_int64(i);
@@ -76,26 +76,26 @@ std::tuple<at::Tensor, at::Tensor> topk_mse(const at::Tensor& logits, const at::
   p.logits_stride = z.stride(0);
   p.index = i.const_data_ptr();
   p.loss = loss.mutable_data_ptr();
-  p.residual = residual.mutable_data_ptr();
+  p.slope = slope.mutable_data_ptr();
   p.rows = z.size(0);
   p.vocab_size = z.size(1);
   p.k = i.size(1);
   p.center = center;
   p.constant = constant;
   cuda::topk_mse(p, device.stream);
-  return {loss, residual};
+  return {loss, slope};
 }
 
-void topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& index, bool through_mean,
-                       const at::Tensor& grad_logits) {
-  check_topk_mse_backward(grad, residual, index, grad_logits);
+void topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index, bool through_mean,
+                   const at::Tensor& grad_logits) {
+  check_topk_backward(grad, slope, index, grad_logits);
   const OnDeviceOf device(grad_logits);
-  const at::Tensor g = grad.contiguous(), e = residual.contiguous(), i = index.contiguous();
-  cuda::TopkMseBackward p{};
+  const at::Tensor g = grad.contiguous(), e = slope.contiguous(), i = index.contiguous();
+  cuda::TopkBackward p{};
   p.dtype = dtype_of(grad_logits);
   p.index64 = is_int64(i);
   p.grad = g.const_data_ptr();
-  p.residual = e.const_data_ptr();
+  p.slope = e.const_data_ptr();
   p.index = i.const_data_ptr();
   p.grad_logits = grad_logits.mutable_data_ptr();
   p.grad_logits_stride = grad_logits.stride(0);
@@ -103,7 +103,35 @@ void topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const
   p.vocab_size = grad_logits.size(1);
   p.k = i.size(1);
   p.through_mean = through_mean;
-  cuda::topk_mse_backward(p, device.stream);
+  cuda::topk_backward(p, device.stream);
+}
+
+// Returns losses and slopes, which launch(p) fills, with p a cuda::LinearTopk.
+template <typename F>
+std::tuple<at::Tensor, at::Tensor> run_linear_topk(const at::Tensor& hidden, const at::Tensor& weight,
+                                                   const at::Tensor& index, const std::optional<at::Tensor>& bias,
+                                                   F launch) {
+  const at::Tensor h = hidden.contiguous(), w = with_unit_stride(weight), i = index.contiguous();
+  std::optional<at::Tensor> b;
+  if (bias) b = bias->contiguous();
+  at::Tensor loss = at::empty({h.size(0)}, acc_options(h));
+  at::Tensor slope = at::empty(i.sizes(), acc_options(h));
+  cuda::LinearTopk p{};
+  p.dtype = dtype_of(h);
+  p.index64 = is_int64(i);
+  p.hidden = h.const_data_ptr();
+  p.weight = w.const_data_ptr();
+  p.weight_stride = w.stride(0);
+  p.index = i.const_data_ptr();
+  p.bias = data_or_null(b);
+  p.loss = loss.mutable_data_ptr();
+  p.slope = slope.mutable_data_ptr();
+  p.rows = h.size(0);
+  p.vocab_size = w.size(0);
+  p.hidden_size = h.size(1);
+  p.k = i.size(1);
+  launch(p);
+  return {loss, slope};
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_topk_mse(const at::Tensor& hidden, const at::Tensor& weight,
@@ -112,55 +140,48 @@ std::tuple<at::Tensor, at::Tensor> linear_topk_mse(const at::Tensor& hidden, con
                                                    std::string_view target, double constant) {
   const Center center = check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target);
   const OnDeviceOf device(hidden);
-  const at::Tensor h = hidden.contiguous(), w = with_unit_stride(weight), i = index.contiguous();
-  std::optional<at::Tensor> b, w_mean, b_mean;
-  if (bias) b = bias->contiguous();
+  std::optional<at::Tensor> w_mean, b_mean;
   if (center == Center::kGlobalMean) {
     w_mean = weight_mean->contiguous();
-    if (b) b_mean = b->mean(0, /*keepdim=*/false, acc_dtype(h.scalar_type()));
+    if (bias) b_mean = bias->mean(0, /*keepdim=*/false, acc_dtype(hidden.scalar_type()));
   }
-  at::Tensor loss = at::empty({h.size(0)}, acc_options(h));
-  at::Tensor residual = at::empty(i.sizes(), acc_options(h));
-  cuda::LinearTopkMse p{};
-  p.dtype = dtype_of(h);
-  p.index64 = is_int64(i);
-  p.hidden = h.const_data_ptr();
-  p.weight = w.const_data_ptr();
-  p.weight_stride = w.stride(0);
-  p.index = i.const_data_ptr();
-  p.bias = data_or_null(b);
-  p.weight_mean = data_or_null(w_mean);
-  p.bias_mean = data_or_null(b_mean);
-  p.loss = loss.mutable_data_ptr();
-  p.residual = residual.mutable_data_ptr();
-  p.rows = h.size(0);
-  p.vocab_size = w.size(0);
-  p.hidden_size = h.size(1);
-  p.k = i.size(1);
-  p.center = center;
-  p.constant = constant;
-  cuda::linear_topk_mse(p, device.stream);
-  return {loss, residual};
+  return run_linear_topk(hidden, weight, index, bias, [&](cuda::LinearTopk& p) {
+    p.weight_mean = data_or_null(w_mean);
+    p.bias_mean = data_or_null(b_mean);
+    p.center = center;
+    p.constant = constant;
+    cuda::linear_topk_mse(p, device.stream);
+  });
 }
 
-void linear_topk_mse_backward(const at::Tensor& grad, const at::Tensor& residual, const at::Tensor& hidden,
-                              const at::Tensor& weight, const at::Tensor& index,
-                              const std::optional<at::Tensor>& weight_mean, bool through_mean,
-                              const std::optional<at::Tensor>& grad_hidden,
-                              const std::optional<at::Tensor>& grad_weight,
-                              const std::optional<at::Tensor>& grad_bias) {
-  check_linear_topk_mse_backward(grad, residual, hidden, weight, index, weight_mean, through_mean, grad_hidden,
-                                 grad_weight, grad_bias);
+std::tuple<at::Tensor, at::Tensor> linear_topk_unlikelihood(const at::Tensor& hidden, const at::Tensor& weight,
+                                                            const at::Tensor& index,
+                                                            const std::optional<at::Tensor>& bias, double floor) {
+  check_linear_topk_unlikelihood(hidden, weight, index, bias, floor);
+  const OnDeviceOf device(hidden);
+  return run_linear_topk(hidden, weight, index, bias, [&](cuda::LinearTopk& p) {
+    p.floor = floor;
+    cuda::linear_topk_unlikelihood(p, device.stream);
+  });
+}
+
+void linear_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& hidden,
+                          const at::Tensor& weight, const at::Tensor& index,
+                          const std::optional<at::Tensor>& weight_mean, bool through_mean,
+                          const std::optional<at::Tensor>& grad_hidden, const std::optional<at::Tensor>& grad_weight,
+                          const std::optional<at::Tensor>& grad_bias) {
+  check_linear_topk_backward(grad, slope, hidden, weight, index, weight_mean, through_mean, grad_hidden, grad_weight,
+                             grad_bias);
   const int64_t rows = hidden.size(0), d = hidden.size(1), vocab_size = weight.size(0);
   const int64_t k = index.size(1);
   if (rows == 0) return;
   const OnDeviceOf device(hidden);
-  const at::Tensor g = grad.contiguous(), e = residual.contiguous(), i = index.contiguous();
-  cuda::LinearTopkMseBackward p{};
+  const at::Tensor g = grad.contiguous(), e = slope.contiguous(), i = index.contiguous();
+  cuda::LinearTopkBackward p{};
   p.dtype = dtype_of(hidden);
   p.index64 = is_int64(i);
   p.grad = g.const_data_ptr();
-  p.residual = e.const_data_ptr();
+  p.slope = e.const_data_ptr();
   p.rows = rows;
   p.vocab_size = vocab_size;
   p.hidden_size = d;
@@ -270,9 +291,10 @@ at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const
 TORCH_LIBRARY_IMPL(palu, CUDA, m) {
   m.impl("prefix_mask", palu::prefix_mask);
   m.impl("topk_mse", palu::topk_mse);
-  m.impl("topk_mse_backward", palu::topk_mse_backward);
+  m.impl("topk_backward", palu::topk_backward);
   m.impl("linear_topk_mse", palu::linear_topk_mse);
-  m.impl("linear_topk_mse_backward", palu::linear_topk_mse_backward);
+  m.impl("linear_topk_unlikelihood", palu::linear_topk_unlikelihood);
+  m.impl("linear_topk_backward", palu::linear_topk_backward);
   m.impl("cross_entropy_", palu::cross_entropy_);
   m.impl("unlikelihood_", palu::unlikelihood_);
   m.impl("kl_div_", palu::kl_div_);

@@ -168,13 +168,10 @@ __global__ __launch_bounds__(kRowThreads, 2) void unlikelihood_kernel(T* logits,
   }
   join(others);
 
-  const A margin = (label_logit - others.max) - log(others.sum);
-  const A small = exp(-fabs(margin));  // in [0, 1]
-  const A probability = (margin < 0 ? small : A(1)) / (1 + small);
-  const bool pushed = !(probability <= floor);  // a NaN stays one
-  if (team.thread == 0) loss[team.row] = pushed ? fmax(margin, A(0)) + log1p(small) : A(0);
+  const LossAndProbability<A> of_label = unlikelihood_of((label_logit - others.max) - log(others.sum), floor);
+  if (team.thread == 0) loss[team.row] = of_label.loss;
 
-  const A weight = pushed ? row_weight[team.row] * probability : A(0);
+  const A weight = row_weight[team.row] * of_label.probability;
   const A scale = -weight / others.sum;
   for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
     uint4 packs[kUnroll];

@@ -6,7 +6,14 @@ forward pass. `selftest.py` compares each op with its plain-torch twin in `palu/
 """
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
-from palu.ops.functional import linear_topk_mse, prefix_mask, topk_mse, weight_mean
+from palu.ops.functional import (
+    linear_topk_mse,
+    linear_topk_unlikelihood,
+    prefix_mask,
+    topk_mse,
+    topk_unlikelihood,
+    weight_mean,
+)
 from palu.ops.fused import cross_entropy_, kl_div_, unlikelihood_
 from palu.ops.library import extension_path
 
@@ -15,8 +22,10 @@ __all__ = [
     "extension_path",
     "kl_div_",
     "linear_topk_mse",
+    "linear_topk_unlikelihood",
     "prefix_mask",
     "topk_mse",
+    "topk_unlikelihood",
     "unlikelihood_",
     "weight_mean",
 ]

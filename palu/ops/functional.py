@@ -1,4 +1,4 @@
-"""The public ops: onset mask, and local entropy loss from logits or from hidden states."""
+"""The public ops: onset mask, and the local losses from logits or from hidden states."""
 
 import math
 from numbers import Integral, Real
@@ -104,16 +104,11 @@ def linear_topk_mse(
         ValueError: shapes that do not fit, K = 0, V = 0, different devices, an unknown target or `impl`.
         IndexError: an index out of range (CPU; on CUDA a device-side assertion).
     """
-    optional = {"bias": bias, "weight_mean": weight_mean}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    check_tensors("palu::linear_topk_mse", hidden=hidden, weight=weight, index=index, **given)
-    hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
+    hidden, weight, bias = _as_linear(
+        "palu::linear_topk_mse", hidden, weight, bias, {"index": index, "weight_mean": weight_mean}
+    )
     name, constant = split_target(target)
-    gather = True
-    if hidden.dim() == index.dim() == weight.dim() == 2:  # else the op reports it
-        (rows, k), vocab_size = index.shape, weight.shape[0]
-        gather = use_gather(impl, rows, k, vocab_size, hidden.device.type)
-    if not gather:
+    if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # the op's checks, on no rows: linear() would say less of what is wrong
             _ops.linear_topk_mse(hidden[:0], weight, index[:0], bias, weight_mean, "constant", 0.0)
         return topk_mse(F.linear(hidden, weight, bias), index, target)
@@ -123,6 +118,79 @@ def linear_topk_mse(
     op = _ops.linear_topk_mse_frozen if with_grad and frozen and has_frozen(hidden, name) else _ops.linear_topk_mse
     loss, _ = op(hidden, weight, index, bias, mean, name, constant)
     return loss
+
+
+def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tensor:
+    """Compute the local unlikelihood: `-log(1 - p)` of the true token, with p its probability among the candidates.
+
+    `p[r] = exp(z_y) / (exp(z_y) + sum of exp(z_i) over the candidates i)`, with z the logits of row r (arXiv 1908.04319
+    within the vocabulary of arXiv 2601.03190). A row whose p is not above `floor` has the loss 0 and the gradient 0. So
+    has a row without a candidate: there is nothing to which the true token's mass could go.
+
+    Args:
+        logits: [R, V] float32, float64, bfloat16, or (not on a CPU) float16; any strides.
+        index: [R, K] int32 or int64, each in [0, V), K > 1. Column 0 holds the true tokens y, the others the
+            candidates, such as those that the reference ranks highest. A candidate that is the true token is left out;
+            another one that occurs twice counts twice.
+        floor: in [0, 1).
+
+    Returns:
+        [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
+
+    Raises:
+        TypeError: a dtype not listed above.
+        ValueError: shapes that do not fit, K < 2, V = 0, different devices, or a `floor` out of range.
+        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+    """
+    check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
+    loss, _ = _ops.topk_unlikelihood(logits, index, floor)
+    return loss
+
+
+def linear_topk_unlikelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    floor: float = 0.0,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `topk_unlikelihood` of the logits `hidden @ weight.T + bias`: K dot products a row, instead of V.
+
+    Args:
+        hidden, weight, bias, impl: as in `linear_topk_mse`, and so is what `torch.autocast` does.
+        index, floor: as in `topk_unlikelihood`.
+
+    Returns:
+        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
+
+    Raises:
+        TypeError, ValueError, IndexError: as the two.
+    """
+    hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, bias, {"index": index})
+    if not _gathers(impl, hidden, weight, index):
+        with torch.no_grad():  # as in linear_topk_mse
+            _ops.linear_topk_unlikelihood(hidden[:0], weight, index[:0], bias, floor)
+        return topk_unlikelihood(F.linear(hidden, weight, bias), index, floor)
+    loss, _ = _ops.linear_topk_unlikelihood(hidden, weight, index, bias, floor)
+    return loss
+
+
+def _as_linear(
+    who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check all tensors of a call, and cast those of the head as `F.linear` does under autocast."""
+    given = {"hidden": hidden, "weight": weight, **others, "bias": bias}
+    check_tensors(who, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    return _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
+
+
+def _gathers(impl: str, hidden: Tensor, weight: Tensor, index: Tensor) -> bool:
+    """Decide as `use_gather`; True, too, where the op is to report tensors of another rank."""
+    if not hidden.dim() == index.dim() == weight.dim() == 2:
+        return True
+    return use_gather(impl, *index.shape, weight.shape[0], hidden.device.type)
 
 
 def weight_mean(weight: Tensor) -> Tensor:

@@ -14,8 +14,15 @@ _ops = torch.ops.palu
 def topk_mse_fwd_bwd_(logits: Tensor, index: Tensor, row_weight: Tensor, target: str | float) -> Tensor:
     """Compute `topk_mse` of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R]."""
     name, constant = split_target(target)
-    loss, residual = _ops.topk_mse(logits, index, name, constant)
-    _ops.topk_mse_backward(row_weight, residual, index, name == "global_mean", logits)
+    loss, slope = _ops.topk_mse(logits, index, name, constant)
+    _ops.topk_backward(row_weight, slope, index, name == "global_mean", logits)
+    return loss
+
+
+def topk_unlikelihood_fwd_bwd_(logits: Tensor, index: Tensor, row_weight: Tensor, floor: float) -> Tensor:
+    """Compute `topk_unlikelihood` of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R]."""
+    loss, slope = _ops.topk_unlikelihood(logits, index, floor)
+    _ops.topk_backward(row_weight, slope, index, False, logits)
     return loss
 
 
@@ -42,8 +49,26 @@ def linear_topk_mse_fwd_bwd(
         loss, gradient = _ops.linear_topk_mse_frozen(hidden, weight, index, bias, mean, name, constant)
         grad_hidden += row_weight[:, None] * gradient
         return loss
-    loss, residual = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
-    _ops.linear_topk_mse_backward(row_weight, residual, hidden, weight, index, mean, name == "global_mean", *grads)
+    loss, slope = _ops.linear_topk_mse(hidden, weight, index, bias, mean, name, constant)
+    _ops.linear_topk_backward(row_weight, slope, hidden, weight, index, mean, name == "global_mean", *grads)
+    return loss
+
+
+def linear_topk_unlikelihood_fwd_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    row_weight: Tensor,
+    floor: float,
+    bias: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """Compute `linear_topk_unlikelihood` of each row [R]; its gradient times `row_weight` [R] is added to `grads`.
+
+    `grads`: as in `linear_topk_mse_fwd_bwd`.
+    """
+    loss, slope = _ops.linear_topk_unlikelihood(hidden, weight, index, bias, floor)
+    _ops.linear_topk_backward(row_weight, slope, hidden, weight, index, None, False, *grads)
     return loss
 
 

@@ -106,10 +106,12 @@ def _losses(_: Tensor, __: Tensor, row_weight: Tensor, *___: float) -> Tensor:
 
 
 _register_fake("prefix_mask", lambda labels, *_, **__: labels.new_empty(labels.shape, dtype=torch.bool))
-_register_fake("topk_mse", lambda logits, index, *_: _losses_and(logits, index.shape))
-_register_fake("linear_topk_mse", lambda hidden, weight, index, *_: _losses_and(hidden, index.shape))
+for _op in ("topk_mse", "topk_unlikelihood"):
+    _register_fake(_op, lambda logits, index, *_: _losses_and(logits, index.shape))
+for _op in ("linear_topk_mse", "linear_topk_unlikelihood"):
+    _register_fake(_op, lambda hidden, weight, index, *_: _losses_and(hidden, index.shape))
 _register_fake("linear_topk_mse_frozen", lambda hidden, *_: _losses_and(hidden, hidden.shape))
-for _op in ("topk_mse_backward", "linear_topk_mse_backward"):
+for _op in ("topk_backward", "linear_topk_backward"):
     _register_fake(_op, lambda *_: None)
 for _op in ("cross_entropy_", "unlikelihood_", "kl_div_"):
     _register_fake(_op, _losses)
@@ -142,21 +144,24 @@ def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[.
     torch.library.register_autograd(f"palu::{op}", first_order, setup_context=setup_context)
 
 
-def _topk_mse_setup(ctx: Any, inputs: tuple[Any, ...], residual: Tensor) -> None:
-    logits, index, ctx.target, _ = inputs
+def _topk_setup(ctx: Any, inputs: tuple[Any, ...], slope: Tensor) -> None:
+    logits, index, *settings = inputs
+    ctx.through_mean, ctx.settings = settings[0] == "global_mean", len(settings)
     ctx.shape, ctx.dtype = logits.shape, logits.dtype
-    ctx.save_for_backward(residual, index)
+    ctx.save_for_backward(slope, index)
 
 
-def _topk_mse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _topk_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_logits = grad.new_empty(ctx.shape, dtype=ctx.dtype)
-    _ops.topk_mse_backward(grad, *ctx.saved_tensors, ctx.target == "global_mean", grad_logits)
-    return grad_logits, None, None, None
+    _ops.topk_backward(grad, *ctx.saved_tensors, ctx.through_mean, grad_logits)
+    return grad_logits, None, *[None] * ctx.settings
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], residual: Tensor) -> None:
-    hidden, weight, index, bias, mean, ctx.target, _ = inputs
-    ctx.save_for_backward(residual, hidden, weight, index, mean, bias)
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], slope: Tensor) -> None:
+    hidden, weight, index, bias, *settings = inputs
+    mean, target, _ = settings if len(settings) == 3 else (None, None, None)  # unlikelihood has a floor alone
+    ctx.through_mean, ctx.settings = target == "global_mean", len(settings)
+    ctx.save_for_backward(slope, hidden, weight, index, mean, bias)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -164,8 +169,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     _, hidden, weight, *_ = saved
     asked = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
     grads = [t.new_zeros(t.shape) if a else None for t, a in zip((hidden, weight, bias), asked, strict=True)]
-    _ops.linear_topk_mse_backward(grad, *saved, ctx.target == "global_mean", *grads)  # adds to them
-    return grads[0], grads[1], None, grads[2], None, None, None
+    _ops.linear_topk_backward(grad, *saved, ctx.through_mean, *grads)  # adds to them
+    return grads[0], grads[1], None, grads[2], *[None] * ctx.settings
 
 
 def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], grad_hidden: Tensor) -> None:
@@ -178,6 +183,8 @@ def _frozen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad[:, None] * grad_hidden).to(ctx.dtype), *[None] * 6
 
 
-_register_autograd("topk_mse", _topk_mse_setup, _topk_mse_backward)
-_register_autograd("linear_topk_mse", _linear_setup, _linear_backward)
+for _op in ("topk_mse", "topk_unlikelihood"):
+    _register_autograd(_op, _topk_setup, _topk_backward)
+for _op in ("linear_topk_mse", "linear_topk_unlikelihood"):
+    _register_autograd(_op, _linear_setup, _linear_backward)
 _register_autograd("linear_topk_mse_frozen", _frozen_setup, _frozen_backward)

@@ -1,9 +1,9 @@
 """Register the plain-torch twins as kernels where there is no native one.
 
-That is for `cross_entropy_`, `unlikelihood_` and `kl_div_` on CPUs, where a kernel in C++ would be no faster, and for
-every op on devices without native kernels: CUDA without nvcc, MPS, XPU and others. There they are slower, form logits
-[R, V] where the native kernels need none, and warn once for each kind of device. They check their arguments as the
-native ones do.
+That is for `topk_unlikelihood` everywhere and for `cross_entropy_`, `unlikelihood_` and `kl_div_` on CPUs, where our
+own kernel would be no faster, and for every op on devices without native kernels: CUDA without nvcc, MPS, XPU and
+others. There they are slower, form logits [R, V] where the native kernels need none, and warn once for each kind of
+device. They check their arguments as the native ones do.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def _check_index_values(who: str, index: Tensor, vocab_size: int) -> None:
 
 
 def _topk_mse(logits: Tensor, index: Tensor, target: str, constant: float) -> tuple[Tensor, Tensor]:
-    residual = eager.topk_residual(logits, index, constant if target == "constant" else target)
-    return residual.square().mean(1), residual
+    return eager.topk_mse_and_slope(logits, index, constant if target == "constant" else target)
 
 
 def _linear_topk_mse(
@@ -74,17 +73,28 @@ def _linear_topk_mse(
     target: str,
     constant: float,
 ) -> tuple[Tensor, Tensor]:
-    # The residual is kept in this dtype: logits in a half type would not do.
+    return _topk_mse(_logits(hidden, weight, bias), index, target, constant)
+
+
+def _linear_topk_unlikelihood(
+    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, floor: float
+) -> tuple[Tensor, Tensor]:
+    return eager.topk_unlikelihood_and_slope(_logits(hidden, weight, bias), index, floor)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Slopes are kept in this dtype: logits in a half type would not do.
     dtype = acc_dtype(hidden.dtype)
-    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return _topk_mse(logits, index, target, constant)
+    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 _register("prefix_mask", eager.prefix_mask)
 _register("topk_mse", _topk_mse)
-_register("topk_mse_backward", eager.topk_mse_backward)
+_register("topk_unlikelihood", eager.topk_unlikelihood_and_slope)
+_register("topk_backward", eager.topk_backward)
 _register("linear_topk_mse", _linear_topk_mse)
-_register("linear_topk_mse_backward", eager.linear_topk_mse_backward)
+_register("linear_topk_unlikelihood", _linear_topk_unlikelihood)
+_register("linear_topk_backward", eager.linear_topk_backward)
 _register("cross_entropy_", eager.cross_entropy_)
 _register("unlikelihood_", eager.unlikelihood_)
 _register("kl_div_", eager.kl_div_)

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu import eager
-from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, Term, UnlikelihoodTerm, fused_linear_losses
+from palu.losses import (
+    CrossEntropyTerm,
+    KLTerm,
+    LocalTerm,
+    LocalUnlikelihoodTerm,
+    Term,
+    UnlikelihoodTerm,
+    fused_linear_losses,
+)
 from palu.models.head import Head
 
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
@@ -106,7 +114,8 @@ def make(
 ) -> Case:
     """Random values; `rows` are those of each term (local, KL, retain, unlikelihood).
 
-    `trainable` speaks of hidden, weight and bias. A capped head has no gathered rows.
+    `target`: of the local loss; "unlikelihood": that of a token among candidates. `trainable` speaks of hidden, weight
+    and bias. A capped head has no gathered rows.
     """
 
     def values(*shape: int) -> Tensor:
@@ -114,10 +123,11 @@ def make(
 
     local, kl, retain, unlikely = (*rows, 0)[:4]
     ref_head = Head(values(vocab, hidden_size), values(vocab) if bias else None, ref_scale, ref_softcap)
-    # Not the reference's own: an index may name a logit twice.
-    index = torch.randint(vocab, (local, top_k), device=device, dtype=torch.int32)
+    # Not the reference's own: an index may name a logit twice, and the true token as a candidate.
+    unlikelihood = target == "unlikelihood"
+    index = torch.randint(vocab, (local, max(top_k, 1 + unlikelihood)), device=device, dtype=torch.int32)
     terms = (
-        LocalTerm(index, target),
+        LocalUnlikelihoodTerm(index, floor) if unlikelihood else LocalTerm(index, target),
         KLTerm(values(kl, hidden_size), ref_head, reverse),
         CrossEntropyTerm(torch.randint(vocab, (retain,), device=device)),
         UnlikelihoodTerm(torch.randint(vocab, (unlikely,), device=device), floor),
@@ -151,6 +161,8 @@ def textbook_losses(case: Case) -> Tensor:
     for logits, term in zip(textbook_logits(case.hidden, case.head).split(sizes), case.terms, strict=True):
         if isinstance(term, LocalTerm):
             losses.append(eager.topk_mse(logits, term.index, term.target))
+        elif isinstance(term, LocalUnlikelihoodTerm):
+            losses.append(eager.topk_unlikelihood(logits, term.index, term.floor))
         elif isinstance(term, KLTerm):
             log_p = logits.log_softmax(-1)
             log_q = textbook_logits(term.hidden, term.head).detach().log_softmax(-1)

@@ -22,7 +22,9 @@ from palu.eager import acc_dtype
 from palu.ops.functional import use_gather
 
 SOFTMAX_LOSSES = ("cross_entropy_", "unlikelihood_", "kl_div_")
-OPS = ("prefix_mask", "topk_mse", "linear_topk_mse", *SOFTMAX_LOSSES)
+TOPK_LOSSES = ("topk_mse", "topk_unlikelihood")
+LINEAR_LOSSES = ("linear_topk_mse", "linear_topk_unlikelihood")
+OPS = ("prefix_mask", *TOPK_LOSSES, *LINEAR_LOSSES, *SOFTMAX_LOSSES)
 WRITTEN = ("grad_logits", "grad_hidden", "grad_weight", "grad_bias")
 CPU = torch.device("cpu")
 
@@ -64,10 +66,12 @@ def draw_call(draw: Draw, op: str, device: torch.device = CPU) -> Call:
     by_autograd = draw.chance(0.6)
     if op in SOFTMAX_LOSSES:
         case = op_cases.softmax_loss(draw, op)
-    elif op == "linear_topk_mse":
-        case = op_cases.linear_topk_mse(draw, start=not by_autograd)
+    elif op in LINEAR_LOSSES:
+        case = op_cases.linear_topk(draw, op, start=not by_autograd)
+    elif op in TOPK_LOSSES:
+        case = op_cases.topk(draw, op)
     else:
-        case = getattr(op_cases, op)(draw)
+        case = op_cases.prefix_mask(draw)
     for t in case.inputs.values():  # some with equal rows, which may be one row, expanded
         if isinstance(t, Tensor) and len(t) and draw.chance(0.1):
             t.copy_(t[:1].clone().expand_as(t))
@@ -92,38 +96,47 @@ def _prefix_mask(_: Draw, case: OpCase, __: bool) -> Call:
     return Call("prefix_mask", case, dict(case.inputs), (), lambda a: {"mask": ops.prefix_mask(**a)})
 
 
-def _topk_mse(_: Draw, case: OpCase, by_autograd: bool) -> Call:
+def _topk(_: Draw, case: OpCase, by_autograd: bool) -> Call:
     a = dict(case.inputs)
     grad, logits = a.pop("grad"), a["logits"]
     if by_autograd:
-        return Call("topk_mse", case, a, (), lambda a: _with_gradients(ops.topk_mse, a, ["logits"], grad))
-    residual = case.expected()["residual"][0].to(grad.dtype)
-    a = {"grad": grad, "residual": residual, "index": a["index"], "through_mean": a["target"] == "global_mean"}
+        function = getattr(ops, case.op)
+        return Call(case.op, case, a, (), lambda a: _with_gradients(function, a, ["logits"], grad))
+    slope = case.expected()["slope"][0].to(grad.dtype)
+    a = {"grad": grad, "slope": slope, "index": a["index"], "through_mean": a.get("target") == "global_mean"}
     a["grad_logits"] = torch.full_like(logits, math.nan)
-    return Call("topk_mse_backward", case, a, ("grad_logits",), lambda a: raw.topk_mse_backward(**a) or {})
+    return Call("topk_backward", case, a, ("grad_logits",), lambda a: raw.topk_backward(**a) or {})
 
 
-def _linear_topk_mse(draw: Draw, case: OpCase, by_autograd: bool) -> Call:
-    head = ("hidden", "weight", "bias", "index")
-    a, mean = {name: case.inputs[name] for name in head}, ops.weight_mean(case.inputs["weight"])
+def _linear_topk(draw: Draw, case: OpCase, by_autograd: bool) -> Call:
+    a = {name: case.inputs[name] for name in ("hidden", "weight", "bias", "index")}
     grads = {name: case.inputs[name] for name in WRITTEN[1:]}
-    grad, target = case.inputs["grad"], case.inputs["target"]
+    grad, target = case.inputs["grad"], case.inputs.get("target")
+    mean = None if target is None else ops.weight_mean(a["weight"])
     asked = [name.removeprefix("grad_") for name, t in grads.items() if t is not None]
     if by_autograd:
-        a |= {"target": target, "weight_mean": draw.one(None, mean), "impl": draw.one("auto", "gather", "dense")}
-        call = Call("linear_topk_mse", case, a, (), lambda a: _with_gradients(ops.linear_topk_mse, a, asked, grad))
+        a["impl"] = draw.one("auto", "gather", "dense")
+        if target is None:
+            a["floor"] = case.inputs["floor"]
+        else:
+            a |= {"target": target, "weight_mean": draw.one(None, mean)}
         (rows, k), vocabulary = a["index"].shape, len(a["weight"])
-        if not use_gather(a["impl"], rows, k, vocabulary, "cpu"):  # the logits and their gradient are rounded
-            call.slack += torch.finfo(case.dtype).eps / torch.finfo(acc_dtype(case.dtype)).eps
+        dense, exact = not use_gather(a["impl"], rows, k, vocabulary, "cpu"), acc_dtype(case.dtype)
+        if dense and case.dtype != exact and a.get("floor"):  # rounded logits may lie on the floor's other side
+            a["impl"], dense = "gather", False
+        function = getattr(ops, case.op)
+        call = Call(case.op, case, a, (), lambda a: _with_gradients(function, a, asked, grad))
+        if dense:  # the logits and their gradient are rounded
+            call.slack += torch.finfo(case.dtype).eps / torch.finfo(exact).eps
         return call
     del a["bias"]
-    residual = case.expected()["residual"][0].to(grad.dtype)
-    a |= {"grad": grad, "residual": residual, "weight_mean": mean, "through_mean": target == "global_mean", **grads}
+    slope = case.expected()["slope"][0].to(grad.dtype)
+    a |= {"grad": grad, "slope": slope, "weight_mean": mean, "through_mean": target == "global_mean", **grads}
     written = tuple(f"grad_{name}" for name in asked)
-    return Call("linear_topk_mse_backward", case, a, written, lambda a: raw.linear_topk_mse_backward(**a) or {})
+    return Call("linear_topk_backward", case, a, written, lambda a: raw.linear_topk_backward(**a) or {})
 
 
-_CALLS = {"prefix_mask": _prefix_mask, "topk_mse": _topk_mse, "linear_topk_mse": _linear_topk_mse}
+_CALLS = {"prefix_mask": _prefix_mask} | dict.fromkeys(TOPK_LOSSES, _topk) | dict.fromkeys(LINEAR_LOSSES, _linear_topk)
 
 
 def _with_gradients(function: Callable[..., Tensor], a: Inputs, asked: list[str], grad: Tensor) -> Outputs:
@@ -245,17 +258,21 @@ NOT_INDICES = (torch.int16, torch.uint8, torch.bool, torch.float32, torch.float6
 FITTING = {
     "prefix_mask": [],
     "topk_mse": [("logits", 0), ("index", 0)],
-    "topk_mse_backward": [("grad", 0), ("residual", 0), ("residual", 1), ("index", 0), ("grad_logits", 0)],
+    "topk_unlikelihood": [("logits", 0), ("index", 0)],
+    "topk_backward": [("grad", 0), ("slope", 0), ("slope", 1), ("index", 0), ("grad_logits", 0)],
     "linear_topk_mse": [("hidden", 0), ("hidden", 1), ("weight", 1), ("index", 0), ("bias", 0), ("weight_mean", 0)],
     "cross_entropy_": [("logits", 0), ("labels", 0), ("row_weight", 0)],
     "unlikelihood_": [("logits", 0), ("labels", 0), ("row_weight", 0)],
     "kl_div_": [("logits", 0), ("logits", 1), ("ref_logits", 0), ("ref_logits", 1), ("row_weight", 0)],
 }
-FITTING["linear_topk_mse_backward"] = [
+FITTING["linear_topk_unlikelihood"] = FITTING["linear_topk_mse"][:-1]
+FITTING["linear_topk_backward"] = [
     *(place for place in FITTING["linear_topk_mse"] if place[0] != "bias"),
-    *FITTING["topk_mse_backward"][:3],
+    *FITTING["topk_backward"][:3],
     *(("grad_hidden", 0), ("grad_hidden", 1), ("grad_weight", 0), ("grad_weight", 1), ("grad_bias", 0)),
 ]
+BAD_FLOORS = (1.0, -0.5, math.nan)
+BAD_IMPLS = ("", "Dense", None)
 BAD_TARGETS = ("mean", "constant", "", "GLOBAL_MEAN", None, [1.0], 1j, math.nan, True)
 SETTINGS: dict[str, list[tuple[str, tuple[Any, ...], type[Exception]]]] = {
     "prefix_mask": [
@@ -264,8 +281,10 @@ SETTINGS: dict[str, list[tuple[str, tuple[Any, ...], type[Exception]]]] = {
         ("eos_token_id", (1.5, "2", -(2**64)), TypeError),
     ],
     "topk_mse": [("target", BAD_TARGETS, ValueError)],
-    "linear_topk_mse": [("target", BAD_TARGETS, ValueError), ("impl", ("", "Dense", None), ValueError)],
-    "unlikelihood_": [("floor", (1.0, -0.5, math.nan), ValueError)],
+    "linear_topk_mse": [("target", BAD_TARGETS, ValueError), ("impl", BAD_IMPLS, ValueError)],
+    "topk_unlikelihood": [("floor", BAD_FLOORS, ValueError)],
+    "linear_topk_unlikelihood": [("floor", BAD_FLOORS, ValueError), ("impl", BAD_IMPLS, ValueError)],
+    "unlikelihood_": [("floor", BAD_FLOORS, ValueError)],
 }
 
 
@@ -277,7 +296,7 @@ def bad_arguments(draw: Draw, call: Call) -> list[Bad]:
     for name, values, error in SETTINGS.get(call.name, []):
         value = draw.one(*values)
         found.append(Bad(f"{name} = {value!r}", lambda a, n=name, v=value: a.update({n: v}), (error,), field=name))
-    if any(t.shape[0] for t in call.tensors().values()) and call.name in ("topk_mse", *SOFTMAX_LOSSES):
+    if any(t.shape[0] for t in call.tensors().values()) and call.name in (*TOPK_LOSSES, *SOFTMAX_LOSSES):
         both = ("logits", "ref_logits")
         none = {name: t[:, :0] for name, t in call.tensors().items() if name in both}
         found.append(Bad("V = 0", lambda a: a.update(none), (ValueError,)))
@@ -317,7 +336,8 @@ def _bad_tensor(draw: Draw, call: Call, name: str) -> Iterator[Bad]:
     wrong.view(-1)[draw.random.randrange(t.numel())] = value
     yield change("out of range", wrong, *((IndexError,) if name == "index" else (IndexError, RuntimeError)))
     if name == "index":
-        yield change("with K = 0", t[:, :0], ValueError)
+        least = 1 + call.name.endswith("unlikelihood")
+        yield change(f"with K = {least - 1}", t[:, : least - 1], ValueError)
 
 
 def _length(draw: Draw, name: str, dim: int) -> Bad:

@@ -10,6 +10,8 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -171,11 +173,12 @@ def prefix_mask(
     return OpCase("prefix_mask", inputs, outputs, torch.bool, lambda *_: {}, text)
 
 
-# ------------------------------------------------------------------------------------------ topk_mse
+# ------------------------------------------------------------------------------------------ losses of kept logits
 
 
-def topk_mse(
+def topk(
     draw: Draw,
+    op: str,
     *,
     dtype: torch.dtype | None = None,
     rows: int | None = None,
@@ -186,32 +189,69 @@ def topk_mse(
     kind: str | None = None,
     values: str | None = None,
 ) -> OpCase:
-    """Logits [rows, vocabulary] with K candidates each, and the gradient that comes in."""
+    """Logits [rows, vocabulary] of topk_mse or topk_unlikelihood, K entries of each, and the gradient that comes in."""
     vocabulary = vocabulary or draw.vocabulary()
     rows = draw.rows(vocabulary) if rows is None else rows
     k, dtype = k or draw.k(vocabulary), dtype or draw.one(*draw.dtypes)
-    target = draw.target() if target is None else target
     grad = torch.randn(rows, dtype=acc_dtype(dtype)) * draw.one(1, 1e-3)
     if rows and draw.chance(0.3):
         grad[draw.random.randrange(rows)] = 0
-    index = draw.index(rows, vocabulary, k, index_dtype, kind)
-    inputs = {"logits": draw.logits(rows, vocabulary, dtype, values), "index": index, "target": target, "grad": grad}
-    text = f"{dtype} [{rows}, {vocabulary}] K {k} {target} {index.dtype}"
-    return OpCase("topk_mse", inputs, _topk_outputs, dtype, _topk_scales, text)
+    inputs = {"logits": draw.logits(rows, vocabulary, dtype, values), "grad": grad}
+    inputs |= _index_and_setting(draw, op, rows, vocabulary, k, target, index_dtype, kind)
+    text = f"{dtype} [{rows}, {vocabulary}] {_told(op, inputs)}"
+    return OpCase(op, inputs, partial(_topk_outputs, op), dtype, partial(_topk_scales, op), text)
 
 
-def _topk_outputs(a: Inputs) -> Outputs:
-    leaf = a["logits"].clone().requires_grad_()
-    loss = eager.topk_mse(leaf, a["index"], a["target"])
+def _index_and_setting(
+    draw: Draw,
+    op: str,
+    rows: int,
+    vocabulary: int,
+    k: int,
+    target: str | float | None,
+    dtype: torch.dtype | None,
+    kind: str | None,
+) -> Inputs:
+    if op.endswith("topk_mse"):
+        target = draw.target() if target is None else target
+        return {"index": draw.index(rows, vocabulary, k, dtype, kind), "target": target}
+    k = max(k, 2)
+    index = draw.index(rows, vocabulary, k, dtype, kind)
+    if draw.chance(0.5):  # the true token is one of the candidates
+        index[:, draw.random.randrange(1, k)] = index[:, 0]
+    return {"index": index, "floor": draw.one(0.0, 0.0213, 0.3)}  # at none of them is a row of equal logits
+
+
+def _told(op: str, a: Inputs) -> str:
+    return f"K {a['index'].shape[1]} {a[_SETTING[op]]} {a['index'].dtype}"
+
+
+_SETTING = dict.fromkeys(("topk_mse", "linear_topk_mse"), "target")
+_SETTING |= dict.fromkeys(("topk_unlikelihood", "linear_topk_unlikelihood"), "floor")
+
+
+def _topk_outputs(op: str, a: Inputs) -> Outputs:
+    leaf, setting = a["logits"].clone().requires_grad_(), a[_SETTING[op]]
+    loss = getattr(eager, op)(leaf, a["index"], setting)
     (grad_logits,) = torch.autograd.grad(loss, leaf, a["grad"].to(loss.dtype))
-    residual = eager.topk_residual(a["logits"], a["index"], a["target"])
-    return {"loss": loss.detach(), "residual": residual, "grad_logits": grad_logits}
+    _, slope = getattr(eager, f"{op}_and_slope")(a["logits"], a["index"], setting)
+    return {"loss": loss.detach(), "slope": slope, "grad_logits": grad_logits}
 
 
-def _topk_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
+def _of_loss_and_slope(op: str, truth: Outputs, size: Tensor, eps: float) -> Outputs:
+    """What errors of both are relative to, with `size` [R] that of a row's logits."""
+    if op.endswith("unlikelihood"):  # an error of the margin is a relative one of p
+        of_slope = truth["slope"][:, 0] * (1 + size)
+        return {"loss": truth["loss"] + of_slope, "slope": of_slope}
+    k = truth["slope"].shape[1]
+    off = torch.maximum(truth["slope"].abs().amax(1) * k / 2, eps * size)
+    return {"loss": truth["loss"] + size * off, "slope": size * 2 / k}
+
+
+def _topk_scales(op: str, a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
     # Beside rounding: a thread's sum for the mean is one of V/1024 terms, an entry that occurs often sums as many.
     (rows, vocabulary), k = a["logits"].shape, a["index"].shape[1]
-    constant = 0.0 if isinstance(a["target"], str) else abs(a["target"])
+    constant = abs(a["target"]) if isinstance(a.get("target"), Real) else 0.0
     size = a["logits"].abs().amax(1).clamp(min=constant) * (1 + vocabulary / 4096)
     counts = torch.zeros(rows, vocabulary).scatter_add_(1, a["index"].long(), torch.ones(rows, k))
     times = counts.max().item() if rows else 1
@@ -219,15 +259,13 @@ def _topk_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
     if dtype == torch.float64:  # the truth is no better: it sums one term after the other
         times *= 1 + times / 64
         eps *= 64
-    of_loss = truth["loss"] + size * truth["residual"].abs().amax(1) + eps * size**2
-    return {"loss": of_loss, "residual": size, "grad_logits": a["grad"].abs() * size * 2 / k * (2 + times)}
+    scales = _of_loss_and_slope(op, truth, size, eps)
+    return scales | {"grad_logits": a["grad"].abs() * scales["slope"] * (2 + times)}
 
 
-# ------------------------------------------------------------------------------------------ linear_topk_mse
-
-
-def linear_topk_mse(
+def linear_topk(
     draw: Draw,
+    op: str,
     *,
     dtype: torch.dtype | None = None,
     rows: int | None = None,
@@ -241,16 +279,17 @@ def linear_topk_mse(
     wanted: tuple[bool, bool, bool] | None = None,
     start: bool = True,
 ) -> OpCase:
-    """Hidden [rows, size] and weight [vocabulary, size] with K candidates a row, and the gradient that comes in.
+    """Hidden [rows, size], weight [vocabulary, size], K entries for each row, and the gradient that comes in.
 
-    `wanted`: which gradients, of hidden, weight and bias. `start`: they are added to something.
+    `op`: linear_topk_mse or linear_topk_unlikelihood. `wanted`: which gradients, of hidden, weight and bias. `start`:
+    they are added to something.
     """
     if size is None:
         size = int(draw.one(0, 576, 2047, 2048, 4096)) if draw.chance(draw.large) else draw.size()
     vocabulary = vocabulary or (min(draw.vocabulary(), 5003) if size < 600 else draw.random.randint(1, 60))
     k = k or int(draw.one(1, 2, 7, 31, 32, 33, 40, 65, 100, 300))
     rows = int(draw.one(0, 1, 1, 2, 3, 5, 9)) if rows is None else rows
-    dtype, target = dtype or draw.one(*draw.dtypes), draw.target() if target is None else target
+    dtype = dtype or draw.one(*draw.dtypes)
     bias = draw.chance(0.5) if bias is None else bias
     asked = wanted or (draw.chance(0.8), draw.chance(0.8), draw.chance(0.8))
     leaves = {
@@ -258,43 +297,41 @@ def linear_topk_mse(
         "weight": (torch.randn(vocabulary, size) * draw.one(0.02, 1) + draw.one(0, 0, 0.1)).to(dtype),
         "bias": torch.randn(vocabulary).to(dtype) if bias else None,
     }
-    inputs: Inputs = leaves | {
-        "index": draw.index(rows, vocabulary, k, index_dtype, kind),
-        "target": target,
-        "grad": torch.randn(rows, dtype=acc_dtype(dtype)),
-    }
+    inputs: Inputs = leaves | _index_and_setting(draw, op, rows, vocabulary, k, target, index_dtype, kind)
+    inputs["grad"] = torch.randn(rows, dtype=acc_dtype(dtype))
     for (name, t), is_asked in zip(leaves.items(), asked, strict=True):
         begun = draw.one(0, 0.1) * start
         inputs[f"grad_{name}"] = (torch.randn(t.shape) * begun).to(dtype) if is_asked and t is not None else None
-    text = f"{dtype} R {rows} V {vocabulary} d {size} K {k} {target}, bias {bias}, {inputs['index'].dtype}, {asked}"
-    return OpCase("linear_topk_mse", inputs, _linear_outputs, dtype, _linear_scales, text)
+    text = f"{dtype} R {rows} V {vocabulary} d {size} {_told(op, inputs)}, bias {bias}, {asked}"
+    return OpCase(op, inputs, partial(_linear_outputs, op), dtype, partial(_linear_scales, op), text)
 
 
-def _linear_outputs(a: Inputs) -> Outputs:
+def _linear_outputs(op: str, a: Inputs) -> Outputs:
     names = [n for n in ("hidden", "weight", "bias") if a[n] is not None]
     leaves = {n: a[n].clone().requires_grad_() for n in names}
-    loss = eager.linear_topk_mse(**leaves, index=a["index"], target=a["target"])
+    setting = {_SETTING[op]: a[_SETTING[op]]}
+    loss = getattr(eager, op)(**leaves, index=a["index"], **setting)
     gradients = torch.autograd.grad(loss, list(leaves.values()), a["grad"].to(loss.dtype))
     logits = F.linear(a["hidden"], a["weight"], a["bias"])
-    found = {"loss": loss.detach(), "residual": eager.topk_residual(logits, a["index"], a["target"])}
+    of_logits = getattr(eager, f"{op.removeprefix('linear_')}_and_slope")
+    found = {"loss": loss.detach(), "slope": of_logits(logits, a["index"], **setting)[1]}
     starts = {f"grad_{n}": (a[f"grad_{n}"], g) for n, g in zip(names, gradients, strict=True)}
     return found | {n: start + g for n, (start, g) in starts.items() if start is not None}
 
 
-def _linear_scales(a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
+def _linear_scales(op: str, a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
     # Sums of products: errors are relative to the sum of their sizes.
     h, w, k = a["hidden"].abs(), a["weight"].abs(), a["index"].shape[1]
     sizes = (h @ w.t() + (0 if a["bias"] is None else a["bias"].abs())).amax(1)
-    off = torch.maximum(truth["residual"].abs().amax(1), torch.finfo(acc_dtype(dtype)).eps * sizes)
-    g = a["grad"].abs() * torch.maximum(off, sizes) * 4
+    scales = _of_loss_and_slope(op, truth, sizes, torch.finfo(acc_dtype(dtype)).eps)
+    of_row = 2 * truth["slope"].abs().amax(1).maximum(scales["slope"])  # of any of its slopes, and its error
+    g = a["grad"].abs() * of_row * (k if op.endswith("topk_mse") else 2)  # of all; unlikelihood's come to 2 p
     if dtype == torch.float64:  # the truth is no better
         g = g * (1 + k / 64 + len(w) / 1024)
-    return {
-        "loss": truth["loss"] + sizes * off,
-        "residual": sizes,
+    return scales | {
         "grad_hidden": g * (w.max() if w.numel() else 0),
-        "grad_weight": (g[:, None] * k * h).sum() * torch.ones(len(w)),
-        "grad_bias": (g * k).sum() * torch.ones(len(w)),
+        "grad_weight": (g[:, None] * k * h).sum().expand(len(w)),
+        "grad_bias": (g * k).sum().expand(len(w)),
     }
 
 

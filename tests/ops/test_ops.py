@@ -45,9 +45,9 @@ def test_global_target_needs_the_mean(device: torch.device) -> None:
     h, w, index = torch.ones(2, 3, device=device), torch.ones(6, 3, device=device), indices(device, 6)[:2]
     with pytest.raises(ValueError, match="weight_mean"):
         raw.linear_topk_mse(h, w, index, None, None, "global_mean", 0.0)
-    residual, mean = torch.ones(2, KEPT, device=device), None
+    slope, mean = torch.ones(2, KEPT, device=device), None
     with pytest.raises(ValueError, match="weight_mean"):
-        raw.linear_topk_mse_backward(h[:, 0], residual, h, w, index, mean, True, h.clone(), None, None)
+        raw.linear_topk_backward(h[:, 0], slope, h, w, index, mean, True, h.clone(), None, None)
 
 
 def indices(device: torch.device, vocab: int = VOCAB) -> Tensor:
@@ -62,14 +62,17 @@ def loss_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tup
     return loss.detach(), *torch.autograd.grad(loss, leaves, upstream)
 
 
-# -------------------------------------------------------------------------------- topk_mse, linear_topk_mse
+# ------------------------------------------------------------------------------- losses of kept logits
 
 
 def test_no_graph_without_a_gradient(device: torch.device) -> None:
     logits, index = torch.randn(ROWS, VOCAB, device=device), indices(device)
     assert not palu.topk_mse(logits, index).requires_grad
-    _, residual = raw.topk_mse(logits.requires_grad_(), index, "global_mean", 0.0)
-    assert not residual.requires_grad
+    for _, slope in (
+        raw.topk_mse(logits.requires_grad_(), index, "global_mean", 0.0),
+        raw.topk_unlikelihood(logits, index, 0.0),
+    ):
+        assert not slope.requires_grad
 
 
 def test_same_bits_every_time(device: torch.device) -> None:
@@ -87,6 +90,9 @@ def test_same_bits_every_time(device: torch.device) -> None:
                     lambda h, w: palu.linear_topk_mse(h, w, index, "global_mean", None, impl="gather"), hidden, weight
                 ),
                 *loss_and_gradients(lambda h: palu.linear_topk_mse(h, weight, index, impl="gather"), hidden),
+                *loss_and_gradients(
+                    lambda h, w: palu.linear_topk_unlikelihood(h, w, index, impl="gather"), hidden, weight
+                ),
             ]
         )
     torch.set_num_threads(threads)
@@ -105,6 +111,85 @@ def test_the_training_loops_call_is_the_op(device: torch.device, target: str | f
     grad, row_weight = torch.zeros_like(hidden), torch.arange(1, ROWS + 1, device=device, dtype=expected[0].dtype)
     loss = fused.linear_topk_mse_fwd_bwd(hidden, weight, index, row_weight, target, bias, None, (grad, None, None))
     assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
+
+
+def test_the_training_loops_unlikelihood_is_the_op(device: torch.device) -> None:
+    index, floor = indices(device), 0.01
+    hidden, weight, bias = (torch.randn(n, device=device) for n in ((ROWS, HIDDEN), (VOCAB, HIDDEN), (VOCAB,)))
+    expected = loss_and_gradients(
+        lambda h, w, b: palu.linear_topk_unlikelihood(h, w, index, floor, b, impl="gather"), hidden, weight, bias
+    )
+    grads = tuple(torch.zeros_like(t) for t in (hidden, weight, bias))
+    row_weight = torch.arange(1.0, ROWS + 1, device=device)
+    loss = fused.linear_topk_unlikelihood_fwd_bwd(hidden, weight, index, row_weight, floor, bias, grads)
+    assert all(torch.equal(a, b) for a, b in zip((loss, *grads), expected, strict=True))
+    logits = hidden @ weight.t()
+    expected = loss_and_gradients(lambda z: palu.topk_unlikelihood(z, index, floor), logits)
+    loss = fused.topk_unlikelihood_fwd_bwd_(logits, index, row_weight, floor)
+    assert torch.equal(loss, expected[0]) and torch.equal(logits, expected[1])
+
+
+# Logits of a row, its index (the true token first), and the floor.
+HARD = {
+    "p is 1": ([80.0, 0.0, 1.0, -1.0], [0, 1, 2, 3], 0.0),
+    "p is tiny": ([-60.0, 0.0, 1.0, -1.0], [0, 1, 2, 3], 0.0),
+    "far apart": ([1e4, -1e4, 9999.0, 1e4], [0, 1, 2, 3], 0.0),
+    "far below": ([-1e4, 1e4, 9999.0, -1e4], [0, 1, 2, 3], 0.0),
+    "the true token among the candidates": ([2.0, 1.0, 0.5, 0.0], [0, 1, 0, 2, 0], 0.0),
+    "a candidate twice": ([2.0, 1.0, 0.5, 0.0], [0, 1, 2, 1], 0.0),
+    "not above the floor": ([0.0, 3.0, 2.0, 0.0], [0, 1, 2], 0.1),
+    "above the floor": ([0.0, 3.0, 2.0, 0.0], [0, 1, 2], 0.03),
+    "no candidate": ([2.0, 1.0, 0.5, 0.0], [0, 0, 0], 0.0),
+}
+
+
+def unlikelihood_by_the_formula(z: list[float], index: list[int], floor: float) -> tuple[float, list[float], float]:
+    """Loss, gradient and margin of a row in Python's floats, one candidate after the other."""
+    true, candidates = index[0], [i for i in index[1:] if i != index[0]]
+    gradient = [0.0] * len(z)
+    if not candidates:
+        return 0.0, gradient, 0.0
+    largest = max(z[i] for i in candidates)
+    mass = sum(math.exp(z[i] - largest) for i in candidates)
+    margin = z[true] - largest - math.log(mass)
+    p = 1 / (1 + math.exp(-margin)) if margin > -700 else 0.0
+    if p <= floor:
+        return 0.0, gradient, 0.0
+    gradient[true] = p
+    for i in candidates:
+        gradient[i] -= p * math.exp(z[i] - largest) / mass
+    return max(margin, 0) + math.log1p(math.exp(-abs(margin))), gradient, margin
+
+
+@pytest.mark.parametrize("name", list(HARD))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_unlikelihood_of_hard_rows(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    """From logits, and from hidden states that are the logits of an identity head, with its two ways."""
+    z, index, floor = HARD[name]
+    logits = torch.tensor([z], device=device, dtype=dtype)
+    head, at = torch.eye(len(z), device=device, dtype=dtype), torch.tensor([index], device=device)
+    loss, gradient, margin = unlikelihood_by_the_formula(logits[0].tolist(), index, floor)
+    tolerance = 8 * torch.finfo(dtype).eps * (1 + max(-margin, 0))  # an error of the margin is a relative one of p
+    for function in (
+        lambda t: palu.topk_unlikelihood(t, at, floor),
+        lambda t: palu.linear_topk_unlikelihood(t, head, at, floor, impl="gather"),
+        lambda t: palu.linear_topk_unlikelihood(t, head, at, floor, impl="dense"),
+        lambda t: eager.topk_unlikelihood(t, at, floor),
+    ):
+        found, found_gradient = loss_and_gradients(function, logits)
+        assert found.tolist() == pytest.approx([loss], rel=tolerance, abs=0)
+        assert found_gradient[0].tolist() == pytest.approx(gradient, rel=tolerance, abs=1e-30)
+
+
+def test_local_unlikelihood_of_nan_is_nan(device: torch.device) -> None:
+    hidden, weight = torch.randn(ROWS, HIDDEN, device=device), torch.randn(VOCAB, HIDDEN, device=device)
+    hidden[2, 5] = math.nan
+    for impl in ("gather", "dense"):
+        loss, gradient = loss_and_gradients(
+            lambda h, impl=impl: palu.linear_topk_unlikelihood(h, weight, indices(device), 0.02, impl=impl), hidden
+        )
+        assert loss.isnan().nonzero().tolist() == [[2]] and gradient[2].isnan().all()
+        assert gradient.isnan().any(1).nonzero().tolist() == [[2]]
 
 
 @pytest.mark.skipif("cpu" not in NATIVE_DEVICES, reason="the twins form it in the backward pass")
@@ -204,6 +289,9 @@ def test_no_rows(device: torch.device, k: int) -> None:
     weight = torch.randn(VOCAB, HIDDEN, device=device, requires_grad=True)
     palu.topk_mse(logits, index).sum().backward()
     palu.linear_topk_mse(hidden, weight, index, "global_mean", None, impl="gather").sum().backward()
+    if k:
+        palu.topk_unlikelihood(logits, index).sum().backward()
+        palu.linear_topk_unlikelihood(hidden, weight, index, impl="gather").sum().backward()
     assert logits.grad is not None and logits.grad.shape == (0, VOCAB)
     assert hidden.grad is not None and hidden.grad.shape == (0, HIDDEN)
     assert weight.grad is not None and not weight.grad.any()
@@ -217,13 +305,20 @@ def test_no_rows(device: torch.device, k: int) -> None:
 # ----------------------------------------------------------------------------------------- autograd
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "unlikelihood"])
 def test_gradcheck(device: torch.device, target: str | float) -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
 
     index = torch.randint(0, 9, (3, 4), device=device)
     hidden, weight, bias = leaf(3, 5), leaf(9, 5), leaf(9)
+    if target == "unlikelihood":
+        index[0, 2], index[1, 2], index[2] = index[0, 0], index[1, 1], index[2, 0]
+        assert torch.autograd.gradcheck(lambda z: palu.topk_unlikelihood(z, index), leaf(3, 9))
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: palu.linear_topk_unlikelihood(h, w, index, 0.0, b, impl="gather"), (hidden, weight, bias)
+        )
+        return
     if target != "global_mean_detached":  # whose gradient is by definition not the loss's derivative
         assert torch.autograd.gradcheck(lambda z: palu.topk_mse(z, index, target), leaf(3, 9))
         assert torch.autograd.gradcheck(
@@ -244,13 +339,16 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
     labels = torch.randint(0, 9, (3,), device=device)
     mean = plain(5, of=acc)
     samples: list[tuple[Any, tuple[Any, ...]]] = [
-        (raw.topk_mse_backward, (plain(3, of=acc), plain(3, 4, of=acc), index, True, plain(3, 9))),
+        (raw.topk_backward, (plain(3, of=acc), plain(3, 4, of=acc), index, True, plain(3, 9))),
+        (raw.topk_unlikelihood, (leaf(3, 9), index, 0.02)),
+        (raw.linear_topk_unlikelihood, (leaf(3, 5), leaf(9, 5), index, leaf(9), 0.02)),
+        (raw.linear_topk_unlikelihood, (leaf(3, 5), plain(9, 5), index, None, 0.0)),
         (
-            raw.linear_topk_mse_backward,
+            raw.linear_topk_backward,
             (plain(3, of=acc), plain(3, 4, of=acc), leaf(3, 5), leaf(9, 5), index, mean, True, plain(3, 5), plain(9, 5), plain(9)),
         ),
         (
-            raw.linear_topk_mse_backward,
+            raw.linear_topk_backward,
             (plain(3, of=acc), plain(3, 4, of=acc), leaf(3, 5), leaf(9, 5), index, None, True, None, plain(9, 5), None),
         ),
         (raw.cross_entropy_, (plain(3, 9), labels, plain(3, of=acc))),
@@ -286,7 +384,8 @@ def test_compile_fullgraph(device: torch.device) -> None:
     index = indices(device)
 
     def function(h: Tensor, w: Tensor) -> Tensor:
-        return palu.linear_topk_mse(h, w, index) + palu.topk_mse(h @ w.t(), index, "local_mean")
+        losses = palu.linear_topk_mse(h, w, index) + palu.topk_mse(h @ w.t(), index, "local_mean")
+        return losses + palu.linear_topk_unlikelihood(h, w, index) + palu.topk_unlikelihood(h @ w.t(), index, 0.1)
 
     expected = loss_and_gradients(function, hidden, weight)
     compiled = loss_and_gradients(torch.compile(function, fullgraph=True), hidden, weight)
@@ -324,14 +423,14 @@ def test_compile_fullgraph_under_autocast(device: torch.device) -> None:
     torch.testing.assert_close(loss_and_gradients(compiled, hidden, weight), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("first_use", ["palu.topk_mse(z, i)", "palu.linear_topk_mse(z, w, i)"])
+@pytest.mark.parametrize("first_use", ["palu.topk_mse(z, i)", "palu.linear_topk_unlikelihood(z, w, i)"])
 def test_compile_when_the_first_use_is_inside(first_use: str) -> None:
     script = f"""
 import sys
 import palu
 assert "torch" not in sys.modules
 import torch
-z, w, i = torch.randn(2, 5, requires_grad=True), torch.randn(9, 5), torch.zeros(2, 3, dtype=torch.long)
+z, w, i = torch.randn(2, 5, requires_grad=True), torch.randn(9, 5), torch.arange(6).view(2, 3) % 5
 compiled = torch.compile(lambda z: {first_use}, fullgraph=True, backend="aot_eager")
 compiled(z).sum().backward()
 assert z.grad.abs().sum() > 0

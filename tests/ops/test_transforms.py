@@ -21,6 +21,11 @@ AUTOGRAD: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "logits": ("topk_mse", lambda z: palu.topk_mse(z, INDEX)),
     "gather": ("linear_topk_mse", lambda z: palu.linear_topk_mse(z, HEAD, INDEX, bias=z[0], impl="gather")),
     "dense": ("(linear_)?topk_mse", lambda z: palu.linear_topk_mse(z, HEAD, INDEX, impl="dense")),
+    "unlikelihood of logits": ("topk_unlikelihood", lambda z: palu.topk_unlikelihood(z, INDEX)),
+    "unlikelihood": (
+        "linear_topk_unlikelihood",
+        lambda z: palu.linear_topk_unlikelihood(z, HEAD, INDEX, impl="gather"),
+    ),
     "frozen head": ("linear_topk_mse", lambda z: palu.linear_topk_mse(z, HEAD, INDEX, impl="gather")),
 }
 IN_PLACE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -56,7 +61,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
 def test_transforms_raise(name: str, transform: str) -> None:
     twin, losses = (AUTOGRAD | IN_PLACE)[name]
-    with pytest.raises(RuntimeError, match=rf"palu::{twin} has reverse mode alone.*; use palu\.eager\.{twin}"):
+    with pytest.raises(
+        RuntimeError, match=rf"palu::{twin}(_frozen)? has reverse mode alone.*; use its twin in palu\.eager"
+    ):
         TRANSFORMS[transform](losses)
 
 
@@ -69,11 +76,11 @@ def test_second_derivatives_raise(name: str) -> None:
             torch.autograd.grad(losses(leaf), leaf, upstream, create_graph=True)
 
 
-@pytest.mark.parametrize("name", ["logits", "gather", "dense"])
+@pytest.mark.parametrize("name", [name for name in AUTOGRAD if name != "frozen head"])
 def test_batched_gradients_raise(name: str) -> None:
-    twin, losses = AUTOGRAD[name]
+    _, losses = AUTOGRAD[name]
     leaf = Z.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=rf"palu::{twin} has reverse mode alone.*is_grads_batched"):
+    with pytest.raises(RuntimeError, match=r"palu::(linear_)?topk_backward has reverse mode alone.*is_grads_batched"):
         torch.autograd.grad(losses(leaf), leaf, torch.eye(3), is_grads_batched=True)
 
 

@@ -15,8 +15,16 @@ from palu.ops import selftest
 from palu.ops.functional import use_gather
 from palu.ops.library import NATIVE_DEVICES, no_native_kernels
 
-OPS = ["prefix_mask", "topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_topk_mse_backward"]
+OPS = [
+    "prefix_mask",
+    "topk_mse",
+    "topk_backward",
+    "linear_topk_mse",
+    "linear_topk_unlikelihood",
+    "linear_topk_backward",
+]
 CUDA_ALONE = ["cross_entropy_", "unlikelihood_", "kl_div_"]
+TWIN_ALONE = ["topk_unlikelihood"]
 ROOT = Path(__file__).resolve().parents[2]
 WARNING = "RuntimeWarning: palu has no native kernels for cpu devices: plain PyTorch stands in there, which is slower"
 # In a process of its own: no other one can load an extension with the same schemas.
@@ -112,14 +120,12 @@ def test_doctor_on_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_native_kernels_come_first() -> None:
     """A twin is registered beside them, for all devices at once."""
-    for op in OPS + CUDA_ALONE:
+    for op in OPS + CUDA_ALONE + TWIN_ALONE:
+        native = {"CPU": op in OPS, "CUDA": op not in TWIN_ALONE and "cuda" in NATIVE_DEVICES}
         table = torch._C._dispatch_dump_table(f"palu::{op}").splitlines()
         found = {line.partition(":")[0]: line for line in table}
-        assert all(key in found for key in ("MPS", "XPU", "PrivateUse1")), table
-        assert all("twins.py" in found[key] for key in ("MPS", "XPU", "PrivateUse1"))
-        assert all("csrc" in found[kind.upper()] for kind in NATIVE_DEVICES if kind == "cuda" or op in OPS)
-        assert op in OPS or "twins.py" in found["CPU"]
-        assert ("twins.py" in found["CUDA"]) == ("cuda" not in NATIVE_DEVICES)
+        for key in ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"):
+            assert ("csrc" if native.get(key) else "twins.py") in found[key], (op, table)
 
 
 def test_no_gather_without_a_native_one() -> None:

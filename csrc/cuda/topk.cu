@@ -1,4 +1,4 @@
-// topk_mse over rows of logits; formulas and the gradient's derivation are in csrc/topk_mse.h.
+// topk_mse and topk_backward over rows of logits; formulas and the gradient's derivation are in csrc/topk.h.
 //
 // Both directions are bound by device memory. The least traffic per row, K indices of I bytes:
 //
@@ -9,7 +9,7 @@
 // before the row, and stay in registers: all of them up to K = kKept * kBlock, beyond that they are read
 // again. The gather reads single elements of a row that was just streamed, from L2; the scatter of the
 // backward pass writes them into a tile of the row in shared memory.
-#include "../topk_mse.h"
+#include "../topk.h"
 #include "common.cuh"
 
 namespace palu::cuda {
@@ -36,16 +36,16 @@ __device__ void load_index(const I* __restrict__ index, int64_t first, int64_t k
 template <typename T, typename I>
 __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(const T* __restrict__ logits,  // [R,V]
                                                              int64_t logits_stride,
-                                                             const I* __restrict__ index,    // [R,K]
-                                                             Acc<T>* __restrict__ loss,      // [R]
-                                                             Acc<T>* __restrict__ residual,  // [R,K]
+                                                             const I* __restrict__ index,  // [R,K]
+                                                             Acc<T>* __restrict__ loss,    // [R]
+                                                             Acc<T>* __restrict__ slope,   // [R,K]
                                                              int64_t vocab_size, int64_t k, Center center,
                                                              Acc<T> constant) {
   using A = Acc<T>;
   const int64_t r = blockIdx.x;
   const T* row = logits + r * logits_stride;
   index += r * k;
-  residual += r * k;
+  slope += r * k;
 
   uint32_t at[kKept];
   load_index(index, threadIdx.x, k, vocab_size, at);
@@ -88,7 +88,7 @@ __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(const T* __restrict
   A sum = 0;
   gather([&](int64_t j, A z) {
     const A difference = z - c;
-    residual[j] = difference;
+    slope[j] = A(2) / static_cast<A>(k) * difference;
     sum += difference * difference;
   });
   sum = block_reduce(sum, A(0), Sum());
@@ -101,7 +101,7 @@ __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(const T* __restrict
 // of a top-K) get their sum from a warp that looks through all K indices, always in the same order.
 //
 // The smaller the tile, the more blocks overlap, but every tile of a row reads all K indices and, for
-// s[r], all K residuals (from L2, after the first).
+// s[r], all K slopes (from L2, after the first).
 constexpr int kTileBytes = 64 * 1024;  // with its bits, three times in a multiprocessor's shared memory
 constexpr int kTileThreads = 512;
 constexpr int kTileUnroll = 4;
@@ -112,12 +112,12 @@ constexpr int kTileShared = kTileBytes + 2 * kTile<T> / 8;
 
 template <typename T, typename I>
 __global__ __launch_bounds__(kTileThreads,
-                             3) void topk_mse_backward_kernel(const Acc<T>* __restrict__ grad,      // [R]
-                                                              const Acc<T>* __restrict__ residual,  // [R,K]
-                                                              const I* __restrict__ index,          // [R,K]
-                                                              T* __restrict__ grad_logits,          // [R,V]
-                                                              int64_t grad_stride, int64_t tiles, int64_t vocab_size,
-                                                              int64_t k, bool through_mean) {
+                             3) void topk_backward_kernel(const Acc<T>* __restrict__ grad,   // [R]
+                                                          const Acc<T>* __restrict__ slope,  // [R,K]
+                                                          const I* __restrict__ index,       // [R,K]
+                                                          T* __restrict__ grad_logits,       // [R,V]
+                                                          int64_t grad_stride, int64_t tiles, int64_t vocab_size,
+                                                          int64_t k, bool through_mean) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   extern __shared__ uint4 shared[];
@@ -127,19 +127,19 @@ __global__ __launch_bounds__(kTileThreads,
 
   const int64_t r = blockIdx.x / tiles;
   T* row = grad_logits + r * grad_stride;
-  residual += r * k;
+  slope += r * k;
   index += r * k;
   // Tiles begin at a 16-byte boundary; the part before the row's first element is left out.
   const int64_t begin = blockIdx.x % tiles * kTile<T> - lead_of(row);
 
-  const A scale = A(2) / static_cast<A>(k) * grad[r];  // g[r,k] = scale residual[r,k]
+  const A scale = grad[r];  // g[r,k] = scale slope[r,k]
   for (int w = threadIdx.x; w < kTile<T> / 32; w += kTileThreads) occurs[w] = repeats[w] = 0;
 
   A shift = 0;
   if (through_mean) {
     A sum = 0;
 #pragma unroll 4
-    for (int64_t j = threadIdx.x; j < k; j += kTileThreads) sum += residual[j];
+    for (int64_t j = threadIdx.x; j < k; j += kTileThreads) sum += slope[j];
     shift = -scale * block_reduce(sum, A(0), Sum()) / static_cast<A>(vocab_size);
   }
 
@@ -159,12 +159,12 @@ __global__ __launch_bounds__(kTileThreads,
     for (int u = 0; u < kTileUnroll; ++u) {
       const int64_t j = first + u * kTileThreads;
       at[u] = j < k ? index[j] : 0;
-      value[u] = j < k ? residual[j] : A(0);
+      value[u] = j < k ? slope[j] : A(0);
     }
 #pragma unroll
     for (int u = 0; u < kTileUnroll; ++u) {
       if (first + u * kTileThreads >= k) break;
-      CUDA_KERNEL_ASSERT(at[u] >= 0 && at[u] < vocab_size && "palu::topk_mse: index out of range");
+      CUDA_KERNEL_ASSERT(at[u] >= 0 && at[u] < vocab_size && "palu::topk_backward: index out of range");
       const int64_t place = at[u] - begin;
       if (place < 0 || place >= kTile<T>) continue;
       const unsigned bit = 1u << (place % 32);
@@ -191,7 +191,7 @@ __global__ __launch_bounds__(kTileThreads,
         A sum = 0;
 #pragma unroll 4
         for (int64_t q = lane; q < k; q += 32) {
-          if (index[q] == begin + entry) sum += residual[q];
+          if (index[q] == begin + entry) sum += slope[q];
         }
         sum = warp_reduce(sum, Sum());
         if (lane == 0) tile[entry] = from_acc<T>(shift + scale * sum);
@@ -224,13 +224,13 @@ void topk_mse(const TopkMse& p, cudaStream_t stream) {
       using A = Acc<T>;
       topk_mse_kernel<T, I><<<static_cast<unsigned>(p.rows), kBlock, 0, stream>>>(
           static_cast<const T*>(p.logits), p.logits_stride, static_cast<const I*>(p.index), static_cast<A*>(p.loss),
-          static_cast<A*>(p.residual), p.vocab_size, p.k, p.center, static_cast<A>(p.constant));
+          static_cast<A*>(p.slope), p.vocab_size, p.k, p.center, static_cast<A>(p.constant));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
 }
 
-void topk_mse_backward(const TopkMseBackward& p, cudaStream_t stream) {
+void topk_backward(const TopkBackward& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   dispatch(p.dtype, [&](auto t) {
     dispatch_index(p.index64, [&](auto i) {
@@ -238,10 +238,10 @@ void topk_mse_backward(const TopkMseBackward& p, cudaStream_t stream) {
       using I = decltype(i);
       using A = Acc<T>;
       const int64_t tiles = (p.vocab_size + kPack<T> - 1 + kTile<T> - 1) / kTile<T>;  // at the largest lead
-      C10_CUDA_CHECK(cudaFuncSetAttribute(topk_mse_backward_kernel<T, I>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      C10_CUDA_CHECK(cudaFuncSetAttribute(topk_backward_kernel<T, I>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           kTileShared<T>));
-      topk_mse_backward_kernel<T, I><<<static_cast<unsigned>(p.rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
-          static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const I*>(p.index),
+      topk_backward_kernel<T, I><<<static_cast<unsigned>(p.rows * tiles), kTileThreads, kTileShared<T>, stream>>>(
+          static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<const I*>(p.index),
           static_cast<T*>(p.grad_logits), p.grad_logits_stride, tiles, p.vocab_size, p.k, p.through_mean);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });

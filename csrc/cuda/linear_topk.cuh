@@ -1,10 +1,10 @@
-// What the forward and the backward pass of linear_topk_mse share: access to rows of weight.
+// What the forward passes of linear_topk.cu and the backward pass share: access to rows of weight.
 //
 // kWidth is the number of elements per access: 16 bytes where every row starts on a 16-byte boundary
 // and d is a multiple, else 1.
 #pragma once
 
-#include "../linear_topk_mse.h"
+#include "../linear_topk.h"
 #include "common.cuh"
 
 namespace palu::cuda {

@@ -1,31 +1,25 @@
-// The gradients of linear_topk_mse; formulas and their derivation are in csrc/linear_topk_mse.h.
+// The gradients of linear_topk.cu's losses; formulas and their derivation are in csrc/linear_topk.h.
 //
 // The gradient of hidden reads R K d sizeof(T) bytes of weight. Everything else is small, or, where the gradient of
 // weight flows through the global mean, one read and one write of the whole buffer.
-#include "linear_topk_mse.cuh"
+#include "linear_topk.cuh"
 
 namespace palu::cuda {
 namespace {
 
-// g[r,k] = gradient_scale(grad[r], K) residual[r,k]
+// shift[r] = -(1/V) sum_k g[r,k], with g[r,k] = grad[r] slope[r,k]; a block per row.
 template <typename A>
-__device__ A gradient_scale(A grad, int64_t k) {
-  return A(2) / static_cast<A>(k) * grad;
-}
-
-// shift[r] = -(1/V) sum_k g[r,k]; a block per row.
-template <typename A>
-__global__ __launch_bounds__(kThreads) void mean_shift_kernel(const A* __restrict__ grad,      // [R]
-                                                              const A* __restrict__ residual,  // [R,K]
-                                                              A* __restrict__ shift,           // [R]
+__global__ __launch_bounds__(kThreads) void mean_shift_kernel(const A* __restrict__ grad,   // [R]
+                                                              const A* __restrict__ slope,  // [R,K]
+                                                              A* __restrict__ shift,        // [R]
                                                               int64_t vocab_size, int64_t k) {
-  residual += blockIdx.x * k;
+  slope += blockIdx.x * k;
   A sum = 0;
 #pragma unroll 4
-  for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += residual[j];
+  for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += slope[j];
   sum = block_reduce(sum, A(0), Sum());
   if (threadIdx.x == 0) {
-    shift[blockIdx.x] = -gradient_scale(grad[blockIdx.x], k) * sum / static_cast<A>(vocab_size);
+    shift[blockIdx.x] = -grad[blockIdx.x] * sum / static_cast<A>(vocab_size);
   }
 }
 
@@ -35,9 +29,9 @@ constexpr int kChunk = 32;              // terms whose weights and places a bloc
 constexpr int64_t kSliceBlocks = 1024;  // enough for any GPU
 
 template <typename T, typename I, int kWidth>
-__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T>* __restrict__ grad,      // [R]
-                                                                     const Acc<T>* __restrict__ residual,  // [R,K]
-                                                                     const T* __restrict__ weight,         // [V,d]
+__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T>* __restrict__ grad,   // [R]
+                                                                     const Acc<T>* __restrict__ slope,  // [R,K]
+                                                                     const T* __restrict__ weight,      // [V,d]
                                                                      int64_t weight_stride,
                                                                      const I* __restrict__ index,   // [R,K]
                                                                      Acc<T>* __restrict__ partial,  // [slices,R,d]
@@ -48,9 +42,9 @@ __global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T
   __shared__ int64_t place[kChunk];
   const int64_t r = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int64_t begin = k * slice / slices, end = k * (slice + 1) / slices;
-  const A scale = gradient_scale(grad[r], k);
+  const A scale = grad[r];
   index += r * k;
-  residual += r * k;
+  slope += r * k;
 
   const int64_t packs = hidden_size / kWidth;
   const int64_t pack = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
@@ -61,9 +55,9 @@ __global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T
       // Terms past the end weigh nothing and read an entry that exists.
       const int64_t j = chunk + threadIdx.x;
       const int64_t at = j < end ? index[j] : 0;
-      CUDA_KERNEL_ASSERT(at >= 0 && at < vocab_size && "palu::linear_topk_mse: index out of range");
+      CUDA_KERNEL_ASSERT(at >= 0 && at < vocab_size && "palu::linear_topk_backward: index out of range");
       place[threadIdx.x] = at * weight_stride;
-      g[threadIdx.x] = j < end ? scale * residual[j] : A(0);
+      g[threadIdx.x] = j < end ? scale * slope[j] : A(0);
     }
     __syncthreads();
     if (pack >= packs) continue;
@@ -137,7 +131,7 @@ __global__ __launch_bounds__(kThreads) void offsets_kernel(const I* __restrict__
 // A block per vocabulary entry: adds its own terms in the order (r,k), then the mean row.
 template <typename T, int kWidth>
 __global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __restrict__ grad,           // [R]
-                                                               const Acc<T>* __restrict__ residual,       // [R,K]
+                                                               const Acc<T>* __restrict__ slope,          // [R,K]
                                                                const T* __restrict__ hidden,              // [R,d]
                                                                const int64_t* __restrict__ sorted_order,  // [R*K]
                                                                const int64_t* __restrict__ offsets,       // [V+1]
@@ -156,7 +150,7 @@ __global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __r
     if (mean_row) sum = load_pack<kWidth>(mean_row, pack);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t pair = sorted_order[p], r = pair / k;
-      const A g = gradient_scale(grad[r], k) * residual[pair];
+      const A g = grad[r] * slope[pair];
       const auto h = load_pack<kWidth>(hidden + r * hidden_size, pack);
 #pragma unroll
       for (int n = 0; n < kWidth; ++n) sum.x[n] += g * to_acc(h.x[n]);
@@ -170,7 +164,7 @@ __global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __r
 // A thread per vocabulary entry, as above for the bias.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __restrict__ grad,           // [R]
-                                                             const Acc<T>* __restrict__ residual,       // [R,K]
+                                                             const Acc<T>* __restrict__ slope,          // [R,K]
                                                              const int64_t* __restrict__ sorted_order,  // [R*K]
                                                              const int64_t* __restrict__ offsets,       // [V+1]
                                                              const Acc<T>* __restrict__ shift,          // [R] or null
@@ -186,19 +180,19 @@ __global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __res
   if (v >= vocab_size) return;
   for (int64_t p = offsets[v]; p < offsets[v + 1]; ++p) {
     const int64_t pair = sorted_order[p];
-    sum += gradient_scale(grad[pair / k], k) * residual[pair];
+    sum += grad[pair / k] * slope[pair];
   }
   grad_bias[v] = from_acc<T>(to_acc(grad_bias[v]) + sum);
 }
 
 }  // namespace
 
-void linear_mean_shift(const LinearTopkMseBackward& p, cudaStream_t stream) {
+void linear_mean_shift(const LinearTopkBackward& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   dispatch(p.dtype, [&](auto t) {
     using A = Acc<decltype(t)>;
     mean_shift_kernel<A><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
-        static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<A*>(p.shift), p.vocab_size, p.k);
+        static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<A*>(p.shift), p.vocab_size, p.k);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -208,7 +202,7 @@ int64_t linear_grad_hidden_slices(int64_t rows, int64_t k) {
   return wanted < chunks ? wanted : chunks;
 }
 
-void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream) {
+void linear_grad_hidden(const LinearTopkBackward& p, cudaStream_t stream) {
   if (p.rows == 0 || p.hidden_size == 0) return;
   const int64_t slices = linear_grad_hidden_slices(p.rows, p.k);
   dispatch(p.dtype, [&](auto t) {
@@ -220,7 +214,7 @@ void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream) {
         constexpr int kWidth = decltype(width)::value;
         const dim3 blocks(static_cast<unsigned>(p.rows * slices), blocks_for(p.hidden_size / kWidth, kThreads));
         grad_hidden_slice_kernel<T, I, kWidth><<<blocks, kThreads, 0, stream>>>(
-            static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const T*>(p.weight),
+            static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<const T*>(p.weight),
             p.weight_stride, static_cast<const I*>(p.index), static_cast<A*>(p.partial), p.rows, slices, p.vocab_size,
             p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -233,7 +227,7 @@ void linear_grad_hidden(const LinearTopkMseBackward& p, cudaStream_t stream) {
   });
 }
 
-void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream) {
+void linear_grad_weight(const LinearTopkBackward& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   dispatch_index(p.index64, [&](auto i) {
     using I = decltype(i);
@@ -255,7 +249,7 @@ void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream) {
                           is_packed<T>(p.grad_weight, p.grad_weight_stride, p.hidden_size);
       dispatch_width<T>(packed, [&](auto width) {
         grad_weight_kernel<T, decltype(width)::value><<<static_cast<unsigned>(p.vocab_size), kThreads, 0, stream>>>(
-            static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), static_cast<const T*>(p.hidden),
+            static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<const T*>(p.hidden),
             p.sorted_order, p.offsets, p.shift ? static_cast<const A*>(p.mean_row) : nullptr,
             static_cast<T*>(p.grad_weight), p.grad_weight_stride, p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -263,7 +257,7 @@ void linear_grad_weight(const LinearTopkMseBackward& p, cudaStream_t stream) {
     }
     if (p.grad_bias) {
       grad_bias_kernel<T><<<blocks_for(p.vocab_size, kThreads), kThreads, 0, stream>>>(
-          static_cast<const A*>(p.grad), static_cast<const A*>(p.residual), p.sorted_order, p.offsets,
+          static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), p.sorted_order, p.offsets,
           static_cast<const A*>(p.shift), static_cast<T*>(p.grad_bias), p.rows, p.vocab_size, p.k);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
