@@ -8,11 +8,13 @@ Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, the t
 The floor is the least traffic over the bandwidth of a copy measured in the same run; `x_floor` is the op's time over
 it. With s bytes an element the least traffic is
 
-    topk_mse, forward and backward       2 R V s + 2 R K (index + residual): logits read, their gradient written
+    topk_mse, forward and backward       2 R V s + 2 R K (index + slope): logits read, their gradient written
     linear_topk_mse, forward             D d s: each of the D distinct rows of the head that are kept is read once
     the same, weight_mean computed       V d s: the head is read once
     the same and backward, frozen head   D d s: the gradient for hidden is formed while a row is in the cache
     (on CUDA)                            2 D d s: its backward pass gathers the rows again
+    linear_topk_unlikelihood, forward    D d s, as above
+    the same and backward, frozen head   2 D d s: what a row of the head adds is known when all logits are
 
 and what is smaller by a factor of K (hidden, its gradient, losses) is left out. A table, then one JSON line.
 """
@@ -65,34 +67,37 @@ def topk_mse_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         if device.type == "cuda":
             compiled = torch.compile(eager.topk_mse, dynamic=False)
             candidates["compile"] = forward_backward(partial(compiled, logits, index.long()), [logits])
-        # The residual is float32, or float64 for float64 logits.
+        # The slope is float32, or float64 for float64 logits.
         small = 2 * rows * k * (index.element_size() + max(4, logits.element_size()))
         name = f"topk_mse [{rows}, {vocab_size}] K={k} forward+backward"
         cases.append(Case(name, 2 * logits.nbytes + small, candidates))
     return cases
 
 
-def linear_topk_mse_cases(device: torch.device, dtype: torch.dtype, vocab_size: int) -> list[Case]:
-    """The local entropy loss from hidden states, without forming the logits."""
+def linear_cases(device: torch.device, dtype: torch.dtype, vocab_size: int) -> list[Case]:
+    """The local losses from hidden states, without forming the logits."""
     cases = []
     rows, d = 36, 2048
     hidden = torch.randn(rows, d, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab_size, d, device=device, dtype=dtype) / d**0.5
     mean = ops.weight_mean(weight)
-    passes = 1 if device.type == "cpu" else 2
-    for k in (1000, 5000):
+    both = partial(forward_backward, inputs=[hidden])
+    mse_passes = 1 if device.type == "cpu" else 2
+    for op, k in (("mse", 1000), ("mse", 5000), ("unlikelihood", 50), ("unlikelihood", 1000)):
         index = distinct(rows, vocab_size, k, device)
-        frozen = partial(palu.linear_topk_mse, hidden, weight, index, weight_mean=mean)
-        computed = partial(palu.linear_topk_mse, hidden, weight, index)
-        twin = partial(eager.linear_topk_mse, hidden, weight, index.long())
         gathered = len(index.unique()) * d * weight.element_size()  # a row of the head is read once
-        for name, floor, run, op in (
+        computed = partial(getattr(palu, f"linear_topk_{op}"), hidden, weight, index)
+        twin = partial(getattr(eager, f"linear_topk_{op}"), hidden, weight, index.long())
+        frozen = partial(computed, weight_mean=mean) if op == "mse" else computed
+        passes = mse_passes if op == "mse" else 2
+        runs: list[tuple[str, int, Callable[..., Callable[[], object]], Callable[[], Tensor]]] = [
             ("forward", gathered, without_grad, frozen),
             ("forward, weight_mean computed", weight.nbytes, without_grad, computed),
-            ("forward+backward, frozen head", passes * gathered, partial(forward_backward, inputs=[hidden]), frozen),
-        ):
-            full_name = f"linear_topk_mse rows={rows} d={d} V={vocab_size} K={k} {name}"
-            cases.append(Case(full_name, floor, {"palu": run(op), "eager": run(twin)}))
+            ("forward+backward, frozen head", passes * gathered, both, frozen),
+        ]
+        for name, floor, run, call in runs if op == "mse" else runs[::2]:
+            full_name = f"linear_topk_{op} rows={rows} d={d} V={vocab_size} K={k} {name}"
+            cases.append(Case(full_name, floor, {"palu": run(call), "eager": run(twin)}))
     return cases
 
 
@@ -115,7 +120,7 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
-    for case in [*topk_mse_cases(device, dtype), *linear_topk_mse_cases(device, dtype, arguments.vocab_size)]:
+    for case in [*topk_mse_cases(device, dtype), *linear_cases(device, dtype, arguments.vocab_size)]:
         calls = 10 if device.type == "cuda" else 1
         times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls)
         row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}

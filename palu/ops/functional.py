@@ -190,7 +190,8 @@ def _gathers(impl: str, hidden: Tensor, weight: Tensor, index: Tensor) -> bool:
     """Decide as `use_gather`; True, too, where the op is to report tensors of another rank."""
     if not hidden.dim() == index.dim() == weight.dim() == 2:
         return True
-    return use_gather(impl, *index.shape, weight.shape[0], hidden.device.type)
+    rows, k = index.shape
+    return use_gather(impl, rows, k, weight.shape[0], hidden.device.type)
 
 
 def weight_mean(weight: Tensor) -> Tensor:

@@ -71,8 +71,10 @@ def _functions() -> dict[str, Callable[[Any, torch.device, torch.dtype], _Result
     """Name the checks: each runs one op of a module (ours, or the twins) and returns its results and gradients."""
     functions: dict[str, Callable[[Any, torch.device, torch.dtype], _Results]] = {"prefix_mask": _prefix_mask}
     for target in (*TARGETS, 0.5):
-        functions[f"topk_mse, {target}"] = partial(_topk_mse, target=target)
-        functions[f"linear_topk_mse, {target}"] = partial(_linear_topk_mse, target=target)
+        functions[f"topk_mse, {target}"] = partial(_of_logits, "topk_mse", target)
+        functions[f"linear_topk_mse, {target}"] = partial(_linear, "linear_topk_mse", target)
+    functions["topk_unlikelihood"] = partial(_of_logits, "topk_unlikelihood", 0.5 / K)
+    functions["linear_topk_unlikelihood"] = partial(_linear, "linear_topk_unlikelihood", 0.5 / K)
     functions["cross_entropy_"] = _cross_entropy
     functions["unlikelihood_"] = _unlikelihood
     for direction in KL_DIRECTIONS:
@@ -94,16 +96,16 @@ def _prefix_mask(module: Any, device: torch.device, dtype: torch.dtype) -> _Resu
     return [module.prefix_mask(labels, n, eos) for n in (-1, 0, 1, 3) for eos in (None, 5)]
 
 
-def _topk_mse(module: Any, device: torch.device, dtype: torch.dtype, target: str | float) -> _Results:
+def _of_logits(op: str, setting: Any, module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
     logits = _random(1, ROWS, VOCAB).to(dtype).to(device).requires_grad_()
-    loss = module.topk_mse(logits, _index(2, VOCAB, ROWS, K).to(device), target)
+    loss = getattr(module, op)(logits, _index(2, VOCAB, ROWS, K).to(device), setting)
     return [loss.detach(), *torch.autograd.grad(loss @ _random(3, ROWS).to(loss.dtype).to(device), logits)]
 
 
-def _linear_topk_mse(module: Any, device: torch.device, dtype: torch.dtype, target: str | float) -> _Results:
+def _linear(op: str, setting: Any, module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
     leaves = [_random(seed, *shape) for seed, shape in ((4, (ROWS, HIDDEN)), (5, (VOCAB, HIDDEN)), (6, (VOCAB,)))]
     hidden, weight, bias = (leaf.to(dtype).to(device).requires_grad_() for leaf in leaves)
-    loss = module.linear_topk_mse(hidden, weight, _index(7, VOCAB, ROWS, K).to(device), target, bias)
+    loss = getattr(module, op)(hidden, weight, _index(7, VOCAB, ROWS, K).to(device), setting, bias)
     grads = torch.autograd.grad(loss @ _random(8, ROWS).to(loss.dtype).to(device), (hidden, weight, bias))
     return [loss.detach(), *grads]
 

@@ -60,13 +60,13 @@ class Report:
 
     def text(self, complete: bool) -> str:
         """Return the tables and the findings. `complete`: every instance of a kernel must have been launched."""
-        lines = [f"\n{'op':18}{'cases':>7}{'CPU s':>7}"]
-        lines += [f"{op:18}{count:7}{self.seconds[op]:7.1f}" for op, count in self.cases.items()]
+        lines = [f"\n{'op':26}{'cases':>7}{'CPU s':>7}"]
+        lines += [f"{op:26}{count:7}{self.seconds[op]:7.1f}" for op, count in self.cases.items()]
         if self.errors:
             lines.append("\nLargest errors, in units of what cannot be helped (README.md):")
         for (op, tensor), by_dtype in sorted(self.errors.items()):
             cells = "".join(f"  {dtype} {units:.1f}" for dtype, (units, _) in sorted(by_dtype.items()))
-            lines.append(f"{op:18}{tensor:12}{cells}")
+            lines.append(f"{op:26}{tensor:12}{cells}")
         if self.faults:
             lines += ["\nPlanted faults, and as what they were found:", *sorted(self.faults)]
         if complete:

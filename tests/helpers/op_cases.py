@@ -25,6 +25,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the
 INDEX_DTYPES = (torch.int32, torch.int64)
 EXTREMES = (-(2**63), 2**63 - 1)
 OF_LABELS = ("cross_entropy_", "unlikelihood_")
+SETTING = dict.fromkeys(("topk_mse", "linear_topk_mse"), "target")  # of the losses of kept logits
+SETTING |= dict.fromkeys(("topk_unlikelihood", "linear_topk_unlikelihood"), "floor")
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -223,15 +225,11 @@ def _index_and_setting(
 
 
 def _told(op: str, a: Inputs) -> str:
-    return f"K {a['index'].shape[1]} {a[_SETTING[op]]} {a['index'].dtype}"
-
-
-_SETTING = dict.fromkeys(("topk_mse", "linear_topk_mse"), "target")
-_SETTING |= dict.fromkeys(("topk_unlikelihood", "linear_topk_unlikelihood"), "floor")
+    return f"K {a['index'].shape[1]} {a[SETTING[op]]} {a['index'].dtype}"
 
 
 def _topk_outputs(op: str, a: Inputs) -> Outputs:
-    leaf, setting = a["logits"].clone().requires_grad_(), a[_SETTING[op]]
+    leaf, setting = a["logits"].clone().requires_grad_(), a[SETTING[op]]
     loss = getattr(eager, op)(leaf, a["index"], setting)
     (grad_logits,) = torch.autograd.grad(loss, leaf, a["grad"].to(loss.dtype))
     _, slope = getattr(eager, f"{op}_and_slope")(a["logits"], a["index"], setting)
@@ -309,7 +307,7 @@ def linear_topk(
 def _linear_outputs(op: str, a: Inputs) -> Outputs:
     names = [n for n in ("hidden", "weight", "bias") if a[n] is not None]
     leaves = {n: a[n].clone().requires_grad_() for n in names}
-    setting = {_SETTING[op]: a[_SETTING[op]]}
+    setting = {SETTING[op]: a[SETTING[op]]}
     loss = getattr(eager, op)(**leaves, index=a["index"], **setting)
     gradients = torch.autograd.grad(loss, list(leaves.values()), a["grad"].to(loss.dtype))
     logits = F.linear(a["hidden"], a["weight"], a["bias"])

@@ -31,7 +31,10 @@ _OF_KL = partial(fixed.softmax_loss, rows_read=2)
 OPS = {
     "prefix_mask": Op(launches.prefix_mask, fixed.prefix_mask, dtypes=()),
     "topk_mse": Op(launches.topk_mse, fixed.topk_mse),
-    "linear_topk_mse": Op(launches.linear_topk_mse, fixed.linear_topk_mse),
+    "linear_topk_mse": Op(partial(launches.linear_topk, op="linear_topk_mse"), fixed.linear_topk_mse),
+    "linear_topk_unlikelihood": Op(
+        partial(launches.linear_topk, op="linear_topk_unlikelihood"), fixed.linear_topk_unlikelihood
+    ),
     "cross_entropy_": Op(partial(launches.softmax_loss, op="cross_entropy_"), partial(fixed.softmax_loss, rows_read=1)),
     "unlikelihood_": Op(partial(launches.softmax_loss, op="unlikelihood_"), fixed.unlikelihood),
     "kl_div_": Op(partial(launches.softmax_loss, op="kl_div_", reverse=False), _OF_KL),

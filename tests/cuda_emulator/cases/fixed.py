@@ -143,6 +143,21 @@ def linear_topk_mse(dtype: torch.dtype) -> Iterator[Fixed]:
         yield Fixed(f"target-{target}", "the center; a gradient that is not asked for", small | sizes)
 
 
+def linear_topk_unlikelihood(dtype: torch.dtype) -> Iterator[Fixed]:
+    """Yield a case for each path of the kernel that makes losses of the gathered logits."""
+    size = 2 * 16 // dtype.itemsize
+    plain = {"size": size, "bias": True, "wanted": (True, True, True), "lead": 0, "pad": 0}
+    small = plain | {"index_dtype": torch.int32, "kind": "any"}
+    wide = plain | {"index_dtype": torch.int64, "kind": "any"}
+    yield Fixed("no-rows", "no launch", small | {"rows": 0, "vocabulary": 9, "k": 3})
+    yield Fixed("one-candidate", "K = 2", wide | {"rows": 5, "vocabulary": 31, "k": 2, "kind": "unique"})
+    yield Fixed("any", "the true token and others more than once", small | {"rows": 3, "vocabulary": 20, "k": 60})
+    yield Fixed(
+        "alone", "no candidate but the true token", wide | {"rows": 2, "vocabulary": 9, "k": 40, "kind": "one value"}
+    )
+    yield Fixed("long-k", "more candidates than threads of a block", small | {"rows": 2, "vocabulary": 700, "k": 600})
+
+
 def softmax_loss(dtype: torch.dtype, rows_read: int) -> Iterator[Fixed]:
     """Yield a case for each path of a kernel that reads so many rows of logits for each row it writes."""
     pack = 16 // dtype.itemsize

@@ -62,7 +62,7 @@ def topk_mse(draw: Draw, *, lead: int | None = None, pad: int | None = None, edg
 
     `edges`: candidates at both sides of a tile's end. K and the vocabulary must be larger than 4.
     """
-    case = op_cases.topk_mse(draw, **sizes)
+    case = op_cases.topk(draw, "topk_mse", **sizes)
     z, at, incoming, target = (case.inputs[name] for name in ("logits", "index", "grad", "target"))
     (rows, vocabulary), k, acc = z.shape, at.shape[1], acc_dtype(z.dtype)
     gradient = Placed("grad_logits", None, (rows, vocabulary), z.dtype, **layout(draw, vocabulary, lead, pad))
@@ -74,17 +74,17 @@ def topk_mse(draw: Draw, *, lead: int | None = None, pad: int | None = None, edg
         "index": Placed("index", at),
         "grad": Placed("grad", incoming),
         "loss": Placed("loss", None, (rows,), acc),
-        "residual": Placed("residual", None, (rows, k), acc),
+        "slope": Placed("slope", None, (rows, k), acc),
         "grad_logits": gradient,
     }
     both = {"dtype": DTYPES.index(z.dtype), "index64": at.dtype == torch.int64, "rows": rows, "vocab_size": vocabulary}
-    both |= {"k": k, "index": places["index"], "residual": places["residual"]}
+    both |= {"k": k, "index": places["index"], "slope": places["slope"]}
     forward = both | {"logits": logits, "logits_stride": logits.stride, "loss": places["loss"]} | _center(target)
     backward = both | {"grad": places["grad"], "grad_logits": gradient, "grad_logits_stride": gradient.stride}
     backward |= {"through_mean": target == "global_mean"}
     phases = [
-        Phase("topk_mse", forward, ["loss", "residual"], ["loss", "residual", "grad_logits"]),
-        Phase("topk_mse_backward", backward, ["grad_logits"], ["grad_logits"]),
+        Phase("topk_mse", forward, ["loss", "slope"], ["loss", "slope", "grad_logits"]),
+        Phase("topk_backward", backward, ["grad_logits"], ["grad_logits"]),
     ]
     return of_case(case, places, phases, f"logits {logits.place()}, gradient {gradient.place()}")
 
@@ -101,32 +101,38 @@ def _put_at_edges(index: torch.Tensor, gradient: Placed) -> None:
             row[column] = place
 
 
-def linear_topk_mse(
-    draw: Draw, *, lead: int | None = None, pad: int | None = None, only: bool = False, **sizes: Any
+def linear_topk(
+    draw: Draw, *, op: str, lead: int | None = None, pad: int | None = None, only: bool = False, **sizes: Any
 ) -> Case:
-    """Launch it and the gradients that are asked for.
+    """Launch linear_topk_mse or linear_topk_unlikelihood, and the gradients that are asked for.
 
-    `lead` and `pad` are those of weight, and `pad` that of its gradient. `only`: the gradients alone, with the residual
+    `lead` and `pad` are those of weight, and `pad` that of its gradient. `only`: the gradients alone, with the slope
     given.
     """
-    case = op_cases.linear_topk_mse(draw, **sizes)
+    case = op_cases.linear_topk(draw, op, **sizes)
     a, dtype, acc = case.inputs, case.dtype, acc_dtype(case.dtype)
-    (rows, size), (vocabulary, _), k, target = a["hidden"].shape, a["weight"].shape, a["index"].shape[1], a["target"]
+    (rows, size), (vocabulary, _), k, target = (
+        a["hidden"].shape,
+        a["weight"].shape,
+        a["index"].shape[1],
+        a.get("target"),
+    )
     of_hidden, of_weight, of_bias = (a[f"grad_{name}"] is not None for name in ("hidden", "weight", "bias"))
-    through, is_global = target == "global_mean", _center(target)["center"] == 0
+    setting: dict[str, Any] = {"floor": a["floor"]} if target is None else _center(target)
+    through, is_global = target == "global_mean", setting.get("center") == 0
     apart = draw.one(0, 0, 0, 1, 8, 16) if pad is None else pad
     leads = {"weight": draw.one(0, 0, 0, 1, 8) if lead is None else lead}
     leads["hidden"] = draw.one(0, 0, 0, 1) if pad is None else 0
     strides = {"weight": size + apart, "grad_hidden": size + draw.one(0, 0, 3)}
     strides["grad_weight"] = size + (draw.one(0, 0, 3, 8) if pad is None else pad)
-    slices = min(-(-1024 // rows), -(-k // 32)) if rows else 1  # as in linear_topk_mse_backward.cu
+    slices = min(-(-1024 // rows), -(-k // 32)) if rows else 1  # as in linear_topk_backward.cu
     places: dict[str, Placed | None] = {
         name: None if t is None else Placed(name, t, lead=leads.get(name, 0), stride=strides.get(name))
         for name, t in a.items()
-        if name != "target"
+        if name not in ("target", "floor")
     }
     given = {
-        "residual": case.expected()["residual"][0].to(acc) if only else None,
+        "slope": case.expected()["slope"][0].to(acc) if only else None,
         "weight_mean": a["weight"].mean(0, dtype=acc) if is_global else None,
         "bias_mean": a["bias"].mean(0, dtype=acc).reshape(1) if is_global and a["bias"] is not None else None,
     }
@@ -135,7 +141,7 @@ def linear_topk_mse(
     places |= {name: None if t is None else Placed(name, t) for name, t in given.items()}
     scratch = {
         "loss": ((rows,), acc, not only),
-        "residual": ((rows, k), acc, not only),
+        "slope": ((rows, k), acc, not only),
         "shift": ((rows,), acc, through),
         "partial": ((slices * rows, size), acc, of_hidden),
         "offsets": ((vocabulary + 1,), torch.int64, of_weight or of_bias),
@@ -143,13 +149,13 @@ def linear_topk_mse(
     }
     places |= {name: Placed(name, None, shape, of) for name, (shape, of, is_there) in scratch.items() if is_there}
     numbers: dict[str, Any] = {"dtype": DTYPES.index(dtype), "index64": a["index"].dtype == torch.int64, "rows": rows}
-    numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | _center(target)
+    numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | setting
     numbers |= {f"{name}_stride": p.stride for name, p in places.items() if p is not None}
 
     def phase(launcher: str, members: list[str], writes: list[str], fresh: list[str]) -> Phase:
         return Phase(launcher, {name: places.get(name, numbers.get(name, 0)) for name in members}, writes, fresh)
 
-    phases = [] if only else [phase("linear_topk_mse", _FORWARD, ["loss", "residual"], ["loss", "residual"])]
+    phases = [] if only else [phase(op, _FORWARD, ["loss", "slope"], ["loss", "slope"])]
     if through:
         phases.append(phase("linear_mean_shift", _BACKWARD, ["shift"], ["shift"]))
     if of_hidden:
@@ -158,13 +164,13 @@ def linear_topk_mse(
         written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
         phases.append(phase("linear_grad_weight", _BACKWARD, written, ["offsets", "mean_row"]))
     made = of_case(case, places, phases, f"weight +{leads['weight']} stride {strides['weight']}")
-    made.outputs = [o for o in made.outputs if not only or o.placed.name != "residual"]
+    made.outputs = [o for o in made.outputs if not only or o.placed.name != "slope"]
     return made
 
 
-_BOTH = ["dtype", "index64", "hidden", "weight", "weight_stride", "index", "weight_mean", "residual"]
+_BOTH = ["dtype", "index64", "hidden", "weight", "weight_stride", "index", "weight_mean", "slope"]
 _BOTH += ["rows", "vocab_size", "hidden_size", "k"]
-_FORWARD = [*_BOTH, "bias", "bias_mean", "loss", "center", "constant"]
+_FORWARD = [*_BOTH, "bias", "bias_mean", "loss", "center", "constant", "floor"]
 _BACKWARD = [*_BOTH, "grad", "shift", "partial", "grad_hidden", "grad_hidden_stride", "sorted_index", "sorted_order"]
 _BACKWARD += ["offsets", "mean_row", "grad_weight", "grad_weight_stride", "grad_bias"]
 

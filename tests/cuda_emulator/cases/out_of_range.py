@@ -1,15 +1,24 @@
 """Indices and labels out of range: each must end in a device assertion, with no access out of bounds before it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from helpers import op_cases
 from helpers.op_cases import OF_LABELS, Draw
 from machine import Case
 
 from cases import launches
 from cases.fixed import Fixed
 
-LAUNCHERS = ("topk_mse", "topk_mse_backward", "linear_topk_mse", "linear_grad_hidden", *OF_LABELS)
+LAUNCHERS = (
+    "topk_mse",
+    "topk_backward",
+    "linear_topk_mse",
+    "linear_topk_unlikelihood",
+    "linear_grad_hidden",
+    *OF_LABELS,
+)
 
 
 def fixed(_: torch.dtype) -> Iterator[Fixed]:
@@ -34,22 +43,21 @@ def make(
     if launcher in OF_LABELS:
         case = launches.softmax_loss(draw, op=launcher, dtype=dtype, rows=2, vocabulary=300)
         name, vocabulary = "labels", 300
-    elif launcher.startswith("topk_mse"):
+    elif launcher.startswith("topk"):
         vocabulary = draw.one(5, 300, 40_000) if drawn else 300
         case = launches.topk_mse(draw, dtype=dtype, rows=2, vocabulary=vocabulary, k=draw.one(3, 600))
         name = "index"
     else:
         vocabulary = 9
-        everything = (True, True, True)
-        case = launches.linear_topk_mse(
-            draw, dtype=dtype, rows=2, vocabulary=9, size=draw.one(7, 64), k=40, target="local_mean", wanted=everything
-        )
+        op = launcher if launcher in op_cases.SETTING else "linear_topk_mse"
+        sizes: dict[str, Any] = {"vocabulary": 9, "size": draw.one(7, 64), "k": 40, "target": "local_mean"}
+        case = launches.linear_topk(draw, op=op, dtype=dtype, rows=2, wanted=(True, True, True), **sizes)
         name = "index"
     case.phases = [phase for phase in case.phases if phase.launcher == launcher]
     placed = {p.name: p for p in case.buffers}
     at = placed[name].initial_view
     at.view(-1)[-1] = vocabulary if value is None or value > torch.iinfo(at.dtype).max else value
-    if launcher in ("topk_mse_backward", "linear_grad_hidden"):  # the forward pass is left out
-        placed["residual"].initial_view.fill_(0.5)
+    if launcher in ("topk_backward", "linear_grad_hidden"):  # the forward pass is left out
+        placed["slope"].initial_view.fill_(0.5)
     case.text, case.must_assert = f"{launcher}, the last of {name} is {int(at.view(-1)[-1])}: {case.text}", True
     return case
