@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from palu.eager import softcap_
 from palu.models.head import Head
 from palu.ops import fused, prefix_mask, topk_mse
 from palu.ops.functional import use_gather
-from palu.ops.fused import GradientSum
+from palu.ops.fused import GradientSum, Grads
 from palu.ops.labels import checked_labels
 from palu.ops.library import check_tensors, first_order_only
 from palu.settings import KL_DIRECTIONS
@@ -101,9 +101,6 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(values.numel(), 1)
 
 
-Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias, to be added to
-
-
 @dataclass(frozen=True)
 class LocalTerm:
     """Local entropy maximisation on ``index.shape[0]`` onset rows."""
@@ -118,10 +115,12 @@ class LocalTerm:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
         return fused.topk_mse_fwd_bwd_(logits, self.index[rows], row_weight, self.target)
 
-    def gathered(self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, to: Grads) -> Tensor:
-        """Return the losses [R] of all rows from the head's rows in ``index``; add the weighted gradients ``to``."""
+    def gather(
+        self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, grads: Grads
+    ) -> Tensor:
+        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``."""
         return fused.linear_topk_mse_fwd_bwd(
-            hidden, head.weight, self.index, row_weight, self.target, head.bias, weight_mean, to
+            hidden, head.weight, self.index, row_weight, self.target, head.bias, weight_mean, grads
         )
 
 
@@ -139,10 +138,12 @@ class LocalUnlikelihoodTerm:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
         return fused.topk_unlikelihood_fwd_bwd_(logits, self.index[rows], row_weight, self.floor)
 
-    def gathered(self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, to: Grads) -> Tensor:
-        """Return the losses [R] of all rows from the head's rows in ``index``; add the weighted gradients ``to``."""
+    def gather(
+        self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, grads: Grads
+    ) -> Tensor:
+        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``."""
         return fused.linear_topk_unlikelihood_fwd_bwd(
-            hidden, head.weight, self.index, row_weight, self.floor, head.bias, to
+            hidden, head.weight, self.index, row_weight, self.floor, head.bias, grads
         )
 
 
@@ -333,7 +334,7 @@ class _FusedLinearLosses(torch.autograd.Function):
                     sum_w.buffer() if sum_w is not None else None,
                     sum_b.buffer() if sum_b is not None else None,
                 )
-                losses[rows] = local.gathered(h[rows], Head(w, b), row_weight[rows], weight_mean, grads_of_rows)
+                losses[rows] = local.gather(h[rows], Head(w, b), row_weight[rows], weight_mean, grads_of_rows)
         ctx.grads = [
             grad_h,
             sum_w.result(weight.dtype) if sum_w is not None else None,

@@ -3,12 +3,17 @@
 A trailing underscore means, as in torch, that the first argument is overwritten: with its gradient.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from palu.ops.functional import has_frozen, needed_mean, split_target
 
 _ops = torch.ops.palu
+
+# Of hidden [R, d], weight [V, d] and bias [V], to be added to; None: not asked for.
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def topk_mse_fwd_bwd_(logits: Tensor, index: Tensor, row_weight: Tensor, target: str | float) -> Tensor:
@@ -34,13 +39,11 @@ def linear_topk_mse_fwd_bwd(
     target: str | float,
     bias: Tensor | None,
     mean: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: Grads,
 ) -> Tensor:
     """Compute `linear_topk_mse` of each row [R]; its gradient times `row_weight` [R] is added to `grads`.
 
-    Args:
-        mean: [d], `weight_mean(weight)`; None: computed here.
-        grads: those of hidden [R, d], weight [V, d] and bias [V]; None: not asked for.
+    `mean`: [d], `weight_mean(weight)`; None: computed here.
     """
     name, constant = split_target(target)
     mean = needed_mean(weight, mean, name)
@@ -61,12 +64,9 @@ def linear_topk_unlikelihood_fwd_bwd(
     row_weight: Tensor,
     floor: float,
     bias: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: Grads,
 ) -> Tensor:
-    """Compute `linear_topk_unlikelihood` of each row [R]; its gradient times `row_weight` [R] is added to `grads`.
-
-    `grads`: as in `linear_topk_mse_fwd_bwd`.
-    """
+    """Compute `linear_topk_unlikelihood` of each row [R]; its gradient times `row_weight` [R] is added to `grads`."""
     loss, slope = _ops.linear_topk_unlikelihood(hidden, weight, index, bias, floor)
     _ops.linear_topk_backward(row_weight, slope, hidden, weight, index, None, False, *grads)
     return loss
