@@ -123,7 +123,7 @@ inline void check_prefix_mask(const at::Tensor& labels, int64_t n) {
   TORCH_CHECK_VALUE(n >= -1, op, ": n must be -1 (all) or at least 0, got ", text(n));
 }
 
-inline void check_rows_and_index(const char* op, const at::Tensor& logits, const at::Tensor& index) {
+inline void check_logits_and_index(const char* op, const at::Tensor& logits, const at::Tensor& index) {
   check_floating(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
   check_device(op, "index", index, "logits", logits);
@@ -132,7 +132,7 @@ inline void check_rows_and_index(const char* op, const at::Tensor& logits, const
 
 inline Center check_topk_mse(const at::Tensor& logits, const at::Tensor& index, std::string_view target) {
   constexpr const char* op = "palu::topk_mse";
-  check_rows_and_index(op, logits, index);
+  check_logits_and_index(op, logits, index);
   return parse_target(op, target);
 }
 
@@ -143,14 +143,14 @@ inline void check_floor(const char* op, double floor) {
 // What unlikelihood among candidates asks beyond the other checks.
 inline void check_candidates(const char* op, const at::Tensor& index, double floor) {
   TORCH_CHECK_VALUE(
-      index.size(0) == 0 || index.size(1) > 1, op,
+      index.size(1) > 1, op,
       ": index must hold the true token and at least one candidate in each row, got K = ", text(index.size(1)));
   check_floor(op, floor);
 }
 
 inline void check_topk_unlikelihood(const at::Tensor& logits, const at::Tensor& index, double floor) {
   constexpr const char* op = "palu::topk_unlikelihood";
-  check_rows_and_index(op, logits, index);
+  check_logits_and_index(op, logits, index);
   check_candidates(op, index, floor);
 }
 

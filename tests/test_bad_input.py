@@ -340,7 +340,7 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a bias on another device": (lambda: linear_topk_mse(bias=torch.zeros(6, device=META)), ValueError, "palu::linear_topk_mse: bias is on meta but hidden is on cpu; move it there"),
     "a head in another dtype": (lambda: linear_topk_mse(weight=torch.zeros(6, 3, dtype=torch.float64)), TypeError, "palu::linear_topk_mse: weight must be float32, got float64"),
     "a half-precision head": (lambda: linear_topk_mse(hidden=torch.zeros(2, 3).half(), weight=torch.zeros(6, 3).half()), TypeError, "palu::linear_topk_mse: hidden is float16, which the CPU kernels do not support; use bfloat16 or float32"),
-    "a true token alone": (lambda: linear_topk_unlikelihood(index=torch.tensor([[0], [2]])), ValueError, "palu::linear_topk_unlikelihood: index must hold the true token and at least one candidate in each row, got K = 1"),
+    "a true token alone": (lambda: linear_topk_unlikelihood(index=torch.tensor([[0], [2]]), impl="dense"), ValueError, "palu::linear_topk_unlikelihood: index must hold the true token and at least one candidate in each row, got K = 1"),
     "a floor of one": (lambda: linear_topk_unlikelihood(floor=1.0), ValueError, "palu::linear_topk_unlikelihood: floor must be in [0, 1), got 1"),
     "a mean row of another size": (lambda: linear_topk_mse(weight_mean=torch.zeros(6)), ValueError, "palu::linear_topk_mse: weight_mean must have shape [3], got [6]"),
     "a buffer of zero stride": (lambda: overwriting(torch.zeros(1, 6).expand(2, 6)), ValueError, "palu::topk_backward: grad_logits must not have rows that overlap, got shape [2, 6] and strides [0, 1]"),
