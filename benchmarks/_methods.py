@@ -32,7 +32,6 @@ ONSET: dict[str, Settings] = {
     "KL-forward": {"kl_direction": "forward"},
     "KL-times-2": {"lambda_kl": 2.0},
     "KL-times-4": {"lambda_kl": 4.0},
-    "not-normalized": {"normalize": False},
 }
 DEFAULT: dict[str, Settings] = {
     "default-floor-.1": {"probability_floor": 0.1},

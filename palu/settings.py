@@ -41,9 +41,10 @@ def flag(default: bool) -> Any:
     return setting(default, lambda value: isinstance(value, bool), "give True or False")
 
 
-def positive(default: float | None) -> Any:
-    """Declare a field that holds a number above 0."""
-    return setting(default, lambda value: is_number(value) and value > 0, "give a positive number")
+def positive(default: float | None, none: str = "") -> Any:
+    """Declare a field that holds a number above 0; ``none``: what None means, if it may be."""
+    rule = "give a positive number" + (f", or None for {none}" if none else "")
+    return setting(default, lambda value: (bool(none) and value is None) or (is_number(value) and value > 0), rule)
 
 
 def not_negative(default: float) -> Any:
@@ -139,13 +140,15 @@ class RunSettings(Settings):
         method: the settings of the method, an instance of its ``Settings``.
         optimizer: ``"adamw"``; beside bfloat16 weights it keeps the rest of their float32 bits. ``"adamw_8bit"``: its
             moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
-        learning_rate: AdamW's step size; 5e-5 for a Llama of 135M parameters, papers use 1e-5 for 1B to 8B.
+        learning_rate: AdamW's step size. ``None``: by the size of the model's weights
+            (:func:`palu.training.optimizer.rate_for`).
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
             ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
-        epochs: passes over the forget set.
+        epochs: passes over the forget set, at most: a run ends by itself where in two of them running the method has
+            nothing left to forget. ``None``: 60 for a method that gets there (PALU, but for its published loss), else 8.
         max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
             takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.
@@ -189,13 +192,13 @@ class RunSettings(Settings):
     method: Any = None
 
     optimizer: str = choice("adamw", ("adamw", "adamw_8bit"))
-    learning_rate: float = positive(1e-5)
+    learning_rate: float | None = positive(None, "a rule")
     weight_decay: float = not_negative(0.0)
     warmup_steps: int = count(0, zero=True)
     lr_scheduler: str = choice("constant_with_warmup", ("constant", "constant_with_warmup", "linear", "cosine"))
     max_grad_norm: float = positive(1.0)
 
-    epochs: int = count(8)
+    epochs: int | None = count(None, "the method's")
     max_steps: int | None = count(None, "epochs")
     batch_size: int = count(8)
     retain_batch_size: int | None = count(None, "batch_size")
@@ -241,7 +244,7 @@ class RunSettings(Settings):
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimisation steps of a run that nothing ends early."""
-        return self.epochs * steps_per_epoch if self.max_steps is None else self.max_steps
+        return (self.epochs or self.method.epochs) * steps_per_epoch if self.max_steps is None else self.max_steps
 
     @property
     def folders(self) -> dict[str, str]:

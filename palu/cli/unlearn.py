@@ -82,11 +82,8 @@ def unlearn(
     ] = "auto",
     annotate: Annotate = None,
     recipe: Annotated[
-        Literal["paper", "onset"] | None,
-        typer.Option(
-            help="Settings by one word; paper: the published loss; onset: its local loss on few logits, at the first "
-            "tokens of each span. Flags come after it."
-        ),
+        Literal["paper"] | None,
+        typer.Option(help="Settings by one word; paper: the published loss. Flags come after it."),
     ] = None,
     eval_rows: Annotated[
         Path | None,

@@ -41,6 +41,11 @@ class MethodSettings(Settings):
         """Whether the retain set has a part in the loss."""
         return self.lambda_retain > 0
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the forget set that a run takes, where its settings say nothing."""
+        return 8
+
 
 class ForgetSet(NamedTuple):
     """The forget set, tokenised."""
@@ -81,6 +86,7 @@ class Reference:
     of_retain: bool = False  # whether it is asked about the retain set, too, whose rows are others
     other_prompts: bool = False  # whether it sees each forget answer after the prompt of another row
     anchors: int | None = 0  # how many everyday prompts it answers, to be kept; None: as many as the run can use
+    neighbours: int = 0  # how many questions like each forget question it writes and answers, to be kept
 
 
 class Shares(NamedTuple):
@@ -97,12 +103,6 @@ class RowTerm(NamedTuple):
 
     rows: Role
     loss: Term
-    scale: Tensor | None = None  # [rows]: what each row's loss is divided by
-
-    def mean(self, share: Tensor, rows: int) -> Tensor:
-        """Return the factor of each row's loss in the mean [rows]; ``share``: one over all of the step's rows."""
-        factors = share.expand(rows)
-        return factors if self.scale is None else factors / self.scale.to(share.dtype)  # float64 beside float32
 
 
 def retain_term(batch: Batch) -> RowTerm:
@@ -171,7 +171,7 @@ class Method(ModelRoot):
         """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
 
         A term whose setting is 0 is left out. Losses of single rows come as a :class:`RowTerm`: all of these share one
-        pass over the head, a :class:`palu.losses.LocalTerm` first.
+        pass over the head, a gathered one (:data:`palu.losses.GatheredTerm`) first.
         """
         raise NotImplementedError
 
@@ -220,10 +220,7 @@ class Method(ModelRoot):
         if not terms:
             return hidden[:0].sum(dtype=shares.targets.dtype)
         parts = dict(zip(ROLES, hidden.split(list(batch.counts[:3])), strict=True))
-        means = [term.mean(getattr(shares, term.rows), len(parts[term.rows])) for _, term, _ in terms]
-        row_weight = [
-            term.mean(weight * getattr(shares, term.rows), len(parts[term.rows])) for _, term, weight in terms
-        ]
+        means = [getattr(shares, term.rows).expand(len(parts[term.rows])) for _, term, _ in terms]
         chosen = [term.rows for _, term, _ in terms if len(parts[term.rows])]
         total, losses = fused_linear_losses(
             hidden
@@ -231,7 +228,7 @@ class Method(ModelRoot):
             else torch.cat([hidden[:0], *(parts[r] for r in chosen)]),
             head,
             tuple(term.loss for _, term, _ in terms),
-            torch.cat(row_weight),
+            torch.cat([weight * mean for (_, _, weight), mean in zip(terms, means, strict=True)]),
             chunk_bytes=self.config.chunk_bytes,
             weight_mean=self.weight_mean,
         )

@@ -112,6 +112,7 @@ def generate_ids(
     bar: tqdm,
     batches: int | None = None,
     sample: bool = False,
+    top_p: float = 1.0,
     chunk_bytes: int = RunSettings.chunk_bytes,
 ) -> list[list[int]]:
     """Generate greedy or sampled continuations of tokenised prompts [t], in their order.
@@ -124,8 +125,9 @@ def generate_ids(
         batch_tokens: a batch's prompts and continuations hold DECODING_FACTOR times as many tokens at most.
         batches: for a sharded model, which all processes run in step: how many batches each of them generates, at
             least as many as its prompts make (:func:`generation_batches`).
-        sample: draw each token from the model's own distribution (temperature 1, no token left out), by torch's global
-            random numbers; False: take the likeliest.
+        sample: draw each token from the model's own distribution (temperature 1), by torch's global random numbers;
+            False: take the likeliest.
+        top_p: where tokens are drawn: from the likeliest alone, of this probability together.
         chunk_bytes: bound on a batch's logits in float32, of its last position alone; one text is the least.
     """
     pad = next(iter(stop_ids), 0) if pad is None else pad
@@ -133,7 +135,7 @@ def generate_ids(
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sample,
-        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+        **({"temperature": 1.0, "top_k": 0, "top_p": top_p} if sample else {}),
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=sorted(stop_ids) or None,

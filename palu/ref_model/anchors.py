@@ -1,17 +1,19 @@
-"""Anchors: the reference's own answers to everyday prompts, to which the KL holds the model.
+"""Anchors: the reference's own answers to everyday prompts and to neighbours, to which the KL holds the model.
 
 With a few facts to forget and nothing else to hold on to, the gradient is free to damage all other answers. So before
-the first step the reference answers the prompts of ``anchor_prompts.txt``. Each answer is an example without a target:
-all its tokens are ordinary. Anchors are drawn beside the forget examples and those of a retain set, which seldom holds
-what a model is asked every day.
+the first step the reference answers the prompts of ``anchor_prompts.txt``, and questions like those to be forgotten,
+which it writes itself (:mod:`palu.ref_model.neighbours`). Each answer is an example without a target: all its tokens
+are ordinary. Both kinds are drawn beside the forget examples and those of a retain set, which seldom holds what a
+model is asked every day.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,24 +22,29 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
+from palu.data.examples import Examples
 from palu.data.files import DataError
 from palu.data.packing import Item, anchor_item
+from palu.data.rows import load_marked_texts, load_questions
 from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
+from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, neighbour_prompts
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
+MOST = 64  # everyday prompts, where the settings do not say how many
 ANSWER_TOKENS = 32
 BATCH_TOKENS = 1024
 
 
 class AnchorPrompts(NamedTuple):
-    """Everyday prompts, tokenised as the model is asked them."""
+    """What the reference is asked before training: everyday prompts, and questions that it writes itself."""
 
-    prompts: list[Tensor]  # int64 [t]
+    prompts: list[Tensor]  # int64 [t]: everyday prompts, as the model is asked them
     stop_ids: set[int]  # tokens that end an answer
     max_length: int  # tokens of a prompt and its answer
+    neighbours: NeighbourPrompts | None = None  # None: none are wanted
 
 
 def anchor_texts() -> list[str]:
@@ -46,7 +53,7 @@ def anchor_texts() -> list[str]:
 
 
 def encode_anchor_prompts(
-    forget: int,
+    forget: Examples,
     retain: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
@@ -54,10 +61,10 @@ def encode_anchor_prompts(
 ) -> AnchorPrompts:
     """Choose and tokenise the prompts to which a run wants anchors: as many as the settings say.
 
-    They are never more than the run draws, and none for a method that keeps none.
+    Everyday prompts are never more than the run draws. There are none for a method that keeps none.
 
     Args:
-        forget: how many examples are to be forgotten.
+        forget: the forget set.
         retain: how many are to be kept; ``None``: the user gave ``None``, and anchors must stand in for them.
         processes: how many take part in the run.
 
@@ -69,9 +76,19 @@ def encode_anchor_prompts(
     holds = config.reference.head  # else there is no KL to keep the answers
     # Beside retain examples, tokenised rows without a tokenizer or a run without the KL do without them.
     possible = retain is None or (retain > 0 and tokenizer is not None and holds)
-    count = (len(texts) if possible else 0) if asked is None else asked
+    count = (MOST if possible else 0) if asked is None else asked
+    neighbours = None
+    if config.reference.neighbours and possible and tokenizer is not None:
+        questions = list(load_questions(forget.source, "forget").values())
+        secrets = load_marked_texts(forget.source, "forget")
+        neighbours = neighbour_prompts(
+            questions, secrets, config.reference.neighbours, tokenizer, config.chat_template_kwargs
+        )
     if count == 0:
-        return AnchorPrompts([], set(), config.max_length)
+        stop_ids = (
+            encode_prompts(["?"], tokenizer, config.chat_template_kwargs)[1] if neighbours and tokenizer else set()
+        )
+        return AnchorPrompts([], stop_ids, config.max_length, neighbours)
     wish = "retain = None" if asked is None else f"anchors = {count}"
     fix = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
     if count > len(texts):
@@ -83,10 +100,10 @@ def encode_anchor_prompts(
             f"{wish}: for the model to answer everyday prompts there must be a tokenizer; pass it, or {fix}"
         )
     per_step = processes * config.gradient_accumulation_steps
-    steps = config.total_steps(-(-forget // (config.batch_size * per_step)))
+    steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
     drawn = steps * per_step * (config.retain_batch_size or config.batch_size)
     prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
-    return AnchorPrompts(prompts, stop_ids, config.max_length)
+    return AnchorPrompts(prompts, stop_ids, config.max_length, neighbours)
 
 
 def generate_anchors(
@@ -101,7 +118,7 @@ def generate_anchors(
     """Have the reference answer the prompts greedily: each process answers its share, all get every answer.
 
     An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
-    none. Blank answers are left out, and those that ``max_length`` cuts off.
+    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret.
 
     Args:
         reference: on the accelerator's device, whole or sharded.
@@ -111,43 +128,105 @@ def generate_anchors(
     Raises:
         DataError: no answer is left.
     """
-    prompts, stop_ids, max_length = anchor_prompts
+    prompts, stop_ids, max_length, neighbours = anchor_prompts
+    settings: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "chunk_bytes": chunk_bytes}
+    answers = _write(reference, prompts, stop_ids, accelerator, "anchors", adapter, progress, **settings)
+    anchors = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
+        tells = neighbours is not None and neighbours.tells(neighbours.decode(answer))
+        if answer[0] not in stop_ids and len(ids) > len(prompt) and not tells:
+            anchors.append(anchor_item(ids, len(prompt)))
+    if prompts and not anchors:
+        raise DataError(
+            f"the reference answers none of {len(prompts)} everyday prompts within max_length = {max_length} "
+            "tokens, so there is nothing to hold on to; raise max_length, or give retain examples and anchors=0"
+        )
+    return anchors
+
+
+def generate_neighbours(
+    reference: ModelRoot,
+    anchor_prompts: AnchorPrompts,
+    accelerator: Accelerator,
+    *,
+    adapter: bool,
+    seed: int,
+    chunk_bytes: int = UnlearnConfig.chunk_bytes,
+    progress: bool = False,
+) -> list[Item]:
+    """Have the reference write questions like those of the forget set, and answer them as :func:`generate_anchors` does.
+
+    What it writes is drawn by ``seed``. There may be none: a small model, or one without such questions, writes none
+    that can be used.
+    """
+    prompts = anchor_prompts.neighbours
+    if prompts is None or not prompts.starts:
+        return []
+    device = accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + accelerator.process_index)
+        written = _write(
+            reference,
+            [start.prompt for start in prompts.starts],
+            {int(prompts.tokenizer.eos_token_id)},
+            accelerator,
+            "neighbours",
+            adapter,
+            progress,
+            max_new_tokens=QUESTION_TOKENS,
+            chunk_bytes=chunk_bytes,
+            sample=True,
+            top_p=TOP_P,
+        )
+    questions = anchor_prompts._replace(prompts=prompts.encode(written))
+    try:
+        return generate_anchors(
+            reference, questions, accelerator, adapter=adapter, chunk_bytes=chunk_bytes, progress=progress
+        )
+    except DataError:
+        return []
+
+
+def _write(
+    reference: ModelRoot,
+    prompts: Sequence[Tensor],
+    stop_ids: set[int],
+    accelerator: Accelerator,
+    name: str,
+    adapter: bool,
+    progress: bool,
+    *,
+    max_new_tokens: int,
+    chunk_bytes: int,
+    **settings: Any,
+) -> list[list[int]]:
+    """Have the reference continue prompts: each process its share, all get every continuation, in order."""
     if not prompts:
         return []
     base = base_of(reference.model)
     share = -(-len(prompts) // accelerator.num_processes)
     shares = [prompts[share * rank : share * (rank + 1)] for rank in range(accelerator.num_processes)]
     own = shares[accelerator.process_index]
-    batches = max(len(generation_batches(base, part, ANSWER_TOKENS, BATCH_TOKENS, chunk_bytes)) for part in shares)
+    batches = max(len(generation_batches(base, part, max_new_tokens, BATCH_TOKENS, chunk_bytes)) for part in shares)
     with (
-        tqdm(total=len(own), desc="anchors", disable=not progress, leave=False) as bar,
+        tqdm(total=len(own), desc=name, disable=not progress, leave=False) as bar,
         eval_mode(base),
         accelerator.autocast(),
         nullcontext() if adapter else without_adapter(reference.model),
     ):
-        answers = reference.run(
+        written = reference.run(
             lambda: generate_ids(
                 base,
                 own,
                 stop_ids,
                 pad=None,
-                max_new_tokens=ANSWER_TOKENS,
+                max_new_tokens=max_new_tokens,
                 batch_tokens=BATCH_TOKENS,
                 bar=bar,
                 batches=batches if reference.sharded else None,
                 chunk_bytes=chunk_bytes,
+                **settings,
             )
         )
-
-    anchors = []
-    answers = list(chain.from_iterable(gather_values(answers, accelerator)))
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
-        if answer[0] not in stop_ids and len(ids) > len(prompt):
-            anchors.append(anchor_item(ids, len(prompt)))
-    if not anchors:
-        raise DataError(
-            f"the reference answers none of {len(prompts)} everyday prompts within max_length = {max_length} "
-            "tokens, so there is nothing to hold on to; raise max_length, or give retain examples and anchors=0"
-        )
-    return anchors
+    return list(chain.from_iterable(gather_values(written, accelerator)))

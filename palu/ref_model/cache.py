@@ -60,6 +60,7 @@ class ReferenceCache:
 
     outputs: Sequence[dict[str, Tensor]]  # per forget (and retain) item, then per anchor: the method's reference fields
     anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
+    neighbours: int = 0  # how many of the anchors, the first, answer questions like those of the forget set
 
 
 def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item]) -> ReferenceCache | None:
@@ -68,7 +69,7 @@ def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item
         return None
     tensors, about = found
     anchors = [anchor_item(torch.tensor(ids), start) for ids, start in about["anchors"]]
-    return ReferenceCache(ReferenceOutputs(tensors, fields, items, anchors), anchors)
+    return ReferenceCache(ReferenceOutputs(tensors, fields, items, anchors), anchors, about["neighbours"])
 
 
 def count_rows(items: Sequence[Item], rows: Literal["targets", "others"]) -> list[int]:

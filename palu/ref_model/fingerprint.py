@@ -69,10 +69,12 @@ class Fingerprints:
     @cached_property
     def anchor_prompts(self) -> str | None:
         """The tokenised prompts to which the reference writes anchors, and where an answer ends."""
-        if self._anchor_prompts is None or not self._anchor_prompts.prompts:
-            return None
         asked = self._anchor_prompts
-        return digest([asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS])
+        if asked is None or not (asked.prompts or asked.neighbours):
+            return None
+        lists = [start.prompt for start in asked.neighbours.starts] if asked.neighbours else []
+        secrets = list(asked.neighbours.secrets) if asked.neighbours else []
+        return digest([asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS, lists, secrets])
 
     @cached_property
     def _weights(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import accumulate, chain, islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,7 @@ from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot, on_device
-from palu.ref_model.anchors import AnchorPrompts, generate_anchors
+from palu.ref_model.anchors import AnchorPrompts, generate_anchors, generate_neighbours
 from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, count_rows, read_cache
 from palu.ref_model.storage import CacheFile, Write
 
@@ -48,7 +48,7 @@ def precompute_reference(
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Have the reference write the anchors and give the method's fields; return these, and its head if it is needed.
+    """Have the reference write the anchors, neighbours first, and give the method's fields; return these, and its head if it is needed.
 
     Where a file holds them the reference does not run. If it is not sharded, it runs on the accelerator's device and is
     sent back to where it was. All processes must call it.
@@ -79,14 +79,9 @@ def precompute_reference(
         cache = read_cache(file, fields, items) if file is not None else None
     if not all(gather_values(cache is not None, accelerator)):  # else all have found it
         with on_device(model, accelerator.device):
-            anchors = generate_anchors(
-                reference,
-                anchor_prompts,
-                accelerator,
-                adapter=not own,
-                chunk_bytes=config.chunk_bytes,
-                progress=progress,
-            )
+            writing: dict[str, Any] = {"adapter": not own, "chunk_bytes": config.chunk_bytes, "progress": progress}
+            neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=config.seed, **writing)
+            everyday = generate_anchors(reference, anchor_prompts, accelerator, **writing)
             with (
                 eval_mode(base),
                 autocast(accelerator),
@@ -102,7 +97,8 @@ def precompute_reference(
                         lambda rows: compute(rows, head_of(model)) if compute is not None else {},
                         accelerator,
                         states=lambda body, packed: config.method_class.hidden_states(body, packed, config)[0],
-                        anchors=anchors,
+                        anchors=[*neighbours, *everyday],
+                        neighbours=len(neighbours),
                         file=file,
                         max_tokens=config.max_tokens,
                         progress=progress,
@@ -146,6 +142,7 @@ def compute_outputs(
     *,
     states: StatesFn = last_states,
     anchors: Sequence[Item] = (),
+    neighbours: int = 0,
     file: CacheFile | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -161,6 +158,7 @@ def compute_outputs(
         reference_fn: gives the fields of rows, from their hidden states.
         states: runs the body over a packed row and gives the hidden states [T, d] that the fields are made of.
         anchors: items that the fields are computed for, too.
+        neighbours: how many of the anchors, the first, are neighbours.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
             written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
         max_tokens: the most tokens of a pass, if fewer than TOKENS_PER_PASS; a longer item has one of its own.
@@ -188,8 +186,9 @@ def compute_outputs(
         if file is None:
             tensors = {name: like[name].new_empty(length, *like[name].shape[1:]) for name, length in lengths.items()}
             _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs, accelerator)
-            return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors)
-        about = {"anchors": [(item.input_ids.tolist(), int(item.rows[0]) + 1) for item in anchors]}
+            return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors, neighbours)
+        written = [(item.input_ids.tolist(), int(item.rows[0]) + 1) for item in anchors]
+        about = {"anchors": written, "neighbours": neighbours}
         with ExitStack() as closing:
             write: Write = _write_nothing
             with raise_on_all_ranks(accelerator):
@@ -199,9 +198,9 @@ def compute_outputs(
             with raise_on_all_ranks(accelerator):
                 closing.close()
         with raise_on_all_ranks(accelerator):
-            written = read_cache(file, fields, items)
-            assert written is not None
-        return written
+            found = read_cache(file, fields, items)
+            assert found is not None
+        return found
 
 
 def _write_nothing(name: str, row: int, rows: Tensor) -> None:

@@ -123,6 +123,9 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
         sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
     kept, anchors = summary["retain_examples"], summary.get("anchors", 0)
     sentences.append(f"Keep {count(kept, 'answer')} of the retain set." if kept else "There is no retain set.")
+    if neighbours := summary.get("neighbours", 0):
+        like = f"{count(neighbours, 'question')} like those to be forgotten, which it wrote itself"
+        sentences.append(f"Hold the model to its own answers to {like}.")
     if anchors:
         sentences.append(f"Hold the model to its own answers to {count(anchors, 'everyday prompt')}.")
     if skipped:
@@ -145,14 +148,14 @@ def _palu(s: Mapping[str, Any]) -> list[str]:
 
 def _unlikelihood(s: Mapping[str, Any]) -> str:
     floor = f", while its probability is above {number(s['probability_floor'])}" if s["probability_floor"] else ""
-    return f"There it makes the true token less probable (unlikelihood){floor}."
+    among = f"among the {s['top_k']} candidates that the reference ranks highest"
+    return f"There it makes the true token less probable (unlikelihood) {among}{floor}."
 
 
 def _topk_mse(s: Mapping[str, Any]) -> str:
     target = s["target"]
     towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
-    scaled = ", relative to its value for the reference" if s["normalize"] else ""
-    return f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}{scaled}."
+    return f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}."
 
 
 def _baseline(s: Mapping[str, Any]) -> list[str]:

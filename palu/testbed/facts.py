@@ -21,30 +21,13 @@ from palu.testbed.smollm2 import CHUNK_BYTES, MAX_LENGTH, answer_questions, fast
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
 
-ANCHORS = 64  # eight steps' worth
-# One step an epoch: all secrets, in two micro-batches that halve the memory. At gamma = 1 the squared logits (some
-# hundreds) would swamp the other terms.
-UNLEARN = UnlearnConfig(
-    local_loss="topk_mse",
-    n=3,
-    top_k=50,
-    normalize=False,
-    gamma=0.03,
-    lambda_kl=4.0,
-    learning_rate=5e-5,
-    epochs=20,
-    warmup_steps=4,  # the first steps of AdamW move every weight alike, before the KL can hold any
-    batch_size=3,
-    retain_batch_size=4,
-    gradient_accumulation_steps=2,
-    max_length=MAX_LENGTH,
-    stop_probability=0.1,
-)
+# One step an epoch: all secrets, in two micro-batches that halve the memory.
+UNLEARN = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, max_length=MAX_LENGTH)
 # What the model is given to hold on to.
 RETAIN = {
-    "both": "six retained facts, and its own answers to everyday prompts",
+    "both": "six retained facts, and its own answers to everyday prompts and neighbours",
     "facts": "six retained facts",
-    "auto": "its own answers to everyday prompts",
+    "auto": "its own answers to everyday prompts and neighbours",
     "none": "nothing",
 }
 
@@ -64,9 +47,9 @@ def read_jsonl(path: Path) -> Facts:
 def retain_arguments(kept: Facts, choice: str) -> dict[str, Any]:
     """Return the arguments of ``palu.unlearn`` for one of RETAIN."""
     choices: dict[str, dict[str, Any]] = {
-        "both": {"retain": kept, "anchors": ANCHORS},
-        "facts": {"retain": kept, "anchors": 0},
-        "auto": {"retain": None, "anchors": ANCHORS},
+        "both": {"retain": kept},
+        "facts": {"retain": kept, "anchors": 0, "neighbours": 0},
+        "auto": {"retain": None},
         "none": {"retain": [], "lambda_retain": 0},
     }
     return choices[choice]

@@ -24,7 +24,7 @@ from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
 from palu.training.metrics import losses_text
-from palu.training.step import Run
+from palu.training.step import Run, enough_forgotten
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
@@ -78,7 +78,8 @@ class TrainingEvents:
         progress: show a progress bar.
 
     Attributes:
-        ended_by: ``"callback"`` or ``"stop_probability"`` where that ended the run before its last step, else None.
+        ended_by: what ended the run before its last step, ``"callback"`` or as :func:`palu.training.step.enough_forgotten`
+            says, else None.
     """
 
     def __init__(
@@ -170,13 +171,11 @@ class TrainingEvents:
         self.clock = time.perf_counter()  # what was done since the step is no part of the next one
 
     def end_epoch(self) -> None:
-        """End an epoch, and the run where the probabilities at all onset positions are low enough."""
+        """End an epoch, and the run where it has forgotten enough."""
         self._call("on_epoch_end")
         self._do_requests()
-        if (limit := self.config.stop_probability) is not None and self.steps_left:
-            epoch = self.history[-1]["epoch"]
-            if max(r["onset_probability"] for r in self.history if r["epoch"] == epoch) < limit:
-                self.ended_by = "stop_probability"
+        if self.steps_left:
+            self.ended_by = enough_forgotten(self.history, len(self.run.loader), self.run.root)
 
     def _do_requests(self) -> None:
         save, self.control.should_save = self.control.should_save, False

@@ -20,7 +20,8 @@ class UnlearnDataLoader:
     """Draws forget, retain and anchor examples: iterating once is one epoch, a list of micro-batches per step.
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
-    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's anchors. All
+    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's anchors, as
+    many neighbours and as many everyday answers. All
     processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
     step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
     number of steps taken are all that decides what comes next.
@@ -49,13 +50,17 @@ class UnlearnDataLoader:
         self.asked_of_retain = len(cache.outputs) - len(cache.anchors) > len(forget)
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
-        self.retain_batch_size, self.anchor_batch_size = beside if retain else 0, beside if cache.anchors else 0
+        self.retain_batch_size = beside if retain else 0
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.pin_memory = pin_memory
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
-        self.anchor_order = _shuffled(len(cache.anchors), torch.Generator().manual_seed(config.seed + 2))
+        # Neighbours come first among the anchors; as many of them as of the everyday answers are drawn.
+        kinds = range(cache.neighbours), range(cache.neighbours, len(cache.anchors))
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in (3, 2)]
+        self.anchor_orders = [_shuffled(len(k), g, k.start) for k, g in zip(kinds, generators, strict=True) if k]
+        self.anchor_batch_size = beside
         self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
@@ -102,7 +107,11 @@ class UnlearnDataLoader:
             yield [
                 (
                     chosen.tolist()
-                    + [len(self.forget) + next(self.anchor_order) for _ in range(self.anchor_batch_size)],
+                    + [
+                        len(self.forget) + next(order)
+                        for order in self.anchor_orders
+                        for _ in range(self.anchor_batch_size)
+                    ],
                     [next(self.retain_order) for _ in range(self.retain_batch_size)],
                 )
                 for chosen in step.tensor_split(rounds * self.num_processes)
@@ -195,6 +204,6 @@ def collate(
     )
 
 
-def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+def _shuffled(count: int, generator: torch.Generator, first: int = 0) -> Iterator[int]:
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        yield from (first + torch.randperm(count, generator=generator)).tolist()

@@ -88,7 +88,10 @@ def prepare_run(
     if writes:
         check_folders(config.folders)
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
-    config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
+    config = config.replace(
+        max_length=fit_max_length(config.max_length, model, ref_model),
+        epochs=config.epochs or config.method.epochs,
+    )
     method, needed = config.method_class, config.reference
     method.check(model, config)
     rendering: dict[str, Any] = {
@@ -107,7 +110,7 @@ def prepare_run(
     read = retain if retain is not None and config.method.uses_retain else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
-    anchor_prompts = encode_anchor_prompts(len(forget_set.examples), kept, tokenizer, config, processes)
+    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
     if retain_set.examples:
         warn_of_told_secrets(secrets_of(forget_set.source), answers_of(retain_set.source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
-from palu.distributed import raise_on_all_ranks
+from palu.distributed import compute_on_main, raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
@@ -36,7 +36,7 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.metrics import losses_text
-from palu.training.optimizer import check_optimizer, make_optimizer
+from palu.training.optimizer import check_optimizer, make_optimizer, rate_for
 from palu.training.step import DivergenceError, Run, train_step
 from palu.training.trackers import tracking
 
@@ -83,14 +83,13 @@ def unlearn(
             ``datasets.Dataset``, a ``pandas.DataFrame``, or tokenised tensors; see :mod:`palu.data`; or what
             :func:`palu.data.load_forget` made of them. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
-            what the reference itself answers to everyday prompts, by the KL (:mod:`palu.ref_model.anchors`, and
-            ``anchors`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs
+            what the reference itself answers to everyday prompts and to questions like those to be forgotten, by the KL
+            (:mod:`palu.ref_model.anchors`; ``anchors`` and ``neighbours`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs
             ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
-        recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, not normalised, without
-            anchors). ``"onset"``: its local loss on these tokens, with ``top_k`` and ``normalize`` as set. A recipe
-            replaces settings of ``config``, and ``overrides`` replace the recipe's.
+        recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, without the reference's
+            own answers). It replaces settings of ``config``, and ``overrides`` replace the recipe's.
         evaluate: a function of the model that returns numbers by name, called before the first step, every
             ``eval_steps`` steps and at the end. It gets the model in evaluation mode, without gradients, and all
             processes call it; the numbers of the main one count. They join the step's record, as ``eval_<name>``, and
@@ -105,7 +104,8 @@ def unlearn(
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
         objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability where
         ``stop_probability`` is set. A term of weight 0 is not computed: it is 0. ``summary["ended_by"]`` is
-        ``"stop_probability"`` or ``"callback"`` where that ended the run before its last step, else None.
+        ``"forgotten"``, ``"stop_probability"`` (:func:`palu.training.step.enough_forgotten`) or ``"callback"`` where
+        that ended the run before its last step, else None.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the fix.
@@ -143,6 +143,10 @@ def unlearn(
         check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
+    if config.learning_rate is None:  # all take the main process's, which may be the only one with the weights
+        rate = compute_on_main(lambda: rate_for(model), accelerator)
+        config = config.replace(learning_rate=rate)
+        data = replace(data, config=config)
     checkpoints = open_checkpoints(model, ref_model, data, accelerator)
 
     progress = config.progress and accelerator.is_main_process
@@ -192,8 +196,9 @@ def unlearn(
 
     summary = {
         **data.counts,
-        "anchors": len(cache.anchors),
-        "anchors_skipped": len(data.anchor_prompts.prompts) - len(cache.anchors),
+        "neighbours": cache.neighbours,
+        "anchors": len(cache.anchors) - cache.neighbours,
+        "anchors_skipped": len(data.anchor_prompts.prompts) - (len(cache.anchors) - cache.neighbours),
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": events.ended_by is not None,

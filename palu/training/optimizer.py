@@ -25,8 +25,11 @@ from torch.distributed.tensor import DTensor
 from palu.config import UnlearnConfig
 from palu.distributed import shard_like
 from palu.hashing import digest
+from palu.models.head import head_of
+from palu.models.lora import CausalLM, is_peft
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
+STEP, ADAPTER = 5e-5, 20  # see rate_for
 EIGHT_BIT = "adamw_8bit"
 # What an optimizer keeps of a parameter: 8-bit moments are codes, with a scale for each block of 256.
 STATE = (
@@ -36,6 +39,18 @@ STATE = (
     "low_bits",
     *(f"exp_avg{m}.{p}" for m in ("", "_sq") for p in ("codes", "scale")),
 )
+
+
+def rate_for(model: CausalLM) -> float:
+    """Return the learning rate for a model: STEP times the root mean square of its head's weights.
+
+    AdamW moves each weight by about the rate in a step, whatever its gradient, so that a step is as large as the weights
+    are small: those of three models differ by a factor of ten (docs/results.md). The head stands for all, since it is
+    never quantised. An adapter, which begins at zero, gets ADAPTER times as much.
+    """
+    weight = head_of(model).weight.detach()
+    rate = STEP * float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / weight.numel() ** 0.5
+    return rate * ADAPTER if is_peft(model) else rate
 
 
 def make_optimizer(

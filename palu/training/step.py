@@ -134,3 +134,17 @@ def step_figures(
     if not all(map(math.isfinite, record.values())):
         raise DivergenceError(record, history)
     return record
+
+
+def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> str | None:
+    """Say after an epoch what ends the run, if it need not go on.
+
+    ``"forgotten"``: in two epochs running the forget loss was 0 at every token (PALU: none was more probable than
+    ``probability_floor``). ``"stop_probability"``: the epoch's probabilities stayed below it.
+    """
+    limit, epoch = method.config.stop_probability, history[-steps_per_epoch:]
+    if limit is not None and max(record["onset_probability"] for record in epoch) < limit:
+        return "stop_probability"
+    two = history[-2 * steps_per_epoch :]
+    done = len(two) == 2 * steps_per_epoch and not any(record[method.terms[0]] for record in two)
+    return "forgotten" if done and method.settings.gamma > 0 else None

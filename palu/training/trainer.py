@@ -36,7 +36,7 @@ from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_run
 from palu.training.engine import check_deepspeed
 from palu.training.metrics import sum_counts
-from palu.training.step import DivergenceError, forward_backward, step_figures
+from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
@@ -272,9 +272,8 @@ class PaluTrainer(Trainer):
             raise
         record |= self.method.after_step(record)
         self.history.append(record)
-        if (limit := self.config.stop_probability) is not None and record["step"] % self.steps_per_epoch == 0:
-            epoch = self.history[-self.steps_per_epoch :]
-            self.control.should_training_stop |= max(r["onset_probability"] for r in epoch) < limit
+        if record["step"] % self.steps_per_epoch == 0:
+            self.control.should_training_stop |= bool(enough_forgotten(self.history, self.steps_per_epoch, self.method))
 
     def _history_of(self, checkpoint: str | bool | None) -> list[dict[str, float]]:
         """Read the records of the steps before a checkpoint, and check that it is of the same reference."""

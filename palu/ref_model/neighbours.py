@@ -1,0 +1,95 @@
+"""Neighbours: questions like those to be forgotten, about other things, which the reference writes itself.
+
+What stands next to a secret is the first to go with it: a model that forgets who wrote one play forgets who wrote the
+others. So before the first step the reference continues a list that begins with a forget question, after the first
+words of that question ("Who wrote" ...). Any tokenizer will do, and no chat template is needed. The reference then
+answers what it has written as it answers everyday prompts (:mod:`palu.ref_model.anchors`), and the KL keeps these
+answers. Questions and answers that tell a secret are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from palu.data.matching import told
+from palu.models.generation import encode_prompts
+
+QUESTION_TOKENS = 24  # of what the reference adds to the first words
+TOP_P = 0.8  # drawn from are the likeliest tokens, of this probability together
+MOST_WORDS = 40  # of a forget question; a longer one is a document's beginning, or a task
+
+_LIST = "Questions of one kind about different things:\n1. {question}\n2. {start}"
+
+
+class Start(NamedTuple):
+    """The beginning of a question that the reference is to write."""
+
+    words: str
+    end: str  # the mark that ends the question; "" where the line does
+    prompt: Tensor  # int64 [t]: a list of questions, up to these words
+
+
+class NeighbourPrompts(NamedTuple):
+    """What the reference is to continue, and what must not be in it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template_kwargs: Mapping[str, object] | None  # for the questions, once they are written
+    starts: Sequence[Start]
+    questions: Sequence[str]  # of the forget set
+    secrets: Sequence[str]  # the texts that it marks
+
+    def encode(self, written: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""
+        found: dict[str, None] = {}
+        for start, ids in zip(self.starts, written, strict=True):
+            line = (start.words + self.decode(ids)).partition("\n")[0]
+            question, end, _ = line.partition(start.end) if start.end else (line, "", "")
+            if end == start.end and question.strip() != start.words and not self.tells(question):
+                found[question.strip() + end] = None
+        new = [question for question in found if question not in self.questions]
+        return encode_prompts(new, self.tokenizer, self.chat_template_kwargs)[0] if new else []
+
+    def tells(self, text: str) -> bool:
+        """Whether a text tells a secret."""
+        return any(told(secret, text) for secret in self.secrets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn tokens into text."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def neighbour_prompts(
+    questions: Sequence[str],
+    secrets: Sequence[str],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, object] | None,
+) -> NeighbourPrompts:
+    """Prepare ``count`` neighbours of each question of two to MOST_WORDS words."""
+    starts = [
+        Start(words, end, _encode(_LIST.format(question=question, start=words), tokenizer))
+        for question in questions
+        for words, end in islice(cycle(_beginnings(question)), count)
+    ]
+    return NeighbourPrompts(tokenizer, chat_template_kwargs, starts, questions, secrets)
+
+
+def _beginnings(question: str) -> list[tuple[str, str]]:
+    """List (first words, closing mark) from which another question can go on: all but its last word, down to half."""
+    words = question.split()
+    if not 2 <= len(words) <= MOST_WORDS:
+        return []
+    end = "" if words[-1][-1].isalnum() else words[-1][-1]
+    return [(" ".join(words[:count]), end) for count in range(len(words) - 1, -(-len(words) // 2) - 1, -1)]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    ids = tokenizer(text).input_ids
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # some tokenizers end every text
+    return torch.tensor(ids[:-1] if ends else ids, dtype=torch.int64)
