@@ -111,7 +111,10 @@ def draw(known: list[Row], seed: int) -> list[Row]:
     of: dict[str, list[Row]] = {}
     for fact in known:
         of.setdefault(fact["relation"], []).append(fact)
-    relations = rng.sample([name for name, facts in of.items() if len(facts) >= FEWEST], k=rng.choice([2, 3]))
+    enough = [name for name, facts in of.items() if len(facts) >= FEWEST]
+    if len(enough) < 2:
+        raise SystemExit(f"the model answers {FEWEST} facts right of only {' and '.join(enough) or 'no relation'}")
+    relations = rng.sample(enough, k=min(rng.choice([2, 3]), len(enough)))
     pools = [rng.sample(of[name], k=len(of[name]) // 2) for name in relations]
     in_turns = [fact for turn in zip_longest(*pools) for fact in turn if fact is not None]
     return in_turns[: rng.randint(FEWEST, MOST)]
@@ -156,7 +159,9 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     data = AuditData(rows, None, tokenizer)
     texts = data.plain_examples(unrelated_texts())
     figures: dict[str, Any] = {}
-    figures[BEFORE["paraphrased"]] = len(right(paraphrased(forget), before)), len(paraphrased(forget))
+    in_other_words = paraphrased(forget)
+    before = before | ask(model, tokenizer, [row["question"] for row in in_other_words])
+    figures[BEFORE["paraphrased"]] = len(right(in_other_words, before)), len(in_other_words)
     figures[BEFORE["after one token"]], nll_before = attacked(model, data, texts)
 
     settings = METHODS[args.method] | {"optimizer": PRECISIONS[args.precision].optimizer} | args.settings
@@ -167,14 +172,14 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     )
     seconds, highest = time.perf_counter() - clock, peak()
 
-    asked = [*forget, *paraphrased(forget), *neighbours, *others, *general]
+    asked = [*forget, *in_other_words, *neighbours, *others, *general]
     after = ask(model, tokenizer, [row["question"] for row in asked])
-    of_rows = {"asked": forget, "paraphrased": paraphrased(forget), "neighbours": neighbours}
+    of_rows = {"asked": forget, "paraphrased": in_other_words, "neighbours": neighbours}
     of_rows |= {"others": others, "general": general}
     figures |= {name: (len(right(part, after)), len(part)) for name, part in of_rows.items()}
     figures["after one token"], nll_after = attacked(model, data, texts)
     figures["no word"] = broken_words(asked, before, after)
-    told = right([*forget, *paraphrased(forget)], after)
+    told = right([*forget, *in_other_words], after)
     lost = [row for row in (*neighbours, *others, *general) if row not in right([row], after)]
     return {
         "seed": seed,
@@ -210,7 +215,14 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 # --- the command ---
-def load(args: argparse.Namespace) -> Loaded:
+def known_table(facts: list[Row], before: Answers) -> list[dict[str, Any]]:
+    """Count what is answered right of each relation."""
+    parts = {name: [fact for fact in facts if fact["relation"] == name] for name in (f["relation"] for f in facts)}
+    parts |= {"all": facts, "general": general_rows()}
+    return [{"relation": name, "asked": len(of), "right": len(right(of, before))} for name, of in parts.items()]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Load the model in its precision; its folder is written where it is missing."""
     save_packaged(args.model, args.models / args.model)
     model: Any = AutoModelForCausalLM.from_pretrained(args.models / args.model, dtype=PRECISIONS[args.precision].dtype)
@@ -235,27 +247,19 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
 
     facts = [fact for fact in read_relations() if fact["part"] == args.part]
-    rows = [*facts, *paraphrased(facts), *general_rows()]
-    loaded = load(args)
-    questions = [row["question"] for row in rows]
-    before = answers_before(args.models / args.model, args.precision, *loaded, questions)
-    device = loaded[0].device
+    model, tokenizer = load(args)
+    questions = [row["question"] for row in (*facts, *general_rows())]
+    before = answers_before(args.models / args.model, args.precision, model, tokenizer, questions)
+    device = model.device
     details = {name: getattr(args, name) for name in ("model", "part", "precision", "method", "settings")}
     if args.known:
-        table = [
-            {"relation": name, "facts": len(of), "right": len(right(of, before)), "paraphrases right": f"{share:.2f}"}
-            for name in dict.fromkeys(fact["relation"] for fact in facts)
-            for of in [[fact for fact in facts if fact["relation"] == name]]
-            for known in [paraphrased(right(of, before))]
-            for share in [len(right(known, before)) / max(len(known), 1)]
-        ]
-        table.append({"relation": "general", "facts": len(general_rows()), "right": len(right(general_rows(), before))})
-        report("real_facts_known", table, device, details)
+        report("real_facts_known", known_table(facts, before), device, details)
         return
-    runs = []
-    for number, seed in enumerate(args.seeds):
-        model, tokenizer = loaded if number == 0 else load(args)
-        loaded = (model, tokenizer)  # the last one is freed before the next is trained
+    runs: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        if runs:  # the last one has forgotten
+            del model
+            model, tokenizer = load(args)
         if args.precision == "lora":
             model = with_lora(model, 8)
         runs.append(run(args, (model, tokenizer), before, seed))

@@ -104,6 +104,7 @@ def save_packaged(name: str, folder: Path, dtype: torch.dtype = torch.float32) -
     """Write one of MODELS and its tokenizer; the folder appears only when it is whole. One that exists is kept."""
     if folder.exists():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         for part in load_packaged(name, dtype):

@@ -66,8 +66,8 @@ def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[PreTrainedModel, Pr
     folder = Path(sys.prefix, "palu-demo", key, "SmolLM2-135M-Instruct")
     if folder.is_dir():
         print(f"the taught weights are those in {folder}")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return loaded.eval(), AutoTokenizer.from_pretrained(folder)
     model, tokenizer = load_smollm2()
     teach(model, tokenizer, facts)
     partial = folder.with_name(f"partial-{os.getpid()}")
