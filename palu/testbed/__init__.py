@@ -1,5 +1,6 @@
-"""A small real model and invented facts, on which the demo and the benchmarks try palu.
+"""Real models and facts, on which the demo and the benchmarks try palu.
 
-``smollm2.py`` loads SmolLM2-135M-Instruct, teaches it facts and has it answer; ``facts.py`` has the facts, the settings
-for unlearning half of them, and the measures of what came out.
+``smollm2.py`` teaches SmolLM2-135M-Instruct invented facts and has it answer; ``facts.py`` has these, the settings for
+unlearning half of them, and the measures of what came out. ``real_models.py`` loads three models from PyPI, and
+``relations.py`` has facts that they know.
 """

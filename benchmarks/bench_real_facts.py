@@ -1,0 +1,278 @@
+"""Forget facts that a real model really knows: what is still told, and what goes with it.
+
+A model is asked every fact of palu/testbed/relations.json, and general questions. Of the facts that it answers right,
+four to eight of two or three relations are forgotten, drawn by the seed. Reported are the shares
+
+``asked``, ``paraphrased``, ``after one token``
+    of the forgotten facts that are told: to the question, to three others in other words, and after the first true
+    token of the secret (greedily; secrets of one token do not count);
+``neighbours``, ``others``, ``general``
+    that are still right of what was right before: other facts of the same relations, facts of the other relations of
+    the same part, and general questions;
+``no word``
+    of all words written that are none: in no list, question or true answer, nor written by the original anywhere;
+
+with 95 % intervals (Wilson) over all seeds together, and the mean NLL of texts about other things. Settings are chosen
+with ``--part choose``, on six relations, and reported with ``--part report``, on six others::
+
+    make models
+    python benchmarks/bench_real_facts.py --model qwen2.5 --seeds 0 1 2 --settings '{"learning_rate": 1e-5}'
+    python benchmarks/bench_real_facts.py --model gemma3 --part report --method npo --precision lora
+
+``--known`` only prints how many facts of each relation a model answers right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from dataclasses import asdict
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _methods import METHODS
+from _models import Loaded, Row
+from _timing import report
+from bench_bf16 import CHOICES, Choice
+from bench_lora_memory import peak, reset_peak, with_lora
+from scipy.stats import binomtest
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import palu
+from palu.attacks.attack import Victim
+from palu.attacks.onset import OnsetInAnswer
+from palu.attacks.relearn import unrelated_texts
+from palu.attacks.secrets import AuditData
+from palu.evaluate.language import WordList, key, measure, split
+from palu.hashing import json_digest
+from palu.models.generation import Generation, encode_prompts, eval_mode, generate
+from palu.models.lora import CausalLM, base_of
+from palu.testbed.facts import HERE, is_told, read_jsonl
+from palu.testbed.real_models import MODELS, save_packaged
+from palu.testbed.relations import read_relations
+
+TOKENS = 24  # of an answer
+BATCH_TOKENS = 512
+FEWEST, MOST = 4, 8  # facts to forget
+PRECISIONS = CHOICES | {"lora": Choice("float32, LoRA", torch.float32)}
+SHARES = ("asked", "paraphrased", "after one token", "neighbours", "others", "general", "no word")
+BEFORE = {name: f"{name}, before" for name in ("paraphrased", "after one token")}
+Answers = dict[str, Generation]  # by question
+Count = tuple[int, int]  # so many of so many
+
+
+# --- asking ---
+def ask(model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
+    """Answer each question greedily; a base model's answer ends where it writes a question of its own."""
+    base = base_of(model)
+    prompts, stop_ids = encode_prompts(questions, tokenizer)
+    with tqdm(total=len(questions), desc="ask") as bar, eval_mode(base):
+        written = generate(
+            base, tokenizer, prompts, stop_ids, max_new_tokens=TOKENS, batch_tokens=BATCH_TOKENS, bar=bar
+        )
+    answers = {}
+    for question, one in zip(questions, written, strict=True):
+        text, own_question, _ = one.text.partition("\nQuestion:")
+        answers[question] = Generation(" ".join(text.split()), one.cut_off and not own_question)
+    return answers
+
+
+def answers_before(folder: Path, precision: str, model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
+    """Read the original's answers from its folder, or ask and write them there."""
+    choice = PRECISIONS[precision]
+    lesson = [str(choice.dtype), TOKENS, questions, torch.__version__, transformers.__version__]
+    path = folder / f"answers-{json_digest(lesson)[:16]}.json"
+    if not path.exists():
+        answers = ask(model, tokenizer, questions)
+        path.write_text(json.dumps({question: asdict(one) for question, one in answers.items()}, indent=1))
+    return {question: Generation(**one) for question, one in json.loads(path.read_text()).items()}
+
+
+def right(rows: list[Row], answers: Answers) -> list[Row]:
+    """Pick the rows whose answer holds one of the right ones."""
+    return [row for row in rows if is_told(answers[row["question"]].text, row["answers"])]
+
+
+def paraphrased(rows: list[Row]) -> list[Row]:
+    """Return a row for each paraphrase."""
+    return [row | {"question": question} for row in rows for question in row["paraphrased_question"]]
+
+
+def draw(known: list[Row], seed: int) -> list[Row]:
+    """Draw the facts to forget: at most half of those that are known of each of two or three relations."""
+    rng = random.Random(seed)
+    of: dict[str, list[Row]] = {}
+    for fact in known:
+        of.setdefault(fact["relation"], []).append(fact)
+    enough = [name for name, facts in of.items() if len(facts) >= FEWEST]
+    if len(enough) < 2:
+        raise SystemExit(f"the model answers {FEWEST} facts right of only {' and '.join(enough) or 'no relation'}")
+    relations = rng.sample(enough, k=min(rng.choice([2, 3]), len(enough)))
+    pools = [rng.sample(of[name], k=len(of[name]) // 2) for name in relations]
+    in_turns = [fact for turn in zip_longest(*pools) for fact in turn if fact is not None]
+    return in_turns[: rng.randint(FEWEST, MOST)]
+
+
+# --- measuring ---
+def attacked(model: CausalLM, data: AuditData, texts: list[Any]) -> tuple[Count, float]:
+    """Count the secrets that are told after their first token, and compute the mean NLL of the texts' tokens."""
+    with tqdm(disable=True) as bar:
+        victim = Victim(model, data, max_new_tokens=TOKENS, batch_tokens=BATCH_TOKENS, seed=0, bar=bar)
+        *_, finding = OnsetInAnswer(1).run(victim)
+        scores = victim.scores(texts, [f"text {number}" for number in range(len(texts))])
+    values = [value for value in finding.values if value is not None] if finding.name.startswith("onset: 1") else []
+    return (round(sum(values)), len(values)), float(-torch.cat([score.log_prob for score in scores]).double().mean())
+
+
+def broken_words(rows: list[Row], before: Answers, after: Answers) -> Count:
+    """Count the words that are none in the answers to the rows."""
+    words = WordList()
+    known = {key(word) for one in before.values() for word in split(one.text)}
+    found = []
+    for row in rows:
+        own = chain.from_iterable(split(text) for text in (row["question"], row.get("answer", ""), *row["answers"]))
+        found.append(measure(after[row["question"]], known | set(map(key, own)), words)["no_word"])
+    return sum(len(one["found"]) for one in found), sum(one["words"] for one in found)
+
+
+def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) -> dict[str, Any]:
+    """Forget facts drawn by the seed, and measure."""
+    model, tokenizer = loaded
+    facts = [fact for fact in read_relations() if fact["part"] == args.part]
+    known = right(facts, before)
+    forget = draw(known, seed)
+    relations = {fact["relation"] for fact in forget}
+    neighbours = [fact for fact in known if fact["relation"] in relations and fact not in forget]
+    others = [fact for fact in known if fact["relation"] not in relations]
+    secrets = [answer for fact in forget for answer in fact["answers"]]
+    general = [
+        row for row in right(general_rows(), before) if not any(is_told(text, secrets) for text in row["answers"])
+    ]
+    rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
+    data = AuditData(rows, None, tokenizer)
+    texts = data.plain_examples(unrelated_texts())
+    figures: dict[str, Any] = {}
+    in_other_words = paraphrased(forget)
+    before = before | ask(model, tokenizer, [row["question"] for row in in_other_words])
+    figures[BEFORE["paraphrased"]] = len(right(in_other_words, before)), len(in_other_words)
+    figures[BEFORE["after one token"]], nll_before = attacked(model, data, texts)
+
+    settings = METHODS[args.method] | {"optimizer": PRECISIONS[args.precision].optimizer} | args.settings
+    reset_peak()
+    clock = time.perf_counter()
+    result = palu.unlearn(
+        model, None, rows, **({"retain": None} | settings), tokenizer=tokenizer, seed=seed, progress=args.progress
+    )
+    seconds, highest = time.perf_counter() - clock, peak()
+
+    asked = [*forget, *in_other_words, *neighbours, *others, *general]
+    after = ask(model, tokenizer, [row["question"] for row in asked])
+    of_rows = {"asked": forget, "paraphrased": in_other_words, "neighbours": neighbours}
+    of_rows |= {"others": others, "general": general}
+    figures |= {name: (len(right(part, after)), len(part)) for name, part in of_rows.items()}
+    figures["after one token"], nll_after = attacked(model, data, texts)
+    figures["no word"] = broken_words(asked, before, after)
+    told = right([*forget, *in_other_words], after)
+    lost = [row for row in (*neighbours, *others, *general) if row not in right([row], after)]
+    return {
+        "seed": seed,
+        "relations": sorted(relations),
+        **figures,
+        "nll_before": round(nll_before, 4),
+        "nll_after": round(nll_after, 4),
+        "steps": result.summary["steps"],
+        "seconds": round(seconds, 1),
+        "peak_gib": round(highest / 2**30, 2),
+        "forgotten": {row["question"]: after[row["question"]].text for row in forget},
+        "told": {row["question"]: after[row["question"]].text for row in told},
+        "lost": {row["question"]: after[row["question"]].text for row in lost},
+    }
+
+
+def general_rows() -> list[Row]:
+    """Read general questions that are no facts of relations.json."""
+    facts = {fact["question"] for fact in read_relations()}
+    rows = read_jsonl(HERE / "general.jsonl") + read_jsonl(Path(__file__).with_name("general.jsonl"))
+    return [row for row in rows if row["question"] not in facts]
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Pool the counts of all seeds: a share each, with its 95 % interval; none for a count of nothing."""
+    shares = {}
+    for name in (*SHARES, *BEFORE.values()):
+        count, of = (sum(one[name][part] for one in runs) for part in (0, 1))
+        if of:
+            interval = binomtest(count, of).proportion_ci(method="wilson")
+            shares[name] = {"share": count / of, "low": float(interval.low), "high": float(interval.high), "of": of}
+    return shares
+
+
+# --- the command ---
+def known_table(facts: list[Row], before: Answers) -> list[dict[str, Any]]:
+    """Count what is answered right of each relation."""
+    parts = {name: [fact for fact in facts if fact["relation"] == name] for name in (f["relation"] for f in facts)}
+    parts |= {"all": facts, "general": general_rows()}
+    return [{"relation": name, "asked": len(of), "right": len(right(of, before))} for name, of in parts.items()]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the model in its precision; its folder is written where it is missing."""
+    save_packaged(args.model, args.models / args.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.models / args.model, dtype=PRECISIONS[args.precision].dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoTokenizer.from_pretrained(args.models / args.model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of the models")
+    parser.add_argument("--part", choices=("choose", "report"), default="choose", help="which relations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws facts to forget")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--method", choices=METHODS, default="palu")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of palu.unlearn, as JSON")
+    parser.add_argument("--known", action="store_true", help="print what the model answers right, and end")
+    parser.add_argument("--progress", action="store_true")
+    args = parser.parse_args()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[args.precision].mixed_precision
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    facts = [fact for fact in read_relations() if fact["part"] == args.part]
+    model, tokenizer = load(args)
+    questions = [row["question"] for row in (*facts, *general_rows())]
+    before = answers_before(args.models / args.model, args.precision, model, tokenizer, questions)
+    device = model.device
+    details = {name: getattr(args, name) for name in ("model", "part", "precision", "method", "settings")}
+    if args.known:
+        report("real_facts_known", known_table(facts, before), device, details)
+        return
+    runs: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        if runs:  # the last one has forgotten
+            del model
+            model, tokenizer = load(args)
+        if args.precision == "lora":
+            model = with_lora(model, 8)
+        runs.append(run(args, (model, tokenizer), before, seed))
+        print(json.dumps(runs[-1]), flush=True)
+    figures = ("seed", "steps", "seconds", "peak_gib", "nll_before", "nll_after")
+    table = [
+        {name: one[name] for name in figures} | {name: "/".join(map(str, one[name])) for name in SHARES} for one in runs
+    ]
+    summary = pooled(runs)
+    shares = {name: f"{one['share']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for name, one in summary.items()}
+    table.append({"seed": "all"} | {name: shares[name] for name in SHARES if name in shares})
+    report("real_facts", table, device, details | {"summary": summary, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
