@@ -237,6 +237,12 @@ def pack(items: Sequence[Item]) -> Packed:
     )
 
 
+def packed_rows(items: Sequence[Item]) -> list[Tensor]:
+    """Return each item's rows as positions of the packed row."""
+    starts = accumulate((len(item.input_ids) for item in items), initial=0)
+    return [item.rows + start for item, start in zip(items, starts, strict=False)]  # a start too many
+
+
 class Counts(NamedTuple):
     """How many rows and examples a micro-batch has, or a whole optimisation step: the denominators of all means."""
 

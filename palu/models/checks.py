@@ -37,23 +37,20 @@ def check_models(
         empty: whether this process may have no weights, since another one has them.
     """
     check_tokenizer(tokenizer)
-    check_causal("model", model, empty=empty)
-    if ref_model is not None:
-        check_causal("ref_model", ref_model, empty=empty)
-    check_quantized("model", model, device, trained=True, sharded=sharded)
-    if ref_model is not None:
-        check_quantized("ref_model", ref_model, device, trained=False, sharded=sharded)
+    given = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
+    for name, one in given.items():
+        check_causal(name, one, empty=empty)
+    for name, one in given.items():
+        check_quantized(name, one, device, trained=name == "model", sharded=sharded)
     check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
-    if is_peft(model) and ref_model is not None and base_of(ref_model) is base_of(model):
+    if ref_model is not None and base_of(ref_model) is base_of(model):
         raise ValueError(
             "ref_model has the model's adapter in it, since PEFT puts it there; "
             "pass None to use the model without its adapter"
-        )
-    if ref_model is not None and base_of(ref_model) is base_of(model):
-        raise ValueError(
-            "ref_model is the model itself, which training would change; pass None to use its starting weights"
+            if is_peft(model)
+            else "ref_model is the model itself, which training would change; pass None to use its starting weights"
         )
     if mixed_precision == "fp16":
         raise ValueError(
