@@ -21,7 +21,7 @@ from palu.report import audited, view, words
 from palu.report.layout import CARD, folders_of
 from palu.report.plots import number
 from palu.report.reading import asked_questions, read_audit, read_run
-from palu.report.redact import Redaction, marked_texts
+from palu.report.redact import Redaction, texts_to_hide
 
 HERE = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     folders = folders_of(run_dir)
     record, summary, _ = read_run(folders.private)
     model, audit, asked = record["model"], read_audit(folders.private), asked_questions(folders.private)
-    hide = Redaction(marked_texts(record, audit, asked))
+    hide = Redaction(texts_to_hide(record, audit, asked))
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",

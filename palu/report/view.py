@@ -14,7 +14,7 @@ from palu.report import audited, words
 from palu.report.layout import RECORD
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, RecordError, asked_questions, evaluations, read_audit, read_run
-from palu.report.redact import MASK, Redaction, blot, marked_texts
+from palu.report.redact import MASK, Redaction, blot, texts_to_hide
 from palu.settings import EVAL_PREFIX
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
@@ -116,7 +116,7 @@ def page(folder: Path, *, redact: bool) -> Json:
     if redact and "marked" not in record:
         subject = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
         raise RecordError(f"{subject}, so that no report can be redacted; run palu unlearn again")
-    hide = Redaction(marked_texts(record, audit, asked) if redact else ())
+    hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
     record = described(record, hide)
@@ -240,7 +240,7 @@ def charts(
         values = [_float(record.get(name)) for _, record in held]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
-            continue  # a constant is told in words
+            continue  # a constant is said in words
         steps = [int(record.get("step", i)) for i, record in held]
         title = titles[name] if name in titles else hide(name)
         ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
