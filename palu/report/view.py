@@ -109,6 +109,21 @@ def _figure(one: Json, name: str) -> str:
 
 
 # --- the page ---
+def shared(folder: Path, record: Json, summary: Json, audit: Json | None, hide: Redaction) -> Json:
+    """Collect what the report's template and the model card's both show."""
+    return {
+        "record": described(record, hide),
+        "summary": summary,
+        "outcome": outcome(record),
+        "known": KNOWN,
+        "asked": words.asked(summary),
+        "method": words.method(summary["config"]),
+        "settings": settings(summary["config"], hide),
+        "audit": audit and audited.summary(audit, record),
+        **results(folder, hide),
+    }
+
+
 def page(folder: Path, *, redact: bool) -> Json:
     """Collect everything that the report's template shows. ``folder``: of the run's records."""
     record, summary, history = read_run(folder)
@@ -119,24 +134,18 @@ def page(folder: Path, *, redact: bool) -> Json:
     hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    record = described(record, hide)
+    common = shared(folder, record, summary, audit, hide)
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     # What a model makes of a secret may give it away in other words.
     forget = [] if redact else [_answer(one, record["secrets"], hide) for one in record["answers"]["forget"]]
     retain = [_answer(one, (), hide) for one in record["answers"]["retain"]]
+    model = common["record"]["model"]
     return {
-        "title": record["model"]["name"] or record["model"]["type"],
+        **common,
+        "title": model["name"] or model["type"],
         "redact": redact,
-        "outcome": outcome(record),
-        "known": KNOWN,
-        "record": record,
-        "summary": summary,
         "finished": datetime.fromisoformat(record["finished"]),
-        "asked": words.asked(summary),
-        "method": words.method(summary["config"]),
-        "settings": settings(summary["config"], hide),
         "secrets": [_secret(one, hide, redact) for one in secrets],
-        "audit": audit and audited.summary(audit, record),
         "leaked": audited.leaks(audit, hide, known=KNOWN, redact=redact) if audit else [],
         "histogram": histogram(record["secrets"]) if len(secrets) > OPEN_ROWS else [],
         "retained": [
@@ -146,7 +155,6 @@ def page(folder: Path, *, redact: bool) -> Json:
         "examples": [_example(one, hide, redact) for one in record["examples"]],
         "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"]), hide),
         "history": _table(history, hide),
-        **results(folder, hide),
         "questions": asked and {**asked, "rows": [{**r, "question": hide(r["question"])} for r in asked["rows"]]},
         "open_rows": OPEN_ROWS,
         "open_examples": OPEN_EXAMPLES,
