@@ -252,8 +252,8 @@ def _load(
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
     without_span = all_spans_cut = spans_length = skipped = longest = 0
-    source = list(source) if isinstance(source, Iterator) else source
-    for full in _tokenised(source, renderer, name):
+    rows, source = tee(source) if isinstance(source, Iterator) else (source, source)  # to be read again
+    for full in _tokenised(rows, renderer, name):
         hashes.append(full)
         longest = max(longest, len(full.input_ids))
         example = full.cut(max_length)
@@ -277,7 +277,7 @@ def _load(
         warn_of_repeats(hashes, name)
     return Examples(
         examples,
-        source,
+        list(source) if isinstance(source, Iterator) else source,
         loaded_with,
         skipped,
         without_span=without_span,
