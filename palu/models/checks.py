@@ -183,9 +183,9 @@ def check_packing(
 ) -> None:
     """Raise UnsupportedModelError or ValueError where packed examples do not give what separate passes give.
 
-    Two examples of random tokens go through the body in one row, with the run's attention, device and precision, and
-    each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so do
-    the random numbers. Only the forward pass is compared.
+    Two examples of random tokens go through the body in one sequence, with the run's attention, device and precision,
+    and each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so
+    do the random numbers. Only the forward pass is compared.
 
     Args:
         name: "model" or "ref_model", for the message.
@@ -234,7 +234,7 @@ def check_packing(
 def _packing_error(
     body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], probe: Probe, dtype: torch.dtype
 ) -> str:
-    """Say how the packed row's hidden states differ from those of the examples alone; "" where they do not."""
+    """Say how the packed sequence's hidden states differ from those of the examples alone; "" where they do not."""
     try:
         together = body(**packed.inputs()).last_hidden_state[0].split(probe[:2])
     except (NotImplementedError, TypeError, ValueError) as error:

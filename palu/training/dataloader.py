@@ -163,7 +163,7 @@ def collate(
     *,
     examples: int | None = None,
 ) -> Batch:
-    """Pack forget items (or anchors) and retain items into one row, with the rows of one role side by side.
+    """Pack forget items (or anchors) and retain items into one sequence, with the rows of one role side by side.
 
     Args:
         items: forget items and anchors, at least one.
