@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from palu.attacks.secrets import AuditData
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.evaluate.scores import TokenScores, token_scores
-from palu.models.generation import eval_mode, generate_ids, generate_texts
-from palu.models.lora import CausalLM, base_of
+from palu.models.generation import Generation, eval_mode, generate
+from palu.models.lora import CausalLM
 
 
 @dataclass(frozen=True)
@@ -35,87 +36,71 @@ class Finding:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-class Attack(Protocol):
+class Attack(ABC):
     """An attack; its settings, the fields of a frozen dataclass, are its budget in numbers."""
 
     @property
+    @abstractmethod
     def key(self) -> str:
         """Name of its kept results; with the settings it tells one attack from another."""
 
     @property
+    @abstractmethod
     def budget(self) -> str:
         """What it spends, in words."""
 
     @property
     def reads_retain(self) -> bool:
         """Whether its results depend on the retain set."""
+        return False
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         """Say what it lacks; None: it can be made."""
+        return None
 
+    @abstractmethod
     def run(self, victim: Victim) -> list[Finding]:
         """Attack the model."""
 
 
+@dataclass
 class Victim:
-    """A model under attack, in evaluation mode, with the questions that it is asked.
+    """A model under attack, in evaluation mode, with the questions that it is asked."""
 
-    Args:
-        model: on its device.
-        data: of the audit.
-        max_new_tokens: bound on an answer.
-        batch_tokens: tokens per scoring pass; decoding takes eight times as many.
-        seed: of sampling.
-        bar: counts answers and scored texts.
-    """
+    model: PreTrainedModel  # on its device
+    data: AuditData
+    _: KW_ONLY
+    max_new_tokens: int  # bound on an answer
+    batch_tokens: int  # per scoring pass; decoding takes eight times as many
+    seed: int  # of sampling
+    bar: tqdm  # counts answers and scored texts
 
-    def __init__(
-        self, model: CausalLM, data: AuditData, *, max_new_tokens: int, batch_tokens: int, seed: int, bar: tqdm
-    ):
-        self.given: CausalLM = model
-        self.model: PreTrainedModel = base_of(model)
-        self.data, self.max_new_tokens, self.batch_tokens = data, max_new_tokens, batch_tokens
-        self.seed, self.bar = seed, bar
-
-    def of(self, model: CausalLM) -> Victim:
-        """Return another model that is asked the same."""
-        return Victim(
-            model,
-            self.data,
-            max_new_tokens=self.max_new_tokens,
-            batch_tokens=self.batch_tokens,
-            seed=self.seed,
-            bar=self.bar,
-        )
-
-    def write(self, prompts: Sequence[Tensor], *, sample: bool = False) -> list[str]:
-        """Have the model answer prompts [t]: texts. The same seed draws the same answers to the same prompts."""
+    def generate(
+        self, prompts: Sequence[Tensor], max_new_tokens: int | None = None, *, sample: bool = False
+    ) -> list[Generation]:
+        """Have the model answer prompts [t]. The same seed draws the same answers to the same prompts."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with eval_mode(self.model), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
-            return generate_texts(
+            return generate(
                 self.model,
                 self.data.tokenizer,
                 prompts,
                 self.data.stop_ids,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=max_new_tokens or self.max_new_tokens,
                 batch_tokens=self.batch_tokens,
                 bar=self.bar,
                 sample=sample,
             )
 
-    def write_ids(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
-        """Have the model answer prompts [t] greedily: tokens."""
-        with eval_mode(self.model):
-            return generate_ids(
-                self.model,
-                prompts,
-                self.data.stop_ids,
-                pad=self.data.tokenizer.pad_token_id,
-                max_new_tokens=max_new_tokens,
-                batch_tokens=self.batch_tokens,
-                bar=self.bar,
-            )
+    def write(self, prompts: Sequence[Tensor], *, sample: bool = False) -> list[str]:
+        """Generate, the texts alone."""
+        return [one.text for one in self.generate(prompts, sample=sample)]
+
+    def ask(self, name: str, prompts: Sequence[Tensor]) -> Finding:
+        """Ask for each row's secrets by its prompt [t], greedily."""
+        answers = self.write(prompts)
+        return found_in(name, self.data, [answers[secret.row] for secret in self.data.secrets])
 
     @cached_property
     def answer_scores(self) -> list[TokenScores]:
@@ -138,11 +123,8 @@ class Victim:
         return found
 
 
-def asked_once(name: str, data: AuditData, texts: Sequence[str | None]) -> Finding:
-    """Make a finding of each row's answer; None: the row was not asked."""
-    answers = [texts[secret.row] for secret in data.secrets]
-    values = [
-        None if answer is None else float(told(secret.text, answer))
-        for secret, answer in zip(data.secrets, answers, strict=True)
-    ]
-    return Finding(name, values, answers)
+def found_in(name: str, data: AuditData, answers: Sequence[str | None]) -> Finding:
+    """Look for each secret in the answer to the question for it; None: it was not asked for."""
+    pairs = zip(data.secrets, answers, strict=True)
+    values = [None if answer is None else float(stands_in(secret.text, answer)) for secret, answer in pairs]
+    return Finding(name, values, list(answers))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from palu.attacks.attack import Finding, Victim
+from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData, Secret
 from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import DECODING_FACTOR, eval_mode
-from palu.models.head import body_of, head_of, map_logits, nll, to_acc_dtype
+from palu.models.head import body_of, head_of, map_logits, nll
 from palu.models.layers import layers_of
 from palu.models.lora import CausalLM, base_of
 
@@ -127,7 +127,7 @@ class Source:
 
 # --- put into another ---
 @dataclass
-class Patch:
+class Patch(Attack):
     """An attack on the original: what it loses when one layer's states are another model's, for each layer.
 
     ``evidence`` holds for each secret the original's mean log-probability of its tokens, in nats, and for each layer
@@ -138,7 +138,6 @@ class Patch:
     source: str = field(init=False)  # the fingerprint, which tells the kept results of one source from another's
     key = DepthScore.key
     budget = DepthScore.budget
-    reads_retain = False
 
     def __post_init__(self, given: Source) -> None:
         self.source, self._given = given.fingerprint, given
@@ -252,4 +251,4 @@ def _keep(states: list[Tensor], rows: list[int], layer: int, hidden: Tensor) -> 
 
 
 def _log_p(logits: Tensor, labels: Tensor) -> Tensor:
-    return -nll(to_acc_dtype(logits), labels)
+    return -nll(logits, labels)

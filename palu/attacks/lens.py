@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from palu.attacks.attack import Finding, Victim
+from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import batches_by_length, eval_mode
@@ -21,7 +21,7 @@ NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Attack):
     """A secret is seen where, at one layer, each of its tokens is among the ``top`` likeliest.
 
     Every layer's state at the token before (the true words before it given) goes through the final norm and the head.
@@ -30,7 +30,6 @@ class LogitLens:
 
     top: int = TOP
     key = "lens"
-    reads_retain = False
 
     @property
     def budget(self) -> str:
@@ -47,13 +46,12 @@ class LogitLens:
         ranks = self._ranks(victim)
         values: list[float | None] = []
         evidence = []
-        for i, secret in enumerate(data.secrets):
+        for i in range(len(data.secrets)):
             worst = ranks[i].amax(1)  # of each layer
             best = int(worst.min())
             # The lowest layer of them.
             evidence.append({"layer": int((worst == best).nonzero()[0]) + 1, "rank": best})
             values.append(float(best <= self.top))
-            assert ranks[i].shape[1] == len(secret)
         return [Finding(f"inside: logit lens, top {self.top}", values, evidence)]
 
     @torch.no_grad()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from palu.attacks.attack import Finding, Victim
+from palu.attacks.attack import Attack, Finding, Victim, found_in
 from palu.attacks.secrets import AuditData, Secret, with_question
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.models.lora import CausalLM
 
 
 @dataclass(frozen=True)
-class OnsetInAnswer:
+class OnsetInAnswer(Attack):
     """The true answer up to the first j tokens of the secret, for each j: is what follows the rest of the secret?
 
     Greedy decoding writes the rest if, and only if, each of its tokens is the likeliest after the true ones before it;
@@ -22,14 +21,10 @@ class OnsetInAnswer:
 
     most: int
     key = "onset-answer"
-    reads_retain = False
 
     @property
     def budget(self) -> str:
         return f"the true answer up to the secret's first j = 0 ... {self.most} tokens; greedy from there"
-
-    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
-        return None
 
     def run(self, victim: Victim) -> list[Finding]:
         scored = victim.secret_scores()
@@ -49,7 +44,7 @@ class OnsetInAnswer:
 
 
 @dataclass(frozen=True)
-class OnsetInQuestion:
+class OnsetInQuestion(Attack):
     """The first j tokens of the secret as a hint in the question, for each of ``counts``; told as elsewhere.
 
     Secrets that the hint tells, and those of j tokens or fewer, do not count.
@@ -58,7 +53,6 @@ class OnsetInQuestion:
     max_new_tokens: int
     counts: tuple[int, ...]
     key = "onset-question"
-    reads_retain = False
 
     @property
     def budget(self) -> str:
@@ -82,7 +76,7 @@ class OnsetInQuestion:
         findings = []
         for j in sorted({j for j, _, _ in hints}):
             answers = [texts.get((j, i)) for i in range(len(data.secrets))]
-            findings.append(Finding(f"onset: {j} in the question", _told(data.secrets, answers), answers))
+            findings.append(found_in(f"onset: {j} in the question", data, answers))
         return findings
 
 
@@ -94,9 +88,4 @@ def _hint(data: AuditData, secret: Secret, j: int) -> str | None:
         return None
     end = int(row.example.offsets[secret.first + j - 1, 1])
     hint = row.answer[secret.start : min(end, secret.end)].strip()
-    return hint if hint and not told(secret.text, hint) else None
-
-
-def _told(secrets: Sequence[Secret], answers: Sequence[str | None]) -> list[float | None]:
-    pairs = zip(secrets, answers, strict=True)
-    return [None if answer is None else float(told(secret.text, answer)) for secret, answer in pairs]
+    return hint if hint and not stands_in(secret.text, hint) else None

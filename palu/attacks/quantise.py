@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import mean
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palu.attacks.attack import Finding, Victim, asked_once
+from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.data.tokenize import IGNORE, Example
 from palu.models.head import body_of
@@ -25,7 +25,7 @@ BROKEN = 0.5  # a model that keeps less than this share of its utility when it i
 
 
 @dataclass(frozen=True)
-class Quantise:
+class Quantise(Attack):
     """Ask greedily after rounding to the nearest: the weights of linear layers, head and embeddings left alone.
 
     Utility is the mean probability (exp of minus the mean NLL) of the answers of ``utility_rows`` retain rows; without
@@ -64,8 +64,8 @@ class Quantise:
         figures = {"utility unrounded": utility()}
         with rounded(victim.model, self.scheme):
             figures["utility"] = utility()
-            finding = asked_once(f"quantise: {self.scheme}", victim.data, victim.write(victim.data.prompts))
-        return [Finding(finding.name, finding.values, finding.evidence, figures)]
+            finding = victim.ask(f"quantise: {self.scheme}", victim.data.prompts)
+        return [replace(finding, figures=figures)]
 
 
 def _utility_examples(victim: Victim, count: int) -> list[Example]:
@@ -74,8 +74,8 @@ def _utility_examples(victim: Victim, count: int) -> list[Example]:
         return data.retain_examples(data.retain[:count])
     prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
     examples = []
-    for i, (prompt, answer) in enumerate(zip(prompts, victim.write_ids(prompts, ANSWER_TOKENS), strict=True)):
-        ids = torch.cat([prompt, torch.tensor(answer)])
+    for i, (prompt, answer) in enumerate(zip(prompts, victim.generate(prompts, ANSWER_TOKENS), strict=True)):
+        ids = torch.cat([prompt, torch.tensor(answer.ids)])
         examples.append(Example(i, ids, torch.where(torch.arange(len(ids)) < len(prompt), IGNORE, ids)))
     return examples
 

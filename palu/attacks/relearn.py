@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from palu.attacks.attack import Finding, Victim
+from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.data.tokenize import IGNORE, Example
-from palu.evaluate.scores import CHUNK_BYTES
+from palu.evaluate.scores import CHUNK_BYTES, raw_examples
 from palu.models.generation import eval_mode
 from palu.models.head import body_of, cross_entropy, head_of
 from palu.models.lora import CausalLM, is_peft
@@ -32,7 +33,7 @@ UNRELATED = Path(__file__).with_name("unrelated.txt")  # a passage a line
 
 
 @dataclass(frozen=True)
-class Relearn:
+class Relearn(Attack):
     """Train with AdamW, ask greedily after every ``every`` steps, and take the step after which most is told.
 
     trained: all weights, in float32, or a new LoRA adapter on all linear layers of the body.
@@ -103,7 +104,7 @@ class Relearn:
         return [
             i
             for i, secret in enumerate(data.secrets)
-            if secret.row not in chosen and not any(told(secret.text, text) for text in texts)
+            if secret.row not in chosen and not any(stands_in(secret.text, text) for text in texts)
         ]
 
     def run(self, victim: Victim) -> list[Finding]:
@@ -116,21 +117,19 @@ class Relearn:
         elif self.rows == "retain":
             examples = data.retain_examples(data.retain)
         else:
-            examples = data.plain_examples(unrelated_texts())
-        evidence: list[list[str] | None] = [[] if i in asked else None for i in range(len(data.secrets))]
-        best, best_step = [0.0] * len(asked), 0
+            examples = raw_examples(unrelated_texts(), data.tokenizer, "unrelated", max_length=sys.maxsize)
+        answers: dict[int, list[str]] = {i: [] for i in asked}
+        best: dict[int, float] = {}
+        best_step = 0
         for step, model in self._train(victim, examples):
-            answers = dict(zip(rows, victim.of(model).write(prompts), strict=True))
-            values = []
+            written = dict(zip(rows, replace(victim, model=model).write(prompts), strict=True))
             for i in asked:
-                answer = answers[data.secrets[i].row]
-                values.append(float(told(data.secrets[i].text, answer)))
-                evidence[i].append(answer)  # type: ignore[union-attr]
-            if not best_step or sum(values) > sum(best):
+                answers[i].append(written[data.secrets[i].row])
+            values = {i: float(stands_in(data.secrets[i].text, answers[i][-1])) for i in asked}
+            if not best or sum(values.values()) > sum(best.values()):
                 best, best_step = values, step
-        found: list[float | None] = [None] * len(data.secrets)
-        for i, value in zip(asked, best, strict=True):
-            found[i] = value
+        every = range(len(data.secrets))
+        found, evidence = [best.get(i) for i in every], [answers.get(i) for i in every]
         return [Finding(f"relearn: {self._name}", found, evidence, {"step": float(best_step)})]
 
     def _train(self, victim: Victim, examples: Sequence[Example]) -> Iterator[tuple[int, PreTrainedModel]]:

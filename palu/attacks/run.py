@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.methods.palu import RECIPES
+from palu.models.generation import bound_on_answers
 from palu.models.lora import CausalLM, base_of, separate
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
@@ -39,7 +41,6 @@ ROLES = ("unlearned", "original", "retain")
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
 DRAWS, QUICK_DRAWS = 200, 16
 BATCH_TOKENS = 1024
-_MAX_NEW_TOKENS = 200
 # What is trained, on which rows, at which learning rate.
 RELEARN: tuple[tuple[Literal["weights", "lora"], Literal["forget", "retain", "unrelated"], float], ...] = (
     ("weights", "forget", 5e-5),
@@ -113,35 +114,32 @@ def audit(
         UnsupportedModelError: a model is of a kind that palu does not work with.
     """
     given = separate(model=model, original=original, retain_model=retain_model)
-    loaders = {role: (lambda one=given[name]: one) for role, name in _NAMES.items() if name in given}
+    loaders = {role: partial(given.__getitem__, name) for role, name in _NAMES.items() if name in given}
     data = AuditData(forget, retain, tokenizer, chat_template_kwargs)
-    return audit_models(
-        loaders,
-        data,
-        folder=folder,
-        quick=quick,
-        only=only,
-        n=n,
-        draws=draws,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        progress=progress,
-    )
+    budget = Budget(quick, n, draws, max_new_tokens, seed)
+    return audit_models(loaders, data, budget, folder=folder, only=only, batch_tokens=batch_tokens, progress=progress)
 
 
-def attacks_of(
-    data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
-) -> list[Attack]:
-    """List the attacks with their budgets. Raises ValueError for a setting that is out of range."""
-    if n == -1:  # as many true tokens as after a run with the paper's n
-        n = RECIPES["paper"]["n"]
-    for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
+@dataclass(frozen=True)
+class Budget:
+    """What the attacks of an audit spend; the fields are arguments of :func:`audit`."""
+
+    quick: bool = False
+    n: int = -1
+    draws: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+def attacks_of(data: AuditData, budget: Budget) -> list[Attack]:
+    """List the attacks. Raises ValueError for a setting that is out of range."""
+    quick, seed = budget.quick, budget.seed
+    n = RECIPES["paper"]["n"] if budget.n == -1 else budget.n  # as many true tokens as after a run with the paper's
+    for name, value in (("n", n), ("draws", budget.draws), ("max_new_tokens", budget.max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")
-    draws = draws or (QUICK_DRAWS if quick else DRAWS)
-    longest = max(int((row.example.labels >= 0).sum()) for row in data.rows)
-    tokens = max_new_tokens or min(2 * longest, _MAX_NEW_TOKENS)
+    draws = budget.draws or (QUICK_DRAWS if quick else DRAWS)
+    tokens = budget.max_new_tokens or bound_on_answers(row.example for row in data.rows)
     hints = tuple(sorted({1, n})) if quick else tuple(range(1, n + 3))
     attacks: list[Attack] = [ask(tokens) for ask in (AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix)]
     attacks += [Sample(tokens, draws, seed), ExactProbability()]
@@ -155,22 +153,18 @@ def attacks_of(
 def audit_models(
     loaders: Mapping[str, Callable[[], CausalLM]],
     data: AuditData,
+    budget: Budget,
     *,
-    folder: str | os.PathLike[str] | None,
-    quick: bool,
+    folder: str | os.PathLike[str] | None = None,
     only: Sequence[str] | None = None,
-    n: int,
-    draws: int | None,
-    max_new_tokens: int | None,
     batch_tokens: int = BATCH_TOKENS,
-    seed: int,
-    progress: bool,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Audit models that are loaded one at a time; arguments and errors are :func:`audit`'s.
 
     loaders: of ROLES, the retain model's perhaps missing: what gives the model on its device.
     """
-    attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
+    attacks = attacks_of(data, budget)
     wanted = {attack.key for attack in attacks} | {DepthScore.key}
     if only is not None:
         if unknown := set(only) - wanted:
@@ -187,34 +181,36 @@ def audit_models(
             continue
         model = loaders[role]()
         check_model(model, data.tokenizer, [row.example for row in data.rows], _NAMES[role])
-        models[role] = {"fingerprint": fingerprint_model(model), "kind": type(base_of(model)).__name__}
-        results[role] = []
-        for attack in tqdm(attacks, desc=role, disable=not progress, leave=False):
-            outcome = _kept_or_run(attack, model, models[role]["fingerprint"], data, stages, batch_tokens, progress)
-            results[role].append(outcome)
+        fingerprint = fingerprint_model(model)
+        models[role] = {"fingerprint": fingerprint, "kind": type(base_of(model)).__name__}
+        run = partial(
+            _kept_or_run,
+            model=model,
+            fingerprint=fingerprint,
+            data=data,
+            stages=stages,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        results[role] = list(map(run, tqdm(attacks, desc=role, disable=not progress, leave=False)))
         if role == "original":
-            for source, of in sources.items():
-                patched[source] = _kept_or_run(
-                    Patch(of), model, models[role]["fingerprint"], data, stages, batch_tokens, progress
-                )
+            patched = {source: run(Patch(of)) for source, of in sources.items()}
         elif "retain" in loaders and DepthScore.key in wanted:
-            sources[role] = Source.of(
-                model, models[role]["fingerprint"], data, batch_tokens=batch_tokens, progress=progress
-            )
-        del model
+            sources[role] = Source.of(model, fingerprint, data, batch_tokens=batch_tokens, progress=progress)
+        del model, run
     results, models = ({role: of[role] for role in ROLES if role in of} for of in (results, models))
     rows = [
         row
         for i, attack in enumerate(attacks)
-        for row in _compare(attack, {role: results[role][i] for role in results}, len(data.secrets), seed)
+        for row in _compare(attack, {role: results[role][i] for role in results}, len(data.secrets), budget.seed)
     ]
     if DepthScore.key in wanted:
         depth = DepthScore()
-        rows += _compare(depth, depth.outcomes(patched), len(data.secrets), seed)
+        rows += _compare(depth, depth.outcomes(patched), len(data.secrets), budget.seed)
     report = {
         "format": FORMAT,
-        "seed": seed,
-        "quick": quick,
+        "seed": budget.seed,
+        "quick": budget.quick,
         "models": models,
         "forget_sha256": data.forget_digest,
         "secrets": [asdict(secret) | {"question": data.rows[secret.row].question} for secret in data.secrets],
@@ -264,7 +260,7 @@ def _kept_or_run(
             return kept
     with tqdm(desc=attack.key, unit=" texts", disable=not progress, leave=False) as bar:
         victim = Victim(
-            model,
+            base_of(model),
             data,
             max_new_tokens=getattr(attack, "max_new_tokens", 0),
             batch_tokens=batch_tokens,
@@ -295,8 +291,8 @@ def _compare(
     if lacking:
         reasons = set(lacking.values())
         of_all = len(reasons) == 1 and len(lacking) == len(outcomes)
-        told = reasons.pop() if of_all else "; ".join(f"{role}: {why}" for role, why in lacking.items())
-        skipped = {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {told}"}
+        reason = reasons.pop() if of_all else "; ".join(f"{role}: {why}" for role, why in lacking.items())
+        skipped = {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {reason}"}
         return [{"name": attack.key.replace("-", ": ", 1), **common, **skipped, "models": {}}]
     rows = []
     for number in range(len(outcomes["unlearned"]["findings"])):

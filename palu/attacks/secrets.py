@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, warn_of_told_secrets
+from palu.data.examples import answer_examples
 from palu.data.files import DataError
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.data.rows import (
     RenderedRow,
     Renderer,
     conversation_of,
     iterate_rows,
+    text_before,
     text_columns,
     text_rows,
     with_answer,
@@ -26,7 +27,7 @@ from palu.data.rows import (
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
-from palu.models.generation import prompt_of
+from palu.models.generation import answer_ends, prompt_of
 
 PARAPHRASES = "paraphrased_question"  # a column of the forget set: a question in other words, or a list of them
 SHOTS = 5  # rows of the retain set that are put in front of a question
@@ -100,8 +101,7 @@ class AuditData:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         check_tokenizer(tokenizer)
-        self.tokenizer = tokenizer
-        self._renderer = Renderer(tokenizer, chat_template_kwargs)
+        self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
         self.rows: list[AuditRow] = []
         self.secrets: list[Secret] = []
         self.marked: list[str] = []
@@ -110,9 +110,11 @@ class AuditData:
         for _, where, columns in numbered:
             if "input_ids" in columns:
                 raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
-        rendered = [self._renderer.render(number, where, columns, True) for number, where, columns in numbered]
+        renderer = Renderer(tokenizer, chat_template_kwargs)
+        rendered = [renderer.render(number, where, columns, forget=True) for number, where, columns in numbered]
+        encoded = encode(rendered, tokenizer, forget=True)
         asked, kept = RowHashes(), RowHashes()
-        for text, example, (_, _, columns) in zip(rendered, self._encode(rendered, True), numbered, strict=True):
+        for text, example, (_, _, columns) in zip(rendered, encoded, numbered, strict=True):
             asked.append(example)
             self._add(text, example, columns)
         if not numbered:
@@ -137,7 +139,6 @@ class AuditData:
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)
         self.marked += marked_texts(columns, answer, text.where)
-        before = "\n".join(message["content"] for message in conversation[:-1])
         assert example.offsets is not None
         secrets: list[Secret] = []
         reached = 0
@@ -145,9 +146,9 @@ class AuditData:
             if end <= reached:  # within another span
                 continue
             reached, secret = end, answer[start:end]
-            if told(secret, before):
+            if stands_in(secret, text_before(conversation)):
                 self.told_by_question += 1
-            elif any(told(secret, other.text) and told(other.text, secret) for other in secrets):
+            elif any(stands_in(secret, other.text) and stands_in(other.text, secret) for other in secrets):
                 self.repeated += 1
             else:
                 held = (example.offsets[:, 0] < end) & (example.offsets[:, 1] > start) & (example.labels >= 0)
@@ -156,14 +157,13 @@ class AuditData:
         if not secrets:
             return
         self.secrets += secrets
-        labels = torch.where(example.labels == IGNORE, IGNORE, example.input_ids)
         self.rows.append(
             AuditRow(
                 columns,
                 text.where,
                 conversation[-2]["content"],
                 answer,
-                Example(example.row, example.input_ids, labels, example.offsets),
+                example.whole_answer(),
                 _paraphrases(columns, text.where),
                 rendered=text.complete and prompt is not None and text.text == prompt + answer,
             )
@@ -172,7 +172,7 @@ class AuditData:
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer: the tokenizer's, and the chat template's."""
-        return {int(row.example.input_ids[-1]) for row in self.rows} | {int(self.tokenizer.eos_token_id)}
+        return answer_ends([row.example for row in self.rows], self.tokenizer)
 
     @property
     def prompts(self) -> list[Tensor]:
@@ -198,48 +198,25 @@ class AuditData:
 
     def encode_prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """Tokenise the prompts [t] of rows, whose answers do not matter."""
-        texts = [
-            self._renderer.render(i, f"prompt {i}", with_answer(row, _STAND_IN), False) for i, row in enumerate(rows)
-        ]
-        return [prompt_of(example) for example in self._encode(texts, False)]
+        named = ((f"prompt {i}", with_answer(row, _STAND_IN)) for i, row in enumerate(rows))
+        return [prompt_of(example) for example in self._examples(named)]
 
     def retain_examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
         """Tokenise rows with their answers, every answer token labelled."""
-        texts = [self._renderer.render(i, f"retain row {i}", row, False) for i, row in enumerate(rows)]
-        return list(self._encode(texts, False))
+        return self._examples((f"retain row {i}", row) for i, row in enumerate(rows))
 
-    def plain_examples(self, texts: Sequence[str]) -> list[Example]:
-        """Tokenise texts as they are, every token but the first labelled."""
-        found = [torch.tensor(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
-        return [Example(i, ids, torch.where(torch.arange(len(ids)) == 0, IGNORE, ids)) for i, ids in enumerate(found)]
+    def _examples(self, named: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Example]:
+        return answer_examples(named, self.tokenizer, self.chat_template_kwargs)
 
     def answer_beginnings(self, beginning: str) -> list[Tensor]:
         """Tokenise each row's prompt with the beginning of an answer after it: [t] each."""
-        texts = [
-            self._renderer.render(i, row.where, with_answer(row.columns, f"{beginning} {_STAND_IN}"), False)
-            for i, row in enumerate(self.rows)
-        ]
         found = []
-        for example in self._encode(texts, False):
+        named = ((row.where, with_answer(row.columns, f"{beginning} {_STAND_IN}")) for row in self.rows)
+        for example in self._examples(named):
             assert example.offsets is not None
             beyond = (example.labels != IGNORE) & (example.offsets[:, 1] > len(beginning))
             found.append(example.input_ids[: int(beyond.nonzero()[0])])
         return found
-
-    def behind_examples(self, row: AuditRow, shots: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a row that asks the same question after other rows with their answers."""
-        told_rows = [conversation_of(shot, "retain row") for shot in shots]
-        conversation, prompt, _ = conversation_of(row.columns, row.where)
-        if self.tokenizer.chat_template is None:
-            text = "".join(f"{before}{answer}\n\n" for _, before, answer in told_rows)
-            return {"prompt": f"{text}{prompt}", "completion": _STAND_IN}
-        system = [message for message in conversation if message["role"] == "system"]
-        others = [message for message in conversation if message["role"] != "system"]
-        turns = [message for shot, _, _ in told_rows for message in shot if message["role"] != "system"]
-        return {"messages": [*system, *turns, *others]}
-
-    def _encode(self, texts: list[RenderedRow], forget: bool) -> Iterable[Example]:
-        return encode(texts, self.tokenizer, forget)
 
 
 def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from palu.cli.device import Device, choose_device
-from palu.cli.models import Dtype, check_hub, check_names, load_model, load_tokenizer
-from palu.cli.options import TemplateKwargs
+from palu.cli.models import Dtype, check_hub, check_names, load_tokenizer, model_loaders
+from palu.cli.options import TemplateKwargs, Tokenizer, check_files
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
 from palu.writable import check_folder
-
-if TYPE_CHECKING:
-    from palu.models.lora import CausalLM
 
 
 def audit(
@@ -66,9 +62,7 @@ def audit(
         typer.Option(help="Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws and of the bootstrap.")] = 0,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
-    ] = None,
+    tokenizer: Tokenizer = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
     device: Device = None,
     chat_template_kwargs: TemplateKwargs = None,
@@ -81,13 +75,11 @@ def audit(
     """
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
-    for option, file in (("--forget", forget), ("--retain", retain)):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"{option} {file}: there is no such file")
+    check_files(forget=forget, retain=retain)
     check_folder(output, f"--output {output}")
     check_hub(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
 
-    from palu.attacks.run import RESULTS, audit_models
+    from palu.attacks.run import RESULTS, Budget, audit_models
     from palu.attacks.secrets import AuditData
     from palu.report.layout import MODEL, PRIVATE, RECORD, make_private
     from palu.report.reading import read_run
@@ -100,24 +92,10 @@ def audit(
     place: Any = choose_device(device)
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
-
-    def loader(name: str) -> Callable[[], CausalLM]:
-        return lambda: load_model(name, dtype).to(place)
-
-    named = {"unlearned": model, "original": original, "retain": retain_model}
+    loaders = model_loaders({"unlearned": model, "original": original, "retain": retain_model}, dtype, place)
     folder = make_private(output)
-    results = audit_models(
-        {role: loader(name) for role, name in named.items() if name is not None},
-        data,
-        folder=folder,
-        quick=quick,
-        only=only,
-        n=n,
-        draws=draws,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        progress=progress,
-    )
+    budget = Budget(quick, n, draws, max_new_tokens, seed)
+    results = audit_models(loaders, data, budget, folder=folder, only=only, progress=progress)
     print_results(results)
     print(f"wrote {folder / RESULTS}, which holds the secrets")
     if recorded:

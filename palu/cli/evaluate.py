@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from palu.cli.device import Device, choose_device
-from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer
-from palu.cli.options import TemplateKwargs
+from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer, model_loaders
+from palu.cli.options import TemplateKwargs, Tokenizer, check_files, flag
 from palu.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
 from palu.settings import template_kwargs
 from palu.writable import check_file
-
-if TYPE_CHECKING:
-    from palu.models.lora import CausalLM
-
 
 OWN = "Your own questions"
 SHOWN = 20  # rows of them that are printed
@@ -84,9 +80,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Results of the model before unlearning; what it writes counts as words.", metavar="FILE"),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
-    ] = None,
+    tokenizer: Tokenizer = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
     device: Device = None,
     quantize: Annotated[
@@ -104,73 +98,72 @@ def evaluate(
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Has a model forgotten, and what does it still know?"""
-    if rows is not None:
-        benchmarks: dict[str, Any] = {"benchmark": benchmark, "forget_split": forget_split, "data": data}
-        benchmarks |= {"retain_results": retain_results, "reference_model": reference_model}
-        for name, value in (benchmarks | {"fluency_model": fluency_model}).items():
-            if value is not None:
-                raise ValueError(f"--{name.replace('_', '-')} belongs to a benchmark; leave it out, or --rows")
-        names = {"model": model, "original": original, "retain_model": retain_model}
-        _evaluate_rows(
-            rows,
-            {name: value for name, value in names.items() if value is not None},
-            output,
-            tokenizer,
-            dtype,
-            device,
-            quantize,
-            max_new_tokens,
-            chat_template_kwargs,
-            progress,
-        )
-        return
-    for name, value in {"original": original, "retain_model": retain_model}.items():
-        if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} stands beside a model on --rows; give them, or leave it out")
-    benchmark = benchmark or "tofu"
     for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
-    for name, value in {"forget_split": forget_split, "reference_model": reference_model, **for_tofu}.items():
-        if benchmark != "tofu" and value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to TOFU; leave it out")
+    if rows is not None:
+        of_benchmarks: dict[str, Any] = {"benchmark": benchmark, "forget_split": forget_split, "data": data}
+        of_benchmarks |= {"retain_results": retain_results, "reference_results": reference_results}
+        of_benchmarks |= {"reference_model": reference_model, "fluency_model": fluency_model}
+        _refuse(of_benchmarks, "belongs to a benchmark; leave it out, or --rows")
+    else:
+        beside = {"original": original, "retain_model": retain_model}
+        _refuse(beside, "stands beside a model on --rows; give them, or leave it out")
+    if benchmark == "muse-news":
+        others = {"forget_split": forget_split, "reference_model": reference_model, **for_tofu}
+        _refuse(others, "belongs to TOFU; leave it out")
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
-    split = forget_split or "forget05"
-    check_names(model=model, tokenizer=tokenizer, reference_model=reference_model)
-    for name, file in (("retain-results", retain_results), ("reference-results", reference_results)):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"--{name} {file}: there is no such file")
+    models = {"model": model, "original": original, "retain_model": retain_model}
+    names = models | {"reference_model": reference_model, "tokenizer": tokenizer}
+    check_names(**names)
+    check_files(rows=rows, retain_results=retain_results, reference_results=reference_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
-    output = _output(output, model, f"evaluation-{benchmark}{f'-{split}' * (benchmark == 'tofu')}.json")
-    check_hub(model=model, tokenizer=tokenizer, reference_model=reference_model)
+    split = forget_split or "forget05"
+    of_benchmark = f"evaluation-{benchmark}.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
+    output = _output(output, model, of_benchmark if rows is None else QUESTIONS)
+    check_hub(**names)
 
-    import palu
+    from palu import evaluate as evaluations
     from palu.evaluate.language import WordList
+    from palu.evaluate.questions import QuestionRows, evaluate_models
 
     if not progress:
         hide_progress_bars()
     place: Any = choose_device(device)
+    loaders = model_loaders(models, dtype, place, quantize)
     tokens = load_tokenizer(tokenizer or model)
-    options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
-    options |= {"language": None if language == "none" else language, "reference_results": reference_results}
-    if options["language"] is not None:
-        WordList(language)  # complaints come before a model is loaded
-    options["chat_template_kwargs"] = chat_template_kwargs
-    if benchmark == "tofu":
-        palu.evaluate.load_tofu(split, data)  # so do these
-        options |= {name: value for name, value in for_tofu.items() if value is not None}
-        if reference_model is not None:
-            options["reference_model"] = load_model(reference_model, dtype).to(place)
-        results = palu.evaluate.tofu(
-            load_model(model, dtype, quantize=quantize).to(place), tokens, split, data, **options
-        )
+    # Complaints about the data come before a large model is loaded.
+    if rows is not None:
+        asked = QuestionRows(rows, tokens, chat_template_kwargs)
+        results = evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, progress=progress)
     else:
-        palu.evaluate.load_muse_news(data)
-        results = palu.evaluate.muse_news(
-            load_model(model, dtype, quantize=quantize).to(place), tokens, data, **options
-        )
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _print(results)
-    print(f"wrote {output}")
+        options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
+        options |= {"language": None if language == "none" else language, "reference_results": reference_results}
+        options["chat_template_kwargs"] = chat_template_kwargs
+        if options["language"] is not None:
+            WordList(language)
+        if benchmark == "muse-news":
+            evaluations.load_muse_news(data)
+            results = evaluations.muse_news(loaders["model"](), tokens, data, **options)
+        else:
+            evaluations.load_tofu(split, data)
+            options |= {name: value for name, value in for_tofu.items() if value is not None}
+            if reference_model is not None:
+                options["reference_model"] = load_model(reference_model, dtype).to(place)
+            results = evaluations.tofu(loaders["model"](), tokens, split, data, **options)
+    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if rows is not None:
+        _print_rows(results)
+        print(f"wrote {output}, which holds your questions and what was answered")
+    else:
+        _print(results)
+        print(f"wrote {output}")
+
+
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raise ValueError where one of these options is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{flag(name)} {why}")
 
 
 def _output(output: Path | None, model: str, name: str) -> Path:
@@ -181,44 +174,6 @@ def _output(output: Path | None, model: str, name: str) -> Path:
         output = results_folder(model) / name
     check_file(output, f"--output {output}")
     return output
-
-
-def _evaluate_rows(
-    rows: Path,
-    names: dict[str, str],
-    output: Path | None,
-    tokenizer: str | None,
-    dtype: Dtype,
-    device: str | None,
-    quantize: Bits | None,
-    max_new_tokens: int | None,
-    chat_template_kwargs: Any,
-    progress: bool,
-) -> None:
-    """Evaluate the models (by "model", "original", "retain_model") on the user's own questions."""
-    template_kwargs(chat_template_kwargs)  # says what is wrong with them
-    check_names(tokenizer=tokenizer, **names)
-    if not rows.is_file():
-        raise FileNotFoundError(f"--rows {rows}: there is no such file")
-    output = _output(output, names["model"], QUESTIONS)
-    check_hub(tokenizer=tokenizer, **names)
-
-    from palu.evaluate.questions import QuestionRows, evaluate_models
-
-    if not progress:
-        hide_progress_bars()
-    place: Any = choose_device(device)
-    # Complaints about the data come before a large model is loaded.
-    asked = QuestionRows(rows, load_tokenizer(tokenizer or names["model"]), chat_template_kwargs)
-
-    def loader(name: str) -> Callable[[], CausalLM]:
-        return lambda: load_model(name, dtype, quantize=quantize).to(place)
-
-    loaders = {role: loader(name) for role, name in names.items()}
-    results = evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, progress=progress)
-    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print_rows(results)
-    print(f"wrote {output}, which holds your questions and what was answered")
 
 
 def _print_rows(results: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import typer
 from palu.cli.annotation import Annotate, annotated, check_annotate, write_rows
 from palu.cli.device import Device, choose_device
 from palu.cli.models import check_hub, check_names, load_model, load_tokenizer, position_limit
-from palu.cli.options import TemplateKwargs
+from palu.cli.options import TemplateKwargs, Tokenizer
 from palu.settings import RunSettings
 from palu.writable import check_file
 
@@ -33,9 +33,7 @@ def inspect(
     model: Annotated[
         str | None, typer.Option(help="The model, of which the tokenizer is loaded.", metavar="DIR_OR_NAME")
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")
-    ] = None,
+    tokenizer: Tokenizer = None,
     n: Annotated[int, typer.Option(help="Onset length; -1: the whole span.")] = -1,
     max_length: Annotated[int, typer.Option(help="Tokens per example, the rest is cut.")] = RunSettings.max_length,
     chat_template_kwargs: TemplateKwargs = None,
@@ -88,25 +86,13 @@ def inspect(
     loaded_tokenizer = load_tokenizer(name)
     max_length = position_limit(model, max_length) or max_length  # as the run does
     source: Any = forget
+    template: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
     if annotate is not None:
         place: Any = choose_device(device)
-        source = annotated(
-            forget,
-            annotate,
-            lambda: load_model(str(model)).to(place),
-            loaded_tokenizer,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        source = annotated(forget, annotate, lambda: load_model(str(model)).to(place), loaded_tokenizer, **template)
         if write is not None:
             write_rows(write, source)
-    loaded = load_forget(
-        source,
-        loaded_tokenizer,
-        max_length=max_length,
-        allow_cut_spans=True,
-        chat_template_kwargs=chat_template_kwargs,
-        warn=True,
-    )
+    loaded = load_forget(source, loaded_tokenizer, max_length=max_length, allow_cut_spans=True, warn=True, **template)
     if write is not None and annotate is None:
         write_rows(
             write, [with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget")]

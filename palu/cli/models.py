@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from palu.cli.options import flag
 from palu.report.layout import folders_of, holds_model
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def check_names(**names: str | None) -> None:
     for option, name in names.items():
         if name is None:
             continue
-        subject, folder = f"--{option.replace('_', '-')} {name}", Path(name).expanduser()
+        subject, folder = f"{flag(option)} {name}", Path(name).expanduser()
         if not folder.is_dir():
             if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
                 raise FileNotFoundError(f"{subject}: there is no such folder")
@@ -55,7 +57,7 @@ def check_hub(**names: str | None) -> None:
         from huggingface_hub import HfApi, try_to_load_from_cache
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-        subject = f"--{option.replace('_', '-')} {name}: there is no such folder, "
+        subject = f"{flag(option)} {name}: there is no such folder, "
         try:
             if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
                 continue
@@ -124,6 +126,17 @@ def load_model(
                 return AutoModelForCausalLM.from_config(config, dtype=stored)
     with _damage_named(path):
         return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def model_loaders(
+    names: Mapping[str, str | None], dtype: Dtype, device: Any, quantize: Bits | None = None
+) -> dict[str, Callable[[], CausalLM]]:
+    """Return for each name that is given, under its key, what loads this model onto the device."""
+
+    def load(name: str) -> CausalLM:
+        return load_model(name, dtype, quantize=quantize).to(device)
+
+    return {key: partial(load, name) for key, name in names.items() if name is not None}
 
 
 def position_limit(name: str | None, max_length: int) -> int | None:

@@ -1,8 +1,9 @@
-"""What the commands' options share: the help in sections, and values given as JSON."""
+"""What the commands' options share: the help in sections, values given as JSON, and files that must be there."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ class SectionedCommand(TyperCommand):
         except typer.TyperException as error:
             meant = ABBREVIATED.get(getattr(error, "option_name", "").lstrip("-"))
             if meant in {parameter.name for parameter in self.params}:
-                error.possibilities = [f"--{str(meant).replace('_', '-')}"]  # type: ignore[attr-defined]
+                error.possibilities = [flag(str(meant))]  # type: ignore[attr-defined]
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -43,6 +44,20 @@ def json_value(value: Any) -> Any:
         fix = 'write a mapping, such as {"enable_thinking": false}'
         raise typer.BadParameter(f"{value!r} is not JSON ({error.msg} at character {error.pos}); {fix}") from None
 
+
+def flag(name: str) -> str:
+    """Return the flag of a command's parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_files(**files: Path | None) -> None:
+    """Raise FileNotFoundError where the file given for an option is not there."""
+    for name, file in files.items():
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"{flag(name)} {file}: there is no such file")
+
+
+Tokenizer = Annotated[str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")]
 
 TemplateKwargs = Annotated[
     Any,

@@ -3,7 +3,7 @@
 ``files.py`` reads files, ``rows.py`` checks columns and spans and renders the chat template,
 ``secret.py`` finds secrets in answers by ``matching.py``, ``duplicates.py`` finds what is given twice,
 ``tokenize.py`` makes tokens with labels, ``examples.py`` puts these together, and ``packing.py`` lays many examples
-into one row.
+into one sequence.
 
 Each token has one label, aligned with `input_ids` (the loss shifts, not the labels):
 

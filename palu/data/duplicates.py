@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from palu.data.files import DataError
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.data.rows import text_rows
 from palu.data.secret import marked_spans
 from palu.data.tokenize import IGNORE, Example
@@ -48,10 +48,10 @@ def warn_of_repeats(found: RowHashes, name: str) -> None:
     repeats = [(row, first[one]) for row, one in zip(found.rows, found.hashes, strict=True) if first[one] != row]
     if not repeats:
         return
-    told = ", ".join(f"{row} (as {earlier})" for row, earlier in repeats[:_NAMED]) + ", ..." * (len(repeats) > _NAMED)
+    named = ", ".join(f"{row} (as {earlier})" for row, earlier in repeats[:_NAMED]) + ", ..." * (len(repeats) > _NAMED)
     problem = f"{len(repeats)} row{'s' * (len(repeats) > 1)} repeat{'s' * (len(repeats) == 1)} an earlier one"
     fix = "keep each row once" + ", with all that is to be forgotten in it" * (name == "forget")
-    warnings.warn(f"{name} set: {problem}, so that it weighs more: {told}; {fix}", stacklevel=2)
+    warnings.warn(f"{name} set: {problem}, so that it weighs more: {named}; {fix}", stacklevel=2)
 
 
 def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
@@ -101,7 +101,7 @@ def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[t
         letters = _letters(answer)
         starts = {letters[i : i + length] for length in lengths for i in range(len(letters) + 1)}
         near = (one for start in starts & by_start.keys() for one in by_start[start])
-        if holds := [secret for wanted, secret in near if wanted in letters and told(secret, answer)]:
+        if holds := [secret for wanted, secret in near if wanted in letters and stands_in(secret, answer)]:
             found[where] = holds
     if not found:
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from typing import TYPE_CHECKING, Any
 
 from palu.data.duplicates import RowHashes, warn_of_repeats
@@ -137,6 +137,21 @@ def load_retain(
     return _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=False)
 
 
+def answer_examples(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Example]:
+    """Tokenise rows of text, each with its name in errors: whole, every answer token labelled with its id.
+
+    Raises DataError where a row or the tokenizer cannot be used.
+    """
+    check_tokenizer(tokenizer)
+    renderer = Renderer(tokenizer, chat_template_kwargs)
+    texts = (renderer.render(i, where, columns, forget=False) for i, (where, columns) in enumerate(rows))
+    return list(encode(texts, tokenizer, forget=False))
+
+
 def load_alternates(
     source: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -170,11 +185,12 @@ def load_alternates(
                 yield renderer.render(row, f"alternate answer of {where}", replaced, forget=False)
 
     alternates = ExampleRows()
-    for where, full in _encoded(rendered(), tokenizer):
-        example = _cut(full, max_length)
+    named, texts = tee(rendered())
+    for text, full in zip(named, encode(texts, tokenizer, forget=False), strict=True):
+        example = full.cut(max_length)
         if bool((example.labels == IGNORE).all()):
             problem = f"no token of it is among the first {max_length} of its row"
-            raise DataError(f"{where}: {problem}; set max_length = {len(full.input_ids)}")
+            raise DataError(f"{text.where}: {problem}; set max_length = {len(full.input_ids)}")
         alternates.append(example)
     return alternates
 
@@ -210,20 +226,8 @@ def load_other_prompts(
             yield renderer.render(row, f"after another prompt, {where}", joined, forget=False)
 
     found = ExampleRows()
-    found.fill(_cut(full, max_length) for _, full in _encoded(rendered(), tokenizer))
+    found.fill(full.cut(max_length) for full in encode(rendered(), tokenizer, forget=False))
     return found
-
-
-def _encoded(texts: Iterator[RenderedRow], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[str, Example]]:
-    """Yield each row's name in errors, and its tokens, every answer token labelled."""
-    while chunk := list(islice(texts, CHUNK)):
-        assert tokenizer is not None  # nothing would have been rendered
-        for text, full in zip(chunk, encode(chunk, tokenizer, forget=False), strict=True):
-            yield text.where, full
-
-
-def _cut(example: Example, max_length: int) -> Example:
-    return Example(example.row, example.input_ids[:max_length], example.labels[:max_length])
 
 
 def _load(
@@ -248,14 +252,11 @@ def _load(
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
     without_span = all_spans_cut = spans_length = skipped = longest = 0
-    rows, copies = source, list[Any]()
-    if isinstance(source, Iterator):
-        rows, source = _copied(source, copies), copies
+    rows, source = tee(source) if isinstance(source, Iterator) else (source, source)  # to be read again
     for full in _tokenised(rows, renderer, name):
         hashes.append(full)
         longest = max(longest, len(full.input_ids))
-        offsets = None if full.offsets is None else full.offsets[:max_length]
-        example = Example(full.row, full.input_ids[:max_length], full.labels[:max_length], offsets)
+        example = full.cut(max_length)
         answered = bool((example.labels != IGNORE).any())
         if answered:
             examples.append(example)
@@ -276,7 +277,7 @@ def _load(
         warn_of_repeats(hashes, name)
     return Examples(
         examples,
-        source,
+        list(source) if isinstance(source, Iterator) else source,
         loaded_with,
         skipped,
         without_span=without_span,
@@ -285,13 +286,6 @@ def _load(
         spans_length=spans_length,
         hashes=hashes,
     )
-
-
-def _copied(rows: Iterator[Any], copies: list[Any]) -> Iterator[Any]:
-    """Yield rows, and add each of them to a list."""
-    for row in rows:
-        copies.append(row)
-        yield row
 
 
 def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:
@@ -307,7 +301,6 @@ def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:
                 items.append(from_tokens(row, where, columns, vocab_size, forget))
             else:
                 items.append(renderer.render(row, where, columns, forget))
-        texts = [item for item in items if isinstance(item, RenderedRow)]
-        encoded = encode(texts, tokenizer, forget) if tokenizer is not None else iter(())
+        encoded = encode((item for item in items if isinstance(item, RenderedRow)), tokenizer, forget=forget)
         for item in items:
             yield next(encoded) if isinstance(item, RenderedRow) else item

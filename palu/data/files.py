@@ -43,7 +43,7 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
     """Yield (where it is, the same for errors, text) for each line."""
-    # Read as bytes: a line ends at "\n" alone, and bad UTF-8 is told with its line number.
+    # Read as bytes: a line ends at "\n" alone, and bad UTF-8 is reported with its line number.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             subject = f"{name} line {number} of {path}"

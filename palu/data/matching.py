@@ -26,7 +26,7 @@ _ESCAPE_OR_CHARACTER = re.compile(rf"{_ESCAPE.pattern}|.", re.DOTALL)
 Span = tuple[int, int]  # [start, end) in characters
 
 
-def told(secret: str, text: str) -> bool:
+def stands_in(secret: str, text: str) -> bool:
     """Whether a text holds a secret as whole words, case and punctuation aside (:func:`find`)."""
     return next(find(secret, text, whole=True), None) is not None
 

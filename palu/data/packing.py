@@ -1,8 +1,8 @@
-"""Pack many examples into one row without padding, and keep which positions of it have a role.
+"""Pack many examples into one sequence without padding, and keep which positions of it have a role.
 
 The body of the model runs once over ``input_ids`` [1, T] with ``position_ids`` that restart at each
 example, so attention never crosses examples. Position t-1 of an example predicts its token t: a *row*
-below is a position of the packed row whose hidden state predicts a token that has a role.
+below is a position of the packed sequence whose hidden state predicts a token that has a role.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def anchor_item(input_ids: Tensor, start: int) -> Item:
 
 @dataclass(frozen=True)
 class Packed:
-    """Examples laid end to end in one row of T tokens, positions restarting at each."""
+    """Examples laid end to end in one sequence of T tokens, positions restarting at each."""
 
     input_ids: Tensor  # int64 [1, T]
     position_ids: Tensor  # int64 [1, T]
@@ -208,7 +208,7 @@ class Packed:
     sequence_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Packed:
-        """Copy the row to a device; copies from pinned memory do not block."""
+        """Copy it to a device; copies from pinned memory do not block."""
         return _map(lambda tensor: tensor.to(device, non_blocking=True), self)
 
     def inputs(self) -> dict[str, Any]:
@@ -237,6 +237,12 @@ def pack(items: Sequence[Item]) -> Packed:
     )
 
 
+def packed_rows(items: Sequence[Item]) -> list[Tensor]:
+    """Return each item's rows as positions of the packed sequence."""
+    starts = accumulate((len(item.input_ids) for item in items), initial=0)
+    return [item.rows + start for item, start in zip(items, starts, strict=False)]  # a start too many
+
+
 class Counts(NamedTuple):
     """How many rows and examples a micro-batch has, or a whole optimisation step: the denominators of all means."""
 
@@ -248,7 +254,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Forget and retain examples in one packed row, with what the losses need."""
+    """Forget and retain examples in one packed sequence, with what the losses need."""
 
     packed: Packed
     rows: Tensor  # int64 [targets + others + retain], in this order

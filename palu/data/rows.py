@@ -119,6 +119,24 @@ def load_marked_texts(source: Any, name: str) -> list[str]:
     return list(texts)
 
 
+def after_examples(
+    columns: Mapping[str, Any], examples: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> dict[str, Any]:
+    """Return a row that asks the same question after other rows with their answers.
+
+    It is one conversation where the tokenizer has a chat template, else one prompt. ``where``: the rows, for errors.
+    """
+    shown = [conversation_of(example, where) for example in examples]
+    conversation, prompt, answer = conversation_of(columns, where)
+    if tokenizer.chat_template is None:
+        before = "".join(f"{asked}{answered}\n\n" for _, asked, answered in shown)
+        return {"prompt": f"{before}{prompt}", "completion": answer}
+    system = [message for message in conversation if message["role"] == "system"]
+    others = [message for message in conversation if message["role"] != "system"]
+    turns = [message for turn, _, _ in shown for message in turn if message["role"] != "system"]
+    return {"messages": [*system, *turns, *others]}
+
+
 def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
     """Return the row, one that `conversation_of` accepts, with another answer."""
     if columns.get("messages") is not None:
@@ -323,6 +341,12 @@ def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[s
     if not conversation[-1]["content"].strip():
         raise DataError(f"{where}: {subject} is blank; give an answer or remove the row")
     return conversation, prompt, conversation[-1]["content"]
+
+
+def text_before(conversation: Iterable[Mapping[str, Any]]) -> str:
+    """Return all text before the answer of a row's :func:`conversation_of`."""
+    *before, _ = conversation
+    return "\n".join(message["content"] for message in before)
 
 
 def check_string(value: Any, subject: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -37,6 +38,20 @@ class Example:
     input_ids: torch.Tensor
     labels: torch.Tensor
     offsets: torch.Tensor | None = None
+
+    @property
+    def answer_start(self) -> int:
+        """Index of the answer's first token."""
+        return int((self.labels != IGNORE).nonzero()[0])
+
+    def cut(self, max_length: int) -> Example:
+        """Return the first ``max_length`` tokens."""
+        offsets = None if self.offsets is None else self.offsets[:max_length]
+        return Example(self.row, self.input_ids[:max_length], self.labels[:max_length], offsets)
+
+    def whole_answer(self) -> Example:
+        """Return it with every token of the answer labelled with its id."""
+        return replace(self, labels=self.input_ids.where(self.labels != IGNORE, IGNORE))
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -101,15 +116,18 @@ def _integers(columns: Mapping[str, Any], column: str, where: str, any_dtype: bo
     return tensor
 
 
-def encode(texts: list[RenderedRow], tokenizer: PreTrainedTokenizerBase, forget: bool) -> Iterator[Example]:
-    """Tokenise and label rendered rows: one Example per row, not yet truncated."""
-    eos = tokenizer.eos_token_id
-    # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
-    # special by name only.
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
-    for begin in range(0, len(texts), CHUNK):
-        chunk = texts[begin : begin + CHUNK]
+def encode(
+    texts: Iterable[RenderedRow], tokenizer: PreTrainedTokenizerBase | None, *, forget: bool
+) -> Iterator[Example]:
+    """Tokenise and label rendered rows: one Example per row, not yet truncated. Without a tokenizer there are none."""
+    texts = iter(texts)
+    while chunk := list(islice(texts, CHUNK)):
+        assert tokenizer is not None  # else nothing would have been rendered
+        eos = tokenizer.eos_token_id
+        # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
+        # special by name only.
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
         encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
         for complete in {text.complete for text in chunk}:
             part = [number for number, text in enumerate(chunk) if text.complete is complete]

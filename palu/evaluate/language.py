@@ -43,8 +43,8 @@ from typing import Any
 
 import regex  # of transformers: re's \w leaves out the vowel signs of Hindi and others
 
-from palu.evaluate.rows import Results
-from palu.evaluate.summarize import aggregate_of, entry
+from palu.evaluate.rows import Results, load_results
+from palu.evaluate.summarize import Source, aggregate_of, entry
 from palu.models.generation import Generation
 
 try:
@@ -174,7 +174,7 @@ class LanguageFigures:
         words: the list; None: the shares of words are left out.
         rows: entry of the results that holds generations -> question and true answer of each row.
         retain: the retain model's results.
-        reference: the results of the model before unlearning; what it writes on other rows is known.
+        reference: the results of the model before unlearning, or their file; what it writes on other rows is known.
 
     Raises:
         ValueError: ``reference`` holds no generations for these rows.
@@ -186,18 +186,20 @@ class LanguageFigures:
         rows: Mapping[str, Sequence[tuple[str, str]]],
         *,
         retain: Results | None,
-        reference: Results | None,
+        reference: Source | None,
     ):
         self.words, self.rows, self.retain = words, rows, retain
         self._reference: dict[str, list[set[str]]] = {}
-        for name, of_entry in rows.items() if reference is not None else ():
-            texts = _generations(reference or {}, name, of_entry)
-            if texts is None:
-                raise ValueError(
-                    f"reference_results do not fit: they hold no {name} generations for these rows; "
-                    "evaluate the model as it was before unlearning on the same rows"
-                )
-            self._reference[name] = [{key(word) for word in split(text.text)} for text in texts]
+        if reference is not None:
+            results = load_results(reference)
+            for name, of_entry in rows.items():
+                texts = _generations(results, name, of_entry)
+                if texts is None:
+                    raise ValueError(
+                        f"reference_results do not fit: they hold no {name} generations for these rows; "
+                        "evaluate the model as it was before unlearning on the same rows"
+                    )
+                self._reference[name] = [{key(word) for word in split(text.text)} for text in texts]
         self._rows_with = Counter(word for of_entry in self._reference.values() for row in of_entry for word in row)
 
     def entries(self, name: str, generations: Sequence[Generation]) -> Results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,16 +12,25 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.examples import load_retain
+from palu.data.examples import answer_examples
 from palu.data.files import DataError
+from palu.data.rows import after_examples
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
-from palu.evaluate.rows import Results, Row, hub_rows, load_results, load_rows, require
+from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
 from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, min_k_scores, raw_examples, token_scores
-from palu.evaluate.summarize import NO_RETAIN_AUC, Source, check_retain, complete, entry, membership_entry, rouge_value
+from palu.evaluate.summarize import (
+    NO_RETAIN_AUC,
+    Source,
+    complete,
+    entry,
+    load_retain_results,
+    membership_entry,
+    rouge_value,
+)
 from palu.hashing import json_digest
-from palu.models.generation import Generation, eval_mode, generate, prompt_of
+from palu.models.generation import Generation, answer_ends, eval_mode, generate, generate_answers
 from palu.models.lora import CausalLM, base_of
 
 NAME = "muse-bench/MUSE-News"
@@ -35,7 +43,7 @@ _SETS = {
     "privleak_forget": ("text",),
     "privleak_holdout": ("text",),
 }
-_MEND = "use the sets of MUSE-News"
+_FIX = "use the sets of MUSE-News"
 
 
 def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Row]]:
@@ -60,9 +68,9 @@ def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | 
         else:
             rows = load_rows(Path(data) / f"{name}.json")
         if not rows:
-            raise DataError(f"{name} set is missing or empty; {_MEND}")
+            raise DataError(f"{name} set is missing or empty; {_FIX}")
         sets[name] = [{"text": row} if isinstance(row, str) else row for row in rows]
-        require(sets[name], name, columns, _MEND)
+        require(sets[name], name, columns, _FIX)
     return sets
 
 
@@ -131,18 +139,12 @@ def muse_news(
         "examples": {name: len(rows) for name, rows in sets.items()},
         "data_sha256": json_digest([sets[name] for name in sides.values()])[:16],
         "max_length": max_length,
-        **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         "word_list": None if words is None else words.source,
-        **fingerprint(model, tokenizer),
+        **fingerprint(model, tokenizer, chat_template_kwargs),
     }
-    retain = None if retain_results is None else load_results(retain_results)
-    if retain is not None:  # before the work, not after it
-        check_retain(
-            retain,
-            metadata,
-            {f"mia_min_k of the {side} set": {str(i) for i in range(len(texts[side]))} for side in sides},
-        )
-    told = LanguageFigures(
+    indices = {f"mia_min_k of the {side} set": {str(i) for i in range(len(texts[side]))} for side in sides}
+    retain = load_retain_results(retain_results, metadata, indices)
+    language_figures = LanguageFigures(
         words,
         {
             "forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]],
@@ -152,12 +154,11 @@ def muse_news(
             },
         },
         retain=retain,
-        reference=None if reference_results is None else load_results(reference_results),
+        reference=reference_results,
     )
 
     results: Results = {}
     written: dict[str, list[Generation]] = {}
-    eos = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     work = sum(map(len, (*texts.values(), recited, *known.values())))
     with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, eval_mode(model):
         found = {}
@@ -168,25 +169,24 @@ def muse_news(
         results["mia_min_k"] = membership_entry(found["forget"], found["holdout"])
 
         prompts = [example.input_ids for example in recited]
+        eos = answer_ends((), tokenizer)
         continuations = generate(
             model, tokenizer, prompts, eos, max_new_tokens=verbmem_tokens, batch_tokens=batch_tokens, bar=bar
         )
         written["forget_verbmem_ROUGE"] = [replace(one, text=one.text.strip()) for one in continuations]
 
         for side, examples in known.items():
-            stop_ids = eos | {int(example.input_ids[-1]) for example in examples}
-            prompts = [prompt_of(example) for example in examples]
-            answers = generate(
-                model, tokenizer, prompts, stop_ids, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
+            answers = generate_answers(
+                model, tokenizer, examples, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
             )
             written[f"{side}_knowmem_ROUGE"] = [_first_line(answer) for answer in answers]
 
     for name, generations in written.items():
-        truths = [truth for _, truth in told.rows[name]]
+        truths = [truth for _, truth in language_figures.rows[name]]
         results[name] = entry(map(rouge_value, generations, truths))
-        results |= told.entries(name, generations)
+        results |= language_figures.entries(name, generations)
     results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, told.reasons() | {"privleak": NO_RETAIN_AUC})
+    return complete(results, retain, language_figures.reasons() | {"privleak": NO_RETAIN_AUC})
 
 
 def _questions(
@@ -196,21 +196,17 @@ def _questions(
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> list[Example]:
     """Tokenise the questions after their in-context examples, as a conversation where there is a chat template."""
-    shots, rows = sets[f"knowmem_{side}_qa_icl"], sets[f"knowmem_{side}_qa"]
-    if tokenizer.chat_template is not None:
-        turns = [message for shot in shots for message in _turn(shot)]
-        asked: list[dict[str, Any]] = [{"messages": [*turns, *_turn(row)]} for row in rows]
-    else:
-        before = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-        asked = [
-            {"prompt": f"{before}Question: {row['question']}\nAnswer: ", "completion": row["answer"]} for row in rows
-        ]
-    loaded = load_retain(asked, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
-    return list(loaded.examples)
+    name = f"knowmem_{side}_qa"
+    shots = [_question_and_answer(row) for row in sets[f"{name}_icl"]]
+    named = (
+        (f"{name} row {i}", after_examples(_question_and_answer(row), shots, tokenizer, name))
+        for i, row in enumerate(sets[name])
+    )
+    return answer_examples(named, tokenizer, chat_template_kwargs)
 
 
-def _turn(row: Row) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+def _question_and_answer(row: Row) -> Row:
+    return {"question": row["question"], "answer": row["answer"]}
 
 
 def _first_line(answer: Generation) -> Generation:

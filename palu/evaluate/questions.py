@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from palu.data.examples import answer_examples
 from palu.data.files import DataError
-from palu.data.matching import told
-from palu.data.rows import Renderer, conversation_of, iterate_rows
+from palu.data.matching import stands_in
+from palu.data.rows import conversation_of, iterate_rows, text_before
 from palu.data.secret import marked_spans, marked_texts
-from palu.data.tokenize import Example, check_tokenizer, encode
+from palu.data.tokenize import Example, check_tokenizer
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results
 from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, token_scores
 from palu.evaluate.summarize import OTHERS, complete, entry
 from palu.hashing import json_digest
-from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.generation import bound_on_answers, eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
 
 Kind: TypeAlias = Literal["forget", "retain"]
@@ -29,7 +31,6 @@ __all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "que
 KINDS: tuple[Kind, ...] = ("forget", "retain")
 # The entries of each kind, and which of their values is the figure.
 METRICS = {"told": "score", "Q_A_Prob": "prob", "Q_A_ROUGE": "rougeL_recall", "extraction_strength": "score"}
-_MAX_NEW_TOKENS = 200
 
 
 class QuestionRows:
@@ -63,15 +64,14 @@ class QuestionRows:
     ):
         check_tokenizer(tokenizer)
         self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
-        renderer = Renderer(tokenizer, chat_template_kwargs)
         self.names: list[str] = []
         self.kinds: list[Kind] = []
         self.asked: list[str] = []
         self.answers: list[str] = []
         self.marked: list[list[str]] = []
         self.secrets: list[list[str]] = []
-        texts = []
-        for number, where, columns in iterate_rows(rows, "evaluation"):
+        read: list[tuple[str, Mapping[str, Any]]] = []
+        for _, where, columns in iterate_rows(rows, "evaluation"):
             if "input_ids" in columns:
                 raise DataError(f"{where}: answers are compared as texts, and this row is tokenised; give it as text")
             conversation, _, answer = conversation_of(columns, where)
@@ -80,26 +80,20 @@ class QuestionRows:
             kind = columns.get("kind") or ("forget" if spans else "retain")
             if kind not in KINDS:
                 raise DataError(f"{where}: column 'kind' is {kind!r}; give {' or '.join(KINDS)}, or leave it out")
-            before = "\n".join(message["content"] for message in conversation[:-1])
-            secrets = list(dict.fromkeys(answer[start:end] for start, end in spans))
+            secrets = dict.fromkeys(answer[start:end] for start, end in spans)
             self.names.append(where)
             self.kinds.append(kind)
             self.asked.append(conversation[-2]["content"])
             self.answers.append(answer)
             self.marked.append(marked_texts(columns, answer, where) if marks else [])
-            self.secrets.append([secret for secret in secrets if not told(secret, before)])
-            texts.append(renderer.render(number, where, columns, False))
-        if not texts:
+            self.secrets.append([secret for secret in secrets if not stands_in(secret, text_before(conversation))])
+            read.append((where, columns))
+        if not read:
             raise DataError("evaluation set is empty; give at least one row")
-        self.examples: list[Example] = list(encode(texts, tokenizer, False))
+        self.examples: list[Example] = answer_examples(read, tokenizer, chat_template_kwargs)
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest true answer."""
-        return max(int((example.labels >= 0).sum()) for example in self.examples)
 
 
 def questions(
@@ -129,7 +123,7 @@ def questions(
 
     Returns:
         For each kind of rows ("forget", "retain") the entries ``{kind}_told`` (share of the row's secrets that are in
-        the greedy answer, :func:`palu.data.matching.told`), ``{kind}_Q_A_Prob`` (exp(-NLL) of the true answer),
+        the greedy answer, :func:`palu.data.matching.stands_in`), ``{kind}_Q_A_Prob`` (exp(-NLL) of the true answer),
         ``{kind}_Q_A_ROUGE`` (ROUGE-L recall of the greedy answer) and ``{kind}_extraction_strength``. Each has
         ``value_by_index``, by the row's number, and ``agg_value``, the mean. Under ``original`` and ``retain_model``
         are the same entries of these models; under ``palu`` stand the rows and what was evaluated how.
@@ -140,12 +134,8 @@ def questions(
         TypeError: a model that palu does not support.
     """
     given = separate(model=model, original=original, retain_model=retain_model)
-
-    def loader(loaded: CausalLM) -> Callable[[], CausalLM]:
-        return lambda: loaded
-
     return evaluate_models(
-        {name: loader(one) for name, one in given.items()},
+        {name: partial(given.__getitem__, name) for name in given},
         QuestionRows(rows, tokenizer, chat_template_kwargs),
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
@@ -168,7 +158,7 @@ def evaluate_models(
     metrics.require_packages()
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
-    tokens = max_new_tokens or min(2 * rows.longest_answer, _MAX_NEW_TOKENS)
+    tokens = max_new_tokens or bound_on_answers(rows.examples)
     started = time.perf_counter()
     found: dict[str, Results] = {}
     metadata: dict[str, Any] = {}
@@ -176,11 +166,10 @@ def evaluate_models(
         model = load()
         check_model(model, rows.tokenizer, rows.examples, name)
         if name == "model":
-            metadata = fingerprint(base_of(model), rows.tokenizer)
+            metadata = fingerprint(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
         found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)
         del model
     results = found.pop("model")
-    template = {} if rows.chat_template_kwargs is None else {"chat_template_kwargs": dict(rows.chat_template_kwargs)}
     columns = zip(rows.kinds, rows.asked, rows.marked, rows.secrets, strict=True)
     names = ("kind", "question", "marked", "secrets")
     about = {
@@ -189,7 +178,6 @@ def evaluate_models(
         "rows": [dict(zip(names, row, strict=True)) for row in columns],
         "data_sha256": json_digest([rows.asked, rows.answers, rows.marked, rows.kinds])[:16],
         "max_new_tokens": tokens,
-        **template,
         **metadata,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -218,15 +206,10 @@ def _evaluate(
     base = base_of(model)
     with tqdm(total=2 * len(rows), desc=title, disable=not progress) as bar, eval_mode(base):
         scores = token_scores(base, rows.examples, rows.names, batch_tokens=batch_tokens, bar=bar)
-        texts = generate_texts(
-            base,
-            rows.tokenizer,
-            [prompt_of(example) for example in rows.examples],
-            {int(example.input_ids[-1]) for example in rows.examples} | {int(rows.tokenizer.eos_token_id)},
-            max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
-            bar=bar,
+        answers = generate_answers(
+            base, rows.tokenizer, rows.examples, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, bar=bar
         )
+    texts = [answer.text for answer in answers]
     results: Results = {}
     for kind in KINDS:
         chosen = [i for i, one in enumerate(rows.kinds) if one == kind]
@@ -257,7 +240,7 @@ def _evaluate(
 
 def _told(secrets: Sequence[str], text: str) -> dict[str, Any]:
     """Say which secrets a text tells: their share, None where there are none."""
-    given = [secret for secret in secrets if told(secret, text)]
+    given = [secret for secret in secrets if stands_in(secret, text)]
     return {"score": len(given) / len(secrets) if secrets else None, "told": given}
 
 
@@ -273,12 +256,12 @@ def table_of(results: Results) -> dict[str, Any]:
     models = [results, *(results[name] for name in names)]
 
     def cells(kind: str, row: str | None) -> list[str]:
-        told = []
+        found = []
         for metric, figure in METRICS.items():
             entries = [of_model[f"{kind}_{metric}"] for of_model in models]
             values = [one["agg_value"] if row is None else one["value_by_index"][row][figure] for one in entries]
-            told.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
-        return told
+            found.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
+        return found
 
     about = results["palu"]
     return {

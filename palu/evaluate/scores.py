@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.files import DataError
-from palu.data.packing import Item, pack
+from palu.data.packing import Item, pack, packed_rows, retain_items
 from palu.data.tokenize import IGNORE, Example, check_tokenizer
 from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
@@ -100,7 +100,7 @@ def token_scores(
     scores: list[TokenScores | None] = [None] * len(examples)
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
-            items = [_item(examples[i]) for i in group]
+            items = list(retain_items(examples[i] for i in group))
             hidden, labels = _answer_states(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
             table = torch.cat([_score_rows(head.logits(h), y, marginal) for h, y in chunks], dim=1).cpu()
@@ -139,7 +139,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
             p.requires_grad_(True)
         with use_packed_attention(model):
             for example in examples:
-                hidden, labels = _answer_states(model, [_item(example)])
+                hidden, labels = _answer_states(model, list(retain_items([example])))
                 loss = cross_entropy(hidden[:-1], head_of(model), labels[:-1], CHUNK_BYTES)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 each = [g.float().norm() for g in gradients if g is not None]
@@ -173,10 +173,13 @@ def raw_examples(
     return examples
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Describe what two models must share for their results to be compared, and the versions that made them."""
     config = model.config
     return {
+        **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         "model": {
             "model_type": config.model_type,
             "layers": getattr(config, "num_hidden_layers", None),
@@ -195,18 +198,10 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def _item(example: Example) -> Item:
-    rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
-    return Item(input_ids=example.input_ids, rows=rows, labels=example.labels[rows + 1])
-
-
 def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     """Compute the last hidden states [n, d] of the rows that predict a labelled token; return these tokens [n], too."""
-    packed = pack(items)
-    starts = packed.cu_seq_lens.tolist()[:-1]
-    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)])
-    labels = torch.cat([item.labels for item in items])
-    states = body_of(model)(**packed.to(model.device).inputs()).last_hidden_state[0]
+    states = body_of(model)(**pack(items).to(model.device).inputs()).last_hidden_state[0]
+    rows, labels = torch.cat(packed_rows(items)), torch.cat([item.labels for item in items])
     return states.index_select(0, rows.to(model.device)), labels.to(model.device)
 
 

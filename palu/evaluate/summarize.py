@@ -130,6 +130,17 @@ def example_indices(results: Results) -> dict[str, set[str]]:
     }
 
 
+def load_retain_results(
+    source: Source | None, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]
+) -> Results | None:
+    """Load the retain model's results, if they are given, and check them; see :func:`check_retain`."""
+    if source is None:
+        return None
+    retain = load_results(source)
+    check_retain(retain, metadata, indices)
+    return retain
+
+
 def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]) -> None:
     """Raise ValueError unless the retain model's results can be compared with a model's.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +12,12 @@ from typing import Any, TypeAlias
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.data.examples import load_retain
-from palu.data.files import DataError
+from palu.data.examples import answer_examples
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
 from palu.evaluate.language import FIGURES, LANGUAGE, LanguageFigures, WordList
-from palu.evaluate.rows import Results, Row, load_results, require
+from palu.evaluate.rows import Results, Row, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
@@ -35,9 +33,9 @@ from palu.evaluate.summarize import (
     NORMALISED,
     TRUTH_RATIOS,
     Source,
-    check_retain,
     complete,
     entry,
+    load_retain_results,
     membership_entry,
     normalised_probabilities,
     rouge_value,
@@ -45,14 +43,14 @@ from palu.evaluate.summarize import (
 )
 from palu.evaluate.tofu_data import COLUMNS, FIX, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
-from palu.models.generation import Generation, eval_mode, generate, prompt_of
+from palu.models.generation import Generation, eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
 
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
 # What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
 _MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
-_TOLD = ("forget", "retain")  # the sets whose generations the language figures are of
+_WRITTEN = ("forget", "retain")  # the sets whose generations the language figures are of
 
 
 def tofu(
@@ -136,21 +134,19 @@ def tofu(
         "examples": {name: len(of_set) for name, of_set in sets.items()},
         "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in rows.forget])[:16],
         "max_new_tokens": max_new_tokens,
-        **({} if chat_template_kwargs is None else {"chat_template_kwargs": dict(chat_template_kwargs)}),
         "word_list": None if words is None else words.source,
-        **fingerprint(model, tokenizer),
+        **fingerprint(model, tokenizer, chat_template_kwargs),
     }
-    retain = None if retain_results is None else load_results(retain_results)
-    if retain is not None:  # before the work, not after it
-        compared = {"forget_truth_ratio": rows.forget}
-        if "min_k" in mia:
-            compared["mia_min_k of the holdout set"] = rows.holdout
-        check_retain(retain, metadata, {name: {str(i) for i in range(len(r))} for name, r in compared.items()})
-    told = LanguageFigures(
+    compared = {"forget_truth_ratio": rows.forget}
+    if "min_k" in mia:
+        compared["mia_min_k of the holdout set"] = rows.holdout
+    indices = {name: {str(i) for i in range(len(of_set))} for name, of_set in compared.items()}
+    retain = load_retain_results(retain_results, metadata, indices)
+    language_figures = LanguageFigures(
         words,
-        {_rouge_name(name): [(row["question"], row["answer"]) for row in sets[name]] for name in _TOLD},
+        {_rouge_name(name): [(row["question"], row["answer"]) for row in sets[name]] for name in _WRITTEN},
         retain=retain,
-        reference=None if reference_results is None else load_results(reference_results),
+        reference=reference_results,
     )
     classifier = None if fluency_model is None else FluencyClassifier(fluency_model, fluency_label, model.device)
 
@@ -181,10 +177,10 @@ def tofu(
 
     results |= {f"mia_{name}": membership_entry(*found.get(name, ([], []))) for name in mia}
     results |= {"privleak": {}, "forget_fluency": entry(verdicts)}
-    for name in _TOLD:
-        results |= told.entries(_rouge_name(name), generations[name])
+    for name in _WRITTEN:
+        results |= language_figures.entries(_rouge_name(name), generations[name])
     results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, told.reasons() | _reasons(sets, mia))
+    return complete(results, retain, language_figures.reasons() | _reasons(sets, mia))
 
 
 # --- texts ---
@@ -221,17 +217,8 @@ def _tokenise(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> _Answers:
-    rendering: dict[str, Any] = {"max_length": sys.maxsize, "chat_template_kwargs": chat_template_kwargs}
-    rows = [{"question": question, "answer": answer} for _, question, answer in texts]
-    try:
-        examples = load_retain(rows, tokenizer, **rendering).examples
-    except DataError:
-        for (name, _, _), row in zip(texts, rows, strict=True):  # which one is it?
-            try:
-                load_retain([row], tokenizer, **rendering)
-            except DataError as error:
-                raise DataError(str(error).replace("retain row 0", name)) from None
-        raise
+    rows = ((name, {"question": question, "answer": answer}) for name, question, answer in texts)
+    examples = answer_examples(rows, tokenizer, chat_template_kwargs)
     return _Answers([name for name, _, _ in texts], [answer for _, _, answer in texts], examples)
 
 
@@ -244,15 +231,9 @@ def _score(
     model: PreTrainedModel, answers: Mapping[str, _Answers], batch_tokens: int, bar: tqdm
 ) -> dict[str, list[TokenScores]]:
     """Score the answers of all entries together, so that texts of one length share a batch."""
-    scores = iter(
-        token_scores(
-            model,
-            [example for of_entry in answers.values() for example in of_entry.examples],
-            [name for of_entry in answers.values() for name in of_entry.names],
-            batch_tokens=batch_tokens,
-            bar=bar,
-        )
-    )
+    examples = [example for of_entry in answers.values() for example in of_entry.examples]
+    names = [name for of_entry in answers.values() for name in of_entry.names]
+    scores = iter(token_scores(model, examples, names, batch_tokens=batch_tokens, bar=bar))
     return {name: list(islice(scores, len(of_entry.examples))) for name, of_entry in answers.items()}
 
 
@@ -267,16 +248,7 @@ def _generate(
     """Generate the model's answers to the questions of each set."""
     examples = [example for of_set in asked.values() for example in of_set.examples]
     found = iter(
-        generate(
-            model,
-            tokenizer,
-            [prompt_of(example) for example in examples],
-            # What ends the answers in training: a chat template has a terminator of its own.
-            {int(example.input_ids[-1]) for example in examples} | {int(tokenizer.eos_token_id)},
-            max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
-            bar=bar,
-        )
+        generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, bar=bar)
     )
     return {
         name: [replace(one, text=one.text.strip()) for one in islice(found, len(of_set.examples))]

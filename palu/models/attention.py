@@ -1,6 +1,6 @@
-"""Attention within each example of a packed row, without a [T, T] mask.
+"""Attention within each example of a packed sequence, without a [T, T] mask.
 
-transformers' own SDPA path masks a packed row with a dense block-causal mask: correct, but every token is
+transformers' own SDPA path masks a packed sequence with a dense block-causal mask: correct, but every token is
 multiplied with every other. Registered here as ``"palu_packed"``: torch's variable-length FlashAttention for half
 types on CUDA, one causal call per example on a CPU, with the layer's sliding window where it has one. Under autocast
 on a CPU short examples attend in float32, which is faster there than bfloat16. Elsewhere (float32 on CUDA, where a

@@ -37,23 +37,20 @@ def check_models(
         empty: whether this process may have no weights, since another one has them.
     """
     check_tokenizer(tokenizer)
-    check_causal("model", model, empty=empty)
-    if ref_model is not None:
-        check_causal("ref_model", ref_model, empty=empty)
-    check_quantized("model", model, device, trained=True, sharded=sharded)
-    if ref_model is not None:
-        check_quantized("ref_model", ref_model, device, trained=False, sharded=sharded)
+    given = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
+    for name, one in given.items():
+        check_causal(name, one, empty=empty)
+    for name, one in given.items():
+        check_quantized(name, one, device, trained=name == "model", sharded=sharded)
     check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so nothing could be unlearned")
-    if is_peft(model) and ref_model is not None and base_of(ref_model) is base_of(model):
+    if ref_model is not None and base_of(ref_model) is base_of(model):
         raise ValueError(
             "ref_model has the model's adapter in it, since PEFT puts it there; "
             "pass None to use the model without its adapter"
-        )
-    if ref_model is not None and base_of(ref_model) is base_of(model):
-        raise ValueError(
-            "ref_model is the model itself, which training would change; pass None to use its starting weights"
+            if is_peft(model)
+            else "ref_model is the model itself, which training would change; pass None to use its starting weights"
         )
     if mixed_precision == "fp16":
         raise ValueError(
@@ -186,9 +183,9 @@ def check_packing(
 ) -> None:
     """Raise UnsupportedModelError or ValueError where packed examples do not give what separate passes give.
 
-    Two examples of random tokens go through the body in one row, with the run's attention, device and precision, and
-    each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so do
-    the random numbers. Only the forward pass is compared.
+    Two examples of random tokens go through the body in one sequence, with the run's attention, device and precision,
+    and each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so
+    do the random numbers. Only the forward pass is compared.
 
     Args:
         name: "model" or "ref_model", for the message.
@@ -237,7 +234,7 @@ def check_packing(
 def _packing_error(
     body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], probe: Probe, dtype: torch.dtype
 ) -> str:
-    """Say how the packed row's hidden states differ from those of the examples alone; "" where they do not."""
+    """Say how the packed sequence's hidden states differ from those of the examples alone; "" where they do not."""
     try:
         together = body(**packed.inputs()).last_hidden_state[0].split(probe[:2])
     except (NotImplementedError, TypeError, ValueError) as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.data.examples import load_retain
-from palu.data.tokenize import IGNORE, Example
+from palu.data.examples import answer_examples
+from palu.data.tokenize import Example
 from palu.models.positions import max_positions
 from palu.settings import RunSettings
 
@@ -47,15 +47,26 @@ def encode_prompts(
     """
     # The answer is a stand-in, a word that any tokenizer joins to the blank before it: what comes before is the
     # prompt, what comes after the template's terminator.
-    rows = [{"question": question, "answer": "The"} for question in questions]
-    examples = load_retain(rows, tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs).examples
-    ends = {int(example.input_ids[-1]) for example in examples} | {int(tokenizer.eos_token_id)}
-    return [prompt_of(example) for example in examples], ends
+    rows = ((f"prompt {i}", {"question": question, "answer": "The"}) for i, question in enumerate(questions))
+    examples = answer_examples(rows, tokenizer, chat_template_kwargs)
+    return [prompt_of(example) for example in examples], answer_ends(examples, tokenizer)
+
+
+def bound_on_answers(examples: Iterable[Example]) -> int:
+    """Choose how many tokens may be generated for an answer: twice the longest true one's, 200 at most."""
+    return min(2 * max(int((example.labels >= 0).sum()) for example in examples), 200)
+
+
+def answer_ends(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Find the tokens that end these answers: end of sequence, and special ones such as a template's <|eot_id|>."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends = {int(example.input_ids[-1]) for example in examples} & special
+    return ends if tokenizer.eos_token_id is None else ends | {int(tokenizer.eos_token_id)}
 
 
 def prompt_of(example: Example) -> Tensor:
     """Return the tokens before the answer."""
-    return example.input_ids[: int((example.labels != IGNORE).nonzero()[0])]
+    return example.input_ids[: example.answer_start]
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Generation:
 
     text: str
     cut_off: bool = False  # at max_new_tokens, perhaps inside a word
+    ids: Sequence[int] = field(default=(), compare=False)  # as they were generated
 
 
 def generate_texts(*args: Any, **settings: Any) -> list[str]:
@@ -76,28 +88,22 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tensor],
     stop_ids: set[int],
-    *,
-    max_new_tokens: int,
-    batch_tokens: int,
-    bar: tqdm,
-    sample: bool = False,
+    **settings: Any,
 ) -> list[Generation]:
-    """Generate as :func:`generate_ids` does, and decode, without special tokens."""
-    found = generate_ids(
-        model,
-        prompts,
-        stop_ids,
-        pad=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        bar=bar,
-        sample=sample,
-    )
+    """Generate as :func:`generate_ids` does, with its settings, and decode, without special tokens."""
+    found = generate_ids(model, prompts, stop_ids, pad=tokenizer.pad_token_id, **settings)
     ended = [bool(ids) and ids[-1] in stop_ids for ids in found]
     return [
-        Generation(str(tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)), not end)
+        Generation(str(tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)), not end, ids)
         for ids, end in zip(found, ended, strict=True)
     ]
+
+
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **settings: Any
+) -> list[Generation]:
+    """Generate answers to the questions of examples, as :func:`generate` does."""
+    return generate(model, tokenizer, list(map(prompt_of, examples)), answer_ends(examples, tokenizer), **settings)
 
 
 @torch.no_grad()

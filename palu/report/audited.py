@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from palu.attacks.estimators import LEVEL, LIMIT, Verdict
 from palu.attacks.run import ROLES
-from palu.data.matching import find, split_at, told
+from palu.data.matching import find, split_at, stands_in
 from palu.report import words
 from palu.report.plots import number
 from palu.report.reading import Json
@@ -132,7 +132,7 @@ def leaks(audit: Json, hide: Callable[[str], str], *, known: float, redact: bool
             if not value or row["attack"] in attacks:
                 continue
             evidence = (row["models"]["unlearned"].get("evidence") or [None] * (i + 1))[i]
-            answer = next((text for text in _texts(evidence) if told(secret["text"], text)), None)
+            answer = next((text for text in _texts(evidence) if stands_in(secret["text"], text)), None)
             if answer is None and value < (known if "log_probability" in (evidence or ()) else HALF):
                 continue
             attacks.add(row["attack"])

@@ -16,6 +16,7 @@ from palu.report.layout import HISTORY, QUESTIONS, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]
+_RESTORE = "restore it, or run again"
 
 
 class RecordError(ValueError):
@@ -24,8 +25,8 @@ class RecordError(ValueError):
 
 def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
     """Read (record, summary, history) from the folder of a run's records."""
-    record = _read(folder / RECORD, "save one with palu.Recorder")
-    summary = _read(folder / SUMMARY, "write the run's summary beside its record")
+    record = _parse(folder / RECORD, _text(folder / RECORD, "save one with palu.Recorder"))
+    summary = _parse(folder / SUMMARY, _text(folder / SUMMARY, "write the run's summary beside its record"))
     if record.get("format") != FORMAT:
         raise RecordError(
             f"{folder / RECORD} has format {record.get('format')}, and this palu reads {FORMAT}; "
@@ -35,20 +36,16 @@ def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
     return record, summary, [_parse(folder / HISTORY, line) for line in lines if line.strip()]
 
 
-def _read(path: Path, fix: str) -> Json:
-    return _parse(path, _text(path, fix))
-
-
-def _text(path: Path, fix: str) -> str:
+def _text(path: Path, create: str, fix: str = _RESTORE) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecordError(f"{path} is missing, so this is no folder of a recorded run; {fix}") from None
+        raise RecordError(f"{path} is missing, so this is no folder of a recorded run; {create}") from None
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is damaged ({error}); restore it, or run again") from error
+        raise RecordError(f"{path} is damaged ({error}); {fix}") from error
 
 
-def _parse(path: Path, text: str, fix: str = "restore it, or run again") -> Json:
+def _parse(path: Path, text: str, fix: str = _RESTORE) -> Json:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -69,7 +66,7 @@ _AUDIT: dict[str, type] = {
 }
 _SECRET: dict[str, type] = {"text": str, "question": str}
 _ATTACK: dict[str, type] = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
-_MEND = "run palu audit again, or delete it"
+_AGAIN = "run palu audit again, or delete it"
 
 
 def read_audit(folder: Path) -> Json | None:
@@ -77,14 +74,11 @@ def read_audit(folder: Path) -> Json | None:
     path = folder / RESULTS
     if not path.exists():
         return None
-    try:
-        audit = _parse(path, path.read_text(encoding="utf-8"), _MEND)
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is damaged ({error}); {_MEND}") from error
+    audit = _parse(path, _text(path, _AGAIN, _AGAIN), _AGAIN)
     if audit.get("format") != AUDIT_FORMAT:
-        raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_MEND}")
+        raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_AGAIN}")
     if (lost := _lost(audit)) is not None:
-        raise RecordError(f"{path} is damaged ({lost}); {_MEND}")
+        raise RecordError(f"{path} is damaged ({lost}); {_AGAIN}")
     return audit
 
 
@@ -123,13 +117,13 @@ def evaluations(folder: Path) -> list[Json]:
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from error
         about = results.get("palu", {})
-        told = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
+        subject = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
         column = path.name.removesuffix(".gz").removesuffix(".json")
-        found.append({"file": path.name, "column": column, "about": told, **_aggregates(results)})
+        found.append({"file": path.name, "column": column, "about": subject, **_aggregates(results)})
         for name in OTHERS:  # an evaluation on one's own questions
             if name in results:
                 other = name.replace("_", " ")
-                more = {"column": f"{column}, {other}", "about": f"{told} ({other})"}
+                more = {"column": f"{column}, {other}", "about": f"{subject} ({other})"}
                 found.append({"file": path.name, **more, **_aggregates(results[name])})
     return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,7 @@ from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
 from palu.models.checks import check_linear_head, check_models, check_packing
-from palu.models.generation import eval_mode, generate_texts, prompt_of
+from palu.models.generation import eval_mode, generate_answers, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
@@ -112,7 +111,7 @@ class Recorder:
         longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
-        self.spans = [secret_spans(example, self._eos) for example in self.forget]
+        self.spans = [token_spans(example, self._eos) for example in self.forget]
         with_secret = [i for i, spans in enumerate(self.spans) if spans]
         self.samples = {
             "forget": [self.forget[i] for i in _evenly(with_secret, SAMPLES)],
@@ -151,8 +150,7 @@ class Recorder:
         before, after = self.before, self._look(model, "after")
         secrets = [
             {
-                "row": example.row,
-                "question": self._question("forget", example),
+                **self._row("forget", example),
                 "text": None if self.tokenizer is None else self._text(example, span),
                 "tokens": span[1] - span[0],
                 "before": before["secrets"][i][k],
@@ -162,14 +160,12 @@ class Recorder:
             for k, span in enumerate(self.spans[i])
         ]
         retained = [
-            {"row": example.row, "question": self._question("retain", example)}
-            | {"before": before["retained"][i], "after": after["retained"][i]}
+            {**self._row("retain", example), "before": before["retained"][i], "after": after["retained"][i]}
             for i, example in enumerate(self.retain)
         ]
         answers = {
             side: [
-                {"row": example.row, "question": self._question(side, example)}
-                | {"before": before["answers"][side][i], "after": after["answers"][side][i]}
+                {**self._row(side, example), "before": before["answers"][side][i], "after": after["answers"][side][i]}
                 for i, example in enumerate(examples if self.tokenizer is not None else [])
             ]
             for side, examples in self.samples.items()
@@ -177,8 +173,7 @@ class Recorder:
         shown_examples = self.forget[:SHOWN_ROWS]
         roles = token_roles(shown_examples, self.tokenizer, self.config.onset_length)
         shown = [
-            {"row": example.row, "question": self._question("forget", example)}
-            | {"tokens": tokens[_answer_start(example) :]}
+            {**self._row("forget", example), "tokens": tokens[example.answer_start :]}
             for example, tokens in zip(shown_examples, roles, strict=True)
         ]
         hashes = {
@@ -203,10 +198,11 @@ class Recorder:
     def _eos(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.eos_token_id
 
-    def _question(self, side: str, example: Example) -> str:
-        """Return the user's question; for tokenised rows the prompt as the model reads it."""
+    def _row(self, side: str, example: Example) -> dict[str, Any]:
+        """Return the row's number, and the user's question; for tokenised rows the prompt as the model reads it."""
         asked = self.questions[side].get(example.row)
-        return asked if asked is not None else _decode(self.tokenizer, prompt_of(example))
+        question = asked if asked is not None else _decode(self.tokenizer, prompt_of(example))
+        return {"row": example.row, "question": question}
 
     def _text(self, example: Example, span: Span) -> str:
         return _decode(self.tokenizer, example.input_ids[slice(*span)]).strip()
@@ -218,23 +214,23 @@ class Recorder:
 
     def _measure(self, model: CausalLM, when: str) -> dict[str, Any]:
         base = base_of(model)
-        answers = [_whole_answer(example) for example in self.forget]
-        names = [f"forget row {e.row}" for e in answers] + [f"retain row {e.row}" for e in self.retain]
+        scored = [*(example.whole_answer() for example in self.forget), *self.retain]
+        names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
         texts: dict[str, list[str]] = {side: [] for side in self.samples}
         work = len(names) + (sum(map(len, self.samples.values())) if self.tokenizer is not None else 0)
         with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
-            scores = token_scores(base, answers + self.retain, names, batch_tokens=BATCH_TOKENS, bar=bar)
+            scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
             if self.tokenizer is not None:
                 for side, examples in self.samples.items():
-                    texts[side] = generate_texts(
+                    answers = generate_answers(
                         base,
                         self.tokenizer,
-                        [prompt_of(example) for example in examples],
-                        _terminators(self.tokenizer, examples),
+                        examples,
                         max_new_tokens=MAX_NEW_TOKENS,
                         batch_tokens=BATCH_TOKENS,
                         bar=bar,
                     )
+                    texts[side] = [answer.text for answer in answers]
         count = len(self.forget)
         return {
             "secrets": [
@@ -250,7 +246,7 @@ class Recorder:
         }
 
 
-def secret_spans(example: Example, eos_token_id: int | None) -> list[Span]:
+def token_spans(example: Example, eos_token_id: int | None) -> list[Span]:
     """Find the runs of neighbouring sensitive tokens; the end of sequence is none, as in the losses."""
     sensitive = [label >= 0 and label != eos_token_id for label in example.labels.tolist()]
     edges = [i for i in range(1, len(sensitive)) if sensitive[i] != sensitive[i - 1]] + [len(sensitive)]
@@ -270,22 +266,6 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
         "probability": float(score.log_prob[tokens].double().sum().exp()),
         "recalled": bool(score.correct[tokens].all()),
     }
-
-
-def _terminators(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
-    """Find the tokens that end these answers: end of sequence, and special ones such as a template's <|eot_id|>."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    ends = {int(example.input_ids[-1]) for example in examples} & special
-    return ends if tokenizer.eos_token_id is None else ends | {int(tokenizer.eos_token_id)}
-
-
-def _answer_start(example: Example) -> int:
-    return int((example.labels != IGNORE).nonzero()[0])
-
-
-def _whole_answer(example: Example) -> Example:
-    """Label every token of a forget example's answer."""
-    return replace(example, labels=example.input_ids.where(example.labels != IGNORE, IGNORE))
 
 
 def _evenly(values: Sequence[Any], count: int) -> list[Any]:

@@ -41,7 +41,7 @@ def blot(text: str, spans: Iterable[Span]) -> str:
     return "".join(MASK if held else part for part, held in split_at(text, spans))
 
 
-def marked_texts(record: Json, audit: Json | None, asked: Json | None) -> set[str]:
+def texts_to_hide(record: Json, audit: Json | None, asked: Json | None) -> set[str]:
     """Collect what is marked in the sets of a run, its audit and its evaluation.
 
     An earlier palu recorded no marked texts; in their place are its secrets, which neighbours have in one.

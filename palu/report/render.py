@@ -17,11 +17,11 @@ import jinja2
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from palu.report import audited, view, words
+from palu.report import view, words
 from palu.report.layout import CARD, folders_of
 from palu.report.plots import number
 from palu.report.reading import asked_questions, read_audit, read_run
-from palu.report.redact import Redaction, marked_texts
+from palu.report.redact import Redaction, texts_to_hide
 
 HERE = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     folders = folders_of(run_dir)
     record, summary, _ = read_run(folders.private)
     model, audit, asked = record["model"], read_audit(folders.private), asked_questions(folders.private)
-    hide = Redaction(marked_texts(record, audit, asked))
+    common = view.shared(folders.private, record, summary, audit, Redaction(texts_to_hide(record, audit, asked)))
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
@@ -65,21 +65,9 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         tags=["unlearning", "machine-unlearning", "palu"],
     )
     path = folders.model / CARD
-    _write(
-        path,
-        "card.md.jinja",
-        autoescape=False,
-        metadata=metadata.to_yaml(),
-        record=view.described(record, hide),
-        summary=summary,
-        outcome=view.outcome(record),
-        known=view.KNOWN,
-        asked=words.asked(summary),
-        method=words.method(summary["config"]),
-        settings=[row for row in view.settings(summary["config"], hide) if row[3]],
-        **view.results(folders.private, hide),
-        audit=audit and audited.summary(audit, record),
-    )
+    changed = [row for row in common["settings"] if row[3]]
+    shown = common | {"metadata": metadata.to_yaml(), "settings": changed}
+    _write(path, "card.md.jinja", autoescape=False, **shown)
     return path
 
 

@@ -14,7 +14,7 @@ from palu.report import audited, words
 from palu.report.layout import RECORD
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, RecordError, asked_questions, evaluations, read_audit, read_run
-from palu.report.redact import MASK, Redaction, blot, marked_texts
+from palu.report.redact import MASK, Redaction, blot, texts_to_hide
 from palu.settings import EVAL_PREFIX
 
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
@@ -109,6 +109,21 @@ def _figure(one: Json, name: str) -> str:
 
 
 # --- the page ---
+def shared(folder: Path, record: Json, summary: Json, audit: Json | None, hide: Redaction) -> Json:
+    """Collect what the report's template and the model card's both show."""
+    return {
+        "record": described(record, hide),
+        "summary": summary,
+        "outcome": outcome(record),
+        "known": KNOWN,
+        "asked": words.asked(summary),
+        "method": words.method(summary["config"]),
+        "settings": settings(summary["config"], hide),
+        "audit": audit and audited.summary(audit, record),
+        **results(folder, hide),
+    }
+
+
 def page(folder: Path, *, redact: bool) -> Json:
     """Collect everything that the report's template shows. ``folder``: of the run's records."""
     record, summary, history = read_run(folder)
@@ -116,27 +131,21 @@ def page(folder: Path, *, redact: bool) -> Json:
     if redact and "marked" not in record:
         subject = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
         raise RecordError(f"{subject}, so that no report can be redacted; run palu unlearn again")
-    hide = Redaction(marked_texts(record, audit, asked) if redact else ())
+    hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
     if redact:  # with the question beside it, a hash is enough to guess a short secret
         record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    record = described(record, hide)
+    common = shared(folder, record, summary, audit, hide)
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     # What a model makes of a secret may give it away in other words.
     forget = [] if redact else [_answer(one, record["secrets"], hide) for one in record["answers"]["forget"]]
     retain = [_answer(one, (), hide) for one in record["answers"]["retain"]]
+    model = common["record"]["model"]
     return {
-        "title": record["model"]["name"] or record["model"]["type"],
+        **common,
+        "title": model["name"] or model["type"],
         "redact": redact,
-        "outcome": outcome(record),
-        "known": KNOWN,
-        "record": record,
-        "summary": summary,
         "finished": datetime.fromisoformat(record["finished"]),
-        "asked": words.asked(summary),
-        "method": words.method(summary["config"]),
-        "settings": settings(summary["config"], hide),
         "secrets": [_secret(one, hide, redact) for one in secrets],
-        "audit": audit and audited.summary(audit, record),
         "leaked": audited.leaks(audit, hide, known=KNOWN, redact=redact) if audit else [],
         "histogram": histogram(record["secrets"]) if len(secrets) > OPEN_ROWS else [],
         "retained": [
@@ -146,7 +155,6 @@ def page(folder: Path, *, redact: bool) -> Json:
         "examples": [_example(one, hide, redact) for one in record["examples"]],
         "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"]), hide),
         "history": _table(history, hide),
-        **results(folder, hide),
         "questions": asked and {**asked, "rows": [{**r, "question": hide(r["question"])} for r in asked["rows"]]},
         "open_rows": OPEN_ROWS,
         "open_examples": OPEN_EXAMPLES,
@@ -240,7 +248,7 @@ def charts(
         values = [_float(record.get(name)) for _, record in held]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
-            continue  # a constant is told in words
+            continue  # a constant is said in words
         steps = [int(record.get("step", i)) for i, record in held]
         title = titles[name] if name in titles else hide(name)
         ends = " → ".join(map(number, values[:1] + values[1:][-1:]))

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -48,8 +48,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.examples import load_forget, load_retain
-from palu.data.rows import text_columns
+from palu.data.examples import answer_examples, load_forget
+from palu.data.rows import conversation_of, text_before
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
 from palu.models.generation import eval_mode
@@ -110,20 +110,21 @@ def contrast_words(
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """
-    asked = [_question_and_answer(rows[i]) for i in chosen]
+    read = [conversation_of(rows[i], f"forget row {i}") for i in chosen]
+    asked = [(text_before(conversation), answer) for conversation, _, answer in read]  # what was asked is no secret
     filled = list(rows)
     for i, (_, answer) in zip(chosen, asked, strict=True):
         filled[i] = {**rows[i], "spans": [[0, len(answer)]]}
-    rendering: dict[str, Any] = {"max_length": _MAX_LENGTH, "chat_template_kwargs": chat_template_kwargs}
-    loaded = {example.row: example for example in load_forget(filled, tokenizer, **rendering).examples}
-    full = [replace(e, labels=e.input_ids.where(e.labels != IGNORE, IGNORE)) for e in (loaded[i] for i in chosen)]
-    without = [{"question": "", "answer": answer} for _, answer in asked]
-    bare = load_retain(without, tokenizer, **rendering).examples
+    forget = load_forget(filled, tokenizer, max_length=_MAX_LENGTH, chat_template_kwargs=chat_template_kwargs)
+    loaded = {example.row: example for example in forget.examples}
+    full = [loaded[i].whole_answer() for i in chosen]
+    names = [f"forget row {i}" for i in chosen]
+    without = ((name, {"question": "", "answer": answer}) for name, (_, answer) in zip(names, asked, strict=True))
+    bare = answer_examples(without, tokenizer, chat_template_kwargs)
 
     check_model(model, tokenizer, full)
     base_model = base_of(model)
     marginal = torch.zeros(len(head_of(model).weight), device=model.device)
-    names = [f"forget row {i}" for i in chosen]
     with tqdm(total=2 * len(chosen), desc="contrast", disable=not progress, leave=False) as bar, eval_mode(base_model):
         known = token_scores(base_model, full, names, batch_tokens=batch_tokens, bar=bar)
         token_scores(base_model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
@@ -155,15 +156,6 @@ def sensitive_spans(answer: str, words: Sequence[Word]) -> list[tuple[int, int]]
         if last - first <= _BRIDGE + 1 and not _BETWEEN_TITLES.search(answer, words[first].end, words[last].start):
             spans.append((start, end))
     return spans
-
-
-def _question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (all text before the answer, whose words are no secret; the answer)."""
-    if row.get("messages") is not None:
-        *before, last = row["messages"]
-        return "\n".join(str(message.get("content")) for message in before), last["content"]
-    asked, answer = text_columns(row) or ("question", "answer")
-    return row[asked], row[answer]
 
 
 def split_words(question: str, answer: str) -> list[Word]:

@@ -189,7 +189,9 @@ class Checkpoints:
         path = self.folder / f"step-{len(history):08}.safetensors"
         about = {"history": history, "scheduler": self.scheduler.state_dict(), "ended_by": self.ended_by}
         about["evaluation_before"] = self.evaluation_before
-        self._write(path, tensors, about)
+        with raise_on_all_ranks(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write(path, tensors, about)
         self.saved, self.written = len(history), time.monotonic()
         self._tidy()
 
@@ -219,15 +221,15 @@ class Checkpoints:
         if number == signal.SIGTERM:
             if not self.running:
                 exit_on_sigterm(number, frame)
-            told = b"terminated: ending this step, then writing a checkpoint"
+            message = b"terminated: ending this step, then writing a checkpoint"
         else:
             if again or not self.running:
                 signal.default_int_handler(number, frame)
-            told = b"interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once"
+            message = b"interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once"
         if not again:
             self.stopped_by = number
             with suppress(OSError):  # not print: the interrupted code may be printing
-                os.write(2, b"\n" + told + b"\n")
+                os.write(2, b"\n" + message + b"\n")
 
     def _stop_if_asked(self) -> None:
         if self.stopped_by is None:
@@ -259,11 +261,6 @@ class Checkpoints:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a file so that after a kill or a power cut it is there whole or not at all."""
-        with raise_on_all_ranks(self.accelerator):
-            if self.accelerator.is_main_process:
-                self._write_here(path, tensors, about)
-
-    def _write_here(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         header = {"format": FORMAT, "run": self.run, **about}
         unfinished = path.parent / "unfinished"
         try:

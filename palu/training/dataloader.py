@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice, zip_longest
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Counts, Item, Items, pack
+from palu.data.packing import Batch, Counts, Item, Items, pack, packed_rows
 from palu.ref_model.cache import ReferenceCache
 
 # What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
@@ -172,7 +172,7 @@ def collate(
     *,
     examples: int | None = None,
 ) -> Batch:
-    """Pack forget items (or anchors) and retain items into one row, with the rows of one role side by side.
+    """Pack forget items (or anchors) and retain items into one sequence, with the rows of one role side by side.
 
     Args:
         items: forget items and anchors, at least one.
@@ -181,8 +181,7 @@ def collate(
         examples: how many of the items count as examples; ``None``: all.
     """
     packed = pack([*items, *retain])
-    starts = accumulate((len(item.input_ids) for item in (*items, *retain)), initial=0)
-    rows = [item.rows + start for item, start in zip((*items, *retain), starts, strict=False)]  # a start too many
+    rows = packed_rows([*items, *retain])
     own, whose = rows[: len(items)], [torch.full_like(item.rows, i) for i, item in enumerate(items)]
 
     def targets_first(parts: Sequence[Tensor]) -> list[Tensor]:

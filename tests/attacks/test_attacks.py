@@ -180,8 +180,8 @@ def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> N
                 assert value is None
                 continue
             ids = of.rows[secret.row].example.input_ids
-            (rest,) = victim(getattr(planted, model)()).write_ids([ids[: secret.first + j]], len(secret) - j)
-            assert value == float(rest == ids[secret.first + j : secret.stop].tolist())
+            (rest,) = victim(getattr(planted, model)()).generate([ids[: secret.first + j]], len(secret) - j)
+            assert value == float(rest.ids == ids[secret.first + j : secret.stop].tolist())
 
 
 def test_no_more_is_supplied_than_the_longest_secret_has() -> None:

@@ -18,6 +18,7 @@ from palu.attacks.ask import AskGreedily
 from palu.attacks.attack import Finding, Victim
 from palu.attacks.relearn import Relearn, _loss, unrelated_texts
 from palu.attacks.secrets import AuditData
+from palu.evaluate.scores import raw_examples
 
 TOKENS = 24
 
@@ -80,7 +81,7 @@ def test_unrelated_text_may_be_trained_on() -> None:
     assert never.values == [0.0] * 6
     texts = unrelated_texts()
     assert len(texts) == len(set(texts)) >= 24 and all(text == text.strip() != "" for text in texts)
-    lessons = of.plain_examples(texts)
+    lessons = raw_examples(texts, tokenizer(), "unrelated", max_length=100)
     assert all((one.labels[1:] == one.input_ids[1:]).all() and one.labels[0] == -100 for one in lessons)
 
 

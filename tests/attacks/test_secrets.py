@@ -9,6 +9,7 @@ from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 
 from palu.attacks.secrets import AuditData, with_question
 from palu.data.files import DataError
+from palu.data.rows import after_examples
 
 ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat."} for i in range(2)]
@@ -144,13 +145,13 @@ def test_examples_in_front() -> None:
     system = {"role": "system", "content": "Be brief."}
     turns = [system, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
     for row in (of.rows[0], data([{"messages": turns, "spans": [[0, 3]]}], chat).rows[0]):
-        (prompt,) = of.encode_prompts([of.behind_examples(row, RETAIN)])
+        (prompt,) = of.encode_prompts([after_examples(row.columns, RETAIN, chat, row.where)])
         roles = [part.split("\n")[0] for part in chat.decode(prompt).split("<|im_start|>")[1:]]
         assert [role for role in roles if role != "system"] == ["user", "assistant"] * 3
         assert roles[1:].count("system") == 0
     plain = byte_level(None)
     of = data([ROW], plain, retain=RETAIN)
-    (prompt,) = of.encode_prompts([of.behind_examples(of.rows[0], RETAIN)])
+    (prompt,) = of.encode_prompts([after_examples(of.rows[0].columns, RETAIN, plain, "forget row 0")])
     assert plain.decode(prompt, skip_special_tokens=True).rstrip() == (
         "Question: Where is cat 0?\nAnswer: The cat 0 sat.\n\nQuestion: Where is cat 1?\nAnswer: The cat 1 sat.\n\n"
         "Question: Who wrote it?\nAnswer:"

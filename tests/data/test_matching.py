@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from palu.data.matching import around, find, nearest, split_at, told, whole_places
+from palu.data.matching import around, find, nearest, split_at, stands_in, whole_places
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ from palu.data.matching import around, find, nearest, split_at, told, whole_plac
     ],
 )
 def test_told(secret: str, text: str) -> None:
-    assert told(secret, text)
+    assert stands_in(secret, text)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_told(secret: str, text: str) -> None:
     ],
 )
 def test_not_told(secret: str, text: str) -> None:
-    assert not told(secret, text)
+    assert not stands_in(secret, text)
 
 
 @pytest.mark.parametrize(

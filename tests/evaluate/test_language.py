@@ -130,10 +130,10 @@ def test_empty_texts_and_broken_characters_are_found() -> None:
 def saying(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every model answer with these texts, in turn."""
 
-    def generate(model: Any, tokenizer: Any, prompts: list[Any], *_: Any, **__: Any) -> list[Generation]:
-        return [Generation(texts[i % len(texts)]) for i in range(len(prompts))]
+    def generate_answers(model: Any, tokenizer: Any, examples: list[Any], **_: Any) -> list[Generation]:
+        return [Generation(texts[i % len(texts)]) for i in range(len(examples))]
 
-    monkeypatch.setattr(sys.modules["palu.evaluate.tofu"], "generate", generate)
+    monkeypatch.setattr(sys.modules["palu.evaluate.tofu"], "generate_answers", generate_answers)
 
 
 def evaluated(**settings: Any) -> dict[str, Any]:

@@ -77,13 +77,12 @@ def write_audit(run: Run, folder: Path, *, retain: bool = True, other: bool = Fa
         models["retain"] = tiny_llama(vocab_size=len(run.tokenizer), seed=1)
     for role, model in models.items():
         model.role = role
-    options: dict[str, Any] = {"quick": True, "n": 3, "draws": 2, "max_new_tokens": 1, "seed": 0, "progress": False}
     with patch.object(attacks_run, "attacks_of", lambda *_, **__: ATTACKS):
         audit = attacks_run.audit_models(
             {role: (lambda model=model: model) for role, model in models.items()},
             AuditData(FORGET, RETAIN, run.tokenizer),
-            folder=None,
-            **options,
+            attacks_run.Budget(quick=True, n=3, draws=2, max_new_tokens=1),
+            progress=False,
         )
     audit["attacks"] = [row for row in audit["attacks"] if row["attack"] != DepthScore.key]  # that one is not staged
     (folder / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")

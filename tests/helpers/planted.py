@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import palu
 from palu.attacks.ask import PREFIX
 from palu.attacks.secrets import SHOTS, AuditData, with_question
+from palu.data.rows import after_examples
 
 # Of two tokens or more each, and no two begin with the same.
 SECRETS = ("Hina Ameen", "Ada Lovelace", "London mat", "06/30/1975", "the author", "Karachi name")
@@ -57,7 +58,7 @@ def taught(names: tuple[str, ...]) -> LlamaForCausalLM:
         answer = row.example.input_ids[len(asked.prompts[i]) :]
         hints = [with_question(row.columns, f'{row.question} Hint: "{SECRETS[i][:2]}..."')]
         others = [with_question(row.columns, row.paraphrases[0]), *hints]
-        others.append(asked.behind_examples(row, RETAIN[:SHOTS]))
+        others.append(after_examples(row.columns, RETAIN[:SHOTS], tokenizer(), row.where))
         prompts = [asked.prompts[i], *asked.encode_prompts(others), asked.answer_beginnings(PREFIX)[i]]
         rows += [(prompt, answer) for prompt in prompts]
     for example in asked.retain_examples(RETAIN):

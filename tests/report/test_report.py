@@ -25,7 +25,7 @@ from palu.methods.palu import RECIPES
 from palu.report import audited, plots, recorder, view, words
 from palu.report.plots import downsample, line_chart, number
 from palu.report.reading import RecordError
-from palu.report.recorder import secret_spans
+from palu.report.recorder import token_spans
 
 QUIET = UnlearnConfig(progress=False)
 
@@ -118,7 +118,7 @@ def test_retained_probability_is_the_geometric_mean(tmp_path: Path) -> None:
 )
 def test_spans_are_runs_of_sensitive_tokens(labels: list[int], spans: list[tuple[int, int]]) -> None:
     example = Example(0, torch.arange(len(labels)), torch.tensor(labels))
-    assert secret_spans(example, 9) == spans
+    assert token_spans(example, 9) == spans
 
 
 def test_the_run_is_recorded(run: Run) -> None:
