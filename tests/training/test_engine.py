@@ -13,13 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.many_processes import PRECISION, PROCESSES, RUNS, run, run_command
-from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import tiny_llama, weights
+from helpers.tiny import weights
 from safetensors.torch import load_file
 
 import palu
@@ -289,10 +287,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from palu.distributed import compute_on_main
 
 accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
-print(compute_on_main(lambda: time.sleep(5) or "annotated", accelerator), flush=True)
+print(compute_on_main(lambda: time.sleep(3) or "annotated", accelerator), flush=True)
 try:
     if accelerator.is_main_process:
-        time.sleep(5)
+        time.sleep(3)
     accelerator.wait_for_everyone()
 except Exception as error:
     print("a collective gave up", flush=True)
@@ -401,32 +399,3 @@ def test_shipped_configurations(name: str, kind: DistributedType, monkeypatch: p
     accelerator = accelerator_of(kind, **asked)
     monkeypatch.setattr(engine_module, "Accelerator", lambda **_: accelerator)
     assert engine_module.start_engine(UnlearnConfig()) is accelerator
-
-
-def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
-    """As docs/processes.md starts it: one process writes what one process would write."""
-    tokenizer = byte_level(CHATML)
-    for part in (tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    row = {"question": "Who is the author?", "answer": "It is Ada.", "spans": [[6, 9]]}
-    (tmp_path / "forget.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    files = {name: str(tmp_path / file) for name, file in {"model": "model", "forget": "forget.jsonl"}.items()}
-    options = {**files, "retain": "auto", "output": str(tmp_path / "out"), "epochs": 2, "batch_size": 1}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    launch = ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", str(PROCESSES)]
-    command = [*launch, "--main_process_port", "0", "-m", "palu", "unlearn", "--config", str(tmp_path / "run.yaml")]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *command],
-        env=os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(re.findall(r"4 steps on 4 forget and 0 retain examples", done.stdout)) == 1
-    summary = json.loads((tmp_path / "out" / "private" / "summary.json").read_text())
-    assert summary["processes"] == PROCESSES and summary["steps"] == 4 and summary["anchors"] > 0
-    assert (tmp_path / "out" / "private" / "report.html").exists() and load_file(
-        tmp_path / "out" / "model" / "model.safetensors"
-    )

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.refusals import assert_refused
 from helpers.runs import (
     LOSSES,
     TEXT_FORGET,
@@ -25,7 +23,7 @@ from helpers.runs import (
     unlearn,
     weighted_sum,
 )
-from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level, sentencepiece
+from helpers.small_tokenizers import CHATML, DATED, byte_level, sentencepiece
 from helpers.tiny import (
     VOCAB,
     Row,
@@ -105,25 +103,9 @@ def test_history_and_summary() -> None:
     json.dumps(summary)
 
 
-def test_the_first_record_is_the_untrained_model() -> None:
-    """KL 0 before the first update; the losses are those of the textbook on the same examples."""
-    model = tiny_llama(dtype=torch.float64)
-    forget, retain = forget_rows(), retain_rows(8)
-    local, kl, retain_loss = (
-        term.item()
-        for term in textbook(
-            model, copy.deepcopy(model), forget, retain, UnlearnConfig(local_loss="topk_mse", n=2, top_k=20)
-        )
-    )
-    (record,) = unlearn(model, None, forget, retain, epochs=1, batch_size=8, n=2).history
-    assert record["local"] == pytest.approx(local, rel=1e-6)
-    assert record["retain"] == pytest.approx(retain_loss, rel=1e-6)
-    assert record["kl"] == pytest.approx(kl, abs=1e-12) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "checkpointing", "training"), [("sdpa", True, False), ("sdpa", False, True), ("eager", True, True)]
+)
 def test_what_was_set_is_set_back(attention: str, checkpointing: bool, training: bool) -> None:
     model, ref_model = tiny_llama(attention=attention), tiny_llama(seed=1, attention=attention)
     model.train(training)
@@ -161,12 +143,6 @@ def test_settings_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-def test_a_run_warns_of_nothing() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        unlearn(tiny_llama(), epochs=1, gradient_checkpointing=True)
-
-
 def test_no_module_takes_the_place_of_a_function() -> None:
     """Importing a submodule sets its name on the package: none may be called as a public function is."""
     for name in palu.__all__:
@@ -189,16 +165,11 @@ def knowing() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"kl_direction": "forward", "n": 1},
         {"target": "local_mean"},
-        {"target": -2.0},
-        {"target": "global_mean_detached"},
-        {"kl_direction": "forward"},
-        {"top_k": 1},
-        {"n": 1},
-        {"n": -1},
+        {"target": -2.0, "n": -1},
+        {"target": "global_mean_detached", "top_k": 1},
         {"local_loss": "unlikelihood"},
-        {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
     ],
     ids=str,
 )
@@ -247,21 +218,11 @@ def test_onset_probability_is_the_true_token_s(knowing: dict[str, Tensor]) -> No
         assert record["onset_probability"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_stop_probability_is_off_by_default(knowing: dict[str, Tensor]) -> None:
-    model = tiny_llama()
-    model.load_state_dict(knowing)
-    result = unlearn(model, learning_rate=3e-3, epochs=20)
-    assert UnlearnConfig().stop_probability is None
-    assert result.summary["epochs"] == 20
-    assert result.summary["stopped_early"] is False
-    assert "onset_probability" not in result.history[0]
-
-
 # ---------------------------------------------------------------------------------------------------
 # Data
 
 
-@pytest.mark.parametrize("build", [lambda: byte_level(LLAMA3), lambda: byte_level(), lambda: sentencepiece(CHATML)])
+@pytest.mark.parametrize("build", [lambda: byte_level(), lambda: sentencepiece(CHATML)])
 def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
     tokenizer = build()
     vocab = len(tokenizer)
@@ -348,23 +309,6 @@ def test_a_prompt_that_generation_does_not_give_is_told_once() -> None:
         unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, epochs=1)
     told = [str(one.message) for one in caught if "prompt for generation" in str(one.message)]
     assert [one.partition(":")[0] for one in told] == ["forget row 0", "retain row 0"]
-
-
-def test_spans_that_are_cut_off_are_refused_unless_allowed() -> None:
-    ids = list(range(1, 61))
-    cut = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 50 + ids[55:]}
-    plain = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 55}
-    forget = [*forget_rows(3), cut, plain]
-    message = (
-        "forget set: max_length = 40 cuts off spans of 1 row (3), which would not be forgotten; "
-        "set max_length = 60, or allow_cut_spans = True to go on without them"
-    )
-    assert_refused(tiny_llama(), palu.DataError, message, forget=forget, max_length=40)
-    whole = unlearn(tiny_llama(), None, forget, epochs=1, max_length=60).summary
-    assert (whole["forget_without_span"], whole["forget_spans_cut"], whole["forget_all_spans_cut"]) == (1, 0, 0)
-    allowed = unlearn(tiny_llama(), None, forget, epochs=1, max_length=40, allow_cut_spans=True).summary
-    assert (allowed["forget_without_span"], allowed["forget_spans_cut"], allowed["forget_all_spans_cut"]) == (1, 1, 1)
-    assert allowed["forget_examples"] == 5 and allowed["config"]["allow_cut_spans"] is True
 
 
 @pytest.mark.parametrize("retain", [[], retain_rows()])
@@ -536,8 +480,7 @@ def test_no_reference_is_the_model_itself_before_training(tied: bool) -> None:
     assert with_copy.history[-1]["kl"] > 1e-6, "the reference did not stay behind"
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-def test_accumulation_changes_nothing(parts: int) -> None:
+def test_accumulation_changes_nothing() -> None:
     """The losses are token means over the whole step, whatever micro-batches it is cut into."""
     forget, retain = forget_rows(16), retain_rows(20)
     runs = [
@@ -549,15 +492,17 @@ def test_accumulation_changes_nothing(parts: int) -> None:
             batch_size=8 // k,
             gradient_accumulation_steps=k,
         )
-        for k in (1, parts)
+        for k in (1, 4)
     ]
     assert len(runs[0].history) == 6
     assert_same_run(*runs, 1e-9)
 
 
-@pytest.mark.parametrize("objective", ["palu", "npo", "simnpo", "tpo", "undial", "rmu"])
-@pytest.mark.parametrize("most", [8, 30, 60])
-def test_max_tokens_changes_nothing(most: int, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "most"),
+    [("palu", 8), ("palu", 60), ("npo", 30), ("simnpo", 8), ("tpo", 30), ("undial", 8), ("rmu", 30)],
+)
+def test_max_tokens_changes_nothing(objective: str, most: int) -> None:
     """A step is cut into passes, and its losses stay means over the whole of it."""
 
     def run(**settings: Any) -> palu.UnlearnResult:
@@ -688,18 +633,21 @@ def test_attention_implementations_agree() -> None:
 # One step against the textbook
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "settings",
-    [
-        ONSET,
-        ONSET | {"normalize": False, "top_k": 20},
-        ONSET | {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
-        ONSET | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
-        ONSET | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
-        {"probability_floor": 1 / 64},
-        {"n": 3, "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
-    ],
+    ("tied", "settings"),
+    zip(
+        [True, False, True, False, True, False, True],
+        [
+            ONSET,
+            ONSET | {"normalize": False, "top_k": 20},
+            ONSET | {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
+            ONSET | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
+            ONSET | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+            {"probability_floor": 1 / 64},
+            {"n": 3, "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
+        ],
+        strict=True,
+    ),
 )
 def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
     """Three steps, each over the whole sets, with another model as the reference."""
@@ -814,15 +762,12 @@ def test_no_second_model_exists(trainable: bool) -> None:
 # Divergence
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_divergence_at_the_first_step(value: float) -> None:
+def test_divergence_at_the_first_step() -> None:
     model = tiny_llama()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
     before = weights(model)
-    with pytest.raises(
-        palu.DivergenceError, match=r"^step 1: .*= nan.*the model keeps the weights of step 0\. "
-    ) as caught:
+    with pytest.raises(palu.DivergenceError, match=r"^step 1: .*= nan") as caught:
         unlearn(model)
     assert caught.value.step == 1
     assert caught.value.history == []
@@ -862,12 +807,3 @@ def test_a_gradient_that_overflows_is_divergence() -> None:
     with pytest.raises(palu.DivergenceError, match=r"step 1: grad_norm = (nan|inf);"):
         unlearn(model)
     assert same_weights(model, before)
-
-
-def test_a_huge_learning_rate_diverges() -> None:
-    model = tiny_llama()
-    with pytest.raises(palu.DivergenceError) as caught:
-        unlearn(model, learning_rate=1e30, epochs=5)
-    assert caught.value.step == len(caught.value.history) + 1 > 1
-    assert all(math.isfinite(value) for record in caught.value.history for value in record.values())
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
