@@ -109,9 +109,7 @@ def prompt(name: str, example: Example) -> str:
     return str(tokenizer(name).decode(example.input_ids[example.labels == IGNORE]))
 
 
-# --- roles -----------------------------------------------------------------------------------------
-
-
+# --- roles ---
 def test_plain_byte_level_row_token_by_token() -> None:
     (example,) = forget("byte", row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
     assert example.input_ids.dtype == example.labels.dtype == torch.int64
@@ -178,12 +176,7 @@ def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
 
 def test_template_that_strips_the_answer_shifts_its_spans() -> None:
     (example,) = forget("byte, Llama 3", row(" \n Ada Lovelace  ", "\n Ada"))
-    assert roles("byte, Llama 3", example) == [
-        ("A", "S"),
-        ("da", "S"),
-        ("ĠLovelace", "o"),
-        ("<|eot_id|>", "o"),
-    ]
+    assert roles("byte, Llama 3", example) == [("A", "S"), ("da", "S"), ("ĠLovelace", "o"), ("<|eot_id|>", "o")]
     (kept,) = forget("byte, ChatML", row(" Ada Lovelace  ", "Ada"))
     assert roles("byte, ChatML", kept) == [
         ("ĠAda", "S"), ("ĠLovelace", "o"), ("Ġ", "o"), ("Ġ", "o"), ("<|im_end|>", "o"),
@@ -217,33 +210,6 @@ def test_messages_and_prompt_completion() -> None:
     # A datasets.Dataset fills the columns a row lacks with None.
     (mixed,) = forget("byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
     assert torch.equal(mixed.labels, plain.labels)
-
-
-def test_blanks_within_a_span_belong_to_it() -> None:
-    """Llama 3 splits " 30" into " " and "30": still one span, with one onset."""
-    for name in ("byte", "byte, trimmed"):
-        (example,) = forget(name, row("On June 30, 1975.", "June 30, 1975"))
-        found = "".join(role for _, role in roles(name, example))
-        assert found.strip("o") == "S" * found.count("S")
-        assert ("Ġ", "S") in roles(name, example)
-
-
-def test_characters_of_several_bytes() -> None:
-    (example,) = forget("byte", row("東京 😀.", "京"))
-    # One token holds the last byte of 東 and the first two of 京: it overlaps the span.
-    assert roles("byte", example) == [
-        ("Ġ", "o"), ("æĿ", "o"), ("±äº", "S"), ("¬", "S"), ("Ġ", "o"), ("ðŁĺ", "o"), ("Ģ", "o"), (".", "o"),
-        ("<|end_of_text|>", "o"),
-    ][1:]  # fmt: skip
-    (example,) = forget("sp", row("x 🦙 y", "🦙"))
-    assert [piece for piece, role in roles("sp", example) if role == "S"] == [
-        "<0xF0>",
-        "<0x9F>",
-        "<0xA6>",
-        "<0x99>",
-    ]
-    (example,) = forget("byte", row("cafe\u0301 x", "\u0301"))
-    assert [piece for piece, role in roles("byte", example) if role == "S"] == ["Ì", "ģ"]
 
 
 def test_normalizer_that_joins_characters() -> None:
@@ -309,12 +275,7 @@ def test_special_tokens_that_swallow_blanks_stay_out_of_the_answer() -> None:
 
     greedy = small.byte_level(small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{"))
     greedy.add_special_tokens(
-        {
-            "additional_special_tokens": [
-                AddedToken("<|go|>", rstrip=True),
-                AddedToken("<|im_end|>", lstrip=True),
-            ]
-        }
+        {"additional_special_tokens": [AddedToken("<|go|>", rstrip=True), AddedToken("<|im_end|>", lstrip=True)]}
     )
     (example,) = load_forget([row("  Ada x  ", "Ada")], greedy, max_length=99).examples
     answer = example.input_ids[example.labels != IGNORE].tolist()
@@ -378,10 +339,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
         at.append(at[-1] + len(char.encode()))
     wanted: set[int] = set()
     for a, b in spans:
-        first_char, last_char = (
-            a + len(answer[a:b]) - len(answer[a:b].lstrip()),
-            a + len(answer[a:b].rstrip()),
-        )
+        first_char, last_char = (a + len(answer[a:b]) - len(answer[a:b].lstrip()), a + len(answer[a:b].rstrip()))
         wanted |= set(range(at[first_char + shift], at[last_char + shift]))
     # A piece of a character stands for the whole of it, as offsets do.
     whole = [
@@ -400,8 +358,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
             assert label == (token if wanted & set(range(*whole[i])) else ORDINARY), (text, i)
 
 
-# --- sources ---------------------------------------------------------------------------------------
-
+# --- sources ---
 ROWS = [row("Ada Lovelace.", "Ada"), row("In London.", "London"), row("Yes.")]
 
 
@@ -535,9 +492,7 @@ def test_empty_retain_set_is_returned() -> None:
     assert (list(loaded.examples), loaded.skipped, loaded.without_span) == ([], 0, 0)
 
 
-# --- chat templates --------------------------------------------------------------------------------
-
-
+# --- chat templates ---
 def same_as(one: Example, other: Example) -> bool:
     assert one.offsets is not None and other.offsets is not None
     pairs = ((one.input_ids, other.input_ids), (one.labels, other.labels), (one.offsets, other.offsets))
@@ -647,9 +602,7 @@ def test_a_rendered_prompt_gets_no_second_bos(name: str) -> None:
     assert one.input_ids[0] == two.input_ids[0] == tok.bos_token_id and two.input_ids[-1] == tok.eos_token_id
 
 
-# --- complaints ------------------------------------------------------------------------------------
-
-
+# --- complaints ---
 @pytest.mark.parametrize(
     "template", ["{{ messages[0].content }}", "{{ messages[1].content }} {{ messages[1].content }}"]
 )
@@ -676,8 +629,7 @@ IDS = [1, 20, 21, 22]
 LABELS = [IGNORE, ORDINARY, 21, ORDINARY]
 
 
-# --- real data -------------------------------------------------------------------------------------
-
+# --- real data ---
 needs_tofu = pytest.mark.skipif(not (SHARED / "data" / "tofu").exists(), reason=f"no TOFU files in {SHARED}")
 
 

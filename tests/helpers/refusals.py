@@ -27,11 +27,7 @@ def assert_refused(
     retain = retain_rows() if retain is None else retain
     with pytest.raises(error) as caught:
         palu.unlearn(
-            model,
-            ref_model,
-            forget,
-            retain,
-            **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings,
+            model, ref_model, forget, retain, **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings
         )
     assert type(caught.value) is error
     assert str(caught.value).startswith(begins), caught.value

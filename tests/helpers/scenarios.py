@@ -113,8 +113,7 @@ SCENARIOS: dict[str, Scenario] = {
     "own head": Scenario(lambda: tiny_llama(tie_word_embeddings=False), {"kl_direction": "forward", "n": 1}),
     "frozen head": Scenario(frozen_head, {"lr_scheduler": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1}),
     "reference": Scenario(
-        settings={"lr_scheduler": "linear", "warmup_steps": 1, "seed": 5},
-        ref_model=lambda: tiny_llama(seed=1),
+        settings={"lr_scheduler": "linear", "warmup_steps": 1, "seed": 5}, ref_model=lambda: tiny_llama(seed=1)
     ),
     "accumulation": Scenario(
         settings={"batch_size": 1, "gradient_accumulation_steps": 3, "retain_batch_size": 2, "max_tokens": 20}
