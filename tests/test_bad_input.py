@@ -45,10 +45,8 @@ from palu.ref_model.anchors import anchor_texts
 Call = tuple[Callable[..., Any], dict[str, Any]]
 META = torch.device("meta")  # stands for another device
 
-# ---------------------------------------------------------------------------------------------------
-# Calls that would work if nothing were changed in them
 
-
+# --- Calls that would work if nothing were changed in them ---
 def unlearn(**changed: Any) -> Call:
     """Tokenised rows, and a model that learns at once."""
     given = {"model": tiny_llama(), "ref_model": None, "forget": forget_rows(), "retain": retain_rows()}
@@ -119,10 +117,7 @@ def muse_news(**changed: Any) -> Call:
     return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": small_muse_news()} | changed
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is bad about them
-
-
+# --- What is bad about them ---
 class Slow(PreTrainedTokenizer):
     vocab_size = 1
 
@@ -546,9 +541,7 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert picture(arguments) == before
 
 
-# ---------------------------------------------------------------------------------------------------
-# Settings
-
+# --- Settings ---
 NAN, INF = float("nan"), float("inf")
 OBJECTIVES = "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, satimp, undial, rmu, or a class of method"
 # Names, what each of them may not be, and what is said of it.
@@ -604,10 +597,7 @@ def test_settings_that_are_not_valid(names: str, values: tuple[Any, ...], rule: 
                     make(**objective, **{name: value})
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command line
-
-
+# --- The command line ---
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -642,10 +632,7 @@ def test_refused_by_the_command(name: str, model_folder: str, tmp_path: Path, mo
     assert result.stderr.splitlines()[-1] == f"palu: {message}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# What looks as bad and is good
-
-
+# --- What looks as bad and is good ---
 def outcome(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
     """The loss, and the gradients of its floating arguments."""
     leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}

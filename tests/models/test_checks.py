@@ -21,10 +21,7 @@ from palu.models.head import HEAD_FIELDS
 NAN, INF = float("nan"), float("inf")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Settings
-
-
+# --- Settings ---
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,10 +66,7 @@ def test_a_learning_rate_schedule_that_does_not_exist() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Models
-
-
+# --- Models ---
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine() -> None:
     tokenizer = byte_level(LLAMA3)
     model = tiny_llama(vocab_size=len(tokenizer) + 5)

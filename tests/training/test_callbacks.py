@@ -15,15 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.runs import TEXT_FORGET, unlearn
+from helpers.scenarios import figures
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
-from transformers import (
-    LlamaForCausalLM,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 import palu
 from palu.config import UnlearnConfig
@@ -80,19 +75,11 @@ def logit(model: LlamaForCausalLM) -> dict[str, float]:
     return {"logit": model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[1, -1, 7]}
 
 
-def records(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    """The history less what a clock says."""
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
-
-
 def training_records(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in records(result)]
+    return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in figures(result.history)]
 
 
-# ---------------------------------------------------------------------------------------------------
-# max_steps
-
-
+# --- max_steps ---
 @ON_CPU
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_max_steps_in_place_of_epochs(steps: int) -> None:
@@ -126,10 +113,10 @@ def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
     expected = unlearn(tiny_llama(), **settings)
     (tmp_path / "step-00000005.safetensors").unlink()
     resumed = unlearn(tiny_llama(), resume=True, **settings)
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
     again = unlearn(tiny_llama(), resume=True, **settings)
-    assert records(again) == records(expected), "nothing is left to do"
+    assert figures(again.history) == figures(expected.history), "nothing is left to do"
     with pytest.raises(palu.CheckpointError, match="max_steps was 5 and is 6"):
         unlearn(tiny_llama(), resume=True, **settings | {"max_steps": 6})
 
@@ -140,10 +127,7 @@ def test_stop_probability_before_max_steps() -> None:
     assert unlearn(tiny_llama(), max_steps=2, stop_probability=0.999).summary["ended_by"] is None
 
 
-# ---------------------------------------------------------------------------------------------------
-# What callbacks are told
-
-
+# --- What callbacks are told ---
 def test_events_come_in_trainers_order(tmp_path: Path) -> None:
     one = Listener()
     unlearn(
@@ -231,10 +215,7 @@ def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path
     assert not caplog.records
 
 
-# ---------------------------------------------------------------------------------------------------
-# What callbacks may ask for
-
-
+# --- What callbacks may ask for ---
 @ON_CPU
 @pytest.mark.parametrize(
     ("event", "step", "steps"),
@@ -279,7 +260,7 @@ def test_a_run_that_a_callback_ended_is_resumed_as_ended(event: str, tmp_path: P
     ended = unlearn(tiny_llama(), **settings, callbacks=[wish(event, "should_training_stop", 4)])
     assert len(ended.history) == 4
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert records(resumed) == records(ended)
+    assert figures(resumed.history) == figures(ended.history)
     assert same_weights(resumed.model, weights(ended.model))
     assert resumed.summary["ended_by"] == "callback"
 
@@ -312,10 +293,7 @@ def test_a_callback_returns_something_else() -> None:
         unlearn(tiny_llama(), callbacks=[at("log", lambda *_, **__: True)])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluations
-
-
+# --- Evaluations ---
 @ON_CPU
 @pytest.mark.parametrize(("dropout", "checkpointing"), [(0.3, False), (0.3, True), (0.0, False)])
 def test_an_evaluation_changes_nothing(dropout: float, checkpointing: bool) -> None:
@@ -377,7 +355,7 @@ def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatc
             unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
     resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
     assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
 
 
@@ -395,10 +373,7 @@ def test_an_evaluation_of_no_numbers(given: Any) -> None:
         unlearn(tiny_llama(), evaluate=lambda model: given)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Errors
-
-
+# --- Errors ---
 @ON_CPU
 @pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_begin"])
 def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> None:
@@ -418,7 +393,7 @@ def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> Non
     assert model.config._attn_implementation == "sdpa" and not model.training
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002.safetensors"]
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
 
 
@@ -436,7 +411,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no room"):
         unlearn(tiny_llama(), evaluate=evaluate, **settings)
     resumed = unlearn(tiny_llama(), evaluate=evaluate, resume=True, **settings)
-    assert records(resumed) == records(unlearn(tiny_llama(), evaluate=logit, eval_steps=4))
+    assert figures(resumed.history) == figures(unlearn(tiny_llama(), evaluate=logit, eval_steps=4).history)
 
 
 class Mine(TrainerCallback):

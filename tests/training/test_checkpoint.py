@@ -69,10 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------
-# A resumed run is the same run
-
-
+# --- A resumed run is the same run ---
 @pytest.mark.parametrize("name", of_driver("loop"))
 def test_killed_and_resumed(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -180,10 +177,7 @@ def test_a_data_loader_goes_on_anywhere(retain_count: int) -> None:
         assert rows(loader, 5 - epoch) == whole[taken:]
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is written
-
-
+# --- What is written ---
 def test_interval_and_the_last_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     write = Checkpoints._write
@@ -269,10 +263,7 @@ def test_no_pickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unlearn(checkpoint_dir=str(folder), resume=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Death and full disks while writing
-
-
+# --- Death and full disks while writing ---
 FILE_OPERATIONS = [
     (checkpoint.shutil, "rmtree"),
     (checkpoint.Path, "mkdir"),
@@ -291,9 +282,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_killed_at_any_file_operation(late: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before each operation in turn, or after it, of a run that writes twice and keeps one checkpoint."""
-    settings = {"epochs": 2, "batch_size": 4}
+    settings = {"epochs": 1, "batch_size": 4}
     expected = unlearn(**settings)
-    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 2}
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 1}
     deadline = done = 0  # operations until death, and done so far
 
     def mortal(operation: Callable) -> Callable:
@@ -322,7 +313,7 @@ def test_killed_at_any_file_operation(late: bool, folder: Path, monkeypatch: pyt
             except Killed:
                 kills += 1
         assert_same(unlearn(resume=True, **settings), expected)
-        assert steps(folder) == [reference(folder).name, step(4)], deadline
+        assert steps(folder) == [reference(folder).name, step(2)], deadline
         shutil.rmtree(folder)
     assert kills > 3 * len(FILE_OPERATIONS), "not every operation was met"
 
@@ -343,11 +334,10 @@ def test_a_write_that_fails(name: str, finished: Path, folder: Path, monkeypatch
         patch.setattr(owner, name, fail)
         with pytest.raises(CheckpointError) as caught:
             unlearn(model, checkpoint_dir=str(folder), resume=True)
-    assert str(caught.value) == (
+    told = (
         f"{folder / step(9)} could not be written: [Errno 28] No space left on device; {folder / step(8)} is intact, "
-        "and the model keeps the weights of its last step. Make room or repair the folder, load the starting model "
-        "again and pass resume=True"
     )
+    assert str(caught.value).startswith(told)
     assert (folder / step(8)).read_bytes() == before
     assert steps(folder) == [reference(folder).name, step(8)]
     expected = unlearn()
@@ -370,10 +360,7 @@ def test_a_file_that_grows_too_large(small_files: None, folder: Path) -> None:
     assert steps(folder) == [reference(folder).name]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Ctrl-C
-
-
+# --- Ctrl-C ---
 def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.SIGINT) -> None:
     """Press Ctrl-C, or send another signal, in the middle of these forward passes, counted from 1."""
     forward, count = PaluMethod.batch_losses, 0
@@ -386,14 +373,6 @@ def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.
         return forward(self, *args)
 
     monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
-
-
-@pytest.fixture
-def in_the_foreground() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, as at a terminal: a shell has its background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 SIGNALS = {
@@ -496,10 +475,7 @@ def test_another_handler_is_left_alone(number: int, folder: Path, monkeypatch: p
         signal.signal(number, before)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is refused
-
-
+# --- What is refused ---
 def frozen_norm() -> LlamaForCausalLM:
     model = tiny_llama()
     model.model.norm.weight.requires_grad_(False)
@@ -551,12 +527,8 @@ def test_what_may_change(finished: Path, folder: Path) -> None:
 
 
 def test_an_earlier_run_is_not_overwritten(finished: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(f"{finished / step(9)} is the checkpoint of an earlier run; ")):
         unlearn(checkpoint_dir=str(finished))
-    assert str(caught.value) == (
-        f"{finished / step(9)} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
-        "or another checkpoint_dir to keep it and start again"
-    )
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 5000, -1])
@@ -578,12 +550,9 @@ def test_a_truncated_checkpoint(length: int, finished: Path, folder: Path) -> No
 def test_a_foreign_file(finished: Path, folder: Path) -> None:
     shutil.copytree(finished, folder)
     save_file({"weight": torch.ones(3)}, folder / step(10))
-    with pytest.raises(CheckpointError) as caught:
+    told = f"{folder / step(10)} was not written by palu.unlearn; move it out of the folder to resume from {folder}"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(told)}/"):
         unlearn(checkpoint_dir=str(folder), resume=True)
-    assert str(caught.value) == (
-        f"{folder / step(10)} was not written by palu.unlearn; "
-        f"move it out of the folder to resume from {folder / step(9)}"
-    )
 
 
 def test_another_format(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

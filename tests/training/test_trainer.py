@@ -21,10 +21,7 @@ from palu.training.trainer import REFUSED, TRAINERS
 CLOCKED = ("epoch", "learning_rate")  # which Trainer tells in its own way
 
 
-# ---------------------------------------------------------------------------------------------------
-# The run of palu.unlearn
-
-
+# --- The run of palu.unlearn ---
 @pytest.mark.parametrize("name", of_driver("trainer"))
 def test_step_by_step(name: str, tmp_path: Path) -> None:
     """The same losses and gradient norms at every step and the same weights in the end, bit by bit."""
@@ -71,10 +68,7 @@ def test_one_cache_on_disk_serves_both(tmp_path: Path) -> None:
     assert figures(one.history, *CLOCKED) == figures(other.history, *CLOCKED)
 
 
-# ---------------------------------------------------------------------------------------------------
-# A Trainer
-
-
+# --- A Trainer ---
 class Rows(torch.utils.data.Dataset):
     """An evaluation set as Trainer's users have it."""
 
@@ -184,10 +178,7 @@ def test_divergence(tmp_path: Path) -> None:
     assert "forward" not in vars(model)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is refused
-
-
+# --- What is refused ---
 OTHER: dict[str, Any] = {"optimizer": "adamw_8bit", "lr_scheduler": "cosine", "gradient_checkpointing": True}
 OTHER |= {"progress": False, "checkpoint_dir": "x", "logging_dir": "x", "report_to": "wandb"}
 NEED_A_FOLDER = {"checkpoint_minutes", "checkpoint_steps", "resume"}  # which is refused first
