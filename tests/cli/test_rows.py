@@ -13,9 +13,6 @@ from helpers.planted import FORGET, RETAIN, SECRETS
 from helpers.small_tokenizers import byte_level
 from transformers import AutoModelForCausalLM
 
-from palu.ref_model.precompute import precompute_reference
-from palu.training import loop
-
 Rows = list[dict[str, Any]]
 
 
@@ -102,29 +99,6 @@ def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tm
     assert "'The capital of France isParis.'" in said[0]
 
 
-def test_answers_stand_after_another_prompt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the text of both is tokenised: a number and a word part from the blank before them in other ways."""
-    plain = byte_level()
-    plain.save_pretrained(tmp_path / "tokenizer")
-    texts = [("When was it?", "1843."), ("Who wrote it?", "The author.")]
-    rows = [{"question": question, "answer": answer, "secret": answer[:-1]} for question, answer in texts]
-    forget, retain = write_rows(tmp_path / "forget.jsonl", rows), write_rows(tmp_path / "retain.jsonl", RETAIN)
-    seen: list[str] = []
-
-    def recorded(reference: Any, items: Any, *others: Any, **named: Any) -> Any:
-        seen.extend(plain.decode(item.input_ids, skip_special_tokens=True) for item in items)
-        return precompute_reference(reference, items, *others, **named)
-
-    monkeypatch.setattr(loop, "precompute_reference", recorded)
-    given = [*arguments("unlearn", model, forget, retain, tmp_path / "out"), "--tokenizer", tmp_path / "tokenizer"]
-    given += ["--kl-prompt", "other"]
-    done(*given)
-    assert seen == ["Question: Who wrote it?\nAnswer: 1843.", "Question: When was it?\nAnswer: The author."]
-    write_rows(forget, rows[:1])
-    result = palu_command(*given, "--overwrite")
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("palu: kl_prompt = 'other': ")
-
-
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
 
 
@@ -204,10 +178,3 @@ def test_messages_in_two_columns_as_in_one(command: str, model: Path, tmp_path: 
         read = json.loads(found.read_text(encoding="utf-8"))
         results.append([read["secrets"], read.get("attacks")])
     assert results[0] == results[1]
-
-
-def test_the_audit_looks_for_secrets(model: Path, tmp_path: Path) -> None:
-    files = write_rows(tmp_path / "forget.jsonl", SECRET), write_rows(tmp_path / "retain.jsonl", RETAIN)
-    done(*arguments("audit", model, *files, tmp_path / "out"))
-    found = json.loads((tmp_path / "out" / "private" / "audit.json").read_text(encoding="utf-8"))
-    assert [secret["text"] for secret in found["secrets"]] == list(SECRETS)

@@ -174,15 +174,6 @@ def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
     assert with_answer(empty | forms[1], "Hina.") == empty | {"prompt": "Who?", "completion": "Hina."}
 
 
-def test_template_that_strips_the_answer_shifts_its_spans() -> None:
-    (example,) = forget("byte, Llama 3", row(" \n Ada Lovelace  ", "\n Ada"))
-    assert roles("byte, Llama 3", example) == [("A", "S"), ("da", "S"), ("ĠLovelace", "o"), ("<|eot_id|>", "o")]
-    (kept,) = forget("byte, ChatML", row(" Ada Lovelace  ", "Ada"))
-    assert roles("byte, ChatML", kept) == [
-        ("ĠAda", "S"), ("ĠLovelace", "o"), ("Ġ", "o"), ("Ġ", "o"), ("<|im_end|>", "o"),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
 def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
     (example,) = forget("byte, think", row(answer, answer))
@@ -191,25 +182,14 @@ def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
 
 
 def test_messages_and_prompt_completion() -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Who?"},
-        {"role": "assistant", "content": "Ada."},
-    ]
+    turns = {"system": "Be brief.", "user": "Who?", "assistant": "Ada."}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
     (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
     assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
-    asked = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
-    told = {"prompt": "Who?", "completion": "Ada.", "spans": [[0, 3]]}
-    first, second = forget("byte, ChatML", asked, told)
-    assert torch.equal(first.input_ids, second.input_ids)
-    assert torch.equal(first.labels, second.labels)
     (plain,) = forget("byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
     assert prompt("byte", plain) == "<|begin_of_text|>The cat"
     assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
-    # A datasets.Dataset fills the columns a row lacks with None.
-    (mixed,) = forget("byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
-    assert torch.equal(mixed.labels, plain.labels)
 
 
 def test_normalizer_that_joins_characters() -> None:

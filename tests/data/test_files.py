@@ -60,16 +60,10 @@ def test_every_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> No
     WRITERS[suffix](path, tokens)
     again = load_forget(path, None, max_length=99)
     assert [one.labels.tolist() for one in again.examples] == [one["labels"] for one in tokens]
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_messages(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"retain.{suffix}"
     rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]}]
     WRITERS[suffix](path, rows)
-    tokenizer = byte_level(CHATML)
-    (loaded,), (expected,) = (load_retain(s, tokenizer, max_length=99).examples for s in (path, rows))
-    assert loaded.labels.tolist() == expected.labels.tolist()
+    (ours,), (theirs,) = (load_retain(source, byte_level(CHATML), max_length=99).examples for source in (path, rows))
+    assert ours.labels.tolist() == theirs.labels.tolist()
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def band(length: int, window: int) -> Tensor:
     return (back >= 0) & (back < window)
 
 
-@pytest.mark.parametrize("window", [1, 3, 8, 12, 40])
+@pytest.mark.parametrize("window", [1, 8, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dtype, window: int) -> None:
     """Against a dense mask; some examples are longer than the window, some are not."""
@@ -176,7 +176,7 @@ def random_example(rng: random.Random, row: int) -> Example:
     return Example(row, torch.tensor(ids), torch.tensor(labels))
 
 
-@pytest.mark.parametrize("trial", range(30))
+@pytest.mark.parametrize("trial", range(12))
 def test_roles_of_forget_items(trial: int) -> None:
     rng = random.Random(trial)
     given = [random_example(rng, row) for row in range(6)]
@@ -435,7 +435,7 @@ def test_one_process_and_two_meet_the_same_examples_in_each_step() -> None:
 
 
 # --- Batches bounded in tokens ---
-@pytest.mark.parametrize("trial", range(20))
+@pytest.mark.parametrize("trial", range(12))
 def test_a_micro_batch_is_cut_into_parts_of_max_tokens(trial: int) -> None:
     rng = random.Random(trial)
     tokens, retain_tokens = ([rng.randint(1, 30) for _ in range(12)] for _ in range(2))
@@ -477,15 +477,6 @@ def test_processes_have_as_many_parts_as_each_other(accumulation: int, most: int
                 idle = not batch.counts.examples  # its one token is not counted
                 assert sum(batch.packed.sequence_lengths) - idle <= max(most, 6)
     assert (cuts > 0) == (most < 10**6)
-
-
-def test_a_cut_epoch_goes_on_where_it_was() -> None:
-    def steps(skipped: int) -> list[list[tuple[list[int], list[int]]]]:
-        source = loader(9, 4, batch_size=2, max_tokens=8)
-        source.skip(skipped)
-        return [[numbers(batch) for batch in step] for step in source]
-
-    assert steps(2) == steps(0)[2:]
 
 
 # --- Autocast ---

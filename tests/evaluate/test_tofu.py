@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-import palu
 from palu.data.examples import load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE, Example
@@ -479,10 +478,6 @@ def test_given_holdout_rows_replace_the_datas() -> None:
     tokenizer = TOKENIZERS["chat"]()
     results = quick_tofu(llama_for(tokenizer), tokenizer, holdout=tofu_rows("unseen", 3))
     assert len(values(results["mia_loss"]["holdout"])) == 3
-
-
-def test_the_package_is_reached_lazily() -> None:
-    assert palu.evaluate.tofu is tofu and "evaluate" in dir(palu) and "evaluate" in palu.__all__
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="needs TOFU in ../shared")

@@ -102,7 +102,8 @@ def train(
 
 def logits(model: PreTrainedModel, row: Row) -> Tensor:
     """Compute the model's own logits [T, V] of one example alone."""
-    return model(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0]
+    ids = torch.tensor(row["input_ids"], device=model.device)
+    return model(input_ids=ids[None], use_cache=False).logits[0].cpu()
 
 
 def everyday_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -166,7 +167,11 @@ def assert_unlearn_equals(
     before, expected = flat(model), copy.deepcopy(model)
     config = UnlearnConfig(**SETTINGS | settings, anchors=0 if tokenizer is None else ANCHORS)
     history = palu.unlearn(model, ref_model, forget, retain, tokenizer=tokenizer, config=config).history
-    figures = train(expected, forget, retain, config, ref_model or reference, tokenizer)
+    # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
+    reference = ref_model or reference
+    for other in filter(None, (expected, reference)):
+        other.to(model.device)
+    figures = train(expected, forget, retain, config, reference, tokenizer)
     moved = (flat(expected) - before).norm()
     assert (flat(model) - flat(expected)).norm() <= tolerance * moved
     assert moved >= 0.3 * LEARNING_RATE * config.epochs * len(before) ** 0.5
@@ -179,4 +184,4 @@ def assert_unlearn_equals(
 
 def flat(model: PreTrainedModel) -> Tensor:
     """All parameters that are trained, one after the other."""
-    return torch.cat([p.detach().double().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad])

@@ -30,12 +30,6 @@ from palu.report.recorder import secret_spans
 QUIET = UnlearnConfig(progress=False)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that ended, recorded; its folder is to be copied."""
-    return perform(tmp_path_factory.mktemp("run"))
-
-
 @pytest.fixture
 def folder(run: Run, tmp_path: Path) -> Path:
     return copy_of(run, tmp_path / "run")

@@ -18,7 +18,7 @@ from helpers.runs import TEXT_FORGET, unlearn
 from helpers.scenarios import figures
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
-from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 import palu
 from palu.config import UnlearnConfig
@@ -194,13 +194,6 @@ def test_a_callback_may_generate() -> None:
     result = unlearn(model, callbacks=[at("step_end", generate)])
     assert set(modes) == {(True, PLAIN)}
     assert same_weights(result.model, weights(unlearn(tiny_llama()).model))
-
-
-def test_a_printer(capsys: pytest.CaptureFixture) -> None:
-    result = unlearn(tiny_llama(), epochs=1, callbacks=[PrinterCallback()])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert len(printed) == len(result.history)
-    assert f"'loss': '{result.history[0]['loss']:.4g}'" in printed[0]
 
 
 def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: a resumed run is the run that was not interrupted, and nothing else is resumed."""
 
 import copy
-import datetime
 import pickle
 import re
 import resource
@@ -14,13 +13,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.scenarios import SCENARIOS, STEPS, Scenario, figures, frozen_head, of_driver
-from helpers.small_tokenizers import DATED, byte_level
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
-from transformers.utils import chat_template_utils
 
 import palu
 from palu import CheckpointError
@@ -102,42 +98,6 @@ def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
     assert_same(resumed, stopped)
     assert resumed.summary["epochs"] == stopped.summary["epochs"]
     assert resumed.summary["stopped_early"]
-
-
-def test_values_for_the_chat_template_are_a_part_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without them, the texts of a template with today's date in it are other ones tomorrow."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return datetime.datetime(2026, 1, day)
-
-    day = 1
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    tokenizer = byte_level(DATED)
-    settings: dict[str, Any] = {"forget": TEXT_FORGET, "retain": TEXT_RETAIN, "tokenizer": tokenizer, "anchors": 4}
-    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 1, "batch_size": 1}
-
-    def run(date: str | None, **overrides: Any) -> palu.UnlearnResult:
-        values = None if date is None else {"date_string": date}
-        model = tiny_llama(vocab_size=len(tokenizer))
-        return unlearn(model, chat_template_kwargs=values, **settings | overrides)
-
-    expected = run("26 Jul 2024")
-    day = 2
-    (folder / step(9)).unlink()
-    resumed = run("26 Jul 2024", resume=True)
-    assert_same(resumed, expected)
-    assert resumed.summary["config"]["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
-    told = "chat_template_kwargs was {'date_string': '26 Jul 2024'} and is "
-    for date, now in (("27 Jul 2024", "{'date_string': '27 Jul 2024'}"), (None, "None")):
-        with pytest.raises(CheckpointError, match=re.escape(told + now)):
-            run(date, resume=True)
-    shutil.rmtree(folder)
-    run(None)
-    day = 3
-    with pytest.raises(CheckpointError, match="the tokenised forget set is another one"):
-        run(None, resume=True)
 
 
 def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,16 +468,6 @@ def test_another_run(changed: dict[str, Any], differences: str, finished: Path, 
         unlearn(checkpoint_dir=str(folder), resume=True, **arguments)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert same_weights(model, untouched)
-
-
-def test_a_changed_run_that_had_no_checkpoint_yet(
-    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the reference answered to the same question is still good."""
-    folder.mkdir()
-    shutil.copy(reference(finished), folder)
-    monkeypatch.setattr(precompute, "compute_outputs", None)
-    assert len(unlearn(checkpoint_dir=str(folder), resume=True, epochs=4).history) == 12
 
 
 def test_what_may_change(finished: Path, folder: Path) -> None:
