@@ -59,22 +59,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def finished(arguments: list[Any], settings: list[Any], tmp_path: Path) -> Path:
+def finished(arguments: list[Any], tmp_path: Path) -> Path:
     """The folder of a run that has finished."""
-    done(*arguments, *settings, "--epochs", 1)
+    done(*arguments, "--epochs", 1)
     return tmp_path / "out"
 
 
 @pytest.fixture
 def arguments(folder: Path, tmp_path: Path) -> list[Any]:
-    """What `palu unlearn` cannot do without."""
-    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl"]
-    return ["unlearn", "--model", folder / "model", *data, "--output", tmp_path / "out"]
-
-
-@pytest.fixture
-def settings() -> list[Any]:
-    return ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--no-progress"]
+    """What `palu unlearn` cannot do without, and settings of six steps."""
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
+    settings = ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--no-progress"]
+    return ["unlearn", "--model", folder / "model", *data, *settings]
 
 
 def expected(folder: Path, **overrides: Any) -> palu.UnlearnResult:
@@ -174,8 +170,8 @@ def test_completion() -> None:
 
 
 # --- unlearn ---
-def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
-    result = done(*arguments, *settings)
+def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any]) -> None:
+    result = done(*arguments)
     out = tmp_path / "out"
     private = out / "private"
     told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}/model, to be looked at in "
@@ -199,7 +195,7 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert summary["arguments"]["forget"] == str(folder / "forget.jsonl")
     assert not (out / "private" / "checkpoints").exists(), "they have nothing more to give"
 
-    again = refusal(palu_command(*arguments, *settings))
+    again = refusal(palu_command(*arguments))
     assert again == f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
     assert refusal(palu_command(*arguments, "--resume")) == again
 
@@ -217,17 +213,17 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     bad = ["--forget", tmp_path / "absent.jsonl"]
     assert refusal(palu_command(*arguments, *bad, "--overwrite")) == f"there is no file {tmp_path / 'absent.jsonl'}"
     assert read(out / "private" / "summary.json") == before, "a run that never began replaces nothing"
-    done(*arguments, *settings, "--overwrite", "--epochs", 1)
+    done(*arguments, "--overwrite", "--epochs", 1)
     assert read(out / "private" / "summary.json")["steps"] == STEPS / 2
     assert not (out / "model" / "adapter_config.json").exists()
     written = {"history.jsonl", "record.json", "report.html", "summary.json", "run.json", "run.lock"}
     assert {path.name for path in private.iterdir()} == written
 
 
-def test_nothing_to_retain(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_nothing_to_retain(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     """--retain none implies the weight that it needs."""
     arguments[arguments.index("--retain") + 1] = "none"
-    done(*arguments, *settings, "--epochs", 1)
+    done(*arguments, "--epochs", 1)
     summary = read(tmp_path / "out" / "private" / "summary.json")
     assert (summary["config"]["lambda_retain"], summary["retain_examples"], summary["anchors"]) == (0, 0, 0)
 
@@ -283,7 +279,7 @@ def leaks(folder: Path, secrets: Iterable[str]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("extra", [["--lora"], ["--annotate"]])
 def test_nothing_of_the_forget_set_outside_private(
-    extra: list[str], folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path, tofu: Path
+    extra: list[str], folder: Path, arguments: list[Any], tmp_path: Path, tofu: Path
 ) -> None:
     """The model's folder can be uploaded as it is, also after an evaluation and a new report."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -295,7 +291,7 @@ def test_nothing_of_the_forget_set_outside_private(
         del row["spans"]
         (tmp_path / "forget.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
         extra = ["--annotate", f"regex:{code}"]
-    done(*arguments, *settings, *extra, "--report-to", "tensorboard")
+    done(*arguments, *extra, "--report-to", "tensorboard")
     out = tmp_path / "out"
     asked = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
     done("eval", "--model", out / "model", *asked)
@@ -321,24 +317,24 @@ def test_nothing_of_the_forget_set_outside_private(
         assert found in (out / "private" / "report.html").read_text(encoding="utf-8") and found not in redacted
 
 
-def test_private_is_its_owners(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_private_is_its_owners(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        done(*arguments, *settings, "--epochs", 1)
+        done(*arguments, "--epochs", 1)
         private = tmp_path / "out" / "private"
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
         assert stat.S_IMODE((tmp_path / "out" / "model").stat().st_mode) == 0o777
         private.chmod(0o750)  # the user's choice stays
         done("report", tmp_path / "out")
-        done(*arguments, *settings, "--epochs", 1, "--overwrite")
+        done(*arguments, "--epochs", 1, "--overwrite")
         assert stat.S_IMODE(private.stat().st_mode) == 0o750
     finally:
         os.umask(before)
 
 
-def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     """Everything lay in one folder: a report of it can be made."""
-    done(*arguments, *settings, "--epochs", 1, "--output", tmp_path / "new")
+    done(*arguments, "--epochs", 1, "--output", tmp_path / "new")
     out = tmp_path / "out"
     out.mkdir()
     for path in [*(tmp_path / "new" / "model").iterdir(), *(tmp_path / "new" / "private").iterdir()]:
@@ -349,14 +345,12 @@ def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], setting
     assert palu.write_card(out) == out / "README.md"
 
 
-def test_spans_that_max_length_cuts_off(
-    folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path
-) -> None:
+def test_spans_that_max_length_cuts_off(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     long = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
     forget = tmp_path / "long.jsonl"
     forget.write_text("".join(json.dumps(row) + "\n" for row in [*FORGET, long]), encoding="utf-8")
     arguments[arguments.index("--forget") + 1] = forget
-    said = refusal(palu_command(*arguments, *settings, "--max-length", 80))
+    said = refusal(palu_command(*arguments, "--max-length", 80))
     told = re.fullmatch(
         r"forget set: max_length = 80 cuts off spans of 1 row \(6\), which would not be forgotten; "
         r"set max_length = (\d+), or allow_cut_spans = True to go on without them",
@@ -371,12 +365,12 @@ def test_spans_that_max_length_cuts_off(
     )
     assert line in looked.stdout
     assert "7 rows (0 without a span, 0 skipped); tokens at" in palu_command(*asked, told[1]).stdout
-    done(*arguments, *settings, "--max-length", 80, "--allow-cut-spans")
+    done(*arguments, "--max-length", 80, "--allow-cut-spans")
     summary = read(tmp_path / "out" / "private" / "summary.json")
     assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
 
 
-def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_a_model_of_few_positions(arguments: list[Any], tmp_path: Path) -> None:
     """max_length is clamped to them before the rows are read: for the run, and for what is shown of it."""
     tokenizer = byte_level(CHATML, bos=False)
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -387,7 +381,7 @@ def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp
     cut = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
     forget = tmp_path / "long.jsonl"
     forget.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    arguments += ["--model", tmp_path / "gpt2", "--forget", forget, *settings]
+    arguments += ["--model", tmp_path / "gpt2", "--forget", forget]
     done(*arguments, "--lora", "--lora-target", "c_attn")
     assert read(tmp_path / "out" / "private" / "summary.json")["config"]["max_length"] == 64
     adapter = tmp_path / "out" / "model"
@@ -402,12 +396,12 @@ def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp
 
 
 def test_values_for_the_chat_template(
-    folder: Path, arguments: list[Any], settings: list[Any], unmarked: Path, tofu: Path, tmp_path: Path
+    folder: Path, arguments: list[Any], unmarked: Path, tofu: Path, tmp_path: Path
 ) -> None:
     """As JSON text, or as a mapping in a file; for every command that renders texts."""
     dated = tmp_path / "dated"
     byte_level(DATED, bos=False).save_pretrained(dated)
-    arguments += ["--tokenizer", dated, *settings, "--epochs", 1]
+    arguments += ["--tokenizer", dated, "--epochs", 1]
     arguments[arguments.index("--forget") + 1] = unmarked
     arguments += ["--annotate", "regex:" + "|".join(NAMES)]
     value = '{"date_string": "26 Jul 2024"}'
@@ -504,7 +498,7 @@ def test_each_choice_of_weights_and_optimizer(
     assert model.dtype == dtype and not same_weights(model, before)
 
 
-def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
+def test_config_file(folder: Path, tmp_path: Path) -> None:
     """Flags win over the file, the file over the defaults; 1e-2, a string to YAML, is a number."""
     out, file = tmp_path / "out", tmp_path / "run.yaml"
     file.write_text(
@@ -521,10 +515,8 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_sets_what_no_flag_does(
-    recipe: str, arguments: list[Any], settings: list[Any], tmp_path: Path
-) -> None:
-    done(*arguments, *settings, "--epochs", 1, "--recipe", recipe, "--n", 2)
+def test_a_recipe_sets_what_no_flag_does(recipe: str, arguments: list[Any], tmp_path: Path) -> None:
+    done(*arguments, "--epochs", 1, "--recipe", recipe, "--n", 2)
     config = read(tmp_path / "out" / "private" / "summary.json")["config"]
     assert config.items() >= (RECIPES[recipe] | {"n": 2}).items()
     assert "'papers'" in refusal(palu_command(*arguments, "--recipe", "papers"))
@@ -551,9 +543,9 @@ def test_bad_config_file(content: str, told: str, arguments: list[Any], tmp_path
 def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content, told in (
-        ({"epochs": 1.5}, "epochs = 1.5: give a positive integer"),
-        ({"epochs": "many"}, "Invalid value for '--epochs': 'many' is not an integer"),
-        ({"epochs": None}, "Invalid value for '--epochs': 'none' is not an integer"),
+        ({"max_length": 1.5}, "max_length = 1.5: give an integer above 1"),
+        ({"max_length": "many"}, "Invalid value for '--max-length': 'many' is not an integer"),
+        ({"max_length": None}, "Invalid value for '--max-length': 'none' is not an integer"),
         ({"stop_probability": "high"}, "Invalid value for '--stop-probability': 'high' is not a number or none"),
     ):
         file.write_text(yaml.safe_dump(content))
@@ -684,9 +676,9 @@ def test_an_error_with_its_traceback_on_demand(arguments: list[Any], monkeypatch
     assert isinstance(palu_command(*arguments, "--n", 0).exception, ValueError)
 
 
-def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
+def test_lora(folder: Path, tmp_path: Path, arguments: list[Any]) -> None:
     options = ["--lora", "--lora-rank", 2, "--lora-target", "q_proj, v_proj"]
-    done(*arguments, *settings, *options)
+    done(*arguments, *options)
     out = tmp_path / "out"
     assert (out / "model" / "adapter_model.safetensors").exists()
     assert not (out / "model" / "model.safetensors").exists()
@@ -695,7 +687,7 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
     assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
     # Merged, the same run gives the same model.
-    done(*arguments, *settings, *options, "--merge-adapter", "--output", tmp_path / "merged")
+    done(*arguments, *options, "--merge-adapter", "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
     ids = torch.arange(20)[None]
     untrained = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -704,8 +696,8 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
 
     # The adapter's folder is a model, too: of which this adapter is trained on.
     arguments[arguments.index("--model") + 1] = out / "model"
-    done(*arguments, *settings, "--output", tmp_path / "further")
-    told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
+    done(*arguments, "--output", tmp_path / "further")
+    told = refusal(palu_command(*arguments, "--lora", "--output", tmp_path / "again"))
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
 
 
@@ -716,33 +708,27 @@ def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch)
     assert refusal(palu_command(*arguments, "--lora", "--dtype", "float16")) == told
 
 
-def test_quantize(tmp_path: Path, arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    told = refusal(palu_command(*arguments, *settings, "--quantize", "4bit"))
+def test_quantize(tmp_path: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refusal(palu_command(*arguments, "--quantize", "4bit"))
     assert told == "--quantize 4bit: quantised weights cannot be trained; add --lora, or leave it out"
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda *_: None)
-        told = refusal(palu_command(*arguments, *settings, "--lora", "--quantize", "4bit"))
+        told = refusal(palu_command(*arguments, "--lora", "--quantize", "4bit"))
         assert told == "--quantize needs bitsandbytes; pip install 'palu-unlearn[quantized]'"
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "4bit"
-    done(*arguments, *settings, "--lora", "--quantize", "4bit", "--output", out)
+    done(*arguments, "--lora", "--quantize", "4bit", "--output", out)
     assert {path.name for path in (out / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}
     assert "bitsandbytes" in read(out / "private" / "record.json")["versions"]
     # The adapter's folder is a model, too: on a base that is quantised again, or as it is stored.
     arguments[arguments.index("--model") + 1] = tmp_path / "4bit" / "model"
-    done(*arguments, *settings, "--quantize", "8bit", "--output", tmp_path / "further")
+    done(*arguments, "--quantize", "8bit", "--output", tmp_path / "further")
 
 
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(("number", "status", "lora"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--lora"])])
 def test_ctrl_c_or_sigterm_and_resume(
-    number: int,
-    status: int,
-    lora: list[str],
-    arguments: list[Any],
-    settings: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    number: int, status: int, lora: list[str], arguments: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = PaluMethod.batch_losses, 0
 
@@ -755,20 +741,20 @@ def test_ctrl_c_or_sigterm_and_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(PaluMethod, "batch_losses", pressed)
-        result = palu_command(*arguments, *settings, *lora)
+        result = palu_command(*arguments, *lora)
     out = tmp_path / "out"
     assert result.exit_code == status
     assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
     assert not (out / "private" / "summary.json").exists()
-    assert refusal(palu_command(*arguments, *settings, *lora)) == (
+    assert refusal(palu_command(*arguments, *lora)) == (
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start again"
     )
-    told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
+    told = refusal(palu_command(*arguments, *lora, "--resume", "--n", 2))
     assert "belongs to another run: n was -1 and is 2." in told
 
-    done(*arguments, *settings, *lora, "--resume")
+    done(*arguments, *lora, "--resume")
     assert read(out / "private" / "summary.json")["steps"] == STEPS
-    done(*arguments, *settings, *lora, "--output", tmp_path / "whole")
+    done(*arguments, *lora, "--output", tmp_path / "whole")
     ours, whole = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (out, tmp_path / "whole"))
     assert same_weights(ours, weights(whole))
     assert not (out / "private" / "checkpoints").exists()
@@ -865,11 +851,9 @@ def test_spans_are_found_shown_and_written(folder: Path, tmp_path: Path, unmarke
     assert "spans" in refusal(palu_command(*asked)), "without it the column is missing"
 
 
-def test_unlearn_with_spans_that_are_found(
-    folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any], unmarked: Path
-) -> None:
+def test_unlearn_with_spans_that_are_found(folder: Path, tmp_path: Path, arguments: list[Any], unmarked: Path) -> None:
     arguments[arguments.index("--forget") + 1] = unmarked
-    result = done(*arguments, *settings, "--annotate", "regex:" + "|".join(NAMES))
+    result = done(*arguments, "--annotate", "regex:" + "|".join(NAMES))
     assert "«" in result.stdout
     out = tmp_path / "out"
     assert [
@@ -920,9 +904,9 @@ def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
 
 
 def test_eval_of_an_adapter_writes_beside_the_records_of_its_run(
-    arguments: list[Any], settings: list[Any], tofu: Path, tmp_path: Path
+    arguments: list[Any], tofu: Path, tmp_path: Path
 ) -> None:
-    done(*arguments, *settings, "--lora", "--epochs", 1)
+    done(*arguments, "--lora", "--epochs", 1)
     out = tmp_path / "out"
     options = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
     told = f"--model {out} is the folder of a run; give its model, {out / 'model'}"
@@ -1028,7 +1012,6 @@ def test_the_device_can_be_given(
     name: str,
     folder: Path,
     arguments: list[Any],
-    settings: list[Any],
     unmarked: Path,
     tofu: Path,
     tmp_path: Path,
@@ -1038,7 +1021,7 @@ def test_the_device_can_be_given(
     models = ["--model", folder / "model", "--original", folder / "model"]
     small = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
     commands: dict[str, list[Any]] = {
-        "unlearn": [*arguments, *settings, "--epochs", 1],
+        "unlearn": [*arguments, "--epochs", 1],
         "inspect": ["inspect", *models[:2], "--forget", unmarked, "--annotate", "contrast"],
         "eval": ["eval", *models[:2], *small, "--output", tmp_path / "results.json"],
         "audit": ["audit", *models, *rows, "--output", tmp_path / "audit", "--quick", "--draws", 1, "--no-progress"],
@@ -1084,7 +1067,7 @@ def test_a_device_that_is_not_there(
 # --- rendering ---
 @pytest.mark.parametrize("annotate", [[], ["--annotate", "regex:in the city"]])
 def test_every_row_is_rendered_and_tokenised_once(
-    annotate: list[str], arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch
+    annotate: list[str], arguments: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the complaints, the record, what is printed and the run together."""
     rendered: list[str] = []
@@ -1095,5 +1078,5 @@ def test_every_row_is_rendered_and_tokenised_once(
         return original(self, row, where, columns, *args, **kwargs)
 
     monkeypatch.setattr(Renderer, "render", render)
-    done(*arguments, *settings, "--anchors", 0, *annotate)
+    done(*arguments, "--anchors", 0, *annotate)
     assert sorted(rendered) == sorted(row["answer"] for row in [*FORGET, *RETAIN])
