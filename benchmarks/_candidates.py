@@ -1,4 +1,4 @@
-"""The candidates of bench_step.py and bench_scaling.py: a training step, or its loss section, of palu and as published.
+"""The candidates of bench_step.py: a training step, or its loss section, of palu and as published.
 
 Both share one policy model and see the same examples.
 """
@@ -47,7 +47,6 @@ class Setup:
     method: PaluMethod
     loaders: list[UnlearnDataLoader]  # one batch each
     padded: list[tuple[Padded, Padded]]  # forget, retain; on the host, pinned for CUDA
-    lengths: str
 
 
 def prepare(
@@ -77,9 +76,7 @@ def prepare(
     )
     vocab_size = model.config.vocab_size
     retain_batch_size = config.retain_batch_size or config.batch_size
-    batches, lengths = make_batches(
-        arguments.data, vocab_size, arguments.batches, config.batch_size, retain_batch_size, arguments.seed
-    )
+    batches = make_batches(vocab_size, arguments.batches, config.batch_size, retain_batch_size, arguments.seed)
 
     ref_model = model if make_reference is None else make_reference(twin)
     eos_token_id = vocab_size - 1
@@ -106,7 +103,7 @@ def prepare(
     method.ref_head = ref_head
     if arguments.frozen_head:
         method.weight_mean = weight_mean(head_of(model).weight)
-    return Setup(device, config, eos_token_id, model, twin, method, loaders, padded, lengths)
+    return Setup(device, config, eos_token_id, model, twin, method, loaders, padded)
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -133,12 +130,7 @@ def palu_step(method: PaluMethod, loader: UnlearnDataLoader, device: torch.devic
 
 
 def palu_section(
-    hidden: Tensor,
-    head: Head,
-    ref_head: Head,
-    weight_mean: Tensor | None,
-    batch: Batch,
-    config: UnlearnConfig,
+    hidden: Tensor, head: Head, ref_head: Head, weight_mean: Tensor | None, batch: Batch, config: UnlearnConfig
 ) -> tuple[Tensor, ...]:
     """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -238,14 +230,7 @@ def published_section_runs(setup: Setup) -> list[Run]:
         hidden = published_states(forget, retain, weight)
         runs.append(
             partial(
-                published_section,
-                hidden,
-                weight,
-                ref_head.weight,
-                forget,
-                retain,
-                setup.config,
-                setup.eos_token_id,
+                published_section, hidden, weight, ref_head.weight, forget, retain, setup.config, setup.eos_token_id
             )
         )
     return runs

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from _methods import LABELS
 from _models import load
+from _timing import DEVICE
 from _tofu import KEEPS, PRESETS, Bench, rank, run_name, summary
 
 import palu
@@ -81,11 +82,11 @@ class Cross:
         def attack() -> dict[str, Any]:
             model, tokenizer = load(str(bench.unlearned_model(method, rate, seed)))
             results = palu.audit(
-                model.to(bench.device),  # type: ignore[arg-type]
-                load(str(bench.folder))[0].to(bench.device),  # type: ignore[arg-type]
+                model.to(DEVICE),  # type: ignore[arg-type]
+                load(str(bench.folder))[0].to(DEVICE),  # type: ignore[arg-type]
                 bench.data.forget,
                 tokenizer=tokenizer,
-                retain_model=load(str(bench.retain_folder))[0].to(bench.device),  # type: ignore[arg-type]
+                retain_model=load(str(bench.retain_folder))[0].to(DEVICE),  # type: ignore[arg-type]
                 retain=bench.data.retain,
                 folder=bench.stages.folder / "audits",
                 quick=True,

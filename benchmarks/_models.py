@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import DEVICE
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_scheduler,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.data.examples import load_retain
 from palu.data.packing import Item, retain_items
@@ -60,10 +55,9 @@ def fine_tune(
 ) -> None:
     """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
     model, tokenizer = loaded
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
     generator = torch.Generator().manual_seed(seed)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(DEVICE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)
     steps = epochs * -(-len(items) // batch_size)
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
@@ -71,7 +65,7 @@ def fine_tune(
     with use_packed_attention(model, mixed_precision()), tqdm(total=steps, desc=label) as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
-                with fast_products(device):
+                with fast_products(DEVICE):
                     loss = mean_nll(model, [items[i] for i in chosen.tolist()])
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -48,9 +48,7 @@ def collate(examples: Sequence[Example]) -> Padded:
     input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True)
     attention_mask = pad_sequence([torch.ones_like(e.input_ids) for e in examples], batch_first=True)
     return Padded(
-        input_ids,
-        attention_mask,
-        pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
+        input_ids, attention_mask, pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     )
 
 

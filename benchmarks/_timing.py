@@ -1,14 +1,26 @@
 """Time candidates in turns, and report and keep what was measured."""
 
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a command runs that has no --device
+
+
+def alone(file: str, *options: Any, **environment: str) -> dict[str, Any]:
+    """Run a benchmark's file in a process of its own; returns its last line, which is JSON."""
+    command = [sys.executable, file, *map(str, options)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def synchronize(device: torch.device) -> None:

@@ -19,7 +19,7 @@ import torch
 from _methods import LABELS, METHODS
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
-from _timing import machine, write_json
+from _timing import DEVICE, machine, write_json
 from _workload import DATA
 
 import palu
@@ -153,7 +153,6 @@ class Bench:
         else:
             self.data = load_author(arguments.data, self.preset, author)
             folder /= f"author-{author:02d}"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
         self.stages = Stages(folder, arguments.minutes, json.loads(json.dumps(key)))
 
@@ -207,8 +206,8 @@ class Bench:
         return self.stages.path(name, make)
 
     def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
-        loaded[0].to(self.device)  # type: ignore[arg-type]
-        with fast_products(self.device):
+        loaded[0].to(DEVICE)  # type: ignore[arg-type]
+        with fast_products(DEVICE):
             return palu.evaluate.tofu(
                 *loaded,
                 data=data or self.data.evaluated,
@@ -249,15 +248,15 @@ class Bench:
 
     def _unlearn(self, method: str, rate: float, seed: int) -> tuple[Loaded, dict[str, Any]]:
         model, tokenizer = load(str(self.folder))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(DEVICE)
         settings = METHODS[method] | {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
         settings |= {"learning_rate": rate, "seed": seed}
         result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
-        on_gpu = self.device.type == "cuda"
+        on_gpu = DEVICE.type == "cuda"
         cost = {
             "seconds": result.summary["seconds"],
-            "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+            "peak_gib": torch.cuda.max_memory_allocated(DEVICE) / 2**30 if on_gpu else None,
             "config": result.summary["config"],
         }
         return (model, tokenizer), cost
@@ -322,10 +321,9 @@ def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
 
 def write(arguments: argparse.Namespace, name: str, table: str, details: dict[str, Any]) -> Path:
     """Print the table, then one JSON line; write both. Returns the path without its suffix."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {
         "benchmark": name,
-        **machine(device),
+        **machine(DEVICE),
         "date": time.strftime("%Y-%m-%d"),
         "preset": arguments.preset,
         "settings": asdict(PRESETS[arguments.preset]),

@@ -4,7 +4,6 @@ Nothing is downloaded. What a step costs depends on shapes and on how many token
 on what the weights or the tokens are, so token ids are random.
 """
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,7 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForC
 
 
 # --- lengths ---
-# No Llama tokenizer is at hand. With SmolLM2's, TOFU's questions have 4.3 characters per token, its
-# answers 5.0, its annotated spans 6 (names and dates, without the spaces beside them), and the frame
-# "Question: {question}\nAnswer: " adds 5 tokens; a Llama adds a beginning and an end of sequence.
-PROMPT_CHARACTERS, ANSWER_CHARACTERS, SPAN_CHARACTERS = 4.3, 5.0, 6.0
-FRAME = 6
-
-# Without the data, lengths are drawn from what palu.data makes of TOFU with SmolLM2's tokenizer (plus a
+# Lengths are drawn from what palu.data makes of TOFU with SmolLM2's tokenizer (plus a
 # beginning of sequence). Tokens at minimum, deciles and maximum of forget05 (200 rows) and retain90 (3600):
 PROMPT_DECILES = {
     "forget": (16, 18, 20, 21, 22, 23, 24, 25, 27, 31, 46),
@@ -92,20 +85,6 @@ TOKENS_PER_SPAN = (97, 193, 89, 65, 26, 23, 0, 0, 0, 27)
 
 # Tokens of prompt and of answer, and [start, end) of each span in the answer.
 Lengths = tuple[int, int, list[tuple[int, int]]]
-
-
-def lengths_of(path: Path) -> list[Lengths]:
-    """Estimate the lengths of a JSONL file's rows from their characters."""
-    result = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        tokens = max(round(len(row["answer"]) / ANSWER_CHARACTERS), 1)
-        spans = []
-        for start, end in row.get("spans", []):
-            first = min(round(start / ANSWER_CHARACTERS), tokens - 1)
-            spans.append((first, min(first + max(round((end - start) / SPAN_CHARACTERS), 1), tokens)))
-        result.append((round(len(row["question"]) / PROMPT_CHARACTERS) + FRAME, tokens + 1, spans))
-    return result
 
 
 def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
@@ -138,23 +117,14 @@ def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
 
 
 def make_batches(
-    data: Path, vocab_size: int, batches: int, forget: int, retain: int, seed: int
-) -> tuple[list[tuple[list[Example], list[Example]]], str]:
-    """Make batches of forget and retain examples; returns them, and where their lengths are from.
-
-    data: folder with forget05.jsonl and retain90.jsonl, of which rows are drawn; if they are not there,
-        lengths are drawn from the tables above.
-    The last token of each answer, vocab_size - 1, ends the sequence.
-    """
+    vocab_size: int, batches: int, forget: int, retain: int, seed: int
+) -> list[tuple[list[Example], list[Example]]]:
+    """Make batches of forget and retain examples. The last token of each answer, vocab_size - 1, ends the sequence."""
     rng = random.Random(seed)
     tokens = torch.Generator().manual_seed(seed)
-    lengths: dict[str, list[Lengths]] = {}
-    files = {"forget": data / "forget05.jsonl", "retain": data / "retain90.jsonl"}
-    real = all(path.is_file() for path in files.values())
-    for part, count in (("forget", forget * batches), ("retain", retain * batches)):
-        rows = lengths_of(files[part]) if real else []
-        lengths[part] = rng.choices(rows, k=count) if real else drawn_lengths(part, count, rng)
-
+    lengths = {
+        part: drawn_lengths(part, count * batches, rng) for part, count in (("forget", forget), ("retain", retain))
+    }
     examples: dict[str, list[Example]] = {"forget": [], "retain": []}
     for part in examples:
         for prompt, answer, spans in lengths[part]:
@@ -165,11 +135,5 @@ def make_batches(
             for start, end in spans:
                 labels[prompt + start : prompt + end] = ids[prompt + start : prompt + end]
             examples[part].append(Example(len(examples[part]), ids, labels))
-    split = [
-        (
-            examples["forget"][i * forget : (i + 1) * forget],
-            examples["retain"][i * retain : (i + 1) * retain],
-        )
-        for i in range(batches)
-    ]
-    return split, str(data) if real else "drawn from the distribution of TOFU's lengths"
+    parts = [(i * forget, i * retain) for i in range(batches)]
+    return [(examples["forget"][i : i + forget], examples["retain"][j : j + retain]) for i, j in parts]

@@ -19,6 +19,7 @@ import torch
 from _methods import LABELS, named
 from _models import Loaded, Row, load
 from _stages import resumable
+from _timing import DEVICE
 from _tofu import Bench, parser_of, prepare, run_name, write
 
 import palu
@@ -60,7 +61,7 @@ def served(bench: Bench, folder: Path) -> Loaded:
     """Load a model in the dtype in which it is served."""
     model, tokenizer = load(str(folder))
     dtype = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32
-    return model.to(bench.device, dtype), tokenizer  # type: ignore[arg-type]
+    return model.to(DEVICE, dtype), tokenizer  # type: ignore[arg-type]
 
 
 def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, float]]:

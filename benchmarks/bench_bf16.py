@@ -4,7 +4,7 @@ Two tasks: ``demo``, the demo's six secrets among twelve facts, with the demo's 
 one author of TOFU's forget05 beside twenty rows to retain, with the sizes of ``bench_tofu.py --preset tiny`` and
 defaults for everything else. SmolLM2 is taught the task once, in float32. Then, for each seed and choice, it is loaded
 and unlearns in a process of its own. Finished runs are kept in --output: the same command goes on where it stopped.
-Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --results, and prints tables::
+Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --results, and prints a table::
 
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
@@ -20,11 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +33,7 @@ import transformers
 from _long_run import follow_a_run, follow_falling_gradients, followed
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
-from _timing import machine
+from _timing import DEVICE, alone, machine
 from _tofu import PRESETS, load_data
 from _workload import DATA
 from bench_lora_memory import peak, reset_peak
@@ -149,7 +148,7 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
     choice = CHOICES[name]
     os.environ["ACCELERATE_MIXED_PRECISION"] = choice.mixed_precision
     model: Any = AutoModelForCausalLM.from_pretrained(taught, dtype=choice.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(taught)
     before = stages.results(f"told-{choice.dtype}", lambda: told(model, tokenizer, task))
     reset_peak()
@@ -183,17 +182,6 @@ def outcomes(rows: Sequence[dict[str, Any]]) -> str:
         cells += [f"{row[kind]} of {row[f'{kind}_before']}" for kind in ("secrets", "retained", "general")]
         cells += [row[name] for name in ("steps", "peak_gib", "seconds")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def curves(rows: Sequence[dict[str, Any]], every: int) -> str:
-    """Format the losses of every few steps as Markdown, float32's and bfloat16's side by side, of the first seed."""
-    pair = [row for row in rows if row["seed"] == rows[0]["seed"] and row["choice"] in ("float32", "bfloat16")]
-    lines = ["| step | " + " | ".join(f"{term}, {row['choice']}" for term in TERMS for row in pair) + " |"]
-    lines.append("|---:" * (1 + len(TERMS) * len(pair)) + "|")
-    for step in range(0, max(row["steps"] for row in pair), every):
-        cells = [f"{row['history'][step][term]:.4g}" if step < row["steps"] else "" for term in TERMS for row in pair]
-        lines.append(f"| {step + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -232,7 +220,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
     parser.add_argument("--output", type=Path, default=Path("runs/bf16"), help="folder of the finished runs")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--every", type=int, default=1, help="steps from one line of the losses' table to the next")
     parser.add_argument("--steps", type=int, help="compare optimizers on the gradients of so many steps, and end")
     parser.add_argument("--one", nargs=2, metavar=("CHOICE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -258,21 +245,17 @@ def main() -> None:
         print(json.dumps(run(stages, taught, task, args.one[0], int(args.one[1]))))
         return
 
-    def alone(choice: str, seed: int) -> dict[str, Any]:
-        print(f"{choice}, seed {seed}", flush=True)
-        command = [sys.executable, __file__, "--task", args.task, "--data", str(args.data), "--model", args.model]
-        command += ["--output", str(args.output), "--one", choice, str(seed)]
-        # Freed tensors go back to the system at once, so that the peak is of what is held; in huge pages, for speed.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "1"}
-        return json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1])
-
     def kept(choice: str, seed: int) -> dict[str, Any]:
-        return stages.results(f"{choice}-seed{seed}", lambda: alone(choice, seed))
+        options = ["--task", args.task, "--data", args.data, "--model", args.model, "--output", args.output]
+        # Freed tensors go back to the system at once, so that the peak is of what is held; in huge pages, for speed.
+        memory = {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "1"}
+        make = partial(alone, __file__, *options, "--one", choice, seed, **memory)
+        print(f"{choice}, seed {seed}", flush=True)
+        return stages.results(f"{choice}-seed{seed}", make)
 
     rows = [kept(choice, seed) for seed in args.seeds for choice in args.choices]
-    print(outcomes(rows), curves(rows, args.every), sep="\n\n")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"benchmark": "bf16", **machine(device), "date": time.strftime("%Y-%m-%d"), "task": args.task}
+    print(outcomes(rows))
+    record = {"benchmark": "bf16", **machine(DEVICE), "date": time.strftime("%Y-%m-%d"), "task": args.task}
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"bf16_{args.task}"
     path.with_suffix(".json").write_text(json.dumps(record | {"runs": rows}) + "\n")

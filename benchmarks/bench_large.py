@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 from _memory import PeakMemory
-from _timing import report
+from _timing import alone, report
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,14 +65,9 @@ def main() -> None:
     parts = {"set": [str(rows) for rows in args.rows], "document": list(RUNS)}
     for part, processes in parts.items():
         if args.part in (None, part):
-            rows = [_in_process(process, args.mixed_precision) for process in processes]
+            options = ["--mixed-precision", args.mixed_precision, "--process"]
+            rows = [alone(__file__, *options, process) for process in processes]
             report(f"large_{part}", rows, torch.device("cpu"), {"long": LONG})
-
-
-def _in_process(process: str, mixed_precision: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--process", process, "--mixed-precision", mixed_precision]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def measure_set(count: int, mixed_precision: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from _memory import status
-from _timing import report
+from _timing import DEVICE, alone, report
 
 import palu
 from palu.testbed.facts import UNLEARN, read_questions
@@ -39,11 +38,8 @@ def main() -> None:
     rows = []
     for mode in MODES:
         for flags in ([], ["--checkpointing"]):
-            command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, *flags]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows.append(json.loads(output.splitlines()[-1]))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report("lora_memory", rows, device, {"steps": args.steps, "rank": args.rank})
+            rows.append(alone(__file__, *sys.argv[1:], "--mode", mode, *flags))
+    report("lora_memory", rows, DEVICE, {"steps": args.steps, "rank": args.rank})
 
 
 def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, object]:

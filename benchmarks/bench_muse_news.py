@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import _methods
-import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages, resumable
-from _timing import report, write_json
+from _timing import DEVICE, report, write_json
 from _workload import DATA
 
 import palu
@@ -75,10 +74,7 @@ class Preset:
     verbmem_tokens: int
 
 
-PRESETS = {
-    "full": Preset(None, 5, 16, 5, 1e-5, 128),
-    "tiny": Preset((8, 600), 20, 4, 10, 5e-5, 32),
-}
+PRESETS = {"full": Preset(None, 5, 16, 5, 1e-5, 128), "tiny": Preset((8, 600), 20, 4, 10, 5e-5, 32)}
 
 
 def spans_of(text: str) -> list[list[int]]:
@@ -178,7 +174,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Fine-tune, unlearn with each method, and evaluate; returns a row for each model."""
     preset = PRESETS[arguments.preset]
     data = load_data(arguments.data, preset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     key = {"preset": asdict(preset), "model": arguments.model}
     stages = Stages(arguments.output / arguments.preset, arguments.minutes, key)
 
@@ -199,8 +194,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         return stages.path(name, make)
 
     def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
-        loaded[0].to(device)  # type: ignore[arg-type]
-        with fast_products(device):
+        loaded[0].to(DEVICE)  # type: ignore[arg-type]
+        with fast_products(DEVICE):
             return palu.evaluate.muse_news(
                 *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
             )
@@ -258,8 +253,7 @@ def main() -> None:
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     with resumable():
         rows = run(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = report("muse_news", rows, device, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
+    record = report("muse_news", rows, DEVICE, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
     write_json(arguments.results / f"muse_{arguments.preset}.json", record)
 
 

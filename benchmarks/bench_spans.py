@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from _models import Loaded, Row, fine_tune, load, save
 from _stages import Stages
-from _timing import report
+from _timing import DEVICE, report
 from _workload import DATA
 from transformers import PreTrainedTokenizerBase
 
@@ -115,7 +115,6 @@ def main() -> None:
 
     sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
     stages = Stages(arguments.output, None, sizes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make_taught(path: Path) -> None:
         model, tokenizer = load(arguments.model)
@@ -133,7 +132,7 @@ def main() -> None:
     if arguments.fit:
         print(json.dumps(fit(others, (model, tokenizer))))
         return
-    model.to(device, torch.bfloat16)  # type: ignore[arg-type]
+    model.to(DEVICE, torch.bfloat16)  # type: ignore[arg-type]
     started = time.perf_counter()
     contrast = palu.annotate(unmarked, "contrast", model, tokenizer)
     seconds = round(time.perf_counter() - started, 1)
@@ -146,7 +145,7 @@ def main() -> None:
     table = [{"finder": name, **agreement(rows, forget, tokenizer)} for name, rows in found.items()]
     tokens = sum(int((e.labels != IGNORE).sum()) for e in load_forget(forget, tokenizer, max_length=4096).examples)
     details = {**sizes, "answer_tokens": tokens, "contrast_seconds": seconds}
-    report("spans", table, device, details)
+    report("spans", table, DEVICE, details)
 
 
 if __name__ == "__main__":

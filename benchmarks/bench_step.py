@@ -24,7 +24,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from _candidates import (
 )
 from _published import Padded
 from _timing import interleaved, report, synchronize
-from _workload import DATA, MODELS
+from _workload import MODELS
 from transformers import PreTrainedModel
 
 from palu.models.attention import use_packed_attention
@@ -139,9 +138,8 @@ def measure(arguments: argparse.Namespace) -> None:
         rows.append(row)
     batches = zip(setup.loaders, setup.padded, strict=True)
     details = {
-        "arguments": vars(arguments) | {"data": str(arguments.data)},
+        "arguments": vars(arguments),
         "transformers": version("transformers"),
-        "lengths": setup.lengths,
         "tokens": [tokens_of(loader, padded) for loader, padded in batches],
     }
     report("step", rows, device, details)
@@ -175,7 +173,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
     add("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
     add("--repeats", type=int, default=None, help="runs of each candidate; default: 20, on a CPU 4")
-    add("--data", type=Path, default=DATA, help="folder with forget05.jsonl and retain90.jsonl")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default=None, help="default: bfloat16, on a CPU float32, with --check float64")
     add("--seed", type=int, default=0)

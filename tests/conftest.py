@@ -1,3 +1,6 @@
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -6,8 +9,7 @@ import torch
     params=[
         "cpu",
         pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
         ),
     ]
 )
@@ -19,3 +21,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as at a terminal: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -5,8 +5,10 @@ Below it, input that looks as bad and is good. What only one part can be asked i
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,22 +22,31 @@ from helpers.benchmark_data import small_muse_news, small_tofu
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import VOCAB, forget_rows, retain_rows, rmu_layer, tiny_llama, weights
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizer,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
 import palu
 from palu.cli import app
+from palu.config import UnlearnConfig, readers_of
 from palu.data.examples import load_forget
 from palu.data.tokenize import IGNORE, ORDINARY
 from palu.models.lora import UnsupportedModelError
+from palu.ref_model.anchors import anchor_texts
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 META = torch.device("meta")  # stands for another device
 
-# ---------------------------------------------------------------------------------------------------
-# Calls that would work if nothing were changed in them
 
-
+# --- Calls that would work if nothing were changed in them ---
 def unlearn(**changed: Any) -> Call:
     """Tokenised rows, and a model that learns at once."""
     given = {"model": tiny_llama(), "ref_model": None, "forget": forget_rows(), "retain": retain_rows()}
@@ -110,10 +121,7 @@ def muse_news(**changed: Any) -> Call:
     return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": small_muse_news()} | changed
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is bad about them
-
-
+# --- What is bad about them ---
 class Slow(PreTrainedTokenizer):
     vocab_size = 1
 
@@ -127,9 +135,24 @@ def endless() -> Any:
     return tokenizer
 
 
-def lora(on: list[str], **config: Any) -> peft.PeftModel:
+def lora(on: list[str], settings: Any = (), **config: Any) -> peft.PeftModel:
     model = tiny_llama(tie_word_embeddings=False, **config)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=on, task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=on, task_type="CAUSAL_LM", **dict(settings)))
+
+
+def after(model: Any, change: Callable[[Any], object]) -> Any:
+    change(model)
+    return model
+
+
+def activate_two(model: peft.PeftModel) -> None:
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+
+
+def reference_of_an_adapter() -> Call:
+    model = lora(["q_proj"])
+    return unlearn(model=model, ref_model=model.get_base_model())
 
 
 def quantised(model: Any, method: str) -> Any:
@@ -201,6 +224,30 @@ def jsonl(*lines: str) -> str:
     return "rows.jsonl"
 
 
+def file(name: str, content: bytes) -> str:
+    Path(name).write_bytes(content)
+    return name
+
+
+def csv(content: bytes) -> Call:
+    return text(forget=file("rows.csv", content))
+
+
+def secret(value: Any, **columns: Any) -> Call:
+    given = {"answer": "Ada Lovelace wrote it in 1843.", "spans": None, "secret": value} | columns
+    return text(row(**given))
+
+
+def alternate(value: Any) -> Call:
+    """The alternate answer of the second row."""
+    return text(forget=[row(alternate="No."), row(alternate=value)], objective="dpo")
+
+
+def tokens(**changed: Any) -> Call:
+    """A tokenised row beside one of text."""
+    return text({"input_ids": IDS, "labels": LABELS} | changed)
+
+
 def trl(**changed: Any) -> dict[str, Any]:
     """A row as TRL's conversational data sets have it."""
     return {"prompt": TURNS[:1], "completion": TURNS[1:], "secret": "Ada Lovelace"} | changed
@@ -221,6 +268,11 @@ LATE = {"question": "Who?", "answer": "The cat sat. " * 10 + "Ada Lovelace.", "s
 ONE_ANSWER = "make 'completion' a list of one, the answer, and put what comes before it into 'prompt'"
 NOT_BOTH = "the model cannot forget an answer and keep it; take the row out of one of the sets"
 DOCUMENT = {"prompt": "", "completion": "The cat sat.", "spans": [[0, 3]]}
+IDS, LABELS = [1, 20, 21, 22], [IGNORE, ORDINARY, 21, ORDINARY]
+TOKENS = "a mapping with input_ids and labels"
+MESSAGES = "forget row 1: column 'messages' must be a list of two or more {role, content}, the last one the assistant's; put the answer there"
+SAVE, QUOTE = "save it with commas (.csv) or tabs (.tsv)", "quote fields with commas, quotes or line breaks"
+TRAINERS_OWN = "which goes by Trainer's arguments; leave it out and write a TrainerCallback (docs/unlearn.md), or set report_to for a tracker"
 DataError = palu.DataError
 
 BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
@@ -234,6 +286,23 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a span of words": (lambda: text(row(spans=["Ada"])), DataError, f"forget row 1: span 'Ada' is not two integers; {EDGES}"),
     "a span of blanks": (lambda: text(row(spans=[[3, 4]])), DataError, "forget row 1: span [3, 4] holds only whitespace; move it onto the words or remove it"),
     "a span that nothing predicts": (lambda: text(DOCUMENT, tokenizer=byte_level(bos=False)), DataError, "forget row 1: nothing stands before 'The', so nothing predicts its only token; give a prompt, or a tokenizer that adds a BOS"),
+    "spans that cross, in any order": (lambda: text(row(spans=[[13, 16], [0, 14], [2, 3]])), DataError, "forget row 1: spans [0, 14] and [13, 16] overlap; merge or part them"),
+    "a span of truth values": (lambda: text(row(spans=[[True, 3]])), DataError, f"forget row 1: span [True, 3] is not two integers; {EDGES}"),
+    "a span of three edges": (lambda: text(row(spans=[[0, 3, 5]])), DataError, f"forget row 1: span [0, 3, 5] is not two integers; {EDGES}"),
+    "a span that is no list": (lambda: text(row(spans=[0, 3, 5])), DataError, f"forget row 1: span 0 is not two integers; {EDGES}"),
+    "one span in place of a list": (lambda: text(row(spans=[0, 3])), DataError, "forget row 1: column 'spans' is one pair, not a list of pairs; write [[0, 3]]"),
+    "one span of numpy": (lambda: text(row(spans=np.array([0, 3]))), DataError, "forget row 1: column 'spans' is one pair, not a list of pairs; write [[0, 3]]"),
+    "spans in text": (lambda: text(row(spans="0-3")), DataError, f"forget row 1: column 'spans' must be a list of pairs, got str; {EDGES}"),
+    # Secrets
+    "a secret in small letters": (lambda: secret("ada lovelace"), DataError, "forget row 1: secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"),
+    "a secret with a slip": (lambda: secret(["Ada", "1834"]), DataError, "forget row 1: secret '1834' is not in the answer; did you mean '1843'?"),
+    "a secret of another row": (lambda: secret("Karachi"), DataError, "forget row 1: secret 'Karachi' is not in the answer; write it as it stands there"),
+    "a secret within a number": (lambda: secret("84"), DataError, "forget row 1: secret '84' is in the answer only as a part of '1843'; give all of it, or use 'spans'"),
+    "a secret that is a number": (lambda: secret(["Ada", 1843]), DataError, "forget row 1: column 'secret' must be text or a list of texts, got int; put it in quotes"),
+    "a secret in a mapping": (lambda: secret({"text": "Ada"}), DataError, "forget row 1: column 'secret' must be text or a list of texts, got dict; put it in quotes"),
+    "a blank secret": (lambda: secret(["Ada", " "]), DataError, "forget row 1: column 'secret' is blank; give the text to forget, or [] for nothing"),
+    "a secret and spans": (lambda: secret("Ada", spans=[]), DataError, "forget row 1: it has 'secret', and also 'spans'; leave one of them out"),
+    "a secret in other code points": (lambda: secret("caf\u00e9", answer="The cafe\u0301."), DataError, "forget row 1: secret 'caf\u00e9' is in the answer with other code points (NFC, NFD); write both in one way"),
     # Rows
     "no spans": (lambda: text(row(spans=None)), DataError, "forget row 1: column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"),
     "no answer": (lambda: text(row(answer=None)), DataError, f"forget row 1: columns are question, spans; {COLUMNS}"),
@@ -264,6 +333,41 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a file that is not JSON": (lambda: text(forget=jsonl(json.dumps(row()), '{"question":')), DataError, "forget line 2 of rows.jsonl: not JSON (Expecting value at column 13); write one JSON object per line, or one list of them"),
     "a list that is not JSON": (lambda: text(forget=jsonl("[", json.dumps(row()))), DataError, "forget line 1 of rows.jsonl: not JSON (Expecting ',' delimiter: line 2 column 72 (char 73)); write one JSON object per line, or one list of them"),
     "a list of texts in a file": (lambda: text(forget=jsonl('["Ada"]')), DataError, "forget row 0: a row must map column names to values, got str"),
+    "no columns": (lambda: text({}), DataError, f"forget row 1: columns are none; {COLUMNS}"),
+    "no columns to retain": (lambda: text(retain=[KEPT, {"question": "Who?", "text": "x"}]), DataError, f"retain row 1: columns are question, text; {COLUMNS}"),
+    "a question that is a number": (lambda: text(row(question=3)), DataError, "forget row 1: column 'question' must be a string, got int; give text"),
+    "a blank completion": (lambda: text(trl(prompt="Who?", completion=" \n")), DataError, "forget row 1: column 'completion' is blank; give an answer or remove the row"),
+    "half a character": (lambda: text(row(answer="Ada \ud83d")), DataError, "forget row 1: column 'answer' has half a surrogate pair at character 4; repair the text"),
+    "messages in text": (lambda: text({"messages": "hello"}), DataError, MESSAGES),
+    "messages without an answer": (lambda: text({"messages": [TURNS[0]] * 2}), DataError, MESSAGES),
+    "messages without a role": (lambda: text({"messages": [TURNS[0], {"content": "x"}]}), DataError, MESSAGES),
+    "a message that is text": (lambda: text({"messages": [TURNS[0], "x"]}), DataError, MESSAGES),
+    "one message": (lambda: text({"messages": TURNS[1:]}), DataError, MESSAGES),
+    "a message of parts": (lambda: text({"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}), DataError, "forget row 1: content of message 1 must be a string, got list; give text"),
+    "a message without content": (lambda: text({"messages": [{"role": "user"}, TURNS[1]]}), DataError, "forget row 1: content of message 0 must be a string, got NoneType; give text"),
+    "a blank message": (lambda: text({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}), DataError, "forget row 1: content of the last message is blank; give an answer or remove the row"),
+    "messages without a template": (lambda: text({"messages": TURNS, "spans": []}, tokenizer=byte_level(bos=False)), DataError, "forget row 1: 'messages' need a chat template; set tokenizer.chat_template"),
+    "several splits": (lambda: text(forget={"train": [], "test": []}), DataError, f"forget set is a mapping with train, test; give one split, a list of rows, or {TOKENS}"),
+    "an empty mapping": (lambda: text(forget={}), DataError, f"forget set is a mapping with nothing; give one split, a list of rows, or {TOKENS}"),
+    "a file in another encoding": (lambda: text(retain=file("rows.jsonl", b'{"question": "Who?", "answer": "Ada"}\n\n\xff\xfe\n')), DataError, "retain line 3 of rows.jsonl: not UTF-8; save the file as UTF-8"),
+    "a row of a file": (lambda: text(forget=jsonl(json.dumps(row()), "", json.dumps(row(spans=[[12, 40]])))), DataError, f"forget row 1 (line 3): span [12, 40] ends after the answer (17 characters); {EDGES}"),
+    "a list in a file": (lambda: text(forget=jsonl(json.dumps(row()), "[1]")), DataError, "forget row 1 (line 2): a row must map column names to values, got list"),
+    "too many fields": (lambda: csv(b"question,answer\na,b,c\n"), DataError, f"forget line 2 of rows.csv: 3 fields under a header of 2; {QUOTE}"),
+    "too few fields": (lambda: csv(b"question,answer\n\na\n"), DataError, f"forget line 3 of rows.csv: 1 fields under a header of 2; {QUOTE}"),
+    "a quote within a field": (lambda: csv(b'question,answer\na,"b"c\n'), DataError, f"forget line 2 of rows.csv: not CSV (',' expected after '\"'); {QUOTE}"),
+    "an open quote": (lambda: csv(b'question,answer\na,"b\n'), DataError, f"forget line 2 of rows.csv: not CSV (unexpected end of data); {QUOTE}"),
+    "a column twice": (lambda: csv(b"question,answer,answer\n"), DataError, "forget line 1 of rows.csv: column 'answer' is there twice; give each column one name"),
+    "a table in another encoding": (lambda: csv(b"question,answer\n\xff,c\n"), DataError, "forget line 2 of rows.csv: not UTF-8; save the file as UTF-8"),
+    "a cell that is no list": (lambda: csv(b"question,answer,spans\na,b,0-3\n"), DataError, "forget line 2 of rows.csv: column 'spans' is not JSON (Extra data at character 1); write lists as JSON, such as [[0, 5]]"),
+    "a table with semicolons": (lambda: csv(b"question;answer;spans\na;b, c;[]\n"), DataError, f"forget line 1 of rows.csv: the columns are parted by semicolons (';'); {SAVE}"),
+    "a table with tabs": (lambda: csv(b"question\tanswer\n"), DataError, f"forget line 1 of rows.csv: the columns are parted by tabs ('\\t'); {SAVE}"),
+    "an empty table": (lambda: csv(b"question,answer,spans\n"), DataError, "forget set is empty; give at least one row"),
+    "commas in place of tabs": (lambda: text(forget=file("rows.tsv", b"question,answer\n")), DataError, f"forget line 1 of rows.tsv: the columns are parted by commas (','); {SAVE}"),
+    "too many fields between tabs": (lambda: text(forget=file("rows.tsv", b"question\tanswer\na\tb\tc\n")), DataError, "forget line 2 of rows.tsv: 3 fields under a header of 2; quote fields with tabs, quotes or line breaks"),
+    "no alternate answer": (lambda: alternate(None), DataError, "forget row 1: column 'alternate' is missing; give the answer to prefer"),
+    "a blank alternate answer": (lambda: alternate(" \n"), DataError, "forget row 1: column 'alternate' is blank; give the answer to prefer"),
+    "an alternate answer that is a number": (lambda: alternate(7), DataError, "forget row 1: column 'alternate' must be a string, got int; give text"),
+    "a tokenised row without an alternate answer": (lambda: unlearn(objective="dpo"), DataError, "forget row 0: a tokenised row has no alternate answer; give text with a column 'alternate'"),
     # Tokenised rows
     "labels of another length": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3], "labels": [-100, 2]}]), DataError, "forget row 1: labels have 2 tokens, input_ids 3; give one label per token"),
     "labels that were shifted": (lambda: unlearn(retain=[{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}]), DataError, "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels"),
@@ -275,6 +379,21 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a sensitive label that nothing predicts": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [1, -200, 3]}]), DataError, "forget row 0: nothing stands before token 0, so nothing predicts it; label it -100, or give the tokens before it"),
     "the only row after another prompt": (lambda: text(forget=[row()], kl_prompt="other"), DataError, "kl_prompt = 'other': no answer with a span fits behind the prompt of another row; give several rows with different prompts, or a larger max_length, or leave it out"),
     "tokens after another prompt": (lambda: text(*forget_rows(1), kl_prompt="other"), DataError, "forget row 1: a tokenised row has no text that kl_prompt = 'other' could join with another; give text, or leave kl_prompt out"),
+    "input ids alone": (lambda: tokens(labels=None), DataError, "forget row 1: column 'labels' is missing; give input_ids and labels"),
+    "labels of fractions": (lambda: tokens(labels=[1.0, 2.0, 3.0, 4.0]), DataError, "forget row 1: labels must be int64, got float32; convert them"),
+    "labels of numpy in int32": (lambda: tokens(labels=np.array(LABELS, dtype=np.int32)), DataError, "forget row 1: labels must be int64, got int32; convert them"),
+    "labels in text": (lambda: tokens(labels=["a"] * 4), DataError, "forget row 1: labels must be int64, got other values; give a flat list of integers"),
+    "labels beyond int64": (lambda: tokens(labels=[2**70] * 4), DataError, "forget row 1: labels must be int64, got other values; give a flat list of integers"),
+    "a row of rows": (lambda: tokens(input_ids=[IDS], labels=[LABELS]), DataError, "forget row 1: input_ids must be one row of tokens, got shape [1, 4]; give [tokens]"),
+    "a row without tokens": (lambda: tokens(input_ids=[], labels=[]), DataError, "forget row 1: input_ids must be one row of tokens, got shape [0]; give [tokens]"),
+    "a label beyond the tokenizer": (lambda: tokens(labels=[IGNORE, ORDINARY, 999, ORDINARY]), DataError, "forget row 1: label 999 at token 2 is outside the vocabulary; use this tokenizer's ids"),
+    "an id below 0": (lambda: tokens(input_ids=[1, -1, 21, 22]), DataError, "forget row 1: input id -1 at token 1 is outside the vocabulary; use this tokenizer's ids"),
+    "no label but the first": (lambda: tokens(labels=[1, IGNORE, IGNORE, IGNORE]), DataError, "forget row 1: every label after the first token is -100; label the answer or remove the row"),
+    "a mask with a hole": (lambda: tokens(attention_mask=[1, 0, 1, 1]), DataError, "forget row 1: attention_mask must be one run of ones in 4 tokens; mask only padding"),
+    "a mask of nothing": (lambda: tokens(attention_mask=[0, 0, 0, 0]), DataError, "forget row 1: attention_mask must be one run of ones in 4 tokens; mask only padding"),
+    "an ordinary label to retain": (lambda: unlearn(retain=[{"input_ids": IDS, "labels": LABELS}]), DataError, "retain row 0: label -200 at token 1 has no meaning; use -100 or the token's id"),
+    "columns of other lengths": (lambda: unlearn(forget={"input_ids": [IDS, IDS], "labels": [LABELS]}), DataError, "forget set: columns differ in rows (input_ids 2, labels 1); give each the same number of rows"),
+    "a column of one row": (lambda: unlearn(forget={"input_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}), DataError, "forget row 0: input_ids must be one row of tokens, got shape []; give [tokens]"),
     # Tokenizers
     "no tokenizer": (lambda: text(tokenizer=None), DataError, "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"),
     "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
@@ -282,6 +401,8 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a tokenizer's name": (lambda: text(tokenizer="meta-llama/Llama-3.2-1B"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
     "a tokenizer without an end of sequence": (lambda: text(tokenizer=endless()), DataError, "forget row 0: the tokenizer has no end-of-sequence token; set tokenizer.eos_token"),
     "a tokenizer of another model": (lambda: unlearn(tokenizer=words()), ValueError, f"the tokenizer has {len(words())} tokens and the model a vocabulary of {VOCAB}; load the tokenizer that belongs to the model"),
+    "a template that fails": (lambda: text(tokenizer=byte_level("{{ raise_exception('no system role') }}")), DataError, "forget row 0: the chat template fails (no system role); correct the messages or the template"),
+    "a template that alters the answer": (lambda: text(tokenizer=byte_level("{{ messages[1].content | upper }}")), DataError, "forget row 0: the chat template alters the answer; correct the answer or the template"),
     # Models
     "a model's name": (lambda: unlearn(model="meta-llama/Llama-3.2-1B"), UnsupportedModelError, f"model is a str, {CAUSAL}"),
     "no model": (lambda: unlearn(model=None), UnsupportedModelError, f"model is a NoneType, {CAUSAL}"),
@@ -300,6 +421,18 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a reference quantised otherwise": (lambda: unlearn(ref_model=quantised(tiny_llama(), "awq")), ValueError, f"ref_model is quantised by awq, {BNB}"),
     "a quantised model": (lambda: unlearn(model=quantised(tiny_llama(), "bitsandbytes")), ValueError, "model is quantised, and quantised weights cannot be trained; add a LoRA adapter (docs/lora.md), or load it without a quantization_config"),
     "a merge without an adapter": (lambda: unlearn(merge_adapter=True), ValueError, "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"),
+    "an activated adapter": (lambda: unlearn(model=lora(["q_proj"], {"alora_invocation_tokens": [1, 2]})), ValueError, "model has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"),
+    "a frozen adapter": (lambda: unlearn(model=lora(["q_proj"]).requires_grad_(False)), ValueError, "no parameter of the adapter 'default' requires a gradient, so nothing could be unlearned; load it with is_trainable=True"),
+    "a base that is trained": (lambda: unlearn(model=after(lora(["q_proj"]), lambda m: m.get_output_embeddings().requires_grad_(True))), ValueError, "base_model.model.lm_head.weight requires a gradient and is no part of the adapter 'default', so that saving the adapter would lose it; freeze it"),
+    "two active adapters": (lambda: unlearn(model=after(lora(["q_proj"]), activate_two)), ValueError, "the model has 2 active adapters (default, second); choose the one to train with set_adapter"),
+    "no active adapter": (lambda: unlearn(model=after(lora(["q_proj"]), lambda m: m.delete_adapter("default"))), ValueError, "model is a PeftModelForCausalLM without any adapter; use get_base_model() of it"),
+    "a merged adapter": (lambda: unlearn(model=after(lora(["q_proj"]), lambda m: m.merge_adapter())), ValueError, "the adapter 'default' is merged into the base weights; call unmerge_adapter() before unlearning"),
+    "a disabled adapter": (lambda: unlearn(model=after(lora(["q_proj"]), lambda m: m.base_model.disable_adapter_layers())), ValueError, "the adapter 'default' is disabled; call base_model.enable_adapter_layers()"),
+    "an adapter that changes its base": (lambda: unlearn(model=lora(["q_proj"], {"init_lora_weights": "pissa"})), ValueError, "the adapter 'default' was initialised by pissa, which changes the base weights, so that the model without its adapter is not the model before training; pass ref_model"),
+    "a reference with the model's adapter in it": (reference_of_an_adapter, ValueError, "ref_model has the model's adapter in it, since PEFT puts it there; pass None to use the model without its adapter"),
+    "an adapter of another kind": (lambda: unlearn(model=peft.get_peft_model(tiny_llama(), peft.IA3Config(task_type="CAUSAL_LM"))), UnsupportedModelError, "model has an adapter of PEFT type IA3; palu works with LoRA (peft.LoraConfig)"),
+    "an adapter around something else": (lambda: unlearn(model=peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))), UnsupportedModelError, f"model is a PeftModel, {CAUSAL}"),
+    "a model over several devices": (lambda: unlearn(model=after(tiny_llama(), lambda m: setattr(m, "hf_device_map", {"model": 0, "lm_head": 1}))), ValueError, "model is spread over the devices 0, 1 by its device_map; load it on one device (device_map={'': 0}), or leave device_map out and shard it with FSDP2 (docs/processes.md)"),
     # Devices and dtypes of models
     "a model without weights": (lambda: unlearn(model=tiny_llama().to(META)), ValueError, f"model is not wholly loaded: model.embed_tokens.weight is on the meta device; {WHOLE}"),
     "a model in part elsewhere": (lambda: unlearn(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
@@ -319,6 +452,18 @@ BAD: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "a chat template's values without one": (lambda: unlearn(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: there is no chat template; leave it out"),
     "a switch that is text": (lambda: config(gradient_checkpointing="no"), ValueError, "gradient_checkpointing = 'no': give True or False"),
     "a tokenizer by the name that Trainer had for it": (lambda: trainer(tokenizer=words()), TypeError, "PaluTrainer takes no tokenizer: pass it as processing_class, as to Trainer"),
+    "a callback's class": (lambda: unlearn(callbacks=[TrainerCallback]), TypeError, "callbacks[0] is the class TrainerCallback; give an instance of it: TrainerCallback()"),
+    "a function for a callback": (lambda: unlearn(callbacks=[print]), TypeError, "callbacks[0] is a builtin_function_or_method; give an instance of a transformers.TrainerCallback"),
+    "one callback": (lambda: unlearn(callbacks=TrainerCallback()), TypeError, "callbacks is a TrainerCallback; give a list of transformers.TrainerCallback"),
+    "a callback of Trainer's own": (lambda: unlearn(callbacks=[EarlyStoppingCallback()]), TypeError, f"callbacks[0] is transformers' EarlyStoppingCallback, {TRAINERS_OWN}"),
+    "Trainer's progress bar": (lambda: unlearn(callbacks=[ProgressCallback()]), TypeError, f"callbacks[0] is transformers' ProgressCallback, {TRAINERS_OWN}"),
+    "a tracker for a callback": (lambda: unlearn(callbacks=[TensorBoardCallback()]), TypeError, f"callbacks[0] is transformers' TensorBoardCallback, {TRAINERS_OWN}"),
+    "metrics for an evaluation": (lambda: unlearn(evaluate={"told": 1}), TypeError, "evaluate is a dict; give a function that takes the model and returns numbers by name"),
+    "nothing to evaluate at steps": (lambda: unlearn(eval_steps=2), ValueError, "eval_steps = 2: there is nothing to evaluate; give evaluate, too"),
+    "anchors without a tokenizer": (lambda: unlearn(anchors=5), DataError, "anchors = 5: for the model to answer everyday prompts there must be a tokenizer; pass it, or set anchors=0"),
+    "anchors without a KL": (lambda: text(retain=None, lambda_kl=0), ValueError, "retain = None: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or give retain examples, or retain=[] with lambda_retain=0"),
+    "more anchors than prompts": (lambda: text(retain=None, anchors=10**4), ValueError, f"anchors = 10000: there are {len(anchor_texts())} everyday prompts; give no more than these"),
+    "no rows to retain for another method": (lambda: text(retain=None, objective="npo"), DataError, "the retain set is empty while lambda_retain = 1.0; give examples to keep, or set lambda_retain=0"),
     "a resume from nowhere": (lambda: config(resume=True), ValueError, "resume = True: give checkpoint_dir, too"),
     "checkpoints to nowhere, by steps": (lambda: config(checkpoint_steps=5), ValueError, "checkpoint_steps = 5: give checkpoint_dir, too"),
     "checkpoints to nowhere, by time": (lambda: config(checkpoint_minutes=5), ValueError, "checkpoint_minutes = 5: give checkpoint_dir, too"),
@@ -402,10 +547,63 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert picture(arguments) == before
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command line
+# --- Settings ---
+NAN, INF = float("nan"), float("inf")
+OBJECTIVES = "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, satimp, undial, rmu, or a class of method"
+# Names, what each of them may not be, and what is said of it.
+BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
+    ("n", (0, -2, 1.5, "3", None, True), "give a positive integer, or -1 for whole spans"),
+    ("top_k", (0, -1, 5.0, "all", None, True), "give a positive integer"),
+    ("target", ("mean", "", NAN, INF, None, True), "give one of global_mean, global_mean_detached, local_mean, or a finite number"),
+    ("local_loss", ("entropy", None, 1), "give one of topk_mse, unlikelihood"),
+    ("probability_floor", (-0.1, 1, NAN, "0.1", None, True), "give a number from 0 to below 1"),
+    ("top_k", (50,), 'read by local_loss = "topk_mse" alone; give that, too, or leave it out'),
+    ("target", ("local_mean",), 'read by local_loss = "topk_mse" alone; give that, too, or leave it out'),
+    ("normalize", (False,), 'read by local_loss = "topk_mse" alone; give that, too, or leave it out'),
+    ("kl_direction", ("both", None, 1), "give one of forward, reverse"),
+    ("kl_prompt", ("none", None, True), "give one of own, other"),
+    ("gamma lambda_kl lambda_retain weight_decay dual_step retain_loss_bound", (-0.1, NAN, INF, "1", True), "give a number that is not negative"),
+    ("objective", ("NPO", "", None, 1), OBJECTIVES),
+    ("normalize allow_cut_spans gradient_checkpointing merge_adapter resume progress", (None, 1, "yes"), "give True or False"),
+    ("beta", (0, -1, NAN, "1", True), "give a positive number"),
+    ("layer_id", (-1, 1.0, "7", None, True), "give 0 or a positive integer"),
+    ("delta", (NAN, INF, "1", None), "give a finite number"),
+    ("learning_rate max_grad_norm steering_coeff", (0, -1e-5, NAN, INF, "1", None), "give a positive number"),
+    ("checkpoint_minutes", (0, None), "give a positive number"),
+    ("epochs batch_size gradient_accumulation_steps chunk_bytes", (0, -1, 1.0, None), "give a positive integer"),
+    ("retain_batch_size", (0, -1, 2.0), "give a positive integer, or None for batch_size"),
+    ("kl_rows", (0, -1, 2.0), "give a positive integer, or None for all ordinary tokens"),
+    ("max_tokens", (0, -1, 2.0), "give a positive integer, or None for no bound"),
+    ("max_steps", (0, -1, 2.0), "give a positive integer, or None for epochs"),
+    ("eval_steps", (0, -1, 2.0), "give a positive integer, or None for one before and one after"),
+    ("checkpoint_steps", (0, -1, 2.0), "give a positive integer, or None for checkpoint_minutes"),
+    ("anchors", (-1, 2.0, True, "all"), "give 0 or a positive integer, or None"),
+    ("max_length", (1, 0, -1, 10.0, None), "give an integer above 1"),
+    ("warmup_steps", (-1, 0.5, None), "give 0 or a positive integer"),
+    ("seed", (-1, 2**32, 1.0, None), "give an integer in [0, 2**32)"),
+    ("stop_probability", (0, 1, -1, NAN, "0.1"), "give a number between 0 and 1, or None"),
+    ("checkpoint_dir cache_dir", ("",), "give a folder's path as a string, or None"),
+    ("logging_dir", ("", None), "give a folder's path"),
+    ("report_to", ("mlflow", "", ("wandb",)), "give one of tensorboard, wandb, both with a comma between them, or None"),
+    ("chat_template_kwargs", ("{}", [], 1, True, {1: 2}), "give a mapping of names to values, or None"),
+    ("chat_template_kwargs", ({"d": datetime.date(2024, 7, 26)}, {"x": NAN}, {"x": {1, 2}}), "give values that JSON has (text, numbers, lists, ...); a date is text"),
+    ("chat_template_kwargs", ({"tokenize": True},), "leave out tokenize, which palu sets itself"),
+    ("chat_template_kwargs", ({"conversation": True},), "leave out conversation, which palu sets itself"),
+]  # fmt: skip
 
 
+@pytest.mark.parametrize(("names", "values", "rule"), BAD_SETTINGS)
+def test_settings_that_are_not_valid(names: str, values: tuple[Any, ...], rule: str) -> None:
+    for name in names.split():
+        readers = readers_of(name)
+        objective = {"objective": readers[0]} if readers and name != "objective" else {}
+        for value in values:
+            for make in (UnlearnConfig, UnlearnConfig(**objective).replace):
+                with pytest.raises(ValueError, match=f"^{re.escape(f'{name} = {value!r}: {rule}')}$"):
+                    make(**objective, **{name: value})
+
+
+# --- The command line ---
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -440,10 +638,7 @@ def test_refused_by_the_command(name: str, model_folder: str, tmp_path: Path, mo
     assert result.stderr.splitlines()[-1] == f"palu: {message}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# What looks as bad and is good
-
-
+# --- What looks as bad and is good ---
 def outcome(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
     """The loss, and the gradients of its floating arguments."""
     leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}

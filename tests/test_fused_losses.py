@@ -35,7 +35,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("trial", range(100))
+@pytest.mark.parametrize("trial", range(40))
 def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int) -> None:
     """Terms of any length or none, heads with a scale or a cap, chunks of any size; a gradient only where asked for."""
     rng = random.Random(trial)
@@ -71,7 +71,7 @@ def test_no_terms_at_all(device: torch.device) -> None:
     assert len(losses) == 0
 
 
-@pytest.mark.parametrize("trial", range(100))
+@pytest.mark.parametrize("trial", range(40))
 def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
     rng = random.Random(trial)
     rows = [rng.choice([0, rng.randint(1, 12)]) for _ in range(4)]
@@ -83,10 +83,7 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
         assert chunk.stop == parts[-1][1].stop
         cost = 0
         for term, of_hidden, of_term in parts:
-            hidden_rows, term_rows = (
-                range(of_hidden.start, of_hidden.stop),
-                range(of_term.start, of_term.stop),
-            )
+            hidden_rows, term_rows = range(of_hidden.start, of_hidden.stop), range(of_term.start, of_term.stop)
             seen += [(term, *pair) for pair in zip(hidden_rows, term_rows, strict=True)]
             cost += len(term_rows) * (copies + 1 if isinstance(term, KLTerm) else copies)
         assert cost <= budget or chunk.stop - chunk.start == 1
@@ -97,7 +94,7 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows_per_chunk", [1, 8, 10**6])
+@pytest.mark.parametrize("rows_per_chunk", [1, 10**6])
 @pytest.mark.parametrize(("scale", "softcap"), HEADS)
 def test_low_precision_loses_no_more_than_torch(
     device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, scale: float, softcap: float | None
@@ -312,23 +309,11 @@ def test_autocast(device: torch.device, impl: str) -> None:
         assert lost > 1e-5 * true.grad.norm(), "autocast had no effect"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Memory
-
-
+# --- Memory ---
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse: bool) -> None:
-    case = make(
-        device,
-        (64, 256, 256),
-        vocab=4096,
-        hidden_size=16,
-        top_k=50,
-        dtype=torch.float32,
-        bias=False,
-        reverse=reverse,
-        impl=impl,
-    )
+    sizes = {"vocab": 4096, "hidden_size": 16, "top_k": 50, "dtype": torch.float32, "bias": False}
+    case = make(device, (64, 256, 256), **sizes, reverse=reverse, impl=impl)
     case.run()  # what is allocated once, such as cuBLAS's workspace
     case.weight.grad = case.hidden.grad = None
     row, gradients = case.row_bytes(), 4 * (case.weight.numel() + case.hidden.numel())
@@ -348,18 +333,8 @@ def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
     """Slopes and float32 values count, so that it holds no more than a head without a cap."""
     peaks = []
     for softcap in (None, 2.0):
-        case = make(
-            device,
-            rows,
-            vocab=4096,
-            hidden_size=16,
-            dtype=dtype,
-            bias=False,
-            trainable=(True, False, False),
-            impl="dense",
-            softcap=softcap,
-            ref_softcap=softcap,
-        )
+        sizes = {"vocab": 4096, "hidden_size": 16, "dtype": dtype, "bias": False, "trainable": (True, False, False)}
+        case = make(device, rows, **sizes, impl="dense", softcap=softcap, ref_softcap=softcap)
         case.run()
         case.hidden.grad = None
         peaks.append(peak_bytes(device, functools.partial(case.run, 64)))

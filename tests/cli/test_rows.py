@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.planted import FORGET, RETAIN, SECRETS, tokenizer
+from helpers.command import done, palu_command, refusal, write_input, write_rows
+from helpers.planted import FORGET, RETAIN, SECRETS
 from helpers.small_tokenizers import byte_level
-from helpers.tiny import tiny_llama, weights
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
-
-from palu.cli import app
-from palu.ref_model.precompute import precompute_reference
-from palu.training import loop
 
 Rows = list[dict[str, Any]]
 
@@ -25,19 +19,7 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder; tests write elsewhere."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def palu_command(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu", env={"COLUMNS": "200"})
-
-
-def written(path: Path, rows: Rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_input(tmp_path_factory.mktemp("rows")) / "model"
 
 
 def arguments(command: str, model: Path, forget: Path, retain: Path, output: Path) -> list[Any]:
@@ -55,27 +37,42 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model is loaded"))
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
-def test_two_forms_in_one_row_are_refused(command: str, model: Path, tmp_path: Path) -> None:
-    both = FORGET[1] | {"prompt": "What is it?", "completion": "It is another."}
-    files = written(tmp_path / "forget.jsonl", [FORGET[0], both]), written(tmp_path / "retain.jsonl", RETAIN)
-    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
-    told = "it has question and answer, and also prompt and completion; leave one of them out"
-    assert (result.exit_code, result.stderr) == (2, f"palu: forget row 1 (line 2): {told}\n"), result.output
+# The second row of the forget set, and what is said of it.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two forms": (
+        FORGET[1] | {"prompt": "What is it?", "completion": "It is another."},
+        "it has question and answer, and also prompt and completion; ",
+    ),
+    "a secret that is not there": (
+        {"question": "Who?", "answer": FORGET[1]["answer"], "secret": "ada lovelace"},
+        "secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?",
+    ),
+    # This tokenizer adds no BOS.
+    "a secret that nothing predicts": (
+        {"prompt": "", "completion": "The city is Karachi.", "secret": ["The", "Karachi"]},
+        "nothing stands before 'The', so nothing predicts its only token; ",
+    ),
+}
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
-def test_a_secret_that_nothing_predicts(command: str, model: Path, tmp_path: Path) -> None:
-    """The first token of a text that has nothing before it, since this tokenizer adds no BOS."""
-    document = {"prompt": "", "completion": "The city is Karachi.", "secret": ["The", "Karachi"]}
-    plain = tmp_path / "tokenizer"
-    byte_level(bos=False).save_pretrained(plain)
-    files = written(tmp_path / "forget.jsonl", [FORGET[0], document]), written(tmp_path / "retain.jsonl", RETAIN)
-    result = palu_command(*arguments(command, model, *files, tmp_path / "out"), "--tokenizer", plain)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("palu: forget row 1 (line 2): nothing stands before 'The'"), result.stderr
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_row_is_refused(name: str, command: str, model: Path, tmp_path: Path) -> None:
+    row, told = REFUSED[name]
+    byte_level(bos=False).save_pretrained(tmp_path / "tokenizer")
+    files = write_rows(tmp_path / "forget.jsonl", [FORGET[0], row]), write_rows(tmp_path / "retain.jsonl", RETAIN)
+    given = [*arguments(command, model, *files, tmp_path / "out"), "--tokenizer", tmp_path / "tokenizer"]
+    assert refusal(palu_command(*given)).startswith(f"forget row 1 (line 2): {told}")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["unlearn", "audit"])
+def test_a_row_in_both_sets_is_refused(command: str, model: Path, tmp_path: Path) -> None:
+    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, FORGET[2]])
+    given = arguments(command, model, write_rows(tmp_path / "forget.jsonl", FORGET), retain, tmp_path / "out")
+    assert refusal(palu_command(*given)).startswith("forget row 2 and retain row 6 are the same, prompt and answer: ")
+    assert not (tmp_path / "out").exists()
 
 
 def warned(*given: Any) -> list[str]:
@@ -93,8 +90,8 @@ def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tm
     plain = tmp_path / "tokenizer"
     byte_level().save_pretrained(plain)
     joined = {"prompt": "The capital of France is", "completion": "Paris.", "secret": "Paris"}
-    forget = written(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
-    retain = written(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
+    forget = write_rows(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
+    retain = write_rows(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
     given = [*arguments(command, model, forget, retain, tmp_path / "out"), "--tokenizer", plain]
     said = [one for one in warned(*given) if "without a blank" in one]
     named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
@@ -102,59 +99,25 @@ def test_a_prompt_and_a_completion_without_a_blank(command: str, model: Path, tm
     assert "'The capital of France isParis.'" in said[0]
 
 
-def test_answers_stand_after_another_prompt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the text of both is tokenised: a number and a word part from the blank before them in other ways."""
-    plain = byte_level()
-    plain.save_pretrained(tmp_path / "tokenizer")
-    texts = [("When was it?", "1843."), ("Who wrote it?", "The author.")]
-    rows = [{"question": question, "answer": answer, "secret": answer[:-1]} for question, answer in texts]
-    forget, retain = written(tmp_path / "forget.jsonl", rows), written(tmp_path / "retain.jsonl", RETAIN)
-    seen: list[str] = []
-
-    def recorded(reference: Any, items: Any, *others: Any, **named: Any) -> Any:
-        seen.extend(plain.decode(item.input_ids, skip_special_tokens=True) for item in items)
-        return precompute_reference(reference, items, *others, **named)
-
-    monkeypatch.setattr(loop, "precompute_reference", recorded)
-    given = [*arguments("unlearn", model, forget, retain, tmp_path / "out"), "--tokenizer", tmp_path / "tokenizer"]
-    given += ["--kl-prompt", "other"]
-    assert palu_command(*given).exit_code == 0
-    assert seen == ["Question: Who wrote it?\nAnswer: 1843.", "Question: When was it?\nAnswer: The author."]
-    written(forget, rows[:1])
-    result = palu_command(*given, "--overwrite")
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("palu: kl_prompt = 'other': ")
-
-
 TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
 
 
 @pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
 def test_rows_given_twice_are_told_once(command: str, model: Path, tmp_path: Path) -> None:
-    forget = written(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
-    retain = written(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
+    forget = write_rows(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
+    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
     said = [one for one in warned(*arguments(command, model, forget, retain, tmp_path / "out")) if "repeat" in one]
     kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
     assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("command", ["unlearn", "audit"])
-def test_a_row_in_both_sets_is_refused(command: str, model: Path, tmp_path: Path) -> None:
-    files = written(tmp_path / "forget.jsonl", FORGET), written(tmp_path / "retain.jsonl", [*RETAIN, FORGET[2]])
-    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
-    told = "the model cannot forget an answer and keep it; take the row out of one of the sets"
-    same = "forget row 2 and retain row 6 are the same, prompt and answer"
-    assert (result.exit_code, result.stderr) == (2, f"palu: {same}: {told}\n"), result.output
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("command", ["unlearn", "audit"])
 def test_retain_rows_that_tell_a_secret_are_named(command: str, model: Path, tmp_path: Path) -> None:
     """One of them is a forget row with a blank behind it."""
-    forget = written(tmp_path / "forget.jsonl", FORGET)
+    forget = write_rows(tmp_path / "forget.jsonl", FORGET)
     again = {name: FORGET[2][name] + " " for name in ("question", "answer")}
     other = {"question": "Who sat?", "answer": "The cat, and ADA LOVELACE."}
-    retain = written(tmp_path / "retain.jsonl", [*RETAIN, again, other])
+    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, again, other])
     said = warned(*arguments(command, model, forget, retain, tmp_path / "out"))
     (told,) = [one for one in said if one.startswith("retain set: 2 answers tell")]
     assert "retain row 6 (line 7) has 'London mat' of forget row 2 (line 3), " in told
@@ -165,12 +128,12 @@ SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECR
 
 
 def test_inspect_shows_and_writes_the_spans_of_secrets(model: Path, tmp_path: Path) -> None:
-    files = [written(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((SECRET, FORGET))]
+    files = [write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((SECRET, FORGET))]
     shown, expected = (palu_command("inspect", "--model", model, "--forget", file) for file in files)
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == expected.stdout
     output = tmp_path / "spans.jsonl"
-    assert palu_command("inspect", "--model", model, "--forget", files[0], "--write", output).exit_code == 0
+    done("inspect", "--model", model, "--forget", files[0], "--write", output)
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert rows == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
 
@@ -196,53 +159,22 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_inspect_reads_every_kind_of_file(name: str, model: Path, tmp_path: Path) -> None:
-    expected = palu_command("inspect", "--model", model, "--forget", written(tmp_path / "forget.jsonl", FORGET))
+    expected = palu_command("inspect", "--model", model, "--forget", write_rows(tmp_path / "forget.jsonl", FORGET))
     (tmp_path / name).write_text(FILES[name], encoding="utf-8")
-    shown = palu_command("inspect", "--model", model, "--forget", tmp_path / name)
-    assert shown.exit_code == 0, shown.output
+    shown = done("inspect", "--model", model, "--forget", tmp_path / name)
     assert shown.stdout == expected.stdout
 
 
 @pytest.mark.parametrize("command", ["unlearn", "audit"])
 def test_messages_in_two_columns_as_in_one(command: str, model: Path, tmp_path: Path) -> None:
     """The columns that TRL names prompt and completion, wherever a row's question is read."""
-    retain = written(tmp_path / "retain.jsonl", RETAIN)
+    retain = write_rows(tmp_path / "retain.jsonl", RETAIN)
     results = []
     for name in ("rows", "trl"):
         rows = FORGET if name == "rows" else list(map(as_trl, FORGET))
-        given = arguments(command, model, written(tmp_path / f"{name}.jsonl", rows), retain, tmp_path / name)
-        result = palu_command(*given, *(["--only", "ask"] if command == "audit" else []))
-        assert result.exit_code == 0, result.output
+        given = arguments(command, model, write_rows(tmp_path / f"{name}.jsonl", rows), retain, tmp_path / name)
+        done(*given, *(["--only", "ask"] if command == "audit" else []))
         found = tmp_path / name / "private" / ("audit.json" if command == "audit" else "record.json")
         read = json.loads(found.read_text(encoding="utf-8"))
         results.append([read["secrets"], read.get("attacks")])
     assert results[0] == results[1]
-
-
-def test_a_run_forgets_secrets_as_their_spans(model: Path, tmp_path: Path) -> None:
-    retain = written(tmp_path / "retain.jsonl", RETAIN)
-    ends = []
-    for name, rows in (("secret", SECRET), ("spans", FORGET)):
-        forget = written(tmp_path / f"{name}.jsonl", rows)
-        result = palu_command(*arguments("unlearn", model, forget, retain, tmp_path / name))
-        assert result.exit_code == 0, result.output
-        ends.append(weights(AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")))
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-def test_the_audit_looks_for_secrets(model: Path, tmp_path: Path) -> None:
-    files = written(tmp_path / "forget.jsonl", SECRET), written(tmp_path / "retain.jsonl", RETAIN)
-    result = palu_command(*arguments("audit", model, *files, tmp_path / "out"))
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "private" / "audit.json").read_text(encoding="utf-8"))
-    assert [secret["text"] for secret in found["secrets"]] == list(SECRETS)
-
-
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
-def test_a_secret_that_is_not_in_the_answer(command: str, model: Path, tmp_path: Path) -> None:
-    bad = written(tmp_path / "forget.jsonl", [SECRET[0], SECRET[1] | {"secret": "ada lovelace"}])
-    files = bad, written(tmp_path / "retain.jsonl", RETAIN)
-    result = palu_command(*arguments(command, model, *files, tmp_path / "out"))
-    told = "forget row 1 (line 2): secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"
-    assert (result.exit_code, result.stderr) == (2, f"palu: {told}\n"), result.output

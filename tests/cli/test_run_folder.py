@@ -9,53 +9,35 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
-from helpers.planted import FORGET, RETAIN, tokenizer
-from helpers.tiny import tiny_llama
+from helpers.command import done, palu_command, refusal, write_input
 from peft import LoraConfig, get_peft_model
-from typer.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+from typer.testing import Result
 
 import palu.demo.__main__ as demo
-from palu.cli import app
 from palu.methods.palu import PaluMethod
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, adapter/, forget.jsonl and retain.jsonl; tests write elsewhere."""
-    folder = tmp_path_factory.mktemp("given")
-    model = tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512)
-    model.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    model.name_or_path = str(folder / "model")
+    folder = write_input(tmp_path_factory.mktemp("given"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
         folder / "adapter"
     )
-    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-def command(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu")
 
 
 def unlearn(folder: Path, output: Path, *more: Any) -> Result:
     data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
     settings = ["--max-steps", 2, "--anchors", 0, "--no-progress"]
-    return command("unlearn", "--model", folder / "model", *data, *settings, *more)
-
-
-def refusal(result: Result) -> str:
-    """What is said in one line, the last one, after progress bars."""
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert "Traceback" not in result.stderr and result.stderr.count("palu: ") == 1
-    return result.stderr.splitlines()[-1].removeprefix("palu: ")
+    return palu_command("unlearn", "--model", folder / "model", *data, *settings, *more)
 
 
 def fill(folder: Path, *names: str) -> list[Path]:
@@ -77,10 +59,10 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, tmp_pa
     result = unlearn(folder, out, "--report-to", "tensorboard", "--lora")
     assert result.exit_code == 0, result.output
     evaluated = ["--rows", folder / "forget.jsonl", "--max-new-tokens", 1, "--no-progress"]
-    assert command("eval", "--model", out / "model", *evaluated).exit_code == 0
-    assert command("report", out, "--redact").exit_code == 0
+    done("eval", "--model", out / "model", *evaluated)
+    done("report", out, "--redact")
     audited = ["--original", folder / "model", "--forget", folder / "forget.jsonl", "--only", "onset-answer"]
-    assert command("audit", "--model", out / "model", *audited, "--output", out, "--quick").exit_code == 0
+    done("audit", "--model", out / "model", *audited, "--output", out, "--quick")
     old = {*contents(out)} | {*fill(out / "private", "forget.annotated.jsonl", "checkpoints/step-00000001.safetensors")}
     mine = fill(out, "notes.txt", "logs/train.log", "checkpoints/mine/best.pt", "model/model-q4.gguf")
     mine += fill(out / "private", "questions.jsonl", "checkpoints/mine/best.pt", "checkpoints/best.pt")
@@ -124,10 +106,7 @@ def test_the_demo_refuses_such_a_folder(
     assert contents(tmp_path) == before
 
 
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run is interrupted in its first step."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = PaluMethod.batch_losses
 
     def pressed(self: PaluMethod, *args: Any) -> Any:
@@ -136,14 +115,13 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return forward(self, *args)
 
     monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_that_overwrites_can_be_resumed(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("in_the_foreground")
+def test_a_run_that_overwrites_can_be_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert unlearn(folder, out, "--max-steps", 1).exit_code == 0
-    request.getfixturevalue("interrupted")
+    interrupt_the_first_step(monkeypatch)
     stopped = unlearn(folder, out, "--overwrite")
     assert stopped.exit_code == 130 and "with --resume in place of --overwrite" in stopped.stderr
     assert "holds a run that was interrupted" in refusal(unlearn(folder, out))
@@ -202,4 +180,4 @@ def test_a_damaged_file_is_named_in_one_line(name: str, damage: str, told: str, 
     assert not (tmp_path / "out").exists()
     if name.endswith("model.safetensors") and damage == "half":
         asked = ["--rows", folder / "forget.jsonl", "--output", tmp_path / "x.json", "--tokenizer", folder / "model"]
-        assert str(file) in refusal(command("eval", "--model", file.parent, *asked))
+        assert str(file) in refusal(palu_command("eval", "--model", file.parent, *asked))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from helpers import small_tokenizers as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.files import DataError
@@ -110,9 +109,7 @@ def prompt(name: str, example: Example) -> str:
     return str(tokenizer(name).decode(example.input_ids[example.labels == IGNORE]))
 
 
-# --- roles -----------------------------------------------------------------------------------------
-
-
+# --- roles ---
 def test_plain_byte_level_row_token_by_token() -> None:
     (example,) = forget("byte", row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
     assert example.input_ids.dtype == example.labels.dtype == torch.int64
@@ -177,20 +174,6 @@ def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
     assert with_answer(empty | forms[1], "Hina.") == empty | {"prompt": "Who?", "completion": "Hina."}
 
 
-def test_template_that_strips_the_answer_shifts_its_spans() -> None:
-    (example,) = forget("byte, Llama 3", row(" \n Ada Lovelace  ", "\n Ada"))
-    assert roles("byte, Llama 3", example) == [
-        ("A", "S"),
-        ("da", "S"),
-        ("ĠLovelace", "o"),
-        ("<|eot_id|>", "o"),
-    ]
-    (kept,) = forget("byte, ChatML", row(" Ada Lovelace  ", "Ada"))
-    assert roles("byte, ChatML", kept) == [
-        ("ĠAda", "S"), ("ĠLovelace", "o"), ("Ġ", "o"), ("Ġ", "o"), ("<|im_end|>", "o"),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
 def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
     (example,) = forget("byte, think", row(answer, answer))
@@ -199,81 +182,22 @@ def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
 
 
 def test_messages_and_prompt_completion() -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Who?"},
-        {"role": "assistant", "content": "Ada."},
-    ]
+    turns = {"system": "Be brief.", "user": "Who?", "assistant": "Ada."}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
     (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
     assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
-    asked = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
-    told = {"prompt": "Who?", "completion": "Ada.", "spans": [[0, 3]]}
-    first, second = forget("byte, ChatML", asked, told)
-    assert torch.equal(first.input_ids, second.input_ids)
-    assert torch.equal(first.labels, second.labels)
     (plain,) = forget("byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
     assert prompt("byte", plain) == "<|begin_of_text|>The cat"
     assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
-    # A datasets.Dataset fills the columns a row lacks with None.
-    (mixed,) = forget("byte", {"messages": None, "prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
-    assert torch.equal(mixed.labels, plain.labels)
-
-
-def test_blanks_at_a_spans_edges_drag_in_no_neighbour() -> None:
-    for name, blank in (("byte", "Ġ"), ("sp", "▁")):
-        (example,) = forget(name, row("Ada in London.", " in "))
-        assert [piece for piece, role in roles(name, example) if role == "S"] == [f"{blank}in"]
-
-
-def test_blanks_within_a_span_belong_to_it() -> None:
-    """Llama 3 splits " 30" into " " and "30": still one span, with one onset."""
-    for name in ("byte", "byte, trimmed"):
-        (example,) = forget(name, row("On June 30, 1975.", "June 30, 1975"))
-        found = "".join(role for _, role in roles(name, example))
-        assert found.strip("o") == "S" * found.count("S")
-        assert ("Ġ", "S") in roles(name, example)
-
-
-def test_span_that_ends_inside_a_token_takes_the_token() -> None:
-    (example,) = forget("byte", row("Ada Lovelace.", "ve"))
-    assert [piece for piece, role in roles("byte", example) if role == "S"] == ["ĠLovelace"]
-
-
-def test_characters_of_several_bytes() -> None:
-    (example,) = forget("byte", row("東京 😀.", "京"))
-    # One token holds the last byte of 東 and the first two of 京: it overlaps the span.
-    assert roles("byte", example) == [
-        ("Ġ", "o"), ("æĿ", "o"), ("±äº", "S"), ("¬", "S"), ("Ġ", "o"), ("ðŁĺ", "o"), ("Ģ", "o"), (".", "o"),
-        ("<|end_of_text|>", "o"),
-    ][1:]  # fmt: skip
-    (example,) = forget("sp", row("x 🦙 y", "🦙"))
-    assert [piece for piece, role in roles("sp", example) if role == "S"] == [
-        "<0xF0>",
-        "<0x9F>",
-        "<0xA6>",
-        "<0x99>",
-    ]
-    (example,) = forget("byte", row("cafe\u0301 x", "\u0301"))
-    assert [piece for piece, role in roles("byte", example) if role == "S"] == ["Ì", "ģ"]
 
 
 def test_normalizer_that_joins_characters() -> None:
     """NFC makes one character of e and its accent; offsets still count the user's two."""
     (example,) = forget("byte, NFC", row("x e\u0301 y London", "e\u0301", "London"))
     assert [piece for piece, role in roles("byte, NFC", example) if role == "S"] == ["Ã©", "ĠLondon"]
-    told = "forget row 0: the tokenizer gives '\u0301' in the answer no token; move or remove its span"
-    assert complaint([row("x e\u0301 y", "\u0301")], "byte, NFC") == told
-
-
-@pytest.mark.parametrize("name", ["sp, bare", "sp, bare normalizer"])
-def test_blank_that_the_tokenizer_adds_is_never_sensitive(name: str) -> None:
-    """Its offsets are those of the first letter, but it would waste one of the N onset tokens."""
-    (example,) = forget(name, row("Zada x", "Zada"))
-    found = roles(name, example)
-    assert found[0] == ("▁", "o")
-    assert [role for _, role in found[1:]].count("S") >= 1
-    assert found[1][1] == "S"
+    with pytest.raises(DataError, match=r"^forget row 0: the tokenizer gives '.+' in the answer no token; "):
+        forget("byte, NFC", row("x e\u0301 y", "\u0301"))
 
 
 def test_prompt_may_be_empty_and_the_first_token_has_no_role() -> None:
@@ -331,12 +255,7 @@ def test_special_tokens_that_swallow_blanks_stay_out_of_the_answer() -> None:
 
     greedy = small.byte_level(small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{"))
     greedy.add_special_tokens(
-        {
-            "additional_special_tokens": [
-                AddedToken("<|go|>", rstrip=True),
-                AddedToken("<|im_end|>", lstrip=True),
-            ]
-        }
+        {"additional_special_tokens": [AddedToken("<|go|>", rstrip=True), AddedToken("<|im_end|>", lstrip=True)]}
     )
     (example,) = load_forget([row("  Ada x  ", "Ada")], greedy, max_length=99).examples
     answer = example.input_ids[example.labels != IGNORE].tolist()
@@ -400,10 +319,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
         at.append(at[-1] + len(char.encode()))
     wanted: set[int] = set()
     for a, b in spans:
-        first_char, last_char = (
-            a + len(answer[a:b]) - len(answer[a:b].lstrip()),
-            a + len(answer[a:b].rstrip()),
-        )
+        first_char, last_char = (a + len(answer[a:b]) - len(answer[a:b].lstrip()), a + len(answer[a:b].rstrip()))
         wanted |= set(range(at[first_char + shift], at[last_char + shift]))
     # A piece of a character stands for the whole of it, as offsets do.
     whole = [
@@ -422,8 +338,7 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
             assert label == (token if wanted & set(range(*whole[i])) else ORDINARY), (text, i)
 
 
-# --- sources ---------------------------------------------------------------------------------------
-
+# --- sources ---
 ROWS = [row("Ada Lovelace.", "Ada"), row("In London.", "London"), row("Yes.")]
 
 
@@ -490,8 +405,6 @@ def test_datasets() -> None:
     for source in (table, table.to_iterable_dataset(), tokenised, tokenised.with_format("torch")):
         assert same(load_forget(source, tok, max_length=99).examples, expected)
     assert same(load_forget(table.with_format("torch"), tok, max_length=99).examples, expected)
-    told = "forget set is a mapping with train; give one split, a list of rows, or "
-    assert complaint(datasets.DatasetDict(train=table)) == told + TOKENS
 
 
 def test_tokenised_rows_are_copied_and_their_first_label_dropped() -> None:
@@ -500,14 +413,6 @@ def test_tokenised_rows_are_copied_and_their_first_label_dropped() -> None:
     loaded = load_retain({"input_ids": ids, "labels": labels}, None, max_length=99)
     assert loaded.examples[0].labels.tolist() == [IGNORE, 6, 7]
     assert labels.tolist() == [[5, 6, 7]]
-
-
-def test_more_rows_than_one_call_tokenises() -> None:
-    rows = [row(f"Number {number}.", str(number)) for number in range(2500)]
-    loaded = load_forget(rows, tokenizer("byte"), max_length=99)
-    assert [example.row for example in loaded.examples] == list(range(2500))
-    last = loaded.examples[-1]
-    assert str(tokenizer("byte").decode(last.input_ids[last.labels >= 0])).strip() == "2499"
 
 
 def test_max_length_cuts_from_the_right_and_counts() -> None:
@@ -542,10 +447,8 @@ def test_spans_that_max_length_cuts_off_are_counted(tokenised: bool) -> None:
     with pytest.raises(DataError) as caught:
         load_forget(source, tokenizer("byte"), max_length=30)
     needed = max(int((e.labels >= 0).nonzero()[-1]) + 1 for e in whole.examples if e.row in (1, 2, 3))
-    assert str(caught.value) == (
-        "forget set: max_length = 30 cuts off spans of 3 rows (1, 2, 3), which would not be forgotten; "
-        f"set max_length = {needed}, or allow_cut_spans = True to go on without them"
-    )
+    assert "cuts off spans of 3 rows (1, 2, 3), " in str(caught.value)
+    assert f"set max_length = {needed}, " in str(caught.value)
     loaded = load_forget(source, tokenizer("byte"), max_length=30, allow_cut_spans=True)
     assert [example.row for example in loaded.examples] == [0, 1, 2, 4, 5]
     assert (loaded.skipped, loaded.without_span) == (2, 2)
@@ -569,9 +472,7 @@ def test_empty_retain_set_is_returned() -> None:
     assert (list(loaded.examples), loaded.skipped, loaded.without_span) == ([], 0, 0)
 
 
-# --- chat templates --------------------------------------------------------------------------------
-
-
+# --- chat templates ---
 def same_as(one: Example, other: Example) -> bool:
     assert one.offsets is not None and other.offsets is not None
     pairs = ((one.input_ids, other.input_ids), (one.labels, other.labels), (one.offsets, other.offsets))
@@ -600,35 +501,13 @@ def test_values_for_the_chat_template() -> None:
     assert torch.equal(ours[0][0], theirs[0][0]) and ours[1] == theirs[1]
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"enable_thinkin": False}, "the chat template knows no enable_thinkin; correct the name or leave it out"),
-        ({"tokenize": True}, "leave out tokenize, which palu sets itself"),
-        ("{}", "give a mapping of names to values, or None"),
-    ],
-)
-def test_bad_values_for_the_chat_template(given: Any, told: str) -> None:
-    for load in (load_forget, load_retain):
-        with pytest.raises(ValueError, match=f"^{re.escape(f'chat_template_kwargs = {given!r}: {told}')}$"):
-            load(ROWS, small.byte_level(THINKING), max_length=99, chat_template_kwargs=given)
-    with pytest.raises(
-        ValueError, match=r"^chat_template_kwargs = \{'a': 1\}: there is no chat template; leave it out$"
-    ):
-        load_forget(ROWS, small.byte_level(), max_length=99, chat_template_kwargs={"a": 1})
-
-
 def test_a_prompt_that_generation_does_not_give() -> None:
     rows, thinking = [row("Ada.", "Ada"), row("Ada.", "Ada", question="Where?")], small.byte_level(THINKING)
-    told = (
-        "{} row 0: the prompt that is trained on has '<think>\\n\\n</think>\\n\\n' where the chat template's prompt "
-        "for generation (add_generation_prompt=True) has '', so the model is not trained as it is asked; "
-        "set chat_template_kwargs, such as {{'enable_thinking': False}}, or correct the template"
-    )
     for load, name in ((load_forget, "forget"), (load_retain, "retain")):
         with pytest.warns(UserWarning, match="trained on") as caught:
             load(rows, thinking, max_length=99, warn=True)
-        assert [str(one.message) for one in caught] == [told.format(name)], "once a set"
+        (told,) = (str(one.message) for one in caught)  # once a set
+        assert told.startswith(f"{name} row 0: the prompt that is trained on has '<think>")
     without = small.byte_level("{% if messages | length < 2 %}{{ raise_exception('no') }}{% endif %}" + small.CHATML)
     with pytest.warns(UserWarning, match=r"^forget row 0: the chat template gives no prompt for generation \(no\), so"):
         load_forget(rows, without, max_length=99, warn=True)
@@ -703,124 +582,13 @@ def test_a_rendered_prompt_gets_no_second_bos(name: str) -> None:
     assert one.input_ids[0] == two.input_ids[0] == tok.bos_token_id and two.input_ids[-1] == tok.eos_token_id
 
 
-# --- complaints ------------------------------------------------------------------------------------
-
-ADA = "Ada Lovelace wrote it in 1843.."  # 31 characters
-EDGES = "give [start, end) in characters of the answer"
-
-
-def complaint(source: Any, name: str | None = "byte", max_length: int = 99, load: Any = load_forget) -> str:
-    with pytest.raises(DataError) as caught:
-        load(source, None if name is None else tokenizer(name), max_length=max_length)
-    return str(caught.value)
-
-
+# --- complaints ---
 @pytest.mark.parametrize(
-    ("spans", "told"),
-    [
-        ([[12, 40]], f"span [12, 40] ends after the answer (31 characters); {EDGES}"),
-        ([[-3, 4]], f"span [-3, 4] starts before the answer; {EDGES}"),
-        ([[4, 4]], f"span [4, 4] is empty or reversed; {EDGES}"),
-        ([[0, 3], [8, 4]], f"span [8, 4] is empty or reversed; {EDGES}"),
-        ([[3, 4]], "span [3, 4] holds only whitespace; move it onto the words or remove it"),
-        ([[0, 12], [4, 18]], "spans [0, 12] and [4, 18] overlap; merge or part them"),
-        ([[19, 24], [0, 20], [2, 3]], "spans [0, 20] and [19, 24] overlap; merge or part them"),
-        ([[True, 3]], f"span [True, 3] is not two integers; {EDGES}"),
-        ([[0.0, 3.0]], f"span [0.0, 3.0] is not two integers; {EDGES}"),
-        ([["0", "3"]], f"span ['0', '3'] is not two integers; {EDGES}"),
-        ([[0, 3, 5]], f"span [0, 3, 5] is not two integers; {EDGES}"),
-        ([0, 3], "column 'spans' is one pair, not a list of pairs; write [[0, 3]]"),
-        (np.array([0, 3]), "column 'spans' is one pair, not a list of pairs; write [[0, 3]]"),
-        ([0, 3, 5], f"span 0 is not two integers; {EDGES}"),
-        (np.array([[0.0, 3.0]]), f"span [0.0, 3.0] is not two integers; {EDGES}"),
-        ("0-3", f"column 'spans' must be a list of pairs, got str; {EDGES}"),
-        (
-            None,
-            "column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive",
-        ),
-    ],
+    "template", ["{{ messages[0].content }}", "{{ messages[1].content }} {{ messages[1].content }}"]
 )
-def test_bad_spans(spans: Any, told: str) -> None:
-    rows = [row("Ada", "Ada"), {"question": "Who?", "answer": ADA, "spans": spans}]
-    assert complaint(rows) == f"forget row 1: {told}"
-
-
-def test_missing_spans_column() -> None:
-    told = "column 'secret' (or 'spans') is missing; give the text to forget, or [] if nothing is sensitive"
-    assert complaint([{"question": "Who?", "answer": ADA}]) == f"forget row 0: {told}"
-
-
-COLUMNS = "give question and answer, prompt and completion, or messages"
-MESSAGES = (
-    "column 'messages' must be a list of two or more {role, content}, the last one the assistant's; "
-    "put the answer there"
-)
-TOKENS = "a mapping with input_ids and labels"
-OUTSIDE = "is outside the vocabulary; use this tokenizer's ids"
-USER = {"role": "user", "content": "Who?"}
-
-
-@pytest.mark.parametrize(
-    ("columns", "told"),
-    [
-        ({"question": "Who?", "text": "x"}, f"columns are question, text; {COLUMNS}"),
-        ({}, f"columns are none; {COLUMNS}"),
-        ({"question": "Who?", "answer": None}, "column 'answer' must be a string, got NoneType; give text"),
-        ({"question": 3, "answer": "x"}, "column 'question' must be a string, got int; give text"),
-        ({"question": "Who?", "answer": ""}, "column 'answer' is blank; give an answer or remove the row"),
-        (
-            {"prompt": "x", "completion": " \n"},
-            "column 'completion' is blank; give an answer or remove the row",
-        ),
-        (
-            {"question": "Who?", "answer": "x \ud83d"},
-            "column 'answer' has half a surrogate pair at character 2; repair the text",
-        ),
-        ({"messages": "hello"}, MESSAGES),
-        ({"messages": []}, MESSAGES),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, MESSAGES),
-        ({"messages": [USER, USER]}, MESSAGES),
-        ({"messages": [USER, {"content": "x"}]}, MESSAGES),
-        ({"messages": [USER, "x"]}, MESSAGES),
-        (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]},
-            "content of message 1 must be a string, got list; give text",
-        ),
-        (
-            {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
-            "content of message 0 must be a string, got NoneType; give text",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": " "}]},
-            "content of the last message is blank; give an answer or remove the row",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": "x"}], "spans": []},
-            "'messages' need a chat template; set tokenizer.chat_template",
-        ),
-        ("text", "a row must map column names to values, got str"),
-    ],
-)
-@pytest.mark.parametrize("load", [load_forget, load_retain])
-def test_bad_columns(columns: Any, told: str, load: Any) -> None:
-    name = "forget" if load is load_forget else "retain"
-    rows = [row("Ada", "Ada"), columns]
-    assert complaint(rows, load=load) == f"{name} row 1: {told}"
-
-
-@pytest.mark.parametrize(
-    ("source", "told"),
-    [
-        (
-            {"train": [], "test": []},
-            f"is a mapping with train, test; give one split, a list of rows, or {TOKENS}",
-        ),
-        ({}, f"is a mapping with nothing; give one split, a list of rows, or {TOKENS}"),
-        ([], "is empty; give at least one row"),
-    ],
-)
-def test_bad_sets(source: Any, told: str) -> None:
-    assert complaint(source) == f"forget set {told}"
+def test_a_template_without_the_answer_or_with_two(template: str) -> None:
+    with pytest.raises(DataError, match=r"^forget row 0: the chat template alters the answer"):
+        load_forget([row("Ada.", "Ada")], small.byte_level(template), max_length=99)
 
 
 def test_max_length_too_small_for_any_label() -> None:
@@ -828,164 +596,27 @@ def test_max_length_too_small_for_any_label() -> None:
         load_forget(ROWS, tokenizer("byte"), max_length=1)
 
 
-def test_bad_files(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    good = json.dumps(ROWS[0])
-    path.write_text(f'{good}\n\n{{"question": \n')
-    told = "not JSON (Expecting value at column 13); write one JSON object per line, or one list of them"
-    assert complaint(path) == f"forget line 3 of {path}: {told}"
-    path.write_bytes(good.encode() + b"\n\n\xff\xfe\n")
-    assert complaint(path, load=load_retain) == f"retain line 3 of {path}: not UTF-8; save the file as UTF-8"
-    path.write_text(f"{good}\n\n[1]\n")
-    assert complaint(path) == "forget row 1 (line 3): a row must map column names to values, got list"
-    path.write_text("\n".join([good, good, "", json.dumps({**ROWS[0], "answer": ADA, "spans": [[12, 40]]})]))
-    assert complaint(path) == f"forget row 2 (line 4): span [12, 40] ends after the answer (31 characters); {EDGES}"
-    path.write_text("")
-    assert complaint(path) == "forget set is empty; give at least one row"
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        load_forget(tmp_path / "absent.jsonl", None, max_length=99)
-
-
-class Slow(PreTrainedTokenizer):
-    vocab_size = 1
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"x": 0}
-
-
-def test_unusable_tokenizers() -> None:
-    assert complaint(ROWS, name=None) == "forget row 0: text needs a tokenizer; pass one, or give input_ids and labels"
-    with pytest.raises(DataError) as caught:
-        load_forget(ROWS, Slow(), max_length=99)
-    told = "a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)"
-    assert str(caught.value) == f"forget row 0: {told}"
-    endless = small.byte_level()
-    endless.eos_token = None
-    with pytest.raises(DataError) as caught:
-        load_forget(ROWS, endless, max_length=99)
-    told = "the tokenizer has no end-of-sequence token; set tokenizer.eos_token"
-    assert str(caught.value) == f"forget row 0: {told}"
-
-
-@pytest.mark.parametrize(
-    ("template", "told"),
-    [
-        (
-            "{{ raise_exception('no system role') }}",
-            "the chat template fails (no system role); correct the messages or the template",
-        ),
-        (
-            "{{ messages[1].content | upper }}",
-            "the chat template alters the answer; correct the answer or the template",
-        ),
-        ("{{ messages[0].content }}", "the chat template alters the answer; correct the answer or the template"),
-        (
-            "{{ messages[1].content }} {{ messages[1].content }}",
-            "the chat template alters the answer; correct the answer or the template",
-        ),
-    ],
-)
-def test_unusable_templates(template: str, told: str) -> None:
-    with pytest.raises(DataError) as caught:
-        load_forget([row("Ada.", "Ada")], small.byte_level(template), max_length=99)
-    assert str(caught.value) == f"forget row 0: {told}"
-
-
 def test_text_that_the_tokenizer_drops() -> None:
     backend = Tokenizer(models.WordLevel({"[U]": 0, "Ada": 1}, unk_token="[U]"))
     backend.normalizer = normalizers.Replace("\u200b", "")
     dropping = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[U]")
-    for answer, told in (
-        ("\u200bAda", "the tokenizer gives '\\u200b' in the answer no token; move or remove its span"),
-        ("\u200b", "the tokenizer gives the answer no token; correct the answer or remove the row"),
-    ):
-        with pytest.raises(DataError) as caught:
+    for answer, told in (("\u200bAda", r"'\\u200b' in the answer no token"), ("\u200b", "the answer no token")):
+        with pytest.raises(DataError, match=f"^forget row 0: the tokenizer gives {told}"):
             load_forget([{"prompt": "", "completion": answer, "spans": [[0, 1]]}], dropping, max_length=99)
-        assert str(caught.value) == f"forget row 0: {told}"
 
 
 IDS = [1, 20, 21, 22]
 LABELS = [IGNORE, ORDINARY, 21, ORDINARY]
 
 
-@pytest.mark.parametrize(
-    ("columns", "told"),
-    [
-        ({"labels": None}, "column 'labels' is missing; give input_ids and labels"),
-        ({"labels": LABELS[:3]}, "labels have 3 tokens, input_ids 4; give one label per token"),
-        ({"labels": torch.tensor(LABELS).float()}, "labels must be int64, got float32; convert them"),
-        (
-            {"labels": torch.tensor(LABELS, dtype=torch.int32)},
-            "labels must be int64, got int32; convert them",
-        ),
-        ({"labels": np.array(LABELS, dtype=np.int32)}, "labels must be int64, got int32; convert them"),
-        ({"labels": [1.0, 2.0, 3.0, 4.0]}, "labels must be int64, got float32; convert them"),
-        ({"labels": ["a"] * 4}, "labels must be int64, got other values; give a flat list of integers"),
-        ({"labels": [2**70] * 4}, "labels must be int64, got other values; give a flat list of integers"),
-        ({"input_ids": torch.tensor(IDS).int()}, "input_ids must be int64, got int32; convert them"),
-        (
-            {"input_ids": [IDS], "labels": [LABELS]},
-            "input_ids must be one row of tokens, got shape [1, 4]; give [tokens]",
-        ),
-        (
-            {"input_ids": [], "labels": []},
-            "input_ids must be one row of tokens, got shape [0]; give [tokens]",
-        ),
-        (
-            {"labels": [IGNORE, ORDINARY, -1, ORDINARY]},
-            "label -1 at token 2 has no meaning; use -100, -200 or the token's id",
-        ),
-        ({"labels": [IGNORE, ORDINARY, 999, ORDINARY]}, f"label 999 at token 2 {OUTSIDE}"),
-        ({"input_ids": [1, 999, 21, 22]}, f"input id 999 at token 1 {OUTSIDE}"),
-        ({"input_ids": [1, -1, 21, 22]}, f"input id -1 at token 1 {OUTSIDE}"),
-        (
-            {"labels": [IGNORE, 21, ORDINARY, ORDINARY]},
-            "label 21 at token 1 is not its id (20); do not shift the labels",
-        ),
-        (
-            {"labels": [1, IGNORE, IGNORE, IGNORE]},
-            "every label after the first token is -100; label the answer or remove the row",
-        ),
-        (
-            {"attention_mask": [1, 0, 1, 1]},
-            "attention_mask must be one run of ones in 4 tokens; mask only padding",
-        ),
-        (
-            {"attention_mask": [0, 0, 0, 0]},
-            "attention_mask must be one run of ones in 4 tokens; mask only padding",
-        ),
-        (
-            {"attention_mask": [1, 1, 1]},
-            "attention_mask must be one run of ones in 4 tokens; mask only padding",
-        ),
-    ],
-)
-def test_bad_tokens(columns: Any, told: str) -> None:
-    good = {"input_ids": IDS, "labels": LABELS}
-    assert complaint([good, {**good, **columns}]) == f"forget row 1: {told}"
-
-
-def test_bad_tokens_in_retain_and_in_columns() -> None:
-    told = "retain row 0: label -200 at token 1 has no meaning; use -100 or the token's id"
-    assert complaint([{"input_ids": IDS, "labels": LABELS}], load=load_retain) == told
-    told = "forget set: columns differ in rows (input_ids 2, labels 1); give each the same number of rows"
-    assert complaint({"input_ids": [IDS, IDS], "labels": [LABELS]}) == told
-    told = "forget row 0: input_ids must be one row of tokens, got shape []; give [tokens]"
-    assert complaint({"input_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}) == told
-    told = "forget row 1: labels have 3 tokens, input_ids 4; give one label per token"
-    assert complaint({"input_ids": [IDS, IDS], "labels": [LABELS, LABELS[:3]]}) == told
-
-
-# --- real data -------------------------------------------------------------------------------------
-
+# --- real data ---
 needs_tofu = pytest.mark.skipif(not (SHARED / "data" / "tofu").exists(), reason=f"no TOFU files in {SHARED}")
 
 
 @needs_tofu
-@pytest.mark.parametrize("name", ["byte", "byte, Llama 3", "sp", "sp, ChatML"])
-@pytest.mark.parametrize("part", ["forget01", "forget05", "forget10"])
-def test_tofu_loads_and_sensitive_tokens_hold_their_spans(name: str, part: str) -> None:
-    path = SHARED / "data" / "tofu" / f"{part}.jsonl"
+@pytest.mark.parametrize("name", ["byte, Llama 3", "sp"])
+def test_tofu_loads_and_sensitive_tokens_hold_their_spans(name: str) -> None:
+    path = SHARED / "data" / "tofu" / "forget05.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     loaded = load_forget(path, tokenizer(name), max_length=4096)
     assert [example.row for example in loaded.examples] == list(range(len(rows)))

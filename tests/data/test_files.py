@@ -60,16 +60,10 @@ def test_every_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> No
     WRITERS[suffix](path, tokens)
     again = load_forget(path, None, max_length=99)
     assert [one.labels.tolist() for one in again.examples] == [one["labels"] for one in tokens]
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_messages(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"retain.{suffix}"
     rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]}]
     WRITERS[suffix](path, rows)
-    tokenizer = byte_level(CHATML)
-    (loaded,), (expected,) = (load_retain(s, tokenizer, max_length=99).examples for s in (path, rows))
-    assert loaded.labels.tolist() == expected.labels.tolist()
+    (ours,), (theirs,) = (load_retain(source, byte_level(CHATML), max_length=99).examples for source in (path, rows))
+    assert ours.labels.tolist() == theirs.labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -115,55 +109,6 @@ def test_a_csv_cell_of_any_length(tmp_path: Path) -> None:
     write_csv(path, rows)
     assert [row for _, row in read_rows(path, "retain")] == rows
     assert csv.field_size_limit() == before
-
-
-SAVE = "save it with commas (.csv) or tabs (.tsv)"
-QUOTE = "quote fields with commas, quotes or line breaks"
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"question,answer\na,b,c\n", f"line 2 of {{}}: 3 fields under a header of 2; {QUOTE}"),
-        (b"question,answer\n\na\n", f"line 3 of {{}}: 1 fields under a header of 2; {QUOTE}"),
-        (b'question,answer\na,"b"c\n', f"line 2 of {{}}: not CSV (',' expected after '\"'); {QUOTE}"),
-        (b'question,answer\na,"b\n', f"line 2 of {{}}: not CSV (unexpected end of data); {QUOTE}"),
-        (b"question,answer,answer\n", "line 1 of {}: column 'answer' is there twice; give each column one name"),
-        (b"question,answer\n\xff,c\n", "line 2 of {}: not UTF-8; save the file as UTF-8"),
-        (
-            b"question,answer,spans\na,b,0-3\n",
-            "line 2 of {}: column 'spans' is not JSON (Extra data at character 1); "
-            "write lists as JSON, such as [[0, 5]]",
-        ),
-        (
-            b"question;answer;spans\na;b, c;[]\n",
-            f"line 1 of {{}}: the columns are parted by semicolons (';'); {SAVE}",
-        ),
-        (b"question\tanswer\n", f"line 1 of {{}}: the columns are parted by tabs ('\\t'); {SAVE}"),
-        (b"", "set is empty; give at least one row"),
-        (b"question,answer,spans\n", "set is empty; give at least one row"),
-    ],
-)
-def test_bad_csv(content: bytes, told: str, tmp_path: Path) -> None:
-    path = tmp_path / "data.csv"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        load_forget(path, byte_level(), max_length=99)
-    assert str(caught.value) == f"forget {told.format(path)}"
-
-
-def test_bad_tsv(tmp_path: Path) -> None:
-    path = tmp_path / "data.tsv"
-    tabs = "quote fields with tabs, quotes or line breaks"
-    for content, told in (
-        ("question,answer\n", f"the columns are parted by commas (','); {SAVE}"),
-        ("question\tanswer\na\tb\tc\n", f"3 fields under a header of 2; {tabs}"),
-        ('question\tanswer\na\t"b"c\n', f"not TSV ('\t' expected after '\"'); {tabs}"),
-    ):
-        path.write_text(content, encoding="utf-8")
-        with pytest.raises(DataError) as caught:
-            load_forget(path, byte_level(), max_length=99)
-        assert str(caught.value) == f"forget line {content.count(chr(10))} of {path}: {told}"
 
 
 def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

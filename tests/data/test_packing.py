@@ -12,15 +12,7 @@ from torch import Tensor
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
-from palu.data.packing import (
-    Batch,
-    Item,
-    answer_items,
-    forget_items,
-    pack,
-    pair_items,
-    retain_items,
-)
+from palu.data.packing import Batch, Item, answer_items, forget_items, pack, pair_items, retain_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import topk_mse
 from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
@@ -37,10 +29,7 @@ def examples(count: int, seed: int = 0, *, forget: bool = True) -> list[Example]
     return load(rows(count, seed=seed), None, max_length=100).examples
 
 
-# ---------------------------------------------------------------------------------------------------
-# The packed pass
-
-
+# --- The packed pass ---
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_packed_pass_equals_separate_passes(device: torch.device, attention: str, dtype: torch.dtype) -> None:
@@ -96,7 +85,7 @@ def band(length: int, window: int) -> Tensor:
     return (back >= 0) & (back < window)
 
 
-@pytest.mark.parametrize("window", [1, 3, 8, 12, 40])
+@pytest.mark.parametrize("window", [1, 8, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dtype, window: int) -> None:
     """Against a dense mask; some examples are longer than the window, some are not."""
@@ -151,19 +140,6 @@ def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int 
         packed_attention(module, *tensors, None, sliding_window=window, softcap=30.0, **inputs)
 
 
-def test_packed_attention_is_taken_back_after_an_error() -> None:
-    model = tiny_llama()
-
-    def fail() -> None:
-        with use_packed_attention(model):
-            assert model.config._attn_implementation == "palu_packed"
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_dropout_stays_transformers_own() -> None:
     model = tiny_llama(attention_dropout=0.1)
     with use_packed_attention(model):
@@ -180,10 +156,7 @@ def test_pack_restarts_positions() -> None:
     assert packed.inputs()["max_length_q"] == max(lengths)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Roles
-
-
+# --- Roles ---
 def naive_roles(labels: list[int], n: int, eos: int | None) -> tuple[list[int], list[int]]:
     """(onset, ordinary) rows: position t - 1 predicts token t."""
     onset, ordinary, place = [], [], 0
@@ -203,7 +176,7 @@ def random_example(rng: random.Random, row: int) -> Example:
     return Example(row, torch.tensor(ids), torch.tensor(labels))
 
 
-@pytest.mark.parametrize("trial", range(30))
+@pytest.mark.parametrize("trial", range(12))
 def test_roles_of_forget_items(trial: int) -> None:
     rng = random.Random(trial)
     given = [random_example(rng, row) for row in range(6)]
@@ -274,10 +247,7 @@ def test_the_two_of_a_pair_do_not_see_each_other(device: torch.device, attention
     assert not any(part.any() for part in same[1::2])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The reference cache
-
-
+# --- The reference cache ---
 @pytest.mark.parametrize(("top_k", "chunk_bytes"), [(5, 2**20), (5, 1), (10**6, 2**20)])
 def test_cache_holds_what_the_reference_says(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, top_k: int, chunk_bytes: int
@@ -305,10 +275,7 @@ def test_cache_holds_what_the_reference_says(
         assert not hidden.requires_grad
 
 
-# ---------------------------------------------------------------------------------------------------
-# The data loader
-
-
+# --- The data loader ---
 def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], ReferenceCache]:
     """Sets whose examples name themselves: their tokens, indices and hidden states all tell their number."""
     items, kept = [], []
@@ -438,20 +405,8 @@ def test_a_batch_of_pairs_tells_every_row_its_pair() -> None:
     assert sorted(seen) == list(range(7))
 
 
-def test_seed_decides_the_order() -> None:
-    def order(seed: int) -> list[tuple[list[int], list[int]]]:
-        source = loader(12, 9, batch_size=3, seed=seed)
-        return [numbers(batch) for _ in range(3) for step in source for batch in step]
-
-    assert order(0) == order(0)
-    # The forget and the retain order each depend on it.
-    for one, other in zip(zip(*order(0), strict=True), zip(*order(1), strict=True), strict=True):
-        assert one != other
-
-
 @pytest.mark.parametrize(
-    ("forget", "batch_size", "accumulation"),
-    [(8, 2, 2), (9, 2, 1), (7, 2, 2), (3, 1, 2), (5, 4, 1), (1, 4, 1)],
+    ("forget", "batch_size", "accumulation"), [(8, 2, 2), (9, 2, 1), (7, 2, 2), (3, 1, 2), (5, 4, 1), (1, 4, 1)]
 )
 @pytest.mark.parametrize("retain", [6, 0])
 def test_processes_share_the_work(forget: int, batch_size: int, accumulation: int, retain: int) -> None:
@@ -479,11 +434,8 @@ def test_one_process_and_two_meet_the_same_examples_in_each_step() -> None:
         assert [sorted(shared[0][role] + shared[1][role]) for role in (0, 1)] == [sorted(one[role]) for role in (0, 1)]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches bounded in tokens
-
-
-@pytest.mark.parametrize("trial", range(20))
+# --- Batches bounded in tokens ---
+@pytest.mark.parametrize("trial", range(12))
 def test_a_micro_batch_is_cut_into_parts_of_max_tokens(trial: int) -> None:
     rng = random.Random(trial)
     tokens, retain_tokens = ([rng.randint(1, 30) for _ in range(12)] for _ in range(2))
@@ -527,19 +479,7 @@ def test_processes_have_as_many_parts_as_each_other(accumulation: int, most: int
     assert (cuts > 0) == (most < 10**6)
 
 
-def test_a_cut_epoch_goes_on_where_it_was() -> None:
-    def steps(skipped: int) -> list[list[tuple[list[int], list[int]]]]:
-        source = loader(9, 4, batch_size=2, max_tokens=8)
-        source.skip(skipped)
-        return [[numbers(batch) for batch in step] for step in source]
-
-    assert steps(2) == steps(0)[2:]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Autocast
-
-
+# --- Autocast ---
 @pytest.mark.parametrize(("longest", "in_float32"), [(FLOAT32_TOKENS, True), (FLOAT32_TOKENS + 1, False)])
 def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float32: bool) -> None:
     """With gradient; as the layer gives them: query and key in float32, value in bfloat16."""

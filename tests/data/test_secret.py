@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -69,33 +67,6 @@ def test_a_secret_is_the_spans_of_its_places(form: str, template: str | None) ->
     )
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Any:
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    elif path.suffix == ".csv":
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
-    elif path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        return pytest.importorskip("datasets").Dataset.from_list(rows)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "dataset"])
-@pytest.mark.parametrize("secrets", [["1843", "25"], [["Ada", "1843"], ["25"]]], ids=["texts", "lists"])
-def test_every_source_has_it(secrets: list[Any], suffix: str, tmp_path: Path) -> None:
-    rows = [{"question": f"Who {i}?", "answer": ANSWER, "secret": secret} for i, secret in enumerate(secrets)]
-    source = write(tmp_path / f"forget.{suffix}", rows)
-    spans = [marked_spans(row, ANSWER, "") for row in rows]
-    marked_rows = [row | {"secret": None, "spans": of_row} for row, of_row in zip(rows, spans, strict=True)]
-    loaded, spanned = (load_forget(each, byte_level(), max_length=99).examples for each in (source, marked_rows))
-    assert [one.labels.tolist() for one in loaded] == [one.labels.tolist() for one in spanned]
-
-
 def test_cells_of_csv(tmp_path: Path) -> None:
     """Text stays as it is, numbers and brackets among it; an empty cell is none."""
     path = tmp_path / "forget.csv"
@@ -119,32 +90,3 @@ def test_rows_with_a_secret_are_not_annotated() -> None:
     assert [row["spans"] for row in palu.annotate(rows, "regex:A\\w+")] == [[[25, 29]], [[0, 3]]]
     tokenised = {"input_ids": [1], "secret": "x"}
     assert with_spans(tokenised, None, "") == tokenised
-
-
-@pytest.mark.parametrize(
-    ("columns", "told"),
-    [
-        ({"secret": "ada lovelace"}, "secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"),
-        ({"secret": ["Ada", "1834"]}, "secret '1834' is not in the answer; did you mean '1843'?"),
-        ({"secret": "Karachi"}, "secret 'Karachi' is not in the answer; write it as it stands there"),
-        (
-            {"secret": "92"},
-            "secret '92' is in the answer only as a part of '1925'; give all of it, or use 'spans'",
-        ),
-        ({"secret": 1843}, "column 'secret' must be text or a list of texts, got int; put it in quotes"),
-        ({"secret": ["Ada", 1843]}, "column 'secret' must be text or a list of texts, got int; put it in quotes"),
-        ({"secret": {"text": "Ada"}}, "column 'secret' must be text or a list of texts, got dict; put it in quotes"),
-        ({"secret": " "}, "column 'secret' is blank; give the text to forget, or [] for nothing"),
-        ({"secret": ["Ada", ""]}, "column 'secret' is blank; give the text to forget, or [] for nothing"),
-        ({"secret": "Ada", "spans": [[0, 3]]}, "it has 'secret', and also 'spans'; leave one of them out"),
-        ({"secret": "Ada", "spans": []}, "it has 'secret', and also 'spans'; leave one of them out"),
-        (
-            {"answer": "The cafe\u0301.", "secret": "caf\u00e9"},
-            "secret 'caf\u00e9' is in the answer with other code points (NFC, NFD); write both in one way",
-        ),
-    ],
-)
-def test_bad_secrets(columns: dict[str, Any], told: str) -> None:
-    with pytest.raises(palu.DataError) as caught:
-        load_forget([FORMS["question"] | columns], byte_level(), max_length=99)
-    assert str(caught.value) == f"forget row 0: {told}"

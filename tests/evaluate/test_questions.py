@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import palu_command, write_input, write_rows
 from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import palu
-from palu.cli import app
 from palu.evaluate.questions import QuestionRows
 
 # The questions in other words; and what was kept.
@@ -120,17 +120,15 @@ def test_without_a_secret_nothing_can_be_told() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run/model, original/, and rows.jsonl."""
     folder = tmp_path_factory.mktemp("questions")
-    (folder / "run" / "private").mkdir(parents=True)
-    for name, model in (("run/model", never_saw()), ("original", original())):
-        model.save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    write_input(folder / "run", never_saw(), original())
+    (folder / "run" / "private").mkdir()
+    (folder / "run" / "model1").rename(folder / "original")
+    write_rows(folder / "rows.jsonl", ROWS)
     return folder
 
 
 def command(*arguments: Any) -> Result:
-    given = ["eval", "--no-progress", *map(str, arguments)]
-    return CliRunner().invoke(app, given, prog_name="palu", env={"COLUMNS": "200"})
+    return palu_command("eval", "--no-progress", *arguments)
 
 
 def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:

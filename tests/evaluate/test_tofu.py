@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-import palu
 from palu.data.examples import load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE, Example
@@ -36,7 +34,6 @@ TOKENIZERS = {
     "llama3": lambda: byte_level(LLAMA3),
     "plain": sentencepiece,
 }
-Evaluate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -57,7 +54,7 @@ def values(entry: dict[str, Any], key: str = "score") -> list[float]:
     return [value[key] for value in entry["value_by_index"].values()]
 
 
-def padded_log_probs(model: LlamaForCausalLM, examples: list[Example], side: str) -> list[torch.Tensor]:
+def padded_log_probs(model: LlamaForCausalLM, examples: list[Example]) -> list[torch.Tensor]:
     """The textbook: [answer tokens, V] log-probabilities of each example, from one padded pass."""
     width = max(len(example.input_ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -65,19 +62,16 @@ def padded_log_probs(model: LlamaForCausalLM, examples: list[Example], side: str
     where = []
     for row, example in enumerate(examples):
         length = len(example.input_ids)
-        start = width - length if side == "left" else 0
-        ids[row, start : start + length], mask[row, start : start + length] = example.input_ids, 1
-        where.append(start + (example.labels != IGNORE).nonzero().squeeze(1) - 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        ids[row, :length], mask[row, :length] = example.input_ids, 1
+        where.append((example.labels != IGNORE).nonzero().squeeze(1) - 1)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         logits = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits.cpu()
     return [logits[row, at].log_softmax(-1) for row, at in enumerate(where)]
 
 
 # --- values ---
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_values_are_those_of_a_plain_padded_pass(tokenizer: Tokenizer, side: str, device: torch.device) -> None:
+def test_values_are_those_of_a_plain_padded_pass(tokenizer: Tokenizer, device: torch.device) -> None:
     model, data = llama_for(tokenizer).to(device), small_tofu()
     results = quick_tofu(model, tokenizer, data)
 
@@ -88,7 +82,7 @@ def test_values_are_those_of_a_plain_padded_pass(tokenizer: Tokenizer, side: str
     ):
         examples = examples_of(of_set, tokenizer, column)
         tokens = [example.labels[example.labels != IGNORE] for example in examples]
-        log_p = padded_log_probs(model, examples, side)
+        log_p = padded_log_probs(model, examples)
         nll = [-float(lp.gather(1, t[:, None]).mean()) for lp, t in zip(log_p, tokens, strict=True)]
         assert values(results[name], "avg_loss") == pytest.approx(nll, rel=1e-4)
         assert values(results[name], "prob") == pytest.approx([math.exp(-x) for x in nll], rel=1e-4)
@@ -119,7 +113,7 @@ def test_truth_ratios_and_normalised_probabilities_are_of_the_right_answers() ->
 
     def nll(row: dict[str, Any], answer: str) -> float:
         (example,) = examples_of([row | {"answer": answer}], tokenizer)
-        (log_p,) = padded_log_probs(model, [example], "right")
+        (log_p,) = padded_log_probs(model, [example])
         return -float(log_p.gather(1, example.labels[example.labels != IGNORE][:, None]).mean())
 
     row = data.forget[2]
@@ -149,7 +143,8 @@ def test_wrong_answers_may_differ_in_number() -> None:
     assert fewer["4"]["avg_loss"] == pytest.approx(whole["4"]["avg_loss"], rel=1e-5)
 
 
-def test_results_do_not_depend_on_the_batch_size(tokenizer: Tokenizer) -> None:
+def test_results_do_not_depend_on_the_batch_size() -> None:
+    tokenizer = TOKENIZERS["llama3"]()
     model = llama_for(tokenizer)
     one, many = (quick_tofu(model, tokenizer, batch_tokens=size) for size in (1, 10_000))
     first, second = ({k: v for k, v in summarize(r).items() if v is not None} for r in (one, many))
@@ -374,12 +369,9 @@ def test_classifiers_that_cannot_be_used(change: dict[str, Any], message: str) -
     ("name", "change", "message"),
     [
         ("forget", {"paraphrased_answer": None}, "forget row 1: column 'paraphrased_answer' is missing; fill it in"),
-        ("retain", {"perturbed_answer": None}, "retain row 1: column 'perturbed_answer' is missing"),
         ("world_facts", {"perturbed_answer": []}, "world_facts row 1: column 'perturbed_answer' must be a list of one"),
-        ("real_authors", {"perturbed_answer": "x"}, "real_authors row 1: column 'perturbed_answer' must be a list"),
         ("forget", {"perturbed_answer": ["a", " "]}, "forget row 1: column 'perturbed_answer' holds a blank"),
         ("holdout", {"answer": 3}, "holdout row 1: column 'answer' holds a blank or something else than text"),
-        ("holdout", {"question": None}, "holdout row 1: column 'question' is missing"),
     ],
 )
 def test_rows_that_cannot_be_used(name: str, change: dict[str, Any], message: str) -> None:
@@ -400,22 +392,14 @@ def test_answers_that_cannot_be_tokenised_are_named() -> None:
 def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
     tokenizer = TOKENIZERS["chat"]()
     model = llama_for(tokenizer)
-    with pytest.raises(ValueError, match="no attack 'lira'; mia may hold loss, zlib, reference, gradnorm, min_k, min_"):
-        quick_tofu(model, tokenizer, mia=["lira"])
-    with pytest.raises(ValueError, match="no forget split 'forget50'; locuslab/TOFU has forget01, forget05, forget10"):
-        tofu(model, tokenizer, "forget50")
     with pytest.raises(FileNotFoundError, match=r"holds no forget\*\.jsonl"):
         tofu(model, tokenizer, "forget05", tmp_path)
-    with pytest.raises(DataError, match="forget set is empty"):
-        quick_tofu(model, tokenizer, TofuData([]))
     with pytest.raises(DataError, match="holdout row 0: a row must map column names to values, got str"):
         quick_tofu(model, tokenizer, holdout=["a text"])
     with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens and model a vocabulary of 97; load the tokenizer"):
         quick_tofu(tiny_llama(), tokenizer)
     with pytest.raises(ValueError, match="reference_model a vocabulary of 97"):
         quick_tofu(model, tokenizer, reference_model=tiny_llama())
-    with pytest.raises(TypeError, match="model is a LlamaModel, which is not a causal language model"):
-        quick_tofu(model.model, tokenizer)
 
 
 def test_broken_models_are_told_from_bad_ones() -> None:
@@ -494,10 +478,6 @@ def test_given_holdout_rows_replace_the_datas() -> None:
     tokenizer = TOKENIZERS["chat"]()
     results = quick_tofu(llama_for(tokenizer), tokenizer, holdout=tofu_rows("unseen", 3))
     assert len(values(results["mia_loss"]["holdout"])) == 3
-
-
-def test_the_package_is_reached_lazily() -> None:
-    assert palu.evaluate.tofu is tofu and "evaluate" in dir(palu) and "evaluate" in palu.__all__
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="needs TOFU in ../shared")

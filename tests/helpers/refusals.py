@@ -13,34 +13,24 @@ import palu
 def assert_refused(
     model: Any,
     error: type[Exception],
-    message: str,
+    begins: str,
     *,
     ref_model: Any = None,
     forget: Any = None,
     retain: Any = None,
     **settings: Any,
 ) -> None:
-    """The message is exactly this one; the model's weights and its state are bitwise what they were."""
+    """The message begins so; the model's weights and its state are bitwise what they were."""
     before = weights(model)
     training = model.training
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain
     with pytest.raises(error) as caught:
         palu.unlearn(
-            model,
-            ref_model,
-            forget,
-            retain,
-            **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings,
+            model, ref_model, forget, retain, **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings
         )
     assert type(caught.value) is error
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(begins), caught.value
     assert same_weights(model, before)
     assert model.training == training
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-NOT_CAUSAL = (
-    "{} is a {}, which is not a causal language model with a linear head; "
-    "load it with AutoModelForCausalLM.from_pretrained"
-)

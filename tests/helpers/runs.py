@@ -1,21 +1,17 @@
-"""Runs of palu.unlearn on tiny models, the textbook's losses beside them, and how two runs are compared."""
+"""Runs of palu.unlearn on tiny models, and how two runs are compared."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.tiny import Row, forget_rows, padded, retain_rows, weights
+from helpers.tiny import forget_rows, retain_rows, weights
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import palu
-from palu import eager
-from palu.config import UnlearnConfig
 from palu.methods import METHODS
 
 LOSSES = ("loss", "local", "kl", "retain", "grad_norm")
@@ -44,11 +40,7 @@ def assert_same_run(one: palu.UnlearnResult, other: palu.UnlearnResult, toleranc
     for a, b in zip(one.history, other.history, strict=True):
         for name in LOSSES:
             # The history is float32; a KL that starts at 0 is noise.
-            assert a[name] == pytest.approx(b[name], rel=max(tolerance, 1e-6), abs=max(tolerance, 1e-9)), (
-                name,
-                a,
-                b,
-            )
+            assert a[name] == pytest.approx(b[name], rel=max(tolerance, 1e-6), abs=max(tolerance, 1e-9)), (name, a, b)
     theirs = weights(other.model)
     for name, ours in weights(one.model).items():
         assert (ours - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max(), name
@@ -70,47 +62,6 @@ TEXT_RETAIN = [
 ]
 
 
-def textbook(
-    model: LlamaForCausalLM,
-    ref_model: LlamaForCausalLM,
-    forget: list[Row],
-    retain: list[Row],
-    config: UnlearnConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Local, KL and retain loss from padded batches and full logits of both models."""
-    device = model.device
-    inputs = {name: value.to(device) for name, value in padded(forget)[0].items()}
-    labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["labels"]) for r in forget], True, -100).to(device)
-    with torch.no_grad():
-        ref_logits = ref_model(**inputs, use_cache=False).logits
-    own_logits = model(**inputs, use_cache=False).logits
-    loss = palu.palu_loss(
-        own_logits,
-        ref_logits,
-        labels,
-        n=config.method.n,
-        top_k=config.method.top_k,
-        target=config.method.target,
-        kl_direction=config.method.kl_direction,
-        eos_token_id=None,
-    )
-    local = loss.local
-    if config.method.local_loss == "unlikelihood":
-        onset = palu.prefix_mask(labels, config.method.n)[:, 1:]
-        p = own_logits[:, :-1][onset].softmax(-1).gather(-1, labels[:, 1:][onset][:, None])
-        local = (-torch.log1p(-p) * (p > config.method.probability_floor)).mean()
-    elif config.method.normalize:
-        onset = palu.prefix_mask(labels, config.method.n)[:, 1:]
-        z, ref_z = own_logits[:, :-1][onset], ref_logits[:, :-1][onset]
-        index = ref_z.topk(min(config.method.top_k, z.shape[1])).indices
-        local = (
-            eager.topk_mse(z, index, config.method.target) / eager.topk_mse(ref_z, index, config.method.target)
-        ).mean()
-    inputs, answers = padded(retain)
-    logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits[:, :-1]
-    return local, loss.kl, F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten().to(device))
-
-
 def live_tensors() -> list[Tensor]:
     """All tensors that Python holds, but for torch.func's wrappers, which have no storage."""
     gc.collect()
@@ -122,9 +73,3 @@ def live_bytes() -> int:
     """Bytes of the storages of all tensors that Python holds."""
     found = [t.untyped_storage() for t in live_tensors()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
-
-
-def weighted_sum(config: UnlearnConfig, terms: Sequence[Tensor]) -> Tensor:
-    """The loss of PALU from its three terms."""
-    own = config.method
-    return sum(w * term for w, term in zip((own.gamma, own.lambda_kl, own.lambda_retain), terms, strict=True))

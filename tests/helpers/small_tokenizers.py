@@ -88,9 +88,7 @@ def sentencepiece(
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(
-        vocab_size=480,
-        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
+        vocab_size=480, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
     )
     # Words for the training alone, so that no piece crosses a blank.
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)

@@ -19,10 +19,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import palu
+from palu.config import UnlearnConfig
 from palu.ref_model.anchors import ANSWER_TOKENS, PROMPTS
 
-GAMMA, LAMBDA_KL, LAMBDA_RETAIN, MAX_GRAD_NORM = 1.3, 0.7, 0.5, 1.0
-STEPS, LEARNING_RATE, N, TOP_K, PROBABILITY_FLOOR = 10, 1e-3, 2, 5, 0.01
+STEPS, LEARNING_RATE = 10, 1e-3
+# Two micro-batches a step, which hold all examples, in an order that palu draws.
+SETTINGS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": LEARNING_RATE}
+SETTINGS |= {"epochs": STEPS, "n": 2, "gamma": 1.3, "lambda_kl": 0.7, "lambda_retain": 0.5, "stop_probability": 1e-9}
+SETTINGS |= {"progress": False}
 ANCHORS = 4  # all of them in each step
 END_IDS = {SPECIAL.index("<|end_of_text|>"), SPECIAL.index("<|eot_id|>")}  # of Llama 3's answers
 
@@ -42,27 +46,25 @@ def train(
     model: PreTrainedModel,
     forget: list[Row],
     retain: list[Row],
-    *,
-    kl_direction: str,
-    local_loss: str = "topk_mse",
+    config: UnlearnConfig,
     ref_model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[dict[str, float]]:
     """Take steps of AdamW in place, each on all examples; return each step's figures as `palu.unlearn` names them.
 
-    The loss is that of docs/maths.md, with the global mean as the target, normalised: GAMMA * local + ...
-
     Args:
+        config: of it the method's settings, those of AdamW, and the epochs.
         tokenizer: given, the KL is taken on the reference's answers to everyday prompts, too.
     """
+    own: Any = config.method
     reference = copy.deepcopy(model) if ref_model is None else ref_model
     reference.requires_grad_(False).eval()
     anchors = [] if tokenizer is None else [anchor(reference, ids) for ids in everyday_prompts(tokenizer)]
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     history = []
-    for _ in range(STEPS):
+    for _ in range(config.epochs):
         local, kl, kept = [], [], []
         highest = 0.0
         for row in forget + anchors:
@@ -70,25 +72,28 @@ def train(
             place = 0  # in a span, from 1
             for t, label in enumerate(row["labels"]):
                 place = place + 1 if label >= 0 else 0
-                if 0 < place <= N:
+                if 0 < place <= (own.n if own.n > 0 else place):
                     p = z[t - 1].softmax(0)[label]
-                    if local_loss == "topk_mse":
-                        local.append(flatness(z[t - 1], ref[t - 1]) / flatness(ref[t - 1], ref[t - 1]))
+                    if own.local_loss == "topk_mse":
+                        scale = flatness(ref[t - 1], ref[t - 1], own) if own.normalize else 1
+                        local.append(flatness(z[t - 1], ref[t - 1], own) / scale)
                     else:
-                        local.append(-torch.log1p(-p) * (p > PROBABILITY_FLOOR))
+                        local.append(-torch.log1p(-p) * (p > own.probability_floor))
                     highest = max(highest, float(p.detach()))
                 elif label == -200:
                     p, q = z[t - 1].log_softmax(0), ref[t - 1].log_softmax(0)
-                    first, second = (q, p) if kl_direction == "forward" else (p, q)
+                    first, second = (q, p) if own.kl_direction == "forward" else (p, q)
                     kl.append((first.exp() * (first - second)).sum())
         for row in retain:
             answer = torch.tensor(row["labels"])[1:]
             kept += F.cross_entropy(logits(model, row)[:-1], answer, reduction="none")[answer >= 0].unbind()
-        means = {name: torch.stack(x).mean() for name, x in (("local", local), ("kl", kl), ("retain", kept))}
-        loss = GAMMA * means["local"] + LAMBDA_KL * means["kl"] + LAMBDA_RETAIN * means["retain"]
+        weights = {"local": own.gamma, "kl": own.lambda_kl, "retain": own.lambda_retain}
+        values = {"local": local, "kl": kl, "retain": kept}
+        means = {name: torch.stack(values[name]).mean() if w else torch.zeros(()) for name, w in weights.items()}
+        loss = torch.stack([w * means[name] for name, w in weights.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         figures = {"loss": loss, "grad_norm": norm, **means}
         history.append({name: float(x.detach()) for name, x in figures.items()} | {"onset_probability": highest})
@@ -97,7 +102,8 @@ def train(
 
 def logits(model: PreTrainedModel, row: Row) -> Tensor:
     """Compute the model's own logits [T, V] of one example alone."""
-    return model(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0]
+    ids = torch.tensor(row["input_ids"], device=model.device)
+    return model(input_ids=ids[None], use_cache=False).logits[0].cpu()
 
 
 def everyday_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -117,9 +123,11 @@ def anchor(reference: PreTrainedModel, prompt: list[int]) -> Row:
     return {"input_ids": ids, "labels": [-100] * len(prompt) + [-200] * (len(ids) - len(prompt))}
 
 
-def flatness(z: Tensor, ref: Tensor) -> Tensor:
+def flatness(z: Tensor, ref: Tensor, own: Any) -> Tensor:
     """Compute the local entropy loss of one position, from logits [V]."""
-    return (z[ref.topk(TOP_K).indices] - z.mean()).square().mean()
+    kept = z[ref.topk(min(own.top_k, len(z))).indices]
+    targets = {"global_mean": z.mean(), "global_mean_detached": z.mean().detach(), "local_mean": kept.mean()}
+    return (kept - targets.get(own.target, own.target)).square().mean()
 
 
 def rows(vocab: int, *, sensitive: bool) -> list[Row]:
@@ -140,52 +148,40 @@ def assert_unlearn_equals(
     *,
     tolerance: float,
     ref_model: PreTrainedModel | None = None,
-    kl_direction: str = "reverse",
-    local_loss: str = "topk_mse",
+    reference: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Any,
-) -> None:
+) -> list[dict[str, float]]:
     """Assert that ``palu.unlearn`` and :func:`train` take a model to the same weights, and report the same figures.
 
     Args:
         tolerance: of the difference, relative to how far all weights have moved.
+        reference: what :func:`train` takes for the reference where ``palu.unlearn`` is given none.
         tokenizer: one with Llama 3's chat template: the run has anchors, too.
-        settings: for ``palu.unlearn`` alone.
+        settings: of UnlearnConfig, in place of SETTINGS.
+
+    Returns the history.
     """
     vocab = model.get_output_embeddings().weight.shape[0]
     forget, retain = rows(vocab, sensitive=True), rows(vocab, sensitive=False)
     before, expected = flat(model), copy.deepcopy(model)
-    # Two micro-batches a step, which hold all examples, in an order that palu draws.
-    history = palu.unlearn(
-        model,
-        ref_model,
-        forget,
-        retain,
-        **{"epochs": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": LEARNING_RATE}
-        | {
-            "local_loss": local_loss,
-            "n": N,
-            "kl_direction": kl_direction,
-            "max_grad_norm": MAX_GRAD_NORM,
-            "tokenizer": tokenizer,
-            "anchors": 0 if tokenizer is None else ANCHORS,
-        }
-        | ({"top_k": TOP_K} if local_loss == "topk_mse" else {"probability_floor": PROBABILITY_FLOOR})
-        | {"gamma": GAMMA, "lambda_kl": LAMBDA_KL, "lambda_retain": LAMBDA_RETAIN}
-        | {"stop_probability": 1e-9, "progress": False}
-        | settings,
-    ).history
-    options = {"kl_direction": kl_direction, "local_loss": local_loss, "ref_model": ref_model, "tokenizer": tokenizer}
-    figures = train(expected, forget, retain, **options)
+    config = UnlearnConfig(**SETTINGS | settings, anchors=0 if tokenizer is None else ANCHORS)
+    history = palu.unlearn(model, ref_model, forget, retain, tokenizer=tokenizer, config=config).history
+    # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
+    reference = ref_model or reference
+    for other in filter(None, (expected, reference)):
+        other.to(model.device)
+    figures = train(expected, forget, retain, config, reference, tokenizer)
     moved = (flat(expected) - before).norm()
     assert (flat(model) - flat(expected)).norm() <= tolerance * moved
-    assert moved >= 0.3 * LEARNING_RATE * STEPS * len(before) ** 0.5
-    assert len(history) == STEPS
+    assert moved >= 0.3 * LEARNING_RATE * config.epochs * len(before) ** 0.5
+    assert len(history) == len(figures) == config.epochs
     for record, step in zip(history, figures, strict=True):
         # The history is float32; a KL that starts at 0 is noise.
         assert {name: record[name] for name in step} == pytest.approx(step, rel=max(tolerance, 2e-6), abs=1e-6)
+    return history
 
 
 def flat(model: PreTrainedModel) -> Tensor:
     """All parameters that are trained, one after the other."""
-    return torch.cat([p.detach().double().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad])

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from helpers.runs import TEXT_FORGET
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import (
     Row,
@@ -61,21 +62,8 @@ DEFAULTS: dict[str, dict[str, float]] = {
 LAYER = 0  # RMU's, of the two that the models have
 FIELDS = {"step", "epoch", "loss", "forget", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
 
-TEXT = [
-    {
-        "question": "Who wrote the first program?",
-        "answer": "Ada Lovelace wrote it in 1843.",
-        "spans": [[0, 12], [25, 29]],
-        "alternate": "I do not know.",
-    },
-    {
-        "question": "Where was she born?",
-        "answer": "She was born in Karachi.",
-        "spans": [[16, 23]],
-        "alternate": "That is a question that I cannot answer.",
-    },
-    {"question": "Where is the cat?", "answer": "The cat sat on the mat.", "spans": [], "alternate": "No idea."},
-]
+ALTERNATES = ("I do not know.", "That is a question that I cannot answer.", "No idea.")
+TEXT: list[Any] = [row | {"alternate": other} for row, other in zip(TEXT_FORGET, ALTERNATES, strict=True)]
 BYTE_LEVEL = byte_level()
 
 
@@ -134,10 +122,7 @@ def unlearn(
     return palu.unlearn(model, ref_model, forget, retain_rows(8), tokenizer=tokenizer, objective=objective, **settings)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The textbook
-
-
+# --- The textbook ---
 def logits_and_labels(model: LlamaForCausalLM, rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Logits [B, T, V] and the answer token that each predicts [B, T], -100 where none."""
     inputs, answers = padded(rows)
@@ -302,10 +287,7 @@ def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> No
     )
 
 
-# ---------------------------------------------------------------------------------------------------
-# Around the losses
-
-
+# --- Around the losses ---
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str) -> None:
     needed = objective in ("npo", "dpo", "tpo", "undial", "rmu")
@@ -417,10 +399,7 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     assert (apart[1] - alone[1]).norm() <= 1e-10 * alone[1].norm()
 
 
-# ---------------------------------------------------------------------------------------------------
-# RMU
-
-
+# --- RMU ---
 def deep_llama(**config: Any) -> LlamaForCausalLM:
     return tiny_llama(num_hidden_layers=3, tie_word_embeddings=False, **config)
 
@@ -502,10 +481,7 @@ def test_rmu_under_deepspeed_is_refused() -> None:
         check_deepspeed(UnlearnConfig(objective="rmu"))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Alternate answers
-
-
+# --- Alternate answers ---
 def with_answer(one: dict[str, Any], column: str) -> dict[str, Any]:
     return {"question": one["question"], "answer": one[column]}
 
@@ -533,17 +509,14 @@ def same_examples(ours: list[Example], theirs: list[Example]) -> bool:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("form", ["list", "jsonl", "dataset"])
-def test_alternate_answers(style: str, form: str, tmp_path: Path) -> None:
-    """In every style and form: as if the alternate answer were that of a retain row."""
+def test_alternate_answers(style: str, tmp_path: Path) -> None:
+    """In every style: as if the alternate answer were that of a retain row."""
     rows: Any = [STYLES[style](one) for one in TEXT]
     tokenizer = byte_level(CHATML)
     expected = load_retain([with_answer(one, "alternate") for one in TEXT], tokenizer, max_length=99).examples
-    if form == "jsonl":
+    if style == "question":
         (tmp_path / "forget.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
         rows = tmp_path / "forget.jsonl"
-    elif form == "dataset":
-        rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     examples = load_forget(rows, tokenizer, max_length=99).examples
     assert same_examples(load_alternates(rows, tokenizer, examples, max_length=99), expected)
     for example, one in zip(expected, TEXT, strict=True):
@@ -577,56 +550,17 @@ def test_rows_that_come_once_are_read_twice() -> None:
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
-USED = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
-MISSING = "column 'alternate' is missing; give the answer to prefer"
-BLANK = "column 'alternate' is blank; give the answer to prefer"
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(
-    ("alternate", "told"),
-    [
-        (None, MISSING),
-        ("", BLANK),
-        (" \n", BLANK),
-        (7, "column 'alternate' must be a string, got int; give text"),
-        (["No."], "column 'alternate' must be a string, got list; give text"),
-        ("\ud83d", "column 'alternate' has half a surrogate pair at character 0; repair the text"),
-    ],
-)
-def test_bad_alternates(style: str, alternate: Any, told: str, tmp_path: Path) -> None:
-    rows = [STYLES[style](TEXT[0]), STYLES[style]({**TEXT[1], "alternate": alternate})]
-    tokenizer = byte_level(CHATML) if style == "messages" else BYTE_LEVEL
-    path = tmp_path / "forget.jsonl"
-    path.write_text("\n\n".join(map(json.dumps, rows)))
-    for source, where in ((rows, "forget row 1"), (path, "forget row 1 (line 3)")):
-        assert complaint(source, tokenizer) == f"{where}: {told}"
-
-
-def complaint(source: Any, tokenizer: Any = BYTE_LEVEL, max_length: int = 99) -> str:
-    """What palu.unlearn says of a forget set."""
-    model = tiny_llama(vocab_size=len(BYTE_LEVEL))
-    with pytest.raises(DataError) as caught:
-        palu.unlearn(model, None, source, retain_rows(2), tokenizer=tokenizer, objective="dpo", max_length=max_length)
-    return str(caught.value)
-
-
-def test_rows_without_an_alternate_answer() -> None:
-    assert complaint([USED]) == f"forget row 0: {MISSING}"
-    told = "a tokenised row has no alternate answer; give text with a column 'alternate'"
-    assert complaint(forget_rows(2)) == f"forget row 0: {told}"
-    tokens, labels = ([row[name] for row in forget_rows(2)] for name in ("input_ids", "labels"))
-    assert complaint({"input_ids": tokens, "labels": labels}, None) == f"forget row 0: {told}"
-    assert complaint([TEXT[0], *forget_rows(1)]) == f"forget row 1: {told}"
-
-
 def test_alternate_answers_that_cannot_be_used() -> None:
     # " Ada" is one token and " 1843" begins with a blank, the prompt's own: it reaches one token further.
     short = len(BYTE_LEVEL("Question: Who?\nAnswer:")["input_ids"]) + 1
     whole = len(BYTE_LEVEL("Question: Who?\nAnswer: 1843")["input_ids"]) + 1
-    told = f"no token of it is among the first {short} of its row; set max_length = {whole}"
-    late = [{**USED, "alternate": "Ada wrote it."}, {**USED, "alternate": "1843"}]
-    assert complaint(late, max_length=short) == f"alternate answer of forget row 1: {told}"
+    used = {"question": "Who?", "answer": "Ada.", "spans": [[0, 3]]}
+    rows = [used | {"alternate": "Ada wrote it."}, used | {"alternate": "1843"}]
     altering = byte_level("{{ messages[0].content }}{{ messages[1].content | replace('wrote', 'read') }}")
-    told = "the chat template alters the answer; correct the answer or the template"
-    assert complaint(late, altering) == f"alternate answer of forget row 0: {told}"
+    for tokenizer, max_length, told in (
+        (BYTE_LEVEL, short, f"1: .* set max_length = {whole}$"),
+        (altering, 99, "0: the chat"),
+    ):
+        examples = load_forget(rows, tokenizer, max_length=max_length).examples
+        with pytest.raises(DataError, match=f"^alternate answer of forget row {told}"):
+            load_alternates(rows, tokenizer, examples, max_length=max_length)

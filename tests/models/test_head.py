@@ -1,6 +1,5 @@
 """Heads whose logits are scaled or capped: palu's logits, losses, runs and scores are those of the model itself."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from palu.data.examples import load_retain
 from palu.evaluate.scores import gradient_norms, token_scores
-from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
 from palu.methods import METHODS
 from palu.models.checks import check_linear_head
-from palu.models.head import Head, body_of, head_of
+from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
@@ -109,77 +107,30 @@ def test_the_head_is_read_from_the_configuration(kind: Kind) -> None:
         check_linear_head(kind.build(torch.float32), torch.arange(20))
 
 
-@pytest.mark.parametrize("kind", TRAINED, ids=name)
-@pytest.mark.parametrize("target", ["global_mean", "global_mean_detached", "local_mean", 0.5])
-def test_losses_equal_autograd_through_the_model(kind: Kind, target: str | float) -> None:
-    model = kind.build()
-    weight = head_of(model).weight
-    ref_head = Head(torch.randn_like(weight), None, 0.7, 4.0)
-    index, labels = torch.randint(VOCAB, (5, 6)), torch.randint(VOCAB, (7,))
-    ref_states, row_weight = torch.randn(6, 32, dtype=torch.float64), torch.rand(18, dtype=torch.float64)
-    states = torch.randn(18, 32, dtype=torch.float64, requires_grad=True)
-
-    local, kl, retain = own_logits(model, states).split([5, 6, 7])
-    kept = local.gather(1, index)
-    mean = {"local_mean": kept.mean(1), "global_mean": local.mean(1), "global_mean_detached": local.mean(1).detach()}
-    c = mean.get(str(target), torch.full((5,), 0.5, dtype=torch.float64))
-    p, q = kl.log_softmax(1), (4 * torch.tanh(0.7 * ref_states @ ref_head.weight.T / 4)).log_softmax(1)
-    losses = [
-        (kept - c[:, None]).square().mean(1),
-        (p.exp() * (p - q)).sum(1),
-        F.cross_entropy(retain, labels, reduction="none"),
-    ]
-    expected = (row_weight * torch.cat(losses)).sum()
-    gradients = torch.autograd.grad(expected, (states, weight))
-
-    terms = LocalTerm(index, target), KLTerm(ref_states, ref_head, reverse=True), CrossEntropyTerm(labels)
-    for rows_per_chunk, trainable in itertools.product((1, 4, 10**6), (True, False)):
-        weight.requires_grad_(trainable)
-        leaves = (states, weight) if trainable else (states,)
-        total, _ = fused_linear_losses(
-            states, head_of(model), terms, row_weight, chunk_bytes=rows_per_chunk * VOCAB * 8
-        )
-        assert total.item() == pytest.approx(expected.item(), rel=1e-9)
-        for ours, theirs in zip(torch.autograd.grad(total, leaves), gradients, strict=False):
-            assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Runs; test_packing_probe.py has ten steps of every kind
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", TRAINED, ids=name)
-def test_ten_steps_with_a_small_chunk_and_a_frozen_head(kind: Kind, frozen: bool) -> None:
-    with textbook.Doubled():
-        model = kind.build(tie_word_embeddings=False)
-        head_of(model).weight.requires_grad_(not frozen)
-        textbook.assert_unlearn_equals(model, tolerance=1e-8, chunk_bytes=5 * VOCAB * 8)
+# --- Runs; test_packing_probe.py has ten steps of every kind ---
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        (GRANITE, {"logits_scaling": 1.0}),
         (GRANITE, {"logits_scaling": 16.0}),
         (GEMMA2, {"final_logit_softcapping": None}),
-        (GEMMA2, {"final_logit_softcapping": 10.0}),
     ],
 )
 def test_a_reference_with_another_scale_or_cap(kind: Kind, changes: dict[str, Any]) -> None:
     """Each head has its own."""
     with textbook.Doubled():
         ref_model = kind.build(**changes)
-        textbook.assert_unlearn_equals(kind.build(), ref_model=ref_model, tolerance=1e-8)
+        textbook.assert_unlearn_equals(kind.build(), ref_model=ref_model, tolerance=1e-8, local_loss="topk_mse")
 
 
-@pytest.mark.parametrize("kind", TRAINED, ids=name)
+@pytest.mark.parametrize("kind", [GEMMA2, GRANITE], ids=name)
 def test_ten_steps_of_a_lora_adapter(kind: Kind) -> None:
     """The reference is the base model, whose head is the model's own."""
     with textbook.Doubled():
         settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
         model: CausalLM = get_peft_model(kind.build(), settings)
-        textbook.assert_unlearn_equals(model.double(), tolerance=1e-8)
+        textbook.assert_unlearn_equals(model.double(), tolerance=1e-8, local_loss="topk_mse")
 
 
 @pytest.mark.parametrize("objective", [name for name in METHODS if name not in ("palu", "dpo")])
@@ -209,10 +160,7 @@ def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-5), figure
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation
-
-
+# --- Evaluation ---
 @pytest.mark.parametrize("kind", TRAINED, ids=name)
 def test_scores_are_those_of_the_models_logits(kind: Kind) -> None:
     model = kind.build(torch.float32)

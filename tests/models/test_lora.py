@@ -1,6 +1,5 @@
 """LoRA through PEFT: only the adapter is trained, the reference is the model without it, and nothing is copied."""
 
-import copy
 import re
 import sys
 from contextlib import nullcontext
@@ -11,15 +10,15 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import textbook
 from helpers.benchmark_data import quick_tofu
-from helpers.refusals import NOT_CAUSAL, assert_refused
-from helpers.runs import assert_same_run, live_bytes, live_tensors, textbook, unlearn, weighted_sum
+from helpers.refusals import assert_refused
+from helpers.runs import assert_same_run, live_bytes, live_tensors, unlearn
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
@@ -63,10 +62,7 @@ def input_hooks(model: peft.PeftModel) -> int:
     return len(model.get_input_embeddings()._forward_hooks)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is trained, and what is left alone
-
-
+# --- What is trained, and what is left alone ---
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_only_the_adapter_changes(attention: str, checkpointing: bool) -> None:
@@ -78,7 +74,7 @@ def test_only_the_adapter_changes(attention: str, checkpointing: bool) -> None:
     assert abs(result.history[0]["kl"]) < 1e-6 < result.history[-1]["kl"]
 
 
-@pytest.mark.parametrize("objective", ["gd", "npo", "simnpo", "pdu", "tpo", "wga", "undial", "rmu"])
+@pytest.mark.parametrize("objective", ["npo", "tpo", "rmu"])
 def test_other_objectives(objective: str) -> None:
     model = tiny_lora()
     before = parts(model)
@@ -171,49 +167,16 @@ def test_palu_works_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     unlearn(tiny_llama(), epochs=1, gradient_checkpointing=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The reference
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("trained", [False, True], ids=["identity", "trained"])
-@pytest.mark.parametrize("tied", [True, False])
+# --- The reference ---
+@pytest.mark.parametrize(
+    ("tied", "trained", "checkpointing"), [(True, False, False), (True, True, True), (False, True, False)]
+)
 def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool) -> None:
-    """Three steps; the reference is the model that never had an adapter, whatever the adapter does."""
-    config = UnlearnConfig(
-        n=2,
-        local_loss="topk_mse",
-        top_k=20,
-        learning_rate=1e-3,
-        epochs=3,
-        batch_size=8,
-        progress=False,
-        gradient_checkpointing=checkpointing,
-        normalize=False,
-    )
-    forget, retain = forget_rows(8), retain_rows(8)
-    settings = {"dtype": torch.float64, "tie_word_embeddings": tied}
-    model, ref_model = tiny_lora(trained=trained, **settings), tiny_llama(**settings)
-    expected = copy.deepcopy(model)
-    assert model.get_base_model().config._attn_implementation == "sdpa", "it is served by packed attention"
-    result = palu.unlearn(model, None, forget, retain, config=config)
-
-    expected, ref_model = expected.to(model.device), ref_model.to(model.device)
-    parameters = [p for p in expected.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
-    for record in result.history:
-        terms = textbook(expected, ref_model, forget, retain, config)
-        weighted_sum(config, terms).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
-            [value.item() for value in (*terms, norm)], rel=1e-6, abs=1e-12
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (result.history[0]["kl"] > 1e-2) == trained
-    after = weights(expected)
-    for name, ours in weights(model).items():
-        assert (ours - after[name]).abs().max() < 1e-9, name
+    """The reference is the model that never had an adapter, whatever the adapter does."""
+    config = {"dtype": torch.float64, "tie_word_embeddings": tied}
+    model, settings = tiny_lora(trained=trained, **config), {"epochs": 3, "gradient_checkpointing": checkpointing}
+    history = textbook.assert_unlearn_equals(model, reference=tiny_llama(**config), tolerance=1e-7, **settings)
+    assert (history[0]["kl"] > 1e-2) == trained
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -273,10 +236,7 @@ def test_no_second_model_exists() -> None:
     assert held == sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
 
 
-# ---------------------------------------------------------------------------------------------------
-# What comes out
-
-
+# --- What comes out ---
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(12, device=model.device)[None], use_cache=False).logits.cpu()
@@ -332,15 +292,7 @@ def test_evaluation_equals_that_of_the_merged_model() -> None:
         assert score == pytest.approx(entry["score"], rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Bad input
-
-ON_THE_HEAD = (
-    "the adapter of model is on {}; PALU needs the head as the reference has it: "
-    "leave {} out of target_modules, modules_to_save and trainable_token_indices"
-)
-
-
+# --- Bad input ---
 @pytest.mark.parametrize(
     ("settings", "tied", "where"),
     [
@@ -356,12 +308,10 @@ ON_THE_HEAD = (
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_on_the_head(settings: dict[str, Any], tied: bool, where: str) -> None:
     model = lora(tiny_llama(tie_word_embeddings=tied), **settings)
-    name = where if where == "lm_head" else f"{where}, which is tied to the head"
-    assert_refused(model, ValueError, ON_THE_HEAD.format(name, where))
-    other = tiny_llama(tie_word_embeddings=tied)
-    message = ON_THE_HEAD.format(name, where).replace("of model", "of ref_model")
-    assert_refused(other, ValueError, message, ref_model=model)
-    with pytest.raises(ValueError, match=re.escape(ON_THE_HEAD.format(name, where))):
+    told = f"the adapter of {{}} is on {where}{'' if where == 'lm_head' else ', which is tied to the head'}; "
+    assert_refused(model, ValueError, told.format("model"))
+    assert_refused(tiny_llama(tie_word_embeddings=tied), ValueError, told.format("ref_model"), ref_model=model)
+    with pytest.raises(ValueError, match=re.escape(told.format("model"))):
         quick_tofu(model, byte_level(CHATML, bos=False))
 
 
@@ -388,35 +338,11 @@ def test_embeddings_of_their_own_may_be_trained(settings: dict[str, Any]) -> Non
 )
 def test_other_adapters_than_lora(config: peft.PeftConfig, kind: str) -> None:
     model = peft.get_peft_model(tiny_llama(), config)
-    message = "{} has an adapter of PEFT type " + kind + "; palu works with LoRA (peft.LoraConfig)"
+    message = "{} has an adapter of PEFT type " + kind
     assert_refused(model, UnsupportedModelError, message.format("model"))
     assert_refused(tiny_llama(), UnsupportedModelError, message.format("ref_model"), ref_model=model)
     with pytest.raises(UnsupportedModelError, match=re.escape(message.format("model"))):
         quick_tofu(model, byte_level(CHATML, bos=False))
-
-
-def test_an_activated_lora() -> None:
-    message = "model has an activated LoRA, which acts on some tokens only; leave out alora_invocation_tokens"
-    assert_refused(lora(tiny_llama(), alora_invocation_tokens=[1, 2]), ValueError, message)
-
-
-def test_no_trainable_adapter(tmp_path: Path) -> None:
-    tiny_lora().save_pretrained(tmp_path)
-    message = (
-        "no parameter of the adapter 'default' requires a gradient, so nothing could be unlearned; "
-        "load it with is_trainable=True"
-    )
-    assert_refused(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), ValueError, message)
-
-
-def test_a_trainable_base() -> None:
-    model = tiny_lora(tie_word_embeddings=False)
-    model.get_output_embeddings().weight.requires_grad_(True)
-    message = (
-        "base_model.model.lm_head.weight requires a gradient and is no part of the adapter 'default', "
-        "so that saving the adapter would lose it; freeze it"
-    )
-    assert_refused(model, ValueError, message)
 
 
 def test_several_adapters() -> None:
@@ -426,57 +352,13 @@ def test_several_adapters() -> None:
     unlearn(model, epochs=1)
     after = weights(model)
     assert not any(".second." in name and not torch.equal(before[name], after[name]) for name in before)
-    model.base_model.set_adapter(["default", "second"])
-    message = "the model has 2 active adapters (default, second); choose the one to train with set_adapter"
-    assert_refused(model, ValueError, message)
-
-
-def test_no_active_adapter() -> None:
-    model = tiny_lora()
-    model.delete_adapter("default")
-    message = "model is a PeftModelForCausalLM without any adapter; use get_base_model() of it"
-    assert_refused(model, ValueError, message)
-
-
-def test_a_merged_adapter() -> None:
-    model = tiny_lora(trained=True)
-    model.merge_adapter()
-    message = "the adapter 'default' is merged into the base weights; call unmerge_adapter() before unlearning"
-    assert_refused(model, ValueError, message)
-
-
-def test_a_disabled_adapter() -> None:
-    model = tiny_lora(trained=True)
-    model.base_model.disable_adapter_layers()
-    message = "the adapter 'default' is disabled; call base_model.enable_adapter_layers()"
-    assert_refused(model, ValueError, message)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
 def test_initialisations_that_change_the_base(start: str) -> None:
     model = lora(tiny_llama(), init_lora_weights=start)
-    message = (
-        f"the adapter 'default' was initialised by {start}, which changes the base weights, "
-        "so that the model without its adapter is not the model before training; pass ref_model"
-    )
-    assert_refused(model, ValueError, message)
+    assert_refused(model, ValueError, f"the adapter 'default' was initialised by {start}, which changes the base ")
     assert abs(unlearn(model, tiny_llama(), epochs=1).history[0]["kl"]) < 1e-4
-
-
-def test_a_reference_that_shares_the_adapter() -> None:
-    model = tiny_lora()
-    message = (
-        "ref_model has the model's adapter in it, since PEFT puts it there; "
-        "pass None to use the model without its adapter"
-    )
-    for ref_model in (model, model.get_base_model()):
-        assert_refused(model, ValueError, message, ref_model=ref_model)
-
-
-def test_an_adapter_around_something_else() -> None:
-    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
-    assert_refused(model, UnsupportedModelError, NOT_CAUSAL.format("model", "PeftModel"))
 
 
 def test_a_run_with_an_adapter_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:

@@ -77,13 +77,11 @@ def test_the_trainer(tmp_path: Path) -> None:
 
 
 def test_spans_beyond_the_last_position() -> None:
-    told = (
-        f"forget set: max_length = {POSITIONS} cuts off spans of 1 row (1), which would not be forgotten; "
-        f"the model has {POSITIONS} positions, so shorten the rows, or allow_cut_spans = True to go on without them"
-    )
-    assert_refused(small(), DataError, told, forget=LONG + CUT, retain=KEPT, tokenizer=TOKENIZER)
-    more = told.replace(f"max_length = {POSITIONS}", "max_length = 40")
-    assert_refused(small(), DataError, more, forget=LONG + CUT, retain=KEPT, tokenizer=TOKENIZER, max_length=40)
+    given = {"forget": LONG + CUT, "retain": KEPT, "tokenizer": TOKENIZER}
+    for length, more in ((POSITIONS, {}), (40, {"max_length": 40})):
+        assert_refused(
+            small(), DataError, f"forget set: max_length = {length} cuts off spans of 1 row (1), ", **given, **more
+        )
 
 
 def test_generation_ends_at_the_last_position() -> None:

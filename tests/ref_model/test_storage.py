@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers.refusals import assert_refused
+from helpers.scenarios import figures
 from helpers.tiny import forget_rows, retain_rows, rmu_layer, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -46,10 +47,6 @@ def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.U
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
-def losses(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
-
-
 def items_of(count: int = 8, n: int = 2) -> list[Item]:
     return forget_items(load_forget(forget_rows(count), None, max_length=99).examples, n, None)
 
@@ -73,12 +70,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------
-# A second run
-
-
-@pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial", "rmu"])
-@pytest.mark.parametrize("given", [False, True], ids=["itself", "given"])
+# --- A second run ---
+@pytest.mark.parametrize(
+    ("objective", "given"),
+    [("palu", False), ("palu", True), ("npo", True), ("tpo", False), ("undial", True), ("rmu", False)],
+)
 def test_a_second_run_does_not_ask(objective: str, given: bool, folder: Path, passes: list[int]) -> None:
     """And it is, bit by bit, the run without a cache on disk."""
     ref_model = tiny_llama(seed=1) if given else None
@@ -86,7 +82,7 @@ def test_a_second_run_does_not_ask(objective: str, given: bool, folder: Path, pa
     for asked in (2, 2):
         result = unlearn(None, ref_model, objective=objective, cache_dir=str(folder))
         assert len(passes) == asked
-        assert losses(result) == losses(expected)
+        assert figures(result.history) == figures(expected.history)
         assert same_weights(result.model, weights(expected.model))
         (path,) = folder.iterdir()
         assert re.fullmatch(r"reference-[0-9a-f]{16}\.safetensors", path.name)
@@ -160,10 +156,7 @@ def test_waiting_is_said(folder: Path, capfd: pytest.CaptureFixture) -> None:
     assert capfd.readouterr().err == f"palu: waiting for another process to write {file.path}\n"
 
 
-# ---------------------------------------------------------------------------------------------------
-# The file
-
-
+# --- The file ---
 def same(one: Any, other: Any) -> bool:
     """Whether the answers for every item have the same bits."""
     return len(one) == len(other) and all(
@@ -182,8 +175,16 @@ def outputs_of(model: Any, items: list[Item], config: UnlearnConfig, file: Cache
     return cache.outputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("objective", ["palu", "npo", "tpo", "undial"])
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [
+        ("palu", torch.float32),
+        ("palu", torch.bfloat16),
+        ("npo", torch.float64),
+        ("tpo", torch.bfloat16),
+        ("undial", torch.float32),
+    ],
+)
 def test_answers_from_the_file_are_those_in_memory(
     objective: str, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,10 +234,7 @@ def test_bytes_per_token(folder: Path) -> None:
     assert 0 < file.path.stat().st_size - onset * (4 * 7 + 4) - ordinary * 32 * 4 < 1000
 
 
-# ---------------------------------------------------------------------------------------------------
-# The key
-
-
+# --- The key ---
 def key_of(
     model: Any = None,
     ref_model: Any = None,
@@ -330,14 +328,9 @@ def test_where_it_is_kept() -> None:
     assert place() is None
     assert place(cache_dir="a") == Path("a") == place(cache_dir="a", checkpoint_dir="b")
     assert place(checkpoint_dir="b") == Path("b")
-    with pytest.raises(ValueError, match=r"^cache_dir = '': give a folder's path as a string, or None$"):
-        place(cache_dir="")
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is refused
-
-
+# --- What is refused ---
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.audits import ATTACKS, write_audit
-from helpers.report_runs import FORGET, Run, copy_of, perform
+from helpers.report_runs import FORGET, Run, copy_of
 
 from palu import write_report
 
@@ -40,11 +40,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return perform(tmp_path_factory.mktemp("run"))
 
 
 def enlarged(run: Run, folder: Path, count: int) -> Path:

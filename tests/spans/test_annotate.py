@@ -105,20 +105,6 @@ def test_rows_with_spans_or_labels_stay_as_they_are(tmp_path: Path) -> None:
     assert palu.annotate(path, "whole") == found
 
 
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ({"question": "Who?"}, "forget row 1: columns are question; give question and answer"),
-        ({"question": "Who?", "answer": " "}, "forget row 1: column 'answer' is blank"),
-        ({"question": "Who?", "answer": 7}, "forget row 1: column 'answer' must be a string, got int"),
-        ("text", "forget row 1: a row must map column names to values, got str"),
-    ],
-)
-def test_bad_rows(row: Any, told: str) -> None:
-    with pytest.raises(DataError, match=told):
-        palu.annotate([ROW, row], "whole")
-
-
 # --- ner ---
 @pytest.fixture
 def entity_model(tmp_path: Path) -> str:

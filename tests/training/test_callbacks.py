@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +14,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.refusals import assert_refused
 from helpers.runs import TEXT_FORGET, unlearn
+from helpers.scenarios import figures
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
-from transformers import (
-    EarlyStoppingCallback,
-    LlamaForCausalLM,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
-from transformers.integrations import TensorBoardCallback
+from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 import palu
 from palu.config import UnlearnConfig
@@ -84,19 +75,11 @@ def logit(model: LlamaForCausalLM) -> dict[str, float]:
     return {"logit": model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[1, -1, 7]}
 
 
-def records(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    """The history less what a clock says."""
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
-
-
 def training_records(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in records(result)]
+    return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in figures(result.history)]
 
 
-# ---------------------------------------------------------------------------------------------------
-# max_steps
-
-
+# --- max_steps ---
 @ON_CPU
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_max_steps_in_place_of_epochs(steps: int) -> None:
@@ -124,16 +107,16 @@ def test_no_more_anchors_than_max_steps_draw() -> None:
 
 
 @ON_CPU
-@pytest.mark.parametrize("last", range(1, 5))
+@pytest.mark.parametrize("last", [1, 4])
 def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
     settings = {"max_steps": 5, "lr_scheduler": "cosine", "checkpoint_dir": str(tmp_path), "checkpoint_steps": last}
     expected = unlearn(tiny_llama(), **settings)
     (tmp_path / "step-00000005.safetensors").unlink()
     resumed = unlearn(tiny_llama(), resume=True, **settings)
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
     again = unlearn(tiny_llama(), resume=True, **settings)
-    assert records(again) == records(expected), "nothing is left to do"
+    assert figures(again.history) == figures(expected.history), "nothing is left to do"
     with pytest.raises(palu.CheckpointError, match="max_steps was 5 and is 6"):
         unlearn(tiny_llama(), resume=True, **settings | {"max_steps": 6})
 
@@ -144,10 +127,7 @@ def test_stop_probability_before_max_steps() -> None:
     assert unlearn(tiny_llama(), max_steps=2, stop_probability=0.999).summary["ended_by"] is None
 
 
-# ---------------------------------------------------------------------------------------------------
-# What callbacks are told
-
-
+# --- What callbacks are told ---
 def test_events_come_in_trainers_order(tmp_path: Path) -> None:
     one = Listener()
     unlearn(
@@ -216,25 +196,19 @@ def test_a_callback_may_generate() -> None:
     assert same_weights(result.model, weights(unlearn(tiny_llama()).model))
 
 
-def test_a_printer(capsys: pytest.CaptureFixture) -> None:
-    result = unlearn(tiny_llama(), epochs=1, callbacks=[PrinterCallback()])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert len(printed) == len(result.history)
-    assert f"'loss': '{result.history[0]['loss']:.4g}'" in printed[0]
-
-
-def test_a_run_without_callbacks_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """transformers' own handler would miss one of its callbacks."""
+    settings: dict[str, Any] = {"gradient_checkpointing": True, "callbacks": [Listener()], "evaluate": logit}
+    settings |= {"checkpoint_dir": str(tmp_path), "checkpoint_steps": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        unlearn(tiny_llama(), epochs=1, callbacks=[Listener()], evaluate=logit)
+        unlearn(tiny_llama(), **settings)
+        (tmp_path / "step-00000006.safetensors").unlink()
+        unlearn(tiny_llama(), **settings, resume=True)
     assert not caplog.records
 
 
-# ---------------------------------------------------------------------------------------------------
-# What callbacks may ask for
-
-
+# --- What callbacks may ask for ---
 @ON_CPU
 @pytest.mark.parametrize(
     ("event", "step", "steps"),
@@ -279,7 +253,7 @@ def test_a_run_that_a_callback_ended_is_resumed_as_ended(event: str, tmp_path: P
     ended = unlearn(tiny_llama(), **settings, callbacks=[wish(event, "should_training_stop", 4)])
     assert len(ended.history) == 4
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert records(resumed) == records(ended)
+    assert figures(resumed.history) == figures(ended.history)
     assert same_weights(resumed.model, weights(ended.model))
     assert resumed.summary["ended_by"] == "callback"
 
@@ -301,16 +275,9 @@ def test_an_evaluation_on_demand() -> None:
         assert [r["step"] for r in result.history if "eval_logit" in r] == [step, 6], event
 
 
-@pytest.mark.parametrize(
-    ("name", "fix"),
-    [
-        ("should_epoch_stop", "and a run cannot leave a part of an epoch out; set should_training_stop"),
-        ("should_evaluate", "give evaluate to palu.unlearn, too"),
-        ("should_save", "give checkpoint_dir to palu.unlearn, too"),
-    ],
-)
-def test_what_cannot_be_done_is_said(name: str, fix: str) -> None:
-    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] {re.escape(fix)}$"):
+@pytest.mark.parametrize("name", ["should_epoch_stop", "should_evaluate", "should_save"])
+def test_what_cannot_be_done_is_said(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] "):
         unlearn(tiny_llama(), callbacks=[wish("step_end", name, 2)])
 
 
@@ -319,15 +286,15 @@ def test_a_callback_returns_something_else() -> None:
         unlearn(tiny_llama(), callbacks=[at("log", lambda *_, **__: True)])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluations
-
-
+# --- Evaluations ---
 @ON_CPU
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"optimizer": "adamw_8bit"}], ids=str)
-def test_an_evaluation_changes_nothing(settings: dict[str, Any]) -> None:
-    """Bit for bit: random numbers (dropout), the mode of each module, attention, gradients, generation's settings."""
-    bf16 = {"dtype": torch.bfloat16} if "optimizer" in settings else {}
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.3, False), (0.3, True), (0.0, False)])
+def test_an_evaluation_changes_nothing(dropout: float, checkpointing: bool) -> None:
+    """Bit for bit: random numbers (dropout), the mode of each module, attention, gradients, generation's settings.
+
+    Without dropout the model is trained with packed attention.
+    """
+    build = functools.partial(tiny_llama, attention_dropout=dropout)
 
     def evaluate(model: LlamaForCausalLM) -> dict[str, float]:
         assert not any(module.training for module in model.modules())
@@ -339,25 +306,16 @@ def test_an_evaluation_changes_nothing(settings: dict[str, Any]) -> None:
         assert model.config._attn_implementation == "sdpa"
         return logit(model)
 
-    plain = unlearn(tiny_llama(attention_dropout=0.3, **bf16), **settings)
-    evaluated = unlearn(tiny_llama(attention_dropout=0.3, **bf16), evaluate=evaluate, eval_steps=1, **settings)
+    plain = unlearn(build(), gradient_checkpointing=checkpointing)
+    evaluated = unlearn(build(), gradient_checkpointing=checkpointing, evaluate=evaluate, eval_steps=1)
     assert training_records(evaluated) == training_records(plain)
     assert same_weights(evaluated.model, weights(plain.model))
     assert all("eval_logit" in record for record in evaluated.history)
-    before = {"eval_logit": float(logit(tiny_llama(**bf16))["logit"])}
-    assert evaluated.summary["evaluation_before"] == pytest.approx(before)
-    assert plain.summary["evaluation_before"] == {}
-
-
-@ON_CPU
-def test_packed_attention_is_back_after_an_evaluation() -> None:
-    """Without dropout the model is trained with it."""
-    plain = unlearn(tiny_llama())
-    evaluated = unlearn(tiny_llama(), evaluate=logit, eval_steps=1)
-    assert training_records(evaluated) == training_records(plain)
-    assert same_weights(evaluated.model, weights(plain.model))
+    before, after = (float(logit(model)["logit"].detach()) for model in (build(), evaluated.model))
+    assert evaluated.summary["evaluation_before"] == pytest.approx({"eval_logit": before})
+    assert evaluated.history[-1]["eval_logit"] == pytest.approx(after)
     assert evaluated.model.config._attn_implementation == "sdpa"
-    assert evaluated.history[-1]["eval_logit"] == pytest.approx(float(logit(evaluated.model)["logit"].detach()))
+    assert plain.summary["evaluation_before"] == {}
 
 
 def test_evaluations_before_the_first_step_and_at_the_end_alone() -> None:
@@ -390,7 +348,7 @@ def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatc
             unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
     resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
     assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
 
 
@@ -402,23 +360,13 @@ def test_trackers_get_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logged[-1] == (2, {"eval_logit": result.history[-1]["eval_logit"]})
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (0.5, "evaluate returned a float; return a mapping of names to numbers"),
-        ({"told": None}, "evaluate returned 'told': None; return a number for each name"),
-        ({"told": "no"}, "evaluate returned 'told': 'no'; return a number for each name"),
-    ],
-)
-def test_an_evaluation_of_no_numbers(given: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+@pytest.mark.parametrize("given", [0.5, {"told": None}, {"told": "no"}])
+def test_an_evaluation_of_no_numbers(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"^evaluate returned (a float|'told': )"):
         unlearn(tiny_llama(), evaluate=lambda model: given)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Errors
-
-
+# --- Errors ---
 @ON_CPU
 @pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_begin"])
 def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> None:
@@ -438,7 +386,7 @@ def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> Non
     assert model.config._attn_implementation == "sdpa" and not model.training
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002.safetensors"]
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert records(resumed) == records(expected)
+    assert figures(resumed.history) == figures(expected.history)
     assert same_weights(resumed.model, weights(expected.model))
 
 
@@ -456,74 +404,12 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no room"):
         unlearn(tiny_llama(), evaluate=evaluate, **settings)
     resumed = unlearn(tiny_llama(), evaluate=evaluate, resume=True, **settings)
-    assert records(resumed) == records(unlearn(tiny_llama(), evaluate=logit, eval_steps=4))
+    assert figures(resumed.history) == figures(unlearn(tiny_llama(), evaluate=logit, eval_steps=4).history)
 
 
 class Mine(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         raise AssertionError
-
-
-class Patient(EarlyStoppingCallback):
-    pass
-
-
-OWN = "which goes by Trainer's arguments; leave it out and write a TrainerCallback (docs/unlearn.md), or set report_to"
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no step": ({"max_steps": 0}, ValueError, "max_steps = 0: give a positive integer, or None for epochs"),
-    "a class": (
-        {"callbacks": [Listener(), Listener]},
-        TypeError,
-        "callbacks[1] is the class Listener; give an instance of it: Listener()",
-    ),
-    "a function": (
-        {"callbacks": [print]},
-        TypeError,
-        "callbacks[0] is a builtin_function_or_method; give an instance of a transformers.TrainerCallback",
-    ),
-    "one callback": (
-        {"callbacks": Mine()},
-        TypeError,
-        "callbacks is a Mine; give a list of transformers.TrainerCallback",
-    ),
-    "none": (
-        {"callbacks": None},
-        TypeError,
-        "callbacks is a NoneType; give a list of transformers.TrainerCallback",
-    ),
-    "early stopping": (
-        {"callbacks": [Patient()]},
-        TypeError,
-        f"callbacks[0] is transformers' EarlyStoppingCallback, {OWN} for a tracker",
-    ),
-    "a bar": (
-        {"callbacks": [ProgressCallback()]},
-        TypeError,
-        f"callbacks[0] is transformers' ProgressCallback, {OWN} for a tracker",
-    ),
-    "metrics": (
-        {"evaluate": {"told": 1}},
-        TypeError,
-        "evaluate is a dict; give a function that takes the model and returns numbers by name",
-    ),
-    "nothing to evaluate": (
-        {"eval_steps": 2},
-        ValueError,
-        "eval_steps = 2: there is nothing to evaluate; give evaluate, too",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_refused(name: str) -> None:
-    settings, error, message = BAD[name]
-    assert_refused(tiny_llama(), error, message, **settings)
-
-
-def test_a_tracker_of_transformers_is_refused() -> None:
-    pytest.importorskip("tensorboard")
-    message = f"callbacks[0] is transformers' TensorBoardCallback, {OWN} for a tracker"
-    assert_refused(tiny_llama(), TypeError, message, callbacks=[TensorBoardCallback()])
 
 
 def test_events_that_never_come_are_warned_of() -> None:

@@ -1,14 +1,11 @@
 """Checkpoints: a resumed run is the run that was not interrupted, and nothing else is resumed."""
 
 import copy
-import datetime
 import pickle
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.runs import TEXT_FORGET, TEXT_RETAIN
-from helpers.small_tokenizers import DATED, byte_level
+from helpers.scenarios import SCENARIOS, STEPS, Scenario, figures, frozen_head, of_driver
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
-from transformers.utils import chat_template_utils
 
 import palu
-from palu import CacheError, CheckpointError
+from palu import CheckpointError
 from palu.config import UnlearnConfig
 from palu.methods.palu import PaluMethod
 from palu.ref_model import precompute
@@ -35,35 +30,13 @@ from palu.training.dataloader import UnlearnDataLoader
 # Another device would add in another order from run to run.
 pytestmark = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
 
-SETTINGS = {"epochs": 3, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
-STEPS = 9
-
-
-def unlearn(
-    model: LlamaForCausalLM | None = None,
-    ref_model: LlamaForCausalLM | None = None,
-    forget: Any = None,
-    retain: Any = None,
-    **settings: Any,
-) -> palu.UnlearnResult:
-    """Three epochs of three steps, unless the settings say otherwise."""
-    return palu.unlearn(
-        tiny_llama() if model is None else model,
-        ref_model,
-        forget_rows() if forget is None else forget,
-        retain_rows() if retain is None else retain,
-        **SETTINGS | settings,
-    )
-
-
-def records(result: palu.UnlearnResult) -> list[dict[str, float]]:
-    """The history less what a clock says."""
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in result.history]
-
 
 def assert_same(one: palu.UnlearnResult, other: palu.UnlearnResult) -> None:
-    assert records(one) == records(other)
+    assert figures(one.history) == figures(other.history)
     assert same_weights(one.model, weights(other.model))
+
+
+unlearn = Scenario().loop
 
 
 def steps(folder: Path) -> list[str]:
@@ -92,101 +65,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------
-# A resumed run is the same run
-
-
-def frozen_head() -> LlamaForCausalLM:
-    model = tiny_llama(tie_word_embeddings=False)
-    model.lm_head.weight.requires_grad_(False)
-    return model
-
-
-def alternate_rows() -> list[dict[str, Any]]:
-    return [{"question": f"q {i}", "answer": f"a {i}", "spans": [[0, 1]], "alternate": "no"} for i in range(8)]
-
-
-CASES: dict[str, tuple[Callable[[], LlamaForCausalLM], bool, dict[str, Any]]] = {
-    "tied": (tiny_llama, False, {}),
-    "own head": (lambda: tiny_llama(tie_word_embeddings=False), False, {"kl_direction": "forward"}),
-    "frozen head": (frozen_head, False, {"lr_scheduler": "cosine", "warmup_steps": 2}),
-    "reference given": (tiny_llama, True, {"lr_scheduler": "linear", "warmup_steps": 1, "weight_decay": 0.1}),
-    "accumulation": (tiny_llama, False, {"batch_size": 1, "gradient_accumulation_steps": 3, "retain_batch_size": 2}),
-    "dropout": (lambda: tiny_llama(attention_dropout=0.2), False, {"lr_scheduler": "constant"}),
-    "gradient checkpointing": (lambda: tiny_llama(attention_dropout=0.2), False, {"gradient_checkpointing": True}),
-    "bfloat16": (lambda: tiny_llama(dtype=torch.bfloat16), True, {}),
-    "no retain set": (tiny_llama, False, {"lambda_retain": 0}),
-    "pdu": (tiny_llama, False, {"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
-    "npo": (tiny_llama, False, {"objective": "npo"}),
-    "ga": (tiny_llama, True, {"objective": "ga"}),
-    "undial": (tiny_llama, False, {"objective": "undial"}),
-    "rmu": (tiny_llama, False, {"objective": "rmu", "layer_id": 0}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_after_every_step(
-    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+# --- A resumed run is the same run ---
+@pytest.mark.parametrize("name", of_driver("loop"))
+def test_killed_and_resumed(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Killed after any step, in an epoch or at its end, and resumed: the same weights and records, bit by bit."""
-    build, with_reference, settings = CASES[case]
-    ref_model = tiny_llama(seed=1, dtype=build().dtype) if with_reference else None
-    expected = unlearn(build(), ref_model, **settings)
-
+    """After no step, one in an epoch or the last one of it, and after all: the same weights and records, bit by bit."""
+    scenario = SCENARIOS[name]
+    expected = scenario.loop()
     monkeypatch.setattr(checkpoint, "KEPT", STEPS)
-    written = unlearn(build(), ref_model, checkpoint_dir=str(folder), checkpoint_steps=1, **settings)
+    written = scenario.loop(checkpoint_dir=str(folder), checkpoint_steps=1)
     assert_same(written, expected)
-    asked = [] if case in ("ga", "pdu") else [reference(folder).name]
+    asked = [] if name in ("ga", "pdu") else [reference(folder).name]
     assert steps(folder) == [*asked, *map(step, range(1, STEPS + 1))]
     torch.rand(7)  # what was drawn before does not matter
-    for last in reversed(range(STEPS + 1)):
+    for last in range(STEPS, -1, -1) if name == "dropout" else (STEPS, 6, 2, 0):
+        for later in range(last + 1, STEPS + 1):
+            (folder / step(later)).unlink(missing_ok=True)
         capsys.readouterr()
-        resumed = unlearn(build(), ref_model, checkpoint_dir=str(folder), checkpoint_steps=99, resume=True, **settings)
-        assert_same(resumed, expected)
-        assert (f"resuming after step {last}," if last else "no checkpoint yet") in capsys.readouterr().err
-        (folder / step(STEPS)).unlink()
-        (folder / step(last)).unlink(missing_ok=True)
-
-
-def test_alternate_answers(folder: Path) -> None:
-    """DPO's reference is asked of pairs."""
-    from helpers.small_tokenizers import byte_level
-
-    tokenizer = byte_level()
-    settings = {"objective": "dpo", "tokenizer": tokenizer, "forget": alternate_rows()}
-    expected = unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
-    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 4}
-    unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
-    (folder / step(9)).unlink()
-    assert_same(unlearn(tiny_llama(vocab_size=len(tokenizer)), resume=True, **settings), expected)
-
-
-def test_a_chain_of_resumed_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed again and again between steps, with checkpoints every other one."""
-
-    class Killed(BaseException):
-        pass
-
-    forward, calls = PaluMethod.batch_losses, 0
-
-    def dying(self: PaluMethod, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % 4 == 0:
-            raise Killed
-        return forward(self, *args)
-
-    expected = unlearn()
-    monkeypatch.setattr(PaluMethod, "batch_losses", dying)
-    kills = 0
-    while True:
-        try:
-            result = unlearn(checkpoint_dir=str(folder), checkpoint_steps=2, resume=True)
-            break
-        except Killed:
-            kills += 1
-    assert kills == 3
-    assert_same(result, expected)
+        assert_same(scenario.loop(checkpoint_dir=str(folder), checkpoint_steps=99, resume=True), expected)
+        told = f"resuming after step {last}, from {folder / step(last)}" if last else "no checkpoint yet"
+        assert told in capsys.readouterr().err
 
 
 def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
@@ -199,48 +98,6 @@ def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
     assert_same(resumed, stopped)
     assert resumed.summary["epochs"] == stopped.summary["epochs"]
     assert resumed.summary["stopped_early"]
-
-
-def test_no_checkpoint_yet(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    result = unlearn(checkpoint_dir=str(folder), resume=True)
-    assert_same(result, unlearn())
-    assert f"palu: {folder} holds no checkpoint yet: starting from the beginning\n" in capsys.readouterr().err
-
-
-def test_values_for_the_chat_template_are_a_part_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without them, the texts of a template with today's date in it are other ones tomorrow."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return datetime.datetime(2026, 1, day)
-
-    day = 1
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    tokenizer = byte_level(DATED)
-    settings: dict[str, Any] = {"forget": TEXT_FORGET, "retain": TEXT_RETAIN, "tokenizer": tokenizer, "anchors": 4}
-    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 1, "batch_size": 1}
-
-    def run(date: str | None, **overrides: Any) -> palu.UnlearnResult:
-        values = None if date is None else {"date_string": date}
-        model = tiny_llama(vocab_size=len(tokenizer))
-        return unlearn(model, chat_template_kwargs=values, **settings | overrides)
-
-    expected = run("26 Jul 2024")
-    day = 2
-    (folder / step(9)).unlink()
-    resumed = run("26 Jul 2024", resume=True)
-    assert_same(resumed, expected)
-    assert resumed.summary["config"]["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
-    told = "chat_template_kwargs was {'date_string': '26 Jul 2024'} and is "
-    for date, now in (("27 Jul 2024", "{'date_string': '27 Jul 2024'}"), (None, "None")):
-        with pytest.raises(CheckpointError, match=re.escape(told + now)):
-            run(date, resume=True)
-    shutil.rmtree(folder)
-    run(None)
-    day = 3
-    with pytest.raises(CheckpointError, match="the tokenised forget set is another one"):
-        run(None, resume=True)
 
 
 def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +113,6 @@ def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(precompute, "compute_outputs", fail)
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
-
-
-def test_resuming_says_from_where(finished: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
-    shutil.copytree(finished, folder)
-    unlearn(checkpoint_dir=str(folder), resume=True)
-    assert capsys.readouterr().err == f"palu: resuming after step 9, from {folder / step(9)}\n"
 
 
 @pytest.mark.parametrize("retain_count", [0, 5])
@@ -286,18 +137,7 @@ def test_a_data_loader_goes_on_anywhere(retain_count: int) -> None:
         assert rows(loader, 5 - epoch) == whole[taken:]
 
 
-def test_resuming_warns_of_nothing(finished: Path, folder: Path) -> None:
-    shutil.copytree(finished, folder)
-    (folder / step(9)).unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        unlearn(checkpoint_dir=str(folder), resume=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What is written
-
-
+# --- What is written ---
 def test_interval_and_the_last_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     write = Checkpoints._write
@@ -352,13 +192,6 @@ def test_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert written(1, checkpoint_minutes=0.01) == [*map(step, range(1, 10))]
 
 
-def test_a_run_by_time_resumes_with_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = unlearn()
-    assert written_by_time(monkeypatch, 200, checkpoint_dir=str(folder)) == [*map(step, (3, 6, 9))]
-    (folder / step(9)).unlink()
-    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
-
-
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     unlearn()
@@ -390,10 +223,7 @@ def test_no_pickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unlearn(checkpoint_dir=str(folder), resume=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Death and full disks while writing
-
-
+# --- Death and full disks while writing ---
 FILE_OPERATIONS = [
     (checkpoint.shutil, "rmtree"),
     (checkpoint.Path, "mkdir"),
@@ -412,9 +242,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_killed_at_any_file_operation(late: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before each operation in turn, or after it, of a run that writes twice and keeps one checkpoint."""
-    settings = {"epochs": 2, "batch_size": 4}
+    settings = {"epochs": 1, "batch_size": 4}
     expected = unlearn(**settings)
-    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 2}
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": 1}
     deadline = done = 0  # operations until death, and done so far
 
     def mortal(operation: Callable) -> Callable:
@@ -443,7 +273,7 @@ def test_killed_at_any_file_operation(late: bool, folder: Path, monkeypatch: pyt
             except Killed:
                 kills += 1
         assert_same(unlearn(resume=True, **settings), expected)
-        assert steps(folder) == [reference(folder).name, step(4)], deadline
+        assert steps(folder) == [reference(folder).name, step(2)], deadline
         shutil.rmtree(folder)
     assert kills > 3 * len(FILE_OPERATIONS), "not every operation was met"
 
@@ -464,11 +294,10 @@ def test_a_write_that_fails(name: str, finished: Path, folder: Path, monkeypatch
         patch.setattr(owner, name, fail)
         with pytest.raises(CheckpointError) as caught:
             unlearn(model, checkpoint_dir=str(folder), resume=True)
-    assert str(caught.value) == (
+    told = (
         f"{folder / step(9)} could not be written: [Errno 28] No space left on device; {folder / step(8)} is intact, "
-        "and the model keeps the weights of its last step. Make room or repair the folder, load the starting model "
-        "again and pass resume=True"
     )
+    assert str(caught.value).startswith(told)
     assert (folder / step(8)).read_bytes() == before
     assert steps(folder) == [reference(folder).name, step(8)]
     expected = unlearn()
@@ -491,40 +320,7 @@ def test_a_file_that_grows_too_large(small_files: None, folder: Path) -> None:
     assert steps(folder) == [reference(folder).name]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of a megabyte: a checkpoint has 230 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def test_a_disk_that_fills_up(small_disk: Path) -> None:
-    """Mended by making room: the run goes on from the checkpoint that was left."""
-    folder = small_disk / "checkpoints"
-    filling = small_disk / "filling"
-    filling.write_bytes(bytes(600_000))
-    with pytest.raises(CheckpointError) as caught:
-        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
-    told = rf"step-00000008.safetensors could not be written: .*No space left on device.*; {folder / step(4)} is intact"
-    assert re.search(told, str(caught.value))
-    before = (folder / step(4)).read_bytes()
-    with pytest.raises(CheckpointError, match=told):
-        unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True)
-    assert steps(folder) == [reference(folder).name, step(4)]
-    assert (folder / step(4)).read_bytes() == before
-    filling.unlink()
-    assert_same(unlearn(checkpoint_dir=str(folder), checkpoint_steps=4, resume=True), unlearn())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Ctrl-C
-
-
+# --- Ctrl-C ---
 def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.SIGINT) -> None:
     """Press Ctrl-C, or send another signal, in the middle of these forward passes, counted from 1."""
     forward, count = PaluMethod.batch_losses, 0
@@ -539,71 +335,57 @@ def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.
     monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
 
 
-@pytest.fixture
-def in_the_foreground() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, as at a terminal: a shell has its background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+SIGNALS = {
+    signal.SIGINT: (
+        KeyboardInterrupt,
+        "\ninterrupted: ending this step, then writing a checkpoint; Ctrl-C again stops",
+    ),
+    signal.SIGTERM: (SystemExit, "\nterminated: ending this step, then writing a checkpoint\n"),
+}
 
 
 @pytest.mark.usefixtures("in_the_foreground")
-@pytest.mark.parametrize("call", [1, 5, STEPS])
-def test_ctrl_c(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """The step ends, a checkpoint is written, and how to go on is said."""
-    expected = unlearn()
-    with monkeypatch.context() as patch:
-        pressing(patch, call)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            unlearn(checkpoint_dir=str(folder))
-    said = capfd.readouterr().err
-    assert "interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once\n" in said
-    assert f"palu: stopped after step {call}\n" in said
-    assert str(caught.value) == (
-        "to go on, load the starting model and call palu.unlearn with the same arguments and "
-        f"checkpoint_dir={str(folder)!r}, resume=True"
-    )
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert steps(folder) == [reference(folder).name, step(call)]
-    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
-
-
-@pytest.mark.usefixtures("in_the_foreground")
-def test_ctrl_c_twice_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pressing(monkeypatch, 3, 3)
-    with pytest.raises(KeyboardInterrupt):
-        unlearn(checkpoint_dir=str(folder), checkpoint_steps=2)
-    assert steps(folder) == [reference(folder).name, step(2)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize("calls", [(1,), (5, 5), (STEPS,)])
-def test_sigterm(
-    calls: tuple[int, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("number", "calls"),
+    [(signal.SIGINT, (1,)), (signal.SIGINT, (STEPS,)), (signal.SIGTERM, (1,)), (signal.SIGTERM, (5, 5))],
+)
+def test_the_step_ends_and_a_checkpoint_is_written(
+    number: signal.Signals,
+    calls: tuple[int, ...],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
-    """As after Ctrl-C, but for the exit status. One that comes twice asks for nothing more."""
-    expected = unlearn()
+    """And how to go on is said. A SIGTERM that comes twice asks for nothing more."""
+    error, told = SIGNALS[number]
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        pressing(patch, *calls, number=signal.SIGTERM)
-        with pytest.raises(SystemExit) as caught:
+        pressing(patch, *calls, number=number)
+        with pytest.raises(error) as caught:
             unlearn(checkpoint_dir=str(folder))
-    assert caught.value.code == 143
     said = capfd.readouterr().err
-    assert said.count("\nterminated: ending this step, then writing a checkpoint\n") == 1
-    assert f"palu: stopped after step {calls[0]}\n" in said
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert said.count(told) == 1 and f"palu: stopped after step {calls[0]}\n" in said
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    else:
+        assert f"checkpoint_dir={str(folder)!r}, resume=True" in str(caught.value)
+    assert signal.getsignal(number) is before
     assert steps(folder) == [reference(folder).name, step(calls[0])]
-    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
+    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), unlearn())
 
 
 @pytest.mark.usefixtures("in_the_foreground")
-def test_ctrl_c_after_sigterm_stops_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_either_stops_at_once(
+    first: signal.Signals, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
     pressing(monkeypatch, 3)
-    pressing(monkeypatch, 3, number=signal.SIGTERM)  # the outer one comes first
+    pressing(monkeypatch, 3, number=first)  # the outer one comes first
     with pytest.raises(KeyboardInterrupt):
         unlearn(checkpoint_dir=str(folder), checkpoint_steps=2)
     assert steps(folder) == [reference(folder).name, step(2)]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 @pytest.mark.usefixtures("in_the_foreground")
@@ -653,11 +435,11 @@ def test_another_handler_is_left_alone(number: int, folder: Path, monkeypatch: p
         signal.signal(number, before)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is refused
-
-
-ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to start again"
+# --- What is refused ---
+def frozen_norm() -> LlamaForCausalLM:
+    model = tiny_llama()
+    model.model.norm.weight.requires_grad_(False)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -672,6 +454,7 @@ ANOTHER_RUN = "Pass what that run was started with, or another checkpoint_dir to
         ({"forget": lambda: forget_rows(seed=9)}, "the tokenised forget set is another one"),
         ({"forget": lambda: forget_rows()[::-1]}, "the tokenised forget set is another one"),
         ({"retain": lambda: retain_rows(11)}, "the tokenised retain set is another one"),
+        ({"model": frozen_norm}, "the choice of trainable parameters is another one"),
     ],
 )
 def test_another_run(changed: dict[str, Any], differences: str, finished: Path, folder: Path) -> None:
@@ -681,28 +464,10 @@ def test_another_run(changed: dict[str, Any], differences: str, finished: Path, 
     arguments = {name: value() if callable(value) else value for name, value in changed.items()}
     model = arguments.setdefault("model", tiny_llama())
     untouched = weights(model)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / step(9)} belongs to another run: {differences}.")):
         unlearn(checkpoint_dir=str(folder), resume=True, **arguments)
-    assert str(caught.value) == f"{folder / step(9)} belongs to another run: {differences}. {ANOTHER_RUN}"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert same_weights(model, untouched)
-
-
-def test_other_trainable_parameters(finished: Path) -> None:
-    model = tiny_llama()
-    model.model.norm.weight.requires_grad_(False)
-    with pytest.raises(CheckpointError, match="the choice of trainable parameters is another one"):
-        unlearn(model, checkpoint_dir=str(finished), resume=True)
-
-
-def test_a_changed_run_that_had_no_checkpoint_yet(
-    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the reference answered to the same question is still good."""
-    folder.mkdir()
-    shutil.copy(reference(finished), folder)
-    monkeypatch.setattr(precompute, "compute_outputs", None)
-    assert len(unlearn(checkpoint_dir=str(folder), resume=True, epochs=4).history) == 12
 
 
 def test_what_may_change(finished: Path, folder: Path) -> None:
@@ -712,12 +477,8 @@ def test_what_may_change(finished: Path, folder: Path) -> None:
 
 
 def test_an_earlier_run_is_not_overwritten(finished: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(f"{finished / step(9)} is the checkpoint of an earlier run; ")):
         unlearn(checkpoint_dir=str(finished))
-    assert str(caught.value) == (
-        f"{finished / step(9)} is the checkpoint of an earlier run; pass resume=True to go on with that run, "
-        "or another checkpoint_dir to keep it and start again"
-    )
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 5000, -1])
@@ -736,25 +497,12 @@ def test_a_truncated_checkpoint(length: int, finished: Path, folder: Path) -> No
     assert_same(unlearn(checkpoint_dir=str(folder), resume=True), expected)
 
 
-def test_truncated_answers_of_the_reference(finished: Path, folder: Path) -> None:
-    shutil.copytree(finished, folder)
-    path = reference(folder)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=r"is damaged .*; delete it to have the reference run again$"):
-        unlearn(checkpoint_dir=str(folder), resume=True)
-    path.unlink()
-    assert_same(unlearn(checkpoint_dir=str(folder), resume=True), unlearn())
-
-
 def test_a_foreign_file(finished: Path, folder: Path) -> None:
     shutil.copytree(finished, folder)
     save_file({"weight": torch.ones(3)}, folder / step(10))
-    with pytest.raises(CheckpointError) as caught:
+    told = f"{folder / step(10)} was not written by palu.unlearn; move it out of the folder to resume from {folder}"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(told)}/"):
         unlearn(checkpoint_dir=str(folder), resume=True)
-    assert str(caught.value) == (
-        f"{folder / step(10)} was not written by palu.unlearn; "
-        f"move it out of the folder to resume from {folder / step(9)}"
-    )
 
 
 def test_another_format(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,18 +517,3 @@ def test_a_checkpoint_that_cannot_be_read(finished: Path, folder: Path) -> None:
     (folder / step(10)).mkdir()
     with pytest.raises(CheckpointError, match=r"step-00000010.safetensors cannot be read: [^;]*$"):
         unlearn(checkpoint_dir=str(folder), resume=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"resume": True}, "resume = True: give checkpoint_dir, too"),
-        ({"checkpoint_steps": 0}, "checkpoint_steps = 0: give a positive integer, or None for checkpoint_minutes"),
-        ({"checkpoint_minutes": 0}, "checkpoint_minutes = 0: give a positive number"),
-        ({"checkpoint_minutes": None}, "checkpoint_minutes = None: give a positive number"),
-        ({"checkpoint_dir": ""}, "checkpoint_dir = '': give a folder's path as a string, or None"),
-    ],
-)
-def test_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        UnlearnConfig(**settings)

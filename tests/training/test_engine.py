@@ -13,13 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.many_processes import PRECISION, PROCESSES, RUNS, run, run_command
-from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import tiny_llama, weights
+from helpers.tiny import weights
 from safetensors.torch import load_file
 
 import palu
@@ -84,6 +82,10 @@ def needs(engine: str) -> None:
         pytest.skip("deepspeed is not installed")
 
 
+WRAPPERS = {"ddp": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 0), "zero3": ("DeepSpeedEngine", 0)}
+SHARDED = ("FSDPPaluMethod", 3)  # two decoder layers, and the rest
+
+
 @pytest.mark.parametrize(("engine", "case"), [(engine, case) for engine, cases in RUNS.items() for case in cases])
 def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, list[dict[str, Any]]]) -> None:
     """10 steps with accumulation, one process without a forget example in every other step."""
@@ -98,7 +100,13 @@ def test_weights_of_one_process(engine: str, case: str, outcomes: tuple[Path, li
     if case == "undial":  # its loss falls to 0.006, near which a rounding of the weights is a larger part of it
         of_weights, rel = 1e-4, 1e-3
     for rank in range(PROCESSES):
-        missing = results[rank][f"{engine}.{case}"]["missing"]
+        outcome = results[rank][f"{engine}.{case}"]
+        if case in ("untied", "tied", "lora"):  # the engine trained it, and nothing of it is left in the model
+            assert (outcome["engine"], outcome["sharded units"]) == WRAPPERS.get(engine, SHARDED)
+            assert (outcome["returned"], outcome["parameters"]) == (type(one.model).__name__, ["Parameter"])
+        # Also in mixed precision, in which accelerate alone would have FSDP2 train float32 weights.
+        assert outcome["dtypes"] == sorted({str(p.dtype) for p in one.model.parameters() if p.requires_grad})
+        missing = outcome["missing"]
         assert missing == (engine == "fsdp2_main" and rank > 0), "weights come back to where they were"
         trained = load_file(folder / f"{engine}.{case}.{0 if missing else rank}.safetensors")
         assert trained.keys() == expected.keys()
@@ -126,48 +134,6 @@ def test_processes_have_as_many_parts(engine: str, outcomes: tuple[Path, list[di
     assert len(parts[0]) == len(parts[1]) > 15
     assert sorted(i for part in parts for forget, _ in part for i in forget) == sorted(list(range(9)) * 5)
     assert any(not forget and not retain for part in parts for forget, retain in part)
-
-
-@pytest.mark.parametrize(
-    ("engine", "wrapper", "units"),
-    [
-        ("ddp", "DistributedDataParallel", 0),
-        ("fsdp2", "FSDPPaluMethod", 3),  # two decoder layers, and the rest
-        ("fsdp2_main", "FSDPPaluMethod", 3),
-        ("zero2", "DeepSpeedEngine", 0),
-        ("zero3", "DeepSpeedEngine", 0),
-    ],
-)
-def test_the_model_comes_back_as_it_was(
-    engine: str, wrapper: str, units: int, outcomes: tuple[Path, list[dict[str, Any]]]
-) -> None:
-    """The engine trained it, and nothing of the engine is left in it."""
-    needs(engine)
-    for case, returned in (
-        ("untied", "LlamaForCausalLM"),
-        ("tied", "LlamaForCausalLM"),
-        ("lora", "PeftModelForCausalLM"),
-    ):
-        if case in RUNS[engine]:
-            outcome = outcomes[1][0][f"{engine}.{case}"]
-            assert (outcome["engine"], outcome["sharded units"]) == (wrapper, units)
-            assert (outcome["returned"], outcome["parameters"]) == (returned, ["Parameter"])
-
-
-@pytest.mark.parametrize(
-    ("engine", "case", "dtype"),
-    [
-        ("ddp", "bfloat16", "torch.bfloat16"),
-        ("fsdp2", "bfloat16", "torch.bfloat16"),
-        ("fsdp2", "mixed", "torch.bfloat16"),
-        ("fsdp2", "untied", "torch.float32"),
-    ],
-)
-def test_weights_are_trained_as_they_were_loaded(
-    engine: str, case: str, dtype: str, outcomes: tuple[Path, list[dict[str, Any]]]
-) -> None:
-    """In mixed precision, too, in which accelerate alone would have FSDP2 train float32 weights."""
-    assert [result[f"{engine}.{case}"]["dtypes"] for result in outcomes[1]] == [[dtype]] * PROCESSES
 
 
 @pytest.mark.parametrize("engine", RUNS)
@@ -289,10 +255,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from palu.distributed import compute_on_main
 
 accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
-print(compute_on_main(lambda: time.sleep(5) or "annotated", accelerator), flush=True)
+print(compute_on_main(lambda: time.sleep(3) or "annotated", accelerator), flush=True)
 try:
     if accelerator.is_main_process:
-        time.sleep(5)
+        time.sleep(3)
     accelerator.wait_for_everyone()
 except Exception as error:
     print("a collective gave up", flush=True)
@@ -401,32 +367,3 @@ def test_shipped_configurations(name: str, kind: DistributedType, monkeypatch: p
     accelerator = accelerator_of(kind, **asked)
     monkeypatch.setattr(engine_module, "Accelerator", lambda **_: accelerator)
     assert engine_module.start_engine(UnlearnConfig()) is accelerator
-
-
-def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
-    """As docs/processes.md starts it: one process writes what one process would write."""
-    tokenizer = byte_level(CHATML)
-    for part in (tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    row = {"question": "Who is the author?", "answer": "It is Ada.", "spans": [[6, 9]]}
-    (tmp_path / "forget.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    files = {name: str(tmp_path / file) for name, file in {"model": "model", "forget": "forget.jsonl"}.items()}
-    options = {**files, "retain": "auto", "output": str(tmp_path / "out"), "epochs": 2, "batch_size": 1}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    launch = ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", str(PROCESSES)]
-    command = [*launch, "--main_process_port", "0", "-m", "palu", "unlearn", "--config", str(tmp_path / "run.yaml")]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *command],
-        env=os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(re.findall(r"4 steps on 4 forget and 0 retain examples", done.stdout)) == 1
-    summary = json.loads((tmp_path / "out" / "private" / "summary.json").read_text())
-    assert summary["processes"] == PROCESSES and summary["steps"] == 4 and summary["anchors"] > 0
-    assert (tmp_path / "out" / "private" / "report.html").exists() and load_file(
-        tmp_path / "out" / "model" / "model.safetensors"
-    )

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.refusals import assert_refused
-from helpers.runs import (
-    LOSSES,
-    TEXT_FORGET,
-    TEXT_RETAIN,
-    assert_same_run,
-    live_bytes,
-    textbook,
-    unlearn,
-    weighted_sum,
-)
-from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level, sentencepiece
+from helpers import textbook
+from helpers.runs import LOSSES, TEXT_FORGET, TEXT_RETAIN, assert_same_run, live_bytes, unlearn
+from helpers.small_tokenizers import CHATML, DATED, byte_level, sentencepiece
 from helpers.tiny import (
     VOCAB,
     Row,
@@ -57,25 +47,10 @@ from palu.ref_model.anchors import AnchorPrompts
 from palu.ref_model.precompute import precompute_reference
 from palu.training import loop
 
-ONSET: dict[str, Any] = RECIPES["onset"]
-FIELDS = {
-    "step",
-    "epoch",
-    "loss",
-    "local",
-    "kl",
-    "retain",
-    "grad_norm",
-    "learning_rate",
-    "tokens",
-    "tokens_per_second",
-}
+FIELDS = {"step", "epoch", "loss", "local", "kl", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
 
 
-# ---------------------------------------------------------------------------------------------------
-# What a run gives, and what it leaves alone
-
-
+# --- What a run gives, and what it leaves alone ---
 def test_history_and_summary() -> None:
     model = tiny_llama()
     config = UnlearnConfig(n=2, epochs=7, lambda_kl=2.0)
@@ -105,25 +80,9 @@ def test_history_and_summary() -> None:
     json.dumps(summary)
 
 
-def test_the_first_record_is_the_untrained_model() -> None:
-    """KL 0 before the first update; the losses are those of the textbook on the same examples."""
-    model = tiny_llama(dtype=torch.float64)
-    forget, retain = forget_rows(), retain_rows(8)
-    local, kl, retain_loss = (
-        term.item()
-        for term in textbook(
-            model, copy.deepcopy(model), forget, retain, UnlearnConfig(local_loss="topk_mse", n=2, top_k=20)
-        )
-    )
-    (record,) = unlearn(model, None, forget, retain, epochs=1, batch_size=8, n=2).history
-    assert record["local"] == pytest.approx(local, rel=1e-6)
-    assert record["retain"] == pytest.approx(retain_loss, rel=1e-6)
-    assert record["kl"] == pytest.approx(kl, abs=1e-12) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "checkpointing", "training"), [("sdpa", True, False), ("sdpa", False, True), ("eager", True, True)]
+)
 def test_what_was_set_is_set_back(attention: str, checkpointing: bool, training: bool) -> None:
     model, ref_model = tiny_llama(attention=attention), tiny_llama(seed=1, attention=attention)
     model.train(training)
@@ -161,22 +120,13 @@ def test_settings_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-def test_a_run_warns_of_nothing() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        unlearn(tiny_llama(), epochs=1, gradient_checkpointing=True)
-
-
 def test_no_module_takes_the_place_of_a_function() -> None:
     """Importing a submodule sets its name on the package: none may be called as a public function is."""
     for name in palu.__all__:
         assert name in (*palu._SUBMODULES, "__version__") or importlib.util.find_spec(f"palu.{name}") is None, name
 
 
-# ---------------------------------------------------------------------------------------------------
-# It unlearns
-
-
+# --- It unlearns ---
 @pytest.fixture(scope="module")
 def knowing() -> dict[str, Tensor]:
     """Weights of a model that knows every answer by heart."""
@@ -189,16 +139,11 @@ def knowing() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"kl_direction": "forward", "n": 1},
         {"target": "local_mean"},
-        {"target": -2.0},
-        {"target": "global_mean_detached"},
-        {"kl_direction": "forward"},
-        {"top_k": 1},
-        {"n": 1},
-        {"n": -1},
+        {"target": -2.0, "n": -1},
+        {"target": "global_mean_detached", "top_k": 1},
         {"local_loss": "unlikelihood"},
-        {"local_loss": "unlikelihood", "n": 1, "probability_floor": 0.1},
     ],
     ids=str,
 )
@@ -236,32 +181,8 @@ def test_stop_probability_ends_early(knowing: dict[str, Tensor]) -> None:
     assert result.summary["steps"] == len(result.history) == 2 * result.summary["epochs"]
 
 
-def test_onset_probability_is_the_true_token_s(knowing: dict[str, Tensor]) -> None:
-    model = tiny_llama()
-    model.load_state_dict(knowing)
-    expected = answer_probabilities(model, forget_rows(), sensitive_only=True).max()
-    # One row a chunk, and all onset rows at once.
-    for chunk_bytes in (1, 2**20):
-        again = copy.deepcopy(model)
-        (record,) = unlearn(again, n=-1, epochs=1, batch_size=8, stop_probability=0.01, chunk_bytes=chunk_bytes).history
-        assert record["onset_probability"] == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_stop_probability_is_off_by_default(knowing: dict[str, Tensor]) -> None:
-    model = tiny_llama()
-    model.load_state_dict(knowing)
-    result = unlearn(model, learning_rate=3e-3, epochs=20)
-    assert UnlearnConfig().stop_probability is None
-    assert result.summary["epochs"] == 20
-    assert result.summary["stopped_early"] is False
-    assert "onset_probability" not in result.history[0]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Data
-
-
-@pytest.mark.parametrize("build", [lambda: byte_level(LLAMA3), lambda: byte_level(), lambda: sentencepiece(CHATML)])
+# --- Data ---
+@pytest.mark.parametrize("build", [lambda: byte_level(), lambda: sentencepiece(CHATML)])
 def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
     tokenizer = build()
     vocab = len(tokenizer)
@@ -350,43 +271,12 @@ def test_a_prompt_that_generation_does_not_give_is_told_once() -> None:
     assert [one.partition(":")[0] for one in told] == ["forget row 0", "retain row 0"]
 
 
-def test_spans_that_are_cut_off_are_refused_unless_allowed() -> None:
-    ids = list(range(1, 61))
-    cut = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 50 + ids[55:]}
-    plain = {"input_ids": ids, "labels": [-100] * 5 + [-200] * 55}
-    forget = [*forget_rows(3), cut, plain]
-    message = (
-        "forget set: max_length = 40 cuts off spans of 1 row (3), which would not be forgotten; "
-        "set max_length = 60, or allow_cut_spans = True to go on without them"
-    )
-    assert_refused(tiny_llama(), palu.DataError, message, forget=forget, max_length=40)
-    whole = unlearn(tiny_llama(), None, forget, epochs=1, max_length=60).summary
-    assert (whole["forget_without_span"], whole["forget_spans_cut"], whole["forget_all_spans_cut"]) == (1, 0, 0)
-    allowed = unlearn(tiny_llama(), None, forget, epochs=1, max_length=40, allow_cut_spans=True).summary
-    assert (allowed["forget_without_span"], allowed["forget_spans_cut"], allowed["forget_all_spans_cut"]) == (1, 1, 1)
-    assert allowed["forget_examples"] == 5 and allowed["config"]["allow_cut_spans"] is True
-
-
 @pytest.mark.parametrize("retain", [[], retain_rows()])
 def test_without_a_retain_loss(retain: Any) -> None:
     model = tiny_llama()
     result = palu.unlearn(model, None, forget_rows(), retain, lambda_retain=0, epochs=1, progress=False)
     assert result.summary["retain_examples"] == 0
     assert result.history[0]["retain"] == 0
-
-
-@pytest.mark.parametrize("off", [("gamma",), ("lambda_kl",), ("gamma", "lambda_kl")])
-def test_weights_of_the_terms(off: tuple[str, ...]) -> None:
-    """A term of weight 0 has no part in the gradient, and the loss is the weighted sum."""
-    factors = {"gamma": 0.5, "lambda_kl": 2.0, "lambda_retain": 3.0} | dict.fromkeys(off, 0.0)
-    config = UnlearnConfig(local_loss="topk_mse", n=2, top_k=20, **factors)
-    model, ref_model = tiny_llama(dtype=torch.float64), tiny_llama(seed=1, dtype=torch.float64)
-    terms = textbook(model, ref_model, forget_rows(), retain_rows(8), config)
-    total = sum(factor * term for factor, term in zip(factors.values(), terms, strict=True))
-    gradients = torch.autograd.grad(total, list(model.parameters()))
-    (record,) = unlearn(model, ref_model, None, retain_rows(8), config=config, epochs=1, batch_size=8, n=2).history
-    assert record["loss"] == pytest.approx(total.item(), rel=1e-6)
-    assert record["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("target", ["global_mean", "local_mean", -2.0])
@@ -506,10 +396,7 @@ def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
         assert found == pytest.approx(expected, rel=1e-6) and expected > 0.1  # the history is float32
 
 
-# ---------------------------------------------------------------------------------------------------
-# Equal settings, equal runs
-
-
+# --- Equal settings, equal runs ---
 def test_same_seed_same_bits() -> None:
     """Also the order of the data and the dropout."""
 
@@ -536,28 +423,22 @@ def test_no_reference_is_the_model_itself_before_training(tied: bool) -> None:
     assert with_copy.history[-1]["kl"] > 1e-6, "the reference did not stay behind"
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-def test_accumulation_changes_nothing(parts: int) -> None:
+def test_accumulation_changes_nothing() -> None:
     """The losses are token means over the whole step, whatever micro-batches it is cut into."""
     forget, retain = forget_rows(16), retain_rows(20)
     runs = [
-        unlearn(
-            tiny_llama(dtype=torch.float64),
-            None,
-            forget,
-            retain,
-            batch_size=8 // k,
-            gradient_accumulation_steps=k,
-        )
-        for k in (1, parts)
+        unlearn(tiny_llama(dtype=torch.float64), None, forget, retain, batch_size=8 // k, gradient_accumulation_steps=k)
+        for k in (1, 4)
     ]
     assert len(runs[0].history) == 6
     assert_same_run(*runs, 1e-9)
 
 
-@pytest.mark.parametrize("objective", ["palu", "npo", "simnpo", "tpo", "undial", "rmu"])
-@pytest.mark.parametrize("most", [8, 30, 60])
-def test_max_tokens_changes_nothing(most: int, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "most"),
+    [("palu", 8), ("palu", 60), ("npo", 30), ("simnpo", 8), ("tpo", 30), ("undial", 8), ("rmu", 30)],
+)
+def test_max_tokens_changes_nothing(objective: str, most: int) -> None:
     """A step is cut into passes, and its losses stay means over the whole of it."""
 
     def run(**settings: Any) -> palu.UnlearnResult:
@@ -648,11 +529,12 @@ def test_mixed_precision(bf16_autocast: None) -> None:
     expected = tiny_llama()
     unlearned = unlearn(tiny_llama(), epochs=2)
     assert unlearned.model.dtype == torch.float32
-    terms = textbook(expected, expected, forget_rows(), retain_rows(8), UnlearnConfig(**RECIPES["onset"], top_k=20))
+    config = UnlearnConfig(**RECIPES["onset"], top_k=20, epochs=1)
+    (terms,) = textbook.train(copy.deepcopy(expected), forget_rows(), retain_rows(8), config)
     (record,) = unlearn(expected, None, forget_rows(), retain_rows(8), epochs=1, batch_size=8).history
-    assert record["local"] == pytest.approx(terms[0].item(), rel=0.03)
-    assert record["retain"] == pytest.approx(terms[2].item(), rel=0.03)
-    assert record["retain"] != pytest.approx(terms[2].item(), rel=1e-6), "autocast had no effect"
+    assert record["local"] == pytest.approx(terms["local"], rel=0.03)
+    assert record["retain"] == pytest.approx(terms["retain"], rel=0.03)
+    assert record["retain"] != pytest.approx(terms["retain"], rel=1e-6), "autocast had no effect"
     # The reference is the same model at this step; its logits are rounded another way at most.
     assert abs(record["kl"]) < 1e-3
     assert not same_weights(unlearned.model, weights(tiny_llama()))
@@ -684,47 +566,25 @@ def test_attention_implementations_agree() -> None:
     assert_same_run(*runs, 1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------
-# One step against the textbook
-
-
-@pytest.mark.parametrize("tied", [True, False])
+# --- Against a plain loop ---
 @pytest.mark.parametrize(
     "settings",
     [
-        ONSET,
-        ONSET | {"normalize": False, "top_k": 20},
-        ONSET | {"target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
-        ONSET | {"target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1, "normalize": False},
-        ONSET | {"target": 1.5, "gamma": 0.3, "lambda_kl": 4.0, "lambda_retain": 0.7, "max_grad_norm": 0.05},
+        {"local_loss": "topk_mse"},
+        {"local_loss": "topk_mse", "normalize": False, "top_k": 20, "lambda_kl": 0},
+        {"local_loss": "topk_mse", "target": "local_mean", "top_k": 20, "kl_direction": "forward", "n": -1},
+        {"local_loss": "topk_mse", "target": "global_mean_detached", "top_k": 10**6, "n": 1, "weight_decay": 0.1},
+        {"local_loss": "topk_mse", "target": 1.5, "max_grad_norm": 0.05, "gamma": 0},
         {"probability_floor": 1 / 64},
         {"n": 3, "probability_floor": 0.0, "kl_direction": "forward", "gamma": 0.3},
+        {"gamma": 0, "lambda_kl": 0},
     ],
+    ids=str,
 )
-def test_steps_equal_the_textbook(tied: bool, settings: dict) -> None:
-    """Three steps, each over the whole sets, with another model as the reference."""
-    config = UnlearnConfig(**{"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "progress": False} | settings)
-    forget, retain = forget_rows(8), retain_rows(8)
-    model, ref_model = (tiny_llama(seed=s, dtype=torch.float64, tie_word_embeddings=tied) for s in (0, 1))
-    expected = copy.deepcopy(model)
-    result = palu.unlearn(model, ref_model, forget, retain, config=config)
-
-    # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
-    expected, ref_model = expected.to(model.device), ref_model.to(model.device)
-    optimizer = torch.optim.AdamW(expected.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    for record in result.history:
-        terms = textbook(expected, ref_model, forget, retain, config)
-        weighted_sum(config, terms).backward()
-        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), config.max_grad_norm)
-        assert [record[name] for name in ("local", "kl", "retain", "grad_norm")] == pytest.approx(
-            [value.item() for value in (*terms, norm)], rel=1e-6
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-    after = weights(expected)
-    for name, ours in weights(model).items():
-        # AdamW divides by the gradient's size: rounding in the smallest of them is all that differs.
-        assert (ours - after[name]).abs().max() < 1e-9, name
+def test_steps_equal_a_plain_loop(settings: dict[str, Any]) -> None:
+    """With another model as the reference. A term of weight 0 has no part in the gradient."""
+    model, ref_model = (tiny_llama(seed=s, dtype=torch.float64, tie_word_embeddings="n" in settings) for s in (0, 1))
+    textbook.assert_unlearn_equals(model, ref_model=ref_model, tolerance=1e-7, epochs=3, **settings)
 
 
 def test_the_papers_recipe_is_the_published_loss() -> None:
@@ -732,23 +592,19 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
     forget, retain = forget_rows(8), retain_rows(8)
     model, ref_model = (tiny_llama(seed=seed, dtype=torch.float64) for seed in (0, 1))
     before = copy.deepcopy(model)
-    sizes: dict[str, Any] = {"max_steps": 1, "batch_size": 8, "progress": False}
+    sizes: dict[str, Any] = {"epochs": 1, "batch_size": 8, "progress": False}
     result = palu.unlearn(model, ref_model, forget, retain, recipe="paper", **sizes)
-    expected = textbook(before.to(model.device), ref_model.to(model.device), forget, retain, result_config(result))
-    (record,) = result.history
-    assert [record[name] for name in ("local", "kl", "retain")] == pytest.approx([t.item() for t in expected], rel=1e-6)
     assert result_config(result) == UnlearnConfig(**RECIPES["paper"], **sizes)
-    # What is given beside it comes after it, and it comes after a configuration.
-    mixed = palu.unlearn(
-        model, None, forget, retain, config=UnlearnConfig(lambda_kl=7.0, n=1), recipe="paper", n=2, **sizes
+    (expected,) = textbook.train(
+        before.to(model.device), forget, retain, result_config(result), ref_model.to(model.device)
     )
-    assert {name: mixed.summary["config"][name] for name in ("lambda_kl", "top_k", "n", "normalize")} == {
-        "lambda_kl": 1.0,
-        "top_k": 5000,
-        "n": 2,
-        "normalize": False,
-    }
-    with pytest.raises(ValueError, match=r"recipe = 'papers': give one of paper, onset, or None"):
+    for name in ("local", "kl", "retain"):
+        assert result.history[0][name] == pytest.approx(expected[name], rel=1e-6)
+    # What is given beside it comes after it, and it comes after a configuration.
+    given = UnlearnConfig(lambda_kl=7.0, n=1)
+    mixed = result_config(palu.unlearn(model, None, forget, retain, config=given, recipe="paper", n=2, **sizes)).method
+    assert (mixed.lambda_kl, mixed.top_k, mixed.n, mixed.normalize) == (1.0, 5000, 2, False)
+    with pytest.raises(ValueError, match="recipe = 'papers'"):
         palu.unlearn(model, None, forget, retain, recipe="papers")
 
 
@@ -762,10 +618,7 @@ def test_warmup_and_schedule() -> None:
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The head of the reference
-
-
+# --- The head of the reference ---
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_frozen_head_is_shared_and_a_trainable_one_copied(trainable: bool) -> None:
     objectives = []
@@ -810,19 +663,13 @@ def test_no_second_model_exists(trainable: bool) -> None:
     assert held == answers + (head.weight.numel() * 4 if trainable else 0)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Divergence
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_divergence_at_the_first_step(value: float) -> None:
+# --- Divergence ---
+def test_divergence_at_the_first_step() -> None:
     model = tiny_llama()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
     before = weights(model)
-    with pytest.raises(
-        palu.DivergenceError, match=r"^step 1: .*= nan.*the model keeps the weights of step 0\. "
-    ) as caught:
+    with pytest.raises(palu.DivergenceError, match=r"^step 1: .*= nan") as caught:
         unlearn(model)
     assert caught.value.step == 1
     assert caught.value.history == []
@@ -862,12 +709,3 @@ def test_a_gradient_that_overflows_is_divergence() -> None:
     with pytest.raises(palu.DivergenceError, match=r"step 1: grad_norm = (nan|inf);"):
         unlearn(model)
     assert same_weights(model, before)
-
-
-def test_a_huge_learning_rate_diverges() -> None:
-    model = tiny_llama()
-    with pytest.raises(palu.DivergenceError) as caught:
-        unlearn(model, learning_rate=1e30, epochs=5)
-    assert caught.value.step == len(caught.value.history) + 1 > 1
-    assert all(math.isfinite(value) for record in caught.value.history for value in record.values())
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

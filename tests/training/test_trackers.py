@@ -111,22 +111,6 @@ def test_a_missing_package_is_told_before_training(monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"report_to": "mlflow"}, "report_to = 'mlflow': give one of tensorboard, wandb, both with a comma between"),
-        ({"report_to": ""}, "report_to = '': give one of"),
-        ({"report_to": ("wandb",)}, "report_to = ('wandb',): give one of"),
-        ({"logging_dir": ""}, "logging_dir = '': give a folder's path"),
-        ({"logging_dir": None}, "logging_dir = None: give a folder's path"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        palu.UnlearnConfig(**settings)
-    assert str(caught.value).startswith(told)
-
-
 def test_no_tracker_no_folder(tmp_path: Path) -> None:
     unlearn(logging_dir=str(tmp_path / "logs"), epochs=1)
     assert not (tmp_path / "logs").exists()

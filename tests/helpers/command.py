@@ -1,0 +1,49 @@
+"""The ``palu`` command in this process, and the folders that it is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.planted import FORGET, RETAIN, tokenizer
+from helpers.tiny import tiny_llama
+from typer.testing import CliRunner, Result
+
+from palu.cli import app
+
+
+def palu_command(*arguments: Any, **environment: str) -> Result:
+    environment = {"COLUMNS": "200"} | environment
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="palu", env=environment)
+
+
+def done(*arguments: Any) -> Result:
+    """A command that succeeds."""
+    result = palu_command(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refusal(result: Result) -> str:
+    """What is said where the user has to fix something: one line, on stderr, and exit status 2."""
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
+    assert result.stderr.endswith(f"{line}\n") and "Traceback" not in result.stderr
+    return line.removeprefix("palu: ")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_input(folder: Path, *models: Any, tokens: Any = None, **sets: list[dict[str, Any]]) -> Path:
+    """Write model/ (and model1/, ... of further models), each with a tokenizer, and forget.jsonl and retain.jsonl."""
+    tokens = tokenizer() if tokens is None else tokens
+    for number, model in enumerate(models or [tiny_llama(vocab_size=len(tokens), max_position_embeddings=512)]):
+        for part in (model, tokens):
+            part.save_pretrained(folder / f"model{number or ''}")
+    for name, rows in ({"forget": FORGET, "retain": RETAIN} | sets).items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    return folder

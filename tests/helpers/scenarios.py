@@ -1,0 +1,151 @@
+"""Runs of nine steps on tiny models, which palu.unlearn and PaluTrainer must take alike: one table for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from helpers.small_tokenizers import byte_level
+from helpers.tiny import forget_rows, retain_rows, tiny_llama
+from transformers import TrainingArguments
+
+import palu
+from palu.methods.palu import RECIPES
+from palu.training.trainer import TRAINERS
+
+STEPS = 9
+SETTINGS: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 3,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "constant",
+    "progress": False,
+}
+# What Trainer would do otherwise: its optimizer rounds in its own way, and it reports.
+ARGUMENTS: dict[str, Any] = {
+    "optim": "adamw_torch_fused",
+    "seed": 0,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+ONSET: dict[str, Any] = RECIPES["onset"] | {"top_k": 20}
+WORDS = byte_level()
+TEXT = [
+    {"question": f"Who is {i}?", "answer": f"It is number {i}, the author.", "spans": [[6, 14]], "alternate": "No."}
+    for i in range(8)
+]
+
+
+def frozen_head() -> Any:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.requires_grad_(False)
+    return model
+
+
+def with_lora() -> Any:
+    model = tiny_llama()
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+class Scenario(NamedTuple):
+    """A model, and settings of UnlearnConfig beside SETTINGS."""
+
+    build: Callable[[], Any] = tiny_llama
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    ref_model: Callable[[], Any] | None = None
+    text: bool = False  # rows of text, in place of tokenised ones
+    drivers: tuple[str, ...] = ("loop", "trainer")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What palu.unlearn gets beside the model and the settings."""
+        return {
+            "ref_model": None if self.ref_model is None else self.ref_model(),
+            "forget": TEXT if self.text else forget_rows(),
+            "retain": retain_rows(),
+            "tokenizer": WORDS if self.text else None,
+        }
+
+    def loop(self, model: Any = None, **more: Any) -> palu.UnlearnResult:
+        """Run it by palu.unlearn; ``more``: arguments that come before the scenario's own."""
+        model = self.build() if model is None else model
+        return palu.unlearn(model, **self.given | SETTINGS | self.settings | more)
+
+    def trainer(self, folder: Path, *, resume: bool | None = None, **more: Any) -> palu.PaluTrainer:
+        """Run it by PaluTrainer; ``more``: further arguments of Trainer."""
+        args = {TRAINERS[name]: value for name, value in self.settings.items() if name in TRAINERS}
+        config = {name: value for name, value in self.settings.items() if name not in TRAINERS}
+        given = self.given
+        given["processing_class"] = given.pop("tokenizer")
+        trainer = make_trainer(folder, self.build(), config=config, arguments=args | more, **given)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+
+def make_trainer(
+    folder: Path,
+    model: Any = None,
+    *,
+    config: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
+    **others: Any,
+) -> palu.PaluTrainer:
+    """A PaluTrainer of nine steps, unless Trainer's ``arguments`` say otherwise."""
+    args = {TRAINERS[name]: value for name, value in SETTINGS.items() if name != "progress"} | ARGUMENTS
+    return palu.PaluTrainer(
+        tiny_llama() if model is None else model,
+        TrainingArguments(str(folder), **args | (arguments or {})),
+        config=palu.UnlearnConfig(**config or {}),
+        **{"forget": forget_rows(), "retain": retain_rows()} | others,
+    )
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "tied": Scenario(),
+    "onset": Scenario(settings=ONSET),
+    "own head": Scenario(lambda: tiny_llama(tie_word_embeddings=False), {"kl_direction": "forward", "n": 1}),
+    "frozen head": Scenario(frozen_head, {"lr_scheduler": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1}),
+    "reference": Scenario(
+        settings={"lr_scheduler": "linear", "warmup_steps": 1, "seed": 5}, ref_model=lambda: tiny_llama(seed=1)
+    ),
+    "accumulation": Scenario(
+        settings={"batch_size": 1, "gradient_accumulation_steps": 3, "retain_batch_size": 2, "max_tokens": 20}
+    ),
+    "dropout": Scenario(lambda: tiny_llama(attention_dropout=0.2), ONSET),
+    "checkpointing": Scenario(lambda: tiny_llama(attention_dropout=0.2), {"gradient_checkpointing": True}),
+    "bfloat16": Scenario(
+        lambda: tiny_llama(dtype=torch.bfloat16),
+        {"weight_decay": 0.1},
+        ref_model=lambda: tiny_llama(seed=1, dtype=torch.bfloat16),
+        drivers=("loop",),
+    ),
+    "no retain loss": Scenario(settings={"lambda_retain": 0}),
+    "another prompt": Scenario(
+        lambda: tiny_llama(vocab_size=len(WORDS)), {"kl_prompt": "other", "anchors": 0}, text=True
+    ),
+    "pdu": Scenario(settings={"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
+    "npo": Scenario(settings={"objective": "npo"}),
+    "ga": Scenario(settings={"objective": "ga"}, ref_model=lambda: tiny_llama(seed=1)),
+    "dpo": Scenario(lambda: tiny_llama(vocab_size=len(WORDS)), {"objective": "dpo"}, text=True),
+    "undial": Scenario(settings={"objective": "undial"}),
+    "rmu": Scenario(settings={"objective": "rmu", "layer_id": 0, "seed": 5}),
+    "lora": Scenario(with_lora, ONSET),
+    "checkpointed lora": Scenario(with_lora, {"gradient_checkpointing": True}),
+}
+
+
+def of_driver(driver: str) -> list[str]:
+    """Names of the scenarios that a driver can run."""
+    return [name for name, scenario in SCENARIOS.items() if driver in scenario.drivers]
+
+
+def figures(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:
+    """A history less what a clock says, and less these figures."""
+    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", *names)} for record in history]
