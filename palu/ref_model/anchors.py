@@ -78,16 +78,14 @@ def encode_anchor_prompts(
     possible = retain is None or (retain > 0 and tokenizer is not None and holds)
     count = (MOST if possible else 0) if asked is None else asked
     neighbours = None
-    if config.reference.neighbours and possible and tokenizer is not None:
+    if config.reference.neighbours and possible and holds and tokenizer is not None:
         questions = list(load_questions(forget.source, "forget").values())
         secrets = load_marked_texts(forget.source, "forget")
         neighbours = neighbour_prompts(
             questions, secrets, config.reference.neighbours, tokenizer, config.chat_template_kwargs
         )
     if count == 0:
-        stop_ids = (
-            encode_prompts(["?"], tokenizer, config.chat_template_kwargs)[1] if neighbours and tokenizer else set()
-        )
+        stop_ids = set() if neighbours is None else neighbours.stop_ids()
         return AnchorPrompts([], stop_ids, config.max_length, neighbours)
     wish = "retain = None" if asked is None else f"anchors = {count}"
     fix = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
@@ -155,7 +153,7 @@ def generate_neighbours(
     chunk_bytes: int = UnlearnConfig.chunk_bytes,
     progress: bool = False,
 ) -> list[Item]:
-    """Have the reference write questions like those of the forget set, and answer them as :func:`generate_anchors` does.
+    """Have the reference write questions like those of the forget set, and answer them; see :func:`generate_anchors`.
 
     What it writes is drawn by ``seed``. There may be none: a small model, or one without such questions, writes none
     that can be used.

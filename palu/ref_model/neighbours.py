@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.matching import told
+from palu.data.matching import is_told
 from palu.models.generation import encode_prompts
 
 QUESTION_TOKENS = 24  # of what the reference adds to the first words
@@ -55,9 +55,13 @@ class NeighbourPrompts(NamedTuple):
         new = [question for question in found if question not in self.questions]
         return encode_prompts(new, self.tokenizer, self.chat_template_kwargs)[0] if new else []
 
+    def stop_ids(self) -> set[int]:
+        """Return the tokens that end an answer."""
+        return encode_prompts(["Why?"], self.tokenizer, self.chat_template_kwargs)[1]
+
     def tells(self, text: str) -> bool:
         """Whether a text tells a secret."""
-        return any(told(secret, text) for secret in self.secrets)
+        return any(is_told(secret, text) for secret in self.secrets)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens into text."""

@@ -48,7 +48,9 @@ def precompute_reference(
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Have the reference write the anchors, neighbours first, and give the method's fields; return these, and its head if it is needed.
+    """Have the reference write the anchors, neighbours first, and give the method's fields.
+
+    Returns these, and the reference's head if it is needed.
 
     Where a file holds them the reference does not run. If it is not sharded, it runs on the accelerator's device and is
     sent back to where it was. All processes must call it.

@@ -78,8 +78,8 @@ class TrainingEvents:
         progress: show a progress bar.
 
     Attributes:
-        ended_by: what ended the run before its last step, ``"callback"`` or as :func:`palu.training.step.enough_forgotten`
-            says, else None.
+        ended_by: what ended the run before its last step: ``"callback"``, or what
+            :func:`palu.training.step.enough_forgotten` says; else None.
     """
 
     def __init__(

@@ -82,10 +82,10 @@ def unlearn(
         forget: examples with ``secret`` or ``spans``: a path to JSONL, JSON, CSV, TSV or Parquet, a list of dicts, a
             ``datasets.Dataset``, a ``pandas.DataFrame``, or tokenised tensors; see :mod:`palu.data`; or what
             :func:`palu.data.load_forget` made of them. An example without a span is held by the KL alone.
-        retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps
-            what the reference itself answers to everyday prompts and to questions like those to be forgotten, by the KL
-            (:mod:`palu.ref_model.anchors`; ``anchors`` and ``neighbours`` in the settings). ``[]``, and for another objective ``None``: nothing, which needs
-            ``lambda_retain=0``.
+        retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps by
+            the KL what the reference itself answers to everyday prompts and to questions like those to be forgotten
+            (:mod:`palu.ref_model.anchors`; ``anchors`` and ``neighbours`` in the settings). ``[]``, and for another
+            objective ``None``: nothing, which needs ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
         recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, without the reference's

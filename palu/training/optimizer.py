@@ -44,9 +44,9 @@ STATE = (
 def rate_for(model: CausalLM) -> float:
     """Return the learning rate for a model: STEP times the root mean square of its head's weights.
 
-    AdamW moves each weight by about the rate in a step, whatever its gradient, so that a step is as large as the weights
-    are small: those of three models differ by a factor of ten (docs/results.md). The head stands for all, since it is
-    never quantised. An adapter, which begins at zero, gets ADAPTER times as much.
+    AdamW moves each weight by about the rate in a step, whatever its gradient, so that a step is as large as the
+    weights are small: those of three models differ by a factor of ten (docs/results.md). The head stands for all, since
+    it is never quantised. An adapter, which begins at zero, gets ADAPTER times as much.
     """
     weight = head_of(model).weight.detach()
     rate = STEP * float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / weight.numel() ** 0.5
