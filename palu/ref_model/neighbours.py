@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.matching import is_told
+from palu.data.matching import stands_in
 from palu.models.generation import encode_prompts
 
 QUESTION_TOKENS = 24  # of what the reference adds to the first words
@@ -61,7 +61,7 @@ class NeighbourPrompts(NamedTuple):
 
     def tells(self, text: str) -> bool:
         """Whether a text tells a secret."""
-        return any(is_told(secret, text) for secret in self.secrets)
+        return any(stands_in(secret, text) for secret in self.secrets)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens into text."""
