@@ -79,8 +79,9 @@ class PaluSettings(MethodSettings):
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         neighbours: how many questions like each forget question, about other things, the reference writes and answers
-            before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`). 0 for rows without a
-            question, for tokenised rows, and if ``retain`` is ``[]`` or ``lambda_kl`` is 0.
+            before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`); some cannot be used.
+            Fewer a row where that would make more than 512. 0 for rows without a question, for tokenised rows, and if
+            ``retain`` is ``[]`` or ``lambda_kl`` is 0.
         anchors: how many everyday prompts it answers, for the KL to keep these, too. ``None``: as many as the run can
             use, 64 at most; 0 if ``retain`` is ``[]``, or if there are retain examples but no tokenizer, or
             ``lambda_kl`` is 0.
@@ -99,11 +100,11 @@ class PaluSettings(MethodSettings):
         lambda value: value in TARGETS if isinstance(value, str) else is_number(value),
         f"give one of {', '.join(TARGETS)}, or a finite number",
     )
-    lambda_kl: float = not_negative(1.0)
+    lambda_kl: float = not_negative(4.0)
     kl_direction: str = choice("reverse", KL_DIRECTIONS)
     kl_prompt: str = choice("own", ("own", "other"))
     kl_rows: int | None = count(None, "all ordinary tokens")
-    neighbours: int = count(8, zero=True)
+    neighbours: int = count(24, zero=True)
     anchors: int | None = setting(
         None, lambda value: value is None or (is_int(value) and value >= 0), "give 0 or a positive integer, or None"
     )

@@ -22,6 +22,7 @@ from palu.models.generation import encode_prompts
 
 QUESTION_TOKENS = 24  # of what the reference adds to the first words
 TOP_P = 0.8  # drawn from are the likeliest tokens, of this probability together
+MOST = 512  # questions that are written in all, but at least one a row
 MOST_WORDS = 40  # of a forget question; a longer one is a document's beginning, or a task
 
 _LIST = "Questions of one kind about different things:\n1. {question}\n2. {start}"
@@ -75,7 +76,8 @@ def neighbour_prompts(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, object] | None,
 ) -> NeighbourPrompts:
-    """Prepare ``count`` neighbours of each question of two to MOST_WORDS words."""
+    """Prepare ``count`` neighbours of each question of two to MOST_WORDS words; fewer if they were more than MOST."""
+    count = min(count, max(MOST // max(len(questions), 1), 1))
     starts = [
         Start(words, end, _encode(_LIST.format(question=question, start=words), tokenizer))
         for question in questions
