@@ -192,9 +192,8 @@ def unlearn(
     from palu.data.examples import load_forget, load_retain
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
-    from palu.models.lora import is_peft
     from palu.report.reading import read_run
-    from palu.report.view import outcome
+    from palu.report.view import outcome, verdict
     from palu.training.callbacks import LossLines
     from palu.training.engine import loaded_on_main_alone
 
@@ -269,10 +268,7 @@ def unlearn(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
             f"examples in {summary['seconds']:.0f} s; wrote {output / MODEL}, to be looked at in {report}"
         )
-        found = outcome(read_run(run.private)[0])
-        if found["left"]:
-            higher = ", which an adapter wants higher (docs/lora.md)," if is_peft(trained) else ""
-            print(f"{found['headline']}; raise --learning-rate{higher} or --epochs")
+        print(verdict(outcome(read_run(run.private)[0])))
 
 
 def found_spans(

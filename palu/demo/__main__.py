@@ -17,7 +17,9 @@ import torch
 import transformers
 
 import palu
+from palu.report import view
 from palu.report.layout import PRIVATE, check_free, clear_run, hold_run
+from palu.report.reading import read_run
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
 from palu.testbed.smollm2 import load_taught, mixed_precision
 from palu.writable import check_folder
@@ -84,6 +86,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     }
     report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/, to be looked at in {report}")
+    print(view.verdict(view.outcome(read_run(private)[0])))
 
 
 def stopwatch(since: float, what: str) -> float:

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
@@ -28,10 +29,11 @@ from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
 from palu.models.checks import check_linear_head, check_models, check_packing
-from palu.models.generation import eval_mode, generate_answers, prompt_of
+from palu.models.generation import encode_prompts, eval_mode, generate_answers, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
+from palu.ref_model.anchors import anchor_texts
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
 from palu.report.layout import MODEL, RECORD, make_private
@@ -41,6 +43,8 @@ from palu.training.datasets import check_sets
 FORMAT = 1
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
+GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to unless it asks for all
+GENERAL_TOKENS = 24  # of the model's own answer to each
 SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
 MAX_NEW_TOKENS = 64
 
@@ -125,6 +129,7 @@ class Recorder:
         tokenised = [(e, spans) for e, spans in zip(self.forget, self.spans, strict=True) if e.offsets is None]
         self.marked = load_marked_texts(forget_source, "forget")
         self.marked += [self._text(example, span) for example, spans in tokenised for span in spans]
+        self.general: Sequence[Example] = []  # the model's own answers before the run
         self.about = {
             "format": FORMAT,
             "started": _now(),
@@ -188,6 +193,7 @@ class Recorder:
             "marked": self.marked,
             "secrets": secrets,
             "retained": retained,
+            "general": {"questions": len(self.general), "before": before["general"], "after": after["general"]},
             "answers": answers,
             "examples": shown,
         }
@@ -217,10 +223,15 @@ class Recorder:
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
         texts: dict[str, list[str]] = {side: [] for side in self.samples}
-        work = len(names) + (sum(map(len, self.samples.values())) if self.tokenizer is not None else 0)
+        work = len(names) + (GENERAL + sum(map(len, self.samples.values())) if self.tokenizer is not None else 0)
         with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
             scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
+            general = None
             if self.tokenizer is not None:
+                self.general = self.general or self._own_answers(base, self.tokenizer)
+                own = [f"general question {example.row}" for example in self.general]
+                found = token_scores(base, self.general, own, batch_tokens=BATCH_TOKENS, bar=bar)
+                general = mean(float(score.correct.float().mean()) for score in found) if found else None
                 for side, examples in self.samples.items():
                     answers = generate_answers(
                         base,
@@ -241,9 +252,22 @@ class Recorder:
                 {"probability": score.probability, "recalled": float(score.correct.float().mean())}
                 for score in scores[count:]
             ],
+            "general": general,
             "answers": texts,
             "weights": fingerprint_model(model),
         }
+
+    def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
+        """Have the model answer general questions; blank answers are left out."""
+        template = {"chat_template_kwargs": self.config.chat_template_kwargs}
+        questions = anchor_texts()[-GENERAL:]
+        prompts, stop_ids = encode_prompts(questions, tokenizer, **template)
+        with tqdm(disable=True) as bar:
+            texts = generate_texts(
+                base, tokenizer, prompts, stop_ids, max_new_tokens=GENERAL_TOKENS, batch_tokens=BATCH_TOKENS, bar=bar
+            )
+        rows = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True) if text.strip()]
+        return load_retain(rows, tokenizer, max_length=self.config.max_length, **template).examples if rows else []
 
 
 def token_spans(example: Example, eos_token_id: int | None) -> list[Span]:

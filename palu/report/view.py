@@ -17,6 +17,7 @@ from palu.report.reading import Json, RecordError, asked_questions, evaluations,
 from palu.report.redact import MASK, Redaction, blot, texts_to_hide
 from palu.settings import EVAL_PREFIX
 
+INTACT = 0.8  # of the words of the model's own answers to general questions, at least so many are its likeliest still
 KNOWN = 0.01  # a secret this probable is known, even where greedy decoding would not write it
 FLOOR = 1e-8  # where the scale of probabilities ends
 # Lower ends of the histogram's bins; the last one holds the rest.
@@ -37,14 +38,22 @@ def outcome(record: Json) -> Json:
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
     total, forgotten = len(before), len(before) - len(left)
+    general = record.get("general", {})  # not in an earlier palu's record
+    own = general["after"] / general["before"] if general.get("before") else None
+    damaged = own is not None and own < INTACT
     if not before:
         headline = "No secret was known before the run"
     elif not left:
         headline = "The secret is forgotten" if total == 1 else f"All {total:,} secrets are forgotten"
     else:
         headline = f"{forgotten:,} of {words.count(total, 'secret')} forgotten, {len(left):,} still known"
+    if own is not None:
+        headline += ", and the model is damaged" if damaged else ", and the model is intact" if not left else ""
+    rows = sorted({s["row"] for s in left})
     return {
         "headline": headline,
+        "advice": words.advice(bool(before), rows, damaged=damaged),
+        "own": own,
         "secrets": len(secrets),
         "known": {when: sum(known(s[when]) for s in secrets) for when in ("before", "after")},
         "forgotten": forgotten,
@@ -55,6 +64,12 @@ def outcome(record: Json) -> Json:
         "kept": {when: _mean([r[when]["probability"] for r in retained]) for when in ("before", "after")},
         "recalled": {when: _mean([r[when]["recalled"] for r in retained]) for when in ("before", "after")},
     }
+
+
+def verdict(found: Json) -> str:
+    """Say a run's outcome in a line: whether the secrets are forgotten, whether the model is intact, and what to do."""
+    own = "" if found["own"] is None else f" ({words.percent(min(found['own'], 1))} of its own answers' words are kept)"
+    return f"{found['headline']}{own}" + (f": {found['advice']}" if found["advice"] else "")
 
 
 def _median(values: Sequence[float]) -> float | None:

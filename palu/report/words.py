@@ -184,6 +184,22 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
+    """Say what to do about a run's outcome; nothing where all is well.
+
+    Args:
+        known: whether any secret was known before it.
+        left: the rows of the forget set of which a secret is still known.
+        damaged: whether the model lost what it should keep.
+    """
+    if not known:
+        return "ask the model your questions first: rows must ask as it answers (docs/outcome.md)"
+    rows = f"rows {', '.join(map(str, left[:10]))}{', ...' * (len(left) > 10)} remain" if left else ""
+    if damaged:
+        return "; ".join(filter(None, (rows, "lower the learning rate, or give retain examples (docs/outcome.md)")))
+    return f"{rows}; allow more epochs, or raise the learning rate (docs/outcome.md)" if left else ""
+
+
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     """List the settings that have a part in the result: (name, value, default, whether they differ)."""
     objective = config.get("objective", "palu")
