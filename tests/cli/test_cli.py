@@ -505,11 +505,11 @@ def test_config_file(folder: Path, tmp_path: Path) -> None:
         f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
         f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\nprogress: false\n"
         "local_loss: topk_mse\ntarget: 0.5\n"
-        "checkpoint_dir: null\nstop_probability: 0.9\nnormalize: false\n"
+        "checkpoint_dir: null\nstop_probability: 0.9\n"
     )
     done("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
     config = read(out / "private" / "summary.json")["config"]
-    given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5, "normalize": False}
+    given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5}
     assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
     assert config["top_k"] == palu.UnlearnConfig().method.top_k
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 import palu
 from palu.methods import METHODS
 
+ENTROPY: dict[str, Any] = {"local_loss": "topk_mse", "n": 3, "top_k": 20}  # the paper's local loss
 LOSSES = ("loss", "local", "kl", "retain", "grad_norm")
 
 
@@ -25,10 +26,9 @@ def unlearn(
     **settings: Any,
 ) -> palu.UnlearnResult:
     """palu.unlearn with settings that suit tiny models; a device's own unless the test says otherwise."""
-    onset: dict[str, Any] = {"local_loss": "topk_mse", "n": 3, "top_k": 20}
-    if settings.get("objective", "palu") in METHODS.keys() - {"palu"} or settings.get("local_loss") == "unlikelihood":
-        onset = {}
-    settings = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "progress": False} | onset | settings
+    other = settings.get("objective", "palu") in METHODS.keys() - {"palu"} or "local_loss" in settings
+    defaults = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "progress": False} | ({} if other else ENTROPY)
+    settings = defaults | settings
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain
     return palu.unlearn(model, ref_model, forget, retain, **settings)

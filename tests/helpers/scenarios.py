@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
+from helpers.runs import ENTROPY
 from helpers.small_tokenizers import byte_level
 from helpers.tiny import forget_rows, retain_rows, tiny_llama
 from transformers import TrainingArguments
 
 import palu
-from palu.methods.palu import RECIPES
 from palu.training.trainer import TRAINERS
 
 STEPS = 9
@@ -34,7 +34,6 @@ ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-ONSET: dict[str, Any] = RECIPES["onset"] | {"top_k": 20}
 WORDS = byte_level()
 TEXT = [
     {"question": f"Who is {i}?", "answer": f"It is number {i}, the author.", "spans": [[6, 14]], "alternate": "No."}
@@ -109,7 +108,7 @@ def make_trainer(
 
 SCENARIOS: dict[str, Scenario] = {
     "tied": Scenario(),
-    "onset": Scenario(settings=ONSET),
+    "local entropy": Scenario(settings=ENTROPY),
     "own head": Scenario(lambda: tiny_llama(tie_word_embeddings=False), {"kl_direction": "forward", "n": 1}),
     "frozen head": Scenario(frozen_head, {"lr_scheduler": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1}),
     "reference": Scenario(
@@ -118,7 +117,7 @@ SCENARIOS: dict[str, Scenario] = {
     "accumulation": Scenario(
         settings={"batch_size": 1, "gradient_accumulation_steps": 3, "retain_batch_size": 2, "max_tokens": 20}
     ),
-    "dropout": Scenario(lambda: tiny_llama(attention_dropout=0.2), ONSET),
+    "dropout": Scenario(lambda: tiny_llama(attention_dropout=0.2), ENTROPY),
     "checkpointing": Scenario(lambda: tiny_llama(attention_dropout=0.2), {"gradient_checkpointing": True}),
     "bfloat16": Scenario(
         lambda: tiny_llama(dtype=torch.bfloat16),
@@ -136,7 +135,7 @@ SCENARIOS: dict[str, Scenario] = {
     "dpo": Scenario(lambda: tiny_llama(vocab_size=len(WORDS)), {"objective": "dpo"}, text=True),
     "undial": Scenario(settings={"objective": "undial"}),
     "rmu": Scenario(settings={"objective": "rmu", "layer_id": 0, "seed": 5}),
-    "lora": Scenario(with_lora, ONSET),
+    "lora": Scenario(with_lora, ENTROPY),
     "checkpointed lora": Scenario(with_lora, {"gradient_checkpointing": True}),
 }
 

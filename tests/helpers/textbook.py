@@ -73,13 +73,10 @@ def train(
             for t, label in enumerate(row["labels"]):
                 place = place + 1 if label >= 0 else 0
                 if 0 < place <= (own.n if own.n > 0 else place):
-                    p = z[t - 1].softmax(0)[label]
-                    if own.local_loss == "topk_mse":
-                        scale = flatness(ref[t - 1], ref[t - 1], own) if own.normalize else 1
-                        local.append(flatness(z[t - 1], ref[t - 1], own) / scale)
-                    else:
-                        local.append(-torch.log1p(-p) * (p > own.probability_floor))
-                    highest = max(highest, float(p.detach()))
+                    candidates = ref[t - 1].topk(min(own.top_k, len(z[t - 1]))).indices
+                    term = flatness if own.local_loss == "topk_mse" else unlikelihood
+                    local.append(term(z[t - 1], candidates, label, own))
+                    highest = max(highest, float(z[t - 1].detach().softmax(0)[label]))
                 elif label == -200:
                     p, q = z[t - 1].log_softmax(0), ref[t - 1].log_softmax(0)
                     first, second = (q, p) if own.kl_direction == "forward" else (p, q)
@@ -123,9 +120,16 @@ def anchor(reference: PreTrainedModel, prompt: list[int]) -> Row:
     return {"input_ids": ids, "labels": [-100] * len(prompt) + [-200] * (len(ids) - len(prompt))}
 
 
-def flatness(z: Tensor, ref: Tensor, own: Any) -> Tensor:
+def unlikelihood(z: Tensor, candidates: Tensor, label: int, own: Any) -> Tensor:
+    """Compute the unlikelihood of a token among the candidates and itself, from logits [V]."""
+    among = candidates[candidates != label]
+    p = z[torch.cat([torch.tensor([label]), among])].softmax(0)[0]
+    return -torch.log1p(-p) * (p > own.probability_floor)
+
+
+def flatness(z: Tensor, candidates: Tensor, label: int, own: Any) -> Tensor:
     """Compute the local entropy loss of one position, from logits [V]."""
-    kept = z[ref.topk(min(own.top_k, len(z))).indices]
+    kept = z[candidates]
     targets = {"global_mean": z.mean(), "global_mean_detached": z.mean().detach(), "local_mean": kept.mean()}
     return (kept - targets.get(own.target, own.target)).square().mean()
 

@@ -28,7 +28,6 @@ from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Item, answer_items, forget_items, retain_items, with_other_prompts
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
-from palu.methods.palu import RECIPES
 from palu.models.head import body_of, head_of
 from palu.ref_model import precompute
 from palu.ref_model.cache import ReferenceOutputs, read_cache
@@ -36,14 +35,12 @@ from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
 from palu.ref_model.storage import CacheFile, open_cache_file, reference_key
 
-ONSET: dict[str, Any] = RECIPES["onset"]
 RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
     defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
-    objective = settings.get("objective", "palu")
-    settings = (ONSET if objective == "palu" else rmu_layer(objective)) | defaults | settings
+    settings = rmu_layer(settings.get("objective", "palu")) | defaults | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
@@ -124,7 +121,7 @@ def test_the_processes_of_a_run_ask_once(folder: Path, passes: list[int], capfd:
     found: list[Any] = []
 
     def run() -> None:
-        found.append(outputs_of(model, items, UnlearnConfig(**ONSET, top_k=4), CacheFile(folder, "0" * 64)))
+        found.append(outputs_of(model, items, UnlearnConfig(top_k=4), CacheFile(folder, "0" * 64)))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     with file.locked():
@@ -190,7 +187,7 @@ def test_answers_from_the_file_are_those_in_memory(
 ) -> None:
     """In many passes, with items that have no row of one kind."""
     monkeypatch.setattr(precompute, "TOKENS_PER_PASS", 20)
-    model, config = tiny_llama(dtype=dtype), UnlearnConfig(objective, **(ONSET if objective == "palu" else {}))
+    model, config = tiny_llama(dtype=dtype), UnlearnConfig(objective)
     rows = forget_rows()
     for row in (rows[0], rows[5]):
         row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
@@ -215,7 +212,7 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
         fill(lambda name, row, rows: (sizes.append(len(rows)), write(name, row, rows)), *args)
 
     monkeypatch.setattr(precompute, "_fill", spy)
-    outputs = outputs_of(model, items, UnlearnConfig(**ONSET, top_k=4), file)
+    outputs = outputs_of(model, items, UnlearnConfig(top_k=4), file)
     assert max(sizes) <= 40 and len(sizes) > 3 * 15
     assert isinstance(outputs, ReferenceOutputs)
     maps = Path("/proc/self/maps")
@@ -226,9 +223,9 @@ def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatc
 
 
 def test_bytes_per_token(folder: Path) -> None:
-    """4 K + 4 for an onset token, one hidden state for an ordinary one, and a header."""
+    """4 (K + 1) for an onset token, one hidden state for an ordinary one, and a header."""
     model, items, file = tiny_llama(), items_of(40), CacheFile(folder, "0" * 64)
-    outputs_of(model, items, UnlearnConfig(**ONSET, top_k=7), file)
+    outputs_of(model, items, UnlearnConfig(top_k=7), file)
     onset = sum(item.targets for item in items)
     ordinary = sum(len(item.rows) for item in items) - onset
     assert 0 < file.path.stat().st_size - onset * (4 * 7 + 4) - ordinary * 32 * 4 < 1000
@@ -243,7 +240,7 @@ def key_of(
     other_prompts: Any = None,
     **settings: Any,
 ) -> str:
-    config = UnlearnConfig(**(ONSET if settings.get("objective", "palu") == "palu" else {}) | settings)
+    config = UnlearnConfig(**settings)
     method = METHODS[config.objective]
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(ForgetSet(examples), config)
@@ -274,8 +271,7 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "one more": key_of(forget=forget_rows(9)),
         "n": key_of(n=1),
         "top_k": key_of(top_k=49),
-        "target": key_of(target="local_mean"),
-        "normalize": key_of(normalize=False),
+        "local_loss": key_of(local_loss="topk_mse"),
         "objective": key_of(objective="npo"),
         "kl_rows": key_of(kl_rows=2),
         "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
@@ -294,14 +290,13 @@ def test_the_key_has_nothing_else_in_it() -> None:
         batch_size=2,
         lambda_kl=3.0,
         kl_direction="forward",
+        probability_floor=0.5,
         seed=4,
         chunk_bytes=8,
         max_tokens=9,
     )
-    assert key_of(normalize=False) == key_of(normalize=False, target="local_mean")
-    # Unlikelihood asks nothing of the reference at the targets.
-    unlikely: dict[str, Any] = {"local_loss": "unlikelihood"}
-    assert key_of(**unlikely) == key_of(**unlikely, probability_floor=0.5) == key_of(gamma=0.0, stop_probability=0.1)
+    entropy = {"local_loss": "topk_mse"}
+    assert key_of(**entropy) == key_of(**entropy, target="local_mean")
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
 

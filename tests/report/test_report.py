@@ -572,7 +572,7 @@ def test_the_chart_names_the_local_loss_of_the_run(folder: Path) -> None:
     summary = json.loads(path.read_text(encoding="utf-8"))
     text = Page(write_report(folder)).text
     assert "Unlikelihood loss (local)" in text and "Local entropy loss" not in text
-    path.write_text(json.dumps(summary | {"config": summary["config"] | RECIPES["onset"]}), encoding="utf-8")
+    path.write_text(json.dumps(summary | {"config": summary["config"] | RECIPES["paper"]}), encoding="utf-8")
     text = Page(write_report(folder)).text
     assert "Local entropy loss (local)" in text and "Unlikelihood loss" not in text
 
@@ -646,11 +646,11 @@ def test_settings_in_plain_words(folder: Path) -> None:
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
     assert "acts on all tokens of each marked span (the onset)." in asked and "probability is above 0.02." in asked
-    onset = summary["config"] | RECIPES["onset"]
-    told = " ".join(words.asked(summary | {"config": onset}))
-    assert "the 5 logits" in told and "the first 3 tokens of each marked span (the onset) and on no other" in told
-    earlier = {name: value for name, value in onset.items() if name != "local_loss"}
-    assert "the 5 logits" in " ".join(words.asked(summary | {"config": earlier}))
+    published = summary["config"] | RECIPES["paper"]
+    told = " ".join(words.asked(summary | {"config": published}))
+    assert "the 5000 logits" in told and "the first 3 tokens of each marked span (the onset) and on no other" in told
+    earlier = {name: value for name, value in published.items() if name != "local_loss"}
+    assert "the 5000 logits" in " ".join(words.asked(summary | {"config": earlier}))
     assert "on ordinary tokens (reverse)" in asked
     drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
     assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))

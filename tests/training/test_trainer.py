@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers.scenarios import ONSET, SCENARIOS, STEPS, figures, make_trainer, of_driver, with_lora
+from helpers.runs import ENTROPY
+from helpers.scenarios import SCENARIOS, STEPS, figures, make_trainer, of_driver, with_lora
 from helpers.tiny import padded, retain_rows, same_weights, tiny_llama, weights
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -41,8 +42,8 @@ def test_reentrant_checkpoints(tmp_path: Path) -> None:
 
 def test_trainers_default_optimizer(tmp_path: Path) -> None:
     """Its fused kernels round differently."""
-    one = SCENARIOS["onset"].trainer(tmp_path, optim=TrainingArguments("-").optim)
-    other = SCENARIOS["onset"].loop()
+    one = SCENARIOS["local entropy"].trainer(tmp_path, optim=TrainingArguments("-").optim)
+    other = SCENARIOS["local entropy"].loop()
     for mine, theirs in zip(one.history, other.history, strict=True):
         for name in ("loss", "local", "kl", "retain", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
@@ -51,10 +52,10 @@ def test_trainers_default_optimizer(tmp_path: Path) -> None:
 def test_mixed_precision(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        one = SCENARIOS["onset"].trainer(tmp_path, bf16=True)
+        one = SCENARIOS["local entropy"].trainer(tmp_path, bf16=True)
         assert one.accelerator.mixed_precision == "bf16"
         first = one.history[0]["loss"]
-        assert figures(one.history, *CLOCKED) == figures(SCENARIOS["onset"].loop().history, *CLOCKED)
+        assert figures(one.history, *CLOCKED) == figures(SCENARIOS["local entropy"].loop().history, *CLOCKED)
         one.train()  # accelerate wraps the model's forward again
         assert len(one.history) == STEPS and one.history[0]["loss"] < first
     finally:
@@ -94,7 +95,7 @@ def test_logs_and_evaluation(tmp_path: Path) -> None:
             self.logs.append(dict(logs))
 
     settings = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "per_device_eval_batch_size": 6}
-    one = make_trainer(tmp_path, config=ONSET, arguments=settings, eval_dataset=Rows(), callbacks=[Spy()])
+    one = make_trainer(tmp_path, config=ENTROPY, arguments=settings, eval_dataset=Rows(), callbacks=[Spy()])
     attention = one.model.config._attn_implementation
     before = one.evaluate()["eval_loss"]
     inputs, labels = padded(retain_rows(6))
