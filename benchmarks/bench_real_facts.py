@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from dataclasses import asdict
 from itertools import chain, zip_longest
@@ -51,6 +52,7 @@ from palu.attacks.onset import OnsetInAnswer
 from palu.attacks.relearn import unrelated_texts
 from palu.attacks.secrets import AuditData
 from palu.evaluate.language import WordList, key, measure, split
+from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
 from palu.models.generation import Generation, encode_prompts, eval_mode, generate
 from palu.models.lora import CausalLM, base_of
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     ]
     rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
     data = AuditData(rows, None, tokenizer)
-    texts = data.plain_examples(unrelated_texts())
+    texts = raw_examples(unrelated_texts(), tokenizer, "unrelated", max_length=sys.maxsize)
     figures: dict[str, Any] = {}
     in_other_words = paraphrased(forget)
     before = before | ask(model, tokenizer, [row["question"] for row in in_other_words])

@@ -20,7 +20,6 @@ __all__ = [
     "topk_mse_and_slope",
     "topk_unlikelihood",
     "topk_unlikelihood_and_slope",
-    "unlikelihood_",
 ]
 
 
@@ -179,22 +178,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     loss = top - z.gather(1, where[:, None])[:, 0].log() - picked
     _write(logits, z.mul_(weight).scatter_add_(1, label, -weight))
     return loss
-
-
-def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
-    """Twin of `palu.ops.unlikelihood_`."""
-    z = logits.to(row_weight.dtype)
-    label = labels[:, None]
-    picked = z.gather(1, label)[:, 0]
-    top, where = z.scatter_(1, label, float("-inf")).max(1)
-    torch.softmax(z, 1, out=z)
-    # As in cross_entropy_: the logsumexp of the others.
-    margin = picked - (top - z.gather(1, where[:, None])[:, 0].log())
-    probability = margin.sigmoid()
-    pushed = ~(probability <= floor)  # a NaN stays one
-    weight = (row_weight * probability * pushed)[:, None]
-    _write(logits, z.mul_(-weight).scatter_(1, label, weight))
-    return torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
 
 
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:

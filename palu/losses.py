@@ -3,9 +3,8 @@
 With ``z`` the current logits, ``P_theta`` their softmax and ``V_top`` the K indices that the frozen reference ranks
 highest::
 
-    L_local = mean over sensitive tokens of -log(1 - P_theta(token))               (unlikelihood, the default)
-              the same, with P_theta renormalised over V_top and the token         (local unlikelihood)
-              mean over onset tokens of (1/K) * sum_{i in V_top} (z_i - c)^2       (the paper's)
+    L_local = mean over onset tokens of -log(1 - p), p = P_theta(token) renormalised over V_top and the token
+                                        (1/K) * sum_{i in V_top} (z_i - c)^2       (the paper's)
     L_kl    = mean over ordinary tokens of KL(P_ref || P_theta)  ("forward") or KL(P_theta || P_ref) ("reverse")
     L_retain = mean token cross-entropy
 
@@ -148,21 +147,6 @@ class LocalUnlikelihoodTerm:
 
 
 @dataclass(frozen=True)
-class UnlikelihoodTerm:
-    """Unlikelihood of ``labels.shape[0]`` tokens; a token that is not more probable than ``floor`` is left alone."""
-
-    labels: Tensor  # [R] int64: the true tokens
-    floor: float
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return fused.unlikelihood_(logits, self.labels[rows], row_weight, self.floor)
-
-
-@dataclass(frozen=True)
 class KLTerm:
     """KL divergence to the reference on ``hidden.shape[0]`` ordinary rows."""
 
@@ -201,7 +185,7 @@ class CrossEntropyTerm:
 
 
 GatheredTerm = LocalTerm | LocalUnlikelihoodTerm  # reads some of a row's logits, so that these alone may be formed
-Term = GatheredTerm | UnlikelihoodTerm | KLTerm | CrossEntropyTerm
+Term = GatheredTerm | KLTerm | CrossEntropyTerm
 
 
 def fused_linear_losses(

@@ -140,8 +140,8 @@ class RunSettings(Settings):
         method: the settings of the method, an instance of its ``Settings``.
         optimizer: ``"adamw"``; beside bfloat16 weights it keeps the rest of their float32 bits. ``"adamw_8bit"``: its
             moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
-        learning_rate: AdamW's step size. ``None``: by the size of the model's weights
-            (:func:`palu.training.optimizer.rate_for`).
+        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes a third off the
+            loss, to first order: ``loss / (3 ||gradient||_1)``, since AdamW first moves every weight by the rate.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
@@ -193,7 +193,7 @@ class RunSettings(Settings):
     method: Any = None
 
     optimizer: str = choice("adamw", ("adamw", "adamw_8bit"))
-    learning_rate: float | None = positive(None, "a rule")
+    learning_rate: float | None = positive(None, "one from the first gradient")
     weight_decay: float = not_negative(0.0)
     warmup_steps: int = count(0, zero=True)
     lr_scheduler: str = choice("constant_with_warmup", ("constant", "constant_with_warmup", "linear", "cosine"))

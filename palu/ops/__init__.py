@@ -14,7 +14,7 @@ from palu.ops.functional import (
     topk_unlikelihood,
     weight_mean,
 )
-from palu.ops.fused import cross_entropy_, kl_div_, unlikelihood_
+from palu.ops.fused import cross_entropy_, kl_div_
 from palu.ops.library import extension_path
 
 __all__ = [
@@ -26,6 +26,5 @@ __all__ = [
     "prefix_mask",
     "topk_mse",
     "topk_unlikelihood",
-    "unlikelihood_",
     "weight_mean",
 ]

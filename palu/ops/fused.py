@@ -80,15 +80,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
     return _ops.cross_entropy_(logits, labels, row_weight)
 
 
-def unlikelihood_(logits: Tensor, labels: Tensor, row_weight: Tensor, floor: float) -> Tensor:
-    """Compute `-log(1 - p)` of each row's label [R]; `logits` [R, V] become its gradient times `row_weight` [R].
-
-    A label whose probability p is not above `floor` has the loss 0 and the gradient 0 (arXiv 1908.04319, with a floor).
-    `labels`: [R] int64. `row_weight` and the result: float64 for float64 logits, else float32.
-    """
-    return _ops.unlikelihood_(logits, labels, row_weight, floor)
-
-
 def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:
     """Compute the KL divergence of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R].
 

@@ -113,7 +113,7 @@ for _op in ("linear_topk_mse", "linear_topk_unlikelihood"):
 _register_fake("linear_topk_mse_frozen", lambda hidden, *_: _losses_and(hidden, hidden.shape))
 for _op in ("topk_backward", "linear_topk_backward"):
     _register_fake(_op, lambda *_: None)
-for _op in ("cross_entropy_", "unlikelihood_", "kl_div_"):
+for _op in ("cross_entropy_", "kl_div_"):
     _register_fake(_op, _losses)
 
 

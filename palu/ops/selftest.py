@@ -76,7 +76,6 @@ def _functions() -> dict[str, Callable[[Any, torch.device, torch.dtype], _Result
     functions["topk_unlikelihood"] = partial(_of_logits, "topk_unlikelihood", 0.5 / K)
     functions["linear_topk_unlikelihood"] = partial(_linear, "linear_topk_unlikelihood", 0.5 / K)
     functions["cross_entropy_"] = _cross_entropy
-    functions["unlikelihood_"] = _unlikelihood
     for direction in KL_DIRECTIONS:
         functions[f"kl_div_, {direction}"] = partial(_kl_div, reverse=direction == "reverse")
     return functions
@@ -114,12 +113,6 @@ def _cross_entropy(module: Any, device: torch.device, dtype: torch.dtype) -> _Re
     logits = _random(9, ROWS, VOCAB).to(dtype).to(device)
     row_weight = _random(10, ROWS).to(dtype).to(device)
     return [module.cross_entropy_(logits, _index(11, VOCAB, ROWS).to(device), row_weight), logits]
-
-
-def _unlikelihood(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    logits = _random(15, ROWS, VOCAB).to(dtype).to(device)
-    row_weight = _random(16, ROWS).to(dtype).to(device)
-    return [module.unlikelihood_(logits, _index(17, VOCAB, ROWS).to(device), row_weight, 1 / VOCAB), logits]
 
 
 def _kl_div(module: Any, device: torch.device, dtype: torch.dtype, reverse: bool) -> _Results:

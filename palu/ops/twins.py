@@ -1,6 +1,6 @@
 """Register the plain-torch twins as kernels where there is no native one.
 
-That is for `topk_unlikelihood` everywhere and for `cross_entropy_`, `unlikelihood_` and `kl_div_` on CPUs, where our
+That is for `topk_unlikelihood` everywhere and for `cross_entropy_` and `kl_div_` on CPUs, where our
 own kernel would be no faster, and for every op on devices without native kernels: CUDA without nvcc, MPS, XPU and
 others. There they are slower, form logits [R, V] where the native kernels need none, and warn once for each kind of
 device. They check their arguments as the native ones do.
@@ -96,5 +96,4 @@ _register("linear_topk_mse", _linear_topk_mse)
 _register("linear_topk_unlikelihood", _linear_topk_unlikelihood)
 _register("linear_topk_backward", eager.linear_topk_backward)
 _register("cross_entropy_", eager.cross_entropy_)
-_register("unlikelihood_", eager.unlikelihood_)
 _register("kl_div_", eager.kl_div_)

@@ -49,7 +49,8 @@ class NeighbourPrompts(NamedTuple):
         """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""
         found: dict[str, None] = {}
         for start, ids in zip(self.starts, written, strict=True):
-            line = (start.words + self.decode(ids)).partition("\n")[0]
+            before = start.prompt.tolist()  # decoded, too, since some tokenizers drop a text's first blank
+            line = (start.words + self.decode([*before, *ids])[len(self.decode(before)) :]).partition("\n")[0]
             question, end, _ = line.partition(start.end) if start.end else (line, "", "")
             if end == start.end and question.strip() != start.words and not self.tells(question):
                 found[question.strip() + end] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
-from palu.distributed import compute_on_main, raise_on_all_ranks
+from palu.distributed import raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
@@ -36,7 +36,7 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.metrics import losses_text
-from palu.training.optimizer import check_optimizer, make_optimizer, rate_for
+from palu.training.optimizer import check_optimizer, make_optimizer
 from palu.training.step import DivergenceError, Run, train_step
 from palu.training.trackers import tracking
 
@@ -143,10 +143,6 @@ def unlearn(
         check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
-    if config.learning_rate is None:  # all take the main process's, which may be the only one with the weights
-        rate = compute_on_main(lambda: rate_for(model), accelerator)
-        config = config.replace(learning_rate=rate)
-        data = replace(data, config=config)
     checkpoints = open_checkpoints(model, ref_model, data, accelerator)
 
     progress = config.progress and accelerator.is_main_process
@@ -208,7 +204,7 @@ def unlearn(
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "config": config.values(),
+        "config": config.replace(learning_rate=config.learning_rate or run.rate or None).values(),
     }
     unlearned: Any = model.merge_and_unload() if config.merge_adapter else model  # type: ignore[operator]
     return UnlearnResult(unlearned, history, summary)

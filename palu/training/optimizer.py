@@ -25,11 +25,8 @@ from torch.distributed.tensor import DTensor
 from palu.config import UnlearnConfig
 from palu.distributed import shard_like
 from palu.hashing import digest
-from palu.models.head import head_of
-from palu.models.lora import CausalLM, is_peft
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
-STEP, ADAPTER = 5e-5, 20  # see rate_for
 EIGHT_BIT = "adamw_8bit"
 # What an optimizer keeps of a parameter: 8-bit moments are codes, with a scale for each block of 256.
 STATE = (
@@ -41,18 +38,6 @@ STATE = (
 )
 
 
-def rate_for(model: CausalLM) -> float:
-    """Return the learning rate for a model: STEP times the root mean square of its head's weights.
-
-    AdamW moves each weight by about the rate in a step, whatever its gradient, so that a step is as large as the
-    weights are small: those of three models differ by a factor of ten (docs/results.md). The head stands for all, since
-    it is never quantised. An adapter, which begins at zero, gets ADAPTER times as much.
-    """
-    weight = head_of(model).weight.detach()
-    rate = STEP * float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / weight.numel() ** 0.5
-    return rate * ADAPTER if is_peft(model) else rate
-
-
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: UnlearnConfig, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
@@ -61,14 +46,15 @@ def make_optimizer(
     DeepSpeed is to keep float32 copies of bfloat16 weights itself, so it gets torch's (not tried: see docs/memory.md).
     """
     trained = [p for p in parameters if p.requires_grad]
+    rate = config.learning_rate or 0.0  # 0: chosen in the first step
     if config.optimizer == EIGHT_BIT:
-        return _adamw_8bit(trained, config, accelerator.device)
+        return _adamw_8bit(trained, rate, config, accelerator.device)
     low = any(p.dtype == torch.bfloat16 for p in trained)
     if low and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return BFloat16AdamW(trained, config.learning_rate, config.weight_decay, config.seed)
+        return BFloat16AdamW(trained, rate, config.weight_decay, config.seed)
     return torch.optim.AdamW(
         trained,
-        config.learning_rate,
+        rate,
         BETAS,
         EPS,
         config.weight_decay,
@@ -159,12 +145,12 @@ def _step(slices: Sequence[Tensor], rate: float, decay: float, t: float) -> None
         p.view(torch.int16).copy_(bits.add_(2**15).bitwise_right_shift_(16))
 
 
-def _adamw_8bit(trained: list[nn.Parameter], config: UnlearnConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw_8bit(
+    trained: list[nn.Parameter], rate: float, config: UnlearnConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """Make torchao's AdamW with 8-bit moments; in bfloat16 all processes round the same way, and a resumed run, too."""
-    optimizer = _import_torchao().AdamW8bit(
-        trained, config.learning_rate, BETAS, EPS, config.weight_decay, bf16_stochastic_round=True
-    )
-    drawing, rates = ExitStack(), [config.learning_rate]
+    optimizer = _import_torchao().AdamW8bit(trained, rate, BETAS, EPS, config.weight_decay, bf16_stochastic_round=True)
+    drawing, rates = ExitStack(), [rate]
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         rates[:] = [group["lr"] for group in optimizer.param_groups]
@@ -181,7 +167,7 @@ def _adamw_8bit(trained: list[nn.Parameter], config: UnlearnConfig, device: torc
             group["lr"] = rate
 
     (group,) = optimizer.param_groups
-    group |= {"lr": config.learning_rate, "steps": 0}
+    group |= {"lr": rate, "steps": 0}
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     return optimizer
@@ -189,6 +175,10 @@ def _adamw_8bit(trained: list[nn.Parameter], config: UnlearnConfig, device: torc
 
 def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
     """Raise ValueError where the optimizer could not do what is asked of it, ImportError without its package."""
+    if config.learning_rate is None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
+        )
     if config.optimizer == EIGHT_BIT:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch
+from palu.distributed import full_tensor
 from palu.methods import Method
 from palu.methods.base import Losses
 from palu.models.lora import CausalLM
@@ -20,6 +21,8 @@ from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
 from palu.training.metrics import gather_metrics, sum_counts
+
+FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
 
 class DivergenceError(RuntimeError):
@@ -60,6 +63,11 @@ class Run:
         """Optimisation steps of the run, if nothing ends it early."""
         return self.config.total_steps(len(self.loader))
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, but for warm-up and schedule; 0 while it is still to be chosen."""
+        return float(self.scheduler.base_lrs[0])
+
     def give_weights_back(self) -> None:
         """Give the model the weights that have been trained; all processes must call it."""
         copy_weights_back(self.model, self.trained, self.accelerator)
@@ -78,6 +86,7 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         for batch in batches
     ]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
+    slope = None if run.rate else gradient_slope(parameters)
     grad_norm = clip_gradients(run.method, parameters, run.config.max_grad_norm, accelerator)
     try:
         figures = step_figures(len(run.history) + 1, batches, outputs, grad_norm, run.root, accelerator, run.history)
@@ -85,6 +94,8 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.optimizer.zero_grad()
         run.give_weights_back()
         raise
+    if slope:
+        set_rate(run.optimizer, run.scheduler, FIRST_STEP * abs(figures["loss"]) / slope)
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record |= run.root.after_step(record)
@@ -92,6 +103,24 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     run.scheduler.step()
     run.optimizer.zero_grad()
     return record
+
+
+def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
+    """Return the 1-norm of the gradient. All processes must call it.
+
+    AdamW's first step moves every weight by the rate, so to first order it takes rate times this off the loss.
+    """
+    norms = [torch.linalg.vector_norm(p.grad, 1, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return sum(float(full_tensor(norm)) for norm in norms)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:
+    """Give the optimizer a learning rate, as if the run had begun with it."""
+    schedule: Any = scheduler
+    schedule.base_lrs = [rate] * len(schedule.base_lrs)
+    schedule._last_lr = schedule.get_lr()
+    for group, now in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = rate, now
 
 
 def forward_backward(
