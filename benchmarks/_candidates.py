@@ -70,7 +70,6 @@ def prepare(
         n=arguments.n,
         top_k=arguments.top_k,
         target="global_mean",
-        normalize=False,
         batch_size=arguments.batch_size,
         retain_batch_size=arguments.retain_batch_size,
     )

@@ -134,9 +134,9 @@ def follow_a_run(marks: Sequence[int]) -> list[dict[str, Any]]:
     retain = [{"input_ids": ids, "labels": [-100] * 8 + ids[8:]} for ids in rows[8:]]
     handle = register_optimizer_step_pre_hook(on_step)
     try:
-        palu.unlearn(
-            model, None, forget, retain, recipe="onset", learning_rate=1e-4, max_steps=marks[-1], progress=False
-        )
+        # A loss that never is 0, which would end the run.
+        settings: dict[str, Any] = {"local_loss": "topk_mse", "learning_rate": 1e-4, "max_steps": marks[-1]}
+        palu.unlearn(model, None, forget, retain, **settings, progress=False)
     finally:
         handle.remove()
     return follow.rows

@@ -29,7 +29,7 @@ from palu.testbed.smollm2 import mixed_precision
 
 MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
 DRAWS = 8
-AUDITED = "palu,palu-onset,N=all,npo,tpo,palu-paper"
+AUDITED = "palu,npo,tpo,palu-paper"
 LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 

@@ -36,7 +36,7 @@ import palu
 from palu.evaluate.rows import load_rows
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
-METHODS = {name: _methods.METHODS.get(name, {}) for name in ("palu", "palu-whole-texts", "palu-onset", "npo", "gd")}
+METHODS = {name: _methods.METHODS.get(name, {}) for name in ("palu", "palu-whole-texts", "npo", "gd")}
 COLUMNS = {
     "VerbMem forget": "forget_verbmem_ROUGE",
     "KnowMem forget": "forget_knowmem_ROUGE",

@@ -256,17 +256,6 @@ inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& lab
   check_shape(op, "labels", labels, {logits.size(0)});
 }
 
-inline void check_unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
-                                double floor) {
-  constexpr const char* op = "palu::unlikelihood_";
-  check_rows_in_place(op, logits, row_weight);
-  TORCH_CHECK_VALUE(logits.size(1) > 1, op, ": a vocabulary of one entry has no other to choose");
-  check_device(op, "labels", labels, "logits", logits);
-  check_dtype(op, "labels", labels, at::kLong);
-  check_shape(op, "labels", labels, {logits.size(0)});
-  check_floor(op, floor);
-}
-
 inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight) {
   constexpr const char* op = "palu::kl_div_";
   check_rows_in_place(op, logits, row_weight);

@@ -21,7 +21,6 @@ constexpr const char* kDifferentiable[] = {"topk_mse",
                                            "linear_topk_unlikelihood",
                                            "linear_topk_backward",
                                            "cross_entropy_",
-                                           "unlikelihood_",
                                            "kl_div_"};
 
 // torch would drop a tangent without a word, and its errors in torch.func are of no help.
@@ -76,7 +75,6 @@ TORCH_LIBRARY(palu, m) {
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
-  m.def("unlikelihood_(Tensor(a!) logits, Tensor labels, Tensor row_weight, float floor) -> Tensor");
   m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
 
   // The argument checks alone, for kernels that are not written in C++: the arguments are the op's.
@@ -104,8 +102,6 @@ TORCH_LIBRARY(palu, m) {
       " Tensor? weight_mean, bool through_mean, Tensor? grad_hidden, Tensor? grad_weight, Tensor? grad_bias) -> ()",
       palu::check_linear_topk_backward);
   m.def("_check_cross_entropy_(Tensor logits, Tensor labels, Tensor row_weight) -> ()", palu::check_cross_entropy_);
-  m.def("_check_unlikelihood_(Tensor logits, Tensor labels, Tensor row_weight, float floor) -> ()",
-        palu::check_unlikelihood_);
   m.def("_check_kl_div_(Tensor logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> ()",
         [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
           palu::check_kl_div_(logits, ref_logits, row_weight);

@@ -126,18 +126,6 @@ struct CrossEntropy {
 };
 void cross_entropy_(const CrossEntropy& p, cudaStream_t stream);
 
-struct Unlikelihood {
-  Dtype dtype;
-  void* logits;  // T [R,V], overwritten with the weighted gradient
-  int64_t logits_stride;
-  const int64_t* labels;   // [R], contiguous
-  const void* row_weight;  // A [R], contiguous
-  double floor;            // a label that is not more probable has neither loss nor gradient
-  void* loss;              // A [R]
-  int64_t rows, vocab_size;
-};
-void unlikelihood_(const Unlikelihood& p, cudaStream_t stream);
-
 struct KlDiv {
   Dtype dtype;
   void* logits;  // T [R,V], overwritten with the weighted gradient

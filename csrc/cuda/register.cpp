@@ -245,26 +245,6 @@ at::Tensor cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, co
   return loss;
 }
 
-at::Tensor unlikelihood_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight,
-                         double floor) {
-  check_unlikelihood_(logits, labels, row_weight, floor);
-  const OnDeviceOf device(logits);
-  const at::Tensor l = labels.contiguous(), w = row_weight.contiguous();
-  at::Tensor loss = at::empty({logits.size(0)}, acc_options(logits));
-  cuda::Unlikelihood p{};
-  p.dtype = dtype_of(logits);
-  p.logits = logits.mutable_data_ptr();
-  p.logits_stride = logits.stride(0);
-  p.labels = l.const_data_ptr<int64_t>();
-  p.row_weight = w.const_data_ptr();
-  p.floor = floor;
-  p.loss = loss.mutable_data_ptr();
-  p.rows = logits.size(0);
-  p.vocab_size = logits.size(1);
-  cuda::unlikelihood_(p, device.stream);
-  return loss;
-}
-
 at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool reverse) {
   check_kl_div_(logits, ref_logits, row_weight);
   const OnDeviceOf device(logits);
@@ -296,6 +276,5 @@ TORCH_LIBRARY_IMPL(palu, CUDA, m) {
   m.impl("linear_topk_unlikelihood", palu::linear_topk_unlikelihood);
   m.impl("linear_topk_backward", palu::linear_topk_backward);
   m.impl("cross_entropy_", palu::cross_entropy_);
-  m.impl("unlikelihood_", palu::unlikelihood_);
   m.impl("kl_div_", palu::kl_div_);
 }

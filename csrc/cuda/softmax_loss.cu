@@ -1,4 +1,4 @@
-// cross_entropy_, unlikelihood_ and kl_div_; formulas are in csrc/softmax_loss.h.
+// cross_entropy_ and kl_div_; formulas are in csrc/softmax_loss.h.
 //
 // The reverse gradient needs its row's loss first. With D = softmax(d) the distribution that averages
 // and O = softmax(o) the other,
@@ -65,20 +65,6 @@ __device__ Acc<T> max_of(const uint4 (&packs)[U]) {
   return largest;
 }
 
-// Puts the lowest finite value, of which no softmax has a share, in the place of the label; `at` is its place
-// counted from the first of the packs, which are `step` elements apart.
-template <typename T, int U>
-__device__ void leave_out(uint4 (&packs)[U], int64_t at, int64_t step) {
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    T* elements = reinterpret_cast<T*>(&packs[u]);
-#pragma unroll
-    for (int n = 0; n < kPack<T>; ++n) {
-      if (u * step + n == at) elements[n] = lowest<T>();
-    }
-  }
-}
-
 template <typename T>
 __global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(T* logits,  // [R,V]
                                                                        int64_t logits_stride,
@@ -131,63 +117,6 @@ __global__ __launch_bounds__(kRowThreads, 2) void cross_entropy_kernel(T* logits
   if ((label + lead_of(row)) / N % team.threads == team.thread) {
     row[label] = from_acc<T>(scale * fast_exp(label_logit - part.max) - weight);
   }
-}
-
-template <typename T>
-__global__ __launch_bounds__(kRowThreads, 2) void unlikelihood_kernel(T* logits,  // [R,V]
-                                                                      int64_t logits_stride,
-                                                                      const int64_t* __restrict__ labels,     // [R]
-                                                                      const Acc<T>* __restrict__ row_weight,  // [R]
-                                                                      Acc<T> floor,
-                                                                      Acc<T>* __restrict__ loss,  // [R]
-                                                                      int64_t vocab_size) {
-  using A = Acc<T>;
-  constexpr int N = kPack<T>;
-  const RowTeam team = row_team();
-  T* row = logits + team.row * logits_stride;
-  const int64_t step = int64_t{team.threads} * N;
-  const int64_t begin = int64_t{team.thread} * N - lead_of(row);
-
-  const int64_t label = labels[team.row];
-  CUDA_KERNEL_ASSERT(label >= 0 && label < vocab_size && "palu::unlikelihood_: label out of range");
-  const A label_logit = to_acc(row[label]);  // read by all before any thread writes: join is between
-
-  Partition<A> others;
-  for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
-    uint4 packs[kUnroll];
-    load_packs(row, e, step, vocab_size, lowest<T>(), packs);
-    leave_out<T>(packs, label - e, step);
-    others.raise(max_of<T>(packs));
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      A z[N];
-      unpack(packs[u], z, T{});
-#pragma unroll
-      for (int n = 0; n < N; ++n) others.sum += fast_exp(z[n] - others.max);
-    }
-  }
-  join(others);
-
-  const LossAndProbability<A> of_label = unlikelihood_of((label_logit - others.max) - log(others.sum), floor);
-  if (team.thread == 0) loss[team.row] = of_label.loss;
-
-  const A weight = row_weight[team.row] * of_label.probability;
-  const A scale = -weight / others.sum;
-  for (int64_t e = begin; e < vocab_size; e += kUnroll * step) {
-    uint4 packs[kUnroll];
-    load_packs(row, e, step, vocab_size, lowest<T>(), packs);
-    leave_out<T>(packs, label - e, step);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      A z[N];
-      unpack(packs[u], z, T{});
-#pragma unroll
-      for (int n = 0; n < N; ++n) z[n] = scale * fast_exp(z[n] - others.max);
-      store_pack(row, e + u * step, vocab_size, z);
-    }
-  }
-  // The thread that wrote the label's entry corrects it.
-  if ((label + lead_of(row)) / N % team.threads == team.thread) row[label] = from_acc<T>(weight);
 }
 
 template <typename T, bool kReverse>
@@ -267,16 +196,6 @@ void cross_entropy_(const CrossEntropy& p, cudaStream_t stream) {
     launch_rows(cross_entropy_kernel<T>, p.rows, p.vocab_size * static_cast<int64_t>(sizeof(T)), stream,
                 static_cast<T*>(p.logits), p.logits_stride, p.labels, static_cast<const A*>(p.row_weight),
                 static_cast<A*>(p.loss), p.vocab_size);
-  });
-}
-
-void unlikelihood_(const Unlikelihood& p, cudaStream_t stream) {
-  dispatch(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = Acc<T>;
-    launch_rows(unlikelihood_kernel<T>, p.rows, p.vocab_size * static_cast<int64_t>(sizeof(T)), stream,
-                static_cast<T*>(p.logits), p.logits_stride, p.labels, static_cast<const A*>(p.row_weight),
-                static_cast<A>(p.floor), static_cast<A*>(p.loss), p.vocab_size);
   });
 }
 

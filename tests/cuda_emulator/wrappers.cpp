@@ -18,7 +18,6 @@ PALU_LAUNCHER(linear_mean_shift, LinearTopkBackward)
 PALU_LAUNCHER(linear_grad_hidden, LinearTopkBackward)
 PALU_LAUNCHER(linear_grad_weight, LinearTopkBackward)
 PALU_LAUNCHER(cross_entropy_, CrossEntropy)
-PALU_LAUNCHER(unlikelihood_, Unlikelihood)
 PALU_LAUNCHER(kl_div_, KlDiv)
 
 }  // namespace palu::cuda

@@ -16,7 +16,6 @@ from palu.losses import (
     LocalTerm,
     LocalUnlikelihoodTerm,
     Term,
-    UnlikelihoodTerm,
     fused_linear_losses,
 )
 from palu.models.head import Head
@@ -95,7 +94,7 @@ class Case:
 
 def make(
     device: torch.device,
-    rows: Sequence[int] = (5, 6, 7, 4),
+    rows: Sequence[int] = (5, 6, 7),
     vocab: int = 29,
     hidden_size: int = 8,
     top_k: int = 6,
@@ -112,7 +111,7 @@ def make(
     ref_softcap: float | None = None,
     floor: float = 0.0,
 ) -> Case:
-    """Random values; `rows` are those of each term (local, KL, retain, unlikelihood).
+    """Random values; `rows` are those of each term (local, KL, retain).
 
     `target`: of the local loss; "unlikelihood": that of a token among candidates. `trainable` speaks of hidden, weight
     and bias. A capped head has no gathered rows.
@@ -121,7 +120,7 @@ def make(
     def values(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    local, kl, retain, unlikely = (*rows, 0)[:4]
+    local, kl, retain = rows
     ref_head = Head(values(vocab, hidden_size), values(vocab) if bias else None, ref_scale, ref_softcap)
     # Not the reference's own: an index may name a logit twice, and the true token as a candidate.
     unlikelihood = target == "unlikelihood"
@@ -130,7 +129,6 @@ def make(
         LocalUnlikelihoodTerm(index, floor) if unlikelihood else LocalTerm(index, target),
         KLTerm(values(kl, hidden_size), ref_head, reverse),
         CrossEntropyTerm(torch.randint(vocab, (retain,), device=device)),
-        UnlikelihoodTerm(torch.randint(vocab, (unlikely,), device=device), floor),
     )
     case = Case(
         values(sum(rows), hidden_size),
@@ -170,10 +168,6 @@ def textbook_losses(case: Case) -> Tensor:
                 losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
             else:
                 losses.append((log_q.exp() * (log_q - log_p)).sum(-1))
-        elif isinstance(term, UnlikelihoodTerm):
-            z, label = logits.to(case.row_weight.dtype), term.labels[:, None]
-            margin = z.gather(-1, label)[:, 0] - z.scatter(-1, label, -torch.inf).logsumexp(-1)
-            losses.append(F.softplus(margin) * (margin.sigmoid() > term.floor))
         else:
             losses.append(F.cross_entropy(logits, term.labels, reduction="none"))
     return torch.cat([loss.to(case.row_weight.dtype) for loss in losses])

@@ -21,7 +21,7 @@ from palu import ops
 from palu.eager import acc_dtype
 from palu.ops.functional import use_gather
 
-SOFTMAX_LOSSES = ("cross_entropy_", "unlikelihood_", "kl_div_")
+SOFTMAX_LOSSES = ("cross_entropy_", "kl_div_")
 TOPK_LOSSES = ("topk_mse", "topk_unlikelihood")
 LINEAR_LOSSES = ("linear_topk_mse", "linear_topk_unlikelihood")
 OPS = ("prefix_mask", *TOPK_LOSSES, *LINEAR_LOSSES, *SOFTMAX_LOSSES)
@@ -262,7 +262,6 @@ FITTING = {
     "topk_backward": [("grad", 0), ("slope", 0), ("slope", 1), ("index", 0), ("grad_logits", 0)],
     "linear_topk_mse": [("hidden", 0), ("hidden", 1), ("weight", 1), ("index", 0), ("bias", 0), ("weight_mean", 0)],
     "cross_entropy_": [("logits", 0), ("labels", 0), ("row_weight", 0)],
-    "unlikelihood_": [("logits", 0), ("labels", 0), ("row_weight", 0)],
     "kl_div_": [("logits", 0), ("logits", 1), ("ref_logits", 0), ("ref_logits", 1), ("row_weight", 0)],
 }
 FITTING["linear_topk_unlikelihood"] = FITTING["linear_topk_mse"][:-1]
@@ -284,7 +283,6 @@ SETTINGS: dict[str, list[tuple[str, tuple[Any, ...], type[Exception]]]] = {
     "linear_topk_mse": [("target", BAD_TARGETS, ValueError), ("impl", BAD_IMPLS, ValueError)],
     "topk_unlikelihood": [("floor", BAD_FLOORS, ValueError)],
     "linear_topk_unlikelihood": [("floor", BAD_FLOORS, ValueError), ("impl", BAD_IMPLS, ValueError)],
-    "unlikelihood_": [("floor", BAD_FLOORS, ValueError)],
 }
 
 

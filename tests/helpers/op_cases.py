@@ -24,7 +24,6 @@ from palu.eager import acc_dtype
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of launch.h
 INDEX_DTYPES = (torch.int32, torch.int64)
 EXTREMES = (-(2**63), 2**63 - 1)
-OF_LABELS = ("cross_entropy_", "unlikelihood_")
 SETTING = dict.fromkeys(("topk_mse", "linear_topk_mse"), "target")  # of the losses of kept logits
 SETTING |= dict.fromkeys(("topk_unlikelihood", "linear_topk_unlikelihood"), "floor")
 
@@ -347,8 +346,8 @@ def softmax_loss(
     infinite: float | None = None,
     reverse: bool | None = None,
 ) -> OpCase:
-    """Logits [rows, vocabulary] of cross_entropy_, unlikelihood_ or kl_div_. `infinite`: which share is -inf."""
-    vocabulary = max(vocabulary or draw.vocabulary(), 2 if op == "unlikelihood_" else 1)
+    """Logits [rows, vocabulary] of cross_entropy_ or kl_div_. `infinite`: which share is -inf."""
+    vocabulary = vocabulary or draw.vocabulary()
     rows = draw.rows(vocabulary) if rows is None else rows
     dtype = dtype or draw.one(*draw.dtypes)
     z = draw.logits(rows, vocabulary, dtype, values)
@@ -366,17 +365,15 @@ def softmax_loss(
             gone[torch.arange(rows), kept] = False
         z[gone] = -math.inf
     inputs: Inputs = {"logits": z}
-    if op in OF_LABELS:
+    if op == "cross_entropy_":
         inputs["labels"] = labels
     else:  # the other row: like the first, or unlike it
         like = (z.double() + torch.randn(rows, vocabulary) * draw.one(0, 0.01, 1, 5)).to(dtype)
         inputs["ref_logits"] = torch.randn(rows, vocabulary).to(dtype) if draw.chance(0.3) else like
     inputs["row_weight"] = weight
-    if op == "unlikelihood_":
-        inputs["floor"] = draw.one(0.0, 0.0213, 0.3)  # at none of them is a row of equal logits
-    elif op == "kl_div_":
+    if op == "kl_div_":
         inputs["reverse"] = draw.chance(0.5) if reverse is None else reverse
-    outputs = {"cross_entropy_": _cross_entropy, "unlikelihood_": _unlikelihood, "kl_div_": _kl_div}[op]
+    outputs = _cross_entropy if op == "cross_entropy_" else _kl_div
     text = f"{dtype} [{rows}, {vocabulary}]{f', {infinite} is -inf' if infinite else ''}"
     return OpCase(op, inputs, outputs, dtype, _softmax_scales, text)
 
@@ -385,17 +382,6 @@ def _cross_entropy(a: Inputs) -> Outputs:
     z, w, label = a["logits"].to(a["row_weight"].dtype), a["row_weight"][:, None], a["labels"][:, None]
     loss = -z.log_softmax(1).gather(1, label)[:, 0]
     return {"loss": loss, "logits": (z.softmax(1) * w).scatter_add(1, label, -w).to(a["logits"].dtype)}
-
-
-def _unlikelihood(a: Inputs) -> Outputs:
-    z, label = a["logits"].to(a["row_weight"].dtype), a["labels"][:, None]
-    others = z.scatter(1, label, -math.inf)
-    margin = z.gather(1, label)[:, 0] - others.logsumexp(1)
-    pushed = margin.sigmoid() > a["floor"]
-    weight = (a["row_weight"] * margin.sigmoid() * pushed)[:, None]
-    gradient = (-weight * others.softmax(1)).scatter(1, label, weight)
-    loss = torch.logaddexp(margin, torch.zeros_like(margin)) * pushed
-    return {"loss": loss, "logits": gradient.to(a["logits"].dtype)}
 
 
 def _kl_div(a: Inputs) -> Outputs:
@@ -415,9 +401,7 @@ def _softmax_scales(a: Inputs, _: Outputs, dtype: torch.dtype) -> Outputs:
 
     z, other = a["logits"], a.get("ref_logits")
     largest, probability = of_finite(z).abs(), z.softmax(1)
-    if "floor" in a:  # p Q: an error of the margin is a relative one of p
-        probability = probability.gather(1, a["labels"][:, None]) * largest.amax(1, keepdim=True).clamp(min=1)
-    elif other is not None:
+    if other is not None:
         largest = torch.maximum(largest, of_finite(other).abs())
         if a["reverse"]:  # P ((x - y) - the difference of the logsumexps - KL)
             apart = (of_finite(z) - of_finite(other)).abs()

@@ -30,7 +30,6 @@ AUTOGRAD: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 IN_PLACE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "cross_entropy_": ("cross_entropy_", lambda z: ops.cross_entropy_(z * 1, LABELS, WEIGHT)),
-    "unlikelihood_": ("unlikelihood_", lambda z: ops.unlikelihood_(z * 1, LABELS, WEIGHT, 0.0)),
     "kl_div_": ("kl_div_", lambda z: ops.kl_div_(z * 1, HEAD[:3], WEIGHT, True)),
 }
 

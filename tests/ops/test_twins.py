@@ -23,7 +23,7 @@ OPS = [
     "linear_topk_unlikelihood",
     "linear_topk_backward",
 ]
-CUDA_ALONE = ["cross_entropy_", "unlikelihood_", "kl_div_"]
+CUDA_ALONE = ["cross_entropy_", "kl_div_"]
 TWIN_ALONE = ["topk_unlikelihood"]
 ROOT = Path(__file__).resolve().parents[2]
 WARNING = "RuntimeWarning: palu has no native kernels for cpu devices: plain PyTorch stands in there, which is slower"

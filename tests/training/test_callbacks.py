@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, Trai
 
 import palu
 from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
 from palu.models.attention import PLAIN
 from palu.ref_model.anchors import encode_anchor_prompts
 from palu.training.callbacks import LossLines
@@ -98,10 +99,11 @@ def test_the_schedule_ends_with_max_steps() -> None:
 def test_no_more_anchors_than_max_steps_draw() -> None:
     """Three forget examples by two a step; two anchors a step."""
     tokenizer = byte_level(LLAMA3)
+    forget = load_forget(TEXT_FORGET, tokenizer, max_length=200)
 
     def count(**settings: Any) -> int:
         config = UnlearnConfig(batch_size=2, **settings)
-        return len(encode_anchor_prompts(3, None, tokenizer, config, 1).prompts)
+        return len(encode_anchor_prompts(forget, None, tokenizer, config, 1).prompts)
 
     assert (count(epochs=2), count(epochs=2, max_steps=3), count(epochs=2, max_steps=7)) == (8, 6, 14)
 

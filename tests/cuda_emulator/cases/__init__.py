@@ -36,7 +36,6 @@ OPS = {
         partial(launches.linear_topk, op="linear_topk_unlikelihood"), fixed.linear_topk_unlikelihood
     ),
     "cross_entropy_": Op(partial(launches.softmax_loss, op="cross_entropy_"), partial(fixed.softmax_loss, rows_read=1)),
-    "unlikelihood_": Op(partial(launches.softmax_loss, op="unlikelihood_"), fixed.unlikelihood),
     "kl_div_": Op(partial(launches.softmax_loss, op="kl_div_", reverse=False), _OF_KL),
     "kl_div_reverse": Op(partial(launches.softmax_loss, op="kl_div_", reverse=True), _OF_KL),
     "out_of_range": Op(out_of_range.make, out_of_range.fixed, dtypes=(torch.float32,)),

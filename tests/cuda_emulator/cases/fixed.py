@@ -1,7 +1,7 @@
 """The fixed cases of every op: their sizes are chosen so that a kernel takes a certain path."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -191,9 +191,3 @@ def softmax_loss(dtype: torch.dtype, rows_read: int) -> Iterator[Fixed]:
         "logits at the end, so that each round raises the maximum",
         plain | {"rows": 1, "vocabulary": 8 * 512 * 5 * pack + 5, "lead": 1, "values": "rising"},
     )
-
-
-def unlikelihood(dtype: torch.dtype) -> Iterator[Fixed]:
-    """Yield those of a kernel that reads one row for each it writes, and needs an entry beside the label."""
-    for case in softmax_loss(dtype, rows_read=1):
-        yield replace(case, sizes=case.sizes | {"vocabulary": max(case.sizes["vocabulary"], 2)})

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from helpers import op_cases
-from helpers.op_cases import DTYPES, OF_LABELS, Draw, OpCase
+from helpers.op_cases import DTYPES, Draw, OpCase
 from machine import Case, Output, Phase, Placed
 
 from palu.eager import acc_dtype
@@ -184,7 +184,7 @@ def softmax_loss(
     together: bool | None = None,
     **sizes: Any,
 ) -> Case:
-    """Launch cross_entropy_, unlikelihood_ or kl_div_.
+    """Launch cross_entropy_ or kl_div_.
 
     `together`: the reference's rows begin at the same place of a 16-byte pack.
     """
@@ -199,9 +199,9 @@ def softmax_loss(
     }
     call: dict[str, Any] = {"dtype": DTYPES.index(z.dtype), "logits_stride": logits.stride}
     call |= {"rows": rows, "vocab_size": vocabulary}
-    call |= {name: case.inputs[name] for name in ("floor", "reverse") if name in case.inputs}
+    call |= {"reverse": case.inputs["reverse"]} if op == "kl_div_" else {}
     text = f"logits {logits.place()}"
-    if op in OF_LABELS:
+    if op == "cross_entropy_":
         places["labels"] = Placed("labels", case.inputs["labels"])
     else:
         together = draw.chance(0.5) if together is None else together
