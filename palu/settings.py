@@ -140,8 +140,8 @@ class RunSettings(Settings):
         method: the settings of the method, an instance of its ``Settings``.
         optimizer: ``"adamw"``; beside bfloat16 weights it keeps the rest of their float32 bits. ``"adamw_8bit"``: its
             moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
-        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes a third off the
-            loss, to first order: ``loss / (3 ||gradient||_1)``, since AdamW first moves every weight by the rate.
+        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes a third off
+            the loss, to first order: ``loss / (3 ||gradient||_1)``, since AdamW first moves every weight by the rate.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in

@@ -177,6 +177,8 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     sentences = [f"{trained}, {ran}{number(s['learning_rate'])}."]
     if summary.get("ended_by") == "callback":
         sentences.append("It stopped early: a callback ended it.")
+    elif summary.get("ended_by") == "forgotten":
+        sentences.append("It ended by itself: in two epochs running there was nothing left to forget.")
     elif summary.get("stopped_early"):
         sentences.append(
             f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."
