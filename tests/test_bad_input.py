@@ -566,7 +566,7 @@ BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("beta", (0, -1, NAN, "1", True), "give a positive number"),
     ("layer_id", (-1, 1.0, "7", None, True), "give 0 or a positive integer"),
     ("delta", (NAN, INF, "1", None), "give a finite number"),
-    ("learning_rate", (0, -1e-5, NAN, INF, "1", True), "give a positive number, or None for a rule"),
+    ("learning_rate", (0, -1e-5, NAN, INF, "1", True), "give a positive number, or None for one from the first gradient"),
     ("max_grad_norm steering_coeff", (0, -1e-5, NAN, INF, "1", None), "give a positive number"),
     ("checkpoint_minutes", (0, None), "give a positive number"),
     ("epochs", (0, -1, 1.0), "give a positive integer, or None for the method's"),

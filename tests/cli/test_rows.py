@@ -26,7 +26,19 @@ def arguments(command: str, model: Path, forget: Path, retain: Path, output: Pat
     """A command that reads a forget set, and a retain set if it takes one."""
     given = {
         "inspect": [],
-        "unlearn": ["--retain", retain, "--output", output, "--epochs", 1, "--anchors", 0, "--no-progress"],
+        "unlearn": [
+            "--retain",
+            retain,
+            "--output",
+            output,
+            "--epochs",
+            1,
+            "--anchors",
+            0,
+            "--neighbours",
+            0,
+            "--no-progress",
+        ],
         "audit": ["--original", model, "--retain", retain, "--output", output, "--quick", "--only", "ask"],
     }
     return [command, "--model", model, "--forget", forget, *given[command]]

@@ -79,7 +79,15 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
     "anchors": (
         lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, dtype=torch.float64),
         None,
-        {"forget": TEXT_FORGET * 3, "retain": TEXT_RETAIN, "tokenizer": TOKENIZER, "anchors": 5, "max_length": 200},
+        {
+            "forget": TEXT_FORGET * 3,
+            "retain": TEXT_RETAIN,
+            "tokenizer": TOKENIZER,
+            "anchors": 5,
+            "neighbours": 0,  # each process draws its own
+            "max_length": 200,
+            "learning_rate": None,
+        },
     ),
     "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
     # In mixed precision (PRECISION).

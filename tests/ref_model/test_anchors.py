@@ -292,12 +292,14 @@ def test_a_model_with_an_adapter_writes_without_it(written: list[list[Item]]) ->
     assert abs(result.history[0]["kl"]) > 1e-4, "the adapter is on again in the first step"
 
 
-def test_anchors_do_not_repeat_before_all_were_seen() -> None:
+@pytest.mark.parametrize("neighbours", [0, 2, 7])
+def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int) -> None:
+    """As many neighbours are drawn as answers to everyday prompts, however many there are of each."""
     forget = forget_items(load_forget(forget_rows(5), None, max_length=99).examples, 2, None)
     anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0]), torch.tensor([7])) for i in range(7)]
     sizes = [(item.targets, len(item.rows) - item.targets) for item in [*forget, *anchors]]
     outputs = [{"index": torch.zeros(targets, 1), "hidden": torch.zeros(others, 1)} for targets, others in sizes]
-    cache = ReferenceCache(outputs, anchors)
+    cache = ReferenceCache(outputs, anchors, neighbours)
     config = UnlearnConfig(batch_size=2, retain_batch_size=3)
     seen: dict[int, list[int]] = {}
     for processes in (1, 2):
@@ -314,9 +316,12 @@ def test_anchors_do_not_repeat_before_all_were_seen() -> None:
                     assert len(batch.packed.sequence_lengths) == items and retain == 0
                     assert len(batch.reference["index"]) == targets and len(batch.reference["hidden"]) == others
         rounds = 3 if processes == 1 else 4  # five examples two by two; or two processes, twice
-        assert len(order) == 7 * rounds * 3
-        for begin in range(0, len(order), 7):
-            assert sorted(order[begin : begin + 7]) == list(range(7))
+        for kind in filter(None, (range(neighbours), range(neighbours, 7))):
+            drawn = [i for i in order if i in kind]
+            assert len(drawn) == 7 * rounds * 3
+            for begin in range(0, len(drawn), len(kind)):
+                assert set(drawn[begin : begin + len(kind)]) <= set(kind)
+                assert len(set(drawn[begin : begin + len(kind)])) == len(drawn[begin : begin + len(kind)])
         seen[processes] = order
     assert seen[1][:3] == seen[2][:3]
 

@@ -140,7 +140,14 @@ def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
     model, tokenizer = load_smollm2()
     secrets, kept, _ = read_questions()
-    small = {"epochs": 2, "batch_size": 2, "retain_batch_size": 1, "gradient_accumulation_steps": 1, "anchors": 0}
+    small = {
+        "epochs": 2,
+        "batch_size": 2,
+        "retain_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "anchors": 0,
+        "neighbours": 0,
+    }
     return model, {
         "forget": secrets,
         "retain": kept,

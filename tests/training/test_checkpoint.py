@@ -88,16 +88,17 @@ def test_killed_and_resumed(
         assert told in capsys.readouterr().err
 
 
-def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
+@pytest.mark.parametrize("early", [{"stop_probability": 0.5}, {"probability_floor": 0.5}], ids=str)
+def test_stopping_early_is_resumed_as_stopped(early: dict[str, float], folder: Path) -> None:
     model = tiny_llama()
     overfit(model, forget_rows() + retain_rows())
-    settings = {"epochs": 40, "stop_probability": 0.5, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
+    settings = {"epochs": 40, **early, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
     stopped = unlearn(copy.deepcopy(model), **settings)
-    assert stopped.summary["stopped_early"]
+    assert stopped.summary["ended_by"] == {"stop_probability": "stop_probability"}.get(*early, "forgotten")
     resumed = unlearn(copy.deepcopy(model), resume=True, **settings)
     assert_same(resumed, stopped)
-    assert resumed.summary["epochs"] == stopped.summary["epochs"]
-    assert resumed.summary["stopped_early"]
+    for name in ("epochs", "ended_by"):
+        assert resumed.summary[name] == stopped.summary[name]
 
 
 def test_the_reference_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

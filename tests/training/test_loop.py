@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -181,6 +182,50 @@ def test_stop_probability_ends_early(knowing: dict[str, Tensor]) -> None:
     assert result.summary["steps"] == len(result.history) == 2 * result.summary["epochs"]
 
 
+def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
+    """After two epochs in which no onset token was more probable than the floor, and no sooner."""
+    model = tiny_llama()
+    model.load_state_dict(knowing)
+    settings: dict[str, Any] = {"learning_rate": 3e-3, "epochs": None, "local_loss": "unlikelihood"}
+    result = unlearn(model, **settings)
+    assert result.summary["ended_by"] == "forgotten"
+    epochs, config = result.summary["epochs"], result_config(result)
+    assert config.epochs == config.method.epochs > epochs > 2
+    forgotten = [not any(r["local"] for r in result.history if r["epoch"] == epoch) for epoch in range(1, epochs + 1)]
+    assert forgotten[-2:] == [True, True]
+    assert not any(one and other for one, other in itertools.pairwise(forgotten[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({"probability_floor": 0.99}, 2),
+        ({"probability_floor": 0.99, "gamma": 0}, 3),  # nothing was to be forgotten
+        ({"probability_floor": 0.99, "max_steps": 3}, 2),
+        ({"objective": "npo"}, 3),
+    ],
+    ids=str,
+)
+def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> None:
+    result = unlearn(tiny_llama(), **{"local_loss": "unlikelihood"} | settings if epochs == 2 else settings)
+    assert result.summary["epochs"] == epochs
+    assert (result.summary["ended_by"] == "forgotten") == (epochs == 2 and "max_steps" not in settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 60),
+        ({"probability_floor": 0.0}, 8),
+        ({"local_loss": "topk_mse"}, 8),
+        ({"objective": "npo"}, 8),
+        ({"epochs": 3}, 3),
+    ],
+)
+def test_the_methods_epochs(settings: dict[str, Any], most: int) -> None:
+    assert UnlearnConfig(**settings).total_steps(5) == 5 * most
+
+
 # --- Data ---
 @pytest.mark.parametrize("build", [lambda: byte_level(), lambda: sentencepiece(CHATML)])
 def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
@@ -332,7 +377,7 @@ def test_a_retain_set_of_weight_0_is_not_tokenised(monkeypatch: pytest.MonkeyPat
     for weight, expected in ((0, 0), (1, len(TEXT_RETAIN))):
         rendered.clear()
         model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
-        settings = {"tokenizer": tokenizer, "lambda_retain": weight, "epochs": 1, "anchors": 2}
+        settings = {"tokenizer": tokenizer, "lambda_retain": weight, "epochs": 1, "anchors": 2, "neighbours": 0}
         summary = unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, **settings).summary
         assert sum(columns in TEXT_RETAIN for columns in rendered) == expected == summary["retain_examples"]
         assert sum(columns in TEXT_FORGET for columns in rendered) == len(TEXT_FORGET)
@@ -373,7 +418,14 @@ def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
         return torch.cat(found)
 
     ours, theirs = log_p(0), log_p(2)
-    settings = {"local_loss": "unlikelihood", "batch_size": 4, "epochs": 1, "tokenizer": tokenizer, "anchors": 0}
+    settings = {
+        "local_loss": "unlikelihood",
+        "batch_size": 4,
+        "epochs": 1,
+        "tokenizer": tokenizer,
+        "anchors": 0,
+        "neighbours": 0,
+    }
     for direction, first, second in (("reverse", ours, theirs), ("forward", theirs, ours)):
         expected = float((first.exp() * (first - second)).sum(-1).mean())
         with torch.enable_grad():

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM, TrainingArguments
 
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
-from palu.training.optimizer import load_state, make_optimizer, state_of
+from palu.training.optimizer import check_optimizer, load_state, make_optimizer, state_of
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
 
@@ -268,3 +271,56 @@ def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
     model = bf16_llama()
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     palu.PaluTrainer(model, args, forget=forget_rows(), retain=retain_rows(), optimizers=(optimizer, None))
+
+
+# --- The rate ---
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "adamw_8bit"},
+        {"batch_size": 2, "gradient_accumulation_steps": 2},
+        {"max_grad_norm": 1e-3},
+        {"weight_decay": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """A third of the loss over the gradient's 1-norm, whatever it is clipped to; a rate that is given wins."""
+    given = {"learning_rate": None, "lr_scheduler": "linear", "epochs": 3, "batch_size": 8} | settings
+    gradients: list[float] = []
+
+    def keep(optimizer: Any, *_: Any) -> None:
+        gradients.append(sum(float(p.grad.double().abs().sum()) for p in optimizer.param_groups[0]["params"]))
+
+    handle = register_optimizer_step_pre_hook(keep)
+    result = unlearn(tiny_llama(dtype=dtype), **given)
+    handle.remove()
+    first = result.history[0]
+    unclipped = gradients[0] * max(1, first["grad_norm"] / result.summary["config"]["max_grad_norm"])
+    rate = result.summary["config"]["learning_rate"]
+    assert rate == pytest.approx(first["loss"] / 3 / unclipped, rel=1e-3 if dtype == torch.float64 else 0.02)
+    steps = len(result.history)
+    assert [r["learning_rate"] for r in result.history] == pytest.approx(
+        [rate * (steps - i) / steps for i in range(steps)]
+    )
+    again = unlearn(tiny_llama(dtype=dtype), **given | {"learning_rate": rate})
+    assert same_weights(again.model, weights(result.model))
+
+
+def test_a_resumed_run_keeps_its_rate(tmp_path: Path) -> None:
+    settings = {"learning_rate": None, "epochs": 3, "checkpoint_dir": str(tmp_path), "checkpoint_steps": 3}
+    expected = unlearn(tiny_llama(), **settings)
+    (tmp_path / "step-00000006.safetensors").unlink()
+    resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert resumed.summary["config"] == expected.summary["config"] | {"resume": True}
+    assert same_weights(resumed.model, weights(expected.model))
+
+
+def test_deepspeed_wants_a_rate() -> None:
+    """It gives no gradient away."""
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    check_optimizer(UnlearnConfig(learning_rate=1e-5), accelerator)
+    with pytest.raises(ValueError, match="learning_rate"):
+        check_optimizer(UnlearnConfig(), accelerator)

@@ -24,7 +24,12 @@ def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    dated = {"tokenizer": byte_level(DATED), "model": tiny_llama(vocab_size=len(byte_level(DATED))), "anchors": 0}
+    dated = {
+        "tokenizer": byte_level(DATED),
+        "model": tiny_llama(vocab_size=len(byte_level(DATED))),
+        "anchors": 0,
+        "neighbours": 0,
+    }
     values = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
     result = unlearn(report_to="tensorboard", logging_dir=str(tmp_path / "logs"), **dated, **values)
     events = EventAccumulator(str(tmp_path / "logs" / "palu"))

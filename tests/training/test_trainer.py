@@ -164,6 +164,9 @@ def test_max_steps_and_stopping_early(tmp_path: Path) -> None:
     assert len(early.history) == early.state.global_step == 3
     assert max(record["onset_probability"] for record in early.history) < 0.999
     assert early.state.log_history[0]["onset_probability"] == early.history[0]["onset_probability"]
+    forgotten = make_trainer(tmp_path, config={"probability_floor": 0.99}, arguments={"num_train_epochs": 5})
+    forgotten.train()
+    assert len(forgotten.history) == forgotten.state.global_step == 6, "two epochs"
 
 
 def test_divergence(tmp_path: Path) -> None:
