@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch
 from palu.distributed import full_tensor
+from palu.eager import acc_dtype
 from palu.methods import Method
 from palu.methods.base import Losses
 from palu.models.lora import CausalLM
@@ -110,7 +111,8 @@ def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
 
     AdamW's first step moves every weight by the rate, so to first order it takes rate times this off the loss.
     """
-    norms = [torch.linalg.vector_norm(p.grad, 1, dtype=torch.float32) for p in parameters if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(grad, 1, dtype=acc_dtype(grad.dtype)) for grad in grads]
     return sum(float(full_tensor(norm)) for norm in norms)
 
 
@@ -118,7 +120,7 @@ def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
     """Give the optimizer a learning rate, as if the run had begun with it."""
     schedule: Any = scheduler
     schedule.base_lrs = [rate] * len(schedule.base_lrs)
-    schedule._last_lr = schedule.get_lr()
+    schedule._last_lr = [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     for group, now in zip(optimizer.param_groups, schedule._last_lr, strict=True):
         group["initial_lr"], group["lr"] = rate, now
 
