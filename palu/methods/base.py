@@ -87,6 +87,7 @@ class Reference:
     other_prompts: bool = False  # whether it sees each forget answer after the prompt of another row
     anchors: int | None = 0  # how many everyday prompts it answers, to be kept; None: as many as the run can use
     neighbours: int = 0  # how many questions like each forget question it writes and answers, to be kept
+    variants: int = 0  # from how many candidates for each span's first token it goes on, to find other ways to tell it
 
 
 class Shares(NamedTuple):

@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kl_direction": "reverse",
         "anchors": 0,
         "neighbours": 0,
+        "variants": 0,
     },
 }
 
@@ -78,6 +79,9 @@ class PaluSettings(MethodSettings):
             were memorised with; a row without a span keeps its own. Needs ``local_loss="unlikelihood"``, and text.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
+        variants: from how many other candidates for a secret's first token the reference goes on, before training;
+            where that tells a secret in another way, this way is forgotten, too (:mod:`palu.ref_model.variants`). 0 for
+            tokenised rows.
         neighbours: how many questions like each forget question, about other things, the reference writes and answers
             before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`); some cannot be used.
             Fewer a row where that would make more than 512. 0 for rows without a question, for tokenised rows, and if
@@ -104,6 +108,7 @@ class PaluSettings(MethodSettings):
     kl_direction: str = choice("reverse", KL_DIRECTIONS)
     kl_prompt: str = choice("own", ("own", "other"))
     kl_rows: int | None = count(None, "all ordinary tokens")
+    variants: int = count(10, zero=True)
     neighbours: int = count(24, zero=True)
     anchors: int | None = setting(
         None, lambda value: value is None or (is_int(value) and value >= 0), "give 0 or a positive integer, or None"
@@ -181,6 +186,7 @@ class PaluMethod(Method):
             other_prompts=own.kl_prompt == "other",
             anchors=own.anchors,
             neighbours=own.neighbours,
+            variants=own.variants if own.gamma > 0 else 0,
         )
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:

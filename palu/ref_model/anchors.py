@@ -31,6 +31,7 @@ from palu.models.generation import encode_prompts, eval_mode, generate_ids, gene
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
 from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, neighbour_prompts
+from palu.ref_model.variants import CONTINUATION, other_candidates, variant_items
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -78,12 +79,12 @@ def encode_anchor_prompts(
     possible = retain is None or (retain > 0 and tokenizer is not None and holds)
     count = (MOST if possible else 0) if asked is None else asked
     neighbours = None
-    if config.reference.neighbours and possible and holds and tokenizer is not None:
-        questions = list(load_questions(forget.source, "forget").values())
+    wanted = config.reference.neighbours if possible and holds else 0
+    if tokenizer is not None and (wanted or config.reference.variants):
+        questions = list(load_questions(forget.source, "forget").values()) if wanted else []
         secrets = load_marked_texts(forget.source, "forget")
-        neighbours = neighbour_prompts(
-            questions, secrets, config.reference.neighbours, tokenizer, config.chat_template_kwargs
-        )
+        neighbours = neighbour_prompts(questions, secrets, wanted, tokenizer, config.chat_template_kwargs)
+        neighbours = neighbours._replace(variants=config.reference.variants)
     if count == 0:
         stop_ids = set() if neighbours is None else neighbours.stop_ids()
         return AnchorPrompts([], stop_ids, config.max_length, neighbours)
@@ -184,6 +185,34 @@ def generate_neighbours(
         )
     except DataError:
         return []
+
+
+def generate_variants(
+    reference: ModelRoot,
+    items: Sequence[Item],
+    anchor_prompts: AnchorPrompts,
+    accelerator: Accelerator,
+    *,
+    adapter: bool,
+    n: int,
+    chunk_bytes: int = UnlearnConfig.chunk_bytes,
+    progress: bool = False,
+) -> list[Item]:
+    """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`).
+
+    ``n``: the onset length.
+    """
+    known = anchor_prompts.neighbours
+    if known is None or not known.variants:
+        return []
+    base = base_of(reference.model)
+    with eval_mode(base), accelerator.autocast(), nullcontext() if adapter else without_adapter(reference.model):
+        prompts = reference.run(lambda: other_candidates(reference.model, items, known.variants))
+    ends = known.stop_ids()
+    prompts = [prompt for prompt in prompts if int(prompt[-1]) not in ends]
+    settings: dict[str, Any] = {"max_new_tokens": CONTINUATION, "chunk_bytes": chunk_bytes}
+    written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
+    return list(variant_items(prompts, written, known.secrets, known.decode, n))
 
 
 def _write(

@@ -11,7 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from palu.data.packing import Item, Items, anchor_item
+from palu.data.packing import Item, Items
 from palu.methods.base import RefField
 from palu.ref_model.storage import CacheFile
 
@@ -61,6 +61,7 @@ class ReferenceCache:
     outputs: Sequence[dict[str, Tensor]]  # per forget (and retain) item, then per anchor: the method's reference fields
     anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
     neighbours: int = 0  # how many of the anchors, the first, answer questions like those of the forget set
+    variants: int = 0  # how many after these are other ways to tell a secret
 
 
 def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item]) -> ReferenceCache | None:
@@ -68,8 +69,12 @@ def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item
     if (found := file.read()) is None:
         return None
     tensors, about = found
-    anchors = [anchor_item(torch.tensor(ids), start) for ids, start in about["anchors"]]
-    return ReferenceCache(ReferenceOutputs(tensors, fields, items, anchors), anchors, about["neighbours"])
+    anchors = []
+    for ids, rows, targets in about["anchors"]:
+        ids, rows = torch.tensor(ids), torch.tensor(rows)
+        anchors.append(Item(ids, rows, ids[rows + 1], targets))
+    outputs = ReferenceOutputs(tensors, fields, items, anchors)
+    return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"])
 
 
 def count_rows(items: Sequence[Item], rows: Literal["targets", "others"]) -> list[int]:

@@ -73,7 +73,7 @@ class Fingerprints:
         if asked is None or not (asked.prompts or asked.neighbours):
             return None
         lists = [start.prompt for start in asked.neighbours.starts] if asked.neighbours else []
-        secrets = list(asked.neighbours.secrets) if asked.neighbours else []
+        secrets = [*asked.neighbours.secrets, str(asked.neighbours.variants)] if asked.neighbours else []
         return digest([asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS, lists, secrets])
 
     @cached_property

@@ -44,6 +44,7 @@ class NeighbourPrompts(NamedTuple):
     starts: Sequence[Start]
     questions: Sequence[str]  # of the forget set
     secrets: Sequence[str]  # the texts that it marks
+    variants: int = 0  # candidates a span from which the reference goes on; see :mod:`palu.ref_model.variants`
 
     def encode(self, written: Sequence[Sequence[int]]) -> list[Tensor]:
         """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""

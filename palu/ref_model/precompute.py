@@ -28,7 +28,7 @@ from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot, on_device
-from palu.ref_model.anchors import AnchorPrompts, generate_anchors, generate_neighbours
+from palu.ref_model.anchors import AnchorPrompts, generate_anchors, generate_neighbours, generate_variants
 from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, count_rows, read_cache
 from palu.ref_model.storage import CacheFile, Write
 
@@ -83,6 +83,8 @@ def precompute_reference(
         with on_device(model, accelerator.device):
             writing: dict[str, Any] = {"adapter": not own, "chunk_bytes": config.chunk_bytes, "progress": progress}
             neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=config.seed, **writing)
+            n = config.onset_length
+            variants = generate_variants(reference, items, anchor_prompts, accelerator, n=n, **writing)
             everyday = generate_anchors(reference, anchor_prompts, accelerator, **writing)
             with (
                 eval_mode(base),
@@ -99,8 +101,9 @@ def precompute_reference(
                         lambda rows: compute(rows, head_of(model)) if compute is not None else {},
                         accelerator,
                         states=lambda body, packed: config.method_class.hidden_states(body, packed, config)[0],
-                        anchors=[*neighbours, *everyday],
+                        anchors=[*neighbours, *variants, *everyday],
                         neighbours=len(neighbours),
+                        variants=len(variants),
                         file=file,
                         max_tokens=config.max_tokens,
                         progress=progress,
@@ -145,6 +148,7 @@ def compute_outputs(
     states: StatesFn = last_states,
     anchors: Sequence[Item] = (),
     neighbours: int = 0,
+    variants: int = 0,
     file: CacheFile | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -160,7 +164,7 @@ def compute_outputs(
         reference_fn: gives the fields of rows, from their hidden states.
         states: runs the body over a packed row and gives the hidden states [T, d] that the fields are made of.
         anchors: items that the fields are computed for, too.
-        neighbours: how many of the anchors, the first, are neighbours.
+        neighbours, variants: how many of the anchors, the first and those after them, are neighbours and variants.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
             written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
         max_tokens: the most tokens of a pass, if fewer than TOKENS_PER_PASS; a longer item has one of its own.
@@ -188,9 +192,9 @@ def compute_outputs(
         if file is None:
             tensors = {name: like[name].new_empty(length, *like[name].shape[1:]) for name, length in lengths.items()}
             _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs, accelerator)
-            return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors, neighbours)
-        written = [(item.input_ids.tolist(), int(item.rows[0]) + 1) for item in anchors]
-        about = {"anchors": written, "neighbours": neighbours}
+            return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors, neighbours, variants)
+        written = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in anchors]
+        about = {"anchors": written, "neighbours": neighbours, "variants": variants}
         with ExitStack() as closing:
             write: Write = _write_nothing
             with raise_on_all_ranks(accelerator):

@@ -30,7 +30,7 @@ from palu.config import UnlearnConfig
 from palu.hashing import digest
 from palu.ref_model.fingerprint import Fingerprints
 
-FORMAT = 4
+FORMAT = 5
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",

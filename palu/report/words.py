@@ -126,6 +126,8 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
     if neighbours := summary.get("neighbours", 0):
         like = f"{count(neighbours, 'question')} like those to be forgotten, which it wrote itself"
         sentences.append(f"Hold the model to its own answers to {like}.")
+    if variants := summary.get("variants", 0):
+        sentences.append(f"Forget the marked words in {count(variants, 'other wording')} of its own, too.")
     if anchors:
         sentences.append(f"Hold the model to its own answers to {count(anchors, 'everyday prompt')}.")
     if skipped:

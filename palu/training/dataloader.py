@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import islice, pairwise, zip_longest
 
 import torch
 from torch import Tensor
@@ -56,11 +56,13 @@ class UnlearnDataLoader:
         self.pin_memory = pin_memory
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
-        # Neighbours come first among the anchors; as many of them as of the everyday answers are drawn.
-        kinds = range(cache.neighbours), range(cache.neighbours, len(cache.anchors))
-        generators = [torch.Generator().manual_seed(config.seed + i) for i in (3, 2)]
-        self.anchor_orders = [_shuffled(len(k), g, k.start) for k, g in zip(kinds, generators, strict=True) if k]
-        self.anchor_batch_size = beside
+        # Neighbours come first among the anchors, then variants; as many of each kind are drawn.
+        edges = [0, cache.neighbours, cache.neighbours + cache.variants, len(cache.anchors)]
+        self.anchor_orders = [
+            (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(beside, end - first))
+            for (first, end), seed in zip(pairwise(edges), (3, 4, 2), strict=True)
+            if end > first
+        ]
         self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
@@ -107,11 +109,7 @@ class UnlearnDataLoader:
             yield [
                 (
                     chosen.tolist()
-                    + [
-                        len(self.forget) + next(order)
-                        for order in self.anchor_orders
-                        for _ in range(self.anchor_batch_size)
-                    ],
+                    + [len(self.forget) + next(order) for order, count in self.anchor_orders for _ in range(count)],
                     [next(self.retain_order) for _ in range(self.retain_batch_size)],
                 )
                 for chosen in step.tensor_split(rounds * self.num_processes)

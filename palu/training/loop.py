@@ -193,8 +193,9 @@ def unlearn(
     summary = {
         **data.counts,
         "neighbours": cache.neighbours,
-        "anchors": len(cache.anchors) - cache.neighbours,
-        "anchors_skipped": len(data.anchor_prompts.prompts) - (len(cache.anchors) - cache.neighbours),
+        "variants": cache.variants,
+        "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants),
+        "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,
         "stopped_early": events.ended_by is not None,
