@@ -130,7 +130,8 @@ def measure_document(name: str) -> dict[str, Any]:
     before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         sizes: dict[str, Any] = {"max_length": 2 * LONG, "epochs": 4, "learning_rate": 1e-3}
-        sizes |= {"anchors": 0, "neighbours": 0, "local_loss": "topk_mse"}  # a loss that never is 0 ends no run
+        sizes |= {"anchors": 0, "neighbours": 0, "variants": 0}
+        sizes |= {"local_loss": "topk_mse"}  # a loss that never is 0 ends no run
         config = UnlearnConfig(**sizes, cache_dir=folder, progress=False, **settings)
         with PeakMemory() as memory:
             result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)

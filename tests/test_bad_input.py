@@ -578,7 +578,7 @@ BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("eval_steps", (0, -1, 2.0), "give a positive integer, or None for one before and one after"),
     ("checkpoint_steps", (0, -1, 2.0), "give a positive integer, or None for checkpoint_minutes"),
     ("anchors", (-1, 2.0, True, "all"), "give 0 or a positive integer, or None"),
-    ("neighbours", (-1, 2.0, True, None, "all"), "give 0 or a positive integer"),
+    ("neighbours variants", (-1, 2.0, True, None, "all"), "give 0 or a positive integer"),
     ("max_length", (1, 0, -1, 10.0, None), "give an integer above 1"),
     ("warmup_steps", (-1, 0.5, None), "give 0 or a positive integer"),
     ("seed", (-1, 2**32, 1.0, None), "give an integer in [0, 2**32)"),

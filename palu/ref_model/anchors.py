@@ -84,7 +84,7 @@ def encode_anchor_prompts(
         questions = list(load_questions(forget.source, "forget").values()) if wanted else []
         secrets = load_marked_texts(forget.source, "forget")
         neighbours = neighbour_prompts(questions, secrets, wanted, tokenizer, config.chat_template_kwargs)
-        neighbours = neighbours._replace(variants=config.reference.variants)
+        neighbours = neighbours._replace(variants=config.reference.variants if secrets else 0)
     if count == 0:
         stop_ids = set() if neighbours is None else neighbours.stop_ids()
         return AnchorPrompts([], stop_ids, config.max_length, neighbours)
@@ -212,7 +212,8 @@ def generate_variants(
     prompts = [prompt for prompt in prompts if int(prompt[-1]) not in ends]
     settings: dict[str, Any] = {"max_new_tokens": CONTINUATION, "chunk_bytes": chunk_bytes}
     written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
-    return list(variant_items(prompts, written, known.secrets, known.decode, n))
+    items = list(variant_items(prompts, written, known.secrets, known.decode, n))
+    return [item for item in items if len(item.input_ids) <= anchor_prompts.max_length]
 
 
 def _write(

@@ -17,7 +17,7 @@ from typer.testing import Result
 
 import palu
 
-RUN = palu.UnlearnConfig(epochs=1, lambda_retain=1.0, neighbours=0, progress=False)
+RUN = palu.UnlearnConfig(epochs=1, lambda_retain=1.0, neighbours=0, variants=0, progress=False)
 
 
 @pytest.fixture(scope="module")

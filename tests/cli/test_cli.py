@@ -47,7 +47,7 @@ FORGET = [
     for i, name in enumerate(NAMES)
 ]
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat on the mat."} for i in range(6)]
-SETTINGS = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "neighbours": 0, "progress": False}
+SETTINGS = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "neighbours": 0, "variants": 0, "progress": False}
 STEPS = 6
 
 
@@ -69,7 +69,19 @@ def finished(arguments: list[Any], tmp_path: Path) -> Path:
 def arguments(folder: Path, tmp_path: Path) -> list[Any]:
     """What `palu unlearn` cannot do without, and settings of six steps."""
     data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", tmp_path / "out"]
-    settings = ["--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--neighbours", 0, "--no-progress"]
+    settings = [
+        "--batch-size",
+        2,
+        "--epochs",
+        2,
+        "--learning-rate",
+        0.01,
+        "--neighbours",
+        0,
+        "--variants",
+        0,
+        "--no-progress",
+    ]
     return ["unlearn", "--model", folder / "model", *data, *settings]
 
 

@@ -33,7 +33,20 @@ def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
     sampling = tmp_path / "model" / "generation_config.json"  # flags that are not valid, as many models have them
     sampling.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
     data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
-    run = ["--output", "out", "--epochs", "1", "--anchors", "0", "--neighbours", "0", "--lora", "--no-progress"]
+    run = [
+        "--output",
+        "out",
+        "--epochs",
+        "1",
+        "--anchors",
+        "0",
+        "--neighbours",
+        "0",
+        "--variants",
+        "0",
+        "--lora",
+        "--no-progress",
+    ]
     attack = ["--original", "model", "--output", "out", "--quick", "--only", "ask", "--no-progress"]
     commands = [
         ["doctor"],

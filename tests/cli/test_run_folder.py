@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unlearn(folder: Path, output: Path, *more: Any) -> Result:
     data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
-    settings = ["--max-steps", 2, "--anchors", 0, "--neighbours", 0, "--no-progress"]
+    settings = ["--max-steps", 2, "--anchors", 0, "--neighbours", 0, "--variants", 0, "--no-progress"]
     return palu_command("unlearn", "--model", folder / "model", *data, *settings, *more)
 
 

@@ -79,7 +79,16 @@ def test_another_answer_to_the_same_question_may_be_kept() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*repeat.*")
         palu.unlearn(
-            model, None, [ADA], retain, tokenizer=byte_level(CHATML), epochs=1, anchors=0, neighbours=0, progress=False
+            model,
+            None,
+            [ADA],
+            retain,
+            tokenizer=byte_level(CHATML),
+            epochs=1,
+            anchors=0,
+            neighbours=0,
+            variants=0,
+            progress=False,
         )
 
 
@@ -132,7 +141,7 @@ def test_a_run_warns_once(tmp_path: Any) -> None:
     tokenizer = byte_level(CHATML)
     rows = [ADA, ADA, row("Who else?", "Ada did."), ADA]
     kept = [row("Where?", "At home, with Ada.")]
-    config = palu.UnlearnConfig(epochs=1, anchors=0, neighbours=0, progress=False)
+    config = palu.UnlearnConfig(epochs=1, anchors=0, neighbours=0, variants=0, progress=False)
 
     def model() -> Any:
         return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)

@@ -85,6 +85,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
             "tokenizer": TOKENIZER,
             "anchors": 5,
             "neighbours": 0,  # each process draws its own
+            "variants": 0,
             "max_length": 200,
             "learning_rate": None,
         },

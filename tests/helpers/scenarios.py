@@ -127,7 +127,9 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "no retain loss": Scenario(settings={"lambda_retain": 0}),
     "another prompt": Scenario(
-        lambda: tiny_llama(vocab_size=len(WORDS)), {"kl_prompt": "other", "anchors": 0, "neighbours": 0}, text=True
+        lambda: tiny_llama(vocab_size=len(WORDS)),
+        {"kl_prompt": "other", "anchors": 0, "neighbours": 0, "variants": 0},
+        text=True,
     ),
     "pdu": Scenario(settings={"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
     "npo": Scenario(settings={"objective": "npo"}),

@@ -34,7 +34,15 @@ from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 
 TOKENIZER = byte_level(LLAMA3)
-SETTINGS = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200, "neighbours": 0, "progress": False}
+SETTINGS = {
+    "epochs": 2,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "max_length": 200,
+    "neighbours": 0,
+    "variants": 0,
+    "progress": False,
+}
 STEPS, DRAWN = 4, 8  # three forget examples: two steps an epoch, two anchors a step
 
 

@@ -50,7 +50,8 @@ def llama(**config: Any) -> Any:
 
 def unlearn(forget: Any = TEXT_FORGET, retain: Any = None, **settings: Any) -> palu.UnlearnResult:
     given = {"tokenizer": TOKENIZER, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200}
-    given |= {"anchors": 0, "neighbours": 3, "progress": False}
+    given |= {"anchors": 0, "neighbours": 3, "lambda_retain": 0, "variants": 0}
+    given |= {"progress": False}
     return palu.unlearn(llama(), None, forget, retain, **given | settings)
 
 
@@ -139,12 +140,11 @@ def test_a_run_holds_to_its_answers(says: Any) -> None:
     assert result.summary["neighbours"] == len(questions) and result.summary["anchors"] == 0
     assert all(question.count("<|start_header_id|>user") == 1 for question in questions), "as the model is asked"
     assert not any("Karachi" in question for question in questions)
-    bare = unlearn(neighbours=0, retain=[], lambda_retain=0)
+    bare = unlearn(neighbours=0)
     assert result.history[0]["tokens"] > bare.history[0]["tokens"] and bare.summary["neighbours"] == 0
     for answer in ("It was Ada Lovelace.", ""):  # one that tells a secret, and a blank one
         says([" one?", " two?"], answer)
-        assert unlearn(retain=[], lambda_retain=0, anchors=0).summary["neighbours"] == 0
-        assert unlearn(TEXT_FORGET, TEXT_RETAIN).summary["neighbours"] == 0
+        assert unlearn().summary["neighbours"] == 0
     with pytest.raises(palu.DataError, match="answers none of 4 everyday prompts"):
         unlearn(anchors=4)
 
@@ -155,7 +155,7 @@ NONE: dict[str, dict[str, Any]] = {
     "tokenised rows": {"forget": forget_rows(3), "retain": retain_rows(3)},
     "documents": {"forget": [DOCUMENT], "retain": TEXT_RETAIN},
     "no KL": {"lambda_kl": 0, "retain": TEXT_RETAIN},
-    "nothing to retain": {"retain": [], "lambda_retain": 0},
+    "nothing to retain": {"retain": []},
 }
 
 
@@ -168,7 +168,7 @@ def test_where_there_are_none(name: str, says: Any) -> None:
 
 def encoded(count: int = 4) -> AnchorPrompts:
     forget = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
-    return encode_anchor_prompts(forget, None, TOKENIZER, UnlearnConfig(neighbours=count, anchors=0), 1)
+    return encode_anchor_prompts(forget, None, TOKENIZER, UnlearnConfig(neighbours=count, anchors=0, variants=0), 1)
 
 
 def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
         "gradient_accumulation_steps": 1,
         "anchors": 0,
         "neighbours": 0,
+        "variants": 0,
     }
     return model, {
         "forget": secrets,

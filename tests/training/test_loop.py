@@ -377,7 +377,14 @@ def test_a_retain_set_of_weight_0_is_not_tokenised(monkeypatch: pytest.MonkeyPat
     for weight, expected in ((0, 0), (1, len(TEXT_RETAIN))):
         rendered.clear()
         model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
-        settings = {"tokenizer": tokenizer, "lambda_retain": weight, "epochs": 1, "anchors": 2, "neighbours": 0}
+        settings = {
+            "tokenizer": tokenizer,
+            "lambda_retain": weight,
+            "epochs": 1,
+            "anchors": 2,
+            "neighbours": 0,
+            "variants": 0,
+        }
         summary = unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, **settings).summary
         assert sum(columns in TEXT_RETAIN for columns in rendered) == expected == summary["retain_examples"]
         assert sum(columns in TEXT_FORGET for columns in rendered) == len(TEXT_FORGET)
@@ -425,6 +432,7 @@ def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
         "tokenizer": tokenizer,
         "anchors": 0,
         "neighbours": 0,
+        "variants": 0,
     }
     for direction, first, second in (("reverse", ours, theirs), ("forward", theirs, ours)):
         expected = float((first.exp() * (first - second)).sum(-1).mean())

@@ -29,6 +29,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         "model": tiny_llama(vocab_size=len(byte_level(DATED))),
         "anchors": 0,
         "neighbours": 0,
+        "variants": 0,
     }
     values = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
     result = unlearn(report_to="tensorboard", logging_dir=str(tmp_path / "logs"), **dated, **values)

@@ -1,0 +1,134 @@
+"""Variants: other ways in which the reference tells a secret, which are forgotten, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.small_tokenizers import LLAMA3, byte_level, sentencepiece
+from helpers.tiny import forget_rows, retain_rows, tiny_llama
+
+import palu
+from palu.config import UnlearnConfig
+from palu.data.examples import load_forget
+from palu.data.packing import forget_items
+from palu.models.root import ModelRoot
+from palu.ref_model import anchors, variants
+from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
+from palu.ref_model.variants import CONTINUATION, other_candidates, variant_items
+
+TOKENIZER = byte_level(LLAMA3)
+FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
+ITEMS = forget_items(FORGET.examples, -1, None)
+SPANS = 3  # two in the first row, one in the second
+
+
+def llama(**config: Any) -> Any:
+    return tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
+
+
+def unlearn(forget: Any = TEXT_FORGET, retain: Any = TEXT_RETAIN, **settings: Any) -> palu.UnlearnResult:
+    given = {"tokenizer": TOKENIZER, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200}
+    given |= {"anchors": 0, "neighbours": 0, "variants": 4, "progress": False}
+    return palu.unlearn(llama(), None, forget, retain, **given | settings)
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whatever it is asked, the model says where she was born. Grows by how many texts it is to go on with."""
+    asked: list[int] = []
+
+    def generate(_: Any, prompts: Any, *__: Any, **___: Any) -> list[list[int]]:
+        asked.append(len(prompts))
+        return [TOKENIZER(" it was in Karachi, I know", add_special_tokens=False).input_ids] * len(prompts)
+
+    monkeypatch.setattr(anchors, "generate_ids", generate)
+    return asked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [1000, 2 * SPANS, 1])
+def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest at the beginning of each span, but for its own first token."""
+    monkeypatch.setattr(variants, "MOST", most)
+    count, model, expected = min(4, max(most // SPANS, 1)), llama(), []
+    for example in FORGET.examples:
+        logits = model(input_ids=example.input_ids[None]).logits[0]
+        labels = example.labels.tolist()
+        for t in (t for t in range(1, len(labels)) if labels[t] >= 0 > labels[t - 1]):
+            order = [i for i in logits[t - 1].argsort(descending=True).tolist() if i != labels[t]]
+            expected += [[*example.input_ids[:t].tolist(), token] for token in order[:count]]
+    assert [prompt.tolist() for prompt in other_candidates(model, ITEMS, 4)] == expected
+    assert len(expected) == count * SPANS
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, sentencepiece()], ids=["byte", "sp"])
+@pytest.mark.parametrize(("n", "forgotten"), [(-1, "Ada Lovelace"), (1, None)])
+def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, forgotten: str | None) -> None:
+    """The first secret that is told; nothing is kept, and what comes after it is left out."""
+    prompt = tokenizer("Who? It was", return_tensors="pt").input_ids[0]
+    texts = [" the ada lovelace, in 1843", " nobody in London", " Ada Lovelace did"]
+    ids = [tokenizer(f"x{text}", add_special_tokens=False).input_ids for text in texts]
+    ids = [tokens[len(tokenizer("x", add_special_tokens=False).input_ids) :] for tokens in ids]
+    prompts = [torch.cat([prompt, torch.tensor(tokens[:1])]) for tokens in ids]
+    decode = lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))  # noqa: E731
+    items = list(variant_items(prompts, [tokens[1:] for tokens in ids], ["1843", "Ada Lovelace"], decode, n))
+    assert len(items) == 2
+    for item, tokens in zip(items, (ids[0], ids[2]), strict=True):
+        assert item.input_ids.tolist() == [*prompt.tolist(), *tokens][: len(item.input_ids)]
+        assert item.targets == len(item.rows) == len(item.labels)
+        assert torch.equal(item.labels, item.input_ids[item.rows + 1])
+        assert int(item.rows[-1]) == len(item.input_ids) - 2
+        told = decode(item.labels.tolist()).strip().casefold()
+        if forgotten is None:
+            assert item.targets == 1 and "ada lovelace".startswith(told)
+        else:
+            assert told == "ada lovelace"
+
+
+def test_a_run_forgets_them_too(says: list[int]) -> None:
+    result = unlearn()
+    assert says == [4 * SPANS] and result.summary["variants"] == 4 * SPANS
+    without = unlearn(variants=0)
+    assert without.summary["variants"] == 0 and len(says) == 1
+    assert result.history[0]["tokens"] > without.history[0]["tokens"]
+    assert result.history[0]["local"] != without.history[0]["local"]
+    assert result.history[0]["kl"] == pytest.approx(without.history[0]["kl"], abs=1e-6), "nothing of them is kept"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gamma": 0}, {"objective": "npo"}, {"forget": forget_rows(3), "retain": retain_rows(3)}],
+    ids=["no local loss", "another method", "tokenised rows"],
+)
+def test_where_there_are_none(settings: dict[str, Any], says: list[int]) -> None:
+    given = {"tokenizer": TOKENIZER, "epochs": 1, "learning_rate": 1e-3, "max_length": 200, "progress": False}
+    given |= {} if "objective" in settings else {"anchors": 0, "neighbours": 0}
+    given = {"forget": TEXT_FORGET, "retain": TEXT_RETAIN} | given | settings
+    assert palu.unlearn(llama(), None, **given).summary["variants"] == 0
+    assert says == []
+
+
+def test_none_is_longer_than_max_length(says: list[int]) -> None:
+    config = UnlearnConfig(
+        anchors=0, neighbours=0, variants=4, max_length=max(len(e.input_ids) for e in FORGET.examples)
+    )
+    prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1)
+    found = [
+        generate_variants(
+            ModelRoot(llama()), ITEMS, prompts._replace(max_length=length), Accelerator(), adapter=False, n=-1
+        )
+        for length in (config.max_length + CONTINUATION, config.max_length)
+    ]
+    assert 0 < len(found[1]) < len(found[0]) == 4 * SPANS
+    assert max(len(item.input_ids) for item in found[1]) <= config.max_length
+
+
+def test_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
+    runs = [unlearn(cache_dir=str(tmp_path)) for _ in range(2)]
+    assert len(says) == 1 and runs[1].summary["variants"] == 4 * SPANS
+    assert [record["local"] for record in runs[0].history] == [record["local"] for record in runs[1].history]
