@@ -33,24 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unlearn(folder: Path, output: Path, *options: Any) -> Result:
     given = ["unlearn", "--model", folder / "model", "--forget", folder / "forget.jsonl", "--output", output]
-    return palu_command(*given, "--lora", "--no-progress", *options)
+    return palu_command(*given, "--lora", "--neighbours", 0, "--variants", 0, "--no-progress", *options)
 
 
 def test_no_logits_of_whole_texts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows fit into --chunk-bytes, those of the last positions of twelve anchors too."""
     monkeypatch.setattr(scores, "CHUNK_BYTES", 16 * VOCAB)
-    options = [
-        "--max-steps",
-        1,
-        "--anchors",
-        12,
-        "--neighbours",
-        0,
-        "--retain-batch-size",
-        12,
-        "--chunk-bytes",
-        16 * VOCAB,
-    ]
+    options = ["--max-steps", 1, "--anchors", 12, "--retain-batch-size", 12, "--chunk-bytes", 16 * VOCAB]
     with WatchLogits(VOCAB, WIDTH) as watched:
         result = unlearn(folder, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
@@ -59,18 +48,7 @@ def test_no_logits_of_whole_texts(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_another_adapter_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
     """Its weights may be the same, and it computes something else."""
-    options = [
-        "--epochs",
-        1,
-        "--anchors",
-        2,
-        "--neighbours",
-        0,
-        "--variants",
-        0,
-        "--checkpoint-dir",
-        tmp_path / "checkpoints",
-    ]
+    options = ["--epochs", 1, "--anchors", 2, "--checkpoint-dir", tmp_path / "checkpoints"]
     assert unlearn(folder, tmp_path / "one", *options).exit_code == 0
     assert unlearn(folder, tmp_path / "two", *options, "--resume").exit_code == 0
     for other in (["--lora-alpha", 4], ["--lora-dropout", 0.5]):
@@ -80,36 +58,10 @@ def test_another_adapter_is_not_gone_on_with(folder: Path, tmp_path: Path) -> No
 
 
 def test_the_last_line_says_which_secrets_remain(folder: Path, tmp_path: Path) -> None:
-    result = unlearn(
-        folder,
-        tmp_path / "weak",
-        "--max-steps",
-        1,
-        "--learning-rate",
-        1e-6,
-        "--anchors",
-        2,
-        "--neighbours",
-        0,
-        "--variants",
-        0,
-    )
+    result = unlearn(folder, tmp_path / "weak", "--max-steps", 1, "--learning-rate", 1e-6, "--anchors", 2)
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1].startswith(f"0 of {SECRETS} secrets forgotten, {SECRETS} still known; raise ")
-    assert "docs/lora.md" in result.stdout
-    result = unlearn(
-        folder,
-        tmp_path / "strong",
-        "--epochs",
-        20,
-        "--learning-rate",
-        0.05,
-        "--anchors",
-        2,
-        "--neighbours",
-        0,
-        "--variants",
-        0,
-    )
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"0 of {SECRETS} secrets forgotten, {SECRETS} still known") and "rows 0, 1 remain" in last
+    result = unlearn(folder, tmp_path / "strong", "--epochs", 20, "--learning-rate", 0.05, "--anchors", 2)
     assert result.exit_code == 0, result.output
     assert "known" not in result.stdout

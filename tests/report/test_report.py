@@ -254,7 +254,17 @@ def test_redaction_leaves_no_secret(folder: Path) -> None:
 
 
 def test_headline_tells_what_is_left(folder: Path) -> None:
-    assert view.outcome(read(folder))["headline"] == f"All {len(FORGET)} secrets are forgotten"
+    def own(after: float) -> view.Json:
+        """The outcome where the model still says so much of its own answers as it said of them before, 0.8."""
+        change(folder, lambda found: found.update(general={"questions": 24, "before": 0.8, "after": after}))
+        return view.outcome(read(folder))
+
+    assert own(0.8)["headline"] == f"All {len(FORGET)} secrets are forgotten, and the model is intact"
+    assert view.verdict(own(0.8)).endswith("(100 % of its own answers' words are kept)"), "nothing is to be done"
+    assert own(0.4)["headline"].endswith("forgotten, and the model is damaged")
+    assert "lower the learning rate" in view.verdict(own(0.4)) and "50 %" in Page(write_report(folder)).text
+    change(folder, lambda found: found.pop("general"))  # as an earlier palu has it
+    assert view.verdict(view.outcome(read(folder))) == f"All {len(FORGET)} secrets are forgotten"
 
     def still_known(found: dict[str, Any]) -> None:
         found["secrets"][1]["after"] = {"probability": 0.0001, "recalled": True}
@@ -265,13 +275,16 @@ def test_headline_tells_what_is_left(folder: Path) -> None:
         view.outcome(read(folder))["headline"] == f"{len(FORGET) - 2} of {len(FORGET)} secrets forgotten, 2 still known"
     )
     assert Page(write_report(folder)).text.count("still known") == 4  # in title and headline, and at each
+    assert "rows 1, 2 remain" in view.verdict(own(0.8)) and own(0.1)["headline"].endswith(
+        "known, and the model is damaged"
+    )
 
     def never_known(found: dict[str, Any]) -> None:
         for secret in found["secrets"]:
             secret["before"] = {"probability": 1e-5, "recalled": False}
 
     change(folder, never_known)
-    assert view.outcome(read(folder))["headline"] == "No secret was known before the run"
+    assert own(0.8)["headline"].startswith("No secret was known before the run")
     assert "known only now" in Page(write_report(folder)).text
 
 
