@@ -175,9 +175,9 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     """And no other random number is another one for it."""
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, ids: written.append(ids) or [])
-    state = torch.random.get_rng_state()
+    model, prompts, state = ModelRoot(llama()), encoded(), torch.random.get_rng_state()
     for seed in (0, 0, 1):
-        generate_neighbours(ModelRoot(llama()), encoded(), Accelerator(), adapter=False, seed=seed)
+        generate_neighbours(model, prompts, Accelerator(), adapter=False, seed=seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written[0] == written[1] != written[2] and len(written[0]) == 12
 
