@@ -31,7 +31,7 @@ from palu.models.generation import encode_prompts, eval_mode, generate_ids, gene
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
 from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, neighbour_prompts
-from palu.ref_model.variants import CONTINUATION, other_candidates, variant_items
+from palu.ref_model.variants import CONTINUATION, other_candidates, variant_item
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -194,26 +194,26 @@ def generate_variants(
     accelerator: Accelerator,
     *,
     adapter: bool,
-    n: int,
     chunk_bytes: int = UnlearnConfig.chunk_bytes,
     progress: bool = False,
 ) -> list[Item]:
-    """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`).
-
-    ``n``: the onset length.
-    """
+    """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`)."""
     known = anchor_prompts.neighbours
     if known is None or not known.variants:
         return []
     base = base_of(reference.model)
     with eval_mode(base), accelerator.autocast(), nullcontext() if adapter else without_adapter(reference.model):
-        prompts = reference.run(lambda: other_candidates(reference.model, items, known.variants))
+        found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
     ends = known.stop_ids()
-    prompts = [prompt for prompt in prompts if int(prompt[-1]) not in ends]
+    found = [(prompt, targets) for prompt, targets in found if int(prompt[-1]) not in ends]
     settings: dict[str, Any] = {"max_new_tokens": CONTINUATION, "chunk_bytes": chunk_bytes}
+    prompts = [prompt for prompt, _ in found]
     written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
-    items = list(variant_items(prompts, written, known.secrets, known.decode, n))
-    return [item for item in items if len(item.input_ids) <= anchor_prompts.max_length]
+    variants = [
+        variant_item(prompt, continuation, targets, known.secrets, known.decode)
+        for (prompt, targets), continuation in zip(found, written, strict=True)
+    ]
+    return [item for item in variants if item is not None and len(item.input_ids) <= anchor_prompts.max_length]
 
 
 def _write(

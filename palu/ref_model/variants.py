@@ -7,7 +7,8 @@ likeliest other candidates. Where that tells a secret, the secret's tokens there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,54 +23,59 @@ MOST = 512  # continuations in all, but at least one a span
 
 
 @torch.no_grad()
-def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[Tensor]:
-    """Return what precedes each span's first token, and a candidate other than it: int64 [t] each, ``count`` a span.
+def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return (the tokens before a span and another candidate for its first one, the span's targets), int64 each.
 
-    Fewer a span where they would be more than MOST.
+    There are ``count`` for each span, fewer where they would be more than MOST.
     """
-    count = min(count, max(MOST // max(sum(len(_span_starts(item)) for item in items), 1), 1))
+    count = min(count, max(MOST // max(sum(len(_spans(item)) for item in items), 1), 1))
     body, head = body_of(model), head_of(model)
     device = next(body.parameters()).device
-    prompts = []
+    found = []
     for item in items:
-        starts = _span_starts(item)
-        if not len(starts):
+        if not (spans := _spans(item)):
             continue
         states = body(**pack([item]).to(device).inputs()).last_hidden_state[0]
-        highest = head.logits(states[starts.to(device)]).topk(count + 1).indices.cpu()
-        for start, candidates in zip(starts.tolist(), highest, strict=True):
-            others = candidates[candidates != item.input_ids[start + 1]][:count]
-            prompts += [torch.cat([item.input_ids[: start + 1], other[None]]) for other in others]
-    return prompts
+        rows = torch.stack([span[0] for span in spans])
+        highest = head.logits(states[rows.to(device)]).topk(count + 1).indices.cpu()
+        for span, candidates in zip(spans, highest, strict=True):
+            targets = item.input_ids[span + 1]
+            for other in candidates[candidates != targets[0]][:count]:
+                found.append((torch.cat([item.input_ids[: span[0] + 1], other[None]]), targets))
+    return found
 
 
-def _span_starts(item: Item) -> Tensor:
-    """Return the rows [spans] that predict the first token of a run of targets."""
+def _spans(item: Item) -> list[Tensor]:
+    """Split the rows that predict targets into runs of neighbours."""
     rows = item.rows[: item.targets]
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[1:] = rows[1:] != rows[:-1] + 1
-    return rows[first]
+    if not len(rows):
+        return []
+    return list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist()))
 
 
-def variant_items(
-    prompts: Sequence[Tensor],
-    written: Sequence[Sequence[int]],
+def variant_item(
+    prompt: Tensor,
+    continuation: Sequence[int],
+    targets: Tensor,
     secrets: Sequence[str],
     decode: Callable[[Sequence[int]], str],
-    n: int,
-) -> Iterator[Item]:
-    """Make an item of each continuation that tells a secret: the first ``n`` tokens of the secret are its targets."""
-    for prompt, continuation in zip(prompts, written, strict=True):
-        tokens = [int(prompt[-1]), *continuation]  # the candidate may be the secret's first token itself
-        ends = [len(decode(tokens[: i + 1])) for i in range(len(tokens))]
-        text = decode(tokens)
-        spans = [span for secret in secrets for span in find(secret, text, whole=True)]
-        if not spans:
-            continue
-        start, end = min(spans)
-        begins = [0, *ends[:-1]]
-        inside = [i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < end and b > start]
-        inside = inside if n == -1 else inside[:n]
-        ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
-        rows = torch.tensor(inside) + len(prompt) - 2
-        yield Item(ids, rows, ids[rows + 1], targets=len(rows))
+) -> Item | None:
+    """Make an item where a continuation tells the span's secret, with as many targets at most; else None.
+
+    Args:
+        prompt, targets: of :func:`other_candidates`.
+        secrets: those of the forget set; the span's is the one that begins as its targets do.
+        decode: turns tokens into text.
+    """
+    tokens = [int(prompt[-1]), *continuation]  # the candidate may be the secret's first token itself
+    begins = decode(targets.tolist()).strip()
+    text, own = decode(tokens), [secret for secret in secrets if secret.startswith(begins) or begins.startswith(secret)]
+    places = [place for secret in own for place in find(secret, text, whole=True)]
+    if not places:
+        return None
+    start, end = min(places)
+    edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
+    inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start][: len(targets) + 1]
+    ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
+    rows = torch.tensor(inside) + len(prompt) - 2
+    return Item(ids, rows, ids[rows + 1], targets=len(rows))

@@ -20,8 +20,8 @@ class UnlearnDataLoader:
     """Draws forget, retain and anchor examples: iterating once is one epoch, a list of micro-batches per step.
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
-    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's anchors, as
-    many neighbours and as many everyday answers. All
+    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's neighbours,
+    and half as many variants and everyday answers. All
     processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
     step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
     number of steps taken are all that decides what comes next.
@@ -50,17 +50,18 @@ class UnlearnDataLoader:
         self.asked_of_retain = len(cache.outputs) - len(cache.anchors) > len(forget)
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
+        half = -(-beside // 2)
         self.retain_batch_size = beside if retain else 0
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.pin_memory = pin_memory
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
-        # Neighbours come first among the anchors, then variants; as many of each kind are drawn.
+        # Neighbours come first among the anchors, then variants.
         edges = [0, cache.neighbours, cache.neighbours + cache.variants, len(cache.anchors)]
         self.anchor_orders = [
-            (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(beside, end - first))
-            for (first, end), seed in zip(pairwise(edges), (3, 4, 2), strict=True)
+            (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(draws, end - first))
+            for (first, end), seed, draws in zip(pairwise(edges), (3, 4, 2), (beside, half, half), strict=True)
             if end > first
         ]
         self.skipped = 0  # steps that the next iteration leaves out
