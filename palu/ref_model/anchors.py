@@ -194,10 +194,14 @@ def generate_variants(
     accelerator: Accelerator,
     *,
     adapter: bool,
+    n: int,
     chunk_bytes: int = UnlearnConfig.chunk_bytes,
     progress: bool = False,
 ) -> list[Item]:
-    """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`)."""
+    """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`).
+
+    ``n``: the onset length.
+    """
     known = anchor_prompts.neighbours
     if known is None or not known.variants:
         return []
@@ -210,7 +214,7 @@ def generate_variants(
     prompts = [prompt for prompt, _ in found]
     written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
     variants = [
-        variant_item(prompt, continuation, targets, known.secrets, known.decode)
+        variant_item(prompt, continuation, targets, known.secrets, known.decode, n)
         for (prompt, targets), continuation in zip(found, written, strict=True)
     ]
     return [item for item in variants if item is not None and len(item.input_ids) <= anchor_prompts.max_length]

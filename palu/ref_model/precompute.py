@@ -83,7 +83,8 @@ def precompute_reference(
         with on_device(model, accelerator.device):
             writing: dict[str, Any] = {"adapter": not own, "chunk_bytes": config.chunk_bytes, "progress": progress}
             neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=config.seed, **writing)
-            variants = generate_variants(reference, items, anchor_prompts, accelerator, **writing)
+            n = config.onset_length
+            variants = generate_variants(reference, items, anchor_prompts, accelerator, n=n, **writing)
             everyday = generate_anchors(reference, anchor_prompts, accelerator, **writing)
             with (
                 eval_mode(base),

@@ -59,8 +59,9 @@ def variant_item(
     targets: Tensor,
     secrets: Sequence[str],
     decode: Callable[[Sequence[int]], str],
+    n: int,
 ) -> Item | None:
-    """Make an item where a continuation tells the span's secret, with as many targets at most; else None.
+    """Make an item where a continuation tells the span's secret, whose first ``n`` tokens are its targets; else None.
 
     Args:
         prompt, targets: of :func:`other_candidates`.
@@ -75,7 +76,8 @@ def variant_item(
         return None
     start, end = min(places)
     edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
-    inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start][: len(targets) + 1]
+    inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
+    inside = inside if n == -1 else inside[:n]
     ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
     rows = torch.tensor(inside) + len(prompt) - 2
     return Item(ids, rows, ids[rows + 1], targets=len(rows))
