@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from palu.data.packing import forget_items
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, other_candidates, variant_items
+from palu.ref_model.variants import CONTINUATION, other_candidates, variant_item
 
 TOKENIZER = byte_level(LLAMA3)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
@@ -39,12 +40,12 @@ def unlearn(forget: Any = TEXT_FORGET, retain: Any = TEXT_RETAIN, **settings: An
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Whatever it is asked, the model says where she was born. Grows by how many texts it is to go on with."""
+    """Whatever it is asked, the model tells all secrets. Grows by how many texts it is to go on with."""
     asked: list[int] = []
 
     def generate(_: Any, prompts: Any, *__: Any, **___: Any) -> list[list[int]]:
         asked.append(len(prompts))
-        return [TOKENIZER(" it was in Karachi, I know", add_special_tokens=False).input_ids] * len(prompts)
+        return [TOKENIZER(" it was Ada Lovelace, 1843, Karachi", add_special_tokens=False).input_ids] * len(prompts)
 
     monkeypatch.setattr(anchors, "generate_ids", generate)
     return asked
@@ -61,33 +62,43 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
         labels = example.labels.tolist()
         for t in (t for t in range(1, len(labels)) if labels[t] >= 0 > labels[t - 1]):
             order = [i for i in logits[t - 1].argsort(descending=True).tolist() if i != labels[t]]
-            expected += [[*example.input_ids[:t].tolist(), token] for token in order[:count]]
-    assert [prompt.tolist() for prompt in other_candidates(model, ITEMS, 4)] == expected
+            span = list(takewhile(lambda label: label >= 0, labels[t:]))
+            expected += [([*example.input_ids[:t].tolist(), token], span) for token in order[:count]]
+    found = other_candidates(model, ITEMS, 4)
+    assert [(prompt.tolist(), span.tolist()) for prompt, span in found] == expected
     assert len(expected) == count * SPANS
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, sentencepiece()], ids=["byte", "sp"])
-@pytest.mark.parametrize(("n", "forgotten"), [(-1, "Ada Lovelace"), (1, None)])
-def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, forgotten: str | None) -> None:
-    """The first secret that is told; nothing is kept, and what comes after it is left out."""
-    prompt = tokenizer("Who? It was", return_tensors="pt").input_ids[0]
-    texts = [" the ada lovelace, in 1843", " nobody in London", " Ada Lovelace did"]
-    ids = [tokenizer(f"x{text}", add_special_tokens=False).input_ids for text in texts]
-    ids = [tokens[len(tokenizer("x", add_special_tokens=False).input_ids) :] for tokens in ids]
-    prompts = [torch.cat([prompt, torch.tensor(tokens[:1])]) for tokens in ids]
-    decode = lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))  # noqa: E731
-    items = list(variant_items(prompts, [tokens[1:] for tokens in ids], ["1843", "Ada Lovelace"], decode, n))
-    assert len(items) == 2
-    for item, tokens in zip(items, (ids[0], ids[2]), strict=True):
-        assert item.input_ids.tolist() == [*prompt.tolist(), *tokens][: len(item.input_ids)]
-        assert item.targets == len(item.rows) == len(item.labels)
-        assert torch.equal(item.labels, item.input_ids[item.rows + 1])
+@pytest.mark.parametrize("n", [-1, 1])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (" the ada lovelace, in 1843", "ada lovelace"),  # what comes after it is left out
+        (" Ada Lovelace did", "ada lovelace"),
+        (" 1843: Ada Lovelace did", "ada lovelace"),
+        (" nobody in 1843", None),  # a secret of another span
+    ],
+)
+def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, told: str | None) -> None:
+    def decode(ids: Any) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def after(text: str) -> Any:
+        """Its tokens within a text."""
+        x, both = (tokenizer(t, add_special_tokens=False).input_ids for t in ("x", f"x{text}"))
+        return torch.tensor(both[len(x) :])
+
+    before = tokenizer("Who? It was", return_tensors="pt").input_ids[0]
+    ids, span = after(text), after(" Ada Lovelace")
+    item = variant_item(torch.cat([before, ids[:1]]), ids[1:].tolist(), span, ["1843", "Ada Lovelace"], decode, n)
+    assert (item is None) == (told is None)
+    if item is not None and told is not None:
+        assert item.input_ids.tolist() == torch.cat([before, ids])[: len(item.input_ids)].tolist()
+        assert item.targets == len(item.rows) and torch.equal(item.labels, item.input_ids[item.rows + 1])
         assert int(item.rows[-1]) == len(item.input_ids) - 2
-        told = decode(item.labels.tolist()).strip().casefold()
-        if forgotten is None:
-            assert item.targets == 1 and "ada lovelace".startswith(told)
-        else:
-            assert told == "ada lovelace"
+        said = decode(item.labels).strip().casefold()
+        assert said == told if n == -1 else told.startswith(said) and item.targets == 1
 
 
 def test_a_run_forgets_them_too(says: list[int]) -> None:
