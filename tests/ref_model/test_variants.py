@@ -34,7 +34,8 @@ def llama(**config: Any) -> Any:
 
 def unlearn(forget: Any = TEXT_FORGET, retain: Any = TEXT_RETAIN, **settings: Any) -> palu.UnlearnResult:
     given = {"tokenizer": TOKENIZER, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200}
-    given |= {"anchors": 0, "neighbours": 0, "variants": 4, "progress": False}
+    given |= {"anchors": 0, "neighbours": 0, "variants": 4, "probability_floor": 0.0}
+    given |= {"progress": False}
     return palu.unlearn(llama(), None, forget, retain, **given | settings)
 
 
