@@ -46,6 +46,14 @@ class MethodSettings(Settings):
         """Passes over the forget set that a run takes, where its settings say nothing."""
         return 8
 
+    @property
+    def ends_below(self) -> float | None:
+        """The probability below which all targets must stay for a run to end by itself; None: it does not.
+
+        Where there is one, the forget loss of a target is ``-log(1 - p)``, and p is that probability.
+        """
+        return None
+
 
 class ForgetSet(NamedTuple):
     """The forget set, tokenised."""
@@ -202,11 +210,12 @@ class Method(ModelRoot):
         terms = self.compute_losses(hidden, head, batch, shares)
         figures = dict.fromkeys(self.terms, shares.targets.new_zeros(()))
         of_rows = [(name, term, weight) for name, term, weight in terms if isinstance(term, RowTerm)]
-        total = self._row_losses(hidden, head, batch, shares, of_rows, figures)
+        total, of_targets = self._row_losses(hidden, head, batch, shares, of_rows, figures)
         for name, term, weight in terms:
             if isinstance(term, Tensor):
                 total, figures[name] = total + weight * term, term.detach()
-        return Losses(total, torch.stack(list(figures.values())), self._highest_probability(last, head, batch))
+        highest = self._highest_probability(last, head, batch, of_targets)
+        return Losses(total, torch.stack(list(figures.values())), highest)
 
     def _row_losses(
         self,
@@ -216,10 +225,10 @@ class Method(ModelRoot):
         shares: Shares,
         terms: Sequence[tuple[str, RowTerm, float]],
         figures: dict[str, Tensor],
-    ) -> Tensor:
-        """Compute the weighted sum of the terms, and put each one's mean into ``figures``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weighted sum of the terms, and the losses of the first one; put the means into ``figures``."""
         if not terms:
-            return hidden[:0].sum(dtype=shares.targets.dtype)
+            return hidden[:0].sum(dtype=shares.targets.dtype), shares.targets.new_zeros(0)
         parts = dict(zip(ROLES, hidden.split(list(batch.counts[:3])), strict=True))
         means = [getattr(shares, term.rows).expand(len(parts[term.rows])) for _, term, _ in terms]
         chosen = [term.rows for _, term, _ in terms if len(parts[term.rows])]
@@ -235,12 +244,15 @@ class Method(ModelRoot):
         )
         of_terms = losses.split([len(mean) for mean in means])
         figures |= {name: mean @ of_term for (name, _, _), mean, of_term in zip(terms, means, of_terms, strict=True)}
-        return total
+        return total, of_terms[0]
 
     @torch.no_grad()
-    def _highest_probability(self, last: Tensor, head: Head, batch: Batch) -> Tensor:
+    def _highest_probability(self, last: Tensor, head: Head, batch: Batch, losses: Tensor) -> Tensor:
+        """Return the highest probability of a target; ``losses``: the targets', where the settings have ends_below."""
         if self.config.stop_probability is None:
-            return last.new_full((), float("nan"), dtype=torch.float32)
+            if self.settings.ends_below is None:
+                return last.new_full((), float("nan"), dtype=torch.float32)
+            return -torch.cat([losses.new_zeros(1), losses]).max().neg().expm1().float()
         targets = slice(batch.counts.targets)
         hidden = last.index_select(0, batch.rows[targets])
         probability = map_logits(nll, hidden, head, batch.labels[targets], self.config.chunk_bytes).neg().exp().float()

@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+ENDS_BELOW = 2.5  # times the floor
 # Settings of one of the local losses.
 _READ_BY = {"topk_mse": ("target",), "unlikelihood": ("probability_floor", "kl_prompt")}
 
@@ -124,8 +125,14 @@ class PaluSettings(MethodSettings):
 
     @property
     def epochs(self) -> int:
-        """Passes over the forget set, at most: with a floor for the probabilities a run ends by itself."""
-        return 60 if self.local_loss == "unlikelihood" and self.probability_floor > 0 else super().epochs
+        """Passes over the forget set, at most where a run ends by itself."""
+        return super().epochs if self.ends_below is None else 60
+
+    @property
+    def ends_below(self) -> float | None:
+        """Above the floor, since tokens come to rest near it."""
+        ends = self.local_loss == "unlikelihood" and self.probability_floor > 0 and self.gamma > 0
+        return ENDS_BELOW * self.probability_floor if ends else None
 
 
 class PaluMethod(Method):

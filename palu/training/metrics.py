@@ -40,13 +40,13 @@ def gather_metrics(
         terms: names of the figures in ``Losses.terms``.
 
     Returns:
-        loss, the terms, tokens, grad_norm, and onset_probability where ``stop_probability`` is set.
+        loss, the terms, tokens, grad_norm, and onset_probability where ``stop_probability`` is set or the method has one.
     """
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
     tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
     names = ["loss", *terms, "tokens", "grad_norm"]
     figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
-    if config.stop_probability is not None:
+    if config.stop_probability is not None or config.method.ends_below is not None:
         highest = torch.stack([losses.highest_probability for losses in outputs]).max()
         names.append("onset_probability")
         figures.append(accelerator.gather(highest).max())

@@ -170,12 +170,16 @@ def step_figures(
 def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> str | None:
     """Say after an epoch what ends the run, if it need not go on.
 
-    ``"forgotten"``: in two epochs running the forget loss was 0 at every token (PALU: none was more probable than
-    ``probability_floor``). ``"stop_probability"``: the epoch's probabilities stayed below it.
+    ``"forgotten"``: in two epochs running the probabilities stayed below the method's ``ends_below`` (PALU: those among
+    the candidates, below 2.5 times the floor). ``"stop_probability"``: in one they stayed below this setting.
     """
-    limit, epoch = method.config.stop_probability, history[-steps_per_epoch:]
-    if limit is not None and max(record["onset_probability"] for record in epoch) < limit:
-        return "stop_probability"
-    two = history[-2 * steps_per_epoch :]
-    done = len(two) == 2 * steps_per_epoch and not any(record[method.terms[0]] for record in two)
-    return "forgotten" if done and method.settings.gamma > 0 else None
+    given, own = method.config.stop_probability, method.settings.ends_below
+    if given is not None:
+        limit, epochs, name = given, 1, "stop_probability"
+    elif own is not None:
+        limit, epochs, name = own, 2, "forgotten"
+    else:
+        return None
+    records = history[-epochs * steps_per_epoch :]
+    done = len(records) == epochs * steps_per_epoch and max(r["onset_probability"] for r in records) < limit
+    return name if done else None
