@@ -40,7 +40,7 @@ def gather_metrics(
         terms: names of the figures in ``Losses.terms``.
 
     Returns:
-        loss, the terms, tokens, grad_norm, and onset_probability where ``stop_probability`` is set or the method has one.
+        loss, the terms, tokens, grad_norm, and onset_probability where it can end the run.
     """
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
     tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
