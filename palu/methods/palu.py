@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-ENDS_BELOW = 2.5  # times the floor
+ENDS_BELOW = 5  # times the floor
 # Settings of one of the local losses.
 _READ_BY = {"topk_mse": ("target",), "unlikelihood": ("probability_floor", "kl_prompt")}
 

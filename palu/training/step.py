@@ -171,7 +171,7 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> 
     """Say after an epoch what ends the run, if it need not go on.
 
     ``"forgotten"``: in two epochs running the probabilities stayed below the method's ``ends_below`` (PALU: those among
-    the candidates, below 2.5 times the floor). ``"stop_probability"``: in one they stayed below this setting.
+    the candidates, below 5 times the floor). ``"stop_probability"``: in one they stayed below this setting.
     """
     given, own = method.config.stop_probability, method.settings.ends_below
     if given is not None:
