@@ -100,7 +100,7 @@ def encode_anchor_prompts(
         )
     per_step = processes * config.gradient_accumulation_steps
     steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
-    drawn = steps * per_step * (config.retain_batch_size or config.batch_size)
+    drawn = steps * per_step * -(-(config.retain_batch_size or config.batch_size) // 2)
     prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
     return AnchorPrompts(prompts, stop_ids, config.max_length, neighbours)
 

@@ -24,7 +24,12 @@ from palu.ref_model.anchors import ANSWER_TOKENS, PROMPTS
 
 STEPS, LEARNING_RATE = 10, 1e-3
 # Two micro-batches a step, which hold all examples, in an order that palu draws.
-SETTINGS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": LEARNING_RATE}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "retain_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": LEARNING_RATE,
+}
 SETTINGS |= {"epochs": STEPS, "n": 2, "gamma": 1.3, "lambda_kl": 0.7, "lambda_retain": 0.5, "stop_probability": 1e-9}
 SETTINGS |= {"progress": False}
 ANCHORS = 4  # all of them in each step

@@ -44,8 +44,9 @@ from palu.methods import palu as palu_method
 from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.root import ModelRoot
-from palu.ref_model.anchors import AnchorPrompts
+from palu.ref_model.anchors import AnchorPrompts, anchor_texts
 from palu.ref_model.precompute import precompute_reference
+from palu.report.recorder import GENERAL
 from palu.training import loop
 
 FIELDS = {"step", "epoch", "loss", "local", "kl", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
@@ -297,9 +298,10 @@ def test_every_text_is_rendered_with_the_values_for_the_chat_template(monkeypatc
     config = UnlearnConfig(epochs=1, progress=False, chat_template_kwargs={"date_string": "26 Jul 2024"})
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     palu.Recorder(model, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, config=config)
-    assert {question for question, _ in seen} == {row["question"] for row in TEXT_FORGET + TEXT_RETAIN}
+    everyday, rows = set(anchor_texts()), {row["question"] for row in TEXT_FORGET + TEXT_RETAIN}
+    assert {question for question, _ in seen} == rows | set(anchor_texts()[-GENERAL:])
     palu.unlearn(model, None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer, config=config)
-    assert len({question for question, _ in seen}) == 5 + 8, "anchors, too"
+    assert len({question for question, _ in seen} & everyday) == GENERAL + 4, "anchors, too"
     forget = [{**row, "alternate": "No."} for row in TEXT_FORGET]
     palu.unlearn(model, None, forget, TEXT_RETAIN, tokenizer=tokenizer, config=config, objective="dpo")
     unmarked, values = {"question": "Who?", "answer": "Ada."}, {"chat_template_kwargs": config.chat_template_kwargs}
