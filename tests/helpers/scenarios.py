@@ -75,7 +75,7 @@ class Scenario(NamedTuple):
     def loop(self, model: Any = None, **more: Any) -> palu.UnlearnResult:
         """Run it by palu.unlearn; ``more``: arguments that come before the scenario's own."""
         model = self.build() if model is None else model
-        return palu.unlearn(model, **self.given | SETTINGS | self.settings | more)
+        return palu.unlearn(model, **self.given | SETTINGS | endless(self.settings) | more)
 
     def trainer(self, folder: Path, *, resume: bool | None = None, **more: Any) -> palu.PaluTrainer:
         """Run it by PaluTrainer; ``more``: further arguments of Trainer."""
@@ -86,6 +86,12 @@ class Scenario(NamedTuple):
         trainer = make_trainer(folder, self.build(), config=config, arguments=args | more, **given)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
+
+
+def endless(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, of a run that does not end by itself because the model knows nothing to be forgotten."""
+    own = {"objective", "local_loss", "probability_floor"}
+    return settings if own & settings.keys() else {"probability_floor": 0.0} | settings
 
 
 def make_trainer(
@@ -101,7 +107,7 @@ def make_trainer(
     return palu.PaluTrainer(
         tiny_llama() if model is None else model,
         TrainingArguments(str(folder), **args | (arguments or {})),
-        config=palu.UnlearnConfig(**config or {}),
+        config=palu.UnlearnConfig(**endless(config or {})),
         **{"forget": forget_rows(), "retain": retain_rows()} | others,
     )
 
