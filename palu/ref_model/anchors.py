@@ -31,7 +31,7 @@ from palu.models.generation import encode_prompts, eval_mode, generate_ids, gene
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
 from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, neighbour_prompts
-from palu.ref_model.variants import CONTINUATION, other_candidates, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_SPAN, other_candidates, variant_item
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -213,11 +213,12 @@ def generate_variants(
     settings: dict[str, Any] = {"max_new_tokens": CONTINUATION, "chunk_bytes": chunk_bytes}
     prompts = [prompt for prompt, _ in found]
     written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
-    variants = [
-        variant_item(prompt, continuation, targets, known.secrets, known.decode, n)
-        for (prompt, targets), continuation in zip(found, written, strict=True)
-    ]
-    return [item for item in variants if item is not None and len(item.input_ids) <= anchor_prompts.max_length]
+    variants: dict[bytes, list[Item]] = {}  # by what precedes the span
+    for (prompt, targets), continuation in zip(found, written, strict=True):
+        item = variant_item(prompt, continuation, targets, known.secrets, known.decode, n)
+        if item is not None and len(item.input_ids) <= anchor_prompts.max_length:
+            variants.setdefault(prompt[:-1].numpy().tobytes(), []).append(item)
+    return [item for of_span in variants.values() for item in of_span[:PER_SPAN]]
 
 
 def _write(

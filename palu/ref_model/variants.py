@@ -19,6 +19,7 @@ from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM
 
 CONTINUATION = 12  # tokens that the reference goes on with
+PER_SPAN = 3  # variants, those of the likeliest candidates
 MOST = 512  # continuations in all, but at least one a span
 
 
