@@ -209,7 +209,8 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
     ids=str,
 )
 def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> None:
-    result = unlearn(tiny_llama(), **{"local_loss": "unlikelihood"} | settings if epochs == 2 else settings)
+    own = {} if "objective" in settings else {"local_loss": "unlikelihood"}
+    result = unlearn(tiny_llama(), **own | settings)
     assert result.summary["epochs"] == epochs
     assert (result.summary["ended_by"] == "forgotten") == (epochs == 2 and "max_steps" not in settings)
 
@@ -233,15 +234,16 @@ def test_the_methods_epochs(settings: dict[str, Any], most: int) -> None:
 def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
     tokenizer = build()
     vocab = len(tokenizer)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "neighbours": 0, "variants": 0}  # tokenised rows have none
     (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, TEXT_FORGET)))
     (tmp_path / "retain.jsonl").write_text("\n".join(map(json.dumps, TEXT_RETAIN)))
-    from_dicts = unlearn(tiny_llama(vocab_size=vocab), None, TEXT_FORGET, TEXT_RETAIN, tokenizer=tokenizer)
+    from_dicts = unlearn(tiny_llama(vocab_size=vocab), None, TEXT_FORGET, TEXT_RETAIN, **given)
     from_files = unlearn(
         tiny_llama(vocab_size=vocab),
         None,
         tmp_path / "forget.jsonl",
         str(tmp_path / "retain.jsonl"),
-        tokenizer=tokenizer,
+        **given,
     )
     assert from_dicts.summary["forget_examples"] == 3
     assert from_dicts.summary["forget_without_span"] == 1
@@ -251,7 +253,7 @@ def test_text_and_spans(build: Callable, tmp_path: Path) -> None:
         {"input_ids": e.input_ids, "labels": e.labels}
         for e in load_forget(TEXT_FORGET, tokenizer, max_length=1024).examples
     ]
-    from_tokens = unlearn(tiny_llama(vocab_size=vocab), None, tokenised, TEXT_RETAIN, tokenizer=tokenizer)
+    from_tokens = unlearn(tiny_llama(vocab_size=vocab), None, tokenised, TEXT_RETAIN, **given)
     assert_same_run(from_dicts, from_tokens, 0 if from_dicts.summary["device"] == "cpu" else 1e-5)
 
 
