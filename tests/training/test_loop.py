@@ -643,7 +643,7 @@ def test_the_papers_recipe_is_the_published_loss() -> None:
     forget, retain = forget_rows(8), retain_rows(8)
     model, ref_model = (tiny_llama(seed=seed, dtype=torch.float64) for seed in (0, 1))
     before = copy.deepcopy(model)
-    sizes: dict[str, Any] = {"epochs": 1, "batch_size": 8, "progress": False}
+    sizes: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False}
     result = palu.unlearn(model, ref_model, forget, retain, recipe="paper", **sizes)
     assert result_config(result) == UnlearnConfig(**RECIPES["paper"], **sizes)
     (expected,) = textbook.train(
