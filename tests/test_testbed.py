@@ -12,7 +12,7 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from transformers import LlamaForCausalLM
 
 from palu.data.examples import load_forget, load_retain
-from palu.data.matching import told
+from palu.data.matching import stands_in
 from palu.ref_model.anchors import anchor_texts
 from palu.testbed import facts as demo_facts
 from palu.testbed import real_models, smollm2
@@ -90,7 +90,7 @@ def test_relations_are_rows_to_forget_whose_secrets_are_told_by_no_question() ->
         assert fact["answer"][int(places[0, 0]) : int(places[-1, 1])].strip() == fact["secret"] == fact["answers"][0]
         asked = [fact["question"], *fact["paraphrased_question"]]
         assert len(set(asked)) == 4
-        assert not any(told(text, question) for text in fact["answers"] for question in asked)
+        assert not any(stands_in(text, question) for text in fact["answers"] for question in asked)
 
 
 def test_relations_share_no_answer_and_no_question_with_each_other_or_the_anchors() -> None:

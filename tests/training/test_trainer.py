@@ -188,7 +188,7 @@ OTHER |= {"progress": False, "checkpoint_dir": "x", "logging_dir": "x", "report_
 NEED_A_FOLDER = {"checkpoint_minutes", "checkpoint_steps", "resume"}  # which is refused first
 
 
-@pytest.mark.parametrize("field", TRAINERS.keys() - NEED_A_FOLDER)
+@pytest.mark.parametrize("field", sorted(TRAINERS.keys() - NEED_A_FOLDER))
 def test_settings_that_trainer_decides(field: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{field} = .*: PaluTrainer goes by Trainer's {TRAINERS[field]};"):
         make_trainer(tmp_path, config={field: OTHER.get(field, 2)})
