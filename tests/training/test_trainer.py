@@ -207,7 +207,7 @@ def test_settings_that_trainer_decides(field: str, tmp_path: Path) -> None:
         ({"forget": []}, "forget set"),
         ({"ref_model": torch.nn.Linear(2, 2)}, "ref_model"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_arguments_that_cannot_have_their_effect(given: dict[str, Any], told: str, tmp_path: Path) -> None:
     """Before the model is touched."""
