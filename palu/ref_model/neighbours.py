@@ -68,7 +68,7 @@ class NeighbourPrompts(NamedTuple):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens into text."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def neighbour_prompts(

@@ -259,7 +259,7 @@ class Recorder:
 
     def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
         """Have the model answer general questions; blank answers are left out."""
-        template = {"chat_template_kwargs": self.config.chat_template_kwargs}
+        template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
         questions = anchor_texts()[-GENERAL:]
         prompts, stop_ids = encode_prompts(questions, tokenizer, **template)
         with tqdm(disable=True) as bar:
