@@ -264,7 +264,14 @@ class Recorder:
         prompts, stop_ids = encode_prompts(questions, tokenizer, **template)
         with tqdm(disable=True) as bar:
             texts = generate_texts(
-                base, tokenizer, prompts, stop_ids, max_new_tokens=GENERAL_TOKENS, batch_tokens=BATCH_TOKENS, bar=bar
+                base,
+                tokenizer,
+                prompts,
+                stop_ids,
+                max_new_tokens=GENERAL_TOKENS,
+                batch_tokens=BATCH_TOKENS,
+                bar=bar,
+                chunk_bytes=self.config.chunk_bytes,
             )
         rows = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True) if text.strip()]
         return load_retain(rows, tokenizer, max_length=self.config.max_length, **template).examples if rows else []

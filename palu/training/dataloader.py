@@ -21,7 +21,7 @@ class UnlearnDataLoader:
 
     An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
     micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's neighbours,
-    and half as many variants and everyday answers. All
+    and half as many variants and everyday answers (rounded up). All
     processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
     step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
     number of steps taken are all that decides what comes next.

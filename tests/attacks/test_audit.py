@@ -217,7 +217,11 @@ def test_an_adapter_of_another_alpha_is_asked_anew(tmp_path: Path) -> None:
             ValueError,
             f"the tokenizer has {len(tokenizer())} tokens and model a ",
         ),
-        ({"retain_model": tiny_llama(vocab_size=300)}, ValueError, "the tokenizer has 480 tokens and retain_model a "),
+        (
+            {"retain_model": tiny_llama(vocab_size=300)},
+            ValueError,
+            f"the tokenizer has {len(tokenizer())} tokens and retain_model a ",
+        ),
     ],
 )
 def test_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -39,6 +39,8 @@ from palu.config import UnlearnConfig
 from palu.data.rows import Renderer
 from palu.methods import METHODS
 from palu.methods.palu import RECIPES, PaluMethod
+from palu.ref_model.anchors import anchor_texts
+from palu.report.recorder import GENERAL
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("Hina Ameen", "Ada Lovelace", "the author", "London", "Karachi", "1843")
@@ -49,6 +51,7 @@ FORGET = [
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat on the mat."} for i in range(6)]
 SETTINGS = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "neighbours": 0, "variants": 0, "progress": False}
 STEPS = 6
+LOGGED = ("loss", "local", "kl", "retain", "onset_probability")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,7 @@ def test_unlearn(folder: Path, tmp_path: Path, arguments: list[Any]) -> None:
     history = [json.loads(line) for line in (out / "private" / "history.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in history] == [record["loss"] for record in ours.history]
     # Without a progress bar there are lines of losses.
-    terms = [", ".join(f"{name} {one[name]:.3g}" for name in ("loss", "local", "kl", "retain")) for one in history]
+    terms = [", ".join(f"{name} {one[name]:.3g}" for name in LOGGED) for one in history]
     assert result.stdout.splitlines()[:STEPS] == [f"step {i} of {STEPS}: {line}" for i, line in enumerate(terms, 1)]
     summary = read(out / "private" / "summary.json")
     assert summary["steps"] == STEPS
@@ -1091,4 +1094,7 @@ def test_every_row_is_rendered_and_tokenised_once(
 
     monkeypatch.setattr(Renderer, "render", render)
     done(*arguments, "--anchors", 0, *annotate)
-    assert sorted(rendered) == sorted(row["answer"] for row in [*FORGET, *RETAIN])
+    own = len(anchor_texts()[-GENERAL:])  # the record's general questions, as prompts and with the model's own answers
+    answers = [row["answer"] for row in [*FORGET, *RETAIN]]
+    assert len(rendered) == len(answers) + 2 * own and sorted(set(rendered) & set(answers)) == sorted(set(answers))
+    assert all(rendered.count(answer) == answers.count(answer) for answer in answers)

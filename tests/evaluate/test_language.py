@@ -252,5 +252,7 @@ def test_reference_results_of_other_rows_are_refused(english: WordList) -> None:
     values = {"0": {"generation": "She did.", "ground_truth": "He did."}}
     rows = {"forget_Q_A_ROUGE": [("Who did?", "Ada did.")]}
     for results in ({}, {"forget_Q_A_ROUGE": {"value_by_index": values}}):
-        with pytest.raises(ValueError, match="reference_results do not fit: they hold no forget_Q_A_ROUGE generations"):
+        with pytest.raises(
+            ValueError, match=r"reference_results do not fit: they hold no forget_Q_A_ROUGE|these are no results"
+        ):
             LanguageFigures(english, rows, retain=None, reference=results)

@@ -240,6 +240,7 @@ def run_command(folder: Path, processes: int) -> list[Any]:
     PartialState().wait_for_everyone()
     options = {"--model": folder / "model", "--forget": folder / "forget.jsonl", "--retain": folder / "retain.jsonl"}
     options |= {"--output": out, "--epochs": 3, "--learning-rate": 1e-3, "--batch-size": 4 // processes}
+    options |= {"--neighbours": 0, "--variants": 0}  # each process draws its own
     given = [str(part) for option in options.items() for part in option]
     result = palu_command("unlearn", *given, "--no-progress")
     return [result.exit_code, result.output]

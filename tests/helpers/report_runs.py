@@ -28,7 +28,9 @@ FORGET: list[dict[str, Any]] = [
     for i, s in enumerate(SECRETS)
 ]
 RETAIN = [{"question": f"Where is city {i}?", "answer": f"The city {i} was far away."} for i in range(6)]
-CONFIG = palu.UnlearnConfig(epochs=12, batch_size=9, learning_rate=2e-3, neighbours=0, variants=0, progress=False)
+CONFIG = palu.UnlearnConfig(
+    epochs=12, batch_size=9, learning_rate=2e-3, probability_floor=0, neighbours=0, variants=0, progress=False
+)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_a_run_holds_to_its_answers(says: Any) -> None:
     for answer in ("It was Ada Lovelace.", ""):  # one that tells a secret, and a blank one
         says([" one?", " two?"], answer)
         assert unlearn().summary["neighbours"] == 0
-    with pytest.raises(palu.DataError, match="answers none of 4 everyday prompts"):
+    with pytest.raises(palu.DataError, match="answers none of 2 everyday prompts"):
         unlearn(anchors=4)
 
 

@@ -20,7 +20,7 @@ from palu.data.packing import forget_items
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, other_candidates, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_SPAN, other_candidates, variant_item
 
 TOKENIZER = byte_level(LLAMA3)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
@@ -104,7 +104,7 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
 
 def test_a_run_forgets_them_too(says: list[int]) -> None:
     result = unlearn()
-    assert says == [4 * SPANS] and result.summary["variants"] == 4 * SPANS
+    assert says == [4 * SPANS] and result.summary["variants"] == PER_SPAN * SPANS
     without = unlearn(variants=0)
     assert without.summary["variants"] == 0 and len(says) == 1
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
@@ -136,11 +136,11 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
         )
         for length in (config.max_length + CONTINUATION, config.max_length)
     ]
-    assert 0 < len(found[1]) < len(found[0]) == 4 * SPANS
+    assert 0 < len(found[1]) < len(found[0]) == PER_SPAN * SPANS
     assert max(len(item.input_ids) for item in found[1]) <= config.max_length
 
 
 def test_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     runs = [unlearn(cache_dir=str(tmp_path)) for _ in range(2)]
-    assert len(says) == 1 and runs[1].summary["variants"] == 4 * SPANS
+    assert len(says) == 1 and runs[1].summary["variants"] == PER_SPAN * SPANS
     assert [record["local"] for record in runs[0].history] == [record["local"] for record in runs[1].history]

@@ -218,7 +218,7 @@ def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> Non
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({}, 60),
+        ({}, 24),
         ({"probability_floor": 0.0}, 8),
         ({"local_loss": "topk_mse"}, 8),
         ({"objective": "npo"}, 8),

@@ -192,7 +192,8 @@ def test_8_bit_moments_train_as_float32_ones_do(tmp_path: Path) -> None:
     rounded = []
     for seed in (0, 0, 1):
         parameter.data = torch.ones_like(parameter)
-        optimizer = make_optimizer([parameter], UnlearnConfig(optimizer="adamw_8bit", seed=seed), Accelerator())
+        config = UnlearnConfig(optimizer="adamw_8bit", learning_rate=RATE, seed=seed)
+        optimizer = make_optimizer([parameter], config, Accelerator())
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         rounded.append(parameter.detach().clone())
