@@ -29,7 +29,14 @@ FORGET: list[dict[str, Any]] = [
 ]
 RETAIN = [{"question": f"Where is city {i}?", "answer": f"The city {i} was far away."} for i in range(6)]
 CONFIG = palu.UnlearnConfig(
-    epochs=12, batch_size=9, learning_rate=2e-3, probability_floor=0, neighbours=0, variants=0, progress=False
+    epochs=24,
+    batch_size=9,
+    learning_rate=2e-3,
+    probability_floor=0,  # so that the run does not end by itself
+    lambda_kl=1.0,
+    neighbours=0,
+    variants=0,
+    progress=False,
 )
 
 

@@ -658,7 +658,9 @@ def test_settings_in_plain_words(folder: Path) -> None:
     summary = json.loads((folder / "private" / "summary.json").read_text(encoding="utf-8"))
     asked = " ".join(words.asked(summary))
     assert f"Forget the marked words of {len(FORGET)} answers." in asked
-    assert "acts on all tokens of each marked span (the onset)." in asked and "probability is above 0.02." in asked
+    assert "acts on all tokens of each marked span (the onset)." in asked and "among the 50 candidates" in asked
+    floored = summary | {"config": summary["config"] | {"probability_floor": 0.02}}
+    assert "probability is above 0.02." in " ".join(words.asked(floored))
     published = summary["config"] | RECIPES["paper"]
     told = " ".join(words.asked(summary | {"config": published}))
     assert "the 5000 logits" in told and "the first 3 tokens of each marked span (the onset) and on no other" in told
@@ -669,10 +671,10 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))
     other = summary | {"config": summary["config"] | {"kl_prompt": "other"}}
     assert "on ordinary tokens after the prompt of another row (reverse)" in " ".join(words.asked(other))
-    assert "over 12 of at most 12 epochs, at a" in asked and "It stopped early" not in asked
+    assert "over 24 of at most 24 epochs, at a" in asked and "It stopped early" not in asked
     stopped = summary | {"config": summary["config"] | {"max_steps": 40}, "stopped_early": True}
     asked = " ".join(words.asked(stopped | {"ended_by": "callback"}))
-    assert "over 12 epochs, at a" in asked and asked.endswith("It stopped early: a callback ended it.")
+    assert "over 24 epochs, at a" in asked and asked.endswith("It stopped early: a callback ended it.")
     assert "These roles are PALU" not in Page(write_report(folder)).text
     summary["config"] |= {"objective": "npo", "n": -1}
     (folder / "private" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
