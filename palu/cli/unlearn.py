@@ -75,8 +75,8 @@ def unlearn(
     retain: Annotated[
         str,
         typer.Option(
-            help="What to keep: a file of rows, beside the model's own answers to everyday prompts; auto: these "
-            "answers alone; none: nothing.",
+            help="What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; "
+            "auto: these answers alone; none: nothing.",
             metavar="FILE|auto|none",
         ),
     ] = "auto",

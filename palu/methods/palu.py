@@ -51,7 +51,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-ENDS_BELOW = 5  # times the floor
 # Settings of one of the local losses.
 _READ_BY = {"topk_mse": ("target",), "unlikelihood": ("probability_floor", "kl_prompt")}
 
@@ -130,9 +129,10 @@ class PaluSettings(MethodSettings):
 
     @property
     def ends_below(self) -> float | None:
-        """Above the floor, since tokens come to rest near it."""
-        ends = self.local_loss == "unlikelihood" and self.probability_floor > 0 and self.gamma > 0
-        return ENDS_BELOW * self.probability_floor if ends else None
+        """Five times a small floor, since tokens come to rest near it; at most a tenth, or the floor itself."""
+        if self.local_loss != "unlikelihood" or self.probability_floor == 0 or self.gamma == 0:
+            return None
+        return max(self.probability_floor, min(5 * self.probability_floor, 0.1))
 
 
 class PaluMethod(Method):

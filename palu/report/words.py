@@ -123,6 +123,8 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
         sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
     kept, anchors = summary["retain_examples"], summary.get("anchors", 0)
     sentences.append(f"Keep {count(kept, 'answer')} of the retain set." if kept else "There is no retain set.")
+    if not kept and summary["config"].get("neighbours") and summary.get("neighbours") == 0:
+        sentences.append("The model wrote no question like those to be forgotten: give such rows as a retain set.")
     if neighbours := summary.get("neighbours", 0):
         like = f"{count(neighbours, 'question')} like those to be forgotten, which it wrote itself"
         sentences.append(f"Hold the model to its own answers to {like}.")
@@ -180,7 +182,7 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("ended_by") == "callback":
         sentences.append("It stopped early: a callback ended it.")
     elif summary.get("ended_by") == "forgotten":
-        sentences.append("It ended by itself: in two epochs running there was nothing left to forget.")
+        sentences.append("It ended by itself: in two epochs running no token to be forgotten was probable any more.")
     elif summary.get("stopped_early"):
         sentences.append(
             f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."

@@ -113,7 +113,7 @@ def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, 1, dtype=acc_dtype(grad.dtype)) for grad in grads]
-    return sum(float(full_tensor(norm)) for norm in norms)
+    return float(sum(full_tensor(norm) for norm in norms))  # one wait for the device
 
 
 def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:
@@ -171,7 +171,7 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> 
     """Say after an epoch what ends the run, if it need not go on.
 
     ``"forgotten"``: in two epochs running the probabilities stayed below the method's ``ends_below`` (PALU: those among
-    the candidates, below 5 times the floor). ``"stop_probability"``: in one they stayed below this setting.
+    the candidates). ``"stop_probability"``: in one they stayed below this setting.
     """
     given, own = method.config.stop_probability, method.settings.ends_below
     if given is not None:
