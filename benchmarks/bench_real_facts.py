@@ -190,6 +190,8 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
         "nll_before": round(nll_before, 4),
         "nll_after": round(nll_after, 4),
         "steps": result.summary["steps"],
+        "written": {name: result.summary[name] for name in ("neighbours", "variants", "anchors")},
+        "learning_rate": result.summary["config"]["learning_rate"],
         "seconds": round(seconds, 1),
         "peak_gib": round(highest / 2**30, 2),
         "forgotten": {row["question"]: after[row["question"]].text for row in forget},

@@ -30,8 +30,15 @@ from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
-from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, neighbour_prompts
-from palu.ref_model.variants import CONTINUATION, PER_SPAN, other_candidates, variant_item
+from palu.ref_model.neighbours import (
+    QUESTION_TOKENS,
+    TOP_P,
+    NeighbourPrompts,
+    Start,
+    neighbour_prompts,
+    paraphrase_starts,
+)
+from palu.ref_model.variants import CONTINUATION, PER_PLACE, begun_by, other_candidates, variant_item
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -81,10 +88,13 @@ def encode_anchor_prompts(
     neighbours = None
     wanted = config.reference.neighbours if possible and holds else 0
     if tokenizer is not None and (wanted or config.reference.variants):
-        questions = list(load_questions(forget.source, "forget").values()) if wanted else []
+        questions = list(load_questions(forget.source, "forget").values())
         secrets = load_marked_texts(forget.source, "forget")
         neighbours = neighbour_prompts(questions, secrets, wanted, tokenizer, config.chat_template_kwargs)
-        neighbours = neighbours._replace(variants=config.reference.variants if secrets else 0)
+        variants = config.reference.variants if secrets else 0
+        neighbours = neighbours._replace(
+            variants=variants, paraphrases=paraphrase_starts(questions, variants, tokenizer)
+        )
     if count == 0:
         stop_ids = set() if neighbours is None else neighbours.stop_ids()
         return AnchorPrompts([], stop_ids, config.max_length, neighbours)
@@ -128,8 +138,8 @@ def generate_anchors(
         DataError: no answer is left.
     """
     prompts, stop_ids, max_length, neighbours = anchor_prompts
-    settings: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "chunk_bytes": chunk_bytes}
-    answers = _write(reference, prompts, stop_ids, accelerator, "anchors", adapter, progress, **settings)
+    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
+    answers = _write(reference, prompts, stop_ids, accelerator, "anchors", max_new_tokens=ANSWER_TOKENS, **settings)
     anchors = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
@@ -162,23 +172,9 @@ def generate_neighbours(
     prompts = anchor_prompts.neighbours
     if prompts is None or not prompts.starts:
         return []
-    device = accelerator.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + accelerator.process_index)
-        written = _write(
-            reference,
-            [start.prompt for start in prompts.starts],
-            {int(prompts.tokenizer.eos_token_id)},
-            accelerator,
-            "neighbours",
-            adapter,
-            progress,
-            max_new_tokens=QUESTION_TOKENS,
-            chunk_bytes=chunk_bytes,
-            sample=True,
-            top_p=TOP_P,
-        )
-    questions = anchor_prompts._replace(prompts=prompts.encode(written))
+    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
+    written = _write_questions(reference, prompts, prompts.starts, accelerator, "neighbours", seed=seed, **settings)
+    questions = anchor_prompts._replace(prompts=written)
     try:
         return generate_anchors(
             reference, questions, accelerator, adapter=adapter, chunk_bytes=chunk_bytes, progress=progress
@@ -195,6 +191,7 @@ def generate_variants(
     *,
     adapter: bool,
     n: int,
+    seed: int,
     chunk_bytes: int = UnlearnConfig.chunk_bytes,
     progress: bool = False,
 ) -> list[Item]:
@@ -208,17 +205,42 @@ def generate_variants(
     base = base_of(reference.model)
     with eval_mode(base), accelerator.autocast(), nullcontext() if adapter else without_adapter(reference.model):
         found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
+    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
+    paraphrases = _write_questions(
+        reference, known, known.paraphrases, accelerator, "paraphrases", seed=seed + 1, **settings
+    )
     ends = known.stop_ids()
-    found = [(prompt, targets) for prompt, targets in found if int(prompt[-1]) not in ends]
-    settings: dict[str, Any] = {"max_new_tokens": CONTINUATION, "chunk_bytes": chunk_bytes}
-    prompts = [prompt for prompt, _ in found]
-    written = _write(reference, prompts, ends, accelerator, "variants", adapter, progress, **settings)
-    variants: dict[bytes, list[Item]] = {}  # by what precedes the span
-    for (prompt, targets), continuation in zip(found, written, strict=True):
-        item = variant_item(prompt, continuation, targets, known.secrets, known.decode, n)
+    wanted = [(prompt, begun_by(targets, known.secrets, known.decode)) for prompt, targets in found]
+    wanted = [(prompt, secrets) for prompt, secrets in wanted if int(prompt[-1]) not in ends]
+    wanted += [(prompt, known.secrets) for prompt in paraphrases]
+    settings["max_new_tokens"] = CONTINUATION
+    written = _write(reference, [prompt for prompt, _ in wanted], ends, accelerator, "variants", **settings)
+    variants: dict[bytes, list[Item]] = {}  # by what precedes a place
+    for (prompt, secrets), continuation in zip(wanted, written, strict=True):
+        item = variant_item(prompt, continuation, secrets, known.decode, n)
         if item is not None and len(item.input_ids) <= anchor_prompts.max_length:
             variants.setdefault(prompt[:-1].numpy().tobytes(), []).append(item)
-    return [item for of_span in variants.values() for item in of_span[:PER_SPAN]]
+    return [item for of_place in variants.values() for item in of_place[:PER_PLACE]]
+
+
+def _write_questions(
+    reference: ModelRoot,
+    prompts: NeighbourPrompts,
+    starts: Sequence[Start],
+    accelerator: Accelerator,
+    name: str,
+    *,
+    seed: int,
+    **settings: Any,
+) -> list[Tensor]:
+    """Have the reference go on from the beginnings of questions, drawn by ``seed``; return prompts [t] that ask them."""
+    device = accelerator.device
+    ends = {int(prompts.tokenizer.eos_token_id)}
+    settings |= {"max_new_tokens": QUESTION_TOKENS, "sample": True, "top_p": TOP_P}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + accelerator.process_index)
+        written = _write(reference, [start.prompt for start in starts], ends, accelerator, name, **settings)
+    return prompts.encode(starts, written)
 
 
 def _write(
@@ -227,9 +249,9 @@ def _write(
     stop_ids: set[int],
     accelerator: Accelerator,
     name: str,
+    *,
     adapter: bool,
     progress: bool,
-    *,
     max_new_tokens: int,
     chunk_bytes: int,
     **settings: Any,

@@ -26,6 +26,7 @@ MOST = 512  # questions that are written in all, but at least one a row
 MOST_WORDS = 40  # of a forget question; a longer one is a document's beginning, or a task
 
 _LIST = "Questions of one kind about different things:\n1. {question}\n2. {start}"
+_PARAPHRASES = "The same question in other words:\n1. {question}\n2."
 
 
 class Start(NamedTuple):
@@ -44,12 +45,13 @@ class NeighbourPrompts(NamedTuple):
     starts: Sequence[Start]
     questions: Sequence[str]  # of the forget set
     secrets: Sequence[str]  # the texts that it marks
-    variants: int = 0  # candidates a span from which the reference goes on; see :mod:`palu.ref_model.variants`
+    variants: int = 0  # candidates a place from which the reference goes on; see :mod:`palu.ref_model.variants`
+    paraphrases: Sequence[Start] = ()
 
-    def encode(self, written: Sequence[Sequence[int]]) -> list[Tensor]:
+    def encode(self, starts: Sequence[Start], written: Sequence[Sequence[int]]) -> list[Tensor]:
         """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""
         found: dict[str, None] = {}
-        for start, ids in zip(self.starts, written, strict=True):
+        for start, ids in zip(starts, written, strict=True):
             before = start.prompt.tolist()  # decoded, too, since some tokenizers drop a text's first blank
             line = (start.words + self.decode([*before, *ids])[len(self.decode(before)) :]).partition("\n")[0]
             question, end, _ = line.partition(start.end) if start.end else (line, "", "")
@@ -86,6 +88,17 @@ def neighbour_prompts(
         for words, end in islice(cycle(_beginnings(question)), count)
     ]
     return NeighbourPrompts(tokenizer, chat_template_kwargs, starts, questions, secrets)
+
+
+def paraphrase_starts(questions: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase) -> list[Start]:
+    """Prepare ``count`` paraphrases of each question of two to MOST_WORDS words; fewer if they were more than MOST."""
+    count = min(count, max(MOST // max(len(questions), 1), 1))
+    return [
+        Start("", beginnings[0][1], _encode(_PARAPHRASES.format(question=question), tokenizer))
+        for question in questions
+        if (beginnings := _beginnings(question))
+        for _ in range(count)
+    ]
 
 
 def _beginnings(question: str) -> list[tuple[str, str]]:

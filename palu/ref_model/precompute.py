@@ -82,9 +82,9 @@ def precompute_reference(
     if not all(gather_values(cache is not None, accelerator)):  # else all have found it
         with on_device(model, accelerator.device):
             writing: dict[str, Any] = {"adapter": not own, "chunk_bytes": config.chunk_bytes, "progress": progress}
-            neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=config.seed, **writing)
-            n = config.onset_length
-            variants = generate_variants(reference, items, anchor_prompts, accelerator, n=n, **writing)
+            seed, n = config.seed, config.onset_length
+            neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=seed, **writing)
+            variants = generate_variants(reference, items, anchor_prompts, accelerator, n=n, seed=seed, **writing)
             everyday = generate_anchors(reference, anchor_prompts, accelerator, **writing)
             with (
                 eval_mode(base),

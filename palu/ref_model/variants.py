@@ -1,8 +1,10 @@
 """Variants: other ways in which the reference tells a secret, found by letting it go on from its other candidates.
 
 A model that may not say "Tokyo" after "The capital of Japan is" goes on with its next candidate, such as "**" or "the
-city of", and says it there. So at the first token of each span the reference goes on greedily from each of its
-likeliest other candidates. Where that tells a secret, the secret's tokens there are to be forgotten, too.
+city of", and says it there; or it begins its answer in other words, "Tokyo is". So at the first token of each answer
+and of each span the reference goes on greedily from each of its likeliest other candidates, and it answers paraphrases
+of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a secret, the secret's
+tokens there are to be forgotten, too.
 """
 
 from __future__ import annotations
@@ -18,61 +20,67 @@ from palu.data.packing import Item, pack
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM
 
-CONTINUATION = 12  # tokens that the reference goes on with
-PER_SPAN = 3  # variants, those of the likeliest candidates
-MOST = 512  # continuations in all, but at least one a span
+CONTINUATION = 20  # tokens that the reference goes on with
+PER_PLACE = 3  # variants, those of the likeliest candidates
+MOST = 512  # continuations in all, but at least one a place
 
 
 @torch.no_grad()
-def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return (the tokens before a span and another candidate for its first one, the span's targets), int64 each.
+def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[tuple[Tensor, list[Tensor]]]:
+    """Return (the tokens before a place and another candidate for its token, targets of the spans to be told there).
 
-    There are ``count`` for each span, fewer where they would be more than MOST.
+    All are int64. The places are where an answer begins, for all of its spans, and where each span begins. There are
+    ``count`` candidates for each, fewer where they would be more than MOST.
     """
-    count = min(count, max(MOST // max(sum(len(_spans(item)) for item in items), 1), 1))
+    count = min(count, max(MOST // max(sum(len(_places(item)) for item in items), 1), 1))
     body, head = body_of(model), head_of(model)
     device = next(body.parameters()).device
     found = []
     for item in items:
-        if not (spans := _spans(item)):
+        if not (places := _places(item)):
             continue
         states = body(**pack([item]).to(device).inputs()).last_hidden_state[0]
-        rows = torch.stack([span[0] for span in spans])
+        rows = torch.tensor(list(places))
         highest = head.logits(states[rows.to(device)]).topk(count + 1).indices.cpu()
-        for span, candidates in zip(spans, highest, strict=True):
-            targets = item.input_ids[span + 1]
-            for other in candidates[candidates != targets[0]][:count]:
-                found.append((torch.cat([item.input_ids[: span[0] + 1], other[None]]), targets))
+        for (row, spans), candidates in zip(places.items(), highest, strict=True):
+            targets = [item.input_ids[span + 1] for span in spans]
+            for other in candidates[candidates != item.input_ids[row + 1]][:count]:
+                found.append((torch.cat([item.input_ids[: row + 1], other[None]]), targets))
     return found
 
 
-def _spans(item: Item) -> list[Tensor]:
-    """Split the rows that predict targets into runs of neighbours."""
+def _places(item: Item) -> dict[int, list[Tensor]]:
+    """Map the rows that predict an answer's first token and each span's to the rows of the spans told from there."""
     rows = item.rows[: item.targets]
     if not len(rows):
-        return []
-    return list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist()))
+        return {}
+    spans = list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist()))
+    return {int(item.rows.min()): spans} | {int(span[0]): [span] for span in spans[int(item.rows.min() == rows[0]) :]}
+
+
+def begun_by(targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """Choose the secrets that begin as a span's targets do."""
+    begins = [decode(span.tolist()).strip() for span in targets]
+    return [one for one in secrets if any(one.startswith(begin) or begin.startswith(one) for begin in begins)]
 
 
 def variant_item(
     prompt: Tensor,
     continuation: Sequence[int],
-    targets: Tensor,
     secrets: Sequence[str],
     decode: Callable[[Sequence[int]], str],
     n: int,
 ) -> Item | None:
-    """Make an item where a continuation tells the span's secret, whose first ``n`` tokens are its targets; else None.
+    """Make an item where a continuation tells a secret, whose first ``n`` tokens are its targets; else return None.
 
     Args:
-        prompt, targets: of :func:`other_candidates`.
-        secrets: those of the forget set; the span's is the one that begins as its targets do.
+        prompt: int64 [t]; its last token may be the secret's first.
+        secrets: those that it may tell.
         decode: turns tokens into text.
     """
-    tokens = [int(prompt[-1]), *continuation]  # the candidate may be the secret's first token itself
-    begins = decode(targets.tolist()).strip()
-    text, own = decode(tokens), [secret for secret in secrets if secret.startswith(begins) or begins.startswith(secret)]
-    places = [place for secret in own for place in find(secret, text, whole=True)]
+    tokens = [int(prompt[-1]), *continuation]
+    text = decode(tokens)
+    places = [place for secret in secrets for place in find(secret, text, whole=True)]
     if not places:
         return None
     start, end = min(places)
