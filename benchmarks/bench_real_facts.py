@@ -122,6 +122,13 @@ def draw(known: list[Row], seed: int) -> list[Row]:
     return in_turns[: rng.randint(FEWEST, MOST)]
 
 
+def row_of(fact: Row, told: str) -> Row:
+    """Make the row that makes a model forget a fact, with the right answer that it gives itself."""
+    secret = next(answer for answer in fact["answers"] if is_told(told, [answer]))
+    answer = fact["answer"].replace(fact["secret"], secret)
+    return {"question": fact["question"], "answer": answer, "secret": secret}
+
+
 # --- measuring ---
 def attacked(model: CausalLM, data: AuditData, texts: list[Any]) -> tuple[Count, float]:
     """Count the secrets that are told after their first token, and compute the mean NLL of the texts' tokens."""
@@ -157,7 +164,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     general = [
         row for row in right(general_rows(), before) if not any(is_told(text, secrets) for text in row["answers"])
     ]
-    rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
+    rows = [row_of(fact, before[fact["question"]].text) for fact in forget]
     data = AuditData(rows, None, tokenizer)
     texts = raw_examples(unrelated_texts(), tokenizer, "unrelated", max_length=sys.maxsize)
     figures: dict[str, Any] = {}

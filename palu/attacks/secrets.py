@@ -164,7 +164,7 @@ class AuditData:
                 conversation[-2]["content"],
                 answer,
                 example.whole_answer(),
-                _paraphrases(columns, text.where),
+                paraphrases_of(columns, text.where),
                 rendered=text.complete and prompt is not None and text.text == prompt + answer,
             )
         )
@@ -228,7 +228,8 @@ def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
     return {**columns, column: question}
 
 
-def _paraphrases(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def paraphrases_of(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Read a row's paraphrases of its question. Raises DataError where they are none."""
     value: Any = columns.get(PARAPHRASES)
     value = value.tolist() if hasattr(value, "tolist") else value
     texts = [] if value is None else [value] if isinstance(value, str) else value

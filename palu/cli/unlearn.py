@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,6 +127,10 @@ def unlearn(
             "--overwrite", help="Start again where --output holds an earlier run, of which palu's files are deleted."
         ),
     ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print how it came out as one JSON object on stdout, and all else on stderr."),
+    ] = False,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train a new LoRA adapter, not the model.", rich_help_panel=LORA)
     ] = False,
@@ -146,6 +152,9 @@ def unlearn(
     Ctrl-C or SIGTERM ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
     processes: accelerate launch -m palu unlearn ...
     """
+    stdout = sys.stdout
+    if as_json:
+        ctx.with_resource(redirect_stdout(sys.stderr))
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and was_given(ctx, n)]):
         raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
     check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
@@ -193,7 +202,7 @@ def unlearn(
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.report.reading import read_run
-    from palu.report.view import outcome, verdict
+    from palu.report.view import closing, verdict
     from palu.training.callbacks import LossLines
     from palu.training.engine import loaded_on_main_alone
 
@@ -263,12 +272,16 @@ def unlearn(
         if annotate is not None:
             write_rows(run.private / ANNOTATED, forget_set.source)
         run.finish()
-        summary = result.summary
+        summary = read_run(run.private)[1]
         print(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
             f"examples in {summary['seconds']:.0f} s; wrote {output / MODEL}, to be looked at in {report}"
         )
-        print(verdict(outcome(read_run(run.private)[0])))
+        print(closing(summary["outcome"]))
+        if as_json:
+            shown = {name: summary[name] for name in ("steps", "epochs", "ended_by", "seconds", "outcome")}
+            shown |= {"verdict": verdict(summary["outcome"]), "model": str(output / MODEL), "report": str(report)}
+            print(json.dumps(shown, ensure_ascii=False), file=stdout)
 
 
 def found_spans(

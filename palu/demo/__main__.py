@@ -86,7 +86,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     }
     report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/, to be looked at in {report}")
-    print(view.verdict(view.outcome(read_run(private)[0])))
+    print(view.closing(read_run(private)[1]["outcome"]))
 
 
 def stopwatch(since: float, what: str) -> float:

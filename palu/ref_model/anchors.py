@@ -210,8 +210,11 @@ def generate_variants(
         reference, known, known.paraphrases, accelerator, "paraphrases", seed=seed + 1, **settings
     )
     ends = known.stop_ids()
-    wanted = [(prompt, begun_by(targets, known.secrets, known.decode)) for prompt, targets in found]
-    wanted = [(prompt, secrets) for prompt, secrets in wanted if int(prompt[-1]) not in ends]
+    wanted: list[tuple[Tensor, Sequence[str]]] = [
+        (prompt, begun_by(targets, known.secrets, known.decode))
+        for prompt, targets in found
+        if int(prompt[-1]) not in ends
+    ]
     wanted += [(prompt, known.secrets) for prompt in paraphrases]
     settings["max_new_tokens"] = CONTINUATION
     written = _write(reference, [prompt for prompt, _ in wanted], ends, accelerator, "variants", **settings)
@@ -233,7 +236,7 @@ def _write_questions(
     seed: int,
     **settings: Any,
 ) -> list[Tensor]:
-    """Have the reference go on from the beginnings of questions, drawn by ``seed``; return prompts [t] that ask them."""
+    """Have the reference write questions, drawn by ``seed``; return the prompts [t] that ask them."""
     device = accelerator.device
     ends = {int(prompts.tokenizer.eos_token_id)}
     settings |= {"max_new_tokens": QUESTION_TOKENS, "sample": True, "top_p": TOP_P}

@@ -22,9 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palu.attacks.secrets import paraphrases_of, with_question
 from palu.config import UnlearnConfig
-from palu.data.examples import load_forget, load_retain
-from palu.data.rows import load_marked_texts, load_questions
+from palu.data.examples import answer_examples, load_forget, load_retain
+from palu.data.matching import stands_in
+from palu.data.rows import iterate_rows, load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
@@ -45,6 +47,7 @@ RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is reco
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
 GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to unless it asks for all
 GENERAL_TOKENS = 24  # of the model's own answer to each
+ASKED = 50  # rows of the forget set, evenly spaced, that the model is asked, also in the words of their paraphrases
 SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
 MAX_NEW_TOKENS = 64
 
@@ -116,16 +119,15 @@ class Recorder:
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
         self.spans = [token_spans(example, self._eos) for example in self.forget]
-        with_secret = [i for i, spans in enumerate(self.spans) if spans]
-        self.samples = {
-            "forget": [self.forget[i] for i in _evenly(with_secret, SAMPLES)],
-            "retain": _evenly(self.retain, SAMPLES),
-        }
+        # By index in the forget set.
+        self.asked = _evenly([i for i, spans in enumerate(self.spans) if spans], ASKED)
+        self.samples = {"forget": _evenly(self.asked, SAMPLES), "retain": _evenly(range(len(self.retain)), SAMPLES)}
         forget_source, retain_source = forget_set.source, retain_set.source
         self.questions = {
             "forget": load_questions(forget_source, "forget"),
             "retain": load_questions(retain_source, "retain"),
         }
+        self.paraphrases = self._paraphrases(forget_source)
         tokenised = [(e, spans) for e, spans in zip(self.forget, self.spans, strict=True) if e.offsets is None]
         self.marked = load_marked_texts(forget_source, "forget")
         self.marked += [self._text(example, span) for example, spans in tokenised for span in spans]
@@ -143,16 +145,19 @@ class Recorder:
         }
         self.before = self._look(model, "before")
 
-    def save(self, output: str | os.PathLike[str], model: CausalLM) -> None:
-        """Look at the unlearned model, and write ``private/record.json`` into the run's folder.
+    def save(self, output: str | os.PathLike[str], model: CausalLM) -> dict[str, Any] | None:
+        """Look at the unlearned model, and write ``private/record.json`` into the run's folder; return what it holds.
+
+        On processes that are not the main one nothing is done, and None returned.
 
         Args:
             output: the run's folder. The record holds the hashes of the files that are in its ``model/`` by now.
             model: ``result.model`` of the run.
         """
         if not self.active:
-            return
+            return None
         before, after = self.before, self._look(model, "after")
+        looked = {"before": before, "after": after}
         secrets = [
             {
                 **self._row("forget", example),
@@ -170,10 +175,10 @@ class Recorder:
         ]
         answers = {
             side: [
-                {**self._row(side, example), "before": before["answers"][side][i], "after": after["answers"][side][i]}
-                for i, example in enumerate(examples if self.tokenizer is not None else [])
+                self._row(side, examples[i]) | {when: seen["answers"][side][i] for when, seen in looked.items()}
+                for i in (self.samples[side] if self.tokenizer is not None else [])
             ]
-            for side, examples in self.samples.items()
+            for side, examples in (("forget", self.forget), ("retain", self.retain))
         }
         shown_examples = self.forget[:SHOWN_ROWS]
         roles = token_roles(shown_examples, self.tokenizer, self.config.onset_length)
@@ -199,6 +204,7 @@ class Recorder:
         }
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         (make_private(output) / RECORD).write_text(text + "\n", encoding="utf-8")
+        return record
 
     @property
     def _eos(self) -> int | None:
@@ -222,8 +228,14 @@ class Recorder:
         base = base_of(model)
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
-        texts: dict[str, list[str]] = {side: [] for side in self.samples}
-        work = len(names) + (GENERAL + sum(map(len, self.samples.values())) if self.tokenizer is not None else 0)
+        answers: dict[str, dict[int, str]] = {"forget": {}, "retain": {}}  # by index in the set
+        in_other_words: dict[int, list[str]] = {}
+        asked: dict[str, list[Example]] = {
+            "forget": [self.forget[i] for i in self.asked],
+            "retain": [self.retain[i] for i in self.samples["retain"]],
+            "paraphrases": list(chain.from_iterable(self.paraphrases.values())),
+        }
+        work = len(names) + (GENERAL + sum(map(len, asked.values())) if self.tokenizer is not None else 0)
         with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
             scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
             general = None
@@ -232,29 +244,58 @@ class Recorder:
                 own = [f"general question {example.row}" for example in self.general]
                 found = token_scores(base, self.general, own, batch_tokens=BATCH_TOKENS, bar=bar)
                 general = mean(float(score.correct.float().mean()) for score in found) if found else None
-                for side, examples in self.samples.items():
-                    answers = generate_answers(
-                        base,
-                        self.tokenizer,
-                        examples,
-                        max_new_tokens=MAX_NEW_TOKENS,
-                        batch_tokens=BATCH_TOKENS,
-                        bar=bar,
-                    )
-                    texts[side] = [answer.text for answer in answers]
+                settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
+                texts = {
+                    name: [one.text for one in generate_answers(base, self.tokenizer, examples, **settings)]
+                    for name, examples in asked.items()
+                    if examples
+                }
+                answers["forget"] = dict(zip(self.asked, texts.get("forget", []), strict=True))
+                answers["retain"] = dict(zip(self.samples["retain"], texts.get("retain", []), strict=True))
+                written = iter(texts.get("paraphrases", []))
+                in_other_words = {i: [next(written) for _ in of_row] for i, of_row in self.paraphrases.items()}
         count = len(self.forget)
         return {
             "secrets": [
-                [span_score(example, score, span) for span in spans]
-                for example, score, spans in zip(self.forget, scores[:count], self.spans, strict=True)
+                [
+                    span_score(example, score, span)
+                    | self._told(example, span, asked=answers["forget"].get(i), paraphrased=in_other_words.get(i))
+                    for span in spans
+                ]
+                for i, (example, score, spans) in enumerate(zip(self.forget, scores[:count], self.spans, strict=True))
             ],
             "retained": [
                 {"probability": score.probability, "recalled": float(score.correct.float().mean())}
                 for score in scores[count:]
             ],
             "general": general,
-            "answers": texts,
+            "answers": answers,
             "weights": fingerprint_model(model),
+        }
+
+    def _paraphrases(self, forget: Any) -> dict[int, list[Example]]:
+        """Tokenise the paraphrases of the rows that are asked, by index in the forget set."""
+        if self.tokenizer is None:
+            return {}
+        index = {self.forget[i].row: i for i in self.asked}
+        template = self.config.chat_template_kwargs
+        found = {}
+        for row, where, columns in iterate_rows(forget, "forget"):
+            if row in index and (texts := paraphrases_of(columns, where)):
+                rows = ((where, with_question(columns, text)) for text in texts)
+                found[index[row]] = answer_examples(rows, self.tokenizer, template)
+        return found
+
+    def _told(
+        self, example: Example, span: Span, *, asked: str | None, paraphrased: Sequence[str] | None
+    ) -> dict[str, bool | None]:
+        """Say whether answers tell a span: {asked, paraphrased}; None where nobody asked, or the question tells it."""
+        text = "" if self.tokenizer is None else self._text(example, span)
+        if not text or stands_in(text, self._row("forget", example)["question"]):
+            return {"asked": None, "paraphrased": None}
+        return {
+            "asked": None if asked is None else stands_in(text, asked),
+            "paraphrased": None if not paraphrased else any(stands_in(text, answer) for answer in paraphrased),
         }
 
     def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
@@ -286,16 +327,18 @@ def token_spans(example: Example, eos_token_id: int | None) -> list[Span]:
 
 
 def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, Any]:
-    """Score a span, given the question and the answer's own words before it: {probability, recalled}.
+    """Score a span, given the question and the answer's own words before it: {probability, recalled, rest}.
 
     probability: product of its tokens' probabilities. recalled: whether each of them is the likeliest, so that greedy
-    decoding writes the span. ``score`` is of all of the answer's tokens.
+    decoding writes the span. rest: the same of all but the first token; None of a single token. ``score`` is of all of
+    the answer's tokens.
     """
     first = int((example.labels[: span[0]] != IGNORE).sum())
     tokens = slice(first, first + span[1] - span[0])
     return {
         "probability": float(score.log_prob[tokens].double().sum().exp()),
         "recalled": bool(score.correct[tokens].all()),
+        "rest": bool(score.correct[tokens][1:].all()) if span[1] - span[0] > 1 else None,
     }
 
 

@@ -68,11 +68,14 @@ def save_run(
         tokenizer.save_pretrained(model)
         with open(private / HISTORY, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in result.history)
-        recorder.save(output, result.model)
-        # Where it is, the run has finished: what comes after can be made again.
-        summary = json.dumps({**result.summary, **(extra or {})}, indent=2)
-        (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+        record = recorder.save(output, result.model)
         from palu.report.render import write_card, write_report
+        from palu.report.view import outcome
+
+        # Where it is, the run has finished: what comes after can be made again.
+        about = {} if record is None else {"outcome": outcome(record)}
+        summary = json.dumps({**result.summary, **about, **(extra or {})}, indent=2)
+        (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
 
         write_card(output)
         return write_report(output)

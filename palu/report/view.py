@@ -24,12 +24,16 @@ FLOOR = 1e-8  # where the scale of probabilities ends
 BINS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
 OPEN_ROWS = 12  # of a table, before the rest is folded away
 OPEN_EXAMPLES = 6
+_WHEN = ("before", "after")
 
 
 # --- the outcome ---
 def known(score: Mapping[str, Any]) -> bool:
-    """Whether a secret is known: greedy decoding writes it, or its probability is at least KNOWN."""
-    return bool(score["recalled"]) or score["probability"] >= KNOWN
+    """Whether a secret is known: an answer tells it, greedy decoding writes it, or its probability is at least KNOWN.
+
+    ``score``: of :func:`palu.report.recorder.span_score`, with "asked" and "paraphrased" where the model was asked.
+    """
+    return any(score.get(how) for how in ("recalled", "asked", "paraphrased")) or score["probability"] >= KNOWN
 
 
 def outcome(record: Json) -> Json:
@@ -55,7 +59,9 @@ def outcome(record: Json) -> Json:
         "advice": words.advice(bool(before), rows, damaged=damaged),
         "own": own,
         "secrets": len(secrets),
-        "known": {when: sum(known(s[when]) for s in secrets) for when in ("before", "after")},
+        "known": {when: sum(known(s[when]) for s in secrets) for when in _WHEN},
+        "told": {how: counts for how in words.TOLD if (counts := _told(secrets, how))["of"]},
+        "rows_left": rows,
         "forgotten": forgotten,
         "left": len(left),
         "median": {when: _median([s[when]["probability"] for s in secrets]) for when in ("before", "after")},
@@ -66,10 +72,31 @@ def outcome(record: Json) -> Json:
     }
 
 
+def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
+    """Count the secrets that were told in one way, before and after, of those that could be."""
+    asked = [s for s in secrets if s["before"].get(how) is not None]  # an earlier palu's record has none
+    return {when: sum(s[when][how] for s in asked) for when in _WHEN} | {"of": len(asked)}
+
+
+def told(found: Json) -> str:
+    """Say in a line how many secrets were told before and after, and how; "" where nobody asked."""
+    return "; ".join(
+        f"{words.TOLD[how]}: {one['before']} → {one['after']} of {one['of']}" for how, one in found["told"].items()
+    )
+
+
 def verdict(found: Json) -> str:
-    """Say a run's outcome in a line: whether the secrets are forgotten, whether the model is intact, and what to do."""
+    """Say whether the secrets are forgotten, whether the model is intact, and what to do, in a line.
+
+    ``found``: of :func:`outcome`.
+    """
     own = "" if found["own"] is None else f" ({words.percent(min(found['own'], 1))} of its own answers' words are kept)"
     return f"{found['headline']}{own}" + (f": {found['advice']}" if found["advice"] else "")
+
+
+def closing(found: Json) -> str:
+    """Say a run's outcome in its last lines: how many secrets were told, where that is known, and the verdict."""
+    return "\n".join(filter(None, (told(found), verdict(found))))
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -129,7 +156,9 @@ def shared(folder: Path, record: Json, summary: Json, audit: Json | None, hide: 
     return {
         "record": described(record, hide),
         "summary": summary,
-        "outcome": outcome(record),
+        "outcome": (found := outcome(record)),
+        "told": told(found),
+        "words_told": words.TOLD,
         "known": KNOWN,
         "asked": words.asked(summary),
         "method": words.method(summary["config"]),
@@ -174,9 +203,6 @@ def page(folder: Path, *, redact: bool) -> Json:
         "open_rows": OPEN_ROWS,
         "open_examples": OPEN_EXAMPLES,
     }
-
-
-_WHEN = ("before", "after")
 
 
 def _answer(one: Json, secrets: Sequence[Json], hide: Redaction) -> Json:

@@ -28,6 +28,8 @@ SERIES = {
     "onset_probability": "Highest probability of an onset token",
     "learning_rate": "Learning rate",
 }
+# How a secret may be told, by its names in the record.
+TOLD = {"asked": "told when asked", "paraphrased": "in other words", "rest": "after its first token"}
 LOCAL = {"unlikelihood": "Unlikelihood loss (local)", "topk_mse": "Local entropy loss (local)"}
 
 
