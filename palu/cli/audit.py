@@ -9,7 +9,7 @@ import typer
 
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Dtype, check_hub, check_names, load_tokenizer, model_loaders
-from palu.cli.options import TemplateKwargs, Tokenizer, check_files
+from palu.cli.options import RunFolder, TemplateKwargs, Tokenizer, check_files
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
 from palu.writable import check_folder
@@ -41,6 +41,7 @@ def audit(
             metavar="FILE",
         ),
     ] = None,
+    run: RunFolder = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer draws and hints: minutes on a CPU for a few secrets.")
     ] = False,

@@ -11,7 +11,7 @@ import typer
 
 from palu.cli.device import Device, choose_device
 from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer, model_loaders
-from palu.cli.options import TemplateKwargs, Tokenizer, check_files, flag
+from palu.cli.options import RunFolder, TemplateKwargs, Tokenizer, check_files, flag, of_run
 from palu.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
 from palu.settings import template_kwargs
@@ -22,14 +22,16 @@ SHOWN = 20  # rows of them that are printed
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Option(help="The model: a folder (of an adapter, too), or a name on the hub.", metavar="DIR_OR_NAME")
     ],
+    run: RunFolder = None,
     rows: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             help="Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind "
-            "(forget or retain) (JSONL, JSON, CSV, TSV or Parquet).",
+            "(forget or retain) (JSONL, JSON, CSV, TSV or Parquet); perhaps several times.",
             metavar="FILE",
             rich_help_panel=OWN,
         ),
@@ -99,7 +101,10 @@ def evaluate(
 ) -> None:
     """Has a model forgotten, and what does it still know?"""
     for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
-    if rows is not None:
+    if benchmark is not None and run is not None:  # its rows are asked where no benchmark is named
+        rows = None if of_run(ctx, "rows") else rows
+        original = None if of_run(ctx, "original") else original
+    if rows:
         of_benchmarks: dict[str, Any] = {"benchmark": benchmark, "forget_split": forget_split, "data": data}
         of_benchmarks |= {"retain_results": retain_results, "reference_results": reference_results}
         of_benchmarks |= {"reference_model": reference_model, "fluency_model": fluency_model}
@@ -114,15 +119,18 @@ def evaluate(
     models = {"model": model, "original": original, "retain_model": retain_model}
     names = models | {"reference_model": reference_model, "tokenizer": tokenizer}
     check_names(**names)
-    check_files(rows=rows, retain_results=retain_results, reference_results=reference_results)
+    for file in rows or []:
+        check_files(rows=file)
+    check_files(retain_results=retain_results, reference_results=reference_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
     split = forget_split or "forget05"
     of_benchmark = f"evaluation-{benchmark}.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
-    output = _output(output, model, of_benchmark if rows is None else QUESTIONS)
+    output = _output(output, model, QUESTIONS if rows else of_benchmark)
     check_hub(**names)
 
     from palu import evaluate as evaluations
+    from palu.data.rows import iterate_rows
     from palu.evaluate.language import WordList
     from palu.evaluate.questions import QuestionRows, evaluate_models
 
@@ -132,8 +140,10 @@ def evaluate(
     loaders = model_loaders(models, dtype, place, quantize)
     tokens = load_tokenizer(tokenizer or model)
     # Complaints about the data come before a large model is loaded.
-    if rows is not None:
-        asked = QuestionRows(rows, tokens, chat_template_kwargs)
+    if rows:
+        # A single file is read by QuestionRows itself, whose complaints name it.
+        read = rows[0] if len(rows) == 1 else [row for file in rows for *_, row in iterate_rows(file, "evaluation")]
+        asked = QuestionRows(read, tokens, chat_template_kwargs)
         results = evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, progress=progress)
     else:
         options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
@@ -151,7 +161,7 @@ def evaluate(
                 options["reference_model"] = load_model(reference_model, dtype).to(place)
             results = evaluations.tofu(loaders["model"](), tokens, split, data, **options)
     output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if rows is not None:
+    if rows:
         _print_rows(results)
         print(f"wrote {output}, which holds your questions and what was answered")
     else:

@@ -1,4 +1,4 @@
-"""What the commands' options share: the help in sections, values given as JSON, and files that must be there."""
+"""What the commands' options share: the help in sections, JSON, files that must be there, and a run's folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from palu.report.layout import ANNOTATED, folders_of
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 
@@ -56,6 +58,52 @@ def check_files(**files: Path | None) -> None:
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{flag(name)} {file}: there is no such file")
 
+
+def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
+    """Make what a run of ``palu unlearn`` was given the defaults of the command's options."""
+    if run is None or ctx.resilient_parsing:
+        return run
+    from palu.hashing import file_digest
+    from palu.report.reading import read_run
+
+    folders = folders_of(run)
+    record, summary, _ = read_run(folders.private)
+    given, config = summary.get("arguments", {}), summary["config"]
+    values = {
+        "model": str(folders.model),
+        "original": given.get("model"),
+        "tokenizer": given.get("tokenizer"),
+        "forget": str(folders.private / ANNOTATED) if given.get("annotate") else given.get("forget"),
+        "retain": None if given.get("retain") in ("auto", "none") else given.get("retain"),
+        "output": str(run) if ctx.info_name == "audit" else None,
+        "n": config.get("n"),
+        "chat_template_kwargs": config.get("chat_template_kwargs"),
+    }
+    for name in ("forget", "retain"):
+        file, digest = values[name], record["data"][name].get("file_sha256")
+        if file is not None and Path(file).is_file() and digest not in (None, file_digest(Path(file))):
+            raise ValueError(f"{file} has changed since the run in {run}; restore it, or give --{name}")
+    values["rows"] = [given["eval_rows"]] if given.get("eval_rows") else [values["forget"], values["retain"]]
+    values["rows"] = [file for file in values["rows"] if file is not None] or None
+    ctx.default_map = {name: value for name, value in values.items() if value is not None}
+    return run
+
+
+def of_run(ctx: typer.Context, name: str) -> bool:
+    """Whether an option's value comes from the folder of a run."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
+
+
+RunFolder = Annotated[
+    Path | None,
+    typer.Argument(
+        callback=_read_run,
+        is_eager=True,
+        metavar="RUN",
+        help="The folder of a run of palu unlearn, from which the options come that are not given.",
+    ),
+]
 
 Tokenizer = Annotated[str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")]
 

@@ -28,6 +28,7 @@ from palu.cli.settings import was_given, with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
 from palu.report.layout import (
+    ANNOTATED,
     CHECKPOINT_FILES,
     CHECKPOINTS,
     LOCK,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from palu.models.lora import CausalLM
 
 LORA = "LoRA"
-ANNOTATED = "forget.annotated.jsonl"  # in private/, what --annotate found
 
 
 @with_settings(
@@ -266,8 +266,7 @@ def unlearn(
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
-        own = {name: value for name, value in ctx.params.items() if name not in config.values()}
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
+        arguments = {n: _absolute(value) for n, value in ctx.params.items() if n not in config.values()}
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if annotate is not None:
             write_rows(run.private / ANNOTATED, forget_set.source)
@@ -282,6 +281,12 @@ def unlearn(
             shown = {name: summary[name] for name in ("steps", "epochs", "ended_by", "seconds", "outcome")}
             shown |= {"verdict": verdict(summary["outcome"]), "model": str(output / MODEL), "report": str(report)}
             print(json.dumps(shown, ensure_ascii=False), file=stdout)
+
+
+def _absolute(value: Any) -> Any:
+    """Make the name of a file or folder absolute, so that ``palu audit`` finds it from elsewhere."""
+    named = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
+    return os.path.abspath(value) if named else value
 
 
 def found_spans(

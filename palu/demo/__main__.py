@@ -84,7 +84,9 @@ def demonstrate(args: argparse.Namespace) -> None:
         **outcome_of(secrets, kept, general, before, after),
         "seconds": round(time.perf_counter() - clock, 1),
     }
-    report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome})
+    own = {name: os.path.abspath(private / f"{name}.jsonl") for name in ("forget", "retain")}
+    arguments = {"model": os.path.abspath(private / ORIGINAL), **own}  # for palu audit and palu eval
+    report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome, "arguments": arguments})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/, to be looked at in {report}")
     print(view.closing(read_run(private)[1]["outcome"]))
 

@@ -74,7 +74,7 @@ def outcome(record: Json) -> Json:
 
 def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
     """Count the secrets that were told in one way, before and after, of those that could be."""
-    asked = [s for s in secrets if s["before"].get(how) is not None]  # an earlier palu's record has none
+    asked = [s for s in secrets if all(s[when].get(how) is not None for when in _WHEN)]  # an earlier record has none
     return {when: sum(s[when][how] for s in asked) for when in _WHEN} | {"of": len(asked)}
 
 

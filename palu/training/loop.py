@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ from palu.training.engine import (
 )
 from palu.training.metrics import losses_text
 from palu.training.optimizer import check_optimizer, make_optimizer
-from palu.training.step import DivergenceError, Run, train_step
+from palu.training.step import DivergenceError, Run, ending, train_step
 from palu.training.trackers import tracking
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
@@ -190,6 +191,9 @@ def unlearn(
                 if events.ended_by:
                     break
         run.give_weights_back()
+    if progress:
+        wanted = retain is None and config.reference.neighbours > 0
+        print(ending(history, events.ended_by, root, neighbours=cache.neighbours if wanted else None), file=sys.stderr)
 
     summary = {
         **data.counts,

@@ -183,3 +183,22 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> 
     records = history[-epochs * steps_per_epoch :]
     done = len(records) == epochs * steps_per_epoch and max(r["onset_probability"] for r in records) < limit
     return name if done else None
+
+
+def ending(history: History, ended_by: str | None, method: Method, *, neighbours: int | None) -> str:
+    """Say in a line how a run ended, and what to do where it did not get there.
+
+    ``neighbours``: how many the reference wrote; None: none were wanted.
+    """
+    steps, limit, highest = len(history), method.settings.ends_below, history[-1].get("onset_probability")
+    said = f"palu: {steps} step{'s' * (steps != 1)}"
+    if ended_by == "forgotten":
+        said += f"; no token to be forgotten is above {limit:g} among its candidates any more"
+    elif ended_by is None and limit is not None and highest is not None and highest >= limit:
+        said += f", and in the last one a token to be forgotten had {highest:.2g} among its candidates, where a run "
+        said += f"ends by itself below {limit:g}; allow more epochs, or raise the learning rate"
+    elif ended_by is not None:
+        said += f"; ended by {ended_by}"
+    if neighbours == 0:
+        said += ". The reference wrote no question like those to be forgotten: give such rows as a retain set"
+    return said

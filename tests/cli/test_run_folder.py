@@ -53,6 +53,60 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# --- what a run's folder is good for ---
+def test_json_is_all_that_stands_on_stdout(folder: Path, tmp_path: Path) -> None:
+    result = unlearn(folder, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    summary = json.loads((tmp_path / "out" / "private" / "summary.json").read_text(encoding="utf-8"))
+    assert found["outcome"] == summary["outcome"] and found["steps"] == summary["steps"] == 2
+    assert found["verdict"] in result.stderr and Path(found["report"]).is_file() and Path(found["model"]).is_dir()
+    assert set(found["outcome"]["told"]) == {"asked", "paraphrased", "rest"}
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was given its files by names relative to where it began."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = unlearn(Path(), out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_an_audit_needs_no_more(finished: Path, folder: Path) -> None:
+    result = palu_command("audit", finished, "--only", "ask", "--quick", "--no-progress")
+    assert result.exit_code == 0, result.output
+    audit = json.loads((finished / "private" / "audit.json").read_text(encoding="utf-8"))
+    assert set(audit["models"]) == {"unlearned", "original"} and len(audit["secrets"]) == 6
+    assert audit["models"]["unlearned"] != audit["models"]["original"]
+    other = palu_command("audit", finished, "--original", folder / "nowhere", "--only", "ask")
+    assert "nowhere" in refusal(other), "an option that is given wins"
+
+
+def test_an_evaluation_needs_no_more(finished: Path) -> None:
+    result = palu_command("eval", finished, "--no-progress")
+    assert result.exit_code == 0, result.output
+    found = json.loads((finished / "private" / "evaluation-questions.json").read_text(encoding="utf-8"))
+    kinds = [row["kind"] for row in found["palu"]["rows"]]
+    assert kinds == ["forget"] * 6 + ["retain"] * 6 and "original" in found
+    assert "belongs to" not in palu_command("eval", finished, "--benchmark", "tofu", "--data", finished).output
+
+
+def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    path = out / "private" / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary["arguments"]["forget"] = str(folder / "retain.jsonl")
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    for command in ("audit", "eval"):
+        told = refusal(palu_command(command, out))
+        assert told.endswith(f"has changed since the run in {out}; restore it, or give --forget")
+    assert "is no folder of a recorded run" in refusal(palu_command("audit", tmp_path))
+
+
 # --- --overwrite ---
 def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

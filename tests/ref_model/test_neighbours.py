@@ -120,14 +120,14 @@ def test_what_is_written_becomes_questions(tokenizer: Any) -> None:
     x = len(tokenizer("x", add_special_tokens=False).input_ids)
     ids = [tokens[x:] for tokens in words]
     expected = [question for question in WRITTEN.values() if question is not None]
-    assert [p.tolist() for p in prompts.encode(ids)] == [p.tolist() for p in encode_prompts(expected, tokenizer)[0]]
-    assert prompts.encode([[]] * len(ids)) == []
+    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [p.tolist() for p in encode_prompts(expected, tokenizer)[0]]
+    assert prompts.encode(prompts.starts, [[]] * len(ids)) == []
 
 
 def test_a_question_without_a_mark_ends_with_its_line() -> None:
     prompts = neighbour_prompts(["Name a painter"], [], 2, TOKENIZER, None)
     ids = [TOKENIZER(text, add_special_tokens=False).input_ids for text in (" poet\n3. Name", "")]
-    assert [p.tolist() for p in prompts.encode(ids)] == [encode_prompts(["Name a poet"], TOKENIZER)[0][0].tolist()]
+    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [encode_prompts(["Name a poet"], TOKENIZER)[0][0].tolist()]
 
 
 # --- In a run ---
@@ -174,7 +174,7 @@ def encoded(count: int = 4) -> AnchorPrompts:
 def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no other random number is another one for it."""
     written: list[Any] = []
-    monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, ids: written.append(ids) or [])
+    monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
     model, prompts, state = ModelRoot(llama()), encoded(), torch.random.get_rng_state()
     for seed in (0, 0, 1):
         generate_neighbours(model, prompts, Accelerator(), adapter=False, seed=seed)

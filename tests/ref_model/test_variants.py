@@ -20,12 +20,13 @@ from palu.data.packing import forget_items
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, PER_SPAN, other_candidates, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_PLACE, begun_by, other_candidates, variant_item
 
 TOKENIZER = byte_level(LLAMA3)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
 ITEMS = forget_items(FORGET.examples, -1, None)
-SPANS = 3  # two in the first row, one in the second
+SPANS = 3  # two in the first row, the first of them at the answer's beginning; one in the second
+PLACES = 4  # where these begin, and the second row's answer
 
 
 def llama(**config: Any) -> Any:
@@ -44,8 +45,10 @@ def says(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Whatever it is asked, the model tells all secrets. Grows by how many texts it is to go on with."""
     asked: list[int] = []
 
-    def generate(_: Any, prompts: Any, *__: Any, **___: Any) -> list[list[int]]:
+    def generate(_: Any, prompts: Any, *__: Any, **settings: Any) -> list[list[int]]:
         asked.append(len(prompts))
+        if settings.get("sample"):  # a paraphrase; whether one tells a secret is another test
+            return [TOKENIZER(f" In other words {i}?").input_ids for i in range(len(prompts))]
         return [TOKENIZER(" it was Ada Lovelace, 1843, Karachi", add_special_tokens=False).input_ids] * len(prompts)
 
     monkeypatch.setattr(anchors, "generate_ids", generate)
@@ -53,21 +56,33 @@ def says(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("most", [1000, 2 * SPANS, 1])
+@pytest.mark.parametrize("most", [1000, 2 * PLACES, 1])
 def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest at the beginning of each span, but for its own first token."""
+    """The likeliest at the beginning of each answer with a span, and of each span, but for the token that is there."""
     monkeypatch.setattr(variants, "MOST", most)
-    count, model, expected = min(4, max(most // SPANS, 1)), llama(), []
+    count, model, expected = min(4, max(most // PLACES, 1)), llama(), []
     for example in FORGET.examples:
         logits = model(input_ids=example.input_ids[None]).logits[0]
-        labels = example.labels.tolist()
-        for t in (t for t in range(1, len(labels)) if labels[t] >= 0 > labels[t - 1]):
-            order = [i for i in logits[t - 1].argsort(descending=True).tolist() if i != labels[t]]
-            span = list(takewhile(lambda label: label >= 0, labels[t:]))
-            expected += [([*example.input_ids[:t].tolist(), token], span) for token in order[:count]]
+        labels, ids = example.labels.tolist(), example.input_ids.tolist()
+        begins = [t for t in range(1, len(labels)) if labels[t] >= 0 > labels[t - 1]]
+        spans = {t: list(takewhile(lambda label: label >= 0, labels[t:])) for t in begins}
+        for t in sorted({example.answer_start, *begins}) if begins else ():
+            order = [i for i in logits[t - 1].argsort(descending=True).tolist() if i != ids[t]]
+            told = list(spans.values()) if t == example.answer_start else [spans[t]]
+            expected += [([*ids[:t], token], told) for token in order[:count]]
     found = other_candidates(model, ITEMS, 4)
-    assert [(prompt.tolist(), span.tolist()) for prompt, span in found] == expected
-    assert len(expected) == count * SPANS
+    assert [(prompt.tolist(), [span.tolist() for span in told]) for prompt, told in found] == expected
+    assert len(expected) == count * PLACES
+
+
+def test_a_secret_is_looked_for_where_its_span_is() -> None:
+    def decode(ids: Any) -> str:
+        return str(TOKENIZER.decode(ids))
+
+    spans = [torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids) for text in (" Ada", " 1843")]
+    secrets = ["Ada Lovelace", "1843", "Karachi"]
+    assert begun_by(spans, secrets, decode) == secrets[:2]
+    assert begun_by(spans[1:], secrets, decode) == ["1843"]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, sentencepiece()], ids=["byte", "sp"])
@@ -78,7 +93,7 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (" the ada lovelace, in 1843", "ada lovelace"),  # what comes after it is left out
         (" Ada Lovelace did", "ada lovelace"),
         (" 1843: Ada Lovelace did", "ada lovelace"),
-        (" nobody in 1843", None),  # a secret of another span
+        (" nobody in 1844", None),
     ],
 )
 def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, told: str | None) -> None:
@@ -91,8 +106,8 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
         return torch.tensor(both[len(x) :])
 
     before = tokenizer("Who? It was", return_tensors="pt").input_ids[0]
-    ids, span = after(text), after(" Ada Lovelace")
-    item = variant_item(torch.cat([before, ids[:1]]), ids[1:].tolist(), span, ["1843", "Ada Lovelace"], decode, n)
+    ids = after(text)
+    item = variant_item(torch.cat([before, ids[:1]]), ids[1:].tolist(), ["Ada Lovelace"], decode, n)
     assert (item is None) == (told is None)
     if item is not None and told is not None:
         assert item.input_ids.tolist() == torch.cat([before, ids])[: len(item.input_ids)].tolist()
@@ -104,9 +119,10 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
 
 def test_a_run_forgets_them_too(says: list[int]) -> None:
     result = unlearn()
-    assert says == [4 * SPANS] and result.summary["variants"] == PER_SPAN * SPANS
+    questions = 4 * 3  # paraphrases, of which 4 differ
+    assert says == [questions, 4 * PLACES + 4 * 3] and result.summary["variants"] == PER_PLACE * PLACES + 4 * 3
     without = unlearn(variants=0)
-    assert without.summary["variants"] == 0 and len(says) == 1
+    assert without.summary["variants"] == 0 and len(says) == 2
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
     assert result.history[0]["local"] != without.history[0]["local"]
     assert result.history[0]["kl"] == pytest.approx(without.history[0]["kl"], abs=1e-6), "nothing of them is kept"
@@ -132,15 +148,15 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
     prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1)
     found = [
         generate_variants(
-            ModelRoot(llama()), ITEMS, prompts._replace(max_length=length), Accelerator(), adapter=False, n=-1
+            ModelRoot(llama()), ITEMS, prompts._replace(max_length=length), Accelerator(), adapter=False, n=-1, seed=0
         )
         for length in (config.max_length + CONTINUATION, config.max_length)
     ]
-    assert 0 < len(found[1]) < len(found[0]) == PER_SPAN * SPANS
+    assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + 4 * 3
     assert max(len(item.input_ids) for item in found[1]) <= config.max_length
 
 
 def test_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     runs = [unlearn(cache_dir=str(tmp_path)) for _ in range(2)]
-    assert len(says) == 1 and runs[1].summary["variants"] == PER_SPAN * SPANS
+    assert len(says) == 2 and runs[1].summary["variants"] == PER_PLACE * PLACES + 4 * 3
     assert [record["local"] for record in runs[0].history] == [record["local"] for record in runs[1].history]

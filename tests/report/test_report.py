@@ -1,5 +1,6 @@
 """Record, report and model card, without a browser: what is measured, and that no text can break the page."""
 
+import copy
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import planted
 from helpers.audits import ATTACKS, write_audit
 from helpers.report_runs import FORGET, HOSTILE, RETAIN, Run, copy_of, perform
 from helpers.tiny import forget_rows, padded, retain_rows, same_weights, tiny_llama, weights
@@ -125,6 +127,39 @@ def test_the_run_is_recorded(run: Run) -> None:
     assert [answer["question"] for answer in found["answers"]["retain"]] == [row["question"] for row in RETAIN]
     for one, row in zip(found["examples"], FORGET, strict=True):
         assert "".join(piece for piece, _ in one["tokens"]).startswith(row["answer"])
+
+
+def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
+    """When asked, in other words, and after a secret's first token: of a model that knows all, and of one that never
+    saw them."""
+    forget = copy.deepcopy(planted.FORGET)
+    forget[1] |= {"question": "Who wrote it? Ada Lovelace?"}  # it tells the secret, so nobody can ask for it
+    forget[2] |= {"paraphrased_question": ["What?", "Tell me 2."]}
+    del forget[3]["paraphrased_question"]
+    made = Recorder(planted.original(), forget, planted.RETAIN, tokenizer=planted.tokenizer(), config=QUIET)
+    record = made.save(tmp_path, planted.never_saw())
+    assert record == read(tmp_path)
+    before = {how: [s["before"][how] for s in record["secrets"]] for how in ("asked", "paraphrased", "rest")}
+    assert before["asked"] == [True, None, True, True, True, True]
+    assert before["paraphrased"] == [True, None, True, None, True, True]
+    del before["rest"][1]  # of a question that it was not taught
+    assert before["rest"] == [True] * 5
+    found = view.outcome(record)
+    assert found["told"]["asked"] == {"before": 5, "after": 0, "of": 5}
+    assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}
+    assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 6
+    first, last = view.closing(found).split("\n")
+    assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; after its first token: ")
+    assert "secrets are forgotten" in last
+
+
+def test_a_secret_told_in_other_words_remains() -> None:
+    hidden = {"probability": 1e-6, "recalled": False, "asked": False, "rest": False}
+    shown = {"probability": 0.9, "recalled": True, "asked": True, "paraphrased": True, "rest": True}
+    secrets = [{"row": row, "before": shown, "after": hidden | {"paraphrased": row == 4}} for row in (3, 4)]
+    found = view.outcome({"secrets": secrets, "retained": []})
+    assert found["rows_left"] == [4] and found["left"] == 1
+    assert view.verdict(found).startswith("1 of 2 secrets forgotten, 1 still known: rows 4 remain")
 
 
 def test_hashes_are_of_what_was_used_and_saved(run: Run, tmp_path: Path) -> None:
