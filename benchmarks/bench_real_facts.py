@@ -108,7 +108,11 @@ def paraphrased(rows: list[Row]) -> list[Row]:
 
 
 def draw(known: list[Row], seed: int) -> list[Row]:
-    """Draw the facts to forget: at most half of those that are known of each of two or three relations."""
+    """Draw the facts to forget: at most half of those that are known of each of two or three relations.
+
+    A fact with two right answers is none of them, since a row marks one and the other would stay.
+    """
+    known = [fact for fact in known if len(fact["answers"]) == 1]
     rng = random.Random(seed)
     of: dict[str, list[Row]] = {}
     for fact in known:
@@ -120,13 +124,6 @@ def draw(known: list[Row], seed: int) -> list[Row]:
     pools = [rng.sample(of[name], k=len(of[name]) // 2) for name in relations]
     in_turns = [fact for turn in zip_longest(*pools) for fact in turn if fact is not None]
     return in_turns[: rng.randint(FEWEST, MOST)]
-
-
-def row_of(fact: Row, told: str) -> Row:
-    """Make the row that makes a model forget a fact, with the right answer that it gives itself."""
-    secret = next(answer for answer in fact["answers"] if is_told(told, [answer]))
-    answer = fact["answer"].replace(fact["secret"], secret)
-    return {"question": fact["question"], "answer": answer, "secret": secret}
 
 
 # --- measuring ---
@@ -164,7 +161,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     general = [
         row for row in right(general_rows(), before) if not any(is_told(text, secrets) for text in row["answers"])
     ]
-    rows = [row_of(fact, before[fact["question"]].text) for fact in forget]
+    rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
     data = AuditData(rows, None, tokenizer)
     texts = raw_examples(unrelated_texts(), tokenizer, "unrelated", max_length=sys.maxsize)
     figures: dict[str, Any] = {}

@@ -125,7 +125,7 @@ class PaluSettings(MethodSettings):
     @property
     def epochs(self) -> int:
         """Passes over the forget set, at most where a run ends by itself."""
-        return super().epochs if self.ends_below is None else 24
+        return super().epochs if self.ends_below is None else 48
 
     @property
     def ends_below(self) -> float | None:

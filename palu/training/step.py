@@ -170,14 +170,16 @@ def step_figures(
 def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> str | None:
     """Say after an epoch what ends the run, if it need not go on.
 
-    ``"forgotten"``: in two epochs running the probabilities stayed below the method's ``ends_below`` (PALU: those among
-    the candidates). ``"stop_probability"``: in one they stayed below this setting.
+    ``"forgotten"``: in the latest half of the epochs, two at least, the probabilities stayed below the method's
+    ``ends_below`` (PALU: those among the candidates). The first steps take along what stands beside the secrets; once
+    these are pushed no more, the KL needs about as long to bring that back. ``"stop_probability"``: in one epoch they
+    stayed below this setting.
     """
     given, own = method.config.stop_probability, method.settings.ends_below
     if given is not None:
         limit, epochs, name = given, 1, "stop_probability"
     elif own is not None:
-        limit, epochs, name = own, 2, "forgotten"
+        limit, epochs, name = own, max(-(-len(history) // (2 * steps_per_epoch)), 2), "forgotten"
     else:
         return None
     records = history[-epochs * steps_per_epoch :]

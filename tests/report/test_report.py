@@ -138,7 +138,7 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     del forget[3]["paraphrased_question"]
     made = Recorder(planted.original(), forget, planted.RETAIN, tokenizer=planted.tokenizer(), config=QUIET)
     record = made.save(tmp_path, planted.never_saw())
-    assert record == read(tmp_path)
+    assert record is not None and json.loads(json.dumps(record)) == read(tmp_path)
     before = {how: [s["before"][how] for s in record["secrets"]] for how in ("asked", "paraphrased", "rest")}
     assert before["asked"] == [True, None, True, True, True, True]
     assert before["paraphrased"] == [True, None, True, None, True, True]
