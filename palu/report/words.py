@@ -184,7 +184,9 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("ended_by") == "callback":
         sentences.append("It stopped early: a callback ended it.")
     elif summary.get("ended_by") == "forgotten":
-        sentences.append("It ended by itself: in the latest half of its epochs no token to be forgotten was probable any more.")
+        sentences.append(
+            "It ended by itself: in half of its epochs, the latest, no token to be forgotten was probable."
+        )
     elif summary.get("stopped_early"):
         sentences.append(
             f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."

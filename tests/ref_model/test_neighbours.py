@@ -120,14 +120,18 @@ def test_what_is_written_becomes_questions(tokenizer: Any) -> None:
     x = len(tokenizer("x", add_special_tokens=False).input_ids)
     ids = [tokens[x:] for tokens in words]
     expected = [question for question in WRITTEN.values() if question is not None]
-    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [p.tolist() for p in encode_prompts(expected, tokenizer)[0]]
+    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [
+        p.tolist() for p in encode_prompts(expected, tokenizer)[0]
+    ]
     assert prompts.encode(prompts.starts, [[]] * len(ids)) == []
 
 
 def test_a_question_without_a_mark_ends_with_its_line() -> None:
     prompts = neighbour_prompts(["Name a painter"], [], 2, TOKENIZER, None)
     ids = [TOKENIZER(text, add_special_tokens=False).input_ids for text in (" poet\n3. Name", "")]
-    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [encode_prompts(["Name a poet"], TOKENIZER)[0][0].tolist()]
+    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [
+        encode_prompts(["Name a poet"], TOKENIZER)[0][0].tolist()
+    ]
 
 
 # --- In a run ---
