@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from palu.attacks.attack import Attack, Finding, Victim
-from palu.attacks.secrets import PARAPHRASES, SHOTS, AuditData, with_question
+from palu.attacks.secrets import SHOTS, AuditData
 from palu.data.matching import stands_in
+from palu.data.paraphrases import PARAPHRASES, with_question
 from palu.data.rows import after_examples
 from palu.models.lora import CausalLM
 

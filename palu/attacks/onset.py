@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from statistics import mean
 
 from palu.attacks.attack import Attack, Finding, Victim, found_in
-from palu.attacks.secrets import AuditData, Secret, with_question
+from palu.attacks.secrets import AuditData, Secret
 from palu.data.matching import stands_in
+from palu.data.paraphrases import with_question
 from palu.models.lora import CausalLM
 
 

@@ -14,13 +14,13 @@ from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, war
 from palu.data.examples import answer_examples
 from palu.data.files import DataError
 from palu.data.matching import stands_in
+from palu.data.paraphrases import paraphrases_of
 from palu.data.rows import (
     RenderedRow,
     Renderer,
     conversation_of,
     iterate_rows,
     text_before,
-    text_columns,
     text_rows,
     with_answer,
 )
@@ -29,7 +29,6 @@ from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
 from palu.models.generation import answer_ends, prompt_of
 
-PARAPHRASES = "paraphrased_question"  # a column of the forget set: a question in other words, or a list of them
 SHOTS = 5  # rows of the retain set that are put in front of a question
 _STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
 
@@ -83,7 +82,7 @@ class AuditData:
 
     Args:
         forget: rows of text with ``secret`` or ``spans``, as :func:`palu.data.load_forget` takes them; perhaps with
-            PARAPHRASES.
+            ``paraphrased_question``.
         retain: rows of text, or None.
         tokenizer: of all models.
         chat_template_kwargs: what the chat template is given beside the messages.
@@ -217,24 +216,3 @@ class AuditData:
             beyond = (example.labels != IGNORE) & (example.offsets[:, 1] > len(beginning))
             found.append(example.input_ids[: int(beyond.nonzero()[0])])
         return found
-
-
-def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
-    """Return a row of :func:`palu.data.rows.conversation_of` with another last message before the answer."""
-    if columns.get("messages") is not None:
-        *before, asked, answer = columns["messages"]
-        return {**columns, "messages": [*before, {**asked, "content": question}, answer]}
-    column, _ = text_columns(columns) or ("question", "answer")
-    return {**columns, column: question}
-
-
-def paraphrases_of(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Read a row's paraphrases of its question. Raises DataError where they are none."""
-    value: Any = columns.get(PARAPHRASES)
-    value = value.tolist() if hasattr(value, "tolist") else value
-    texts = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(
-            f"{where}: column '{PARAPHRASES}' must be a question, or a list of them; correct it or leave it out"
-        )
-    return tuple(texts)

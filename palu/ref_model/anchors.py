@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.examples import Examples
+from palu.data.examples import Examples, answer_examples
 from palu.data.files import DataError
 from palu.data.packing import Item, anchor_item
+from palu.data.paraphrases import paraphrased_rows
 from palu.data.rows import load_marked_texts, load_questions
 from palu.distributed import gather_values
-from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches
+from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches, prompt_of
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
 from palu.ref_model.neighbours import (
@@ -91,10 +92,11 @@ def encode_anchor_prompts(
         questions = list(load_questions(forget.source, "forget").values())
         secrets = load_marked_texts(forget.source, "forget")
         neighbours = neighbour_prompts(questions, secrets, wanted, tokenizer, config.chat_template_kwargs)
-        variants = config.reference.variants if secrets else 0
-        neighbours = neighbours._replace(
-            variants=variants, paraphrases=paraphrase_starts(questions, variants, tokenizer)
-        )
+        if secrets and (others := config.reference.variants):
+            rows = ((where, columns) for _, where, columns in paraphrased_rows(forget.source, "forget"))
+            given = [prompt_of(one) for one in answer_examples(rows, tokenizer, config.chat_template_kwargs)]
+            starts = paraphrase_starts(questions, others, tokenizer)
+            neighbours = neighbours._replace(variants=others, paraphrases=starts, given_paraphrases=given)
     if count == 0:
         stop_ids = set() if neighbours is None else neighbours.stop_ids()
         return AnchorPrompts([], stop_ids, config.max_length, neighbours)
@@ -215,7 +217,7 @@ def generate_variants(
         for prompt, targets in found
         if int(prompt[-1]) not in ends
     ]
-    wanted += [(prompt, known.secrets) for prompt in paraphrases]
+    wanted += [(prompt, known.secrets) for prompt in (*known.given_paraphrases, *paraphrases)]
     settings["max_new_tokens"] = CONTINUATION
     written = _write(reference, [prompt for prompt, _ in wanted], ends, accelerator, "variants", **settings)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place

@@ -72,9 +72,11 @@ class Fingerprints:
         asked = self._anchor_prompts
         if asked is None or not (asked.prompts or asked.neighbours):
             return None
-        lists = [start.prompt for start in asked.neighbours.starts] if asked.neighbours else []
-        secrets = [*asked.neighbours.secrets, str(asked.neighbours.variants)] if asked.neighbours else []
-        return digest([asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS, lists, secrets])
+        parts = [asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS]
+        if own := asked.neighbours:
+            lists = [start.prompt for start in (*own.starts, *own.paraphrases)]
+            parts += [lists, list(own.given_paraphrases), [*own.secrets, str(own.variants)]]
+        return digest(parts)
 
     @cached_property
     def _weights(self) -> dict[str, str]:

@@ -46,7 +46,8 @@ class NeighbourPrompts(NamedTuple):
     questions: Sequence[str]  # of the forget set
     secrets: Sequence[str]  # the texts that it marks
     variants: int = 0  # candidates a place from which the reference goes on; see :mod:`palu.ref_model.variants`
-    paraphrases: Sequence[Start] = ()
+    paraphrases: Sequence[Start] = ()  # of the questions, for the reference to write
+    given_paraphrases: Sequence[Tensor] = ()  # prompts [t] that ask the rows' own
 
     def encode(self, starts: Sequence[Start], written: Sequence[Sequence[int]]) -> list[Tensor]:
         """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""

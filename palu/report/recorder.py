@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.attacks.secrets import paraphrases_of, with_question
 from palu.config import UnlearnConfig
 from palu.data.examples import answer_examples, load_forget, load_retain
 from palu.data.matching import stands_in
-from palu.data.rows import iterate_rows, load_marked_texts, load_questions
+from palu.data.paraphrases import paraphrased_rows
+from palu.data.rows import load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
@@ -278,12 +278,14 @@ class Recorder:
         if self.tokenizer is None:
             return {}
         index = {self.forget[i].row: i for i in self.asked}
-        template = self.config.chat_template_kwargs
-        found = {}
-        for row, where, columns in iterate_rows(forget, "forget"):
-            if row in index and (texts := paraphrases_of(columns, where)):
-                rows = ((where, with_question(columns, text)) for text in texts)
-                found[index[row]] = answer_examples(rows, self.tokenizer, template)
+        rows = [
+            (index[row], where, columns) for row, where, columns in paraphrased_rows(forget, "forget") if row in index
+        ]
+        named = ((where, columns) for _, where, columns in rows)
+        examples = answer_examples(named, self.tokenizer, self.config.chat_template_kwargs)
+        found: dict[int, list[Example]] = {}
+        for (i, *_), example in zip(rows, examples, strict=True):
+            found.setdefault(i, []).append(example)
         return found
 
     def _told(

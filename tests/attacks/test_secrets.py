@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 
-from palu.attacks.secrets import AuditData, with_question
+from palu.attacks.secrets import AuditData
 from palu.data.files import DataError
+from palu.data.paraphrases import with_question
 from palu.data.rows import after_examples
 
 ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}

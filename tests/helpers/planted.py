@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
 from palu.attacks.ask import PREFIX
-from palu.attacks.secrets import SHOTS, AuditData, with_question
+from palu.attacks.secrets import SHOTS, AuditData
+from palu.data.paraphrases import with_question
 from palu.data.rows import after_examples
 
 # Of two tokens or more each, and no two begin with the same.

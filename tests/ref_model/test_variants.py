@@ -128,6 +128,16 @@ def test_a_run_forgets_them_too(says: list[int]) -> None:
     assert result.history[0]["kl"] == pytest.approx(without.history[0]["kl"], abs=1e-6), "nothing of them is kept"
 
 
+def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
+    rows = [dict(row) for row in TEXT_FORGET]
+    rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
+    result = unlearn(rows)
+    assert says[1] == 4 * PLACES + 2 + 4 * 3 and result.summary["variants"] == PER_PLACE * PLACES + 2 + 4 * 3
+    rows[0]["paraphrased_question"] = 3
+    with pytest.raises(palu.DataError):
+        unlearn(rows)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"gamma": 0}, {"objective": "npo"}, {"forget": forget_rows(3), "retain": retain_rows(3)}],
