@@ -79,9 +79,10 @@ class PaluSettings(MethodSettings):
             were memorised with; a row without a span keeps its own. Needs ``local_loss="unlikelihood"``, and text.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
-        variants: from how many other candidates for a secret's first token the reference goes on, before training;
-            where that tells a secret in another way, this way is forgotten, too (:mod:`palu.ref_model.variants`). 0 for
-            tokenised rows.
+        variants: from how many other candidates for the first token of an answer and of a secret the reference goes on,
+            before training, and how many paraphrases of each question it writes and answers, beside the rows' own
+            (``paraphrased_question``). Where that tells a secret in another way, this way is forgotten, too
+            (:mod:`palu.ref_model.variants`). 0 for tokenised rows.
         neighbours: how many questions like each forget question, about other things, the reference writes and answers
             before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`); some cannot be used.
             Fewer a row where that would make more than 512. 0 for rows without a question, for tokenised rows, and if
