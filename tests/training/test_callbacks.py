@@ -123,12 +123,6 @@ def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
         unlearn(tiny_llama(), resume=True, **settings | {"max_steps": 6})
 
 
-def test_stop_probability_before_max_steps() -> None:
-    result = unlearn(tiny_llama(), max_steps=9, stop_probability=0.999)
-    assert (result.summary["steps"], result.summary["ended_by"]) == (2, "stop_probability")
-    assert unlearn(tiny_llama(), max_steps=2, stop_probability=0.999).summary["ended_by"] is None
-
-
 # --- What callbacks are told ---
 def test_events_come_in_trainers_order(tmp_path: Path) -> None:
     one = Listener()
