@@ -202,7 +202,6 @@ def unlearn(
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,
-        "stopped_early": events.ended_by is not None,
         "ended_by": events.ended_by,
         "evaluation_before": checkpoints.evaluation_before,
         "seconds": time.perf_counter() - started,

@@ -561,7 +561,7 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         ({"max_length": 1.5}, "max_length = 1.5: give an integer above 1"),
         ({"max_length": "many"}, "Invalid value for '--max-length': 'many' is not an integer"),
         ({"max_length": None}, "Invalid value for '--max-length': 'none' is not an integer"),
-        ({"learning_rate": "high"}, "Invalid value for '--learning-rate': 'high' is not a number or none"),
+        ({"max_tokens": "many"}, "Invalid value for '--max-tokens': 'many' is not an integer or none"),
     ):
         file.write_text(yaml.safe_dump(content))
         assert refusal(palu_command(*arguments, "--config", file)) == told

@@ -75,7 +75,7 @@ def test_history_and_summary() -> None:
     assert summary["retain_examples"] == 12
     assert summary["onset_tokens"] == sum(item.targets for item in items)
     assert summary["ordinary_tokens"] == sum(label == -200 for row in forget_rows() for label in row["labels"])
-    assert (summary["steps"], summary["epochs"], summary["stopped_early"]) == (6, 2, False)
+    assert (summary["steps"], summary["epochs"], summary["ended_by"]) == (6, 2, None)
     # Overrides replace fields of the configuration given, helper's defaults among them.
     assert (summary["config"]["n"], summary["config"]["epochs"], summary["config"]["top_k"]) == (2, 2, 20)
     json.dumps(result.history)
