@@ -11,10 +11,7 @@ from palu.methods.palu import RECIPES
 Settings = dict[str, Any]
 
 OBJECTIVE_METHODS: dict[str, Settings] = {name: {"objective": name} for name in methods.METHODS}
-VARIANTS: dict[str, Settings] = {
-    **{f"palu-{name}": {"recipe": name} for name in RECIPES},
-    "palu-other-prompt": {"kl_prompt": "other"},
-}
+VARIANTS: dict[str, Settings] = {f"palu-{name}": {"recipe": name} for name in RECIPES}
 # One setting of the default changed at a time.
 ABLATION: dict[str, Settings] = {
     "no-anchors": {"anchors": 0},
@@ -36,7 +33,6 @@ LABELS = {name: name.upper() for name in methods.METHODS} | {
     "simnpo": "SimNPO",
     "satimp": "SatImp",
     "palu-paper": "PALU, as published",
-    "palu-other-prompt": "PALU, kl_prompt other",
 }
 
 

@@ -165,8 +165,6 @@ class RunSettings(Settings):
         chat_template_kwargs: values for the tokenizer's chat template, by name, such as
             ``{"date_string": "26 Jul 2024", "enable_thinking": False}``: passed to ``apply_chat_template`` wherever a
             text is rendered. ``None``: none.
-        stop_probability: end after an epoch in which the true token's probability stayed below
-            this at every onset position (other objectives: at every token they act on); ``None``: never.
         eval_steps: optimisation steps from one evaluation to the next, beside those before the first step and at the
             end. Needs something to evaluate; ``None``: only these two, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
@@ -208,11 +206,6 @@ class RunSettings(Settings):
     max_length: int = setting(1024, lambda value: is_int(value) and value > 1, "give an integer above 1")
     allow_cut_spans: bool = flag(False)
     chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
-    stop_probability: float | None = setting(
-        None,
-        lambda value: value is None or (is_number(value) and 0 < value < 1),
-        "give a number between 0 and 1, or None",
-    )
     eval_steps: int | None = count(None, "one before and one after")
 
     gradient_checkpointing: bool = flag(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, tee
+from itertools import islice, tee
 from typing import TYPE_CHECKING, Any
 
 from palu.data.duplicates import RowHashes, warn_of_repeats
@@ -193,41 +193,6 @@ def load_alternates(
             raise DataError(f"{text.where}: {problem}; set max_length = {len(full.input_ids)}")
         alternates.append(example)
     return alternates
-
-
-def load_other_prompts(
-    source: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    examples: Sequence[Example],
-    *,
-    max_length: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Sequence[Example]:
-    """Load the answers of a forget set, each after the prompt of the row half the set further; cut at max_length.
-
-    Arguments and errors are load_alternates's.
-    """
-    renderer = Renderer(tokenizer, chat_template_kwargs)
-    kept = {example.row for example in examples}
-
-    def rows() -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-        for row, where, columns in iterate_rows(source, "forget"):
-            if row in kept:
-                if "input_ids" in columns:
-                    problem = "a tokenised row has no text that kl_prompt = 'other' could join with another"
-                    raise DataError(f"{where}: {problem}; give text, or leave kl_prompt out")
-                yield row, where, columns
-
-    def rendered() -> Iterator[RenderedRow]:
-        half = len(kept) // 2
-        others = chain(islice(rows(), half, None), islice(rows(), half))
-        for (row, where, columns), (_, _, other) in zip(rows(), others, strict=True):
-            joined = renderer.after_prompt_of(other, columns, where)
-            yield renderer.render(row, f"after another prompt, {where}", joined, forget=False)
-
-    found = ExampleRows()
-    found.fill(full.cut(max_length) for full in encode(rendered(), tokenizer, forget=False))
-    return found
 
 
 def _load(

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palu.data.files import DataError
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.ops import prefix_mask
@@ -128,36 +127,6 @@ def forget_items(
         return Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(targets))
 
     return Items(map(item, examples))
-
-
-def with_other_prompts(items: Items, examples: Sequence[Example], others: Sequence[Example]) -> Items:
-    """Put another prompt before each answer; rows and labels stay the answer's.
-
-    An answer that has no span keeps its own prompt, and one that is cut off behind the other, or has other tokens.
-
-    Args:
-        items: one for each of the examples.
-        others: of :func:`palu.data.examples.load_other_prompts`.
-
-    Raises:
-        DataError: every answer keeps its own prompt.
-    """
-
-    def changed(item: Item, example: Example, other: Example) -> Item:
-        start, place = (int((one.labels == IGNORE).sum()) for one in (example, other))
-        answer = example.input_ids[start:]
-        end = place + len(answer)
-        if not (example.labels >= 0).any() or not torch.equal(other.input_ids[place:end], answer):
-            return item
-        return dataclasses.replace(item, input_ids=other.input_ids[:end], rows=item.rows + (place - start))
-
-    found = Items(map(changed, items, examples, others))
-    if all(map(torch.equal, found.input_ids.flat(), items.input_ids.flat())):
-        raise DataError(
-            "kl_prompt = 'other': no answer with a span fits behind the prompt of another row; "
-            "give several rows with different prompts, or a larger max_length, or leave it out"
-        )
-    return found
 
 
 def answer_items(examples: Iterable[Example]) -> Items:

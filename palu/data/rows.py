@@ -242,17 +242,6 @@ class Renderer:
         in_text = [(first + shift, end + shift) for first, end in spans]
         return RenderedRow(row, where, text, start, stop, shift, in_text, complete)
 
-    def after_prompt_of(self, other: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Return a row with the prompt of another one and the answer of this one.
-
-        Where prompt and answer are joined as they are, the blanks at the prompt's end stay this row's.
-        """
-        _, own, answer = conversation_of(columns, where)
-        _, prompt, _ = conversation_of(other, where)
-        if own is None or prompt is None or not own.strip() or self.tokenizer is None or self.tokenizer.chat_template:
-            return with_answer(other, answer)
-        return {"prompt": prompt.rstrip() + own[len(own.rstrip()) :], "completion": answer}
-
     def _is_rendered(self, prompt: str) -> bool:
         """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
         bos = self.tokenizer.bos_token if self.tokenizer is not None else None

@@ -13,7 +13,7 @@ from palu.data.packing import Batch, Items, Packed
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.losses import CrossEntropyTerm, Term, fused_linear_losses
-from palu.models.head import Head, body_of, head_of, map_logits, nll
+from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM
 from palu.models.root import ModelRoot
 from palu.settings import RunSettings, Settings, not_negative
@@ -92,7 +92,6 @@ class Reference:
     settings: dict[str, Any] = field(default_factory=dict)  # what the fields depend on: part of the cache's key
     head: bool = False  # whether the loss reads the reference's head
     of_retain: bool = False  # whether it is asked about the retain set, too, whose rows are others
-    other_prompts: bool = False  # whether it sees each forget answer after the prompt of another row
     anchors: int | None = 0  # how many everyday prompts it answers, to be kept; None: as many as the run can use
     neighbours: int = 0  # how many questions like each forget question it writes and answers, to be kept
     variants: int = 0  # from how many candidates for each span's first token it goes on, to find other ways to tell it
@@ -128,7 +127,7 @@ class Losses(NamedTuple):
 
     total: Tensor  # the weighted sum of the terms
     terms: Tensor  # one figure per name in ``Method.terms``, divided by the counts given; 0 for one not computed
-    highest_probability: Tensor  # of a true token at a target row; NaN when not asked for
+    highest_probability: Tensor | None  # of a true token at a target row; None where the settings have no ends_below
 
 
 class Method(ModelRoot):
@@ -136,8 +135,7 @@ class Method(ModelRoot):
 
     Args:
         model: a causal language model whose logits are ``head_of(model).logits(body(...))``.
-        config: the settings; ``config.method`` are the method's own; ``stop_probability`` decides whether probabilities
-            are computed.
+        config: the settings; ``config.method`` are the method's own.
 
     Attributes:
         ref_head: the frozen reference's head, if ``reference(config).head``; to be set before the first forward.
@@ -171,10 +169,9 @@ class Method(ModelRoot):
         return Reference()
 
     @staticmethod
-    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> tuple[Tensor, Tensor]:
-        """Run the body over a packed row; return the states [T, d] that the method looks at, and the last ones."""
-        last = body(**packed.inputs()).last_hidden_state[0]
-        return last, last
+    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> Tensor:
+        """Run the body over a packed row; return the states [T, d] that the method looks at: the last ones."""
+        return body(**packed.inputs()).last_hidden_state[0]
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
         """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
@@ -204,7 +201,7 @@ class Method(ModelRoot):
             counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
                 step, by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        states, last = self.hidden_states(body_of(self.model), batch.packed, self.config)
+        states = self.hidden_states(body_of(self.model), batch.packed, self.config)
         hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
         terms = self.compute_losses(hidden, head, batch, shares)
@@ -214,7 +211,9 @@ class Method(ModelRoot):
         for name, term, weight in terms:
             if isinstance(term, Tensor):
                 total, figures[name] = total + weight * term, term.detach()
-        highest = self._highest_probability(last, head, batch, of_targets)
+        highest = None
+        if self.settings.ends_below is not None:
+            highest = -torch.cat([of_targets.new_zeros(1), of_targets]).max().neg().expm1().float()
         return Losses(total, torch.stack(list(figures.values())), highest)
 
     def _row_losses(
@@ -245,15 +244,3 @@ class Method(ModelRoot):
         of_terms = losses.split([len(mean) for mean in means])
         figures |= {name: mean @ of_term for (name, _, _), mean, of_term in zip(terms, means, of_terms, strict=True)}
         return total, of_terms[0]
-
-    @torch.no_grad()
-    def _highest_probability(self, last: Tensor, head: Head, batch: Batch, losses: Tensor) -> Tensor:
-        """Return the highest probability of a target; ``losses``: the targets', where the settings have ends_below."""
-        if self.config.stop_probability is None:
-            if self.settings.ends_below is None:
-                return last.new_full((), float("nan"), dtype=torch.float32)
-            return -torch.cat([losses.new_zeros(1), losses]).max().neg().expm1().float()
-        targets = slice(batch.counts.targets)
-        hidden = last.index_select(0, batch.rows[targets])
-        probability = map_logits(nll, hidden, head, batch.labels[targets], self.config.chunk_bytes).neg().exp().float()
-        return torch.cat([probability.new_zeros(1), probability]).max()

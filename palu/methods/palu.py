@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Settings of one of the local losses.
-_READ_BY = {"topk_mse": ("target",), "unlikelihood": ("probability_floor", "kl_prompt")}
+_READ_BY = {"topk_mse": ("target",), "unlikelihood": ("probability_floor",)}
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,6 @@ class PaluSettings(MethodSettings):
             logits, with gradient), ``"global_mean_detached"``, ``"local_mean"`` (mean of the candidates) or a number.
         lambda_kl: weight of the KL divergence to the reference on ordinary tokens.
         kl_direction: ``"forward"``: KL(P_ref || P_theta); ``"reverse"``: KL(P_theta || P_ref).
-        kl_prompt: what stands before a forget answer when the reference is asked for its ordinary tokens. ``"own"``:
-            its own prompt, so that the words between the spans stay as well known as they are. ``"other"``: the prompt
-            of the row half the set further, so that they become what the reference says without the question that they
-            were memorised with; a row without a span keeps its own. Needs ``local_loss="unlikelihood"``, and text.
         kl_rows: the most ordinary tokens of a forget example on which the KL is computed. Of longer answers so many are
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         variants: from how many other candidates for the first token of an answer and of a secret the reference goes on,
@@ -107,7 +103,6 @@ class PaluSettings(MethodSettings):
     )
     lambda_kl: float = not_negative(4.0)
     kl_direction: str = choice("reverse", KL_DIRECTIONS)
-    kl_prompt: str = choice("own", ("own", "other"))
     kl_rows: int | None = count(None, "all ordinary tokens")
     variants: int = count(10, zero=True)
     neighbours: int = count(24, zero=True)
@@ -149,13 +144,13 @@ class PaluMethod(Method):
 
     @staticmethod
     def make_items(forget: ForgetSet, config: RunSettings) -> Items:
-        """Make the items of the forget set: its onset and its ordinary rows, where a term or a figure reads them."""
+        """Make the items of the forget set: its onset and its ordinary rows, where a term reads them."""
         own: PaluSettings = config.method
         return forget_items(
             forget.examples,
             own.n,
             forget.eos_token_id,
-            onset=own.gamma > 0 or config.stop_probability is not None,
+            onset=own.gamma > 0,
             most_ordinary=own.kl_rows if own.lambda_kl > 0 else 0,
             seed=config.seed,
         )
@@ -191,7 +186,6 @@ class PaluMethod(Method):
             compute,
             {"fields": [field.name for field in fields]} | settings,
             head=holds,
-            other_prompts=own.kl_prompt == "other",
             anchors=own.anchors,
             neighbours=own.neighbours,
             variants=own.variants if own.gamma > 0 else 0,

@@ -84,8 +84,8 @@ class RMU(Method):
         )
 
     @staticmethod
-    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> tuple[Tensor, Tensor]:
-        """Run the body; return the layer's output at the token that each row predicts, and the last hidden states.
+    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> Tensor:
+        """Run the body; return the layer's output at the token that each row predicts.
 
         So it is the answer's tokens whose states count, as in open-unlearning, whose labels are not shifted here.
         """
@@ -93,11 +93,11 @@ class RMU(Method):
         layer = layers_of(body)[config.method.layer_id]
         hook = layer.register_forward_hook(lambda module, given, output: outputs.append(output))
         try:
-            last = body(**packed.inputs()).last_hidden_state[0]
+            body(**packed.inputs())
         finally:
             hook.remove()
         output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # some layers give a tuple
-        return output[0].roll(-1, 0), last
+        return output[0].roll(-1, 0)
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
         """Return the distances of one layer's states from the random vector, and from the reference's."""

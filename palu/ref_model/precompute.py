@@ -100,7 +100,7 @@ def precompute_reference(
                         # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for again.
                         lambda rows: compute(rows, head_of(model)) if compute is not None else {},
                         accelerator,
-                        states=lambda body, packed: config.method_class.hidden_states(body, packed, config)[0],
+                        states=lambda body, packed: config.method_class.hidden_states(body, packed, config),
                         anchors=[*neighbours, *variants, *everyday],
                         neighbours=len(neighbours),
                         variants=len(variants),

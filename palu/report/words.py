@@ -143,7 +143,6 @@ def _palu(s: Mapping[str, Any]) -> list[str]:
     whole = s["n"] == -1
     first = "all tokens" if whole else "the first token" if s["n"] == 1 else f"the first {s['n']} tokens"
     kept = f" (at most {s['kl_rows']} of each forget answer)" if s.get("kl_rows") else ""
-    kept += " after the prompt of another row" if s.get("kl_prompt") == "other" else ""
     return [
         f"PALU acts on {first} of each marked span (the onset){'' if whole else ' and on no other token of it'}.",
         _unlikelihood(s) if s.get("local_loss") == "unlikelihood" else _topk_mse(s),
@@ -186,10 +185,6 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     elif summary.get("ended_by") == "forgotten":
         sentences.append(
             "It ended by itself: in half of its epochs, the latest, no token to be forgotten was probable."
-        )
-    elif summary.get("stopped_early"):
-        sentences.append(
-            f"It stopped early: every onset token had become less probable than {number(s['stop_probability'])}."
         )
     return sentences
 

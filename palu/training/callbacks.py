@@ -78,8 +78,8 @@ class TrainingEvents:
         progress: show a progress bar.
 
     Attributes:
-        ended_by: what ended the run before its last step: ``"callback"``, or what
-            :func:`palu.training.step.enough_forgotten` says; else None.
+        ended_by: what ended the run before its last step: ``"callback"``, or ``"forgotten"`` (see
+            :func:`palu.training.step.enough_forgotten`); else None.
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class TrainingEvents:
         """End an epoch, and the run where it has forgotten enough."""
         self._call("on_epoch_end")
         self._do_requests()
-        if self.steps_left:
-            self.ended_by = enough_forgotten(self.history, len(self.run.loader), self.run.root)
+        if self.steps_left and enough_forgotten(self.history, len(self.run.loader), self.run.root):
+            self.ended_by = "forgotten"
 
     def _do_requests(self) -> None:
         save, self.control.should_save = self.control.should_save, False

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.duplicates import answers_of, check_disjoint, secrets_of, warn_of_told_secrets
-from palu.data.examples import Examples, load_alternates, load_forget, load_other_prompts, load_retain
+from palu.data.examples import Examples, load_alternates, load_forget, load_retain
 from palu.data.files import DataError
-from palu.data.packing import Items, retain_items, with_other_prompts
+from palu.data.packing import Items, retain_items
 from palu.data.rows import iterate_rows
 from palu.data.tokenize import Example
 from palu.methods.base import ForgetSet
@@ -38,7 +38,7 @@ class RunData:
     forget: Items
     retain: Items
     anchor_prompts: AnchorPrompts
-    asked: Items  # the forget set as the reference sees it, and the retain set where the method needs it
+    asked: Items  # what the reference is asked about: the forget set, and the retain set where the method needs it
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
@@ -92,7 +92,7 @@ def prepare_run(
         max_length=fit_max_length(config.max_length, model, ref_model),
         epochs=config.epochs or config.method.epochs,
     )
-    method, needed = config.method_class, config.reference
+    method = config.method_class
     method.check(model, config)
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
@@ -121,14 +121,9 @@ def prepare_run(
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = method.make_items(ForgetSet(forget_set.examples, eos_token_id, alternates), config)
     kept_items = retain_items(retain_set.examples)
-    asked = forget_items
-    if needed.other_prompts:
-        others = load_other_prompts(forget_set.source, tokenizer, forget_set.examples, **rendering)
-        asked = with_other_prompts(forget_items, forget_set.examples, others)
-    if needed.of_retain:
-        asked = asked + kept_items
+    asked = forget_items + kept_items if config.reference.of_retain else forget_items
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
-    longest = max(forget_items.longest(), kept_items.longest(), asked.longest(), *texts)
+    longest = max(forget_items.longest(), kept_items.longest(), *texts)
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,

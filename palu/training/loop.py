@@ -104,10 +104,9 @@ def unlearn(
     Returns:
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
         objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability, the
-        highest, where ``stop_probability`` is set or the loss has a floor. A term of weight 0 is not computed: it is 0.
-        ``summary["ended_by"]`` is ``"forgotten"``, ``"stop_probability"`` (see
-        :func:`palu.training.step.enough_forgotten`) or ``"callback"`` where that ended the run before its last step,
-        else None.
+        highest, where the loss has a floor. A term of weight 0 is not computed: it is 0. ``summary["ended_by"]`` is
+        ``"forgotten"`` (see :func:`palu.training.step.enough_forgotten`) or ``"callback"`` where that ended the run
+        before its last step, else None.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the fix.
@@ -203,7 +202,6 @@ def unlearn(
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,
-        "stopped_early": events.ended_by is not None,
         "ended_by": events.ended_by,
         "evaluation_before": checkpoints.evaluation_before,
         "seconds": time.perf_counter() - started,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from palu.data.packing import Batch, Counts
 from palu.methods.base import Losses
-from palu.settings import RunSettings
 
 
 def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
@@ -29,7 +28,6 @@ def gather_metrics(
     outputs: Sequence[Losses],
     grad_norm: Tensor,
     terms: Sequence[str],
-    config: RunSettings,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Gather the figures of a step from all processes, in the one read-back from the accelerator that a step costs.
@@ -46,8 +44,8 @@ def gather_metrics(
     tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
     names = ["loss", *terms, "tokens", "grad_norm"]
     figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
-    if config.stop_probability is not None or config.method.ends_below is not None:
-        highest = torch.stack([losses.highest_probability for losses in outputs]).max()
+    highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]
+    if highest:
         names.append("onset_probability")
-        figures.append(accelerator.gather(highest).max())
+        figures.append(accelerator.gather(torch.stack(highest).max()).max())
     return dict(zip(names, torch.stack([f.float() for f in figures]).tolist(), strict=True))

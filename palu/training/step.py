@@ -160,31 +160,25 @@ def step_figures(
     history: History,
 ) -> dict[str, float]:
     """Return a step's number and figures; raise DivergenceError where one is not finite."""
-    figures = gather_metrics(batches, outputs, grad_norm, method.terms, method.config, accelerator)
+    figures = gather_metrics(batches, outputs, grad_norm, method.terms, accelerator)
     record = {"step": step, **figures}
     if not all(map(math.isfinite, record.values())):
         raise DivergenceError(record, history)
     return record
 
 
-def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> str | None:
-    """Say after an epoch what ends the run, if it need not go on.
+def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> bool:
+    """Say after an epoch whether the run need not go on.
 
-    ``"forgotten"``: in the latest half of the epochs, two at least, the probabilities stayed below the method's
+    So it is if in the latest half of the epochs, two at least, the probabilities stayed below the method's
     ``ends_below`` (PALU: those among the candidates). The first steps take along what stands beside the secrets; once
-    these are pushed no more, the KL needs about as long to bring that back. ``"stop_probability"``: in one epoch they
-    stayed below this setting.
+    these are pushed no more, the KL needs about as long to bring that back.
     """
-    given, own = method.config.stop_probability, method.settings.ends_below
-    if given is not None:
-        limit, epochs, name = given, 1, "stop_probability"
-    elif own is not None:
-        limit, epochs, name = own, max(-(-len(history) // (2 * steps_per_epoch)), 2), "forgotten"
-    else:
-        return None
-    records = history[-epochs * steps_per_epoch :]
-    done = len(records) == epochs * steps_per_epoch and max(r["onset_probability"] for r in records) < limit
-    return name if done else None
+    limit = method.settings.ends_below
+    steps = max(-(-len(history) // (2 * steps_per_epoch)), 2) * steps_per_epoch
+    if limit is None or len(history) < steps:
+        return False
+    return max(record["onset_probability"] for record in history[-steps:]) < limit
 
 
 def ending(history: History, ended_by: str | None, method: Method, *, neighbours: int | None) -> str:

@@ -100,7 +100,7 @@ class PaluTrainer(Trainer):
             ``model`` as it is now: to resume, pass the starting model again, not a checkpoint's.
         args: Trainer's; ``None``: its defaults.
         config: the loss, ``retain_batch_size``, ``max_length``, ``allow_cut_spans``, ``chat_template_kwargs``,
-            ``stop_probability``, ``cache_dir``, ``chunk_bytes``.
+            ``cache_dir``, ``chunk_bytes``.
         processing_class: a fast tokenizer; not needed for tokenised input, but for anchors.
         kwargs: what else Trainer takes, but for ``train_dataset``, ``compute_loss_func`` and ``model_init``.
 
@@ -273,7 +273,7 @@ class PaluTrainer(Trainer):
         record |= self.method.after_step(record)
         self.history.append(record)
         if record["step"] % self.steps_per_epoch == 0:
-            self.control.should_training_stop |= bool(enough_forgotten(self.history, self.steps_per_epoch, self.method))
+            self.control.should_training_stop |= enough_forgotten(self.history, self.steps_per_epoch, self.method)
 
     def _history_of(self, checkpoint: str | bool | None) -> list[dict[str, float]]:
         """Read the records of the steps before a checkpoint, and check that it is of the same reference."""

@@ -520,12 +520,12 @@ def test_config_file(folder: Path, tmp_path: Path) -> None:
         f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
         f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\nprogress: false\n"
         "local_loss: topk_mse\ntarget: 0.5\n"
-        "checkpoint_dir: null\nstop_probability: 0.9\n"
+        "checkpoint_dir: null\nmax_tokens: 900\n"
     )
-    done("unlearn", "--config", file, "--epochs", 1, "--stop-probability", "none")
+    done("unlearn", "--config", file, "--epochs", 1, "--max-tokens", "none")
     config = read(out / "private" / "summary.json")["config"]
     given = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "target": 0.5}
-    assert config.items() >= (given | {"checkpoint_dir": None, "stop_probability": None, "progress": False}).items()
+    assert config.items() >= (given | {"checkpoint_dir": None, "max_tokens": None, "progress": False}).items()
     assert config["top_k"] == palu.UnlearnConfig().method.top_k
 
 
@@ -561,7 +561,7 @@ def test_a_bad_value_in_a_config_file(arguments: list[Any], tmp_path: Path) -> N
         ({"max_length": 1.5}, "max_length = 1.5: give an integer above 1"),
         ({"max_length": "many"}, "Invalid value for '--max-length': 'many' is not an integer"),
         ({"max_length": None}, "Invalid value for '--max-length': 'none' is not an integer"),
-        ({"stop_probability": "high"}, "Invalid value for '--stop-probability': 'high' is not a number or none"),
+        ({"max_tokens": "many"}, "Invalid value for '--max-tokens': 'many' is not an integer or none"),
     ):
         file.write_text(yaml.safe_dump(content))
         assert refusal(palu_command(*arguments, "--config", file)) == told

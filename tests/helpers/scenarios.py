@@ -132,11 +132,6 @@ SCENARIOS: dict[str, Scenario] = {
         drivers=("loop",),
     ),
     "no retain loss": Scenario(settings={"lambda_retain": 0}),
-    "another prompt": Scenario(
-        lambda: tiny_llama(vocab_size=len(WORDS)),
-        {"kl_prompt": "other", "anchors": 0, "neighbours": 0, "variants": 0},
-        text=True,
-    ),
     "pdu": Scenario(settings={"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
     "npo": Scenario(settings={"objective": "npo"}),
     "ga": Scenario(settings={"objective": "ga"}, ref_model=lambda: tiny_llama(seed=1)),

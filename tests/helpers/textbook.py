@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "learning_rate": LEARNING_RATE,
 }
-SETTINGS |= {"epochs": STEPS, "n": 2, "gamma": 1.3, "lambda_kl": 0.7, "lambda_retain": 0.5, "stop_probability": 1e-9}
+SETTINGS |= {"epochs": STEPS, "n": 2, "gamma": 1.3, "lambda_kl": 0.7, "lambda_retain": 0.5}
 SETTINGS |= {"progress": False}
 ANCHORS = 4  # all of them in each step
 END_IDS = {SPECIAL.index("<|end_of_text|>"), SPECIAL.index("<|eot_id|>")}  # of Llama 3's answers
@@ -71,7 +71,6 @@ def train(
     history = []
     for _ in range(config.epochs):
         local, kl, kept = [], [], []
-        highest = 0.0
         for row in forget + anchors:
             z, ref = logits(model, row), logits(reference, row)
             place = 0  # in a span, from 1
@@ -81,7 +80,6 @@ def train(
                     candidates = ref[t - 1].topk(min(own.top_k, len(z[t - 1]))).indices
                     term = flatness if own.local_loss == "topk_mse" else unlikelihood
                     local.append(term(z[t - 1], candidates, label, own))
-                    highest = max(highest, float(z[t - 1].detach().softmax(0)[label]))
                 elif label == -200:
                     p, q = z[t - 1].log_softmax(0), ref[t - 1].log_softmax(0)
                     first, second = (q, p) if own.kl_direction == "forward" else (p, q)
@@ -98,7 +96,9 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         figures = {"loss": loss, "grad_norm": norm, **means}
-        history.append({name: float(x.detach()) for name, x in figures.items()} | {"onset_probability": highest})
+        if own.ends_below is not None:
+            figures["onset_probability"] = -torch.expm1(-max(local))
+        history.append({name: float(x.detach()) for name, x in figures.items()})
     return history
 
 

@@ -33,7 +33,6 @@ NAN, INF = float("nan"), float("inf")
         {"objective": "npo", "beta": 50},
         {"gamma": 0, "lambda_kl": 0, "lambda_retain": 0, "weight_decay": 0},
         {"retain_batch_size": 1, "max_length": 2, "warmup_steps": 0, "seed": 2**32 - 1},
-        {"stop_probability": 0.5},
         {"anchors": 0, "neighbours": 0, "variants": 0},
         {"chat_template_kwargs": {}},
         {"chat_template_kwargs": {"date_string": "26 Jul 2024", "tools": [{"a": [None, 1.5, False]}]}},

@@ -174,7 +174,7 @@ def test_palu_works_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_equal_the_textbook(tied: bool, trained: bool, checkpointing: bool) -> None:
     """The reference is the model that never had an adapter, whatever the adapter does."""
     config = {"dtype": torch.float64, "tie_word_embeddings": tied}
-    model, settings = tiny_lora(trained=trained, **config), {"epochs": 3, "gradient_checkpointing": checkpointing}
+    model, settings = tiny_lora(trained=trained, **config), {"epochs": 2, "gradient_checkpointing": checkpointing}
     history = textbook.assert_unlearn_equals(model, reference=tiny_llama(**config), tolerance=1e-7, **settings)
     assert (history[0]["kl"] > 1e-2) == trained
 

@@ -25,7 +25,7 @@ import palu
 from palu import CacheError
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget, load_retain
-from palu.data.packing import Item, answer_items, forget_items, retain_items, with_other_prompts
+from palu.data.packing import Item, answer_items, forget_items, retain_items
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
 from palu.models.head import body_of, head_of
@@ -237,7 +237,6 @@ def key_of(
     ref_model: Any = None,
     forget: Any = None,
     mixed_precision: str = "no",
-    other_prompts: Any = None,
     **settings: Any,
 ) -> str:
     config = UnlearnConfig(**settings)
@@ -245,8 +244,7 @@ def key_of(
     examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
     items = answer_items(examples) if config.objective == "dpo" else method.make_items(ForgetSet(examples), config)
     retain = retain_items(load_retain(retain_rows(), None, max_length=99).examples)
-    asked = items if other_prompts is None else with_other_prompts(items, examples, other_prompts)
-    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain, asked=asked)
+    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, retain)
     accelerator = Accelerator()
     accelerator.state._mixed_precision, before = mixed_precision, accelerator.state._mixed_precision
     try:
@@ -257,8 +255,6 @@ def key_of(
 
 def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
     rows = forget_rows()
-    longer = [{"input_ids": [1, *row["input_ids"]], "labels": [-100, *row["labels"]]} for row in rows]
-    others = load_forget(longer, None, max_length=99).examples
     keys = {
         "nothing": key_of(),
         "weights": key_of(tiny_llama(seed=1)),
@@ -275,10 +271,8 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "objective": key_of(objective="npo"),
         "kl_rows": key_of(kl_rows=2),
         "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
-        "kl_prompt": key_of(other_prompts=others),
         "no KL": key_of(lambda_kl=0.0),
         "no local loss": key_of(gamma=0.0),
-        "no local loss, but its probability": key_of(gamma=0.0, stop_probability=0.1),
     }
     assert len(set(keys.values())) == len(keys), keys
 

@@ -704,10 +704,8 @@ def test_settings_in_plain_words(folder: Path) -> None:
     assert "on ordinary tokens (reverse)" in asked
     drawn = summary | {"config": summary["config"] | {"kl_rows": 64}}
     assert "on ordinary tokens (at most 64 of each forget answer) (reverse)" in " ".join(words.asked(drawn))
-    other = summary | {"config": summary["config"] | {"kl_prompt": "other"}}
-    assert "on ordinary tokens after the prompt of another row (reverse)" in " ".join(words.asked(other))
     assert "over 24 of at most 24 epochs, at a" in asked and "It stopped early" not in asked
-    stopped = summary | {"config": summary["config"] | {"max_steps": 40}, "stopped_early": True}
+    stopped = summary | {"config": summary["config"] | {"max_steps": 40}}
     asked = " ".join(words.asked(stopped | {"ended_by": "callback"}))
     assert "over 24 epochs, at a" in asked and asked.endswith("It stopped early: a callback ended it.")
     assert "These roles are PALU" not in Page(write_report(folder)).text

@@ -153,7 +153,7 @@ def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
         "forget": secrets,
         "retain": kept,
         "tokenizer": tokenizer,
-        "config": UNLEARN.replace(**small, stop_probability=None, progress=False),
+        "config": UNLEARN.replace(**small, progress=False),
     }
 
 

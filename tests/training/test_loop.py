@@ -37,7 +37,6 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Packed, forget_items
 from palu.data.rows import Renderer
-from palu.data.tokenize import ORDINARY
 from palu.losses import fused_linear_losses
 from palu.methods import METHODS
 from palu.methods import palu as palu_method
@@ -76,7 +75,7 @@ def test_history_and_summary() -> None:
     assert summary["retain_examples"] == 12
     assert summary["onset_tokens"] == sum(item.targets for item in items)
     assert summary["ordinary_tokens"] == sum(label == -200 for row in forget_rows() for label in row["labels"])
-    assert (summary["steps"], summary["epochs"], summary["stopped_early"]) == (6, 2, False)
+    assert (summary["steps"], summary["epochs"], summary["ended_by"]) == (6, 2, None)
     # Overrides replace fields of the configuration given, helper's defaults among them.
     assert (summary["config"]["n"], summary["config"]["epochs"], summary["config"]["top_k"]) == (2, 2, 20)
     json.dumps(result.history)
@@ -166,22 +165,6 @@ def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dic
     model.cpu()
     assert answer_probabilities(model, rows, sensitive_only=True).mean() < 0.2
     assert answer_probabilities(model, retain_rows()).mean() > 0.8
-
-
-def test_stop_probability_ends_early(knowing: dict[str, Tensor]) -> None:
-    model = tiny_llama()
-    model.load_state_dict(knowing)
-    result = unlearn(model, learning_rate=3e-3, epochs=40, stop_probability=0.5)
-    highest = [
-        max(r["onset_probability"] for r in result.history if r["epoch"] == epoch)
-        for epoch in range(1, result.summary["epochs"] + 1)
-    ]
-    assert highest[0] > 0.9
-    assert highest[-1] < 0.5
-    assert all(probability >= 0.5 for probability in highest[:-1])
-    assert result.summary["stopped_early"] is True
-    assert 1 < result.summary["epochs"] < 40
-    assert result.summary["steps"] == len(result.history) == 2 * result.summary["epochs"]
 
 
 def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
@@ -354,7 +337,6 @@ def test_without_a_retain_loss(retain: Any) -> None:
     ("off", "fields", "copies_head"),
     [
         ({"gamma": 0}, {"hidden"}, True),
-        ({"gamma": 0, "stop_probability": 0.01}, {"hidden"}, True),
         ({"lambda_kl": 0}, {"index"}, False),
         ({"gamma": 0, "lambda_kl": 0}, set(), False),
         ({"gamma": 0, "objective": "npo"}, set(), False),
@@ -386,8 +368,7 @@ def test_a_term_of_weight_0_costs_nothing(
     assert result.history[-1]["retain"] > 0
     if on["objective"] == "palu":
         assert (result.summary["ordinary_tokens"] > 0) == ("lambda_kl" not in off)
-        assert (result.summary["onset_tokens"] > 0) == ("gamma" not in off or "stop_probability" in off)
-        assert ("onset_probability" in result.history[0]) == ("stop_probability" in off)
+        assert (result.summary["onset_tokens"] > 0) == ("gamma" not in off)
 
 
 def test_a_retain_set_of_weight_0_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,42 +412,6 @@ def test_kl_rows_is_the_kl_of_the_rows_drawn() -> None:
     drawn_run = unlearn(model(), None, forget_rows(), config=config)
     assert_same_run(drawn_run, unlearn(model(), None, masked, seed=5), 1e-12)
     assert drawn_run.summary["ordinary_tokens"] == sum(r["labels"].count(-200) for r in masked)
-
-
-@torch.no_grad()
-def test_another_prompt_is_the_kl_to_what_the_reference_says_after_it() -> None:
-    """Before the first step, when model and reference are the same one. A number is parted from the blank before it."""
-    tokenizer = byte_level()
-    model = functools.partial(tiny_llama, vocab_size=len(tokenizer), dtype=torch.float64)
-    answers = ("1843, in London.", "The author wrote it.", "It ran to the city.", "06/30/1975, far away.")
-    rows = [{"question": f"What is cat {i}?", "answer": one, "spans": [[0, 4]]} for i, one in enumerate(answers)]
-
-    def log_p(shift: int) -> Tensor:
-        """Of the ordinary tokens, each row's after the question of the row so much further: [ordinary, V]."""
-        joined = [row | {"question": rows[(i + shift) % 4]["question"]} for i, row in enumerate(rows)]
-        found = []
-        for example in load_forget(joined, tokenizer, max_length=99).examples:
-            logits = model()(input_ids=example.input_ids[None]).logits[0, :-1].log_softmax(-1)
-            found.append(logits[example.labels[1:] == ORDINARY])
-        return torch.cat(found)
-
-    ours, theirs = log_p(0), log_p(2)
-    settings = {
-        "local_loss": "unlikelihood",
-        "batch_size": 4,
-        "epochs": 1,
-        "tokenizer": tokenizer,
-        "anchors": 0,
-        "neighbours": 0,
-        "variants": 0,
-    }
-    for direction, first, second in (("reverse", ours, theirs), ("forward", theirs, ours)):
-        expected = float((first.exp() * (first - second)).sum(-1).mean())
-        with torch.enable_grad():
-            run = functools.partial(unlearn, forget=rows, kl_direction=direction, **settings)
-            assert run(model()).history[0]["kl"] == pytest.approx(0, abs=1e-12)
-            found = run(model(), kl_prompt="other").history[0]["kl"]
-        assert found == pytest.approx(expected, rel=1e-6) and expected > 0.1  # the history is float32
 
 
 # --- Equal settings, equal runs ---
@@ -654,9 +599,12 @@ def test_attention_implementations_agree() -> None:
     ids=str,
 )
 def test_steps_equal_a_plain_loop(settings: dict[str, Any]) -> None:
-    """With another model as the reference. A term of weight 0 has no part in the gradient."""
+    """With another model as the reference. A term of weight 0 has no part in the gradient.
+
+    Two epochs, after which one with a floor would end.
+    """
     model, ref_model = (tiny_llama(seed=s, dtype=torch.float64, tie_word_embeddings="n" in settings) for s in (0, 1))
-    textbook.assert_unlearn_equals(model, ref_model=ref_model, tolerance=1e-7, epochs=3, **settings)
+    textbook.assert_unlearn_equals(model, ref_model=ref_model, tolerance=1e-7, epochs=2, **settings)
 
 
 def test_the_papers_recipe_is_the_published_loss() -> None:
