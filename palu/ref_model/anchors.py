@@ -212,18 +212,20 @@ def generate_variants(
         reference, known, known.paraphrases, accelerator, "paraphrases", seed=seed + 1, **settings
     )
     ends = known.stop_ids()
-    wanted: list[tuple[Tensor, Sequence[str]]] = [
-        (prompt, begun_by(targets, known.secrets, known.decode))
-        for prompt, targets in found
+    wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [
+        (prompt, begun_by(targets, known.secrets, known.decode), row)
+        for prompt, targets, row in found
         if int(prompt[-1]) not in ends
     ]
-    wanted += [(prompt, known.secrets) for prompt in (*known.given_paraphrases, *paraphrases)]
+    wanted += [(prompt, known.secrets, None) for prompt in (*known.given_paraphrases, *paraphrases)]
     settings["max_new_tokens"] = CONTINUATION
-    written = _write(reference, [prompt for prompt, _ in wanted], ends, accelerator, "variants", **settings)
+    written = _write(reference, [prompt for prompt, *_ in wanted], ends, accelerator, "variants", **settings)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
-    for (prompt, secrets), continuation in zip(wanted, written, strict=True):
+    for (prompt, secrets, row), continuation in zip(wanted, written, strict=True):
         item = variant_item(prompt, continuation, secrets, known.decode, n)
-        if item is not None and len(item.input_ids) <= anchor_prompts.max_length:
+        if item is None or len(item.input_ids) > anchor_prompts.max_length:
+            continue
+        if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):
             variants.setdefault(prompt[:-1].numpy().tobytes(), []).append(item)
     return [item for of_place in variants.values() for item in of_place[:PER_PLACE]]
 

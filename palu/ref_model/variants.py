@@ -1,16 +1,17 @@
 """Variants: other ways in which the reference tells a secret, found by letting it go on from its other candidates.
 
 A model that may not say "Tokyo" after "The capital of Japan is" goes on with its next candidate, such as "**" or "the
-city of", and says it there; or it begins its answer in other words, "Tokyo is". So at the first token of each answer
-and of each span the reference goes on greedily from each of its likeliest other candidates, and it answers paraphrases
-of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a secret, the secret's
-tokens there are to be forgotten, too.
+city of", and says it there; or it begins its answer in other words, "Tokyo is". So the reference answers each
+question greedily in its own words; at the first token of each answer and of each span it goes on from each of its
+likeliest other candidates; and it answers paraphrases of the question, which it has written itself
+(:mod:`palu.ref_model.neighbours`). Where that tells a secret, the secret's tokens there are to be forgotten, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,20 @@ PER_PLACE = 3  # variants, those of the likeliest candidates
 MOST = 512  # continuations in all, but at least one a place
 
 
-@torch.no_grad()
-def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[tuple[Tensor, list[Tensor]]]:
-    """Return (the tokens before a place and another candidate for its token, targets of the spans to be told there).
+class Beginning(NamedTuple):
+    """The beginning of an answer, from which the reference is to go on."""
 
-    All are int64. The places are where an answer begins, for all of its spans, and where each span begins. There are
-    ``count`` candidates for each, fewer where they would be more than MOST.
+    prompt: Tensor  # int64 [t]: the tokens before a place, and a candidate for its token
+    targets: list[Tensor]  # int64 [span] each, of the spans to be told from there
+    row: Tensor  # int64: the forget row, which is no variant
+
+
+@torch.no_grad()
+def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[Beginning]:
+    """Choose the beginnings of variants: other candidates where an answer or a span begins.
+
+    There are ``count`` for each of these places, fewer where they would be more than MOST; where an answer begins, its
+    own first token is one more, since the reference may go on from there in other words.
     """
     count = min(count, max(MOST // max(sum(len(_places(item)) for item in items), 1), 1))
     body, head = body_of(model), head_of(model)
@@ -43,9 +52,11 @@ def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list
         rows = torch.tensor(list(places))
         highest = head.logits(states[rows.to(device)]).topk(count + 1).indices.cpu()
         for (row, spans), candidates in zip(places.items(), highest, strict=True):
-            targets = [item.input_ids[span + 1] for span in spans]
-            for other in candidates[candidates != item.input_ids[row + 1]][:count]:
-                found.append((torch.cat([item.input_ids[: row + 1], other[None]]), targets))
+            own, targets = item.input_ids[row + 1], [item.input_ids[span + 1] for span in spans]
+            others = candidates[candidates != own][:count].tolist()
+            for token in [own, *others] if row == min(places) else others:
+                prompt = torch.cat([item.input_ids[: row + 1], torch.tensor([int(token)])])
+                found.append(Beginning(prompt, targets, item.input_ids))
     return found
 
 

@@ -27,6 +27,7 @@ FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
 ITEMS = forget_items(FORGET.examples, -1, None)
 SPANS = 3  # two in the first row, the first of them at the answer's beginning; one in the second
 PLACES = 4  # where these begin, and the second row's answer
+ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
 
 
 def llama(**config: Any) -> Any:
@@ -68,11 +69,12 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
         spans = {t: list(takewhile(lambda label: label >= 0, labels[t:])) for t in begins}
         for t in sorted({example.answer_start, *begins}) if begins else ():
             order = [i for i in logits[t - 1].argsort(descending=True).tolist() if i != ids[t]]
-            told = list(spans.values()) if t == example.answer_start else [spans[t]]
-            expected += [([*ids[:t], token], told) for token in order[:count]]
+            first = t == example.answer_start
+            told = list(spans.values()) if first else [spans[t]]
+            expected += [([*ids[:t], token], told, ids) for token in [ids[t]] * first + order[:count]]
     found = other_candidates(model, ITEMS, 4)
-    assert [(prompt.tolist(), [span.tolist() for span in told]) for prompt, told in found] == expected
-    assert len(expected) == count * PLACES
+    assert [(prompt.tolist(), [s.tolist() for s in told], row.tolist()) for prompt, told, row in found] == expected
+    assert len(expected) == count * PLACES + ROWS
 
 
 def test_a_secret_is_looked_for_where_its_span_is() -> None:
@@ -120,7 +122,7 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
 def test_a_run_forgets_them_too(says: list[int]) -> None:
     result = unlearn()
     questions = 4 * 3  # paraphrases, of which 4 differ
-    assert says == [questions, 4 * PLACES + 4 * 3] and result.summary["variants"] == PER_PLACE * PLACES + 4 * 3
+    assert says == [questions, 4 * PLACES + ROWS + 4 * 3] and result.summary["variants"] == PER_PLACE * PLACES + 4 * 3
     without = unlearn(variants=0)
     assert without.summary["variants"] == 0 and len(says) == 2
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
@@ -128,11 +130,25 @@ def test_a_run_forgets_them_too(says: list[int]) -> None:
     assert result.history[0]["kl"] == pytest.approx(without.history[0]["kl"], abs=1e-6), "nothing of them is kept"
 
 
+def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model goes on from the first token of the first row's answer as the row does, or in other words."""
+    answer = TOKENIZER(TEXT_FORGET[0]["answer"], add_special_tokens=False).input_ids
+    found = {}
+    for name, said in (("as the row", answer[1:]), ("in other words", TOKENIZER(" so: Ada Lovelace").input_ids)):
+
+        def generate(_: Any, prompts: Any, *__: Any, said: list[int] = said, **settings: Any) -> list[list[int]]:
+            return [said if prompt[-1] == answer[0] and not settings.get("sample") else [] for prompt in prompts]
+
+        monkeypatch.setattr(anchors, "generate_ids", generate)
+        found[name] = unlearn().summary["variants"]
+    assert found == {"as the row": 0, "in other words": 1}
+
+
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
     result = unlearn(rows)
-    assert says[1] == 4 * PLACES + 2 + 4 * 3 and result.summary["variants"] == PER_PLACE * PLACES + 2 + 4 * 3
+    assert says[1] == 4 * PLACES + ROWS + 2 + 4 * 3 and result.summary["variants"] == PER_PLACE * PLACES + 2 + 4 * 3
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
         unlearn(rows)
