@@ -153,7 +153,8 @@ def test_inspect_shows_and_writes_the_spans_of_secrets(model: Path, tmp_path: Pa
 def as_trl(row: dict[str, Any]) -> dict[str, Any]:
     """A row as TRL's conversational data sets have it."""
     turns = [{"role": role, "content": row[name]} for role, name in (("user", "question"), ("assistant", "answer"))]
-    return {"prompt": turns[:1], "completion": turns[1:], "spans": row["spans"]}
+    others = {name: value for name, value in row.items() if name not in ("question", "answer")}
+    return {"prompt": turns[:1], "completion": turns[1:], **others}
 
 
 def as_table(sep: str) -> str:
