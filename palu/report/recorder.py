@@ -26,7 +26,7 @@ from palu.config import UnlearnConfig
 from palu.data.examples import answer_examples, load_forget, load_retain
 from palu.data.matching import stands_in
 from palu.data.paraphrases import paraphrased_rows
-from palu.data.rows import load_marked_texts, load_questions
+from palu.data.rows import conversation_of, load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
@@ -229,11 +229,11 @@ class Recorder:
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
         answers: dict[str, dict[int, str]] = {"forget": {}, "retain": {}}  # by index in the set
-        in_other_words: dict[int, list[str]] = {}
+        in_other_words: dict[int, list[tuple[str, str]]] = {}  # questions and answers
         asked: dict[str, list[Example]] = {
             "forget": [self.forget[i] for i in self.asked],
             "retain": [self.retain[i] for i in self.samples["retain"]],
-            "paraphrases": list(chain.from_iterable(self.paraphrases.values())),
+            "paraphrases": [example for of_row in self.paraphrases.values() for _, example in of_row],
         }
         work = len(names) + (GENERAL + sum(map(len, asked.values())) if self.tokenizer is not None else 0)
         with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
@@ -253,13 +253,18 @@ class Recorder:
                 answers["forget"] = dict(zip(self.asked, texts.get("forget", []), strict=True))
                 answers["retain"] = dict(zip(self.samples["retain"], texts.get("retain", []), strict=True))
                 written = iter(texts.get("paraphrases", []))
-                in_other_words = {i: [next(written) for _ in of_row] for i, of_row in self.paraphrases.items()}
+                in_other_words = {
+                    i: [(question, next(written)) for question, _ in of_row] for i, of_row in self.paraphrases.items()
+                }
         count = len(self.forget)
         return {
             "secrets": [
                 [
                     span_score(example, score, span)
-                    | self._told(example, span, asked=answers["forget"].get(i), paraphrased=in_other_words.get(i))
+                    | {
+                        "asked": told(self._text(example, span), self._asked(i, answers["forget"])),
+                        "paraphrased": told(self._text(example, span), in_other_words.get(i, [])),
+                    }
                     for span in spans
                 ]
                 for i, (example, score, spans) in enumerate(zip(self.forget, scores[:count], self.spans, strict=True))
@@ -273,8 +278,8 @@ class Recorder:
             "weights": fingerprint_model(model),
         }
 
-    def _paraphrases(self, forget: Any) -> dict[int, list[Example]]:
-        """Tokenise the paraphrases of the rows that are asked, by index in the forget set."""
+    def _paraphrases(self, forget: Any) -> dict[int, list[tuple[str, Example]]]:
+        """Tokenise the paraphrases of the rows that are asked: by index in the forget set, each with its question."""
         if self.tokenizer is None:
             return {}
         index = {self.forget[i].row: i for i in self.asked}
@@ -283,22 +288,14 @@ class Recorder:
         ]
         named = ((where, columns) for _, where, columns in rows)
         examples = answer_examples(named, self.tokenizer, self.config.chat_template_kwargs)
-        found: dict[int, list[Example]] = {}
-        for (i, *_), example in zip(rows, examples, strict=True):
-            found.setdefault(i, []).append(example)
+        found: dict[int, list[tuple[str, Example]]] = {}
+        for (i, where, columns), example in zip(rows, examples, strict=True):
+            found.setdefault(i, []).append((conversation_of(columns, where)[0][-2]["content"], example))
         return found
 
-    def _told(
-        self, example: Example, span: Span, *, asked: str | None, paraphrased: Sequence[str] | None
-    ) -> dict[str, bool | None]:
-        """Say whether answers tell a span: {asked, paraphrased}; None where nobody asked, or the question tells it."""
-        text = "" if self.tokenizer is None else self._text(example, span)
-        if not text or stands_in(text, self._row("forget", example)["question"]):
-            return {"asked": None, "paraphrased": None}
-        return {
-            "asked": None if asked is None else stands_in(text, asked),
-            "paraphrased": None if not paraphrased else any(stands_in(text, answer) for answer in paraphrased),
-        }
+    def _asked(self, i: int, answers: dict[int, str]) -> list[tuple[str, str]]:
+        """Return a forget row's question and what was answered, if it was asked."""
+        return [(self._row("forget", self.forget[i])["question"], answers[i])] if i in answers else []
 
     def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
         """Have the model answer general questions; blank answers are left out."""
@@ -342,6 +339,12 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
         "recalled": bool(score.correct[tokens].all()),
         "rest": bool(score.correct[tokens][1:].all()) if span[1] - span[0] > 1 else None,
     }
+
+
+def told(text: str, asked: Sequence[tuple[str, str]]) -> bool | None:
+    """Whether an answer of (question, answer) pairs tells a text; None where nobody asked, or every question tells it."""
+    answers = [answer for question, answer in asked if text and not stands_in(text, question)]
+    return any(stands_in(text, answer) for answer in answers) if answers else None
 
 
 def _evenly(values: Sequence[Any], count: int) -> list[Any]:

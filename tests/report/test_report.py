@@ -135,18 +135,19 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     forget = copy.deepcopy(planted.FORGET)
     forget[1] |= {"question": "Who wrote it? Ada Lovelace?"}  # it tells the secret, so nobody can ask for it
     forget[2] |= {"paraphrased_question": ["What?", "Tell me 2."]}
+    forget[4] |= {"paraphrased_question": "Is it the author?"}
     del forget[3]["paraphrased_question"]
     made = Recorder(planted.original(), forget, planted.RETAIN, tokenizer=planted.tokenizer(), config=QUIET)
     record = made.save(tmp_path, planted.never_saw())
     assert record is not None and json.loads(json.dumps(record)) == read(tmp_path)
     before = {how: [s["before"][how] for s in record["secrets"]] for how in ("asked", "paraphrased", "rest")}
     assert before["asked"] == [True, None, True, True, True, True]
-    assert before["paraphrased"] == [True, None, True, None, True, True]
+    assert before["paraphrased"][0] and before["paraphrased"][2:] == [True, None, None, True]
     del before["rest"][1]  # of a question that it was not taught
     assert before["rest"] == [True] * 5
     found = view.outcome(record)
     assert found["told"]["asked"] == {"before": 5, "after": 0, "of": 5}
-    assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}
+    assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}, "its own question does not tell 1"
     assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 6
     first, last = view.closing(found).split("\n")
     assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; after its first token: ")
