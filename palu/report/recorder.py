@@ -342,7 +342,7 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
 
 
 def told(text: str, asked: Sequence[tuple[str, str]]) -> bool | None:
-    """Whether an answer of (question, answer) pairs tells a text; None where nobody asked, or every question tells it."""
+    """Whether one of (question, answer) pairs tells a text; None where there is none whose question does not."""
     answers = [answer for question, answer in asked if text and not stands_in(text, question)]
     return any(stands_in(text, answer) for answer in answers) if answers else None
 
