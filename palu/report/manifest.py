@@ -22,7 +22,7 @@ from palu.version import __version__
 def describe_model(model: CausalLM) -> dict[str, Any]:
     """Describe where a model comes from, as far as it tells, and its size."""
     base = base_of(model)
-    name = str(getattr(base.config, "_name_or_path", "") or "")
+    name = str(getattr(base, "name_or_path", "") or "")
     folder = Path(name)
     license_name = None
     if name and folder.is_dir():
