@@ -202,7 +202,7 @@ def unlearn(
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.report.reading import read_run
-    from palu.report.view import closing, verdict
+    from palu.report.view import last_lines, verdict
     from palu.training.callbacks import LossLines
     from palu.training.engine import loaded_on_main_alone
 
@@ -266,7 +266,7 @@ def unlearn(
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
-        arguments = {n: _absolute(value) for n, value in ctx.params.items() if n not in config.values()}
+        arguments = {n: _absolute(n, value) for n, value in ctx.params.items() if n not in config.values()}
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if annotate is not None:
             write_rows(run.private / ANNOTATED, forget_set.source)
@@ -276,17 +276,18 @@ def unlearn(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
             f"examples in {summary['seconds']:.0f} s; wrote {output / MODEL}, to be looked at in {report}"
         )
-        print(closing(summary["outcome"]))
+        print(last_lines(summary["outcome"]))
         if as_json:
             shown = {name: summary[name] for name in ("steps", "epochs", "ended_by", "seconds", "outcome")}
             shown |= {"verdict": verdict(summary["outcome"]), "model": str(output / MODEL), "report": str(report)}
             print(json.dumps(shown, ensure_ascii=False), file=stdout)
 
 
-def _absolute(value: Any) -> Any:
-    """Make the name of a file or folder absolute, so that ``palu audit`` finds it from elsewhere."""
-    named = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
-    return os.path.abspath(value) if named else value
+def _absolute(name: str, value: Any) -> Any:
+    """Make the file or folder that an option names absolute, so that ``palu audit`` finds it from elsewhere."""
+    may_be_folder = name in ("model", "ref_model", "tokenizer") and value is not None and Path(value).exists()
+    is_file = isinstance(value, Path) or (name == "retain" and value not in ("auto", "none"))
+    return os.path.abspath(value) if may_be_folder or is_file else value
 
 
 def found_spans(

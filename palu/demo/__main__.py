@@ -88,7 +88,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     arguments = {"model": os.path.abspath(private / ORIGINAL), **own}  # for palu audit and palu eval
     report = palu.save_run(args.output, result, tokenizer, recorder, {"demo": outcome, "arguments": arguments})
     print(f"\n{json.dumps(outcome)}\nwrote {args.output}/, to be looked at in {report}")
-    print(view.closing(read_run(private)[1]["outcome"]))
+    print(view.last_lines(read_run(private)[1]["outcome"]))
 
 
 def stopwatch(since: float, what: str) -> float:

@@ -39,7 +39,7 @@ from palu.ref_model.neighbours import (
     neighbour_prompts,
     paraphrase_starts,
 )
-from palu.ref_model.variants import CONTINUATION, PER_PLACE, begun_by, other_candidates, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -213,7 +213,7 @@ def generate_variants(
     )
     ends = known.stop_ids()
     wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [
-        (prompt, begun_by(targets, known.secrets, known.decode), row)
+        (prompt, secrets_of_targets(targets, known.secrets, known.decode), row)
         for prompt, targets, row in found
         if int(prompt[-1]) not in ends
     ]

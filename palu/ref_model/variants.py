@@ -69,7 +69,9 @@ def _places(item: Item) -> dict[int, list[Tensor]]:
     return {int(item.rows.min()): spans} | {int(span[0]): [span] for span in spans[int(item.rows.min() == rows[0]) :]}
 
 
-def begun_by(targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]) -> list[str]:
+def secrets_of_targets(
+    targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> list[str]:
     """Choose the secrets that begin as a span's targets do."""
     begins = [decode(span.tolist()).strip() for span in targets]
     return [one for one in secrets if any(one.startswith(begin) or begin.startswith(one) for begin in begins)]

@@ -78,7 +78,7 @@ def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
     return {when: sum(s[when][how] for s in asked) for when in _WHEN} | {"of": len(asked)}
 
 
-def told(found: Json) -> str:
+def told_line(found: Json) -> str:
     """Say in a line how many secrets were told before and after, and how; "" where nobody asked."""
     return "; ".join(
         f"{words.TOLD[how]}: {one['before']} → {one['after']} of {one['of']}" for how, one in found["told"].items()
@@ -94,9 +94,9 @@ def verdict(found: Json) -> str:
     return f"{found['headline']}{own}" + (f": {found['advice']}" if found["advice"] else "")
 
 
-def closing(found: Json) -> str:
+def last_lines(found: Json) -> str:
     """Say a run's outcome in its last lines: how many secrets were told, where that is known, and the verdict."""
-    return "\n".join(filter(None, (told(found), verdict(found))))
+    return "\n".join(filter(None, (told_line(found), verdict(found))))
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -157,7 +157,7 @@ def shared(folder: Path, record: Json, summary: Json, audit: Json | None, hide: 
         "record": described(record, hide),
         "summary": summary,
         "outcome": (found := outcome(record)),
-        "told": told(found),
+        "told": told_line(found),
         "words_told": words.TOLD,
         "known": KNOWN,
         "asked": words.asked(summary),

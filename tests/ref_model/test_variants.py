@@ -20,7 +20,7 @@ from palu.data.packing import forget_items
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, PER_PLACE, begun_by, other_candidates, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
 
 TOKENIZER = byte_level(LLAMA3)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
@@ -83,8 +83,8 @@ def test_a_secret_is_looked_for_where_its_span_is() -> None:
 
     spans = [torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids) for text in (" Ada", " 1843")]
     secrets = ["Ada Lovelace", "1843", "Karachi"]
-    assert begun_by(spans, secrets, decode) == secrets[:2]
-    assert begun_by(spans[1:], secrets, decode) == ["1843"]
+    assert secrets_of_targets(spans, secrets, decode) == secrets[:2]
+    assert secrets_of_targets(spans[1:], secrets, decode) == ["1843"]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, sentencepiece()], ids=["byte", "sp"])

@@ -149,7 +149,7 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     assert found["told"]["asked"] == {"before": 5, "after": 0, "of": 5}
     assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}, "its own question does not tell 1"
     assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 6
-    first, last = view.closing(found).split("\n")
+    first, last = view.last_lines(found).split("\n")
     assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; after its first token: ")
     assert "secrets are forgotten" in last
 
