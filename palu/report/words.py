@@ -184,7 +184,7 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
         sentences.append("It stopped early: a callback ended it.")
     elif summary.get("ended_by") == "forgotten":
         sentences.append(
-            "It ended by itself: in half of its epochs, the latest, no token to be forgotten was probable."
+            "It ended by itself: no token to be forgotten was probable any more, and it took as many epochs again."
         )
     return sentences
 

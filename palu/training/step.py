@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,15 +171,17 @@ def step_figures(
 def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> bool:
     """Say after an epoch whether the run need not go on.
 
-    So it is if in the latest half of the epochs, two at least, the probabilities stayed below the method's
-    ``ends_below`` (PALU: those among the candidates). The first steps take along what stands beside the secrets; once
-    these are pushed no more, the KL needs about as long to bring that back.
+    It has forgotten when in two epochs running all probabilities stay below the method's ``ends_below`` (PALU: those
+    among the candidates). The first steps take along what stands beside the secrets; once these are pushed no more, the
+    KL brings it back. So the run takes as many epochs again, and ends where the two latest stayed below, too.
     """
     limit = method.settings.ends_below
-    steps = max(-(-len(history) // (2 * steps_per_epoch)), 2) * steps_per_epoch
-    if limit is None or len(history) < steps:
+    if limit is None:
         return False
-    return max(record["onset_probability"] for record in history[-steps:]) < limit
+    epochs = [history[i : i + steps_per_epoch] for i in range(0, len(history), steps_per_epoch)]
+    highest = [max(record["onset_probability"] for record in epoch) for epoch in epochs]
+    below = [max(two) < limit for two in pairwise(highest)]
+    return any(below) and below[-1] and len(epochs) >= 2 * below.index(True)
 
 
 def ending(history: History, ended_by: str | None, method: Method, *, neighbours: int | None) -> str:

@@ -168,7 +168,7 @@ def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dic
 
 
 def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
-    """After two epochs, or half of all, in which every onset token stayed below a little more than the floor."""
+    """As long again as it took until every onset token stayed below a little more than the floor for two epochs."""
     model = tiny_llama()
     model.load_state_dict(knowing)
     settings: dict[str, Any] = {"learning_rate": 3e-3, "epochs": None, "local_loss": "unlikelihood"}
@@ -178,8 +178,9 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
     assert config.epochs == config.method.epochs > epochs > 3
     records = [[r for r in result.history if r["epoch"] == epoch] for epoch in range(1, epochs + 1)]
     below = [max(r["onset_probability"] for r in epoch) < config.method.ends_below for epoch in records]
-    enough = [all(below[count - max(-(-count // 2), 2) : count]) for count in range(2, epochs + 1)]
-    assert enough == [False] * (epochs - 2) + [True], "and no sooner"
+    twice = [i for i in range(1, epochs) if below[i - 1] and below[i]]
+    assert twice[0] > 1, "it took more than one epoch"
+    assert epochs == next(i + 1 for i in twice if i + 1 >= 2 * (twice[0] - 1)), "and no sooner"
 
 
 @pytest.mark.parametrize(
