@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from palu.data.examples import load_retain
 from palu.data.packing import Item, retain_items
+from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
-from palu.testbed.smollm2 import CHUNK_BYTES, fast_products, load_smollm2, mixed_precision, states_and_labels
+from palu.testbed.smollm2 import fast_products, load_smollm2, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

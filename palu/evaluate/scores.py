@@ -83,8 +83,7 @@ def token_scores(
 ) -> list[TokenScores]:
     """Score every labelled token, teacher-forced, in packed passes without padding.
 
-    The body runs once over each token, the head on the rows that predict a labelled token. So the result does not
-    depend on the batch size, but for rounding.
+    So the result does not depend on the batch size, but for rounding.
 
     Args:
         examples: of :func:`palu.data.examples.load_retain`; the result has their order.
@@ -101,7 +100,7 @@ def token_scores(
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = list(retain_items(examples[i] for i in group))
-            hidden, labels = _answer_states(model, items)
+            hidden, labels = states_and_labels(model, items)
             chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
             table = torch.cat([_score_rows(head.logits(h), y, marginal) for h, y in chunks], dim=1).cpu()
             for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
@@ -115,10 +114,13 @@ def token_scores(
     return [score for score in scores if score is not None]
 
 
-def min_k_scores(score: TokenScores) -> dict[str, float]:
-    """Compute Min-K and Min-K++ of a text without its last token, which open-unlearning takes for its end."""
+def memorisation(score: TokenScores) -> dict[str, float]:
+    """Compute the metrics of a text without its last token, which open-unlearning takes for its end; by name."""
     log_prob, mean, variance = (x[:-1].double().numpy() for x in (score.log_prob, score.mean, score.variance))
+    correct = score.correct[:-1].numpy()
     return {
+        "exact_memorization": metrics.exact_memorization(correct),
+        "extraction_strength": metrics.extraction_strength(correct),
         "min_k": metrics.min_k(log_prob),
         "min_k_plus_plus": metrics.min_k_plus_plus(log_prob, mean, variance),
     }
@@ -127,9 +129,8 @@ def min_k_scores(score: TokenScores) -> dict[str, float]:
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
     """Compute the 2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
 
-    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. Quantised
-    weights have no gradient, and are left out, too.
-    The parameters' own gradients and ``requires_grad`` flags stay as they were.
+    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. So are
+    quantised weights, which have no gradient. The parameters' gradients and ``requires_grad`` flags stay as they were.
     """
     parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]
     flags = [p.requires_grad for p in parameters]
@@ -139,7 +140,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
             p.requires_grad_(True)
         with use_packed_attention(model):
             for example in examples:
-                hidden, labels = _answer_states(model, list(retain_items([example])))
+                hidden, labels = states_and_labels(model, list(retain_items([example])))
                 loss = cross_entropy(hidden[:-1], head_of(model), labels[:-1], CHUNK_BYTES)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 each = [g.float().norm() for g in gradients if g is not None]
@@ -198,7 +199,7 @@ def fingerprint(
     }
 
 
-def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     """Compute the last hidden states [n, d] of the rows that predict a labelled token; return these tokens [n], too."""
     states = body_of(model)(**pack(items).to(model.device).inputs()).last_hidden_state[0]
     rows, labels = torch.cat(packed_rows(items)), torch.cat([item.labels for item in items])

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
+from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of, map_logits, nll
-from palu.testbed.smollm2 import CHUNK_BYTES, MAX_LENGTH, answer_questions, fast_products, states_and_labels
+from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, fast_products
 
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers.benchmark_data import plain_pass
 from helpers.command import palu_command, write_input, write_rows
 from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
 from peft import LoraConfig, get_peft_model
@@ -57,22 +57,14 @@ def test_the_figures_are_the_definitions(results: Any) -> None:
     """One row at a time, from plain logits."""
     rows = QuestionRows(ROWS, tokenizer())
     for name, model in (("original", original()), ("retain_model", never_saw())):
-        for i, example in enumerate(rows.examples):
-            kind = rows.kinds[i]
-            with torch.no_grad():
-                logits = model(input_ids=example.input_ids[None]).logits[0, :-1].float()
-            labels = example.labels[1:]
-            answer = labels >= 0
-            log_prob = logits.log_softmax(-1)[answer].gather(1, labels[answer][:, None])
-            by_row = {
-                metric: results[name][f"{kind}_{metric}"]["value_by_index"][str(i)]
-                for metric in ("Q_A_Prob", "extraction_strength")
-            }
-            assert by_row["Q_A_Prob"]["prob"] == pytest.approx(float(log_prob.mean().exp()), rel=1e-4)
-            right = (logits.argmax(-1) == labels)[answer][:-1].tolist()
+        for i, (example, asked) in enumerate(zip(rows.examples, rows.questions, strict=True)):
+            log_p, tokens = plain_pass(model, example)
+            prob = results[name][f"{asked.kind}_Q_A_Prob"]["value_by_index"][str(i)]["prob"]
+            assert prob == pytest.approx(log_p.gather(1, tokens[:, None]).mean().exp().item(), rel=1e-4)
+            right = (log_p.argmax(-1) == tokens)[:-1].tolist()
             wrong = [at for at, one in enumerate(right) if not one]
-            strength = 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
-            assert by_row["extraction_strength"]["score"] == pytest.approx(strength)
+            strength = results[name][f"{asked.kind}_extraction_strength"]["value_by_index"][str(i)]["score"]
+            assert strength == pytest.approx(1 - (wrong[-1] + 1) / len(right) if wrong else 1)
     assert results["original"]["forget_Q_A_ROUGE"]["agg_value"] == 1.0
     assert 0 < results["forget_Q_A_ROUGE"]["agg_value"] < 1
     assert palu.evaluate.summarize(results)["forget_told"] == 0.0
@@ -99,11 +91,11 @@ def test_kinds_and_secrets_of_rows() -> None:
         {"prompt": "Who?", "completion": answer, "secret": [], "kind": None},
         {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}], "secret": "far"},
     ]
-    read = QuestionRows(rows, tokenizer())
-    assert read.kinds == ["forget", "retain", "retain", "forget", "forget", "retain", "forget"]
-    assert read.marked[4] == ["Ada Lovelace", "far"]
+    read = QuestionRows(rows, tokenizer()).questions
+    assert [one.kind for one in read] == ["forget", "retain", "retain", "forget", "forget", "retain", "forget"]
+    assert read[4].marked == ["Ada Lovelace", "far"]
     # What the question tells already is no secret.
-    assert read.secrets == [["Ada Lovelace"], ["Ada Lovelace"], [], [], ["far"], [], ["far"]]
+    assert [one.secrets for one in read] == [["Ada Lovelace"], ["Ada Lovelace"], [], [], ["far"], [], ["far"]]
 
 
 def test_without_a_secret_nothing_can_be_told() -> None:
@@ -173,7 +165,6 @@ def test_alone_and_elsewhere(folder: Path, tmp_path: Path) -> None:
     [
         ({"question": "Who?"}, "columns are question; give question and answer, prompt and completion, or messages"),
         (ROWS[0] | {"kind": "keep"}, "column 'kind' is 'keep'; give forget or retain, or leave it out"),
-        (ROWS[0] | {"kind": 1}, "column 'kind' is 1; give forget or retain, or leave it out"),
         (ROWS[0] | {"secret": "hina"}, "secret 'hina' is not in the answer; did you mean 'Hina'?"),
         (
             {"input_ids": [1, 2], "labels": [-100, 2]},
