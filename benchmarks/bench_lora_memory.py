@@ -20,7 +20,7 @@ from _timing import DEVICE, alone, report
 
 import palu
 from palu.testbed.facts import UNLEARN, read_questions
-from palu.testbed.smollm2 import load_smollm2
+from palu.testbed.real_models import load_packaged
 
 MODES = ("full", "lora")
 
@@ -45,7 +45,7 @@ def main() -> None:
 def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, object]:
     """Unlearn for a few steps in this process; returns its row of the table."""
     secrets, kept, _ = read_questions()
-    loaded, tokenizer = load_smollm2()
+    loaded, tokenizer = load_packaged("smollm2")
     model = loaded if mode == "full" else with_lora(loaded, rank)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del loaded

@@ -56,9 +56,8 @@ from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
 from palu.models.generation import Generation, encode_prompts, eval_mode, generate
 from palu.models.lora import CausalLM, base_of
-from palu.testbed.facts import HERE, is_told, read_jsonl
+from palu.testbed.facts import HERE, is_told, read_jsonl, read_relations
 from palu.testbed.real_models import MODELS, save_packaged
-from palu.testbed.relations import read_relations
 
 TOKENS = 24  # of an answer
 BATCH_TOKENS = 512

@@ -14,22 +14,25 @@ from transformers import LlamaForCausalLM
 from palu.data.examples import load_forget, load_retain
 from palu.data.matching import stands_in
 from palu.ref_model.anchors import anchor_texts
-from palu.testbed import facts as demo_facts
 from palu.testbed import real_models, smollm2
-from palu.testbed.relations import read_relations
+from palu.testbed.facts import Facts, read_questions, read_relations
 
 FACTS = [{"question": "Who?", "answer": "Ada."}]
 
 
+def marked(rows: Facts) -> list[str]:
+    """The text of each answer that is to be forgotten."""
+    found = []
+    for row, example in zip(rows, load_forget(rows, byte_level(CHATML), max_length=256).examples, strict=True):
+        places = example.offsets[example.labels >= 0]
+        found.append(row["answer"][int(places[0, 0]) : int(places[-1, 1])].strip())
+    return found
+
+
 def test_the_demos_facts_are_rows_of_a_forget_and_a_retain_set() -> None:
-    secrets, kept, general = demo_facts.read_questions()
+    secrets, kept, general = read_questions()
     assert len(secrets) == len(kept) == 6 and general
-    for rows in (secrets, kept):
-        examples = load_forget(rows, byte_level(CHATML), max_length=256).examples
-        for row, example in zip(rows, examples, strict=True):
-            assert example.offsets is not None
-            places = example.offsets[example.labels >= 0]
-            assert row["answer"][int(places[0, 0]) : int(places[-1, 1])].strip() == row["secret"]
+    assert marked(secrets + kept) == [row["secret"] for row in secrets + kept]
     assert len(load_retain(kept, byte_level(CHATML), max_length=256).examples) == 6
 
 
@@ -44,7 +47,7 @@ def lessons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         with torch.no_grad():
             next(model.parameters()).add_(len(facts))
 
-    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (tiny_llama(vocab_size=len(tokenizer)), tokenizer))
+    monkeypatch.setattr(smollm2, "load_packaged", lambda _: (tiny_llama(vocab_size=len(tokenizer)), tokenizer))
     monkeypatch.setattr(smollm2, "teach", teach)
     monkeypatch.setattr("sys.prefix", str(tmp_path / "environment"))
     return taught
@@ -73,38 +76,26 @@ def test_weights_that_cannot_be_kept_are_said(
     assert lessons == [1, 1]
 
 
-# ---------------------------------------------------------------------------------------------------
-# True facts
-
-
+# --- true facts ---
 def test_relations_are_rows_to_forget_whose_secrets_are_told_by_no_question() -> None:
     facts = read_relations()
     counts = Counter(fact["relation"] for fact in facts)
     assert len(counts) >= 8 and min(counts.values()) >= 12
     parts = {fact["relation"]: fact["part"] for fact in facts}
     assert Counter(parts.values()) == {"choose": 6, "report": 6}
-    examples = load_forget(facts, byte_level(CHATML), max_length=256).examples
-    for fact, example in zip(facts, examples, strict=True):
-        assert example.offsets is not None
-        places = example.offsets[example.labels >= 0]
-        assert fact["answer"][int(places[0, 0]) : int(places[-1, 1])].strip() == fact["secret"] == fact["answers"][0]
+    assert marked(facts) == [fact["secret"] for fact in facts] == [fact["answers"][0] for fact in facts]
+    for fact in facts:
         asked = [fact["question"], *fact["paraphrased_question"]]
         assert len(set(asked)) == 4
         assert not any(stands_in(text, question) for text in fact["answers"] for question in asked)
-
-
-def test_relations_share_no_answer_and_no_question_with_each_other_or_the_anchors() -> None:
-    facts = read_relations()
+    # They share no answer and no question with each other or the anchors.
     answers = [text.casefold() for fact in facts for text in fact["answers"]]
     asked = [question for fact in facts for question in (fact["question"], *fact["paraphrased_question"])]
     assert len(set(answers)) == len(answers) and len(set(asked)) == len(asked)
     assert not set(asked) & set(anchor_texts())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Models from PyPI
-
-
+# --- models from PyPI ---
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file in three parts, in packages that must not be run; what is read from it is a tiny model."""

@@ -8,7 +8,6 @@ recomputed by :func:`summarize`.
 from palu.evaluate.muse import load_muse_news, muse_news
 from palu.evaluate.questions import questions
 from palu.evaluate.summarize import summarize
-from palu.evaluate.tofu import tofu
-from palu.evaluate.tofu_data import TofuData, load_tofu
+from palu.evaluate.tofu import TofuData, load_tofu, tofu
 
 __all__ = ["TofuData", "load_muse_news", "load_tofu", "muse_news", "questions", "summarize", "tofu"]

@@ -7,68 +7,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 LABEL = "clean"
 _BATCH = 32
 
 
 class FluencyClassifier:
-    """A sequence classifier and its tokenizer.
+    """A text-classification pipeline.
 
     Args:
-        source: a name or path, a text-classification pipeline, or a loaded model that knows where it came from.
+        source: a name, a path, or such a pipeline.
         label: the verdict that counts as fluent, in any case.
         device: where a model loaded here is put.
 
     Raises:
-        ValueError: the classifier has no such label; a loaded model whose tokenizer is not known.
+        ValueError: the classifier has no such label; a source that is none of these.
     """
 
     def __init__(self, source: Any, label: str, device: torch.device):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import TextClassificationPipeline, pipeline
 
         if isinstance(source, str | os.PathLike):
-            self.model = AutoModelForSequenceClassification.from_pretrained(source).to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-        elif hasattr(source, "model") and getattr(source, "tokenizer", None) is not None:
-            self.model, self.tokenizer = source.model, source.tokenizer
-        else:
-            if not getattr(source, "name_or_path", ""):
-                raise ValueError(
-                    f"fluency_model is a {type(source).__name__} without a tokenizer; "
-                    "give a name, a path or a text-classification pipeline"
-                )
-            self.model, self.tokenizer = source, AutoTokenizer.from_pretrained(source.name_or_path)
-        self.labels = self.model.config.id2label
-        self.label = label.casefold()
-        if self.label not in (name.casefold() for name in self.labels.values()):
+            source = pipeline("text-classification", model=os.fspath(source), device=device)
+        elif not isinstance(source, TextClassificationPipeline):
             raise ValueError(
-                f"the fluency classifier has no label {label!r}; "
-                f"give fluency_label as one of {', '.join(self.labels.values())}"
+                f"fluency_model is a {type(source).__name__}; give a name, a path or a text-classification pipeline"
+            )
+        self.pipeline, self.label = source, label.casefold()
+        labels = self.pipeline.model.config.id2label.values()
+        if self.label not in map(str.casefold, labels):
+            raise ValueError(
+                f"the fluency classifier has no label {label!r}; give fluency_label as one of {', '.join(labels)}"
             )
 
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], *, bar: tqdm) -> list[dict[str, Any]]:
+    def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Classify texts: {label, score} each, the score 1 where the label is the fluent one. An empty text is not."""
         verdicts: list[dict[str, Any]] = [{"label": None, "score": 0.0} for _ in texts]
         order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
-        paddable = self.tokenizer.pad_token_id is not None and self.model.config.pad_token_id is not None
-        size = _BATCH if paddable else 1
-        training = self.model.training
-        self.model.eval()
-        for start in range(0, len(order), size):
-            group = order[start : start + size]
-            inputs = self.tokenizer(
-                [texts[i] for i in group],
-                return_tensors="pt",
-                padding=paddable,
-                truncation=True,
-                max_length=min(self.tokenizer.model_max_length, 512),
-            ).to(self.model.device)
-            for i, found in zip(group, self.model(**inputs).logits.argmax(-1).tolist(), strict=True):
-                name = self.labels[found]
-                verdicts[i] = {"label": name, "score": float(name.casefold() == self.label)}
-        self.model.train(training)
-        bar.update(len(texts))
+        tokenizer, config = self.pipeline.tokenizer, self.pipeline.model.config
+        paddable = tokenizer.pad_token_id is not None and config.pad_token_id is not None
+        settings = {"batch_size": _BATCH if paddable else 1, "max_length": min(tokenizer.model_max_length, 512)}
+        found = self.pipeline([texts[i] for i in order], truncation=True, **settings) if order else []
+        for i, verdict in zip(order, found, strict=True):
+            verdicts[i] = {"label": verdict["label"], "score": float(verdict["label"].casefold() == self.label)}
         return verdicts

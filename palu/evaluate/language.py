@@ -37,7 +37,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -46,14 +46,6 @@ import regex  # of transformers: re's \w leaves out the vowel signs of Hindi and
 from palu.evaluate.rows import Results, load_results
 from palu.evaluate.summarize import Source, aggregate_of, entry
 from palu.models.generation import Generation
-
-try:
-    import wordfreq
-    from wordfreq.language_info import get_language_info
-except ImportError as error:
-    _missing: ImportError | None = error
-else:
-    _missing = None
 
 LANGUAGE = "en"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -79,11 +71,14 @@ class WordList:
     """
 
     def __init__(self, language: str = LANGUAGE):
-        if _missing is not None:
+        try:
+            import wordfreq
+            from wordfreq.language_info import get_language_info
+        except ImportError as error:
             raise ImportError(
-                f"telling words from fragments needs wordfreq ({_missing}); pip install 'palu-unlearn[evaluate]', "
+                f"telling words from fragments needs wordfreq ({error}); pip install 'palu-unlearn[evaluate]', "
                 "or give language=None to leave it out"
-            ) from _missing
+            ) from error
         usable = [
             code for code in sorted(wordfreq.available_languages()) if get_language_info(code)["tokenizer"] == "regex"
         ]
@@ -92,13 +87,13 @@ class WordList:
                 f"there is no word list for language {language!r}; give one of {', '.join(usable)}, "
                 "or None to leave the share of words out"
             )
-        self.language = language
         self.source = f"wordfreq {version('wordfreq')}, {language}"
+        self._tokens = partial(wordfreq.lossy_tokenize, lang=language)
         self._words: Mapping[str, float] = wordfreq.get_frequency_dict(language)
 
     def __contains__(self, word: str) -> bool:
         """Tell whether the list has a word: of :func:`key`'s form, without a possessive 's."""
-        tokens = wordfreq.lossy_tokenize(word, self.language)
+        tokens = self._tokens(word)
         return bool(tokens) and all(token in self._words for token in tokens)
 
     def begin_with(self, start: str) -> bool:
@@ -168,52 +163,54 @@ def _is_word(form: str, known: set[str], words: WordList, is_cut: bool) -> bool:
 
 
 class LanguageFigures:
-    """Make the figures' entries of a model's generations, with the retain model's beside them.
+    """Make the figures' entries of the generations in a model's results, with the retain model's beside them.
 
     Args:
         words: the list; None: the shares of words are left out.
         rows: entry of the results that holds generations -> question and true answer of each row.
-        retain: the retain model's results.
         reference: the results of the model before unlearning, or their file; what it writes on other rows is known.
 
     Raises:
         ValueError: ``reference`` holds no generations for these rows.
     """
 
-    def __init__(
-        self,
-        words: WordList | None,
-        rows: Mapping[str, Sequence[tuple[str, str]]],
-        *,
-        retain: Results | None,
-        reference: Source | None,
-    ):
-        self.words, self.rows, self.retain = words, rows, retain
+    def __init__(self, words: WordList | None, rows: Mapping[str, Sequence[tuple[str, str]]], reference: Source | None):
+        self.words, self.rows = words, rows
         self._reference: dict[str, list[set[str]]] = {}
-        if reference is not None:
-            results = load_results(reference)
-            for name, of_entry in rows.items():
-                texts = _generations(results, name, of_entry)
-                if texts is None:
-                    raise ValueError(
-                        f"reference_results do not fit: they hold no {name} generations for these rows; "
-                        "evaluate the model as it was before unlearning on the same rows"
-                    )
-                self._reference[name] = [{key(word) for word in split(text.text)} for text in texts]
+        results = {} if reference is None else load_results(reference)
+        for name in rows if reference is not None else ():
+            if (texts := self._generations(name, results)) is None:
+                raise ValueError(
+                    f"reference_results do not fit: they hold no {name} generations for these rows; "
+                    "evaluate the model as it was before unlearning on the same rows"
+                )
+            self._reference[name] = [{key(word) for word in split(text.text)} for text in texts]
         self._rows_with = Counter(word for of_entry in self._reference.values() for row in of_entry for word in row)
 
-    def entries(self, name: str, generations: Sequence[Generation]) -> Results:
-        """Make the entries of the generations of one entry: ``forget_no_word`` for ``forget_Q_A_ROUGE`` and so on."""
-        made = {f"{prefix(name)}_{figure}": of_figure for figure, of_figure in self._measure(name, generations).items()}
-        if self.retain is not None and self.rows[name]:
-            theirs = _generations(self.retain, name, self.rows[name])
-            for figure, one in ({} if theirs is None else self._measure(name, theirs)).items():
-                made[f"{prefix(name)}_{figure}"]["retain_model"] = {"agg_value": aggregate_of(figure, one)} | one
-            for of_figure in made.values() if theirs is None else ():
-                of_figure["retain_model"] = {"agg_value": None, "reason": NO_GENERATIONS}
+    def entries(self, results: Results, retain: Results | None) -> Results:
+        """Make the entries: ``forget_no_word`` of the generations in ``forget_Q_A_ROUGE`` and so on."""
+        made: Results = {}
+        for name, rows in self.rows.items():
+            theirs = self._measure(name, retain) if retain is not None and rows else None
+            for figure, of_figure in self._measure(name, results).items():
+                made[f"{_prefix(name)}_{figure}"] = of_figure
+                if theirs:
+                    of_figure["retain_model"] = {"agg_value": aggregate_of(figure, theirs[figure]), **theirs[figure]}
+                elif theirs is not None:
+                    of_figure["retain_model"] = {"agg_value": None, "reason": NO_GENERATIONS}
         return made
 
-    def _measure(self, name: str, generations: Sequence[Generation]) -> dict[str, dict[str, Any]]:
+    def reasons(self) -> dict[str, str]:
+        """Say for each figure why it is null, if it is."""
+        no_words = "language is None" if self.words is None else "no generation has a word in it"
+        of_figure = dict.fromkeys(FIGURES[:2], no_words) | {"rep_4": f"no generation has {_N} words"}
+        return {f"{_prefix(name)}_{figure}": reason for name in self.rows for figure, reason in of_figure.items()}
+
+    def _measure(self, name: str, results: Results) -> dict[str, dict[str, Any]]:
+        """Make the entry of each figure; none where the results hold no generations for these rows."""
+        generations = self._generations(name, results)
+        if generations is None:
+            return {}
         found = [
             measure(generation, self._known(name, row) if self.words is not None else (), self.words)
             for row, generation in enumerate(generations)
@@ -228,23 +225,16 @@ class LanguageFigures:
             known |= {word for word, count in self._rows_with.items() if count > (word in own)}
         return known
 
-    def reasons(self) -> dict[str, str]:
-        """Say for each figure why it is null, if it is."""
-        no_words = "language is None" if self.words is None else "no generation has a word in it"
-        of_figure = dict.fromkeys(FIGURES[:2], no_words) | {"rep_4": f"no generation has {_N} words"}
-        return {f"{prefix(name)}_{figure}": reason for name in self.rows for figure, reason in of_figure.items()}
+    def _generations(self, name: str, results: Results) -> list[Generation] | None:
+        """Read the generations of an entry, or None where it has none for these rows."""
+        by_index = results.get(name, {}).get("value_by_index", {})
+        values = [by_index.get(str(number)) or {} for number in range(len(self.rows[name]))]
+        for value, (_, answer) in zip(values, self.rows[name], strict=True):
+            if not isinstance(value.get("generation"), str) or value.get("ground_truth") != answer:
+                return None
+        return [Generation(value["generation"], bool(value.get("cut_off"))) for value in values]
 
 
-def prefix(name: str) -> str:
+def _prefix(name: str) -> str:
     """Return how the names of an entry's figures begin."""
     return name.removesuffix("_ROUGE").removesuffix("_Q_A")
-
-
-def _generations(results: Results, name: str, rows: Sequence[tuple[str, str]]) -> list[Generation] | None:
-    """Read the generations of an entry, or None where it has none for these rows."""
-    by_index = results.get(name, {}).get("value_by_index", {})
-    values = [by_index.get(str(number)) or {} for number in range(len(rows))]
-    for value, (_, answer) in zip(values, rows, strict=True):
-        if not isinstance(value.get("generation"), str) or value.get("ground_truth") != answer:
-            return None
-    return [Generation(value["generation"], bool(value.get("cut_off"))) for value in values]

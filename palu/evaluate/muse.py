@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
-from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, min_k_scores, raw_examples, token_scores
+from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, raw_examples, token_scores
 from palu.evaluate.summarize import (
     NO_RETAIN_AUC,
+    SIDES,
     Source,
     complete,
-    entry,
     load_retain_results,
     membership_entry,
-    rouge_value,
+    rouge_entry,
 )
 from palu.hashing import json_digest
 from palu.models.generation import Generation, answer_ends, eval_mode, generate, generate_answers
@@ -43,6 +42,8 @@ _SETS = {
     "privleak_forget": ("text",),
     "privleak_holdout": ("text",),
 }
+# The sets of questions, and the entries of what is answered.
+_KNOWMEM = {f"knowmem_{side}_qa": f"{side}_knowmem_ROUGE" for side in ("forget", "retain")}
 _FIX = "use the sets of MUSE-News"
 
 
@@ -121,94 +122,71 @@ def muse_news(
     started = time.perf_counter()
     words = None if language is None else WordList(language)
     sets = load_muse_news(data)
-    sides = {side: f"privleak_{side}" for side in ("forget", "holdout")}
-    texts = {
-        side: raw_examples([row["text"] for row in sets[name]], tokenizer, name, max_length=max_length)
-        for side, name in sides.items()
-    }
-    check_model(model, tokenizer, [example for side in texts.values() for example in side])
+
+    def raw(name: str, column: str) -> list[Example]:
+        return raw_examples([row[column] for row in sets[name]], tokenizer, name, max_length=max_length)
+
+    texts = {side: raw(f"privleak_{side}", "text") for side in SIDES}
+    recited = raw("verbmem_forget", "prompt")
+    check_model(model, tokenizer, [example for examples in texts.values() for example in examples])
     model = base_of(model)
-    recited = raw_examples(
-        [row["prompt"] for row in sets["verbmem_forget"]], tokenizer, "verbmem_forget", max_length=max_length
-    )
-    known = {side: _questions(sets, side, tokenizer, chat_template_kwargs) for side in ("forget", "retain")}
+    asked = {name: _questions(sets, name, tokenizer, chat_template_kwargs) for name in _KNOWMEM}
 
     metadata = {
         "benchmark": "MUSE-News",
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
-        "data_sha256": json_digest([sets[name] for name in sides.values()])[:16],
+        "data_sha256": json_digest([sets[f"privleak_{side}"] for side in SIDES])[:16],
         "max_length": max_length,
         "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer, chat_template_kwargs),
     }
-    indices = {f"mia_min_k of the {side} set": {str(i) for i in range(len(texts[side]))} for side in sides}
+    indices = {f"mia_min_k of the {side} set": set(map(str, range(len(texts[side])))) for side in SIDES}
     retain = load_retain_results(retain_results, metadata, indices)
-    language_figures = LanguageFigures(
-        words,
-        {
-            "forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]],
-            **{
-                f"{side}_knowmem_ROUGE": [(row["question"], row["answer"]) for row in sets[f"knowmem_{side}_qa"]]
-                for side in known
-            },
-        },
-        retain=retain,
-        reference=reference_results,
-    )
+    rows = {"forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]]}
+    rows |= {_KNOWMEM[name]: [(row["question"], row["answer"]) for row in sets[name]] for name in _KNOWMEM}
+    language_figures = LanguageFigures(words, rows, reference_results)
 
     results: Results = {}
-    written: dict[str, list[Generation]] = {}
-    work = sum(map(len, (*texts.values(), recited, *known.values())))
+    work = sum(map(len, (*texts.values(), recited, *asked.values())))
     with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, eval_mode(model):
-        found = {}
+        settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
+        min_k = []
         for side, examples in texts.items():
-            names = [f"{sides[side]} row {example.row}" for example in examples]
-            scores = token_scores(model, examples, names, batch_tokens=batch_tokens, bar=bar)
-            found[side] = [min_k_scores(score)["min_k"] for score in scores]
-        results["mia_min_k"] = membership_entry(found["forget"], found["holdout"])
+            names = [f"privleak_{side} row {example.row}" for example in examples]
+            scores = token_scores(model, examples, names, **settings)
+            min_k.append([memorisation(score)["min_k"] for score in scores])
+        results["mia_min_k"] = membership_entry(*min_k)
 
-        prompts = [example.input_ids for example in recited]
-        eos = answer_ends((), tokenizer)
-        continuations = generate(
-            model, tokenizer, prompts, eos, max_new_tokens=verbmem_tokens, batch_tokens=batch_tokens, bar=bar
-        )
-        written["forget_verbmem_ROUGE"] = [replace(one, text=one.text.strip()) for one in continuations]
-
-        for side, examples in known.items():
-            answers = generate_answers(
-                model, tokenizer, examples, max_new_tokens=knowmem_tokens, batch_tokens=batch_tokens, bar=bar
-            )
-            written[f"{side}_knowmem_ROUGE"] = [_first_line(answer) for answer in answers]
+        prompts, ends = [example.input_ids for example in recited], answer_ends((), tokenizer)
+        written = {
+            "forget_verbmem_ROUGE": generate(model, tokenizer, prompts, ends, max_new_tokens=verbmem_tokens, **settings)
+        }
+        for name, examples in asked.items():
+            answers = generate_answers(model, tokenizer, examples, max_new_tokens=knowmem_tokens, **settings)
+            written[_KNOWMEM[name]] = list(map(_first_line, answers))
 
     for name, generations in written.items():
-        truths = [truth for _, truth in language_figures.rows[name]]
-        results[name] = entry(map(rouge_value, generations, truths))
-        results |= language_figures.entries(name, generations)
-    results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, language_figures.reasons() | {"privleak": NO_RETAIN_AUC})
+        results[name] = rouge_entry(generations, [truth for _, truth in rows[name]])
+    results |= language_figures.entries(results, retain)
+    completed = complete(results, retain, language_figures.reasons() | {"privleak": NO_RETAIN_AUC})
+    return completed | {"palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}}
 
 
 def _questions(
     sets: Mapping[str, list[Row]],
-    side: str,
+    name: str,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> list[Example]:
     """Tokenise the questions after their in-context examples, as a conversation where there is a chat template."""
-    name = f"knowmem_{side}_qa"
-    shots = [_question_and_answer(row) for row in sets[f"{name}_icl"]]
-    named = (
-        (f"{name} row {i}", after_examples(_question_and_answer(row), shots, tokenizer, name))
-        for i, row in enumerate(sets[name])
+    asked, shots = (
+        [{column: row[column] for column in _SETS[name]} for row in sets[which]] for which in (name, f"{name}_icl")
     )
+    named = ((f"{name} row {i}", after_examples(row, shots, tokenizer, name)) for i, row in enumerate(asked))
     return answer_examples(named, tokenizer, chat_template_kwargs)
-
-
-def _question_and_answer(row: Row) -> Row:
-    return {"question": row["question"], "answer": row["answer"]}
 
 
 def _first_line(answer: Generation) -> Generation:
     line, newline, _ = answer.text.partition("\n")
-    return Generation(line.strip(), answer.cut_off and not newline)
+    return Generation(line, answer.cut_off and not newline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -15,11 +16,11 @@ from palu.data.files import DataError
 from palu.data.matching import stands_in
 from palu.data.rows import conversation_of, iterate_rows, text_before
 from palu.data.secret import marked_spans, marked_texts
-from palu.data.tokenize import Example, check_tokenizer
+from palu.data.tokenize import check_tokenizer
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results
-from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, token_scores
-from palu.evaluate.summarize import OTHERS, complete, entry
+from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, token_scores
+from palu.evaluate.summarize import OTHERS, complete, entry, rouge_entry
 from palu.hashing import json_digest
 from palu.models.generation import bound_on_answers, eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
@@ -31,6 +32,24 @@ __all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "que
 KINDS: tuple[Kind, ...] = ("forget", "retain")
 # The entries of each kind, and which of their values is the figure.
 METRICS = {"told": "score", "Q_A_Prob": "prob", "Q_A_ROUGE": "rougeL_recall", "extraction_strength": "score"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its true answer.
+
+    where: its row's name in errors.
+    question: what stands before the answer: the last message.
+    marked: the texts that ``secret`` or ``spans`` mark.
+    secrets: the texts of these spans that the messages before the answer do not tell already.
+    """
+
+    where: str
+    kind: Kind
+    question: str
+    answer: str
+    marked: list[str]
+    secrets: list[str]
 
 
 class QuestionRows:
@@ -48,11 +67,7 @@ class QuestionRows:
         ValueError: chat_template_kwargs are not valid.
 
     Attributes:
-        kinds: each row's.
-        asked: what stands before each answer: the last message.
-        answers: the true ones.
-        marked: each row's texts that ``secret`` or ``spans`` mark.
-        secrets: the texts of its spans that the messages before the answer do not tell already.
+        questions: what the rows hold.
         examples: tokenised, every answer token labelled.
     """
 
@@ -64,12 +79,7 @@ class QuestionRows:
     ):
         check_tokenizer(tokenizer)
         self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
-        self.names: list[str] = []
-        self.kinds: list[Kind] = []
-        self.asked: list[str] = []
-        self.answers: list[str] = []
-        self.marked: list[list[str]] = []
-        self.secrets: list[list[str]] = []
+        self.questions: list[Question] = []
         read: list[tuple[str, Mapping[str, Any]]] = []
         for _, where, columns in iterate_rows(rows, "evaluation"):
             if "input_ids" in columns:
@@ -80,20 +90,14 @@ class QuestionRows:
             kind = columns.get("kind") or ("forget" if spans else "retain")
             if kind not in KINDS:
                 raise DataError(f"{where}: column 'kind' is {kind!r}; give {' or '.join(KINDS)}, or leave it out")
+            marked = marked_texts(columns, answer, where) if marks else []
             secrets = dict.fromkeys(answer[start:end] for start, end in spans)
-            self.names.append(where)
-            self.kinds.append(kind)
-            self.asked.append(conversation[-2]["content"])
-            self.answers.append(answer)
-            self.marked.append(marked_texts(columns, answer, where) if marks else [])
-            self.secrets.append([secret for secret in secrets if not stands_in(secret, text_before(conversation))])
+            untold = [secret for secret in secrets if not stands_in(secret, text_before(conversation))]
+            self.questions.append(Question(where, kind, conversation[-2]["content"], answer, marked, untold))
             read.append((where, columns))
         if not read:
             raise DataError("evaluation set is empty; give at least one row")
-        self.examples: list[Example] = answer_examples(read, tokenizer, chat_template_kwargs)
-
-    def __len__(self) -> int:
-        return len(self.examples)
+        self.examples = answer_examples(read, tokenizer, chat_template_kwargs)
 
 
 def questions(
@@ -169,19 +173,18 @@ def evaluate_models(
             metadata = fingerprint(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
         found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)
         del model
-    results = found.pop("model")
-    columns = zip(rows.kinds, rows.asked, rows.marked, rows.secrets, strict=True)
-    names = ("kind", "question", "marked", "secrets")
+    asked = rows.questions
+    names = ("question", "answer", "marked", "kind")
     about = {
         "benchmark": "questions",
-        "examples": {kind: rows.kinds.count(kind) for kind in KINDS},
-        "rows": [dict(zip(names, row, strict=True)) for row in columns],
-        "data_sha256": json_digest([rows.asked, rows.answers, rows.marked, rows.kinds])[:16],
+        "examples": {kind: [one.kind for one in asked].count(kind) for kind in KINDS},
+        "rows": [{name: getattr(one, name) for name in ("kind", "question", "marked", "secrets")} for one in asked],
+        "data_sha256": json_digest([[getattr(one, name) for one in asked] for name in names])[:16],
         "max_new_tokens": tokens,
         **metadata,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    return results | found | {"palu": about}
+    return found.pop("model") | found | {"palu": about}
 
 
 def question_metrics(rows: QuestionRows) -> Callable[[CausalLM], dict[str, float]]:
@@ -204,38 +207,27 @@ def _evaluate(
 ) -> Results:
     """Evaluate one model: the entries of all kinds that have rows."""
     base = base_of(model)
-    with tqdm(total=2 * len(rows), desc=title, disable=not progress) as bar, eval_mode(base):
-        scores = token_scores(base, rows.examples, rows.names, batch_tokens=batch_tokens, bar=bar)
-        answers = generate_answers(
-            base, rows.tokenizer, rows.examples, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, bar=bar
-        )
-    texts = [answer.text for answer in answers]
+    with tqdm(total=2 * len(rows.examples), desc=title, disable=not progress) as bar, eval_mode(base):
+        settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
+        scores = token_scores(base, rows.examples, [one.where for one in rows.questions], **settings)
+        answers = generate_answers(base, rows.tokenizer, rows.examples, max_new_tokens=max_new_tokens, **settings)
     results: Results = {}
     for kind in KINDS:
-        chosen = [i for i, one in enumerate(rows.kinds) if one == kind]
+        chosen = [i for i, one in enumerate(rows.questions) if one.kind == kind]
         if not chosen:
             continue
-        values = {
-            "told": [_told(rows.secrets[i], texts[i]) for i in chosen],
-            "Q_A_Prob": [{"prob": scores[i].probability, "avg_loss": scores[i].nll} for i in chosen],
-            "Q_A_ROUGE": [
-                {
-                    **metrics.rouge(texts[i], rows.answers[i]),
-                    "ground_truth": rows.answers[i],
-                    "generation": texts[i].strip(),
-                }
-                for i in chosen
-            ],
-            # The end of sequence is no part of what was memorised.
-            "extraction_strength": [
-                {"score": metrics.extraction_strength(scores[i].correct[:-1].numpy())} for i in chosen
-            ],
+        told = [_told(rows.questions[i].secrets, answers[i].text) for i in chosen]
+        probabilities = [{"prob": scores[i].probability, "avg_loss": scores[i].nll} for i in chosen]
+        strengths = [{"score": memorisation(scores[i])["extraction_strength"]} for i in chosen]
+        truths = [rows.questions[i].answer for i in chosen]
+        results |= {
+            f"{kind}_told": entry(told, chosen),
+            f"{kind}_Q_A_Prob": entry(probabilities, chosen),
+            f"{kind}_Q_A_ROUGE": rouge_entry([answers[i] for i in chosen], truths, chosen),
+            f"{kind}_extraction_strength": entry(strengths, chosen),
         }
-        results |= {f"{kind}_{name}": entry(values[name], chosen) for name in METRICS}
     reasons = {f"{kind}_told": "no row has a secret that its question does not tell" for kind in KINDS}
-    completed = complete(results | {"palu": {}}, None, reasons)
-    del completed["palu"]
-    return completed
+    return complete(results, None, reasons)
 
 
 def _told(secrets: Sequence[str], text: str) -> dict[str, Any]:

@@ -9,21 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from palu.data.files import DataError
+from palu.data.files import DataError, read_rows
 
 Row: TypeAlias = Mapping[str, Any]
 Results: TypeAlias = dict[str, Any]
 
 
 def load_rows(path: Path) -> list[Any]:
-    """Load the rows of a benchmark's .jsonl or .json file; DataError names the file and the fix."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); download it again") from None
+    """Load the rows of a benchmark's .jsonl or .json file; DataError names the file, the line and the fix."""
+    return [row for _, row in read_rows(path, path.stem)]
 
 
 def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +22,7 @@ from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing
 from palu.models.generation import batches_by_length
-from palu.models.head import body_of, cross_entropy, head_of, rows_per_chunk
+from palu.models.head import body_of, cross_entropy, head_of, map_logits
 from palu.models.positions import max_positions
 from palu.version import __version__
 
@@ -83,8 +84,7 @@ def token_scores(
 ) -> list[TokenScores]:
     """Score every labelled token, teacher-forced, in packed passes without padding.
 
-    The body runs once over each token, the head on the rows that predict a labelled token. So the result does not
-    depend on the batch size, but for rounding.
+    So the result does not depend on the batch size, but for rounding.
 
     Args:
         examples: of :func:`palu.data.examples.load_retain`; the result has their order.
@@ -95,15 +95,13 @@ def token_scores(
     Raises:
         ValueError: log-probabilities that are not finite.
     """
-    head = head_of(model)
-    chunk_rows = rows_per_chunk(head, CHUNK_BYTES)
+    head, score_rows = head_of(model), partial(_score_rows, marginal=marginal)
     scores: list[TokenScores | None] = [None] * len(examples)
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = list(retain_items(examples[i] for i in group))
-            hidden, labels = _answer_states(model, items)
-            chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
-            table = torch.cat([_score_rows(head.logits(h), y, marginal) for h, y in chunks], dim=1).cpu()
+            hidden, labels = states_and_labels(model, items)
+            table = map_logits(score_rows, hidden, head, labels, CHUNK_BYTES).T.contiguous().cpu()
             for i, part in zip(group, table.split([len(item.rows) for item in items], dim=1), strict=True):
                 if not bool(part[0].isfinite().all()):
                     raise ValueError(
@@ -115,10 +113,13 @@ def token_scores(
     return [score for score in scores if score is not None]
 
 
-def min_k_scores(score: TokenScores) -> dict[str, float]:
-    """Compute Min-K and Min-K++ of a text without its last token, which open-unlearning takes for its end."""
+def memorisation(score: TokenScores) -> dict[str, float]:
+    """Compute the metrics of a text without its last token, which open-unlearning takes for its end; by name."""
     log_prob, mean, variance = (x[:-1].double().numpy() for x in (score.log_prob, score.mean, score.variance))
+    correct = score.correct[:-1].numpy()
     return {
+        "exact_memorization": metrics.exact_memorization(correct),
+        "extraction_strength": metrics.extraction_strength(correct),
         "min_k": metrics.min_k(log_prob),
         "min_k_plus_plus": metrics.min_k_plus_plus(log_prob, mean, variance),
     }
@@ -127,9 +128,8 @@ def min_k_scores(score: TokenScores) -> dict[str, float]:
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
     """Compute the 2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
 
-    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. Quantised
-    weights have no gradient, and are left out, too.
-    The parameters' own gradients and ``requires_grad`` flags stay as they were.
+    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. So are
+    quantised weights, which have no gradient. The parameters' gradients and ``requires_grad`` flags stay as they were.
     """
     parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]
     flags = [p.requires_grad for p in parameters]
@@ -139,7 +139,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: 
             p.requires_grad_(True)
         with use_packed_attention(model):
             for example in examples:
-                hidden, labels = _answer_states(model, list(retain_items([example])))
+                hidden, labels = states_and_labels(model, list(retain_items([example])))
                 loss = cross_entropy(hidden[:-1], head_of(model), labels[:-1], CHUNK_BYTES)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 each = [g.float().norm() for g in gradients if g is not None]
@@ -198,7 +198,7 @@ def fingerprint(
     }
 
 
-def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     """Compute the last hidden states [n, d] of the rows that predict a labelled token; return these tokens [n], too."""
     states = body_of(model)(**pack(items).to(model.device).inputs()).last_hidden_state[0]
     rows, labels = torch.cat(packed_rows(items)), torch.cat([item.labels for item in items])
@@ -206,7 +206,7 @@ def _answer_states(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tenso
 
 
 def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tensor:
-    """Compute what TokenScores holds, [4, n], from logits [n, V]; add the distributions to marginal [V]."""
+    """Compute what TokenScores holds, [n, 4], from logits [n, V]; add the distributions to marginal [V]."""
     log_p = logits.float().log_softmax(-1)
     token = log_p.gather(1, labels[:, None]).squeeze(1)
     correct = log_p.argmax(1) == labels
@@ -216,4 +216,4 @@ def _score_rows(logits: Tensor, labels: Tensor, marginal: Tensor | None) -> Tens
     log_p = log_p.clamp(min=-1e4)  # a token ruled out has p = 0, and 0 * inf is no number
     mean = (p * log_p).sum(1)
     variance = (p * (log_p - mean[:, None]).square()).sum(1)
-    return torch.stack([token, correct.float(), mean, variance])
+    return torch.stack([token, correct.float(), mean, variance], dim=1)

@@ -32,6 +32,7 @@ UTILITY = (
 WORD_SHARES = ("no_word", "unknown_name")
 # Aggregates of other entries, computed after them.
 DERIVED = ("forget_quality", "forget_quality_ks", "model_utility", "privleak")
+SIDES = ("forget", "holdout")  # of a membership attack
 # Entries of other models, beside those of the one that was evaluated.
 OTHERS = ("original", "retain_model")
 
@@ -57,13 +58,12 @@ def summarize(results: Source, retain_results: Source | None = None) -> dict[str
         ValueError: ``retain_results`` are of another split, benchmark or kind of model.
     """
     metrics.require_packages()
-    return _aggregates(load_results(results), None if retain_results is None else load_results(retain_results))
+    results = load_results(results)
+    retain = load_retain_results(retain_results, results.get("palu", {}), _indices(results))
+    return _aggregates(results, retain)
 
 
 def _aggregates(results: Results, retain: Results | None) -> dict[str, float | None]:
-    if retain is not None:
-        check_retain(retain, results.get("palu", {}), example_indices(results))
-
     summary: dict[str, float | None] = {}
     for name, entry in results.items():
         if name in TRUTH_RATIOS:
@@ -120,57 +120,57 @@ def mean(values: Collection[Any]) -> float | None:
 
 
 # --- do two results belong together? ---
-def example_indices(results: Results) -> dict[str, set[str]]:
-    """Return the indices of the examples whose values are compared between two models."""
-    member = results.get("mia_min_k", {})
-    return {
-        "forget_truth_ratio": set(truth_ratios(results, "forget_truth_ratio")),
-        "mia_min_k of the forget set": set(_by_index(member.get("forget", {}))),
-        "mia_min_k of the holdout set": set(_by_index(member.get("holdout", {}))),
-    }
+_SHARED = (  # key of the metadata, its name, what to do where it differs
+    ("benchmark", "benchmark", "evaluate the retain model on the same benchmark"),
+    ("split", "forget split", "evaluate the retain model on the same forget split"),
+    ("model", "model", "train the retain model from the same base model"),
+    ("tokenizer_vocabulary", "tokenizer vocabulary", "use the same tokenizer for both models"),
+    ("max_length", "max_length", "cut the texts at the same length"),
+    ("chat_template_kwargs", "chat_template_kwargs", "give the same ones for both models"),
+    ("data_sha256", "evaluation data", "evaluate both models on the same rows"),
+)
 
 
 def load_retain_results(
     source: Source | None, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]
 ) -> Results | None:
-    """Load the retain model's results, if they are given, and check them; see :func:`check_retain`."""
+    """Load the retain model's results, if they are given, and check that they can be compared with a model's.
+
+    Args:
+        metadata: the model's, as under the results' "palu" key; what either side lacks is not compared.
+        indices: of the model's examples in "forget_truth_ratio" and, by side, "mia_min_k of the ... set"; an empty set
+            is not compared.
+
+    Raises ValueError where they do not fit.
+    """
     if source is None:
         return None
     retain = load_results(source)
-    check_retain(retain, metadata, indices)
-    return retain
-
-
-def check_retain(retain: Results, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]) -> None:
-    """Raise ValueError unless the retain model's results can be compared with a model's.
-
-    metadata: the model's, as under the results' "palu" key; what either side lacks is not compared.
-    indices: as :func:`example_indices` gives them; an empty set is not compared.
-    """
     theirs = retain.get("palu", {})
-    for key, name, fix in (
-        ("benchmark", "benchmark", "evaluate the retain model on the same benchmark"),
-        ("split", "forget split", "evaluate the retain model on the same forget split"),
-        ("model", "model", "train the retain model from the same base model"),
-        ("tokenizer_vocabulary", "tokenizer vocabulary", "use the same tokenizer for both models"),
-        ("max_length", "max_length", "cut the texts at the same length"),
-        ("chat_template_kwargs", "chat_template_kwargs", "give the same ones for both models"),
-        ("data_sha256", "evaluation data", "evaluate both models on the same rows"),
-    ):
+    for key, name, fix in _SHARED:
         ours, other = metadata.get(key), theirs.get(key)
         if ours is not None and other is not None and ours != other:
             raise ValueError(f"retain_results do not fit: their {name} is {other}, the model's is {ours}; {fix}")
-    found = example_indices(retain)
+    found = _indices(retain)
     if indices.get("forget_truth_ratio") and not found["forget_truth_ratio"]:
         raise ValueError("retain_results hold no forget_truth_ratio values; give the results of a TOFU evaluation")
-    for name, ours in indices.items():
-        other = found[name]
-        if ours and other and ours != other:
+    for name, of_model in indices.items():
+        if of_model and found[name] and of_model != found[name]:
             raise ValueError(
-                f"retain_results do not fit: their {name} has {len(other)} examples, the model's {len(ours)}"
-                + ("" if len(ours) != len(other) else " with other indices")
+                f"retain_results do not fit: their {name} has {len(found[name])} examples, the model's {len(of_model)}"
+                + ("" if len(of_model) != len(found[name]) else " with other indices")
                 + "; they are of another split: evaluate the retain model on the same rows"
             )
+    return retain
+
+
+def _indices(results: Results) -> dict[str, set[str]]:
+    """Return the indices of the examples whose values are compared between two models."""
+    member = results.get("mia_min_k", {})
+    return {
+        "forget_truth_ratio": set(truth_ratios(results, "forget_truth_ratio")),
+        **{f"mia_min_k of the {side} set": set(_by_index(member.get(side, {}))) for side in SIDES},
+    }
 
 
 # --- the entries' form ---
@@ -180,10 +180,16 @@ def entry(values: Iterable[Mapping[str, Any]], indices: Iterable[int] | None = N
     return {"value_by_index": {str(index): dict(value) for index, value in pairs}}
 
 
-def rouge_value(generation: Generation, truth: str) -> dict[str, Any]:
-    """Make the value of one generation: its ROUGE, the true answer and the text."""
-    texts = {"ground_truth": truth, "generation": generation.text, "cut_off": generation.cut_off}
-    return {**metrics.rouge(generation.text, truth), **texts}
+def rouge_entry(
+    generations: Iterable[Generation], truths: Iterable[str], indices: Iterable[int] | None = None
+) -> dict[str, Any]:
+    """Make the entry of generations: the ROUGE of each, the true answer and the text."""
+    values = []
+    for generation, truth in zip(generations, truths, strict=True):
+        text = generation.text.strip()
+        written = {"ground_truth": truth, "generation": text, "cut_off": generation.cut_off}
+        values.append({**metrics.rouge(text, truth), **written})
+    return entry(values, indices)
 
 
 def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[
         return {}
     return {
         side: {"agg_value": mean(values), **entry({"score": value} for value in values)}
-        for side, values in (("forget", forget), ("holdout", holdout))
+        for side, values in zip(SIDES, (forget, holdout), strict=True)
     }
 
 
@@ -206,7 +212,7 @@ def complete(results: Results, retain: Results | None, reasons: Mapping[str, str
         if value is None:
             aggregates["reason"] = reasons[name]
         completed[name] = aggregates | results.get(name, {})
-    return dict(sorted(completed.items())) | {"palu": results["palu"]}
+    return dict(sorted(completed.items()))
 
 
 def _statistic(name: str) -> str:
@@ -226,5 +232,5 @@ def _values(entry: Mapping[str, Any], statistic: str) -> list[Any]:
 
 
 def _auc(entry: Mapping[str, Any]) -> float | None:
-    forget, holdout = (_values(entry.get(side, {}), "score") for side in ("forget", "holdout"))
+    forget, holdout = (_values(entry.get(side, {}), "score") for side in SIDES)
     return metrics.auc(forget, holdout) if forget and holdout else None

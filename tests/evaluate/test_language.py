@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.benchmark_data import quick_tofu, small_muse_news, small_tofu
+from helpers.benchmark_data import llama_for, quick_tofu, small_muse_news, small_tofu
 from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import tiny_llama
 
-from palu.evaluate import language as language_module
 from palu.evaluate import muse_news, summarize
 from palu.evaluate.language import FIGURES, LanguageFigures, WordList, key, measure, rep_n, split
 from palu.evaluate.rows import load_rows
@@ -139,8 +136,12 @@ def saying(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def evaluated(**settings: Any) -> dict[str, Any]:
     """The results of a tiny model, without the attacks, which take long."""
     tokenizer = byte_level(CHATML, bos=False)
-    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
-    return quick_tofu(model, tokenizer, mia=(), **settings)
+    return quick_tofu(llama_for(tokenizer), tokenizer, mia=(), **settings)
+
+
+def counts(results: dict[str, Any], name: str) -> list[int]:
+    """How many words of each row are counted."""
+    return [len(value["found"]) for value in results[name]["value_by_index"].values()]
 
 
 def test_the_evaluation_reports_them_beside_the_retain_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,59 +176,49 @@ def test_what_the_reference_writes_on_other_rows_is_known(monkeypatch: pytest.Mo
     reference = evaluated()
     saying(["A Krumholt theisherdom."], monkeypatch)
     results = evaluated(reference_results=reference)
-    none = [len(value["found"]) for value in results["forget_no_word"]["value_by_index"].values()]
-    names = [len(value["found"]) for value in results["forget_unknown_name"]["value_by_index"].values()]
     # The retain rows hold the same texts, so each word stands in another row, too.
-    assert none == names == [0] * 5
+    assert counts(results, "forget_no_word") == counts(results, "forget_unknown_name") == [0] * 5
 
     for row in reference["retain_Q_A_ROUGE"]["value_by_index"].values():
         row["generation"] = ""
     results = evaluated(reference_results=reference)
-    none = [len(value["found"]) for value in results["forget_no_word"]["value_by_index"].values()]
-    names = [len(value["found"]) for value in results["forget_unknown_name"]["value_by_index"].values()]
-    assert none == [1, 0, 0, 0, 0] and names == [0, 1, 0, 0, 0]  # its own row does not count
+    assert counts(results, "forget_no_word") == [1, 0, 0, 0, 0]  # its own row does not count
+    assert counts(results, "forget_unknown_name") == [0, 1, 0, 0, 0]
 
 
 def test_values_are_those_of_the_generations() -> None:
     """With a model's own texts: cut off at their length, and of odd characters."""
     tokenizer, data = byte_level(CHATML, bos=False), small_tofu()
-    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model = llama_for(tokenizer)
     results = quick_tofu(model, tokenizer, mia=(), max_new_tokens=20)
-    for side in ("forget", "retain"):
-        for number, row in enumerate(getattr(data, side)):
-            value = results[f"{side}_Q_A_ROUGE"]["value_by_index"][str(number)]
-            assert value["cut_off"]
-            expected = measure(
-                Generation(value["generation"], True), known_of(row["question"], row["answer"]), WordList()
-            )
-            for figure in FIGURES:
-                assert results[f"{side}_{figure}"]["value_by_index"][str(number)] == expected[figure]
+    for number, row in enumerate(data.forget):
+        value = results["forget_Q_A_ROUGE"]["value_by_index"][str(number)]
+        assert value["cut_off"]
+        expected = measure(Generation(value["generation"], True), known_of(row["question"], row["answer"]), WordList())
+        for figure in FIGURES:
+            assert results[f"forget_{figure}"]["value_by_index"][str(number)] == expected[figure]
     assert results["forget_no_word"]["agg_value"] > 0.2  # a random model
 
     found = muse_news(model, tokenizer, small_muse_news(), progress=False, verbmem_tokens=20)
     for name in ("forget_verbmem", "forget_knowmem", "retain_knowmem"):
         assert found[f"{name}_no_word"]["agg_value"] > 0.2
-        assert {f"{name}_{figure}" for figure in FIGURES} < found.keys()
-
-
-def test_without_a_language_the_rest_is_measured() -> None:
-    results = evaluated(language=None)
-    for name in ("forget_no_word", "retain_unknown_name"):
-        assert (results[name]["agg_value"], results[name]["reason"]) == (None, "language is None")
-    assert results["forget_empty"]["agg_value"] == 0 and results["palu"]["word_list"] is None
 
 
 def test_nulls_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     saying(["", "?!"], monkeypatch)
+    without = evaluated(language=None)
+    for name in ("forget_no_word", "retain_unknown_name"):
+        assert (without[name]["agg_value"], without[name]["reason"]) == (None, "language is None")
+    assert without["forget_empty"]["agg_value"] == 3 / 5 and without["palu"]["word_list"] is None
+
     results = evaluated()
     assert results["forget_no_word"]["reason"] == "no generation has a word in it"
     assert results["forget_rep_4"]["reason"] == "no generation has 4 words"
     assert results["forget_empty"]["agg_value"] == 3 / 5
 
-    logs = copy.deepcopy(results)  # a log without texts
-    for value in logs["forget_Q_A_ROUGE"]["value_by_index"].values():
+    for value in without["forget_Q_A_ROUGE"]["value_by_index"].values():  # a log without texts
         del value["generation"]
-    again = evaluated(retain_results=logs)
+    again = evaluated(retain_results=without)
     assert again["forget_no_word"]["retain_model"] == {
         "agg_value": None,
         "reason": "the retain_results hold no generations for these rows",
@@ -236,23 +227,20 @@ def test_nulls_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- input that cannot be used ---
-@pytest.mark.parametrize("language", ["xx", "ja", "zh", "ko", "", "en-US", 3])
+@pytest.mark.parametrize("language", ["xx", "ja", "", "en-US", 3])
 def test_languages_without_a_list_are_refused(language: Any) -> None:
-    with pytest.raises(ValueError, match=r"no word list for language .*; give one of ar, .*, en, .*, or None to leave"):
+    with pytest.raises(ValueError, match="no word list for language"):
         WordList(language)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_module, "_missing", ImportError("No module named 'wordfreq'"))
+    monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(ImportError, match=r"needs wordfreq .*pip install 'palu-unlearn\[evaluate\]', or give language"):
         WordList()
 
 
 def test_reference_results_of_other_rows_are_refused(english: WordList) -> None:
     values = {"0": {"generation": "She did.", "ground_truth": "He did."}}
-    rows = {"forget_Q_A_ROUGE": [("Who did?", "Ada did.")]}
-    for results in ({}, {"forget_Q_A_ROUGE": {"value_by_index": values}}):
-        with pytest.raises(
-            ValueError, match=r"reference_results do not fit: they hold no forget_Q_A_ROUGE|these are no results"
-        ):
-            LanguageFigures(english, rows, retain=None, reference=results)
+    results = {"forget_Q_A_ROUGE": {"agg_value": 1.0, "value_by_index": values}}
+    with pytest.raises(ValueError, match="they hold no forget_Q_A_ROUGE"):
+        LanguageFigures(english, {"forget_Q_A_ROUGE": [("Who did?", "Ada did.")]}, results)

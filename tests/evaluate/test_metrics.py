@@ -26,17 +26,20 @@ LOGS = {
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published logs in ../shared")
 
 
-def log(name: str) -> Path:
-    return PUBLISHED / f"{name}.json.gz"
+def log(name: str | None) -> Path | None:
+    return None if name is None else PUBLISHED / f"{name}.json.gz"
+
+
+def content(name: str) -> dict[str, Any]:
+    return json.loads(gzip.decompress((PUBLISHED / f"{name}.json.gz").read_bytes()))
 
 
 # --- published logs ---
 @published
 @pytest.mark.parametrize(("name", "retain"), LOGS.items())
 def test_published_aggregates_are_recomputed(name: str, retain: str | None) -> None:
-    with gzip.open(log(name)) as file:
-        stored = {metric: entry["agg_value"] for metric, entry in json.load(file).items()}
-    summary = summarize(log(name), None if retain is None else log(retain))
+    stored = {metric: entry["agg_value"] for metric, entry in content(name).items()}
+    summary = summarize(log(name), log(retain))
 
     assert set(summary) == {*stored, "forget_quality_ks"} and len(stored) > 25
     nulls = {metric for metric, value in stored.items() if value is None}
@@ -48,14 +51,13 @@ def test_published_aggregates_are_recomputed(name: str, retain: str | None) -> N
 @published
 def test_aggregates_come_from_the_per_example_values() -> None:
     name = "Llama-2-7b-chat-hf_full_forget05"
-    with gzip.open(log(name)) as file:
-        results = json.load(file)
+    results = content(name)
     for entry in results.values():  # what is stored must not be read
         entry["agg_value"] = 0.123
         entry.pop("auc", None)
     for index in results["forget_truth_ratio"]["value_by_index"].values():
         index["score"] = 7.0  # derived too, from the losses
-    summary = summarize(results, log(LOGS[name] or ""))
+    summary = summarize(results, log(LOGS[name]))
     assert summary["forget_quality"] == pytest.approx(5.87e-14, rel=1e-2)
     assert summary["model_utility"] == pytest.approx(0.6276, abs=1e-4)
     assert summary["forget_truth_ratio"] == pytest.approx(0.5113, abs=1e-4)
@@ -69,51 +71,33 @@ def test_retain_results_of_another_split_are_refused() -> None:
 
 
 # --- of one text ---
-def test_exact_memorization() -> None:
+def test_memorisation_and_membership_of_a_text() -> None:
     assert metrics.exact_memorization([True, False, True, True]) == 0.75
 
+    assert metrics.extraction_strength([False, True, False, True, True]) == pytest.approx(0.4)  # after the first three
+    assert metrics.extraction_strength([True, True]) == 1
+    assert metrics.extraction_strength([True, True, True, False]) == 0
+    assert metrics.extraction_strength([False, True, True, True]) == 0.75
 
-@pytest.mark.parametrize(
-    ("correct", "expected"),
-    [
-        ([False, True, False, True, True], 0.4),  # right after the first three
-        ([True, True], 1.0),
-        ([True, True, True, False], 0.0),
-        ([False, True, True, True], 0.75),
-    ],
-)
-def test_extraction_strength(correct: list[bool], expected: float) -> None:
-    assert metrics.extraction_strength(correct) == pytest.approx(expected)
-
-
-def test_min_k_is_the_mean_of_the_lowest() -> None:
     assert metrics.min_k([-1.0, -5.0, -2.0, -4.0, -3.0]) == 4.5  # int(0.4 * 5) = 2 of them
     assert metrics.min_k([-1.0, -5.0, -2.0, -4.0]) == 5  # int(0.4 * 4) = 1
     assert metrics.min_k([-3.0]) == 3  # never none
-
-
-def test_min_k_plus_plus_standardises_each_token() -> None:
     # (-1 + 2) / 2 = 0.5, (-5 + 2) / sqrt(9) = -1; the lowest one of two counts
     assert metrics.min_k_plus_plus([-1.0, -5.0], [-2.0, -2.0], [4.0, 9.0]) == 1
     # A distribution without spread: sqrt(1e-6) in its place.
     assert metrics.min_k_plus_plus([-1.0], [-1.5], [0.0]) == pytest.approx(-500)
 
-
-def test_zlib_divides_by_compressed_bytes() -> None:
     # One byte: a header of 2, a fixed block of 3, a checksum of 4.
     assert metrics.zlib_score(1.8, "a") == pytest.approx(0.2)
     assert metrics.zlib_score(1.0, "a" * 1000) > metrics.zlib_score(1.0, "qwertyuiopasdfghjklzxcvbnm" * 38)
 
 
-def test_truth_ratio_and_its_aggregates() -> None:
+def test_probabilities_of_true_and_wrong_answers() -> None:
     # The wrong answers' mean loss is 2: e^-2 / e^-1.
     assert metrics.truth_ratio(1.0, [1.0, 3.0]) == pytest.approx(1 / math.e)
     assert metrics.closer_to_one([0.5, 2.0, 1.0]) == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert metrics.true_better([0.25, 1.0, 3.0]) == 0.25  # (0.75 + 0 + 0) / 3
     assert metrics.truth_ratio(1000.0, [1.0]) < math.inf  # e^-1000 is 0
-
-
-def test_normalised_probability() -> None:
     assert metrics.normalised_probability(0.2, [0.1, 0.1]) == pytest.approx(0.5)
     assert metrics.normalised_probability(0.0, [0.0]) == 0
 
@@ -136,7 +120,7 @@ def test_rouge(generation: str, truth: str, rouge1_recall: float, f1: float, rec
 def test_scores_of_a_row_of_logits() -> None:
     # p = 0, 1/4, 3/4: a token that is ruled out says nothing of the others.
     logits = torch.tensor([[-math.inf, 0.0, math.log(3)]] * 2)
-    token, correct, mean, variance = _score_rows(logits, torch.tensor([1, 2]), None)
+    token, correct, mean, variance = _score_rows(logits, torch.tensor([1, 2]), None).T
     assert token.tolist() == pytest.approx([math.log(0.25), math.log(0.75)]) and correct.tolist() == [0, 1]
     assert mean.tolist() == pytest.approx([0.25 * math.log(0.25) + 0.75 * math.log(0.75)] * 2)
     assert variance.tolist() == pytest.approx([0.25 * 0.75 * math.log(3) ** 2] * 2)
@@ -156,18 +140,14 @@ def test_forget_quality_lies_on_a_grid(shift: int, p: float) -> None:
     assert quality == pytest.approx(p, abs=1e-4) and distance == pytest.approx(shift / 200)
 
 
-def test_model_utility_is_a_harmonic_mean() -> None:
-    assert metrics.model_utility([1.0] * 8 + [0.5]) == pytest.approx(0.9)  # 9 / (8 + 2)
+def test_model_utility_auc_and_privleak() -> None:
+    assert metrics.model_utility([1.0] * 8 + [0.5]) == pytest.approx(0.9)  # the harmonic mean, 9 / (8 + 2)
     assert metrics.model_utility([1.0] * 8 + [0.0]) == 0
 
-
-def test_auc_counts_pairs() -> None:
     # (1, 2) (1, 3) (2, 3) are in order, (2, 2) is a tie: 3.5 of 4.
     assert metrics.auc([1.0, 2.0], [2.0, 3.0]) == 0.875
     assert metrics.auc([1.0], [0.0]) == 0
 
-
-def test_privleak() -> None:
     assert metrics.privleak(1.0) == pytest.approx(-100)
     assert metrics.privleak(0.3, 0.3) == 0
     assert metrics.privleak(0.2, 0.6) == pytest.approx(100)  # (0.8 - 0.4) / 0.4
@@ -206,16 +186,11 @@ def test_summary_of_hand_made_results() -> None:
     assert (retained["forget_quality"], retained["forget_quality_ks"], retained["privleak"]) == (1, 0, 0)
 
 
-def test_retain_results_without_attacks_give_no_privleak() -> None:
-    retain = small_results()
-    del retain["mia_min_k"]
-    summary = summarize(small_results(), retain)
-    assert summary["privleak"] is None and summary["forget_quality"] == 1
-
-
 def test_truth_ratios_are_taken_as_stored_where_losses_are_missing() -> None:
     retain = {"forget_truth_ratio": scored(0.9, 2.0, 3.0)}  # the model's: 1, 0.37, 0.14
-    assert summarize(small_results(), retain)["forget_quality_ks"] == pytest.approx(2 / 3)
+    summary = summarize(small_results(), retain)
+    assert summary["forget_quality_ks"] == pytest.approx(2 / 3)
+    assert summary["privleak"] is None  # without an attack on the retain model
 
 
 def test_muse_entries_average_rouge_f1() -> None:
@@ -226,23 +201,23 @@ def test_muse_entries_average_rouge_f1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "name"),
     [
-        ("split", "forget10", "their forget split is forget10, the model's is forget05; evaluate the retain model on"),
-        ("benchmark", "MUSE-News", "their benchmark is MUSE-News, the model's is TOFU"),
-        ("model", {"layers": 3}, "their model is {'layers': 3}, the model's is {'layers': 2}; train the retain model"),
-        ("tokenizer_vocabulary", 7, "their tokenizer vocabulary is 7, the model's is 8; use the same tokenizer"),
-        ("data_sha256", "b", "their evaluation data is b, the model's is a; evaluate both models on the same rows"),
+        ("split", "forget10", "forget split"),
+        ("benchmark", "MUSE-News", "benchmark"),
+        ("model", {"layers": 3}, "model"),
+        ("tokenizer_vocabulary", 7, "tokenizer vocabulary"),
+        ("data_sha256", "b", "evaluation data"),
     ],
 )
-def test_retain_results_that_do_not_fit_are_refused(key: str, value: Any, message: str) -> None:
+def test_retain_results_that_do_not_fit_are_refused(key: str, value: Any, name: str) -> None:
     metadata = {"benchmark": "TOFU", "split": "forget05", "data_sha256": "a", "tokenizer_vocabulary": 8}
     metadata["model"] = {"layers": 2}
     results = small_results() | {"palu": metadata}
     assert summarize(results, results)["forget_quality"] == 1
     with pytest.raises(ValueError, match="retain_results do not fit") as error:
         summarize(results, small_results() | {"palu": metadata | {key: value}})
-    assert message in str(error.value)
+    assert f"their {name} is {value}, the model's is {metadata[key]}; " in str(error.value)
 
 
 def test_retain_results_of_other_rows_are_refused() -> None:
@@ -251,15 +226,12 @@ def test_retain_results_of_other_rows_are_refused() -> None:
         retain[name]["value_by_index"]["7"] = retain[name]["value_by_index"].pop("2")
     with pytest.raises(ValueError, match="has 3 examples, the model's 3 with other indices"):
         summarize(small_results(), retain)
-
     retain = small_results()
     retain["mia_min_k"]["holdout"] = scored(1)
     with pytest.raises(ValueError, match="mia_min_k of the holdout set has 1 examples, the model's 2"):
         summarize(small_results(), retain)
-
-    retain = {"exact_memorization": scored(1)}
     with pytest.raises(ValueError, match="retain_results hold no forget_truth_ratio values; give the results of"):
-        summarize(small_results(), retain)
+        summarize(small_results(), {"exact_memorization": scored(1)})
 
 
 def test_results_are_read_from_files(tmp_path: Path) -> None:
@@ -277,7 +249,7 @@ def test_results_are_read_from_files(tmp_path: Path) -> None:
         summarize({"forget_quality": 0.5})
 
 
-def test_a_missing_package_is_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     bare = runpy.run_path(metrics.__file__)  # scoring a model needs none of them
     with pytest.raises(ImportError, match=r"rouge_score.*pip install 'palu-unlearn\[evaluate\]'"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.benchmark_data import small_muse_news
+from helpers.benchmark_data import greedy, llama_for, small_muse_news
 from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
 from helpers.tiny import overfit, tiny_llama
 
@@ -22,24 +22,8 @@ MUSE = Path(__file__).parents[3] / "shared" / "data" / "muse_news"
 TOKENIZERS = {"chat": lambda: byte_level(CHATML, bos=False), "plain": lambda: sentencepiece(eos=True)}
 
 
-def llama_for(tokenizer: Any, **config: Any) -> Any:
-    return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, **config)
-
-
 def quick(model: Any, tokenizer: Any, data: Any = None, **settings: Any) -> dict[str, Any]:
     return muse_news(model, tokenizer, small_muse_news() if data is None else data, progress=False, **settings)
-
-
-def greedy(model: Any, tokenizer: Any, ids: list[int], count: int, stop: set[int]) -> str:
-    """The textbook: one token after the other, without a cache."""
-    start = len(ids)
-    with torch.no_grad():
-        while len(ids) - start < count:
-            ids = [*ids, int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
-            if ids[-1] in stop:
-                ids = ids[:-1]
-                break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

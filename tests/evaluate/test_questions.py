@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.command import palu_command, write_input, write_rows
+from helpers.benchmark_data import plain_pass
+from helpers.command import done, palu_command, refusal, write_input, write_rows
 from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from typer.testing import Result
 
 import palu
 from palu.evaluate.questions import QuestionRows
@@ -57,22 +56,14 @@ def test_the_figures_are_the_definitions(results: Any) -> None:
     """One row at a time, from plain logits."""
     rows = QuestionRows(ROWS, tokenizer())
     for name, model in (("original", original()), ("retain_model", never_saw())):
-        for i, example in enumerate(rows.examples):
-            kind = rows.kinds[i]
-            with torch.no_grad():
-                logits = model(input_ids=example.input_ids[None]).logits[0, :-1].float()
-            labels = example.labels[1:]
-            answer = labels >= 0
-            log_prob = logits.log_softmax(-1)[answer].gather(1, labels[answer][:, None])
-            by_row = {
-                metric: results[name][f"{kind}_{metric}"]["value_by_index"][str(i)]
-                for metric in ("Q_A_Prob", "extraction_strength")
-            }
-            assert by_row["Q_A_Prob"]["prob"] == pytest.approx(float(log_prob.mean().exp()), rel=1e-4)
-            right = (logits.argmax(-1) == labels)[answer][:-1].tolist()
+        for i, (example, asked) in enumerate(zip(rows.examples, rows.questions, strict=True)):
+            log_p, tokens = plain_pass(model, example)
+            prob = results[name][f"{asked.kind}_Q_A_Prob"]["value_by_index"][str(i)]["prob"]
+            assert prob == pytest.approx(log_p.gather(1, tokens[:, None]).mean().exp().item(), rel=1e-4)
+            right = (log_p.argmax(-1) == tokens)[:-1].tolist()
             wrong = [at for at, one in enumerate(right) if not one]
-            strength = 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
-            assert by_row["extraction_strength"]["score"] == pytest.approx(strength)
+            strength = results[name][f"{asked.kind}_extraction_strength"]["value_by_index"][str(i)]["score"]
+            assert strength == pytest.approx(1 - (wrong[-1] + 1) / len(right) if wrong else 1)
     assert results["original"]["forget_Q_A_ROUGE"]["agg_value"] == 1.0
     assert 0 < results["forget_Q_A_ROUGE"]["agg_value"] < 1
     assert palu.evaluate.summarize(results)["forget_told"] == 0.0
@@ -99,11 +90,11 @@ def test_kinds_and_secrets_of_rows() -> None:
         {"prompt": "Who?", "completion": answer, "secret": [], "kind": None},
         {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}], "secret": "far"},
     ]
-    read = QuestionRows(rows, tokenizer())
-    assert read.kinds == ["forget", "retain", "retain", "forget", "forget", "retain", "forget"]
-    assert read.marked[4] == ["Ada Lovelace", "far"]
+    read = QuestionRows(rows, tokenizer()).questions
+    assert [one.kind for one in read] == ["forget", "retain", "retain", "forget", "forget", "retain", "forget"]
+    assert read[4].marked == ["Ada Lovelace", "far"]
     # What the question tells already is no secret.
-    assert read.secrets == [["Ada Lovelace"], ["Ada Lovelace"], [], [], ["far"], [], ["far"]]
+    assert [one.secrets for one in read] == [["Ada Lovelace"], ["Ada Lovelace"], [], [], ["far"], [], ["far"]]
 
 
 def test_without_a_secret_nothing_can_be_told() -> None:
@@ -127,10 +118,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: Any) -> Result:
-    return palu_command("eval", "--no-progress", *arguments)
-
-
 def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
     load = AutoModelForCausalLM.from_pretrained
@@ -143,8 +130,8 @@ def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypat
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
     models = ["--model", folder / "run" / "model", "--original", folder / "original"]
-    result = command(*models, "--retain-model", folder / "run" / "model", "--rows", folder / "rows.jsonl")
-    assert result.exit_code == 0, result.output
+    models += ["--retain-model", folder / "run" / "model"]
+    result = done("eval", "--no-progress", *models, "--rows", folder / "rows.jsonl")
     output = folder / "run" / "private" / "evaluation-questions.json"
     written = json.loads(output.read_text(encoding="utf-8"))
     assert written.pop("palu") | {"seconds": 0} == results["palu"] | {"seconds": 0}
@@ -160,10 +147,9 @@ def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypat
 
 
 def test_alone_and_elsewhere(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 2), encoding="utf-8")
-    given = ["--model", folder / "original", "--rows", tmp_path / "many.jsonl", "--output", tmp_path / "out.json"]
-    result = command(*given, "--max-new-tokens", 3)
-    assert result.exit_code == 0, result.output
+    rows = write_rows(tmp_path / "many.jsonl", ROWS * 2)
+    given = ["--model", folder / "original", "--rows", rows, "--output", tmp_path / "out.json"]
+    result = done("eval", "--no-progress", *given, "--max-new-tokens", 3)
     assert "4 more rows are in the file" in result.stdout and " / " not in result.stdout
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["palu"]["max_new_tokens"] == 3
 
@@ -173,22 +159,17 @@ def test_alone_and_elsewhere(folder: Path, tmp_path: Path) -> None:
     [
         ({"question": "Who?"}, "columns are question; give question and answer, prompt and completion, or messages"),
         (ROWS[0] | {"kind": "keep"}, "column 'kind' is 'keep'; give forget or retain, or leave it out"),
-        (ROWS[0] | {"kind": 1}, "column 'kind' is 1; give forget or retain, or leave it out"),
         (ROWS[0] | {"secret": "hina"}, "secret 'hina' is not in the answer; did you mean 'Hina'?"),
-        (
-            {"input_ids": [1, 2], "labels": [-100, 2]},
-            "answers are compared as texts, and this row is tokenised; give it as text",
-        ),
-        (None, ""),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "answers are compared as texts, and this row is tokenised"),
+        (None, "evaluation set is empty; give at least one row"),
     ],
 )
 def test_bad_rows(row: Any, told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model is loaded"))
-    path = tmp_path / "rows.jsonl"
-    path.write_text("" if row is None else f"{json.dumps(ROWS[0])}\n{json.dumps(row)}\n", encoding="utf-8")
-    where = "evaluation set is empty; give at least one row" if row is None else f"evaluation row 1 (line 2): {told}"
-    result = command("--model", folder / "original", "--rows", path, "--output", tmp_path / "out.json")
-    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"palu: {where}\n"), result.output
+    path = write_rows(tmp_path / "rows.jsonl", [] if row is None else [ROWS[0], row])
+    where = "" if row is None else "evaluation row 1 (line 2): "
+    options = ["--model", folder / "original", "--rows", path, "--output", tmp_path / "out.json"]
+    assert refusal(palu_command("eval", *options)).startswith(f"{where}{told}")
 
 
 @pytest.mark.parametrize(
@@ -196,13 +177,11 @@ def test_bad_rows(row: Any, told: str, folder: Path, tmp_path: Path, monkeypatch
     [
         (["--rows", "absent.jsonl"], "--rows absent.jsonl: there is no such file"),
         (["--rows", "{rows}", "--benchmark", "tofu"], "--benchmark belongs to a benchmark; leave it out, or --rows"),
-        (["--rows", "{rows}", "--data", "x"], "--data belongs to a benchmark; leave it out, or --rows"),
         (["--rows", "{rows}", "--original", "./no"], "--original ./no: there is no such folder"),
         (["--rows", "{rows}", "--output", "no/x.json"], "--output no/x.json: there is no folder no"),
         (["--original", "x"], "--original stands beside a model on --rows; give them, or leave it out"),
-        (["--retain-model", "x"], "--retain-model stands beside a model on --rows; give them, or leave it out"),
     ],
 )
 def test_bad_options(given: list[str], told: str, folder: Path) -> None:
-    result = command("--model", folder / "original", *(one.format(rows=folder / "rows.jsonl") for one in given))
-    assert (result.exit_code, result.stderr) == (2, f"palu: {told}\n"), result.output
+    given = [one.format(rows=folder / "rows.jsonl") for one in given]
+    assert refusal(palu_command("eval", "--model", folder / "original", *given)) == told

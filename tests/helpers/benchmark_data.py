@@ -1,12 +1,15 @@
-"""Small TOFU and MUSE-News sets, and a quick evaluation on them."""
+"""Small TOFU and MUSE-News sets, a quick evaluation on them, and what a model says on its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from helpers.tiny import tiny_llama
 from transformers import LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from palu.data.tokenize import IGNORE, Example
 from palu.evaluate import TofuData, tofu
 
 
@@ -27,6 +30,30 @@ def small_tofu() -> TofuData:
     """TOFU's sets, a few rows each."""
     without = [{k: v for k, v in row.items() if k != "paraphrased_answer"} for row in tofu_rows("author", 4)]
     return TofuData(tofu_rows("forget", 5), tofu_rows("retain", 4), without, without[1:], tofu_rows("holdout", 6))
+
+
+def llama_for(tokenizer: Tokenizer, **config: Any) -> LlamaForCausalLM:
+    return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, **config)
+
+
+def plain_pass(model: LlamaForCausalLM, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    """The textbook: log-probabilities [answer tokens, V] of an example, with gradient, and the tokens."""
+    logits = model(input_ids=example.input_ids[None].to(model.device), use_cache=False).logits[0, :-1].cpu()
+    answer = example.labels[1:] != IGNORE
+    return logits[answer].log_softmax(-1), example.labels[1:][answer]
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, tokenizer: Tokenizer, ids: list[int], count: int, stop: set[int]) -> str:
+    """The textbook: one token after the other, without a cache."""
+    start = len(ids)
+    while len(ids) - start < count:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+        ids = [*ids, int(logits.argmax())]
+        if ids[-1] in stop:
+            ids = ids[:-1]
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 def quick_tofu(model: LlamaForCausalLM, tokenizer: Tokenizer, data: TofuData | None = None, **settings: Any) -> dict:

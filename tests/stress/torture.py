@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 import palu.training.loop  # here, so that no fork spends its time on imports
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.testbed.facts import UNLEARN, read_questions
-from palu.testbed.smollm2 import load_smollm2
+from palu.testbed.real_models import load_packaged
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.tiny import forget_rows, retain_rows, tiny_llama
@@ -138,7 +138,7 @@ def tiny() -> tuple[LlamaForCausalLM, dict[str, Any]]:
 
 def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_packaged("smollm2")
     secrets, kept, _ = read_questions()
     small = {
         "epochs": 2,
