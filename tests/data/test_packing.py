@@ -15,7 +15,7 @@ from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Batch, Item, answer_items, forget_items, pack, pair_items, retain_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
-from palu.models.head import body_of, head_of
+from palu.models.head import body_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader, cut
@@ -66,7 +66,7 @@ def test_an_example_does_not_see_the_others(device: torch.device, attention: str
     before, middle, after = torch.tensor([len(item.input_ids) for item in items]).cumsum(0).tolist()
 
     def states(ids: list[Tensor]) -> Tensor:
-        packed = pack([Item(i, item.rows, item.labels) for i, item in zip(ids, items, strict=True)])
+        packed = pack([Item(i, item.rows) for i, item in zip(ids, items, strict=True)])
         with torch.no_grad(), use_packed_attention(model):
             return body_of(model)(**packed.to(device).inputs()).last_hidden_state[0]
 
@@ -92,7 +92,7 @@ def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dt
         pytest.skip("float32 on CUDA stays with transformers' attention")
     torch.manual_seed(0)
     lengths = (5, 12, 8)
-    packed = pack([Item(torch.arange(n), torch.arange(0), torch.arange(0)) for n in lengths]).to(device)
+    packed = pack([Item(torch.arange(n), torch.arange(0)) for n in lengths]).to(device)
     heads = (4, 2, 2)
     tensors = [torch.randn(1, h, 25, 16, device=device, dtype=dtype, requires_grad=True) for h in heads]
     module = torch.nn.Module()
@@ -115,7 +115,7 @@ def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dt
 def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = (5, 12)
-    inputs = pack([Item(torch.arange(n), torch.arange(0), torch.arange(0)) for n in lengths]).inputs()
+    inputs = pack([Item(torch.arange(n), torch.arange(0)) for n in lengths]).inputs()
     tensors = [torch.randn(1, 4, 17, 16) for _ in range(3)]
     module = torch.nn.Module()
     mask = torch.block_diag(*(band(n, window or 17) for n in lengths)).bool()
@@ -256,10 +256,7 @@ def test_cache_holds_what_the_reference_says(
     items = forget_items(examples(7), 2, None)
     with use_packed_attention(model):
         config = UnlearnConfig(local_loss="topk_mse", top_k=top_k, chunk_bytes=chunk_bytes)
-        needed, head = config.reference, head_of(model)
-        cache = compute_outputs(
-            body_of(model), items, needed.fields, lambda rows: needed.compute(rows, head), Accelerator()
-        )
+        cache = compute_outputs(model, items, config, Accelerator())
     assert len(cache.outputs) == len(items)
     for item, fields in zip(items, cache.outputs, strict=True):
         index, hidden = fields["index"], fields["hidden"]
@@ -280,10 +277,10 @@ def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], Refe
     for number in range(forget):
         length = 4 + number % 3
         ids = torch.full((length,), number)
-        items.append(Item(ids, torch.arange(length - 1), ids[1:], targets=1 + number % 2))
+        items.append(Item(ids, torch.arange(length - 1), targets=1 + number % 2))
     for number in range(retain):
         ids = torch.full((3 + number % 4,), 1000 + number)
-        kept.append(Item(ids, torch.arange(1, len(ids) - 1), ids[2:]))
+        kept.append(Item(ids, torch.arange(1, len(ids) - 1)))
     index = [torch.full((item.targets, 2), number).int() for number, item in enumerate(items)]
     hidden = [torch.full((len(item.rows) - item.targets, 3), float(number)) for number, item in enumerate(items)]
     outputs = [{"index": i, "hidden": h} for i, h in zip(index, hidden, strict=True)]

@@ -30,7 +30,7 @@ def pairs() -> list[Item]:
 
 
 def test_items_come_back_as_they_were() -> None:
-    items = [*pairs(), Item(torch.tensor([3]), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))]
+    items = [*pairs(), Item(torch.tensor([3]), torch.empty(0, dtype=torch.int64))]
     kept = Items(items)
     assert len(kept) == len(items)
     assert all(map(same, kept, items))

@@ -24,7 +24,7 @@ from palu.data.examples import load_forget
 from palu.models.generation import encode_prompts
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors
-from palu.ref_model.anchors import AnchorPrompts, encode_anchor_prompts, generate_neighbours
+from palu.ref_model.anchors import AnchorPrompts, Writer, encode_anchor_prompts, generate_neighbours
 from palu.ref_model.neighbours import MOST, MOST_WORDS, NeighbourPrompts, neighbour_prompts
 
 TOKENIZER = byte_level(LLAMA3)
@@ -179,9 +179,10 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     """And no other random number is another one for it."""
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
-    model, prompts, state = ModelRoot(llama()), encoded(), torch.random.get_rng_state()
+    writer, prompts = Writer(ModelRoot(llama()), Accelerator(), adapter=False), encoded()
+    state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
-        generate_neighbours(model, prompts, Accelerator(), adapter=False, seed=seed)
+        generate_neighbours(writer, prompts, seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written[0] == written[1] != written[2] and len(written[0]) == 12
 
@@ -205,7 +206,7 @@ def test_processes_share_them(processes: int, says: Any, monkeypatch: pytest.Mon
         process: Any = SimpleNamespace(
             device=torch.device("cpu"), num_processes=of, process_index=index, autocast=nullcontext
         )
-        items = generate_neighbours(ModelRoot(llama()), prompts, process, adapter=False, seed=0)
+        items = generate_neighbours(Writer(ModelRoot(llama()), process, adapter=False), prompts, 0)
         return [item.input_ids.tolist() for item in items]
 
     monkeypatch.setattr(anchors, "gather_values", gather)

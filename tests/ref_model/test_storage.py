@@ -28,7 +28,6 @@ from palu.data.examples import load_forget, load_retain
 from palu.data.packing import Item, answer_items, forget_items, retain_items
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
-from palu.models.head import body_of, head_of
 from palu.ref_model import precompute
 from palu.ref_model.cache import ReferenceOutputs, read_cache
 from palu.ref_model.fingerprint import Fingerprints
@@ -165,11 +164,7 @@ def same(one: Any, other: Any) -> bool:
 
 def outputs_of(model: Any, items: list[Item], config: UnlearnConfig, file: CacheFile | None = None) -> Any:
     """What the reference gives for each item."""
-    needed, head = config.reference, head_of(model)
-    cache = compute_outputs(
-        body_of(model), items, needed.fields, lambda rows: needed.compute(rows, head), Accelerator(), file=file
-    )
-    return cache.outputs
+    return compute_outputs(model, items, config, Accelerator(), file=file).outputs
 
 
 @pytest.mark.parametrize(
