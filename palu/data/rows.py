@@ -139,11 +139,21 @@ def after_examples(
 
 def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
     """Return the row, one that `conversation_of` accepts, with another answer."""
+    return _with_text(columns, answer, -1)
+
+
+def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
+    """Return the row, one that `conversation_of` accepts, with another last message before the answer."""
+    return _with_text(columns, question, -2)
+
+
+def _with_text(columns: Mapping[str, Any], text: str, place: int) -> dict[str, Any]:
     if columns.get("messages") is not None:
-        *before, last = columns["messages"]
-        return {**columns, "messages": [*before, {**last, "content": answer}]}
-    _, column = text_columns(columns) or _TEXT_COLUMNS[0]
-    return {**columns, column: answer}
+        messages = list(columns["messages"])
+        messages[place] = {**messages[place], "content": text}
+        return {**columns, "messages": messages}
+    pair = text_columns(columns) or _TEXT_COLUMNS[0]
+    return {**columns, pair[place]: text}
 
 
 def with_spans(columns: Mapping[str, Any], answer: str | None, where: str) -> dict[str, Any]:
@@ -157,12 +167,13 @@ def with_spans(columns: Mapping[str, Any], answer: str | None, where: str) -> di
 def text_columns(columns: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the names of the row's columns of prompt and answer; None: it has no such pair."""
     there = [pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair)]
-    # Where rows of both forms share one table, each has nothing in the other's columns.
-    return next((pair for pair in there if _filled(columns, pair)), there[0] if there else None)
+    return next(iter(_filled(columns) + there), None)
 
 
-def _filled(columns: Mapping[str, Any], pair: tuple[str, str]) -> bool:
-    return any(columns[one] is not None and columns[one] != "" for one in pair)
+def _filled(columns: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the pairs that hold something: in a table of both forms a row has nothing in the other's columns."""
+    there = [pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair)]
+    return [pair for pair in there if any(columns[one] is not None and columns[one] != "" for one in pair)]
 
 
 @dataclass(frozen=True)
@@ -302,8 +313,7 @@ class Renderer:
 def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
     """Return the row as chat messages, as a plain prompt (None where it has none), and its answer."""
     messages, pair = columns.get("messages"), text_columns(columns)
-    filled = [one for one in _TEXT_COLUMNS if all(column in columns for column in one) and _filled(columns, one)]
-    forms = ["messages"] * (messages is not None) + [" and ".join(one) for one in filled]
+    forms = ["messages"] * (messages is not None) + [" and ".join(one) for one in _filled(columns)]
     if len(forms) > 1:
         raise DataError(f"{where}: it has {forms[0]}, and also {forms[1]}; leave one of them out")
     if messages is not None:

@@ -87,26 +87,18 @@ def encode_anchor_prompts(
         secrets = load_marked_texts(forget.source, "forget")
         variants = config.reference.variants if secrets else 0
         rows = paraphrased_rows(forget.source, "forget") if variants else ()
-        given = answer_examples(
-            ((where, columns) for _, where, columns in rows), tokenizer, config.chat_template_kwargs
-        )
+        named = ((where, columns) for _, where, columns in rows)
+        given = [prompt_of(example) for example in answer_examples(named, tokenizer, config.chat_template_kwargs)]
         neighbours = neighbour_prompts(
-            questions,
-            secrets,
-            wanted,
-            tokenizer,
-            config.chat_template_kwargs,
-            variants=variants,
-            given_paraphrases=[prompt_of(example) for example in given],
+            questions, secrets, wanted, tokenizer, config.chat_template_kwargs, variants=variants, paraphrases=given
         )
-    if count == 0:
-        stop_ids = set() if neighbours is None else neighbours.stop_ids()
-        return AnchorPrompts([], stop_ids, config.max_length, neighbours)
+    if count == 0 and neighbours is None:
+        return AnchorPrompts([], set(), config.max_length)
     wish = "retain = None" if asked is None else f"anchors = {count}"
     fix = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
     if count > len(texts):
         raise ValueError(f"{wish}: there are {len(texts)} everyday prompts; give no more than these")
-    if not holds:
+    if count and not holds:
         raise ValueError(f"{wish}: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {fix}")
     if tokenizer is None:
         raise DataError(
@@ -115,8 +107,9 @@ def encode_anchor_prompts(
     per_step = processes * config.gradient_accumulation_steps
     steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
     drawn = steps * per_step * -(-(config.retain_batch_size or config.batch_size) // 2)
-    prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
-    return AnchorPrompts(prompts, stop_ids, config.max_length, neighbours)
+    asked_for = [*texts[: min(count, drawn)], "Why?"]  # the last one tells what ends an answer, if there is no other
+    prompts, stop_ids = encode_prompts(asked_for, tokenizer, config.chat_template_kwargs)
+    return AnchorPrompts(prompts[:-1], stop_ids, config.max_length, neighbours)
 
 
 @dataclass(frozen=True)
@@ -241,7 +234,7 @@ def generate_variants(
     with writer.running():
         found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
     paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
-    ends = known.stop_ids()
+    ends = anchor_prompts.stop_ids
     wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [
         (prompt, secrets_of_targets(targets, known.secrets, known.decode), row)
         for prompt, targets, row in found

@@ -61,10 +61,6 @@ class NeighbourPrompts(NamedTuple):
         new = [question for question in found if question not in self.questions]
         return encode_prompts(new, self.tokenizer, self.chat_template_kwargs)[0] if new else []
 
-    def stop_ids(self) -> set[int]:
-        """Return the tokens that end an answer."""
-        return encode_prompts(["Why?"], self.tokenizer, self.chat_template_kwargs)[1]
-
     def tells(self, text: str) -> bool:
         """Whether a text tells a secret."""
         return any(stands_in(secret, text) for secret in self.secrets)
@@ -82,17 +78,15 @@ def neighbour_prompts(
     chat_template_kwargs: Mapping[str, object] | None,
     *,
     variants: int = 0,
-    given_paraphrases: Sequence[Tensor] = (),
+    paraphrases: Sequence[Tensor] = (),
 ) -> NeighbourPrompts:
     """Prepare ``count`` neighbours and ``variants`` paraphrases of each question of two to MOST_WORDS words.
 
-    There are fewer of a question if they were more than MOST of all.
+    There are fewer of a question if they were more than MOST of all. ``paraphrases``: prompts [t] of the rows' own.
     """
     starts = _starts(questions, count, tokenizer)
-    paraphrases = _starts(questions, variants, tokenizer, paraphrases=True)
-    return NeighbourPrompts(
-        tokenizer, chat_template_kwargs, starts, questions, secrets, variants, paraphrases, given_paraphrases
-    )
+    own = _starts(questions, variants, tokenizer, paraphrases=True)
+    return NeighbourPrompts(tokenizer, chat_template_kwargs, starts, questions, secrets, variants, own, paraphrases)
 
 
 def _starts(

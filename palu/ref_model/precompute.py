@@ -244,8 +244,9 @@ def _fill(
     done = dict.fromkeys(first, 0)
     for outputs in chain([first], others):
         with raise_on_all_ranks(accelerator):
-            for name, rows in outputs.items() if write is not None else ():
-                write(name, done[name], rows)
+            for name, rows in outputs.items():
+                if write is not None:
+                    write(name, done[name], rows)
                 done[name] += len(rows)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -25,9 +23,9 @@ from palu import DataError
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
-from palu.models.generation import encode_prompts, eval_mode
+from palu.models.generation import encode_prompts
 from palu.models.root import ModelRoot
-from palu.ref_model import anchors, precompute
+from palu.ref_model import precompute
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, Writer, anchor_texts, generate_anchors
 from palu.ref_model.cache import ReferenceCache
 from palu.training.checkpoint import CheckpointError
@@ -191,23 +189,6 @@ def test_no_answer_is_left() -> None:
     message = r"the reference answers none of 4 everyday prompts within max_length = 12 tokens, so there is nothing"
     with pytest.raises(DataError, match=message):
         unlearn(max_length=12, forget=forget_rows(3), allow_cut_spans=True)
-
-
-@pytest.mark.parametrize("processes", [4, 9])
-def test_processes_share_the_prompts(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_and_stops()
-    gathered: list[list[int]] = []
-    monkeypatch.setattr(anchors, "gather_values", lambda answers, accelerator: gathered.extend(answers) or [ALONE])
-    with eval_mode(model := llama()):
-        stops = prompts.stop_ids
-        ALONE = [greedy(model, p.tolist(), stops)[len(p) :] for p in prompts.prompts]  # noqa: N806
-    for index in range(processes):
-        part = SimpleNamespace(
-            device=torch.device("cpu"), num_processes=processes, process_index=index, autocast=nullcontext
-        )
-        items = generate_anchors(Writer(ModelRoot(llama()), part, adapter=False), prompts)  # type: ignore[arg-type]
-        assert len(items) < len(prompts.prompts), "each process has all, less the blank ones"
-    assert gathered == ALONE
 
 
 # --- How a run uses them ---

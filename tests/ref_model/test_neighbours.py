@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,31 +187,17 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("processes", [2, 17])
 def test_processes_share_them(processes: int, says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each writes its part, and all have what one alone has. A thread stands for a process."""
+    """Together they write what one alone writes."""
     says([" one?", " two?", " three?"])
-    prompts, barrier, values = encoded(), threading.Barrier(processes), [[]] * processes
+    monkeypatch.setattr(anchors, "gather_values", lambda own, process: [own])
+    prompts = encode_prompts([f"Why {i}?" for i in range(12)], TOKENIZER)[0]
 
-    def gather(own: Any, process: Any) -> list[Any]:
-        if process.num_processes == 1:
-            return [own]
-        values[process.process_index] = own
-        barrier.wait()
-        found = list(values)
-        barrier.wait()
-        return found
+    def write(index: int, of: int) -> list[list[int]]:
+        process: Any = SimpleNamespace(num_processes=of, process_index=index, autocast=nullcontext)
+        writer = Writer(ModelRoot(llama()), process, adapter=False)
+        return writer.write(prompts, {0}, "neighbours", 8, sample=True)
 
-    def run(index: int, of: int) -> list[list[int]]:
-        process: Any = SimpleNamespace(
-            device=torch.device("cpu"), num_processes=of, process_index=index, autocast=nullcontext
-        )
-        items = generate_neighbours(Writer(ModelRoot(llama()), process, adapter=False), prompts, 0)
-        return [item.input_ids.tolist() for item in items]
-
-    monkeypatch.setattr(anchors, "gather_values", gather)
-    alone = run(0, 1)
-    assert len(alone) > 3
-    with ThreadPoolExecutor(processes) as pool:
-        assert list(pool.map(run, range(processes), [processes] * processes)) == [alone] * processes
+    assert [ids for index in range(processes) for ids in write(index, processes)] == write(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["cache_dir", "checkpoint_dir"])
