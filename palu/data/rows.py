@@ -213,7 +213,8 @@ class Renderer:
         *,
         check_prompts: bool = False,
     ):
-        self.tokenizer, self.kwargs = tokenizer, template_kwargs(chat_template_kwargs) or {}
+        self.tokenizer: Any = tokenizer
+        self.kwargs = template_kwargs(chat_template_kwargs) or {}
         self.check_prompts = check_prompts
         template = None if tokenizer is None else tokenizer.chat_template
         if self.kwargs and template is None:
@@ -244,9 +245,9 @@ class Renderer:
             elif self.check_prompts:
                 self._check_border(prompt, answer, where)
         elif tokenizer.chat_template is not None:
-            text, start, stop, shift = _apply_template(conversation, answer, tokenizer, self.kwargs, where)
+            text, start, stop, shift = self._place_answer(conversation, answer, where)
             if self.check_prompts:
-                self._compare_prompts(conversation[:-1], text[:start], tokenizer, where)
+                self._compare_prompts(conversation[:-1], text[:start], where)
         else:
             raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
         complete = rendered or tokenizer.chat_template is not None
@@ -255,13 +256,12 @@ class Renderer:
 
     def _is_rendered(self, prompt: str) -> bool:
         """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
-        bos = self.tokenizer.bos_token if self.tokenizer is not None else None
+        bos = self.tokenizer.bos_token
         return bool((bos and prompt.startswith(bos)) or self._special.search(prompt))
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
         """Matches a special token; an unknown token is special by name only."""
-        assert self.tokenizer is not None
         names = {added.content for added in self.tokenizer.added_tokens_decoder.values() if added.special}
         names = (names | set(self.tokenizer.all_special_tokens)) - {self.tokenizer.unk_token, ""}
         return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
@@ -282,17 +282,36 @@ class Renderer:
         subject = f"the prompt and the completion are joined to {border!r}, without a blank between them; {fix}"
         warnings.warn(f"{where}: {subject}", stacklevel=2)
 
-    def _compare_prompts(
-        self, before: list[dict[str, Any]], trained: str, tokenizer: PreTrainedTokenizerBase, where: str
-    ) -> None:
+    def _apply_template(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, **self.kwargs, tokenize=False, **more))
+
+    def _place_answer(self, conversation: list[dict[str, Any]], answer: str, where: str) -> tuple[str, int, int, int]:
+        """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
+
+        The answer's place is what changes when a mark takes its place. To search for the answer would go
+        wrong where the template's own words contain it ("assistant", "user").
+        """
+        *before, last = conversation
+        try:
+            text = self._apply_template(conversation)
+            marked = self._apply_template([*before, {**last, "content": _MARK}])
+        except Exception as error:  # a template is a program: it raises what it likes
+            problem = f"the chat template fails ({error})"
+            raise DataError(f"{where}: {problem}; correct the messages or the template") from error
+        head, _, tail = marked.partition(_MARK)
+        body = text[len(head) : len(text) - len(tail)]
+        if head + body + tail != text or body.strip() != answer.strip():
+            raise DataError(f"{where}: the chat template alters the answer; correct the answer or the template")
+        shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
+        return text, len(head), len(head) + len(body), shift
+
+    def _compare_prompts(self, before: list[dict[str, Any]], trained: str, where: str) -> None:
         """Warn, once, where the text before the answer is not the prompt that the model is asked with.
 
         Blanks at the end are not compared: they are in the answer's first token.
         """
         try:
-            asked = str(
-                tokenizer.apply_chat_template(before, **self.kwargs, tokenize=False, add_generation_prompt=True)
-            )
+            asked = self._apply_template(before, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it raises what it likes
             problem = f"the chat template gives no prompt for generation ({error})"
         else:
@@ -356,30 +375,3 @@ def check_string(value: Any, subject: str) -> None:
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
         problem = f"has half a surrogate pair at character {error.start}"
         raise DataError(f"{subject} {problem}; repair the text") from None
-
-
-def _apply_template(
-    conversation: list[dict[str, Any]],
-    answer: str,
-    tokenizer: PreTrainedTokenizerBase,
-    kwargs: Mapping[str, Any],
-    where: str,
-) -> tuple[str, int, int, int]:
-    """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
-
-    The answer's place is what changes when a mark takes its place. To search for the answer would go
-    wrong where the template's own words contain it ("assistant", "user").
-    """
-    *before, last = conversation
-    try:
-        text = str(tokenizer.apply_chat_template(conversation, **kwargs, tokenize=False))
-        marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], **kwargs, tokenize=False))
-    except Exception as error:  # a template is a program: it raises what it likes
-        problem = f"the chat template fails ({error})"
-        raise DataError(f"{where}: {problem}; correct the messages or the template") from error
-    head, _, tail = marked.partition(_MARK)
-    body = text[len(head) : len(text) - len(tail)]
-    if head + body + tail != text or body.strip() != answer.strip():
-        raise DataError(f"{where}: the chat template alters the answer; correct the answer or the template")
-    shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
-    return text, len(head), len(head) + len(body), shift
