@@ -120,7 +120,8 @@ def encode(
     rows: Iterable[Example | RenderedRow], tokenizer: PreTrainedTokenizerBase | None, *, forget: bool
 ) -> Iterator[Example]:
     """Tokenise and label rendered rows: one Example per row, not yet truncated. Examples stay as they are."""
-    rows, eos = iter(rows), getattr(tokenizer, "eos_token_id", None)
+    rows = iter(rows)
+    eos: Any = getattr(tokenizer, "eos_token_id", None)
     while chunk := list(islice(rows, CHUNK)):
         encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
         special: set[int] = set()
