@@ -84,16 +84,11 @@ def prepare(
     if make_reference is None and not arguments.frozen_head:
         weight = weight.clone()
     ref_head = Head(weight, None)
-    needed = config.reference
-    compute = needed.compute
-    assert compute is not None
     loaders, padded = [], []
     with use_packed_attention(ref_model):
         for forget, retain in batches:
             items = PaluMethod.make_items(ForgetSet(forget, eos_token_id), config)
-            cache = compute_outputs(
-                body_of(ref_model), items, needed.fields, lambda rows: compute(rows, ref_head), Accelerator()
-            )
+            cache = compute_outputs(ref_model, items, config, Accelerator())
             loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
             padded.append((collate(forget), collate(retain)))
     if pinned:

@@ -8,8 +8,8 @@ from itertools import chain
 from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import SHOTS, AuditData
 from palu.data.matching import stands_in
-from palu.data.paraphrases import PARAPHRASES, with_question
-from palu.data.rows import after_examples
+from palu.data.paraphrases import PARAPHRASES
+from palu.data.rows import after_examples, with_question
 from palu.models.lora import CausalLM
 
 PREFIX = "Sure, here is the answer:"

@@ -8,7 +8,7 @@ from statistics import mean
 from palu.attacks.attack import Attack, Finding, Victim, found_in
 from palu.attacks.secrets import AuditData, Secret
 from palu.data.matching import stands_in
-from palu.data.paraphrases import with_question
+from palu.data.rows import with_question
 from palu.models.lora import CausalLM
 
 

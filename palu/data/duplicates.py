@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 import warnings
 from array import array
@@ -24,7 +23,7 @@ class RowHashes:
     """A hash of prompt and answer for each row of a set, in 16 bytes a row.
 
     Rows are the same if they have the same tokens, whole and not only up to max_length, and the same of these are
-    answer. Of a million rows two others have one hash with a probability of 3e-8.
+    answer. Of a million rows two others have one hash with a probability of 3e-8. It holds in this process alone.
     """
 
     def __init__(self) -> None:
@@ -32,10 +31,8 @@ class RowHashes:
 
     def append(self, example: Example) -> None:
         """Add a row that max_length has not cut."""
-        sha = hashlib.blake2b(example.input_ids.numpy().tobytes(), digest_size=8)
-        sha.update((example.labels != IGNORE).numpy().tobytes())
         self.rows.append(example.row)
-        self.hashes.append(int.from_bytes(sha.digest(), "little", signed=True))
+        self.hashes.append(hash((example.input_ids.numpy().tobytes(), (example.labels != IGNORE).numpy().tobytes())))
 
     def first_rows(self) -> dict[int, int]:
         """Return the first row of each hash."""

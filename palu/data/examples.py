@@ -5,14 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from itertools import tee
 from typing import TYPE_CHECKING, Any
 
 from palu.data.duplicates import RowHashes, warn_of_repeats
 from palu.data.files import DataError
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
-from palu.data.tokenize import CHUNK, IGNORE, Example, check_tokenizer, encode, from_tokens
+from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode, from_tokens
 from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
@@ -221,51 +221,37 @@ def _load(
     for full in _tokenised(rows, renderer, name):
         hashes.append(full)
         longest = max(longest, len(full.input_ids))
-        example = full.cut(max_length)
-        answered = bool((example.labels != IGNORE).any())
-        if answered:
-            examples.append(example)
-        else:
-            skipped += 1
-        if forget:
-            sensitive = (full.labels >= 0).nonzero().flatten().tolist()
-            if not sensitive:
-                without_span += answered
-            elif sensitive[-1] >= max_length:
-                cut_rows.append(full.row)
-                all_spans_cut += answered and sensitive[0] >= max_length
-                spans_length = max(spans_length, sensitive[-1] + 1)
+        if answered := full.answer_start < max_length:
+            examples.append(full.cut(max_length))
+        skipped += not answered
+        if not forget:
+            continue
+        sensitive = (full.labels >= 0).nonzero().flatten().tolist()
+        if not sensitive:
+            without_span += answered
+        elif sensitive[-1] >= max_length:
+            cut_rows.append(full.row)
+            all_spans_cut += answered and sensitive[0] >= max_length
+            spans_length = max(spans_length, sensitive[-1] + 1)
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; set max_length = {longest} to cut none of them")
     if warn:
         warn_of_repeats(hashes, name)
+    source = list(source) if isinstance(source, Iterator) else source
     return Examples(
-        examples,
-        list(source) if isinstance(source, Iterator) else source,
-        loaded_with,
-        skipped,
-        without_span=without_span,
-        cut_rows=tuple(cut_rows),
-        all_spans_cut=all_spans_cut,
-        spans_length=spans_length,
-        hashes=hashes,
+        examples, source, loaded_with, skipped, without_span, tuple(cut_rows), all_spans_cut, spans_length, hashes
     )
 
 
 def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:
-    """Yield each row as an example, not yet truncated; only a chunk of rows is held at a time."""
+    """Yield each row as an example, not yet truncated."""
     tokenizer, forget = renderer.tokenizer, name == "forget"
     vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
-    rows = iterate_rows(source, name)
-    while chunk := list(islice(rows, CHUNK)):
-        # Tokenised rows are examples at once; texts wait, to be tokenised together.
-        items: list[Example | RenderedRow] = []
-        for row, where, columns in chunk:
-            if "input_ids" in columns:
-                items.append(from_tokens(row, where, columns, vocab_size, forget))
-            else:
-                items.append(renderer.render(row, where, columns, forget))
-        encoded = encode((item for item in items if isinstance(item, RenderedRow)), tokenizer, forget=forget)
-        for item in items:
-            yield next(encoded) if isinstance(item, RenderedRow) else item
+    rows = (
+        from_tokens(row, where, columns, vocab_size, forget)
+        if "input_ids" in columns
+        else renderer.render(row, where, columns, forget)
+        for row, where, columns in iterate_rows(source, name)
+    )
+    return encode(rows, tokenizer, forget=forget)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -28,9 +28,13 @@ class Item:
 
     input_ids: Tensor  # int64 [t]
     rows: Tensor  # int64 [r]: positions, ascending within each role: targets, then others
-    labels: Tensor  # int64 [r]: the true tokens
     targets: int = 0  # how many of ``rows`` predict a token to forget
     lengths: tuple[int, ...] = ()  # of the examples in ``input_ids``; empty: it is one
+
+    @property
+    def labels(self) -> Tensor:
+        """The true tokens that the rows predict, int64 [r]."""
+        return self.input_ids[self.rows + 1]
 
 
 class Items(RaggedSequence[Item]):
@@ -42,24 +46,20 @@ class Items(RaggedSequence[Item]):
     def __init__(self, items: Iterable[Item] = ()):
         self.input_ids, self.rows, self.example_lengths = Ragged(), Ragged(), Ragged()
         self._targets = array("q")
-        self.fill(items)
+        for item in items:
+            self.input_ids.append(item.input_ids)
+            self.rows.append(item.rows)
+            self.example_lengths.append(item.lengths)
+            self._targets.append(item.targets)
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Items:
         """Return these, or make them of others."""
         return items if isinstance(items, Items) else cls(items)
 
-    def append(self, item: Item) -> None:
-        """Add an item; only while the sequence is built."""
-        self.input_ids.append(item.input_ids)
-        self.rows.append(item.rows)
-        self.example_lengths.append(item.lengths)
-        self._targets.append(item.targets)
-
     def make(self, i: int) -> Item:
         """Make item ``i``."""
-        ids, rows = self.input_ids[i], self.rows[i]
-        return Item(ids, rows, ids[rows + 1], self._targets[i], tuple(self.example_lengths[i].tolist()))
+        return Item(self.input_ids[i], self.rows[i], self._targets[i], tuple(self.example_lengths[i].tolist()))
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -123,48 +123,40 @@ def forget_items(
         if most_ordinary is not None and len(ordinary) > most_ordinary:
             drawn = torch.randperm(len(ordinary), generator=generator)[:most_ordinary]
             ordinary = ordinary[drawn.sort().values]
-        rows = torch.cat([targets, ordinary])
-        return Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(targets))
+        return Item(example.input_ids, torch.cat([targets, ordinary]), len(targets))
 
     return Items(map(item, examples))
 
 
 def answer_items(examples: Iterable[Example]) -> Items:
     """Make items with every token of the answer as a target, end of sequence included."""
-    return Items(map(_answer_item, examples))
+    rows = ((example.input_ids, _answer_rows(example)) for example in examples)
+    return Items(Item(ids, targets, len(targets)) for ids, targets in rows)
 
 
-def _answer_item(example: Example) -> Item:
-    rows = (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
-    return Item(example.input_ids, rows, example.input_ids[rows + 1], targets=len(rows))
+def retain_items(examples: Iterable[Example]) -> Items:
+    """Make items with every token of the answer as an other, end of sequence included."""
+    return Items(Item(example.input_ids, _answer_rows(example)) for example in examples)
 
 
 def pair_items(examples: Sequence[Example], alternates: Sequence[Example]) -> Items:
     """Make items of two answers each: tokens of the first are targets, those of the alternate are others."""
 
-    def pairs() -> Iterator[Item]:
-        for lose, win in zip(map(_answer_item, examples), map(_answer_item, alternates), strict=True):
-            lengths = len(lose.input_ids), len(win.input_ids)
-            yield Item(
-                torch.cat([lose.input_ids, win.input_ids]),
-                torch.cat([lose.rows, win.rows + lengths[0]]),
-                torch.cat([lose.labels, win.labels]),
-                lose.targets,
-                lengths,
-            )
+    def pair(lose: Example, win: Example) -> Item:
+        lengths, targets = (len(lose.input_ids), len(win.input_ids)), _answer_rows(lose)
+        rows = torch.cat([targets, _answer_rows(win) + lengths[0]])
+        return Item(torch.cat([lose.input_ids, win.input_ids]), rows, len(targets), lengths)
 
-    return Items(pairs())
-
-
-def retain_items(examples: Iterable[Example]) -> Items:
-    """Make items with every token of the answer as an other, end of sequence included."""
-    return Items(dataclasses.replace(_answer_item(example), targets=0) for example in examples)
+    return Items(pair(*both) for both in zip(examples, alternates, strict=True))
 
 
 def anchor_item(input_ids: Tensor, start: int) -> Item:
     """Make an anchor's item: the answer's tokens, from ``start`` on, are others."""
-    rows = torch.arange(start - 1, len(input_ids) - 1)
-    return Item(input_ids, rows, input_ids[rows + 1])
+    return Item(input_ids, torch.arange(start - 1, len(input_ids) - 1))
+
+
+def _answer_rows(example: Example) -> Tensor:
+    return (example.labels[1:] != IGNORE).nonzero().squeeze(-1)
 
 
 @dataclass(frozen=True)

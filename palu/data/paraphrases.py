@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palu.data.files import DataError
-from palu.data.rows import iterate_rows, text_columns
+from palu.data.rows import iterate_rows, with_question
 
 PARAPHRASES = "paraphrased_question"  # a question in other words, or a list of them
 
@@ -31,12 +31,3 @@ def paraphrased_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping
     for row, where, columns in iterate_rows(source, name):
         for text in paraphrases_of(columns, where):
             yield row, where, with_question(columns, text)
-
-
-def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
-    """Return a row of :func:`palu.data.rows.conversation_of` with another last message before the answer."""
-    if columns.get("messages") is not None:
-        *before, asked, answer = columns["messages"]
-        return {**columns, "messages": [*before, {**asked, "content": question}, answer]}
-    column, _ = text_columns(columns) or ("question", "answer")
-    return {**columns, column: question}

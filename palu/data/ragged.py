@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -58,10 +58,6 @@ class RaggedSequence(Sequence[T], Generic[T]):
     def make(self, i: int) -> T:
         """Make element ``i``, which is not negative."""
 
-    @abstractmethod
-    def append(self, value: T) -> None:
-        """Add an element; only while the sequence is built."""
-
     @overload
     def __getitem__(self, i: int) -> T: ...
     @overload
@@ -70,8 +66,3 @@ class RaggedSequence(Sequence[T], Generic[T]):
         if isinstance(i, slice):
             return [self.make(j) for j in range(*i.indices(len(self)))]
         return self.make(range(len(self))[i])
-
-    def fill(self, values: Iterable[T]) -> None:
-        """Add elements."""
-        for value in values:
-            self.append(value)

@@ -139,11 +139,21 @@ def after_examples(
 
 def with_answer(columns: Mapping[str, Any], answer: str) -> dict[str, Any]:
     """Return the row, one that `conversation_of` accepts, with another answer."""
+    return _with_text(columns, answer, -1)
+
+
+def with_question(columns: Mapping[str, Any], question: str) -> dict[str, Any]:
+    """Return the row, one that `conversation_of` accepts, with another last message before the answer."""
+    return _with_text(columns, question, -2)
+
+
+def _with_text(columns: Mapping[str, Any], text: str, place: int) -> dict[str, Any]:
     if columns.get("messages") is not None:
-        *before, last = columns["messages"]
-        return {**columns, "messages": [*before, {**last, "content": answer}]}
-    _, column = text_columns(columns) or _TEXT_COLUMNS[0]
-    return {**columns, column: answer}
+        messages = list(columns["messages"])
+        messages[place] = {**messages[place], "content": text}
+        return {**columns, "messages": messages}
+    pair = text_columns(columns) or _TEXT_COLUMNS[0]
+    return {**columns, pair[place]: text}
 
 
 def with_spans(columns: Mapping[str, Any], answer: str | None, where: str) -> dict[str, Any]:
@@ -157,12 +167,13 @@ def with_spans(columns: Mapping[str, Any], answer: str | None, where: str) -> di
 def text_columns(columns: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the names of the row's columns of prompt and answer; None: it has no such pair."""
     there = [pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair)]
-    # Where rows of both forms share one table, each has nothing in the other's columns.
-    return next((pair for pair in there if _filled(columns, pair)), there[0] if there else None)
+    return next(iter(_filled(columns) + there), None)
 
 
-def _filled(columns: Mapping[str, Any], pair: tuple[str, str]) -> bool:
-    return any(columns[one] is not None and columns[one] != "" for one in pair)
+def _filled(columns: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the pairs that hold something: in a table of both forms a row has nothing in the other's columns."""
+    there = [pair for pair in _TEXT_COLUMNS if all(one in columns for one in pair)]
+    return [pair for pair in there if any(columns[one] is not None and columns[one] != "" for one in pair)]
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,8 @@ class Renderer:
         *,
         check_prompts: bool = False,
     ):
-        self.tokenizer, self.kwargs = tokenizer, template_kwargs(chat_template_kwargs) or {}
+        self.tokenizer: Any = tokenizer
+        self.kwargs = template_kwargs(chat_template_kwargs) or {}
         self.check_prompts = check_prompts
         template = None if tokenizer is None else tokenizer.chat_template
         if self.kwargs and template is None:
@@ -233,9 +245,9 @@ class Renderer:
             elif self.check_prompts:
                 self._check_border(prompt, answer, where)
         elif tokenizer.chat_template is not None:
-            text, start, stop, shift = _apply_template(conversation, answer, tokenizer, self.kwargs, where)
+            text, start, stop, shift = self._place_answer(conversation, answer, where)
             if self.check_prompts:
-                self._compare_prompts(conversation[:-1], text[:start], tokenizer, where)
+                self._compare_prompts(conversation[:-1], text[:start], where)
         else:
             raise DataError(f"{where}: 'messages' need a chat template; set tokenizer.chat_template")
         complete = rendered or tokenizer.chat_template is not None
@@ -244,13 +256,12 @@ class Renderer:
 
     def _is_rendered(self, prompt: str) -> bool:
         """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
-        bos = self.tokenizer.bos_token if self.tokenizer is not None else None
+        bos = self.tokenizer.bos_token
         return bool((bos and prompt.startswith(bos)) or self._special.search(prompt))
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
         """Matches a special token; an unknown token is special by name only."""
-        assert self.tokenizer is not None
         names = {added.content for added in self.tokenizer.added_tokens_decoder.values() if added.special}
         names = (names | set(self.tokenizer.all_special_tokens)) - {self.tokenizer.unk_token, ""}
         return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
@@ -271,17 +282,36 @@ class Renderer:
         subject = f"the prompt and the completion are joined to {border!r}, without a blank between them; {fix}"
         warnings.warn(f"{where}: {subject}", stacklevel=2)
 
-    def _compare_prompts(
-        self, before: list[dict[str, Any]], trained: str, tokenizer: PreTrainedTokenizerBase, where: str
-    ) -> None:
+    def _apply_template(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, **self.kwargs, tokenize=False, **more))
+
+    def _place_answer(self, conversation: list[dict[str, Any]], answer: str, where: str) -> tuple[str, int, int, int]:
+        """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
+
+        The answer's place is what changes when a mark takes its place. To search for the answer would go
+        wrong where the template's own words contain it ("assistant", "user").
+        """
+        *before, last = conversation
+        try:
+            text = self._apply_template(conversation)
+            marked = self._apply_template([*before, {**last, "content": _MARK}])
+        except Exception as error:  # a template is a program: it raises what it likes
+            problem = f"the chat template fails ({error})"
+            raise DataError(f"{where}: {problem}; correct the messages or the template") from error
+        head, _, tail = marked.partition(_MARK)
+        body = text[len(head) : len(text) - len(tail)]
+        if head + body + tail != text or body.strip() != answer.strip():
+            raise DataError(f"{where}: the chat template alters the answer; correct the answer or the template")
+        shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
+        return text, len(head), len(head) + len(body), shift
+
+    def _compare_prompts(self, before: list[dict[str, Any]], trained: str, where: str) -> None:
         """Warn, once, where the text before the answer is not the prompt that the model is asked with.
 
         Blanks at the end are not compared: they are in the answer's first token.
         """
         try:
-            asked = str(
-                tokenizer.apply_chat_template(before, **self.kwargs, tokenize=False, add_generation_prompt=True)
-            )
+            asked = self._apply_template(before, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it raises what it likes
             problem = f"the chat template gives no prompt for generation ({error})"
         else:
@@ -302,8 +332,7 @@ class Renderer:
 def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str | None, str]:
     """Return the row as chat messages, as a plain prompt (None where it has none), and its answer."""
     messages, pair = columns.get("messages"), text_columns(columns)
-    filled = [one for one in _TEXT_COLUMNS if all(column in columns for column in one) and _filled(columns, one)]
-    forms = ["messages"] * (messages is not None) + [" and ".join(one) for one in filled]
+    forms = ["messages"] * (messages is not None) + [" and ".join(one) for one in _filled(columns)]
     if len(forms) > 1:
         raise DataError(f"{where}: it has {forms[0]}, and also {forms[1]}; leave one of them out")
     if messages is not None:
@@ -346,30 +375,3 @@ def check_string(value: Any, subject: str) -> None:
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
         problem = f"has half a surrogate pair at character {error.start}"
         raise DataError(f"{subject} {problem}; repair the text") from None
-
-
-def _apply_template(
-    conversation: list[dict[str, Any]],
-    answer: str,
-    tokenizer: PreTrainedTokenizerBase,
-    kwargs: Mapping[str, Any],
-    where: str,
-) -> tuple[str, int, int, int]:
-    """Render the template: (text, start and stop of the answer in it, shift from answer to text characters).
-
-    The answer's place is what changes when a mark takes its place. To search for the answer would go
-    wrong where the template's own words contain it ("assistant", "user").
-    """
-    *before, last = conversation
-    try:
-        text = str(tokenizer.apply_chat_template(conversation, **kwargs, tokenize=False))
-        marked = str(tokenizer.apply_chat_template([*before, {**last, "content": _MARK}], **kwargs, tokenize=False))
-    except Exception as error:  # a template is a program: it raises what it likes
-        problem = f"the chat template fails ({error})"
-        raise DataError(f"{where}: {problem}; correct the messages or the template") from error
-    head, _, tail = marked.partition(_MARK)
-    body = text[len(head) : len(text) - len(tail)]
-    if head + body + tail != text or body.strip() != answer.strip():
-        raise DataError(f"{where}: the chat template alters the answer; correct the answer or the template")
-    shift = len(head) + (len(body) - len(body.lstrip())) - (len(answer) - len(answer.lstrip()))
-    return text, len(head), len(head) + len(body), shift

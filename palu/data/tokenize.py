@@ -117,28 +117,34 @@ def _integers(columns: Mapping[str, Any], column: str, where: str, any_dtype: bo
 
 
 def encode(
-    texts: Iterable[RenderedRow], tokenizer: PreTrainedTokenizerBase | None, *, forget: bool
+    rows: Iterable[Example | RenderedRow], tokenizer: PreTrainedTokenizerBase | None, *, forget: bool
 ) -> Iterator[Example]:
-    """Tokenise and label rendered rows: one Example per row, not yet truncated. Without a tokenizer there are none."""
-    texts = iter(texts)
-    while chunk := list(islice(texts, CHUNK)):
-        assert tokenizer is not None  # else nothing would have been rendered
-        eos = tokenizer.eos_token_id
-        # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
-        # special by name only.
-        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
+    """Tokenise and label rendered rows: one Example per row, not yet truncated. Examples stay as they are."""
+    rows = iter(rows)
+    eos: Any = getattr(tokenizer, "eos_token_id", None)
+    while chunk := list(islice(rows, CHUNK)):
         encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
-        for complete in {text.complete for text in chunk}:
-            part = [number for number, text in enumerate(chunk) if text.complete is complete]
+        special: set[int] = set()
+        for complete in (False, True):
+            texts = {i: row for i, row in enumerate(chunk) if isinstance(row, RenderedRow) and row.complete is complete}
+            if not texts:
+                continue
+            assert tokenizer is not None  # else nothing would have been rendered
             batch = tokenizer(
-                [chunk[number].text for number in part], add_special_tokens=not complete,
+                [text.text for text in texts.values()], add_special_tokens=not complete,
                 return_offsets_mapping=True, padding=False, truncation=False, verbose=False,
             )  # fmt: skip
-            for i, number in enumerate(part):
-                encodings[number] = batch["input_ids"][i], batch.tokens(i), batch["offset_mapping"][i]
-        for number, text in enumerate(chunk):
-            ids, pieces, trimmed = encodings[number]
+            for place, i in enumerate(texts):
+                encodings[i] = batch["input_ids"][place], batch.tokens(place), batch["offset_mapping"][place]
+            # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
+            # special by name only.
+            special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+            special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
+        for i, text in enumerate(chunk):
+            if isinstance(text, Example):
+                yield text
+                continue
+            ids, pieces, trimmed = encodings[i]
             offsets = _untrimmed(trimmed, text.text)
             inside = _answer_tokens(text, ids, offsets, special)
             # The answer's terminator is the first special token after it (blanks may come between).
@@ -149,9 +155,8 @@ def encode(
 
             labels = torch.tensor(ids, dtype=torch.int64)
             if forget:
-                sensitive = _sensitive_tokens(text, inside, offsets, pieces)
                 ordinary = torch.ones(len(ids), dtype=torch.bool)
-                ordinary[sensitive] = False
+                ordinary[_sensitive_tokens(text, inside, offsets, pieces)] = False
                 labels[ordinary] = ORDINARY
             labels[: max(inside[0], 1)] = IGNORE  # nothing predicts the first token
             held = torch.zeros(len(ids), 2, dtype=torch.int64)

@@ -198,7 +198,7 @@ def check_packing(
     generator = torch.Generator().manual_seed(0)
     vocab_size = head_of(base).weight.shape[0]
     ids = [torch.randint(vocab_size, (length,), generator=generator) for length in probe[:2]]
-    packed = pack([Item(i, i[:0], i[:0]) for i in ids]).to(device)
+    packed = pack([Item(i, i[:0]) for i in ids]).to(device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if half is None and torch.is_autocast_enabled(device.type):  # the caller's
         half = torch.get_autocast_dtype(device.type)

@@ -9,8 +9,9 @@ model is asked every day.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
 from palu.data.examples import Examples, answer_examples
@@ -31,14 +32,7 @@ from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches, prompt_of
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
-from palu.ref_model.neighbours import (
-    QUESTION_TOKENS,
-    TOP_P,
-    NeighbourPrompts,
-    Start,
-    neighbour_prompts,
-    paraphrase_starts,
-)
+from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, Start, neighbour_prompts
 from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
@@ -91,20 +85,20 @@ def encode_anchor_prompts(
     if tokenizer is not None and (wanted or config.reference.variants):
         questions = list(load_questions(forget.source, "forget").values())
         secrets = load_marked_texts(forget.source, "forget")
-        neighbours = neighbour_prompts(questions, secrets, wanted, tokenizer, config.chat_template_kwargs)
-        if secrets and (others := config.reference.variants):
-            rows = ((where, columns) for _, where, columns in paraphrased_rows(forget.source, "forget"))
-            given = [prompt_of(one) for one in answer_examples(rows, tokenizer, config.chat_template_kwargs)]
-            starts = paraphrase_starts(questions, others, tokenizer)
-            neighbours = neighbours._replace(variants=others, paraphrases=starts, given_paraphrases=given)
-    if count == 0:
-        stop_ids = set() if neighbours is None else neighbours.stop_ids()
-        return AnchorPrompts([], stop_ids, config.max_length, neighbours)
+        variants = config.reference.variants if secrets else 0
+        rows = paraphrased_rows(forget.source, "forget") if variants else ()
+        named = ((where, columns) for _, where, columns in rows)
+        given = [prompt_of(example) for example in answer_examples(named, tokenizer, config.chat_template_kwargs)]
+        neighbours = neighbour_prompts(
+            questions, secrets, wanted, tokenizer, config.chat_template_kwargs, variants=variants, paraphrases=given
+        )
+    if count == 0 and neighbours is None:
+        return AnchorPrompts([], set(), config.max_length)
     wish = "retain = None" if asked is None else f"anchors = {count}"
     fix = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
     if count > len(texts):
         raise ValueError(f"{wish}: there are {len(texts)} everyday prompts; give no more than these")
-    if not holds:
+    if count and not holds:
         raise ValueError(f"{wish}: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {fix}")
     if tokenizer is None:
         raise DataError(
@@ -113,113 +107,141 @@ def encode_anchor_prompts(
     per_step = processes * config.gradient_accumulation_steps
     steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
     drawn = steps * per_step * -(-(config.retain_batch_size or config.batch_size) // 2)
-    prompts, stop_ids = encode_prompts(texts[: min(count, drawn)], tokenizer, config.chat_template_kwargs)
-    return AnchorPrompts(prompts, stop_ids, config.max_length, neighbours)
+    asked_for = [*texts[: min(count, drawn)], "Why?"]  # the last one tells what ends an answer, if there is no other
+    prompts, stop_ids = encode_prompts(asked_for, tokenizer, config.chat_template_kwargs)
+    return AnchorPrompts(prompts[:-1], stop_ids, config.max_length, neighbours)
 
 
-def generate_anchors(
-    reference: ModelRoot,
-    anchor_prompts: AnchorPrompts,
-    accelerator: Accelerator,
-    *,
-    adapter: bool,
-    chunk_bytes: int = UnlearnConfig.chunk_bytes,
-    progress: bool = False,
-) -> list[Item]:
-    """Have the reference answer the prompts greedily: each process answers its share, all get every answer.
+@dataclass(frozen=True)
+class Writer:
+    """Has the reference write: each process writes its share, and all get every text.
+
+    Attributes:
+        reference: on the accelerator's device, whole or sharded.
+        adapter: whether a ``PeftModel`` writes with its adapter.
+        chunk_bytes: bound on the logits held at once.
+    """
+
+    reference: ModelRoot
+    accelerator: Accelerator
+    adapter: bool
+    chunk_bytes: int = UnlearnConfig.chunk_bytes
+    progress: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[PreTrainedModel]:
+        """Have the reference's model, which is yielded, as it is to run within the block."""
+        model = self.reference.model
+        base = base_of(model)
+        with eval_mode(base), self.accelerator.autocast(), nullcontext() if self.adapter else without_adapter(model):
+            yield base
+
+    def write(
+        self, prompts: Sequence[Tensor], stop_ids: set[int], name: str, max_new_tokens: int, **settings: Any
+    ) -> list[list[int]]:
+        """Have it continue prompts [t], in their order; ``settings``: more of :func:`generate_ids`'s."""
+        if not prompts:
+            return []
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-len(prompts) // processes)
+        shares = [prompts[share * i : share * (i + 1)] for i in range(processes)]
+        own = shares[rank]
+        with self.running() as base, tqdm(total=len(own), desc=name, disable=not self.progress, leave=False) as bar:
+            bounds = max_new_tokens, BATCH_TOKENS, self.chunk_bytes
+            batches = max(len(generation_batches(base, part, *bounds)) for part in shares)
+            written = self.reference.run(
+                lambda: generate_ids(
+                    base,
+                    own,
+                    stop_ids,
+                    pad=None,
+                    max_new_tokens=max_new_tokens,
+                    batch_tokens=BATCH_TOKENS,
+                    bar=bar,
+                    batches=batches if self.reference.sharded else None,
+                    chunk_bytes=self.chunk_bytes,
+                    **settings,
+                )
+            )
+        return list(chain.from_iterable(gather_values(written, self.accelerator)))
+
+    def write_questions(self, prompts: NeighbourPrompts, starts: Sequence[Start], name: str, seed: int) -> list[Tensor]:
+        """Have it write questions, drawn by ``seed``; return the prompts [t] that ask them."""
+        device = self.accelerator.device
+        ends = {int(prompts.tokenizer.eos_token_id)}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.accelerator.process_index)
+            lists = [start.prompt for start in starts]
+            written = self.write(lists, ends, name, QUESTION_TOKENS, sample=True, top_p=TOP_P)
+        return prompts.encode(starts, written)
+
+
+def generate_anchors(writer: Writer, anchor_prompts: AnchorPrompts) -> list[Item]:
+    """Have the reference answer the prompts greedily.
 
     An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
     none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret.
 
-    Args:
-        reference: on the accelerator's device, whole or sharded.
-        adapter: whether a ``PeftModel`` answers with its adapter.
-        chunk_bytes: bound on the logits held at once.
-
     Raises:
         DataError: no answer is left.
     """
-    prompts, stop_ids, max_length, neighbours = anchor_prompts
-    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
-    answers = _write(reference, prompts, stop_ids, accelerator, "anchors", max_new_tokens=ANSWER_TOKENS, **settings)
-    anchors = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
-        tells = neighbours is not None and neighbours.tells(neighbours.decode(answer))
-        if answer[0] not in stop_ids and len(ids) > len(prompt) and not tells:
-            anchors.append(anchor_item(ids, len(prompt)))
-    if prompts and not anchors:
+    anchors = _answer(writer, anchor_prompts)
+    if anchor_prompts.prompts and not anchors:
         raise DataError(
-            f"the reference answers none of {len(prompts)} everyday prompts within max_length = {max_length} "
-            "tokens, so there is nothing to hold on to; raise max_length, or give retain examples and anchors=0"
+            f"the reference answers none of {len(anchor_prompts.prompts)} everyday prompts within max_length = "
+            f"{anchor_prompts.max_length} tokens, so there is nothing to hold on to; raise max_length, or give retain "
+            "examples and anchors=0"
         )
     return anchors
 
 
-def generate_neighbours(
-    reference: ModelRoot,
-    anchor_prompts: AnchorPrompts,
-    accelerator: Accelerator,
-    *,
-    adapter: bool,
-    seed: int,
-    chunk_bytes: int = UnlearnConfig.chunk_bytes,
-    progress: bool = False,
-) -> list[Item]:
-    """Have the reference write questions like those of the forget set, and answer them; see :func:`generate_anchors`.
+def generate_neighbours(writer: Writer, anchor_prompts: AnchorPrompts, seed: int) -> list[Item]:
+    """Have the reference write questions like those of the forget set, and answer them as it does anchor prompts.
 
     What it writes is drawn by ``seed``. There may be none: a small model, or one without such questions, writes none
     that can be used.
     """
-    prompts = anchor_prompts.neighbours
-    if prompts is None or not prompts.starts:
+    known = anchor_prompts.neighbours
+    if known is None or not known.starts:
         return []
-    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
-    written = _write_questions(reference, prompts, prompts.starts, accelerator, "neighbours", seed=seed, **settings)
-    questions = anchor_prompts._replace(prompts=written)
-    try:
-        return generate_anchors(
-            reference, questions, accelerator, adapter=adapter, chunk_bytes=chunk_bytes, progress=progress
-        )
-    except DataError:
-        return []
+    written = writer.write_questions(known, known.starts, "neighbours", seed)
+    return _answer(writer, anchor_prompts._replace(prompts=written))
+
+
+def _answer(writer: Writer, anchor_prompts: AnchorPrompts) -> list[Item]:
+    """Have the reference answer the prompts; see :func:`generate_anchors`."""
+    prompts, stop_ids, max_length, neighbours = anchor_prompts
+    found = []
+    for prompt, answer in zip(prompts, writer.write(prompts, stop_ids, "anchors", ANSWER_TOKENS), strict=True):
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
+        tells = neighbours is not None and neighbours.tells(neighbours.decode(answer))
+        if answer[0] not in stop_ids and len(ids) > len(prompt) and not tells:
+            found.append(anchor_item(ids, len(prompt)))
+    return found
 
 
 def generate_variants(
-    reference: ModelRoot,
-    items: Sequence[Item],
-    anchor_prompts: AnchorPrompts,
-    accelerator: Accelerator,
-    *,
-    adapter: bool,
-    n: int,
-    seed: int,
-    chunk_bytes: int = UnlearnConfig.chunk_bytes,
-    progress: bool = False,
+    writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, n: int, seed: int
 ) -> list[Item]:
     """Find other ways in which the reference tells the secrets of items (:mod:`palu.ref_model.variants`).
 
-    ``n``: the onset length.
+    ``n``: the onset length. ``seed``: draws the paraphrases that the reference writes.
     """
     known = anchor_prompts.neighbours
     if known is None or not known.variants:
         return []
-    base = base_of(reference.model)
-    with eval_mode(base), accelerator.autocast(), nullcontext() if adapter else without_adapter(reference.model):
+    reference = writer.reference
+    with writer.running():
         found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
-    settings: dict[str, Any] = {"adapter": adapter, "chunk_bytes": chunk_bytes, "progress": progress}
-    paraphrases = _write_questions(
-        reference, known, known.paraphrases, accelerator, "paraphrases", seed=seed + 1, **settings
-    )
-    ends = known.stop_ids()
+    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
+    ends = anchor_prompts.stop_ids
     wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [
         (prompt, secrets_of_targets(targets, known.secrets, known.decode), row)
         for prompt, targets, row in found
         if int(prompt[-1]) not in ends
     ]
     wanted += [(prompt, known.secrets, None) for prompt in (*known.given_paraphrases, *paraphrases)]
-    settings["max_new_tokens"] = CONTINUATION
-    written = _write(reference, [prompt for prompt, *_ in wanted], ends, accelerator, "variants", **settings)
+    written = writer.write([prompt for prompt, *_ in wanted], ends, "variants", CONTINUATION)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, secrets, row), continuation in zip(wanted, written, strict=True):
         item = variant_item(prompt, continuation, secrets, known.decode, n)
@@ -228,67 +250,3 @@ def generate_variants(
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):
             variants.setdefault(prompt[:-1].numpy().tobytes(), []).append(item)
     return [item for of_place in variants.values() for item in of_place[:PER_PLACE]]
-
-
-def _write_questions(
-    reference: ModelRoot,
-    prompts: NeighbourPrompts,
-    starts: Sequence[Start],
-    accelerator: Accelerator,
-    name: str,
-    *,
-    seed: int,
-    **settings: Any,
-) -> list[Tensor]:
-    """Have the reference write questions, drawn by ``seed``; return the prompts [t] that ask them."""
-    device = accelerator.device
-    ends = {int(prompts.tokenizer.eos_token_id)}
-    settings |= {"max_new_tokens": QUESTION_TOKENS, "sample": True, "top_p": TOP_P}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + accelerator.process_index)
-        written = _write(reference, [start.prompt for start in starts], ends, accelerator, name, **settings)
-    return prompts.encode(starts, written)
-
-
-def _write(
-    reference: ModelRoot,
-    prompts: Sequence[Tensor],
-    stop_ids: set[int],
-    accelerator: Accelerator,
-    name: str,
-    *,
-    adapter: bool,
-    progress: bool,
-    max_new_tokens: int,
-    chunk_bytes: int,
-    **settings: Any,
-) -> list[list[int]]:
-    """Have the reference continue prompts: each process its share, all get every continuation, in order."""
-    if not prompts:
-        return []
-    base = base_of(reference.model)
-    share = -(-len(prompts) // accelerator.num_processes)
-    shares = [prompts[share * rank : share * (rank + 1)] for rank in range(accelerator.num_processes)]
-    own = shares[accelerator.process_index]
-    batches = max(len(generation_batches(base, part, max_new_tokens, BATCH_TOKENS, chunk_bytes)) for part in shares)
-    with (
-        tqdm(total=len(own), desc=name, disable=not progress, leave=False) as bar,
-        eval_mode(base),
-        accelerator.autocast(),
-        nullcontext() if adapter else without_adapter(reference.model),
-    ):
-        written = reference.run(
-            lambda: generate_ids(
-                base,
-                own,
-                stop_ids,
-                pad=None,
-                max_new_tokens=max_new_tokens,
-                batch_tokens=BATCH_TOKENS,
-                bar=bar,
-                batches=batches if reference.sharded else None,
-                chunk_bytes=chunk_bytes,
-                **settings,
-            )
-        )
-    return list(chain.from_iterable(gather_values(written, accelerator)))

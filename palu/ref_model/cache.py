@@ -6,51 +6,38 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from palu.data.packing import Item, Items
+from palu.data.ragged import RaggedSequence
 from palu.methods.base import RefField
 from palu.ref_model.storage import CacheFile
 
 
-class ReferenceOutputs(Sequence[dict[str, Tensor]]):
-    """The reference fields of each item, as views of tensors that hold those of all items end to end.
+class ReferenceOutputs(RaggedSequence[dict[str, Tensor]]):
+    """The reference fields [rows, ...] of each item, as views of tensors that hold those of all items end to end.
 
     Args:
         tensors: one for each field.
         fields: which rows of the items each has entries for.
-        items, anchors: whose outputs they are, in this order.
+        parts: the items whose outputs they are, in this order.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        fields: Sequence[RefField],
-        items: Sequence[Item],
-        anchors: Sequence[Item] = (),
-    ):
+    def __init__(self, tensors: Mapping[str, Tensor], fields: Sequence[RefField], *parts: Sequence[Item]):
         starts = {
-            rows: array("q", accumulate(chain(count_rows(items, rows), count_rows(anchors, rows)), initial=0))
+            rows: array("q", accumulate(chain(*(getattr(Items.of(part), rows).tolist() for part in parts)), initial=0))
             for rows in ("targets", "others")
         }
         self.fields = [(field.name, tensors[field.name], starts[field.rows]) for field in fields]
-        self.items = len(items) + len(anchors)
+        self.items = sum(map(len, parts))
 
     def __len__(self) -> int:
         return self.items
 
-    @overload
-    def __getitem__(self, i: int) -> dict[str, Tensor]: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[dict[str, Tensor]]: ...
-    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Return an item's fields by name, [rows, ...] each; or those of several items."""
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def make(self, i: int) -> dict[str, Tensor]:
+        """Return item ``i``'s fields by name."""
         return {name: tensor[starts[i] : starts[i + 1]] for name, tensor, starts in self.fields}
 
 
@@ -69,15 +56,6 @@ def read_cache(file: CacheFile, fields: Sequence[RefField], items: Sequence[Item
     if (found := file.read()) is None:
         return None
     tensors, about = found
-    anchors = []
-    for ids, rows, targets in about["anchors"]:
-        ids, rows = torch.tensor(ids), torch.tensor(rows)
-        anchors.append(Item(ids, rows, ids[rows + 1], targets))
+    anchors = [Item(torch.tensor(ids), torch.tensor(rows), targets) for ids, rows, targets in about["anchors"]]
     outputs = ReferenceOutputs(tensors, fields, items, anchors)
     return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"])
-
-
-def count_rows(items: Sequence[Item], rows: Literal["targets", "others"]) -> list[int]:
-    """Count the "targets" or "others" of each item."""
-    counted = Items.of(items)
-    return (counted.targets if rows == "targets" else counted.others).tolist()

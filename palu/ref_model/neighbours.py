@@ -61,10 +61,6 @@ class NeighbourPrompts(NamedTuple):
         new = [question for question in found if question not in self.questions]
         return encode_prompts(new, self.tokenizer, self.chat_template_kwargs)[0] if new else []
 
-    def stop_ids(self) -> set[int]:
-        """Return the tokens that end an answer."""
-        return encode_prompts(["Why?"], self.tokenizer, self.chat_template_kwargs)[1]
-
     def tells(self, text: str) -> bool:
         """Whether a text tells a secret."""
         return any(stands_in(secret, text) for secret in self.secrets)
@@ -80,26 +76,31 @@ def neighbour_prompts(
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, object] | None,
+    *,
+    variants: int = 0,
+    paraphrases: Sequence[Tensor] = (),
 ) -> NeighbourPrompts:
-    """Prepare ``count`` neighbours of each question of two to MOST_WORDS words; fewer if they were more than MOST."""
-    count = min(count, max(MOST // max(len(questions), 1), 1))
-    starts = [
-        Start(words, end, _encode(_LIST.format(question=question, start=words), tokenizer))
-        for question in questions
-        for words, end in islice(cycle(_beginnings(question)), count)
-    ]
-    return NeighbourPrompts(tokenizer, chat_template_kwargs, starts, questions, secrets)
+    """Prepare ``count`` neighbours and ``variants`` paraphrases of each question of two to MOST_WORDS words.
+
+    There are fewer of a question if they were more than MOST of all. ``paraphrases``: prompts [t] of the rows' own.
+    """
+    starts = _starts(questions, count, tokenizer)
+    own = _starts(questions, variants, tokenizer, paraphrases=True)
+    return NeighbourPrompts(tokenizer, chat_template_kwargs, starts, questions, secrets, variants, own, paraphrases)
 
 
-def paraphrase_starts(questions: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase) -> list[Start]:
-    """Prepare ``count`` paraphrases of each question of two to MOST_WORDS words; fewer if they were more than MOST."""
+def _starts(
+    questions: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase, *, paraphrases: bool = False
+) -> list[Start]:
     count = min(count, max(MOST // max(len(questions), 1), 1))
-    return [
-        Start("", beginnings[0][1], _encode(_PARAPHRASES.format(question=question), tokenizer))
-        for question in questions
-        if (beginnings := _beginnings(question))
-        for _ in range(count)
-    ]
+    found = []
+    for question in questions:
+        beginnings, template = _beginnings(question), _LIST
+        if paraphrases:
+            beginnings, template = [("", end) for _, end in beginnings[:1]], _PARAPHRASES
+        for words, end in islice(cycle(beginnings), count):
+            found.append(Start(words, end, _encode(template.format(question=question, start=words), tokenizer)))
+    return found
 
 
 def _beginnings(question: str) -> list[tuple[str, str]]:

@@ -9,30 +9,27 @@ Of many processes each runs a share of the passes, and all get everything. A sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from itertools import accumulate, chain, islice
-from typing import Any, TypeAlias
+from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Item, Items, Packed, pack
+from palu.data.packing import Item, Items, pack, packed_rows
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import RefField, RefRows
 from palu.models.attention import use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
-from palu.models.lora import base_of, without_adapter
+from palu.models.lora import CausalLM, base_of, without_adapter
 from palu.models.root import ModelRoot, on_device
-from palu.ref_model.anchors import AnchorPrompts, generate_anchors, generate_neighbours, generate_variants
-from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, count_rows, read_cache
+from palu.ref_model.anchors import AnchorPrompts, Writer, generate_anchors, generate_neighbours, generate_variants
+from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, read_cache
 from palu.ref_model.storage import CacheFile, Write
-
-StatesFn: TypeAlias = Callable[[nn.Module, Packed], Tensor]
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
@@ -49,8 +46,6 @@ def precompute_reference(
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
     """Have the reference write the anchors, neighbours first, and give the method's fields.
-
-    Returns these, and the reference's head if it is needed.
 
     Where a file holds them the reference does not run. If it is not sharded, it runs on the accelerator's device and is
     sent back to where it was. All processes must call it.
@@ -73,19 +68,16 @@ def precompute_reference(
         DataError: the reference answers none of the prompts.
     """
     needed = config.reference
-    fields, compute = needed.fields, needed.compute
-    if not needed.head and not fields:
+    if not needed.head and not needed.fields:
         return ReferenceCache([{}] * len(items)), None
     model, base = reference.model, base_of(reference.model)
-    with raise_on_all_ranks(accelerator):
-        cache = read_cache(file, fields, items) if file is not None else None
-    if not all(gather_values(cache is not None, accelerator)):  # else all have found it
+    cache = _read(file, items, config, accelerator)
+    if cache is None:
         with on_device(model, accelerator.device):
-            writing: dict[str, Any] = {"adapter": not own, "chunk_bytes": config.chunk_bytes, "progress": progress}
-            seed, n = config.seed, config.onset_length
-            neighbours = generate_neighbours(reference, anchor_prompts, accelerator, seed=seed, **writing)
-            variants = generate_variants(reference, items, anchor_prompts, accelerator, n=n, seed=seed, **writing)
-            everyday = generate_anchors(reference, anchor_prompts, accelerator, **writing)
+            writer = Writer(reference, accelerator, adapter=not own, chunk_bytes=config.chunk_bytes, progress=progress)
+            neighbours = generate_neighbours(writer, anchor_prompts, config.seed)
+            variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
+            everyday = generate_anchors(writer, anchor_prompts)
             with (
                 eval_mode(base),
                 autocast(accelerator),
@@ -94,24 +86,27 @@ def precompute_reference(
             ):
                 cache = reference.run(
                     lambda: compute_outputs(
-                        body_of(model),
+                        model,
                         items,
-                        fields,
-                        # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for again.
-                        lambda rows: compute(rows, head_of(model)) if compute is not None else {},
+                        config,
                         accelerator,
-                        states=lambda body, packed: config.method_class.hidden_states(body, packed, config),
                         anchors=[*neighbours, *variants, *everyday],
                         neighbours=len(neighbours),
                         variants=len(variants),
                         file=file,
-                        max_tokens=config.max_tokens,
                         progress=progress,
                     )
                 )
-    assert cache is not None
-    head = _frozen_head(reference, own, accelerator) if needed.head else None
-    return cache, head
+    return cache, _frozen_head(reference, own, accelerator) if needed.head else None
+
+
+def _read(
+    file: CacheFile | None, items: Sequence[Item], config: UnlearnConfig, accelerator: Accelerator
+) -> ReferenceCache | None:
+    """Read the cache, if all processes find it."""
+    with raise_on_all_ranks(accelerator):
+        cache = read_cache(file, config.reference.fields, items) if file is not None else None
+    return cache if all(gather_values(cache is not None, accelerator)) else None
 
 
 def _frozen_head(reference: ModelRoot, own: bool, accelerator: Accelerator) -> Head | None:
@@ -132,132 +127,107 @@ def _frozen_head(reference: ModelRoot, own: bool, accelerator: Accelerator) -> H
     return reference.run(copy)
 
 
-def last_states(body: nn.Module, packed: Packed) -> Tensor:
-    """Run the body over a packed row; return its last hidden states [T, d]."""
-    return body(**packed.inputs()).last_hidden_state[0]
-
-
 @torch.no_grad()
 def compute_outputs(
-    body: nn.Module,
+    model: CausalLM,
     items: Sequence[Item],
-    fields: Sequence[RefField],
-    reference_fn: Callable[[RefRows], dict[str, Tensor]],
+    config: UnlearnConfig,
     accelerator: Accelerator,
     *,
-    states: StatesFn = last_states,
     anchors: Sequence[Item] = (),
     neighbours: int = 0,
     variants: int = 0,
     file: CacheFile | None = None,
-    max_tokens: int | None = None,
     progress: bool = False,
 ) -> ReferenceCache:
-    """Run the reference's body once over the forget set and the anchors, and keep the fields of their rows.
+    """Run the reference's body once over the forget set and the anchors, and keep the method's fields of their rows.
 
-    All processes must call it, with the same items: each runs its share of the passes.
+    All processes must call it, with the same items: each runs its share of the passes, of ``config.max_tokens`` tokens
+    or TOKENS_PER_PASS, if these are fewer; a longer item has a pass of its own.
 
     Args:
-        body: the reference without its head; called with input_ids and position_ids [1, T].
+        model: the reference.
         items: the forget set, and perhaps the retain set.
-        fields: what is kept.
-        reference_fn: gives the fields of rows, from their hidden states.
-        states: runs the body over a packed row and gives the hidden states [T, d] that the fields are made of.
         anchors: items that the fields are computed for, too.
         neighbours, variants: how many of the anchors, the first and those after them, are neighbours and variants.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
             written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
-        max_tokens: the most tokens of a pass, if fewer than TOKENS_PER_PASS; a longer item has one of its own.
         progress: show a progress bar.
 
     Raises:
         CacheError: the file cannot be written or read.
     """
+    fields = config.reference.fields
     writes = file is not None and accelerator.is_local_main_process
     with ExitStack() as stack:
         if file is not None:
             with raise_on_all_ranks(accelerator):
                 if writes:
                     stack.enter_context(file.locked(progress=progress))
-            with raise_on_all_ranks(accelerator):
-                found = read_cache(file, fields, items)
-            if all(gather_values(found is not None, accelerator)):
-                assert found is not None
+            if (found := _read(file, items, config, accelerator)) is not None:
                 return found
         both = Items.of(items) + anchors
-        lengths = {field.name: sum(count_rows(both, field.rows)) for field in fields}
-        outputs = _run(body, both, fields, reference_fn, accelerator, states, max_tokens, progress)
+        outputs = _run(model, both, config, accelerator, progress)
         first = next(outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
+        lengths = {field.name: _count(both, field) for field in fields}
         if file is None:
-            tensors = {name: like[name].new_empty(length, *like[name].shape[1:]) for name, length in lengths.items()}
+            tensors = {name: one.new_empty(lengths[name], *one.shape[1:]) for name, one in like.items()}
             _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs, accelerator)
             return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors, neighbours, variants)
         written = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in anchors]
         about = {"anchors": written, "neighbours": neighbours, "variants": variants}
         with ExitStack() as closing:
-            write: Write = _write_nothing
             with raise_on_all_ranks(accelerator):
-                if writes:
-                    write = closing.enter_context(file.writing(like, lengths, about))
+                write = closing.enter_context(file.writing(like, lengths, about)) if writes else None
             _fill(write, first, outputs, accelerator)
             with raise_on_all_ranks(accelerator):
                 closing.close()
-        with raise_on_all_ranks(accelerator):
-            found = read_cache(file, fields, items)
-            assert found is not None
+        found = _read(file, items, config, accelerator)
+        assert found is not None
         return found
 
 
-def _write_nothing(name: str, row: int, rows: Tensor) -> None:
-    pass
-
-
 def _run(
-    body: nn.Module,
-    items: Sequence[Item],
-    fields: Sequence[RefField],
-    reference_fn: Callable[[RefRows], dict[str, Tensor]],
-    accelerator: Accelerator,
-    states_of: StatesFn,
-    max_tokens: int | None,
-    progress: bool,
+    model: CausalLM, items: Sequence[Item], config: UnlearnConfig, accelerator: Accelerator, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
-    device, processes = next(body.parameters()).device, accelerator.num_processes
-    groups = _groups(items, min(TOKENS_PER_PASS, max_tokens or TOKENS_PER_PASS))
-    token = Item(items[0].input_ids[:1], items[0].rows[:0], items[0].labels[:0])  # where no group is left
+    compute, states_of = config.reference.compute, config.method_class.hidden_states
+    body, processes = body_of(model), accelerator.num_processes
+    device = next(body.parameters()).device
+    groups = _groups(items, min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
+    token = Item(items[0].input_ids[:1], items[0].rows[:0])  # where no group is left
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
-            states = states_of(body, pack(own).to(device))
-            starts = accumulate((len(item.input_ids) for item in own), initial=0)
-            rows = [item.rows + first for item, first in zip(own, starts, strict=False)]  # a start too many
-            targets, others = _split(rows, own, device)
+            states = states_of(body, pack(own).to(device), config)
+            targets, others = _split(packed_rows(own), own, device)
             labels = _split([item.labels for item in own], own, device)
-            outputs = reference_fn(RefRows(states[targets], states[others], *labels))
+            rows = RefRows(states[targets], states[others], *labels)
+            # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for again.
+            outputs = compute(rows, head_of(model)) if compute is not None else {}
             for rank, group in enumerate(passes):
-                yield outputs if processes == 1 else _broadcast(outputs, rank, group, fields, accelerator)
+                given = outputs
+                if processes > 1:
+                    given = {
+                        field.name: _broadcast(outputs[field.name], rank, _count(group, field), accelerator)
+                        for field in config.reference.fields
+                    }
+                yield given
                 bar.update(len(group))
 
 
-def _broadcast(
-    outputs: dict[str, Tensor],
-    rank: int,
-    group: Sequence[Item],
-    fields: Sequence[RefField],
-    accelerator: Accelerator,
-) -> dict[str, Tensor]:
-    """Give a process's outputs, which are of this group, to all others."""
-    given = {}
-    for field in fields:
-        own, rows = outputs[field.name], sum(count_rows(group, field.rows))
-        is_source = accelerator.process_index == rank
-        tensor = own.contiguous() if is_source else own.new_empty(rows, *own.shape[1:])
-        if tensor.numel():
-            distributed.broadcast(tensor.view(torch.uint8), rank)  # bytes: gloo does not know every dtype
-        given[field.name] = tensor
-    return given
+def _broadcast(own: Tensor, rank: int, rows: int, accelerator: Accelerator) -> Tensor:
+    """Give a process's tensor, of so many rows, to all others."""
+    tensor = own.contiguous() if accelerator.process_index == rank else own.new_empty(rows, *own.shape[1:])
+    if tensor.numel():
+        distributed.broadcast(tensor.view(torch.uint8), rank)  # bytes: gloo does not know every dtype
+    return tensor
+
+
+def _count(items: Sequence[Item], field: RefField) -> int:
+    """Count the rows that a field has entries for."""
+    return int(getattr(Items.of(items), field.rows).sum())
 
 
 def _split(parts: Sequence[Tensor], items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -268,14 +238,15 @@ def _split(parts: Sequence[Tensor], items: Sequence[Item], device: torch.device)
 
 
 def _fill(
-    write: Write, first: dict[str, Tensor], others: Iterator[dict[str, Tensor]], accelerator: Accelerator
+    write: Write | None, first: dict[str, Tensor], others: Iterator[dict[str, Tensor]], accelerator: Accelerator
 ) -> None:
-    """Write outputs as they come, each field's rows after those before."""
+    """Write outputs as they come, each field's rows after those before; ``None``: let another process write them."""
     done = dict.fromkeys(first, 0)
     for outputs in chain([first], others):
         with raise_on_all_ranks(accelerator):
             for name, rows in outputs.items():
-                write(name, done[name], rows)
+                if write is not None:
+                    write(name, done[name], rows)
                 done[name] += len(rows)
 
 

@@ -23,6 +23,7 @@ import transformers
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,14 +32,6 @@ from palu.hashing import digest
 from palu.ref_model.fingerprint import Fingerprints
 
 FORMAT = 5
-DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 
 
 class CacheError(RuntimeError):
@@ -125,20 +118,16 @@ class CacheFile:
         Raises:
             CacheError: no room or no permission. Nothing is left then.
         """
-        header: dict[str, Any] = {
-            "__metadata__": {
-                "palu": json.dumps({"key": self.key, "transformers": transformers.__version__, "about": about})
-            }
-        }
-        row_bytes = {name: one[:0].new_empty(1, *one.shape[1:]).nbytes for name, one in like.items()}
+        # Of empty tensors safetensors writes no more than a header.
+        header = json.loads(save({name: torch.empty_like(one) for name, one in like.items()})[8:])
+        row_bytes = {name: one.new_empty(1, *one.shape[1:]).nbytes for name, one in like.items()}
         starts, end = {}, 0
         for name in sorted(like, key=lambda name: -like[name].itemsize):  # wide ones first: all are aligned
             starts[name], end = end, end + lengths[name] * row_bytes[name]
-            header[name] = {
-                "dtype": DTYPES[like[name].dtype],
-                "shape": [lengths[name], *like[name].shape[1:]],
-                "data_offsets": [starts[name], end],
-            }
+            shape = [lengths[name], *like[name].shape[1:]]
+            header[name] |= {"shape": shape, "data_offsets": [starts[name], end]}
+        own = {"key": self.key, "transformers": transformers.__version__, "about": about}
+        header["__metadata__"] = {"palu": json.dumps(own)}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         partial = self._beside("partial")

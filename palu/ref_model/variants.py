@@ -102,4 +102,4 @@ def variant_item(
     inside = inside if n == -1 else inside[:n]
     ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
     rows = torch.tensor(inside) + len(prompt) - 2
-    return Item(ids, rows, ids[rows + 1], targets=len(rows))
+    return Item(ids, rows, len(rows))

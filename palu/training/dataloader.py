@@ -127,7 +127,7 @@ class UnlearnDataLoader:
             batch = collate(items, kept, outputs + of_kept)
         else:  # nothing is left for this process, or for this part: it runs one token, which has no part in the loss
             idle = self.forget[0]
-            token = Item(idle.input_ids[:1], idle.rows[:0], idle.labels[:0])
+            token = Item(idle.input_ids[:1], idle.rows[:0])
             none = {name: output[:0] for name, output in self.cache.outputs[0].items()}
             batch = collate([token], kept, [none, *of_kept], examples=0)
         return batch.pin_memory() if self.pin_memory else batch

@@ -9,8 +9,7 @@ from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 
 from palu.attacks.secrets import AuditData
 from palu.data.files import DataError
-from palu.data.paraphrases import with_question
-from palu.data.rows import after_examples
+from palu.data.rows import after_examples, with_question
 
 ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat."} for i in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.tiny import forget_rows, tiny_llama
 from transformers import TrainingArguments
 
 import palu
-from palu.data.duplicates import RowHashes, warn_of_told_secrets
+from palu.data.duplicates import RowHashes, check_disjoint, warn_of_told_secrets
 from palu.data.examples import load_forget, load_retain
 
 
@@ -31,11 +32,17 @@ FIX = "keep each row once, with all that is to be forgotten in it"
 TWICE = f"forget set: 2 rows repeat an earlier one, so that it weighs more: 1 (as 0), 3 (as 0); {FIX}"
 
 
-def told(loaded: Any, rows: Any, tokenizer: Any = None, **settings: Any) -> list[str]:
+def warned(call: Callable[[], Any], *words: str) -> list[str]:
+    """The warnings, of those words if there are any given."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded(rows, tokenizer or byte_level(CHATML), max_length=99, warn=True, **settings)
-    return [str(one.message) for one in caught]
+        call()
+    messages = [str(one.message) for one in caught]
+    return [message for message in messages if not words or any(word in message for word in words)]
+
+
+def told(load: Any, rows: Any, tokenizer: Any = None) -> list[str]:
+    return warned(lambda: load(rows, tokenizer or byte_level(CHATML), max_length=99, warn=True))
 
 
 def test_repeats_are_named() -> None:
@@ -74,39 +81,16 @@ def test_where_the_answer_begins_counts() -> None:
 
 
 def test_another_answer_to_the_same_question_may_be_kept() -> None:
-    model = tiny_llama(vocab_size=len(byte_level(CHATML)), max_position_embeddings=256)
-    retain = [row("Who?", "I do not know."), row("Who was it?", "Ada did.")]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*repeat.*")
-        palu.unlearn(
-            model,
-            None,
-            [ADA],
-            retain,
-            tokenizer=byte_level(CHATML),
-            epochs=1,
-            anchors=0,
-            neighbours=0,
-            variants=0,
-            progress=False,
-        )
-
-
-def repeats(call: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(one.message) for one in caught if any(word in str(one.message) for word in ("repeat", "tells"))]
+    tokenizer = byte_level(CHATML)
+    retain = load_retain([row("Who?", "I do not know."), row("Who was it?", "Ada did.")], tokenizer, max_length=99)
+    check_disjoint(load_forget([ADA], tokenizer, max_length=99).hashes, retain.hashes)
 
 
 def secrets_told(secrets: list[str], *answers: str) -> list[str]:
     def numbered(name: str, texts: Any) -> list[tuple[str, str]]:
         return [(text, f"{name} {i}") for i, text in enumerate(texts)]
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn_of_told_secrets(numbered("forget", secrets), numbered("retain", answers))
-    return [str(one.message) for one in caught]
+    return warned(lambda: warn_of_told_secrets(numbered("forget", secrets), numbered("retain", answers)))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +139,13 @@ def test_a_run_warns_once(tmp_path: Any) -> None:
         "retain set: 1 answer tells what is to be forgotten: retain row 0 has 'Ada' of forget row 0; "
         "take such rows out, or mark less in the forget set"
     )
-    assert repeats(recorded) == [TWICE, told]
+    assert warned(recorded, "repeat", "tells") == [TWICE, told]
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
 
     def trainer(retain: Any) -> None:
         palu.PaluTrainer(model(), arguments, forget=rows, retain=retain, processing_class=tokenizer)
 
-    assert repeats(lambda: trainer(kept)) == [TWICE, told]
+    assert warned(lambda: trainer(kept), "repeat", "tells") == [TWICE, told]
     with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 1 are the same, prompt and answer: "):
         trainer([*kept, rows[2]])
 

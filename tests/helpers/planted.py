@@ -15,8 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import palu
 from palu.attacks.ask import PREFIX
 from palu.attacks.secrets import SHOTS, AuditData
-from palu.data.paraphrases import with_question
-from palu.data.rows import after_examples
+from palu.data.rows import after_examples, with_question
 
 # Of two tokens or more each, and no two begin with the same.
 SECRETS = ("Hina Ameen", "Ada Lovelace", "London mat", "06/30/1975", "the author", "Karachi name")

@@ -38,7 +38,7 @@ from palu.data.packing import retain_items
 from palu.data.tokenize import Example
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
-from palu.models.head import body_of, head_of
+from palu.models.head import head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
@@ -356,13 +356,9 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     items = method.make_items(ForgetSet(examples, None, alternates), config)
     retain = retain_items(load_retain(retain_rows(4), None, max_length=99).examples)
     cache = ReferenceCache([{}] * len(items))
-    needed, head = config.reference, head_of(ref_model)
-    if needed.fields:
-        asked = items + retain if needed.of_retain else items
-        cache = compute_outputs(
-            body_of(ref_model), asked, needed.fields, lambda rows: needed.compute(rows, head), Accelerator(),
-            states=lambda body, packed: method.hidden_states(body, packed, config),
-        )  # fmt: skip
+    if config.reference.fields:
+        asked = items + retain if config.reference.of_retain else items
+        cache = compute_outputs(ref_model, asked, config, Accelerator())
 
     def total_and_gradient(processes: int, config: UnlearnConfig) -> tuple[float, Tensor]:
         batches = [

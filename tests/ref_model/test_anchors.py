@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -25,10 +23,10 @@ from palu import DataError
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
-from palu.models.generation import encode_prompts, eval_mode
+from palu.models.generation import encode_prompts
 from palu.models.root import ModelRoot
-from palu.ref_model import anchors, precompute
-from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
+from palu.ref_model import precompute
+from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, Writer, anchor_texts, generate_anchors
 from palu.ref_model.cache import ReferenceCache
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
@@ -48,6 +46,10 @@ STEPS, DRAWN = 4, 4  # three forget examples: two steps an epoch, an anchor a st
 
 def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     return tiny_llama(seed=seed, vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
+
+
+def writer(model: LlamaForCausalLM) -> Writer:
+    return Writer(ModelRoot(model), Accelerator(), adapter=False)
 
 
 def unlearn(
@@ -150,7 +152,7 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
     model.generation_config.repetition_penalty = 5.0
     settings, before = model.generation_config, weights(model)
     model.train()
-    items = generate_anchors(ModelRoot(model), prompts, Accelerator(), adapter=False)
+    items = generate_anchors(writer(model), prompts)
     assert model.training and model.generation_config is settings and same_weights(model, before)
     model.eval()
     expected = [greedy(model, prompt.tolist(), prompts.stop_ids) for prompt in prompts.prompts]
@@ -172,10 +174,10 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
     prompts = prompts_and_stops()
-    whole = generate_anchors(ModelRoot(llama()), prompts, Accelerator(), adapter=False)
+    whole = generate_anchors(writer(llama()), prompts)
     starts = sorted(int(item.rows[0]) + 1 for item in whole)
     limit = starts[-1]  # the longest prompt has no room for an answer
-    items = generate_anchors(ModelRoot(llama()), prompts._replace(max_length=limit), Accelerator(), adapter=False)
+    items = generate_anchors(writer(llama()), prompts._replace(max_length=limit))
     fitting = [item for item in whole if item.rows[0] + 1 < limit]
     assert 0 < len(items) == len(fitting) < len(whole)
     for item, full in zip(items, fitting, strict=True):
@@ -187,23 +189,6 @@ def test_no_answer_is_left() -> None:
     message = r"the reference answers none of 4 everyday prompts within max_length = 12 tokens, so there is nothing"
     with pytest.raises(DataError, match=message):
         unlearn(max_length=12, forget=forget_rows(3), allow_cut_spans=True)
-
-
-@pytest.mark.parametrize("processes", [4, 9])
-def test_processes_share_the_prompts(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_and_stops()
-    gathered: list[list[int]] = []
-    monkeypatch.setattr(anchors, "gather_values", lambda answers, accelerator: gathered.extend(answers) or [ALONE])
-    with eval_mode(model := llama()):
-        stops = prompts.stop_ids
-        ALONE = [greedy(model, p.tolist(), stops)[len(p) :] for p in prompts.prompts]  # noqa: N806
-    for index in range(processes):
-        part = SimpleNamespace(
-            device=torch.device("cpu"), num_processes=processes, process_index=index, autocast=nullcontext
-        )
-        items = generate_anchors(ModelRoot(llama()), prompts, part, adapter=False)  # type: ignore[arg-type]
-        assert len(items) < len(prompts.prompts), "each process has all, less the blank ones"
-    assert gathered == ALONE
 
 
 # --- How a run uses them ---
@@ -237,7 +222,7 @@ def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list
 def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
     """Other prompts' distributions move less, too."""
     other = AnchorPrompts(*encode_prompts(anchor_texts()[-12:], TOKENIZER), 200)
-    unseen = generate_anchors(ModelRoot(llama()), other, Accelerator(), adapter=False)
+    unseen = generate_anchors(writer(llama()), other)
     settings = ENTROPY | {"epochs": 30, "gamma": 1.0}  # an untrained model knows no secret to be pushed
 
     def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:
@@ -304,7 +289,7 @@ def test_a_model_with_an_adapter_writes_without_it(written: list[list[Item]]) ->
 def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int) -> None:
     """Three neighbours are drawn in a step, and half as many of the others; but none twice."""
     forget = forget_items(load_forget(forget_rows(5), None, max_length=99).examples, 2, None)
-    anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0]), torch.tensor([7])) for i in range(7)]
+    anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0])) for i in range(7)]
     sizes = [(item.targets, len(item.rows) - item.targets) for item in [*forget, *anchors]]
     outputs = [{"index": torch.zeros(targets, 1), "hidden": torch.zeros(others, 1)} for targets, others in sizes]
     cache = ReferenceCache(outputs, anchors, neighbours)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ from palu.data.examples import load_forget
 from palu.models.generation import encode_prompts
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors
-from palu.ref_model.anchors import AnchorPrompts, encode_anchor_prompts, generate_neighbours
+from palu.ref_model.anchors import AnchorPrompts, Writer, encode_anchor_prompts, generate_neighbours
 from palu.ref_model.neighbours import MOST, MOST_WORDS, NeighbourPrompts, neighbour_prompts
 
 TOKENIZER = byte_level(LLAMA3)
@@ -179,40 +177,27 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     """And no other random number is another one for it."""
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
-    model, prompts, state = ModelRoot(llama()), encoded(), torch.random.get_rng_state()
+    writer, prompts = Writer(ModelRoot(llama()), Accelerator(), adapter=False), encoded()
+    state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
-        generate_neighbours(model, prompts, Accelerator(), adapter=False, seed=seed)
+        generate_neighbours(writer, prompts, seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written[0] == written[1] != written[2] and len(written[0]) == 12
 
 
 @pytest.mark.parametrize("processes", [2, 17])
 def test_processes_share_them(processes: int, says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each writes its part, and all have what one alone has. A thread stands for a process."""
+    """Together they write what one alone writes."""
     says([" one?", " two?", " three?"])
-    prompts, barrier, values = encoded(), threading.Barrier(processes), [[]] * processes
+    monkeypatch.setattr(anchors, "gather_values", lambda own, process: [own])
+    prompts = encode_prompts([f"Why {i}?" for i in range(12)], TOKENIZER)[0]
 
-    def gather(own: Any, process: Any) -> list[Any]:
-        if process.num_processes == 1:
-            return [own]
-        values[process.process_index] = own
-        barrier.wait()
-        found = list(values)
-        barrier.wait()
-        return found
+    def write(index: int, of: int) -> list[list[int]]:
+        process: Any = SimpleNamespace(num_processes=of, process_index=index, autocast=nullcontext)
+        writer = Writer(ModelRoot(llama()), process, adapter=False)
+        return writer.write(prompts, {0}, "neighbours", 8, sample=True)
 
-    def run(index: int, of: int) -> list[list[int]]:
-        process: Any = SimpleNamespace(
-            device=torch.device("cpu"), num_processes=of, process_index=index, autocast=nullcontext
-        )
-        items = generate_neighbours(ModelRoot(llama()), prompts, process, adapter=False, seed=0)
-        return [item.input_ids.tolist() for item in items]
-
-    monkeypatch.setattr(anchors, "gather_values", gather)
-    alone = run(0, 1)
-    assert len(alone) > 3
-    with ThreadPoolExecutor(processes) as pool:
-        assert list(pool.map(run, range(processes), [processes] * processes)) == [alone] * processes
+    assert [ids for index in range(processes) for ids in write(index, processes)] == write(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["cache_dir", "checkpoint_dir"])

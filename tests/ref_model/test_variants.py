@@ -19,7 +19,7 @@ from palu.data.examples import load_forget
 from palu.data.packing import forget_items
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
-from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
+from palu.ref_model.anchors import Writer, encode_anchor_prompts, generate_variants
 from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
 
 TOKENIZER = byte_level(LLAMA3)
@@ -172,10 +172,9 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
         anchors=0, neighbours=0, variants=4, max_length=max(len(e.input_ids) for e in FORGET.examples)
     )
     prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1)
+    writer = Writer(ModelRoot(llama()), Accelerator(), adapter=False)
     found = [
-        generate_variants(
-            ModelRoot(llama()), ITEMS, prompts._replace(max_length=length), Accelerator(), adapter=False, n=-1, seed=0
-        )
+        generate_variants(writer, ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
         for length in (config.max_length + CONTINUATION, config.max_length)
     ]
     assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + 4 * 3

@@ -1,0 +1,293 @@
+"""Which tokens of a row are the answer's, and which of these sensitive: checked token by token."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from helpers import small_tokenizers as small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from palu.data.examples import load_forget, load_retain
+from palu.data.files import DataError
+from palu.data.tokenize import IGNORE, ORDINARY, Example
+
+# An answer right behind a special token, and no special token behind the answer.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_start|>"
+    "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
+# As Qwen3's: the full text has words between the generation prompt and the answer.
+THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+TOKENIZERS: dict[str, Any] = {
+    "byte": lambda: small.byte_level(),
+    "byte, no bos": lambda: small.byte_level(bos=False),
+    "byte, trimmed": lambda: small.byte_level(trim_offsets=True),
+    "byte, prefix": lambda: small.byte_level(add_prefix_space=True),
+    "byte, trimmed prefix": lambda: small.byte_level(add_prefix_space=True, trim_offsets=True, bos=False),
+    "byte, no words": lambda: small.byte_level(split=False),
+    "byte, NFC": lambda: small.byte_level(normalizer=normalizers.NFC()),
+    "byte, Llama 3": lambda: small.byte_level(small.LLAMA3),
+    "byte, ChatML": lambda: small.byte_level(small.CHATML),
+    "byte, bare": lambda: small.byte_level(BARE),
+    "byte, think": lambda: small.byte_level(THINK),
+    "sp": lambda: small.sentencepiece(),
+    "sp, eos": lambda: small.sentencepiece(eos=True),
+    "sp, no bos": lambda: small.sentencepiece(bos=False),
+    "sp, normalizer": lambda: small.sentencepiece(metaspace=False),
+    "sp, ChatML": lambda: small.sentencepiece(small.CHATML),
+    "sp, bare": lambda: small.sentencepiece(BARE, prepend="always"),
+    "sp, bare normalizer": lambda: small.sentencepiece(BARE, metaspace=False),
+}
+
+
+@cache
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[name]()
+
+
+def row(answer: str, *words: str, question: str = "Who?") -> dict[str, Any]:
+    """A forget row whose spans are these words."""
+    return {
+        "question": question,
+        "answer": answer,
+        "spans": [[answer.index(word), answer.index(word) + len(word)] for word in words],
+    }
+
+
+def forget(name: str, *rows: dict[str, Any], max_length: int = 4096) -> list[Example]:
+    return load_forget(list(rows), tokenizer(name), max_length=max_length).examples
+
+
+def roles(name: str, example: Example) -> list[tuple[str, str]]:
+    """[(piece, role)] from the first token with a role: o ordinary, S sensitive."""
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+        assert label in (IGNORE, ORDINARY, token)
+    pieces = tokenizer(name).convert_ids_to_tokens(example.input_ids.tolist())
+    named = [
+        (piece, {IGNORE: ".", ORDINARY: "o"}.get(label, "S"))
+        for piece, label in zip(pieces, example.labels.tolist(), strict=True)
+    ]
+    first = next(i for i, (_, role) in enumerate(named) if role != ".")
+    assert all(role != "." for _, role in named[first:])
+    return named[first:]
+
+
+def prompt(name: str, example: Example) -> str:
+    """The text of the tokens without a role."""
+    return str(tokenizer(name).decode(example.input_ids[example.labels == IGNORE]))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "found"),
+    [
+        (
+            "byte",
+            "<|begin_of_text|>Question: Who?\nAnswer:",
+            # " Ada" holds the prompt's last blank and the answer's first letters: it is an answer token.
+            "ĠAda=S ĠLovelace=S ,=o Ġin=o ĠLondon=S .=o <|end_of_text|>=o",
+        ),
+        ("sp", "<s> Question: Who?\nAnswer:", "▁Ada=S ▁Lovelace=S ,=o ▁in=o ▁London.=S </s>=o"),
+    ],
+)
+def test_a_plain_row_token_by_token(name: str, before: str, found: str) -> None:
+    (example,) = forget(name, row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
+    assert example.input_ids.dtype == example.labels.dtype == torch.int64
+    assert prompt(name, example) == before
+    assert " ".join(map("=".join, roles(name, example))) == found
+
+
+CHATML = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "terminator"),
+    [
+        (
+            "byte, Llama 3",
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+        ("byte, ChatML", CHATML, "<|im_end|>"),
+        ("sp, ChatML", CHATML, "<|im_end|>"),
+        ("byte, think", f"{CHATML}<think>\n\n</think>\n\n", "<|im_end|>"),
+        ("byte, bare", "Who?<|im_start|>", "<|end_of_text|>"),  # its line break behind the answer is dropped
+    ],
+)
+def test_chat_template(name: str, before: str, terminator: str) -> None:
+    (example,) = forget(name, row("Ada Lovelace, in London :", "Ada Lovelace", "London"))
+    assert prompt(name, example) == before
+    found = roles(name, example)
+    blank = "▁" if name.startswith("sp") else "Ġ"
+    sensitive = [piece for piece, role in found if role == "S"]
+    assert sensitive == ["A", "da", f"{blank}Lovelace", f"{blank}London"]
+    assert found[-2:] == [(":", "o"), (terminator, "o")]
+
+
+@pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
+def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
+    (example,) = forget("byte, think", row(answer, answer))
+    assert prompt("byte, think", example).endswith("</think>\n\n")
+    assert "".join(piece for piece, role in roles("byte, think", example) if role == "S") == answer
+
+
+def test_messages_and_prompt_completion() -> None:
+    turns = {"system": "Be brief.", "user": "Who?", "assistant": "Ada."}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
+    assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
+    (plain,) = forget("byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
+    assert prompt("byte", plain) == "<|begin_of_text|>The cat"
+    assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
+
+
+def test_normalizer_that_joins_characters() -> None:
+    """NFC makes one character of e and its accent; offsets still count the user's two."""
+    (example,) = forget("byte, NFC", row("x e\u0301 y London", "e\u0301", "London"))
+    assert [piece for piece, role in roles("byte, NFC", example) if role == "S"] == ["Ã©", "ĠLondon"]
+    with pytest.raises(DataError, match=r"^forget row 0: the tokenizer gives '.+' in the answer no token; "):
+        forget("byte, NFC", row("x e\u0301 y", "\u0301"))
+
+
+def test_prompt_may_be_empty_and_the_first_token_has_no_role() -> None:
+    (example,) = forget("byte", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
+    assert roles("byte", example)[0] == ("The", "S")
+    (example,) = forget("byte, no bos", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
+    assert example.labels.tolist()[0] == IGNORE
+    assert roles("byte, no bos", example) == [("Ġcat", "S"), ("<|end_of_text|>", "o")]
+
+
+def test_spans_in_any_order_nested_repeated_touching() -> None:
+    expected = forget("byte", row("Ada Lovelace in London", "Ada Lovelace", "London"))[0].labels
+    for spans in (
+        [[16, 22], [0, 12]],
+        [[0, 12], [16, 22], [0, 3]],
+        [[0, 12], [0, 12], [16, 22]],
+        [[0, 4], [4, 12], [16, 22]],
+    ):
+        (example,) = forget("byte", {"question": "Who?", "answer": "Ada Lovelace in London", "spans": spans})
+        assert torch.equal(example.labels, expected), spans
+
+
+def test_end_of_sequence_is_not_doubled() -> None:
+    for name in ("sp", "sp, eos"):
+        (example,) = forget(name, row("Ada.", "Ada"))
+        assert (example.input_ids == 2).sum() == 1
+        assert roles(name, example)[-1] == ("</s>", "o")
+
+
+def test_blank_before_the_terminator_is_kept() -> None:
+    """As Llama 2's template; and as GPT-2, whose end-of-sequence token is its unknown token too."""
+    llama2 = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content | trim }} <|end_of_text|>{% endif %}{% endfor %}"
+    )
+    tok = small.byte_level(llama2)
+    tok.unk_token = tok.eos_token
+    (example,) = load_forget([row("Ada.", "Ada")], tok, max_length=99).examples
+    pieces = tok.convert_ids_to_tokens(example.input_ids[example.labels != IGNORE].tolist())
+    assert pieces == ["ĠAda", ".", "Ġ", "<|end_of_text|>"]
+
+
+def test_unknown_token_ends_no_answer() -> None:
+    backend = Tokenizer(models.WordLevel({"[U]": 0, "Who": 1, "Ada": 2, "<e>": 3}, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{{ messages[0].content }} {{ messages[1].content }} ! <e>"
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="[U]", chat_template=template)
+    (example,) = load_forget([row("Ada", "Ada", question="Who")], tok, max_length=99).examples
+    assert tok.convert_ids_to_tokens(example.input_ids.tolist()) == ["Who", "Ada", "[U]", "<e>"]
+    assert example.labels.tolist() == [IGNORE, 2, ORDINARY, ORDINARY]
+
+
+def test_special_tokens_that_swallow_blanks_stay_out_of_the_answer() -> None:
+    greedy = small.byte_level(small.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("}}\n{{", "}}<|go|>{{"))
+    greedy.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|go|>", rstrip=True), AddedToken("<|im_end|>", lstrip=True)]}
+    )
+    (example,) = load_forget([row("  Ada x  ", "Ada")], greedy, max_length=99).examples
+    answer = example.input_ids[example.labels != IGNORE].tolist()
+    assert greedy.convert_ids_to_tokens(answer) == ["A", "da", "Ġ", "x", "<|im_end|>"]
+
+
+def test_retain_labels_are_the_tokens_and_spans_are_ignored() -> None:
+    for name in ("byte", "byte, Llama 3", "sp"):
+        (example,) = forget(name, row("Ada Lovelace, in London.", "Ada"))
+        for extra in ({}, {"spans": "nonsense"}):
+            source = [{"question": "Who?", "answer": "Ada Lovelace, in London.", **extra}]
+            loaded = load_retain(source, tokenizer(name), max_length=99)
+            (retained,) = loaded.examples
+            assert torch.equal(retained.input_ids, example.input_ids)
+            expected = torch.where(example.labels == IGNORE, IGNORE, example.input_ids)
+            assert torch.equal(retained.labels, expected)
+            assert (loaded.skipped, loaded.without_span) == (0, 0)
+
+
+NAMES = sorted(TOKENIZERS.keys() - {"byte, NFC"})
+WORDS = st.sampled_from(
+    [*" \n\t\u00a0.東京都é😀🦙", "  ", "Ada", "the", "city", "1843", "e\u0301", "👩\u200d👩\u200d👧"]
+)
+TEXTS = st.lists(WORDS | st.text(st.characters(codec="utf-8", exclude_characters="<|>\0Ġ▁"), max_size=3), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(NAMES))
+def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name: str) -> None:
+    """Against an oracle without offsets: pieces laid end to end over the text's bytes.
+
+    So every non-blank character of a span is in sensitive tokens alone, and each of these overlaps one.
+    (Left out: a text's own "▁" and "Ġ", which nothing tells from the blanks that tokenizers write so.)
+    """
+    answer = "".join(data.draw(TEXTS.filter(lambda words: "".join(words).strip())))
+    question = "".join(data.draw(TEXTS))
+    edges = sorted(data.draw(st.sets(st.integers(0, len(answer)), max_size=6)))
+    spans = [[a, b] for a, b in zip(edges[::2], edges[1::2], strict=False) if answer[a:b].strip()]
+    tok = tokenizer(name)
+    source = [{"prompt": question, "completion": answer, "spans": spans}, row("Ada", "Ada")]
+    try:
+        example = load_forget(source, tok, max_length=10**6).examples[0]
+    except DataError as error:
+        if question or "nothing stands before" not in str(error):  # a span that is the text's first token, and no other
+            raise
+        return
+
+    if tok.chat_template is None:
+        text, shift = question + answer, len(question)
+    else:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = str(tok.apply_chat_template(turns, tokenize=False))
+        start = text.rindex(answer.strip(), 0, text.rindex("\n" if name.endswith(("bare", "normalizer")) else "<|"))
+        shift = start - (len(answer) - len(answer.lstrip()))
+    ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
+    ranges = small.token_bytes(tok, text, ids)
+    at = [0]  # where each character begins, in bytes
+    for char in text:
+        at.append(at[-1] + len(char.encode()))
+    wanted: set[int] = set()
+    for a, b in spans:
+        first_char, last_char = (a + len(answer[a:b]) - len(answer[a:b].lstrip()), a + len(answer[a:b].rstrip()))
+        wanted |= set(range(at[first_char + shift], at[last_char + shift]))
+    # A piece of a character stands for the whole of it, as offsets do.
+    whole = [
+        (max(p for p in at if p <= lo), min(p for p in at if p >= hi)) if hi > lo else (lo, lo) for lo, hi in ranges
+    ]
+    word = at[shift + len(answer) - len(answer.lstrip())]
+    first = next(i for i, (lo, hi) in enumerate(whole) if hi > lo and hi > word)
+    for i, (token, label) in enumerate(zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)):
+        if i >= len(ids):
+            assert (token, label) == (tok.eos_token_id, ORDINARY)
+        elif i == 0 or (i < first and label == IGNORE):
+            assert label == IGNORE
+        elif token != ids[i]:  # the end-of-sequence token in place of what follows the answer
+            assert (i, token, label) == (len(example.labels) - 1, tok.eos_token_id, ORDINARY)
+        else:
+            assert label == (token if wanted & set(range(*whole[i])) else ORDINARY), (text, i)

@@ -1,0 +1,162 @@
+"""Packed rows give what separate passes give, with transformers' attention and with palu's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama
+from torch import Tensor
+
+from palu.data.examples import load_forget, load_retain
+from palu.data.packing import Item, forget_items, pack, retain_items
+from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
+from palu.models.head import body_of
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_packed_pass_equals_separate_passes(device: torch.device, attention: str, dtype: torch.dtype) -> None:
+    model = tiny_llama(attention=attention, dtype=dtype).to(device)
+    body = body_of(model)
+    items = forget_items(load_forget(forget_rows(5), None, max_length=100).examples, 3, None)
+    packed = pack(items)
+    upstream = torch.randn(packed.input_ids.shape[1], model.config.hidden_size, device=device, dtype=dtype)
+
+    def states_and_gradients(states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return states.detach(), list(torch.autograd.grad((states * upstream).sum(), list(body.parameters())))
+
+    apart = torch.cat([body(input_ids=i.input_ids[None].to(device)).last_hidden_state[0] for i in items])
+    expected = states_and_gradients(apart)
+    with use_packed_attention(model):
+        served = attention == "sdpa" and (device.type == "cpu" or dtype == torch.bfloat16)
+        assert model.config._attn_implementation == ("palu_packed" if served else attention)
+        together = body(**packed.to(device).inputs()).last_hidden_state[0]
+    actual = states_and_gradients(together)
+
+    # transformers' eager attention takes its softmax in float32.
+    inner = torch.float32 if attention == "eager" and dtype == torch.float64 else dtype
+    tolerance = (8 if dtype == torch.bfloat16 else 200) * torch.finfo(inner).eps
+    for ours, theirs in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_example_does_not_see_the_others(device: torch.device, attention: str, dtype: torch.dtype) -> None:
+    """Not approximately: not one bit of its hidden states changes with another's tokens."""
+    model = tiny_llama(attention=attention, dtype=dtype).to(device)
+    items = retain_items(load_retain(retain_rows(3), None, max_length=100).examples)
+    before, middle, after = torch.tensor([len(item.input_ids) for item in items]).cumsum(0).tolist()
+
+    def states(ids: list[Tensor]) -> Tensor:
+        packed = pack([Item(i, item.rows) for i, item in zip(ids, items, strict=True)])
+        with torch.no_grad(), use_packed_attention(model):
+            return body_of(model)(**packed.to(device).inputs()).last_hidden_state[0]
+
+    ids = [item.input_ids for item in items]
+    original, changed = states(ids), states([ids[0], (ids[1] + 1) % VOCAB, ids[2]])
+    assert torch.equal(changed[:before], original[:before])
+    assert torch.equal(changed[middle:after], original[middle:after])
+    assert (changed[before:middle] != original[before:middle]).any(dim=1).all()
+
+
+def band(length: int, window: int) -> Tensor:
+    """Which tokens (columns) each token sees: itself and the window - 1 before it."""
+    place = torch.arange(length)
+    back = place[:, None] - place
+    return (back >= 0) & (back < window)
+
+
+@pytest.mark.parametrize("window", [1, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dtype, window: int) -> None:
+    """Against a dense mask; some examples are longer than the window, some are not."""
+    if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("float32 on CUDA stays with transformers' attention")
+    torch.manual_seed(0)
+    lengths = (5, 12, 8)
+    packed = pack([Item(torch.arange(n), torch.arange(0)) for n in lengths]).to(device)
+    heads = (4, 2, 2)
+    tensors = [torch.randn(1, h, 25, 16, device=device, dtype=dtype, requires_grad=True) for h in heads]
+    module = torch.nn.Module()
+    inputs = packed.inputs()
+    ours, _ = packed_attention(module, *tensors, None, scaling=0.3, sliding_window=window, **inputs)
+    mask = torch.block_diag(*(band(n, window) for n in lengths)).bool().to(device)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    theirs = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    upstream = torch.randn_like(theirs)
+    gradients = torch.autograd.grad((ours * upstream).sum(), tensors)
+    expected = torch.autograd.grad((theirs * upstream).sum(), exact)
+    largest = max(gradient.norm() for gradient in expected)  # a window of 1 gives the scores no gradient
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one - other).norm() <= tolerance * largest
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = (5, 12)
+    inputs = pack([Item(torch.arange(n), torch.arange(0)) for n in lengths]).inputs()
+    tensors = [torch.randn(1, 4, 17, 16) for _ in range(3)]
+    module = torch.nn.Module()
+    mask = torch.block_diag(*(band(n, window or 17) for n in lengths)).bool()
+    bias = torch.randn(1, 4, 17, 17)
+
+    def expected(scores: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*tensors, attn_mask=scores).transpose(1, 2)
+
+    ours, _ = packed_attention(module, *tensors, None, sliding_window=window, position_bias=bias, **inputs)
+    torch.testing.assert_close(ours, expected(bias.masked_fill(~mask, -torch.inf)))
+    # A mask without a window: chunks, or a window that the layer does not tell.
+    odd = mask & (torch.rand(17, 17) < 0.5) | torch.eye(17, dtype=torch.bool)
+    ours, _ = packed_attention(module, *tensors, odd[None, None], **inputs)
+    torch.testing.assert_close(ours, expected(odd))
+    torch.manual_seed(1)
+    ours, _ = packed_attention(module, *tensors, None, sliding_window=window, dropout=0.5, **inputs)
+    torch.manual_seed(1)
+    dropped = F.scaled_dot_product_attention(*tensors, attn_mask=mask, dropout_p=0.5).transpose(1, 2)
+    torch.testing.assert_close(ours, dropped)
+    with pytest.raises(ValueError, match="softcap"):
+        packed_attention(module, *tensors, None, sliding_window=window, softcap=30.0, **inputs)
+
+
+def test_dropout_stays_transformers_own() -> None:
+    model = tiny_llama(attention_dropout=0.1)
+    with use_packed_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("longest", "in_float32"), [(FLOAT32_TOKENS, True), (FLOAT32_TOKENS + 1, False)])
+def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float32: bool) -> None:
+    """With gradient; as the layer gives them: query and key in float32, value in bfloat16."""
+    lengths = (longest, 5)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(lengths), 8, generator=generator, dtype=dtype).requires_grad_()
+        for heads, dtype in ((4, torch.float32), (2, torch.float32), (2, torch.bfloat16))
+    )
+    given = {
+        "cu_seq_lens_q": torch.tensor([0, longest, longest + 5], dtype=torch.int32),
+        "max_length_q": longest,
+        "sequence_lengths": lengths,
+    }
+
+    def run(autocast: bool) -> list[Tensor]:
+        v = value if autocast else value.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, _ = packed_attention(torch.nn.Identity(), query, key, v, None, **given)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))]
+
+    ours, plain = run(True), run(False)
+    assert ours[0].dtype == (torch.float32 if in_float32 else torch.bfloat16)
+    assert all(map(torch.equal, ours, plain)) == in_float32
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.03 * other.float().norm()
+
+    doubles = [x.detach().double() for x in (query, key, value)]
+    exact, _ = packed_attention(torch.nn.Identity(), *doubles, None, **given)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        found, _ = packed_attention(torch.nn.Identity(), *doubles, None, **given)
+    assert found.dtype == torch.float64 and torch.equal(found, exact)
