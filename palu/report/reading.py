@@ -105,9 +105,9 @@ def _lost(audit: Json) -> str | None:
 
 
 def evaluations(folder: Path) -> list[Json]:
-    """Read the aggregates of each evaluation in the folder: {file, column, about, values, retain_model, reasons}.
+    """Read the evaluations in the folder, each of one model, those from before the run first.
 
-    Those from before the run come first. ``retain_model`` holds the value of the retain model where a metric has it.
+    Each is {file, column, about, entries}, with the entries that have an aggregate by name.
     """
     found = []
     paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
@@ -119,25 +119,18 @@ def evaluations(folder: Path) -> list[Json]:
         about = results.get("palu", {})
         subject = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
         column = path.name.removesuffix(".gz").removesuffix(".json")
-        found.append({"file": path.name, "column": column, "about": subject, **_aggregates(results)})
-        for name in OTHERS:  # an evaluation on one's own questions
-            if name in results:
-                other = name.replace("_", " ")
-                more = {"column": f"{column}, {other}", "about": f"{subject} ({other})"}
-                found.append({"file": path.name, **more, **_aggregates(results[name])})
+        # Others than the unlearned model: of an evaluation on one's own questions.
+        for name, part in {"": results, **{name: results[name] for name in OTHERS if name in results}}.items():
+            other = name.replace("_", " ")
+            found.append(
+                {
+                    "file": path.name,
+                    "column": f"{column}, {other}" if other else column,
+                    "about": f"{subject} ({other})" if other else subject,
+                    "entries": {n: one for n, one in part.items() if isinstance(one, Mapping) and "agg_value" in one},
+                }
+            )
     return found
-
-
-def _aggregates(results: Mapping[str, Any]) -> Json:
-    """Choose the entries that have an aggregate: {values, retain_model, reasons}, by name."""
-    entries = {name: one for name, one in results.items() if isinstance(one, Mapping) and "agg_value" in one}
-    return {
-        "values": {name: entry["agg_value"] for name, entry in entries.items()},
-        "retain_model": {
-            name: entry["retain_model"]["agg_value"] for name, entry in entries.items() if "retain_model" in entry
-        },
-        "reasons": {name: entry["reason"] for name, entry in entries.items() if entry.get("reason")},
-    }
 
 
 def asked_questions(folder: Path) -> Json | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
 
 from palu.data.matching import Span, find, letters, split_at
 from palu.report.reading import Json
@@ -23,13 +22,9 @@ class Redaction:
         self.secrets = [(letters(secret)[0], secret) for secret in sorted(set(secrets))]
         self.spans = cache(self._spans)
 
-    def __call__(self, value: Any) -> Any:
-        """Redact a text, or every text in a value of JSON."""
-        if isinstance(value, str):
-            return blot(value, self.spans(value))
-        if isinstance(value, list):
-            return [self(one) for one in value]
-        return {self(name): self(one) for name, one in value.items()} if isinstance(value, dict) else value
+    def __call__(self, text: str) -> str:
+        """Redact a text."""
+        return blot(text, self.spans(text))
 
     def _spans(self, text: str) -> list[Span]:
         there = " ".join(letters(text))  # looked at first, for speed
@@ -46,7 +41,7 @@ def texts_to_hide(record: Json, audit: Json | None, asked: Json | None) -> set[s
 
     An earlier palu recorded no marked texts; in their place are its secrets, which neighbours have in one.
     """
-    recorded = record.get("marked", [secret["text"] for secret in record["secrets"] if secret["text"] is not None])
+    hidden = set(record.get("marked", [secret["text"] for secret in record["secrets"] if secret["text"] is not None]))
     if audit:
-        recorded = [*recorded, *audit["marked"], *(secret["text"] for secret in audit["secrets"])]
-    return {*recorded, *(asked["marked"] if asked else ())}
+        hidden |= {*audit["marked"], *(secret["text"] for secret in audit["secrets"])}
+    return hidden | set(asked["marked"] if asked else ())

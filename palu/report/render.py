@@ -18,10 +18,9 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from palu.report import view, words
-from palu.report.layout import CARD, folders_of
+from palu.report.layout import CARD, RECORD, folders_of
 from palu.report.plots import number
-from palu.report.reading import asked_questions, read_audit, read_run
-from palu.report.redact import Redaction, texts_to_hide
+from palu.report.reading import RecordError
 
 HERE = Path(__file__).parent
 
@@ -41,6 +40,9 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
     """
     folder = folders_of(run_dir).private
     shown = view.page(folder, redact=redact)
+    if redact and "marked" not in shown["record"]:
+        subject = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
+        raise RecordError(f"{subject}, so that no report can be redacted; run palu unlearn again")
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     path = folder / ("report-redacted.html" if redact else "report.html")
     _write(path, "report.html.jinja", autoescape=True, style=style, **shown)
@@ -54,9 +56,8 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     RecordError as :func:`write_report`.
     """
     folders = folders_of(run_dir)
-    record, summary, _ = read_run(folders.private)
-    model, audit, asked = record["model"], read_audit(folders.private), asked_questions(folders.private)
-    common = view.shared(folders.private, record, summary, audit, Redaction(texts_to_hide(record, audit, asked)))
+    shown = view.page(folders.private, redact=True)
+    model = shown["record"]["model"]
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
         library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
@@ -65,9 +66,7 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         tags=["unlearning", "machine-unlearning", "palu"],
     )
     path = folders.model / CARD
-    changed = [row for row in common["settings"] if row[3]]
-    shown = common | {"metadata": metadata.to_yaml(), "settings": changed}
-    _write(path, "card.md.jinja", autoescape=False, **shown)
+    _write(path, "card.md.jinja", autoescape=False, metadata=metadata.to_yaml(), **shown)
     return path
 
 

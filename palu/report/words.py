@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from palu.config import UnlearnConfig
@@ -205,15 +205,18 @@ def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
     return f"{rows}; allow more epochs, or raise the learning rate (docs/outcome.md)" if left else ""
 
 
-def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """List the settings that have a part in the result: (name, value, default, whether they differ)."""
+def settings(config: Mapping[str, Any], hide: Callable[[str], str] = str) -> list[tuple[str, str, str, bool]]:
+    """List the settings that have a part in the result: (name, value, default, whether they differ).
+
+    hide: blots the secrets out of mappings, which alone hold the user's texts.
+    """
     objective = config.get("objective", "palu")
     defaults = UnlearnConfig(objective).values() if objective in METHODS else {}  # else of a class that is not here
     rows = []
     for name, value in config.items():
         if name not in FREE:
             default = "palu" if name == "objective" else defaults.get(name, value)
-            rows.append((name, _shown(value), _shown(default), value != default))
+            rows.append((name, _shown(value, hide), _shown(default, hide), value != default))
     return rows
 
 
@@ -242,11 +245,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, hide: Callable[[str], str]) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
+        return hide(json.dumps(value, ensure_ascii=False))
     return f"{value:g}" if isinstance(value, float) else str(value)
