@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,16 +56,9 @@ def _parse(path: Path, text: str, fix: str = _RESTORE) -> Json:
 
 
 # What is shown of an audit, and of what kind it is.
-_AUDIT: dict[str, type] = {
-    "secrets": list,
-    "marked": list,
-    "attacks": list,
-    "models": dict,
-    "notes": list,
-    "left_out": dict,
-}
-_SECRET: dict[str, type] = {"text": str, "question": str}
-_ATTACK: dict[str, type] = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
+_AUDIT = {"secrets": list, "marked": list, "attacks": list, "models": dict, "notes": list, "left_out": dict}
+_SECRET = {"text": str, "question": str}
+_ATTACK = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
 _AGAIN = "run palu audit again, or delete it"
 
 
@@ -77,31 +70,32 @@ def read_audit(folder: Path) -> Json | None:
     audit = _parse(path, _text(path, _AGAIN, _AGAIN), _AGAIN)
     if audit.get("format") != AUDIT_FORMAT:
         raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_AGAIN}")
-    if (lost := _lost(audit)) is not None:
+    for lost in _lost(audit):
         raise RecordError(f"{path} is damaged ({lost}); {_AGAIN}")
     return audit
 
 
-def _lost(audit: Json) -> str | None:
-    """Say what an audit lacks of what is shown of it; None: nothing."""
-    parts: list[tuple[str, Any, dict[str, type]]] = [("it", audit, _AUDIT)]
-    if all(isinstance(audit.get(name), list) for name in ("secrets", "attacks")):
-        parts += [(f"secret {i}", one, _SECRET) for i, one in enumerate(audit["secrets"])]
-        parts += [(f"attack {i}", one, _ATTACK) for i, one in enumerate(audit["attacks"])]
-    for name, part, shape in parts:
-        for key, kind in shape.items():
-            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
-                return f"{name} has no {key}"
-    for row in audit["attacks"]:
+def _lost(audit: Json) -> Iterator[str]:
+    """Say what an audit lacks of what is shown of it; not to be asked for more after the first."""
+    yield from _missing("it", audit, _AUDIT)
+    for i, secret in enumerate(audit["secrets"]):
+        yield from _missing(f"secret {i}", secret, _SECRET)
+    for i, row in enumerate(audit["attacks"]):
+        yield from _missing(f"attack {i}", row, _ATTACK)
         if row["verdict"] not in get_args(Verdict):
-            return f"verdict {row['verdict']!r} of {row['name']} is none"
+            yield f"verdict {row['verdict']!r} of {row['name']} is none"
         if not {"value", "low", "high"} <= row["rho"].keys():
-            return f"rho of {row['name']} has not value, low and high"
+            yield f"rho of {row['name']} has not value, low and high"
         for role, of_model in row["models"].items():
             for key in ("values", "evidence"):
                 if of_model.get(key) and len(of_model[key]) != len(audit["secrets"]):
-                    return f"{key} of {row['name']} on {role} are not one for each secret"
-    return None
+                    yield f"{key} of {row['name']} on {role} are not one for each secret"
+
+
+def _missing(name: str, part: Any, shape: Mapping[str, type]) -> Iterator[str]:
+    for key, kind in shape.items():
+        if not isinstance(part, dict) or not isinstance(part.get(key), kind):
+            yield f"{name} has no {key}"
 
 
 def evaluations(folder: Path) -> list[Json]:

@@ -43,7 +43,7 @@ from palu.report.layout import MODEL, RECORD, make_private
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
 
-FORMAT = 1
+FORMAT = 2
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
 GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to unless it asks for all

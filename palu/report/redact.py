@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from palu.data.matching import Span, find, letters, split_at
 from palu.report.reading import Json
@@ -22,9 +23,13 @@ class Redaction:
         self.secrets = [(letters(secret)[0], secret) for secret in sorted(set(secrets))]
         self.spans = cache(self._spans)
 
-    def __call__(self, text: str) -> str:
-        """Redact a text."""
-        return blot(text, self.spans(text))
+    def __call__(self, value: Any) -> Any:
+        """Redact a text, or every text in a value of JSON."""
+        if isinstance(value, str):
+            return blot(value, self.spans(value))
+        if isinstance(value, list):
+            return [self(one) for one in value]
+        return {self(name): self(one) for name, one in value.items()} if isinstance(value, dict) else value
 
     def _spans(self, text: str) -> list[Span]:
         there = " ".join(letters(text))  # looked at first, for speed
@@ -37,11 +42,8 @@ def blot(text: str, spans: Iterable[Span]) -> str:
 
 
 def texts_to_hide(record: Json, audit: Json | None, asked: Json | None) -> set[str]:
-    """Collect what is marked in the sets of a run, its audit and its evaluation.
-
-    An earlier palu recorded no marked texts; in their place are its secrets, which neighbours have in one.
-    """
-    hidden = set(record.get("marked", [secret["text"] for secret in record["secrets"] if secret["text"] is not None]))
+    """Collect what is marked in the sets of a run, its audit and its evaluation."""
+    hidden = set(record["marked"])
     if audit:
         hidden |= {*audit["marked"], *(secret["text"] for secret in audit["secrets"])}
     return hidden | set(asked["marked"] if asked else ())

@@ -21,8 +21,6 @@ KNOWN = 0.01  # a secret this probable is known, even where greedy decoding woul
 FLOOR = 1e-8  # where the scale of probabilities ends
 # Lower ends of the histogram's bins; the last one holds the rest.
 BINS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
-OPEN_ROWS = 12  # of a table, before the rest is folded away
-OPEN_EXAMPLES = 6
 TABLE_ROWS = 50  # of the history, at most
 _WHEN = ("before", "after")
 
@@ -42,8 +40,8 @@ def outcome(record: Json) -> Json:
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
     total, forgotten = len(before), len(before) - len(left)
-    general = record.get("general", {})  # not in an earlier palu's record
-    own = general["after"] / general["before"] if general.get("before") else None
+    general = record["general"]
+    own = general["after"] / general["before"] if general["before"] else None
     damaged = own is not None and own < INTACT
     if not before:
         headline = "No secret was known before the run"
@@ -74,7 +72,7 @@ def outcome(record: Json) -> Json:
 
 def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
     """Count the secrets that were told in one way, before and after, of those that could be."""
-    asked = [s for s in secrets if all(s[when].get(how) is not None for when in _WHEN)]  # an earlier record has none
+    asked = [s for s in secrets if all(s[when].get(how) is not None for when in _WHEN)]
     return {when: sum(s[when][how] for s in asked) for when in _WHEN} | {"of": len(asked)}
 
 
@@ -126,11 +124,11 @@ def page(folder: Path, *, redact: bool) -> Json:
         "told": told_line(found),
         "words_told": words.TOLD,
         "known": KNOWN,
-        "asked": words.asked(summary),
         "method": words.method(config),
-        "settings": words.settings(config, hide),
+        # Texts are in mappings alone; JSON would hide them from the redaction.
+        "settings": words.settings({n: hide(one) if isinstance(one, dict) else one for n, one in config.items()}),
         "secrets": [_secret(one, redact) for one in secrets],
-        "histogram": histogram(secrets) if len(secrets) > OPEN_ROWS else [],
+        "histogram": histogram(secrets),
         "retained": [_bar(one, decades=False) for one in retained],
         "answers": {"forget": forget, "retain": [_answer(one, ()) for one in record["answers"]["retain"]]},
         "examples": [_example(one, hide, redact) for one in record["examples"]],
@@ -139,10 +137,8 @@ def page(folder: Path, *, redact: bool) -> Json:
         "evaluations": evaluated,
         "metrics": _metric_table(evaluated, hide),
         "questions": asked,
-        "charts": charts(history, summary.get("evaluation_before", {}), words.series(config), hide),
+        "charts": charts(history, summary["evaluation_before"], words.series(config), hide),
         "history": _table(history),
-        "open_rows": OPEN_ROWS,
-        "open_examples": OPEN_EXAMPLES,
     }
 
 
@@ -176,7 +172,9 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
     for high, low in zip((math.inf, *BINS), BINS, strict=False):
         counts = {when: sum(low <= s[when]["probability"] < high for s in secrets) for when in _WHEN}
         label = f"below {number(high)}" if not low else f"at least {number(low)}"
-        rows.append({"label": label, "count": counts, "share": {w: 100 * n / len(secrets) for w, n in counts.items()}})
+        rows.append(
+            {"label": label, "count": counts, "share": {w: 100 * n / max(len(secrets), 1) for w, n in counts.items()}}
+        )
     return rows
 
 
@@ -230,15 +228,13 @@ def charts(
     names = dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED)
     result = []
     for name in names:
-        # An evaluation has figures at some steps only.
-        sparse = name.startswith(EVAL_PREFIX)
-        records = enumerate([{"step": 0} | before, *history])
-        held = [(i, record) for i, record in records if (name in record if sparse else i)]
-        values = [_float(record.get(name)) for _, record in held]
+        records = history
+        if name.startswith(EVAL_PREFIX):  # an evaluation has figures at some steps only
+            records = [record for record in ({"step": 0} | before, *history) if name in record]
+        steps, values = [record["step"] for record in records], [_float(record.get(name)) for record in records]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is said in words
-        steps = [int(record.get("step", i)) for i, record in held]
         title = titles[name] if name in titles else hide(name)
         label = f"{title}: no finite value"
         if finite:
