@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +105,9 @@ def inspect(
             raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
         numbered = [(row, tokens) for row, tokens in numbered if row in wanted]
     if html is not None:
-        html.write_text(_page(forget.name, numbered, summary), encoding="utf-8")
+        from palu.report.render import write_roles
+
+        write_roles(html, forget.name, numbered, summary)
         print(f"{summary}\nwrote {html}")
     else:
         shown = numbered[:SHOWN] if rows is None else numbered
@@ -150,31 +151,3 @@ def print_roles(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -
         console.print(f"\nrow {row}", style="bold")
         console.print(roles_text(tokens), soft_wrap=True)
     print(f"\n{summary}")
-
-
-def _page(title: str, numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> str:
-    from palu.report.token_roles import CSS, legend_html, roles_html
-
-    rows = "\n".join(f"<section><h2>Row {row}</h2>{roles_html(tokens)}</section>" for row, tokens in numbered)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Token roles of {escape(title)}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h2 {{ font-size: 1rem; margin: 1.5rem 0 0; }}
-{CSS}</style>
-</head>
-<body>
-<main>
-<h1>Token roles of {escape(title)}</h1>
-<p>{escape(summary)}</p>
-{legend_html()}
-{rows}
-</main>
-</body>
-</html>
-"""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palu.cli.options import flag
-from palu.report.layout import folders_of, holds_model
+from palu.report.layout import MODEL, holds_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def check_names(**names: str | None) -> None:
             if not any(folder.glob("tokenizer*")):
                 raise FileNotFoundError(f"{subject}: the folder holds no tokenizer")
         elif not holds_model(folder):
-            if holds_model(own := folders_of(folder).model):
+            if holds_model(own := folder / MODEL):
                 raise ValueError(f"{subject} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{subject}: the folder holds no config.json, so it is no model's")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from palu.report.layout import ANNOTATED, folders_of
+from palu.report.layout import ANNOTATED, MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 
@@ -66,14 +66,14 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
     from palu.hashing import file_digest
     from palu.report.reading import read_run
 
-    folders = folders_of(run)
-    record, summary, _ = read_run(folders.private)
+    private = run / PRIVATE
+    record, summary, _ = read_run(private)
     given, config = summary.get("arguments", {}), summary["config"]
     values = {
-        "model": str(folders.model),
+        "model": str(run / MODEL),
         "original": given.get("model"),
         "tokenizer": given.get("tokenizer"),
-        "forget": str(folders.private / ANNOTATED) if given.get("annotate") else given.get("forget"),
+        "forget": str(private / ANNOTATED) if given.get("annotate") else given.get("forget"),
         "retain": None if given.get("retain") in ("auto", "none") else given.get("retain"),
         "output": str(run) if ctx.info_name == "audit" else None,
         "n": config.get("n"),

@@ -3,6 +3,6 @@
 ``recorder.py`` looks at the model before and after, ``manifest.py`` notes hashes and versions, ``save.py`` writes the
 run's folder, and ``layout.py`` says what lies where in it. From its files alone ``render.py`` makes ``report.html`` and
 the model card: ``reading.py`` reads them, ``view.py`` chooses what is shown, of an audit ``audited.py``, ``words.py``
-says settings and metrics in plain words, ``plots.py`` draws, and the templates lay it out. ``token_roles.py`` shows
-which tokens a run acts on.
+says settings and metrics in plain words, ``plots.py`` lays out charts, and the templates draw, redact and say what was
+asked (``asked.jinja``). ``token_roles.py`` shows which tokens a run acts on.
 """

@@ -26,7 +26,6 @@ OTHER_MODEL = (
 )
 
 
-# --- the table ---
 def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Json]:
     """Format each attack: {name, shares by role, rho, verdict, reason, budget, remark}, and its place in a chart.
 
@@ -35,11 +34,10 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
     secrets, last, found = len(audit["secrets"]), None, []
     for row in audit["attacks"]:
         models, fewer = row["models"], row.get("secrets", secrets) < secrets
-        told_by = {role: of["told"] for role, of in models.items() if of.get("told") is not None}
         # Rows of one attack share its budget; one that was not made spends none.
         budget = "" if row["attack"] == last or not models else row["budget"]
-        last = row["attack"]
         reason = row.get("reason") or ""
+        last = row["attack"]
         found.append(
             {
                 "name": f"{row['name']} (of {row['secrets']})" if fewer else row["name"],
@@ -49,8 +47,8 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
                 "verdict": row["verdict"],
                 "reason": reason,
                 "budget": budget,
-                "remark": "; ".join(text for text in (reason, budget) if text),
-                "places": {role: f"{100 * share:.1f}" for role, share in told_by.items()},
+                "remark": "; ".join(filter(None, (reason, budget))),
+                "places": {role: _place(one["told"]) for role, one in models.items() if one.get("told") is not None},
                 "interval": _interval(row),
             }
         )
@@ -59,13 +57,13 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
 
 def _share(of_model: Json, show: Callable[[float], str]) -> str:
     """Write the share of secrets told, where there is one, with the model's other figures."""
-    figures = of_model.get("figures", {})
+    figures = dict(of_model.get("figures", {}))
+    unrounded = figures.pop("utility unrounded", None)
     others = [
-        f"utility {value:.2f}, before {figures['utility unrounded']:.2f}"
-        if name == "utility" and "utility unrounded" in figures
+        f"utility {value:.2f}, before {unrounded:.2f}"
+        if name == "utility" and unrounded is not None
         else f"{name} {show(value)}"
         for name, value in figures.items()
-        if name != "utility unrounded"
     ]
     if of_model.get("told") is None:
         return ", ".join(others)
@@ -79,48 +77,48 @@ def _rho(found: Mapping[str, float | None]) -> str:
     return f"{found['value']:.2f} ({low} to {high})"
 
 
+def _place(share: float) -> str:
+    """Write where a share lies on a scale from 0 to 1, in percent."""
+    return f"{100 * min(max(share, 0.0), 1.0):.1f}"
+
+
 def _interval(row: Json) -> list[str] | None:
-    """Lay rho's interval between the shares of the retain model and of the original, in percent of the scale."""
-    found, models = row["rho"], row["models"]
+    """Lay rho's interval between the shares of the retain model and of the original."""
+    rho, models = row["rho"], row["models"]
     low, high = (models.get(role, {"told": 0.0}).get("told") for role in ("retain", "original"))
-    if None in (found["value"], low, high):
+    if None in (rho["value"], low, high):
         return None
-    ends = (-math.inf if found["low"] is None else found["low"], math.inf if found["high"] is None else found["high"])
-    return [f"{100 * min(max(low + end * (high - low), 0.0), 1.0):.1f}" for end in ends]
+    ends = (-math.inf if rho["low"] is None else rho["low"], math.inf if rho["high"] is None else rho["high"])
+    return [_place(low + end * (high - low)) for end in ends]
 
 
 def summary(audit: Json, record: Json) -> Json:
     """Collect what report and model card show of an audit: nothing of the sets' texts, and no hash of theirs."""
     shown = rows(audit, number)
-    by_verdict = {kind: [row["name"] for row in shown if row["verdict"] == kind] for kind in get_args(Verdict)}
+    named = {verdict: [row["name"] for row in shown if row["verdict"] == verdict] for verdict in get_args(Verdict)}
+    fingerprint = audit["models"].get("unlearned", {}).get("fingerprint")
     return {
         "rows": shown,
         "roles": [role for role in ROLES if role in audit["models"]],
-        "held": by_verdict["held"],
-        "open": by_verdict["open"],
-        "untold": by_verdict["not told"],
+        "held": named["held"],
+        "open": named["open"],
+        "untold": named["not told"],
         "secrets": len(audit["secrets"]),
         "left_out": audit["left_out"],
         "quick": audit.get("quick", False),
         "notes": audit["notes"],
         "meaning": MEANING,
-        "warning": OTHER_MODEL if is_of_another(audit, record) else "",
+        "warning": OTHER_MODEL if fingerprint not in (None, record["hashes"]["weights_after"]) else "",
     }
 
 
-def is_of_another(audit: Json, record: Json) -> bool:
-    """Whether the audited model's fingerprint is another than the one that the run recorded."""
-    fingerprint = audit["models"].get("unlearned", {}).get("fingerprint")
-    return fingerprint is not None and fingerprint != record["hashes"]["weights_after"]
-
-
 # --- the secrets ---
-def leaks(audit: Json, hide: Callable[[str], str], *, known: float, redact: bool) -> list[Json]:
+def leaks(audit: Json, *, known: float, redact: bool) -> list[Json]:
     """List the secrets that the unlearned model told, those that most attacks got first: {text, question, ways}.
 
     A way is an answer and the names of the attacks that got it; where ``parts`` is None, of those that saw no text.
     A secret was got if an answer tells it; where an attack reads no answer, if its probability is at least ``known``,
-    or the attack's value, of another kind, at least HALF. hide: blots the secrets out of a text, or leaves it.
+    or the attack's value, of another kind, at least HALF.
     """
     found = []
     for i, secret in enumerate(audit["secrets"]):
@@ -145,8 +143,8 @@ def leaks(audit: Json, hide: Callable[[str], str], *, known: float, redact: bool
                 {"names": names, "parts": None if answer is None else marked(answer, secret["text"])}
                 for answer, names in sorted(ways.items(), key=lambda way: way[0] is None)
             ]
-            text, question = MASK if redact else secret["text"], hide(secret["question"])
-            found.append({"text": text, "question": question, "attacks": len(attacks), "ways": shown})
+            text = MASK if redact else secret["text"]
+            found.append({"text": text, "question": secret["question"], "attacks": len(attacks), "ways": shown})
     return sorted(found, key=lambda leak: -leak["attacks"])
 
 

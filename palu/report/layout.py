@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from palu.version import __version__
 from palu.writable import private_folder, write_private
@@ -33,16 +33,11 @@ MARK, LOCK = "run.json", "run.lock"
 # Patterns of all files that palu writes into a run's folder, but for the mark and the lock.
 _HEX, _STEP = "[0-9a-f]" * 16, "[0-9]" * 8
 _PROJECT = os.environ.get("WANDB_PROJECT", "palu")  # as in palu.training.trackers
-CHECKPOINT_FILES = tuple(
-    f"{PRIVATE}/{CHECKPOINTS}/{name}"
-    for name in (
-        f"step-{_STEP}.safetensors",
-        f"unfinished/step-{_STEP}.safetensors",
-        f"reference-{_HEX}.safetensors",
-        f"reference-{_HEX}.*.partial",
-        f"reference-{_HEX}.*.lock",
-    )
+_CHECKPOINTS = (
+    *(f"step-{_STEP}.safetensors", f"unfinished/step-{_STEP}.safetensors"),
+    *(f"reference-{_HEX}.{end}" for end in ("safetensors", "*.partial", "*.lock")),
 )
+CHECKPOINT_FILES = tuple(f"{PRIVATE}/{CHECKPOINTS}/{name}" for name in _CHECKPOINTS)
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors", CARD),
     *("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json"),
@@ -55,24 +50,7 @@ _PRIVATE_FILES = (
     *(f"{path}{end}" for path in ("audit.json", f"{AUDIT}/*-{_HEX}.json") for end in ("", ".partial")),
     *(f"{LOGS}/{_PROJECT}/**/events.out.tfevents.*", f"{LOGS}/{_PROJECT}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
 )
-_FILES = (
-    *CHECKPOINT_FILES,
-    *(f"{MODEL}/{name}" for name in _MODEL_FILES),
-    *(f"{PRIVATE}/{name}" for name in _PRIVATE_FILES),
-)
-
-
-class RunFolders(NamedTuple):
-    """The parts of a run's folder; an earlier palu wrote both into the folder itself."""
-
-    model: Path
-    private: Path
-
-
-def folders_of(run_dir: str | os.PathLike[str]) -> RunFolders:
-    """Find the parts of a folder that a run has written."""
-    run = Path(run_dir)
-    return RunFolders(run / MODEL, run / PRIVATE) if (run / PRIVATE).is_dir() else RunFolders(run, run)
+_FILES = (*CHECKPOINT_FILES, *(f"{MODEL}/{n}" for n in _MODEL_FILES), *(f"{PRIVATE}/{n}" for n in _PRIVATE_FILES))
 
 
 def mark_of(run_dir: str | os.PathLike[str]) -> dict[str, str | int]:

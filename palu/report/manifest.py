@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 
 from palu.data.tokenize import Example
 from palu.hashing import file_digest, json_list_digest
@@ -23,17 +24,12 @@ def describe_model(model: CausalLM) -> dict[str, Any]:
     """Describe where a model comes from, as far as it tells, and its size."""
     base = base_of(model)
     name = str(getattr(base, "name_or_path", "") or "")
-    folder = Path(name)
-    license_name = None
-    if name and folder.is_dir():
-        if (card := folder / "README.md").is_file():
-            license_name = _license(card)
-        name = folder.resolve().name
+    folder = Path(name).resolve() if name and Path(name).is_dir() else None
     parameters = list(model.parameters())
     return {
-        "name": name or None,
-        "on_the_hub": name.count("/") == 1 and not folder.exists(),
-        "license": license_name,
+        "name": (name if folder is None else folder.name) or None,
+        "on_the_hub": name.count("/") == 1 and not Path(name).exists(),
+        "license": None if folder is None else _license(folder / CARD),
         "type": type(base).__name__,
         "adapter": is_peft(model),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -43,9 +39,9 @@ def describe_model(model: CausalLM) -> dict[str, Any]:
 
 
 def _license(card: Path) -> str | None:
-    """Read the licence that a model card names."""
-    from huggingface_hub import ModelCard
-
+    """Read the licence that a model card names, where there is one."""
+    if not card.is_file():
+        return None
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (OSError, ValueError):  # not a card of the hub's

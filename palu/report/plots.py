@@ -1,22 +1,20 @@
-"""Draw line charts as inline SVG: no script, no request, colours from the page's style sheet."""
+"""Lay out line charts for the template, which draws them as inline SVG; and write numbers for people."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from markupsafe import Markup
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 360, 170
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 24
 MAX_POINTS = 300
+MAX_DOTS = 40
 
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Values to heights, linear or by decades."""
 
     low: float
@@ -24,60 +22,50 @@ class Scale:
     log: bool
     ticks: tuple[float, ...]
 
-    def __call__(self, value: float) -> float:
+    def height(self, value: float) -> float:
         low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
 
 
-def line_chart(steps: Sequence[int], values: Sequence[float], *, label: str) -> Markup:
-    """Draw one figure over the optimisation steps; gaps where it is not finite.
+def line_chart(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
+    """Lay out one figure over the optimisation steps: {width, height, left, right, ticks, path, dots, ends}.
 
-    label: the chart's text alternative.
+    The line has a gap where the figure is not finite. ticks: (y, text). dots: (x, y), the last one being the end of the
+    line. ends: (x, anchor, step).
     """
     points = downsample(list(zip(steps, values, strict=True)))
     scale = fit([y for _, y in points if math.isfinite(y)])
     first, last = (steps[0], steps[-1]) if steps else (0, 1)
 
-    def x(step: float) -> float:
+    def x(step: float) -> str:
         inner = WIDTH - LEFT - RIGHT
-        return LEFT + (step - first) / (last - first) * inner if last > first else LEFT + inner / 2
+        return f"{LEFT + (step - first) / (last - first) * inner if last > first else LEFT + inner / 2:.1f}"
 
-    grid = Markup("").join(
-        Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text x="{}" y="{}" class="tick y">{}</text>')
-        .format(LEFT, WIDTH - RIGHT, LEFT - 6, f"{scale(tick) + 3.5:.1f}", number(tick), y=f"{scale(tick):.1f}")
-        for tick in scale.ticks
-    )  # fmt: skip
-    path, pen_up = [], True
-    for step, value in points:
-        if math.isfinite(value):
-            path.append(f"{'M' if pen_up else 'L'}{x(step):.1f} {scale(value):.1f}")
-        pen_up = not math.isfinite(value)
-    finite = [(x(step), scale(value)) for step, value in points if math.isfinite(value)]
-    dots = finite if len(finite) <= 40 else finite[-1:]
-    marks = Markup("").join(
-        Markup('<circle class="dot" cx="{}" cy="{}" r="{}"/>').format(f"{cx:.1f}", f"{cy:.1f}", 3 if n else 2)
-        for n, (cx, cy) in ((i == len(dots) - 1, dot) for i, dot in enumerate(dots))
-    )
+    places = [(x(step), f"{scale.height(value):.1f}") if math.isfinite(value) else None for step, value in points]
+    before = [None, *places]
+    path = [f"{'L' if before[i] else 'M'}{place[0]} {place[1]}" for i, place in enumerate(places) if place]
+    dots = [place for place in places if place]
     ends = [(first, "start"), (last, "end")] if last > first else [(first, "middle")]
-    below = Markup("").join(
-        Markup('<text x="{}" y="{}" text-anchor="{}" class="tick">{}</text>').format(
-            f"{x(step):.1f}", HEIGHT - 7, anchor, f"step {step}"
-        )
-        for step, anchor in ends
-    )
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}<path class="line" d="{}"/>{}{}</svg>').format(
-        WIDTH, HEIGHT, label, grid, "".join(path), marks, below
-    )
+    return {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "ticks": [(f"{scale.height(tick):.1f}", number(tick)) for tick in scale.ticks],
+        "path": "".join(path),
+        "dots": dots if len(dots) <= MAX_DOTS else dots[-1:],
+        "ends": [(x(step), anchor, step) for step, anchor in ends],
+    }
 
 
-def downsample(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Reduce points to at most ``limit``: of each stretch its lowest and its highest, so that no spike is lost.
+def downsample(points: list[Point]) -> list[Point]:
+    """Reduce points to at most MAX_POINTS: of each stretch its lowest and its highest, so that no spike is lost.
 
     A stretch with a value that is not finite keeps that one, too, as a gap.
     """
-    if len(points) <= limit:
+    if len(points) <= MAX_POINTS:
         return points
-    stretches = max(limit // 3, 1)
+    stretches = MAX_POINTS // 3
     kept: list[Point] = []
     for i in range(stretches):
         part = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]

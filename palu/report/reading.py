@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,16 +56,9 @@ def _parse(path: Path, text: str, fix: str = _RESTORE) -> Json:
 
 
 # What is shown of an audit, and of what kind it is.
-_AUDIT: dict[str, type] = {
-    "secrets": list,
-    "marked": list,
-    "attacks": list,
-    "models": dict,
-    "notes": list,
-    "left_out": dict,
-}
-_SECRET: dict[str, type] = {"text": str, "question": str}
-_ATTACK: dict[str, type] = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
+_AUDIT = {"secrets": list, "marked": list, "attacks": list, "models": dict, "notes": list, "left_out": dict}
+_SECRET = {"text": str, "question": str}
+_ATTACK = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
 _AGAIN = "run palu audit again, or delete it"
 
 
@@ -77,37 +70,38 @@ def read_audit(folder: Path) -> Json | None:
     audit = _parse(path, _text(path, _AGAIN, _AGAIN), _AGAIN)
     if audit.get("format") != AUDIT_FORMAT:
         raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_AGAIN}")
-    if (lost := _lost(audit)) is not None:
+    for lost in _lost(audit):
         raise RecordError(f"{path} is damaged ({lost}); {_AGAIN}")
     return audit
 
 
-def _lost(audit: Json) -> str | None:
-    """Say what an audit lacks of what is shown of it; None: nothing."""
-    parts: list[tuple[str, Any, dict[str, type]]] = [("it", audit, _AUDIT)]
-    if all(isinstance(audit.get(name), list) for name in ("secrets", "attacks")):
-        parts += [(f"secret {i}", one, _SECRET) for i, one in enumerate(audit["secrets"])]
-        parts += [(f"attack {i}", one, _ATTACK) for i, one in enumerate(audit["attacks"])]
-    for name, part, shape in parts:
-        for key, kind in shape.items():
-            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
-                return f"{name} has no {key}"
-    for row in audit["attacks"]:
+def _lost(audit: Json) -> Iterator[str]:
+    """Say what an audit lacks of what is shown of it; not to be asked for more after the first."""
+    yield from _missing("it", audit, _AUDIT)
+    for i, secret in enumerate(audit["secrets"]):
+        yield from _missing(f"secret {i}", secret, _SECRET)
+    for i, row in enumerate(audit["attacks"]):
+        yield from _missing(f"attack {i}", row, _ATTACK)
         if row["verdict"] not in get_args(Verdict):
-            return f"verdict {row['verdict']!r} of {row['name']} is none"
+            yield f"verdict {row['verdict']!r} of {row['name']} is none"
         if not {"value", "low", "high"} <= row["rho"].keys():
-            return f"rho of {row['name']} has not value, low and high"
+            yield f"rho of {row['name']} has not value, low and high"
         for role, of_model in row["models"].items():
             for key in ("values", "evidence"):
                 if of_model.get(key) and len(of_model[key]) != len(audit["secrets"]):
-                    return f"{key} of {row['name']} on {role} are not one for each secret"
-    return None
+                    yield f"{key} of {row['name']} on {role} are not one for each secret"
+
+
+def _missing(name: str, part: Any, shape: Mapping[str, type]) -> Iterator[str]:
+    for key, kind in shape.items():
+        if not isinstance(part, dict) or not isinstance(part.get(key), kind):
+            yield f"{name} has no {key}"
 
 
 def evaluations(folder: Path) -> list[Json]:
-    """Read the aggregates of each evaluation in the folder: {file, column, about, values, retain_model, reasons}.
+    """Read the evaluations in the folder, each of one model, those from before the run first.
 
-    Those from before the run come first. ``retain_model`` holds the value of the retain model where a metric has it.
+    Each is {file, column, about, entries}, with the entries that have an aggregate by name.
     """
     found = []
     paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
@@ -119,25 +113,18 @@ def evaluations(folder: Path) -> list[Json]:
         about = results.get("palu", {})
         subject = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
         column = path.name.removesuffix(".gz").removesuffix(".json")
-        found.append({"file": path.name, "column": column, "about": subject, **_aggregates(results)})
-        for name in OTHERS:  # an evaluation on one's own questions
-            if name in results:
-                other = name.replace("_", " ")
-                more = {"column": f"{column}, {other}", "about": f"{subject} ({other})"}
-                found.append({"file": path.name, **more, **_aggregates(results[name])})
+        # Others than the unlearned model: of an evaluation on one's own questions.
+        for name, part in {"": results, **{name: results[name] for name in OTHERS if name in results}}.items():
+            other = name.replace("_", " ")
+            found.append(
+                {
+                    "file": path.name,
+                    "column": f"{column}, {other}" if other else column,
+                    "about": f"{subject} ({other})" if other else subject,
+                    "entries": {n: one for n, one in part.items() if isinstance(one, Mapping) and "agg_value" in one},
+                }
+            )
     return found
-
-
-def _aggregates(results: Mapping[str, Any]) -> Json:
-    """Choose the entries that have an aggregate: {values, retain_model, reasons}, by name."""
-    entries = {name: one for name, one in results.items() if isinstance(one, Mapping) and "agg_value" in one}
-    return {
-        "values": {name: entry["agg_value"] for name, entry in entries.items()},
-        "retain_model": {
-            name: entry["retain_model"]["agg_value"] for name, entry in entries.items() if "retain_model" in entry
-        },
-        "reasons": {name: entry["reason"] for name, entry in entries.items() if entry.get("reason")},
-    }
 
 
 def asked_questions(folder: Path) -> Json | None:

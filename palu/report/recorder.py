@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import chain
@@ -42,7 +43,7 @@ from palu.report.layout import MODEL, RECORD, make_private
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
 
-FORMAT = 1
+FORMAT = 2
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
 GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to unless it asks for all
@@ -87,7 +88,6 @@ class Recorder:
         config: UnlearnConfig | None = None,
     ):
         self.config, self.tokenizer = config or UnlearnConfig(), tokenizer
-        retain = [] if retain is None else retain
         accelerator = Accelerator()
         # A run that shards the model may have one that is larger than a device.
         sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -100,37 +100,27 @@ class Recorder:
             return
         check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
         self.config = self.config.replace(max_length=fit_max_length(self.config.max_length, model))
-        rendering: dict[str, Any] = {
-            "max_length": self.config.max_length,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
-        }
-        forget_set = load_forget(
-            forget,
-            tokenizer,
-            allow_cut_spans=self.config.allow_cut_spans,
-            positions=max_positions(model),
-            **rendering,
-        )
-        retain_set = load_retain(retain, tokenizer, **rendering)
+        self.template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
+        rendering = {"max_length": self.config.max_length, **self.template}
+        cut, positions = self.config.allow_cut_spans, max_positions(model)
+        forget_set = load_forget(forget, tokenizer, allow_cut_spans=cut, positions=positions, **rendering)
+        retain_set = load_retain([] if retain is None else retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config, anchored=True)
         check_linear_head(model, forget_set.examples[0].input_ids)
         longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
         self.forget, self.retain = forget_set.examples, _evenly(retain_set.examples, RETAIN_ROWS)
-        self.spans = [token_spans(example, self._eos) for example in self.forget]
-        # By index in the forget set.
-        self.asked = _evenly([i for i, spans in enumerate(self.spans) if spans], ASKED)
+        eos = None if tokenizer is None else tokenizer.eos_token_id
+        # Indices are those of self.forget and self.retain.
+        self.secrets = [(i, span) for i, example in enumerate(self.forget) for span in token_spans(example, eos)]
+        self.asked = _evenly(list(dict.fromkeys(i for i, _ in self.secrets)), ASKED)
         self.samples = {"forget": _evenly(self.asked, SAMPLES), "retain": _evenly(range(len(self.retain)), SAMPLES)}
-        forget_source, retain_source = forget_set.source, retain_set.source
-        self.questions = {
-            "forget": load_questions(forget_source, "forget"),
-            "retain": load_questions(retain_source, "retain"),
-        }
-        self.paraphrases = self._paraphrases(forget_source)
-        tokenised = [(e, spans) for e, spans in zip(self.forget, self.spans, strict=True) if e.offsets is None]
-        self.marked = load_marked_texts(forget_source, "forget")
-        self.marked += [self._text(example, span) for example, spans in tokenised for span in spans]
+        sources = {"forget": forget_set.source, "retain": retain_set.source}
+        self.questions = {side: load_questions(source, side) for side, source in sources.items()}
+        self.paraphrases = self._paraphrases(forget_set.source)
+        self.marked = load_marked_texts(forget_set.source, "forget")
+        self.marked += [self._text(i, span) for i, span in self.secrets if self.forget[i].offsets is None]
         self.general: Sequence[Example] = []  # the model's own answers before the run
         self.about = {
             "format": FORMAT,
@@ -139,8 +129,8 @@ class Recorder:
             "device": manifest.describe_device(self.device),
             "versions": manifest.versions(model),
             "data": {
-                "forget": manifest.describe_data(forget_source, self.forget),
-                "retain": manifest.describe_data(retain_source, retain_set.examples),
+                "forget": manifest.describe_data(forget_set.source, self.forget),
+                "retain": manifest.describe_data(retain_set.source, retain_set.examples),
             },
         }
         self.before = self._look(model, "before")
@@ -156,39 +146,33 @@ class Recorder:
         """
         if not self.active:
             return None
-        before, after = self.before, self._look(model, "after")
-        looked = {"before": before, "after": after}
+        looks = {"before": self.before, "after": self._look(model, "after")}
         secrets = [
             {
-                **self._row("forget", example),
-                "text": None if self.tokenizer is None else self._text(example, span),
+                **self._row("forget", i),
+                "text": None if self.tokenizer is None else self._text(i, span),
                 "tokens": span[1] - span[0],
-                "before": before["secrets"][i][k],
-                "after": after["secrets"][i][k],
+                **{when: look["secrets"][k] for when, look in looks.items()},
             }
-            for i, example in enumerate(self.forget)
-            for k, span in enumerate(self.spans[i])
+            for k, (i, span) in enumerate(self.secrets)
         ]
         retained = [
-            {**self._row("retain", example), "before": before["retained"][i], "after": after["retained"][i]}
-            for i, example in enumerate(self.retain)
+            self._row("retain", i) | {when: look["retained"][i] for when, look in looks.items()}
+            for i in range(len(self.retain))
         ]
         answers = {
             side: [
-                self._row(side, examples[i]) | {when: seen["answers"][side][i] for when, seen in looked.items()}
-                for i in (self.samples[side] if self.tokenizer is not None else [])
+                self._row(side, i) | {when: look["answers"][side][i] for when, look in looks.items()}
+                for i in (sampled if self.tokenizer is not None else [])
             ]
-            for side, examples in (("forget", self.forget), ("retain", self.retain))
+            for side, sampled in self.samples.items()
         }
-        shown_examples = self.forget[:SHOWN_ROWS]
-        roles = token_roles(shown_examples, self.tokenizer, self.config.onset_length)
+        roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length)
         shown = [
-            {**self._row("forget", example), "tokens": tokens[example.answer_start :]}
-            for example, tokens in zip(shown_examples, roles, strict=True)
+            self._row("forget", i) | {"tokens": tokens[self.forget[i].answer_start :]} for i, tokens in enumerate(roles)
         ]
         hashes = {
-            "weights_before": before["weights"],
-            "weights_after": after["weights"],
+            **{f"weights_{when}": look["weights"] for when, look in looks.items()},
             "config": json_digest(self.config.values()),
             "files": manifest.hash_files(Path(output) / MODEL),
         }
@@ -198,7 +182,7 @@ class Recorder:
             "marked": self.marked,
             "secrets": secrets,
             "retained": retained,
-            "general": {"questions": len(self.general), "before": before["general"], "after": after["general"]},
+            "general": {"questions": len(self.general), **{when: look["general"] for when, look in looks.items()}},
             "answers": answers,
             "examples": shown,
         }
@@ -206,115 +190,98 @@ class Recorder:
         (make_private(output) / RECORD).write_text(text + "\n", encoding="utf-8")
         return record
 
-    @property
-    def _eos(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.eos_token_id
-
-    def _row(self, side: str, example: Example) -> dict[str, Any]:
+    def _row(self, side: str, i: int) -> dict[str, Any]:
         """Return the row's number, and the user's question; for tokenised rows the prompt as the model reads it."""
+        example = (self.forget if side == "forget" else self.retain)[i]
         asked = self.questions[side].get(example.row)
         question = asked if asked is not None else _decode(self.tokenizer, prompt_of(example))
         return {"row": example.row, "question": question}
 
-    def _text(self, example: Example, span: Span) -> str:
-        return _decode(self.tokenizer, example.input_ids[slice(*span)]).strip()
+    def _text(self, i: int, span: Span) -> str:
+        return _decode(self.tokenizer, self.forget[i].input_ids[slice(*span)]).strip()
 
     def _look(self, model: CausalLM, when: str) -> dict[str, Any]:
-        """Measure a model: {secrets: per example and span, retained, answers, weights}."""
-        with on_device(model, self.device):
-            return self._measure(model, when)
-
-    def _measure(self, model: CausalLM, when: str) -> dict[str, Any]:
+        """Measure a model: {secrets, retained, general, answers by side and index, weights}."""
         base = base_of(model)
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
-        answers: dict[str, dict[int, str]] = {"forget": {}, "retain": {}}  # by index in the set
-        in_other_words: dict[int, list[tuple[str, str]]] = {}  # questions and answers
-        asked: dict[str, list[Example]] = {
-            "forget": [self.forget[i] for i in self.asked],
-            "retain": [self.retain[i] for i in self.samples["retain"]],
-            "paraphrases": [example for of_row in self.paraphrases.values() for _, example in of_row],
-        }
-        work = len(names) + (GENERAL + sum(map(len, asked.values())) if self.tokenizer is not None else 0)
-        with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
-            scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
-            general = None
-            if self.tokenizer is not None:
-                self.general = self.general or self._own_answers(base, self.tokenizer)
-                own = [f"general question {example.row}" for example in self.general]
-                found = token_scores(base, self.general, own, batch_tokens=BATCH_TOKENS, bar=bar)
-                general = mean(float(score.correct.float().mean()) for score in found) if found else None
-                settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
-                texts = {
-                    name: [one.text for one in generate_answers(base, self.tokenizer, examples, **settings)]
-                    for name, examples in asked.items()
-                    if examples
-                }
-                answers["forget"] = dict(zip(self.asked, texts.get("forget", []), strict=True))
-                answers["retain"] = dict(zip(self.samples["retain"], texts.get("retain", []), strict=True))
-                written = iter(texts.get("paraphrases", []))
-                in_other_words = {
-                    i: [(question, next(written)) for question, _ in of_row] for i, of_row in self.paraphrases.items()
-                }
-        count = len(self.forget)
+        said: dict[str, Any] = {"general": None, "answers": {}, "asked": {}, "paraphrased": {}}
+        asked = GENERAL + len(self.asked) + len(self.samples["retain"]) + len(self.paraphrases)
+        work = len(names) + (0 if self.tokenizer is None else asked)
+        with on_device(model, self.device):
+            with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
+                scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
+                if self.tokenizer is not None:
+                    said = self._ask(base, self.tokenizer, bar)
+            weights = fingerprint_model(model)
         return {
             "secrets": [
-                [
-                    span_score(example, score, span)
-                    | {
-                        "asked": told(self._text(example, span), self._asked(i, answers["forget"])),
-                        "paraphrased": told(self._text(example, span), in_other_words.get(i, [])),
-                    }
-                    for span in spans
-                ]
-                for i, (example, score, spans) in enumerate(zip(self.forget, scores[:count], self.spans, strict=True))
+                span_score(self.forget[i], scores[i], span)
+                | {how: told(self._text(i, span), said[how].get(i, [])) for how in ("asked", "paraphrased")}
+                for i, span in self.secrets
             ],
             "retained": [
                 {"probability": score.probability, "recalled": float(score.correct.float().mean())}
-                for score in scores[count:]
+                for score in scores[len(self.forget) :]
             ],
-            "general": general,
-            "answers": answers,
-            "weights": fingerprint_model(model),
+            "general": said["general"],
+            "answers": said["answers"],
+            "weights": weights,
         }
 
-    def _paraphrases(self, forget: Any) -> dict[int, list[tuple[str, Example]]]:
-        """Tokenise the paraphrases of the rows that are asked: by index in the forget set, each with its question."""
-        if self.tokenizer is None:
-            return {}
-        index = {self.forget[i].row: i for i in self.asked}
-        rows = [
-            (index[row], where, columns) for row, where, columns in paraphrased_rows(forget, "forget") if row in index
-        ]
-        named = ((where, columns) for _, where, columns in rows)
-        examples = answer_examples(named, self.tokenizer, self.config.chat_template_kwargs)
-        found: dict[int, list[tuple[str, Example]]] = {}
-        for (i, where, columns), example in zip(rows, examples, strict=True):
-            found.setdefault(i, []).append((conversation_of(columns, where)[0][-2]["content"], example))
-        return found
+    def _ask(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bar: tqdm) -> dict[str, Any]:
+        """Have a model answer: {general, answers by side and index, (question, answer) pairs by forget row's index}."""
+        self.general = self.general or self._own_answers(base, tokenizer)
+        names = [f"general question {example.row}" for example in self.general]
+        own = token_scores(base, self.general, names, batch_tokens=BATCH_TOKENS, bar=bar)
+        settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
 
-    def _asked(self, i: int, answers: dict[int, str]) -> list[tuple[str, str]]:
-        """Return a forget row's question and what was answered, if it was asked."""
-        return [(self._row("forget", self.forget[i])["question"], answers[i])] if i in answers else []
+        def answer(examples: Sequence[Example]) -> list[str]:
+            return [one.text for one in generate_answers(base, tokenizer, examples, **settings)]
+
+        forget = dict(zip(self.asked, answer([self.forget[i] for i in self.asked]), strict=True))
+        sampled = self.samples["retain"]
+        retain = dict(zip(sampled, answer([self.retain[i] for i in sampled]), strict=True))
+        texts = answer([example for _, _, example in self.paraphrases])
+        paraphrased = defaultdict(list)
+        for (i, question, _), text in zip(self.paraphrases, texts, strict=True):
+            paraphrased[i].append((question, text))
+        return {
+            "general": mean(float(score.correct.float().mean()) for score in own) if own else None,
+            "answers": {"forget": forget, "retain": retain},
+            "asked": {i: [(self._row("forget", i)["question"], text)] for i, text in forget.items()},
+            "paraphrased": paraphrased,
+        }
+
+    def _paraphrases(self, forget: Any) -> list[tuple[int, str, Example]]:
+        """Tokenise the paraphrases of the rows that are asked: (index in the forget set, question, example)."""
+        if self.tokenizer is None:
+            return []
+        index = {self.forget[i].row: i for i in self.asked}
+        rows = [one for one in paraphrased_rows(forget, "forget") if one[0] in index]
+        named = ((where, columns) for _, where, columns in rows)
+        examples = answer_examples(named, self.tokenizer, **self.template)
+        return [
+            (index[row], conversation_of(columns, where)[0][-2]["content"], example)
+            for (row, where, columns), example in zip(rows, examples, strict=True)
+        ]
 
     def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
         """Have the model answer general questions; blank answers are left out."""
-        template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
         questions = anchor_texts()[-GENERAL:]
-        prompts, stop_ids = encode_prompts(questions, tokenizer, **template)
-        with tqdm(disable=True) as bar:
-            texts = generate_texts(
-                base,
-                tokenizer,
-                prompts,
-                stop_ids,
-                max_new_tokens=GENERAL_TOKENS,
-                batch_tokens=BATCH_TOKENS,
-                bar=bar,
-                chunk_bytes=self.config.chunk_bytes,
-            )
+        prompts, stop_ids = encode_prompts(questions, tokenizer, **self.template)
+        texts = generate_texts(
+            base,
+            tokenizer,
+            prompts,
+            stop_ids,
+            max_new_tokens=GENERAL_TOKENS,
+            batch_tokens=BATCH_TOKENS,
+            bar=tqdm(disable=True),
+            chunk_bytes=self.config.chunk_bytes,
+        )
         rows = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True) if text.strip()]
-        return load_retain(rows, tokenizer, max_length=self.config.max_length, **template).examples if rows else []
+        return load_retain(rows, tokenizer, max_length=self.config.max_length, **self.template).examples if rows else []
 
 
 def token_spans(example: Example, eos_token_id: int | None) -> list[Span]:
@@ -352,11 +319,10 @@ def _evenly(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i * len(values) // count] for i in range(count)] if len(values) > count else list(values)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Tensor | Sequence[int]) -> str:
-    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Tensor) -> str:
     if tokenizer is None:
-        return " ".join(map(str, ids))
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return " ".join(map(str, ids.tolist()))
+    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
 
 def _now() -> str:

@@ -42,11 +42,8 @@ def blot(text: str, spans: Iterable[Span]) -> str:
 
 
 def texts_to_hide(record: Json, audit: Json | None, asked: Json | None) -> set[str]:
-    """Collect what is marked in the sets of a run, its audit and its evaluation.
-
-    An earlier palu recorded no marked texts; in their place are its secrets, which neighbours have in one.
-    """
-    recorded = record.get("marked", [secret["text"] for secret in record["secrets"] if secret["text"] is not None])
+    """Collect what is marked in the sets of a run, its audit and its evaluation."""
+    hidden = set(record["marked"])
     if audit:
-        recorded = [*recorded, *audit["marked"], *(secret["text"] for secret in audit["secrets"])]
-    return {*recorded, *(asked["marked"] if asked else ())}
+        hidden |= {*audit["marked"], *(secret["text"] for secret in audit["secrets"])}
+    return hidden | set(asked["marked"] if asked else ())

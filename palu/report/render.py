@@ -2,13 +2,13 @@
 
 Both are made from the files in the run's ``private/`` alone (``record.json`` of :class:`palu.Recorder`,
 ``summary.json``, ``history.jsonl``, and ``evaluation*.json`` and ``audit.json`` where there are any), so they can be
-made again after an evaluation or an audit. In a folder that an earlier palu wrote, all of these lie in the folder
-itself.
+made again after an evaluation or an audit.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from palu.report import view, words
-from palu.report.layout import CARD, folders_of
+from palu.report.layout import CARD, MODEL, PRIVATE
 from palu.report.plots import number
-from palu.report.reading import asked_questions, read_audit, read_run
-from palu.report.redact import Redaction, texts_to_hide
+from palu.report.token_roles import MEANING, Token, runs
 
 HERE = Path(__file__).parent
 
@@ -37,9 +36,9 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
         The file's path.
 
     Raises:
-        RecordError: the folder's records are missing or damaged, or too old to be redacted.
+        RecordError: the folder's records are missing or damaged.
     """
-    folder = folders_of(run_dir).private
+    folder = Path(run_dir) / PRIVATE
     shown = view.page(folder, redact=redact)
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     path = folder / ("report-redacted.html" if redact else "report.html")
@@ -53,22 +52,25 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
     The base model is named where it came from the hub, the licence where the base model's card names one. Raises
     RecordError as :func:`write_report`.
     """
-    folders = folders_of(run_dir)
-    record, summary, _ = read_run(folders.private)
-    model, audit, asked = record["model"], read_audit(folders.private), asked_questions(folders.private)
-    common = view.shared(folders.private, record, summary, audit, Redaction(texts_to_hide(record, audit, asked)))
+    folder = Path(run_dir) / MODEL
+    shown = view.page(Path(run_dir) / PRIVATE, redact=True)
+    model = shown["record"]["model"]
     metadata = ModelCardData(
         base_model=model["name"] if model["on_the_hub"] else None,
-        library_name="peft" if (folders.model / "adapter_config.json").exists() else "transformers",
+        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
         license=model["license"],
         pipeline_tag="text-generation",
         tags=["unlearning", "machine-unlearning", "palu"],
     )
-    path = folders.model / CARD
-    changed = [row for row in common["settings"] if row[3]]
-    shown = common | {"metadata": metadata.to_yaml(), "settings": changed}
-    _write(path, "card.md.jinja", autoescape=False, **shown)
+    path = folder / CARD
+    _write(path, "card.md.jinja", autoescape=False, metadata=metadata.to_yaml(), **shown)
     return path
+
+
+def write_roles(path: Path, title: str, rows: Iterable[tuple[int, Sequence[Token]]], summary: str) -> None:
+    """Write one HTML file with the roles of the tokens of rows, each with its number, under a title and a summary."""
+    shown = {"title": title, "rows": rows, "summary": summary}
+    _write(path, "roles.html.jinja", autoescape=True, runs=runs, meanings=MEANING, **shown)
 
 
 def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> None:

@@ -1,13 +1,4 @@
-"""Write a run's folder: the model, to be published or not, and apart from it the run's records.
-
-::
-
-    model/                   the model (of a ``PeftModel`` the adapter), its tokenizer, and README.md: the model card
-    private/history.jsonl    a record of each optimisation step
-    private/summary.json     counts, outcome, versions, configuration
-    private/record.json      what the model said before and after (:mod:`palu.report.recorder`)
-    private/report.html      all of it, to look at
-"""
+"""Write a run's folder: the model, to be published or not, and apart from it the run's records (docs/report.md)."""
 
 from __future__ import annotations
 
@@ -15,15 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from palu.report.layout import HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from palu.report.recorder import Recorder
-    from palu.training.loop import UnlearnResult
+from palu.report.recorder import Recorder
+from palu.report.render import write_card, write_report
+from palu.report.view import outcome
+from palu.training.loop import UnlearnResult
 
 
 def save_run(
@@ -43,8 +34,7 @@ def save_run(
     Args:
         output: the folder.
         result: of :func:`palu.unlearn`.
-        tokenizer: the model's.
-        recorder: the :class:`palu.Recorder` that looked at the model before the run.
+        recorder: the one that looked at the model before the run.
         extra: added to the summary.
         overwrite: whether to replace a finished run in the folder: what palu wrote is deleted and named on stderr, with
             audits, evaluations and reports; other files stay.
@@ -69,9 +59,6 @@ def save_run(
         with open(private / HISTORY, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in result.history)
         record = recorder.save(output, result.model)
-        from palu.report.render import write_card, write_report
-        from palu.report.view import outcome
-
         # Where it is, the run has finished: what comes after can be made again.
         about = {} if record is None else {"outcome": outcome(record)}
         summary = json.dumps({**result.summary, **about, **(extra or {})}, indent=2)

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from palu.report import audited, words
-from palu.report.layout import RECORD
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, RecordError, asked_questions, evaluations, read_audit, read_run
+from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
 from palu.report.redact import MASK, Redaction, blot, texts_to_hide
 from palu.settings import EVAL_PREFIX
 
@@ -22,8 +21,7 @@ KNOWN = 0.01  # a secret this probable is known, even where greedy decoding woul
 FLOOR = 1e-8  # where the scale of probabilities ends
 # Lower ends of the histogram's bins; the last one holds the rest.
 BINS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
-OPEN_ROWS = 12  # of a table, before the rest is folded away
-OPEN_EXAMPLES = 6
+TABLE_ROWS = 50  # of the history, at most
 _WHEN = ("before", "after")
 
 
@@ -42,8 +40,8 @@ def outcome(record: Json) -> Json:
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
     total, forgotten = len(before), len(before) - len(left)
-    general = record.get("general", {})  # not in an earlier palu's record
-    own = general["after"] / general["before"] if general.get("before") else None
+    general = record["general"]
+    own = general["after"] / general["before"] if general["before"] else None
     damaged = own is not None and own < INTACT
     if not before:
         headline = "No secret was known before the run"
@@ -64,17 +62,17 @@ def outcome(record: Json) -> Json:
         "rows_left": rows,
         "forgotten": forgotten,
         "left": len(left),
-        "median": {when: _median([s[when]["probability"] for s in secrets]) for when in ("before", "after")},
+        "median": {when: median(s[when]["probability"] for s in secrets) if secrets else None for when in _WHEN},
         "highest": max((s["after"]["probability"] for s in secrets), default=None),
         "retained": len(retained),
-        "kept": {when: _mean([r[when]["probability"] for r in retained]) for when in ("before", "after")},
-        "recalled": {when: _mean([r[when]["recalled"] for r in retained]) for when in ("before", "after")},
+        "kept": {when: fmean(r[when]["probability"] for r in retained) if retained else None for when in _WHEN},
+        "recalled": {when: fmean(r[when]["recalled"] for r in retained) if retained else None for when in _WHEN},
     }
 
 
 def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
     """Count the secrets that were told in one way, before and after, of those that could be."""
-    asked = [s for s in secrets if all(s[when].get(how) is not None for when in _WHEN)]  # an earlier record has none
+    asked = [s for s in secrets if all(s[when].get(how) is not None for when in _WHEN)]
     return {when: sum(s[when][how] for s in asked) for when in _WHEN} | {"of": len(asked)}
 
 
@@ -99,144 +97,73 @@ def last_lines(found: Json) -> str:
     return "\n".join(filter(None, (told_line(found), verdict(found))))
 
 
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def results(folder: Path, hide: Redaction) -> Json:
-    """Collect the evaluations in a folder, and a table of their metrics: {evaluations, metrics}."""
-    found = [one | {name: hide(one[name]) for name in ("file", "column", "about")} for one in evaluations(folder)]
-    return {"evaluations": found, "metrics": _metric_table(found, hide)}
-
-
-def _metric_table(found: Sequence[Json], hide: Redaction) -> list[Json]:
-    """Make a row per metric of any evaluation: {label, name, better, values, reason}, the known ones first."""
-    names = list(dict.fromkeys(name for one in found for name in one["values"]))
-    names = [name for name in words.METRICS if name in names] + [name for name in names if name not in words.METRICS]
-    return [
-        {
-            "label": words.METRICS[name].label if name in words.METRICS else hide(name),
-            "better": words.METRICS[name].better if name in words.METRICS else "",
-            "name": name if name in words.METRICS else hide(name),
-            "values": [_figure(one, name) for one in found],
-            "reason": hide(next((one["reasons"][name] for one in found if name in one["reasons"]), "")),
-        }
-        for name in names
-    ]
-
-
-def described(record: Json, hide: Redaction) -> Json:
-    """Redact what a record says of the model, the device and the files."""
-    data = {side: about | {"file": hide(about["file"])} for side, about in record["data"].items()}
-    files = [(hide(name), sha) for name, sha in record["hashes"]["files"].items()]
-    model = {name: hide(value) for name, value in record["model"].items()}
-    shown = {"model": model, "device": hide(record["device"]), "data": data}
-    return record | shown | {"hashes": record["hashes"] | {"files": files}}
-
-
-def settings(config: Json, hide: Redaction) -> list[tuple[str, str, str, bool]]:
-    """List the run's settings as :func:`palu.report.words.settings`; texts are in mappings alone."""
-    return words.settings({name: hide(value) if isinstance(value, dict) else value for name, value in config.items()})
-
-
-def _figure(one: Json, name: str) -> str:
-    """Format a metric of an evaluation, with the retain model's where that stands beside it."""
-    beside = one["retain_model"].get(name)
-    shown = number(one["values"].get(name))
-    return shown if beside is None else f"{shown} (retain model {number(beside)})"
-
-
 # --- the page ---
-def shared(folder: Path, record: Json, summary: Json, audit: Json | None, hide: Redaction) -> Json:
-    """Collect what the report's template and the model card's both show."""
+def page(folder: Path, *, redact: bool) -> Json:
+    """Collect what the templates of report and card show; they pass the user's texts through ``hide``.
+
+    folder: of the run's records.
+    """
+    record, summary, history = read_run(folder)
+    audit, asked, evaluated = read_audit(folder), asked_questions(folder), evaluations(folder)
+    hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
+    if redact:  # with the question beside it, a hash is enough to guess a short secret
+        record["data"]["forget"] |= {"file": None, "tokens_sha256": None}
+    found, config, model = outcome(record), summary["config"], record["model"]
+    secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
+    retained = sorted(record["retained"], key=lambda r: r["after"]["probability"] - r["before"]["probability"])
+    # What a model makes of a secret may give it away in other words.
+    forget = [] if redact else [_answer(one, record["secrets"]) for one in record["answers"]["forget"]]
     return {
-        "record": described(record, hide),
+        "hide": hide,
+        "redact": redact,
+        "record": record,
         "summary": summary,
-        "outcome": (found := outcome(record)),
+        "title": model["name"] or model["type"],
+        "finished": datetime.fromisoformat(record["finished"]),
+        "outcome": found,
         "told": told_line(found),
         "words_told": words.TOLD,
         "known": KNOWN,
-        "asked": words.asked(summary),
-        "method": words.method(summary["config"]),
-        "settings": settings(summary["config"], hide),
-        "audit": audit and audited.summary(audit, record),
-        **results(folder, hide),
-    }
-
-
-def page(folder: Path, *, redact: bool) -> Json:
-    """Collect everything that the report's template shows. ``folder``: of the run's records."""
-    record, summary, history = read_run(folder)
-    audit, asked = read_audit(folder), asked_questions(folder)
-    if redact and "marked" not in record:
-        subject = f"{folder / RECORD} is an earlier palu's and does not list the marked texts"
-        raise RecordError(f"{subject}, so that no report can be redacted; run palu unlearn again")
-    hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
-    if redact:  # with the question beside it, a hash is enough to guess a short secret
-        record["data"]["forget"] = {**record["data"]["forget"], "file": None, "tokens_sha256": None}
-    common = shared(folder, record, summary, audit, hide)
-    secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
-    # What a model makes of a secret may give it away in other words.
-    forget = [] if redact else [_answer(one, record["secrets"], hide) for one in record["answers"]["forget"]]
-    retain = [_answer(one, (), hide) for one in record["answers"]["retain"]]
-    model = common["record"]["model"]
-    return {
-        **common,
-        "title": model["name"] or model["type"],
-        "redact": redact,
-        "finished": datetime.fromisoformat(record["finished"]),
-        "secrets": [_secret(one, hide, redact) for one in secrets],
-        "leaked": audited.leaks(audit, hide, known=KNOWN, redact=redact) if audit else [],
-        "histogram": histogram(record["secrets"]) if len(secrets) > OPEN_ROWS else [],
-        "retained": [
-            _bar(one, decades=False) | {"question": hide(one["question"])} for one in _by_loss(record["retained"])
-        ],
-        "answers": {"forget": forget, "retain": retain},
+        "method": words.method(config),
+        # Texts are in mappings alone; JSON would hide them from the redaction.
+        "settings": words.settings({n: hide(one) if isinstance(one, dict) else one for n, one in config.items()}),
+        "secrets": [_secret(one, redact) for one in secrets],
+        "histogram": histogram(secrets),
+        "retained": [_bar(one, decades=False) for one in retained],
+        "answers": {"forget": forget, "retain": [_answer(one, ()) for one in record["answers"]["retain"]]},
         "examples": [_example(one, hide, redact) for one in record["examples"]],
-        "charts": charts(history, summary.get("evaluation_before", {}), words.series(summary["config"]), hide),
-        "history": _table(history, hide),
-        "questions": asked and {**asked, "rows": [{**r, "question": hide(r["question"])} for r in asked["rows"]]},
-        "open_rows": OPEN_ROWS,
-        "open_examples": OPEN_EXAMPLES,
+        "audit": audit and audited.summary(audit, record),
+        "leaked": audited.leaks(audit, known=KNOWN, redact=redact) if audit else [],
+        "evaluations": evaluated,
+        "metrics": _metric_table(evaluated, hide),
+        "questions": asked,
+        "charts": charts(history, summary["evaluation_before"], words.series(config), hide),
+        "history": _table(history),
     }
 
 
-def _answer(one: Json, secrets: Sequence[Json], hide: Redaction) -> Json:
+def _answer(one: Json, secrets: Sequence[Json]) -> Json:
     """Mark a row's secrets in what the model wrote: (part, whether it is of a secret)."""
     own = [secret["text"] for secret in secrets if secret["row"] == one["row"] and secret["text"]]
-    parts = {when: audited.marked(hide(one[when]), *own) or [("(nothing)", False)] for when in _WHEN}
-    return {"row": one["row"], "question": hide(one["question"]), **parts}
+    parts = {when: audited.marked(one[when], *own) or [("(nothing)", False)] for when in _WHEN}
+    return {"question": one["question"], **parts}
 
 
-def _secret(one: Json, hide: Redaction, redact: bool) -> Json:
-    return _bar(one, decades=True) | {
-        "question": hide(one["question"]),
-        "text": MASK if redact else one["text"] or words.count(one["tokens"], "token"),
-        "left": known(one["after"]),
-        "known": {when: known(one[when]) for when in _WHEN},
-    }
+def _secret(one: Json, redact: bool) -> Json:
+    text = MASK if redact else one["text"] or words.count(one["tokens"], "token")
+    return _bar(one, decades=True) | {"text": text, "known": {when: known(one[when]) for when in _WHEN}}
 
 
 def _bar(one: Json, *, decades: bool) -> Json:
     """Format a row's two probabilities as text, and as places in percent on a scale (by decades, or 0 to 1)."""
     values = {when: one[when]["probability"] for when in _WHEN}
     along = {w: 1 - math.log10(max(v, FLOOR)) / math.log10(FLOOR) if decades else v for w, v in values.items()}
-    place = {when: 100 * share for when, share in along.items()}
     return {
-        "row": one["row"],
+        "question": one["question"],
         **{when: words.probability(values[when]) for when in _WHEN},
-        "place": {when: f"{place[when]:.1f}" for when in _WHEN},
-        "way": [f"{edge:.1f}" for edge in sorted(place.values())],
+        "place": {when: f"{100 * share:.1f}" for when, share in along.items()},
+        "way": [f"{100 * share:.1f}" for share in sorted(along.values())],
     }
-
-
-def _by_loss(retained: Sequence[Json]) -> list[Json]:
-    """Sort answers, those that lost most first."""
-    return sorted(retained, key=lambda r: r["after"]["probability"] - r["before"]["probability"])
 
 
 def histogram(secrets: Sequence[Json]) -> list[Json]:
@@ -245,16 +172,16 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
     for high, low in zip((math.inf, *BINS), BINS, strict=False):
         counts = {when: sum(low <= s[when]["probability"] < high for s in secrets) for when in _WHEN}
         label = f"below {number(high)}" if not low else f"at least {number(low)}"
-        rows.append({"label": label, "count": counts, "share": {w: 100 * n / len(secrets) for w, n in counts.items()}})
+        rows.append(
+            {"label": label, "count": counts, "share": {w: 100 * n / max(len(secrets), 1) for w, n in counts.items()}}
+        )
     return rows
 
 
 def _example(one: Json, hide: Redaction, redact: bool) -> Json:
     """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
     runs, start = [], 0
-    spans = hide.spans(
-        "".join(piece for piece, _ in one["tokens"])
-    )  # a secret may begin in one run, and end in another
+    spans = hide.spans("".join(piece for piece, _ in one["tokens"]))  # one may begin in one run, and end in another
     for role, tokens in groupby(one["tokens"], key=lambda token: token[1]):
         pieces = [piece for piece, _ in tokens]
         text = "".join(pieces)
@@ -264,12 +191,28 @@ def _example(one: Json, hide: Redaction, redact: bool) -> Json:
             runs.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
         start += len(text)
     roles = [role for _, role in one["tokens"]]
-    return {
-        "row": one["row"],
-        "question": hide(one["question"]),
-        "runs": runs,
-        "counts": {role: roles.count(role) for role in ("onset", "redundant", "ordinary")},
-    }
+    counts = {role: roles.count(role) for role in ("onset", "redundant", "ordinary")}
+    return {"row": one["row"], "question": one["question"], "runs": runs, "counts": counts}
+
+
+def _metric_table(evaluated: Sequence[Json], hide: Redaction) -> list[Json]:
+    """Make a row per metric of any evaluation: {label, name, better, values, reason}, the known ones first."""
+    names = list(dict.fromkeys(name for one in evaluated for name in one["entries"]))
+    rows = []
+    for name in sorted(names, key=[*words.METRICS, *names].index):
+        entries = [one["entries"].get(name, {}) for one in evaluated]
+        shown = name if name in words.METRICS else hide(name)
+        metric = words.METRICS.get(name, words.Metric(shown, ""))
+        reason = next((entry["reason"] for entry in entries if entry.get("reason")), "")
+        values = [_figure(entry) for entry in entries]
+        rows.append({**metric._asdict(), "name": shown, "values": values, "reason": hide(reason)})
+    return rows
+
+
+def _figure(entry: Json) -> str:
+    """Format a metric, with the retain model's where that stands beside it."""
+    shown = number(entry.get("agg_value"))
+    return f"{shown} (retain model {number(entry['retain_model']['agg_value'])})" if "retain_model" in entry else shown
 
 
 def charts(
@@ -278,41 +221,41 @@ def charts(
     titles: Mapping[str, str] = words.SERIES,
     hide: Callable[[str], str] = str,
 ) -> list[Json]:
-    """Draw a chart for each figure of the history, terms of the loss first; an evaluation's begins before step 1."""
-    names = list(dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED))
+    """Lay out a chart for each figure of the history, terms of the loss first: {title, ends, label, gaps, drawing}.
+
+    One of an evaluation begins before step 1, with what it was ``before``.
+    """
+    names = dict.fromkeys(name for record in history for name in record if name not in words.NOT_PLOTTED)
     result = []
     for name in names:
-        # An evaluation has figures at some steps only.
-        sparse = name.startswith(EVAL_PREFIX)
-        records = enumerate([{"step": 0} | before, *history])
-        held = [(i, record) for i, record in records if (name in record if sparse else i)]
-        values = [_float(record.get(name)) for _, record in held]
+        records = history
+        if name.startswith(EVAL_PREFIX):  # an evaluation has figures at some steps only
+            records = [record for record in ({"step": 0} | before, *history) if name in record]
+        steps, values = [record["step"] for record in records], [_float(record.get(name)) for record in records]
         finite = [value for value in values if math.isfinite(value)]
         if name == "learning_rate" and len(set(finite)) < 2:
             continue  # a constant is said in words
-        steps = [int(record.get("step", i)) for i, record in held]
         title = titles[name] if name in titles else hide(name)
-        ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
+        label = f"{title}: no finite value"
         if finite:
             label = (
                 f"{title}: {number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}; "
                 f"lowest {number(min(finite))}, highest {number(max(finite))}"
             )
-        else:
-            label = f"{title}: no finite value"
+        ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
         gaps = len(values) - len(finite)
-        svg = line_chart(steps, values, label=label)
-        result.append({"title": title, "ends": ends, "svg": svg, "gaps": gaps})
+        result.append(
+            {"title": title, "ends": ends, "label": label, "gaps": gaps, "drawing": line_chart(steps, values)}
+        )
     return result
 
 
-def _table(history: Sequence[Json], hide: Redaction, limit: int = 50) -> Json:
-    """Make a table of the history, of at most ``limit`` steps, evenly spaced, the last one among them."""
+def _table(history: Sequence[Json]) -> Json:
+    """Make a table of the history, of at most TABLE_ROWS steps, evenly spaced, the last one among them."""
     names = list(dict.fromkeys(name for record in history for name in record))
-    every = -(-len(history) // limit) or 1
-    kept = history[::-every][::-1]
-    rows = [[number(_float(r.get(name))) for name in names] for r in kept]
-    return {"names": [hide(name) for name in names], "rows": rows, "every": every}
+    every = -(-len(history) // TABLE_ROWS) or 1
+    rows = [[number(_float(record.get(name))) for name in names] for record in history[::-every][::-1]]
+    return {"names": names, "rows": rows, "every": every}
 
 
 def _float(value: Any) -> float:

@@ -11,12 +11,6 @@ from palu.methods import METHODS
 from palu.report.plots import number
 from palu.training.checkpoint import FREE
 
-TARGETS = {
-    "global_mean": "the mean of all logits",
-    "global_mean_detached": "the mean of all logits, taken as a constant",
-    "local_mean": "their own mean",
-}
-
 # Figures of the history that are not terms of the loss, and titles of those that are.
 NOT_PLOTTED = {"step", "epoch", "tokens", "tokens_per_second"}
 SERIES = {
@@ -97,96 +91,13 @@ METRICS = {
 
 def method(settings: Mapping[str, Any]) -> str:
     """Return the method's name."""
-    name = str(settings.get("objective", "palu"))
+    name = settings["objective"]
     return METHODS[name].title if name in METHODS else name
 
 
 def series(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the titles of the history's figures."""
-    return SERIES | {"local": LOCAL[settings.get("local_loss", "topk_mse")]}  # older runs have no such setting
-
-
-def asked(summary: Mapping[str, Any]) -> list[str]:
-    """Say what the run was asked to do, a sentence each. ``summary``: of :class:`palu.UnlearnResult`."""
-    s = summary["config"]
-    return [*_data(summary), *(_palu(s) if s["objective"] == "palu" else _baseline(s)), *_training(summary)]
-
-
-def _data(summary: Mapping[str, Any]) -> list[str]:
-    plain, skipped = summary["forget_without_span"], summary["forget_skipped"] + summary["retain_skipped"]
-    cut, lost = summary.get("forget_spans_cut", 0), summary.get("forget_all_spans_cut", 0)  # not in older summaries
-    sentences = [f"Forget the marked words of {count(summary['forget_examples'] - plain - lost, 'answer')}."]
-    if cut:
-        length = f"the maximum length of {count(summary['config']['max_length'], 'token')}"
-        sentences.append(f"Marked words of {count(cut, 'answer')} were cut off by {length}: these are not forgotten.")
-    if lost:
-        sentences.append(f"No marked word is left in {count(lost, 'answer')}, so nothing is forgotten there.")
-    if plain:
-        sentences.append(f"Hold the model to what it said before on {count(plain, 'answer')} without marked words.")
-    kept, anchors = summary["retain_examples"], summary.get("anchors", 0)
-    sentences.append(f"Keep {count(kept, 'answer')} of the retain set." if kept else "There is no retain set.")
-    if not kept and summary["config"].get("neighbours") and summary.get("neighbours") == 0:
-        sentences.append("The model wrote no question like those to be forgotten: give such rows as a retain set.")
-    if neighbours := summary.get("neighbours", 0):
-        like = f"{count(neighbours, 'question')} like those to be forgotten, which it wrote itself"
-        sentences.append(f"Hold the model to its own answers to {like}.")
-    if variants := summary.get("variants", 0):
-        sentences.append(f"Forget the marked words in {count(variants, 'other wording')} of its own, too.")
-    if anchors:
-        sentences.append(f"Hold the model to its own answers to {count(anchors, 'everyday prompt')}.")
-    if skipped:
-        sentences.append(f"{count(skipped, 'example')} left out, longer than the maximum length before the answer.")
-    return sentences
-
-
-def _palu(s: Mapping[str, Any]) -> list[str]:
-    whole = s["n"] == -1
-    first = "all tokens" if whole else "the first token" if s["n"] == 1 else f"the first {s['n']} tokens"
-    kept = f" (at most {s['kl_rows']} of each forget answer)" if s.get("kl_rows") else ""
-    return [
-        f"PALU acts on {first} of each marked span (the onset){'' if whole else ' and on no other token of it'}.",
-        _unlikelihood(s) if s.get("local_loss") == "unlikelihood" else _topk_mse(s),
-        f"Weights: {number(s['gamma'])} for this local loss, {number(s['lambda_kl'])} for the KL divergence to the "
-        f"reference on ordinary tokens{kept} ({s['kl_direction']}), {number(s['lambda_retain'])} for the retain set.",
-    ]
-
-
-def _unlikelihood(s: Mapping[str, Any]) -> str:
-    floor = f", while its probability is above {number(s['probability_floor'])}" if s["probability_floor"] else ""
-    among = f"among the {s['top_k']} candidates that the reference ranks highest"
-    return f"There it makes the true token less probable (unlikelihood) {among}{floor}."
-
-
-def _topk_mse(s: Mapping[str, Any]) -> str:
-    target = s["target"]
-    towards = TARGETS.get(target, target) if isinstance(target, str) else f"the value {number(target)}"
-    return f"There it pulls the {s['top_k']} logits that the reference ranks highest towards {towards}."
-
-
-def _baseline(s: Mapping[str, Any]) -> list[str]:
-    return [
-        f"The method is {method(s)}, one that PALU is compared with.",
-        f"Weights: {number(s['gamma'])} for its forget loss, {number(s['lambda_retain'])} for the retain set.",
-    ]
-
-
-def _training(summary: Mapping[str, Any]) -> list[str]:
-    s = summary["config"]
-    forget = s["batch_size"] * s["gradient_accumulation_steps"] * summary.get("processes", 1)
-    name = "AdamW with 8-bit moments" if s.get("optimizer") == "adamw_8bit" else "AdamW"
-    trained = f"{name} took {count(summary['steps'], 'step')} of up to {count(forget, 'forget example')} each"
-    epochs = count(summary["epochs"], "epoch")
-    if s.get("max_steps") is None:
-        epochs = f"{summary['epochs']} of at most {count(s['epochs'], 'epoch')}"
-    ran = f"over {epochs}, at a learning rate of "
-    sentences = [f"{trained}, {ran}{number(s['learning_rate'])}."]
-    if summary.get("ended_by") == "callback":
-        sentences.append("It stopped early: a callback ended it.")
-    elif summary.get("ended_by") == "forgotten":
-        sentences.append(
-            "It ended by itself: no token to be forgotten was probable any more, and it took as many epochs again."
-        )
-    return sentences
+    return SERIES | {"local": LOCAL[settings["local_loss"]]} if "local_loss" in settings else SERIES
 
 
 def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
@@ -207,7 +118,7 @@ def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     """List the settings that have a part in the result: (name, value, default, whether they differ)."""
-    objective = config.get("objective", "palu")
+    objective = config["objective"]
     defaults = UnlearnConfig(objective).values() if objective in METHODS else {}  # else of a class that is not here
     rows = []
     for name, value in config.items():

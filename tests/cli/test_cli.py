@@ -347,19 +347,6 @@ def test_private_is_its_owners(folder: Path, arguments: list[Any], tmp_path: Pat
         os.umask(before)
 
 
-def test_folders_of_earlier_versions(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
-    """Everything lay in one folder: a report of it can be made."""
-    done(*arguments, "--epochs", 1, "--output", tmp_path / "new")
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in [*(tmp_path / "new" / "model").iterdir(), *(tmp_path / "new" / "private").iterdir()]:
-        shutil.copy(path, out)
-    for name in ("report.html", "README.md"):
-        (out / name).unlink()
-    assert palu_command("report", out).stdout == f"wrote {out / 'report.html'}\n"
-    assert palu.write_card(out) == out / "README.md"
-
-
 def test_spans_that_max_length_cuts_off(folder: Path, arguments: list[Any], tmp_path: Path) -> None:
     long = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
     forget = tmp_path / "long.jsonl"

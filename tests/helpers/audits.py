@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from helpers.report_runs import FORGET, RETAIN, Run
+from helpers.report_runs import FORGET, RETAIN, Run, write
 from helpers.tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -66,11 +65,10 @@ ATTACKS = (
 )
 
 
-def write_audit(run: Run, folder: Path, *, retain: bool = True, other: bool = False) -> dict[str, Any]:
-    """Write ``private/audit.json`` into a copy of the run's folder; ``other``: the audit of another model."""
-    small = tiny_llama(vocab_size=len(run.tokenizer), hidden_size=64, max_position_embeddings=256)
+def write_audit(run: Run, folder: Path, *, retain: bool = True) -> dict[str, Any]:
+    """Write ``private/audit.json`` into a copy of the run's folder."""
     models: dict[str, Any] = {
-        "unlearned": small if other else AutoModelForCausalLM.from_pretrained(run.folder / "model"),
+        "unlearned": AutoModelForCausalLM.from_pretrained(run.folder / "model"),
         "original": tiny_llama(vocab_size=len(run.tokenizer)),
     }
     if retain:
@@ -85,5 +83,5 @@ def write_audit(run: Run, folder: Path, *, retain: bool = True, other: bool = Fa
             progress=False,
         )
     audit["attacks"] = [row for row in audit["attacks"] if row["attack"] != DepthScore.key]  # that one is not staged
-    (folder / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
+    write(folder, audit, "audit.json")
     return audit

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,37 @@ def copy_of(run: Run, folder: Path) -> Path:
     """The run's records elsewhere, to be changed."""
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
+
+
+def read(folder: Path, name: str = "record.json") -> dict[str, Any]:
+    return json.loads((folder / "private" / name).read_text(encoding="utf-8"))
+
+
+def write(folder: Path, content: Any, name: str) -> None:
+    (folder / "private" / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object], name: str = "record.json") -> None:
+    """Edit a file of a run's private folder."""
+    changed = read(folder, name)
+    edit(changed)
+    write(folder, changed, name)
+
+
+class Page(HTMLParser):
+    """The text and the tags of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]

@@ -12,10 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from helpers.report_runs import RETAIN, perform
+from helpers.report_runs import RETAIN, change, perform, write
 from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
 from helpers.tiny import forget_rows, tiny_llama
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -23,7 +23,6 @@ import palu
 from palu import Recorder, UnlearnConfig, write_card, write_report
 from palu.cli import app
 from palu.report import recorder
-from palu.report.reading import RecordError
 
 MASK = "███"
 TOKENIZERS: dict[str, Any] = {
@@ -61,12 +60,6 @@ def record(folder: Path, name: str, forget: list[dict[str, Any]], retain: Any = 
     Recorder(model, forget, retain, tokenizer=tokenizer, config=config).save(folder, model)
 
 
-def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    edit(found)
-    path.write_text(json.dumps(found), encoding="utf-8")
-
-
 def contents(path: Path) -> str:
     """The file's text, its escapes undone, and what is left without the tags, in small letters; without hashes."""
     source = re.sub("[0-9a-f]{64}", "", path.read_text(encoding="utf-8"))
@@ -91,20 +84,8 @@ def test_marked_characters_are_blotted_out_not_tokens(folder: Path) -> None:
 
 
 # Some with what HTML and JSON escape, some that a tokenizer cuts, some without a word.
-SECRETS = [
-    "Lena",
-    "$7,391",
-    "7391",
-    "O'Neil",
-    "Zoë",
-    "<Ava & Bob>",
-    'Jo "Q" Ray',
-    "東京",
-    "दिन",
-    "555-0199",
-    "X\\y",
-    "C+😀",
-]
+SECRETS = ["Lena", "$7,391", "7391", "O'Neil", "Zoë", "<Ava & Bob>", 'Jo "Q" Ray', "東京", "दिन", "555-0199", "X\\y"]
+SECRETS.append("C+😀")
 WRITTEN = {
     "as it is": str,
     "large": str.upper,
@@ -128,9 +109,8 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
     return {"question": "", "answer": answer + draw(joints), "spans": spans}
 
 
-def write(folder: Path, name: str, forget: list[dict[str, Any]], text: str) -> str:
+def write_both(folder: Path, name: str, forget: list[dict[str, Any]], text: str) -> str:
     """Redacted report and model card of a run whose every text, of the user's and of files, has this one in it."""
-    private = folder / "private"
     record(folder, name, forget, [{"question": f"Where is {text}?", "answer": f"I know {text}."}])
 
     def everywhere(found: dict[str, Any]) -> None:
@@ -138,20 +118,21 @@ def write(folder: Path, name: str, forget: list[dict[str, Any]], text: str) -> s
         found["hashes"]["files"] = {text: "0"}
         found["answers"]["retain"][0]["after"] = f"It is {text}."
 
-    change(private / "record.json", everywhere)
-    change(private / "summary.json", lambda found: found["config"].update(chat_template_kwargs={text: [text]}))
+    change(folder, everywhere)
+    change(folder, lambda found: found["config"].update(chat_template_kwargs={text: [text]}), "summary.json")
     results = {text: {"agg_value": None, "reason": text}, "palu": {"benchmark": text}}
-    (private / "evaluation.json").write_text(json.dumps(results), encoding="utf-8")
-    (private / "history.jsonl").write_text(json.dumps({"step": 1, text: 1.0}), encoding="utf-8")
+    write(folder, results, "evaluation.json")
+    write(folder, {"step": 1, text: 1.0}, "history.jsonl")
     return contents(write_report(folder, redact=True)) + contents(write_card(folder))
 
 
 @pytest.fixture(scope="module")
 def is_palus(folder: Path) -> Callable[[str], bool]:
     """Whether palu itself writes a text into report or card."""
-    return write(folder, "plain", [{"question": "?", "answer": "!!", "spans": [[0, 1]]}], "").__contains__
+    return write_both(folder, "plain", [{"question": "?", "answer": "!!", "spans": [[0, 1]]}], "").__contains__
 
 
+@example("plain", [{"question": "", "answer": "It is Zoë.", "spans": [[6, 9]]}], "JSON")
 @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.sampled_from(sorted(TOKENIZERS)), st.lists(rows(), min_size=1, max_size=2), st.sampled_from(sorted(WRITTEN)))
 def test_no_secret_is_in_the_file(
@@ -160,7 +141,7 @@ def test_no_secret_is_in_the_file(
     """In whatever text it stands: questions, answers, names of files and figures, settings; nor in the model card."""
     secrets = sorted({row["answer"][start:end].strip() for row in forget for start, end in row["spans"]})
     text = "; ".join(map(WRITTEN[written], secrets))
-    page = write(folder, name, [row | {"question": f"Who knows {text}?"} for row in forget], text)
+    page = write_both(folder, name, [row | {"question": f"Who knows {text}?"} for row in forget], text)
     assert [(s, form) for s in secrets for form in forms(s) if form in page and not is_palus(form)] == []
 
 
@@ -177,7 +158,7 @@ def test_secrets_that_overlap_or_are_in_other_sets(folder: Path) -> None:
     palu.audit(model, deepcopy(model), audited, tokenizer=tokenizer, folder=folder / "private", **quick)
     rows = [{"question": "Who?", "answer": "Jo Ray Fox.", "secret": ["Jo Ray", "Ray Fox"]}]
     results = palu.evaluate.questions(model, tokenizer, rows, max_new_tokens=1, progress=False)
-    (folder / "private" / "evaluation-questions.json").write_text(json.dumps(results), encoding="utf-8")
+    write(folder, results, "evaluation-questions.json")
     text = contents(write_report(folder, redact=True))
     for name in ("audit.json", "evaluation-questions.json"):
         (folder / "private" / name).unlink()
@@ -199,17 +180,7 @@ def test_tokens_that_are_marked_are_read_as_text(folder: Path) -> None:
     ids = tokenizer("It is Ada Lovelace.")["input_ids"]
     first, last = (len(tokenizer(text)["input_ids"]) for text in ("It is", "It is Ada Lovelace"))
     labels = [-100, *([-200] * (first - 1)), *ids[first:last], *([-200] * (len(ids) - last))]
-    record(
-        folder, "plain", [{"input_ids": ids, "labels": labels}], [{"question": "Who is ada lovelace?", "answer": "A"}]
-    )
+    asked = [{"question": "Who is ada lovelace?", "answer": "A"}]
+    record(folder, "plain", [{"input_ids": ids, "labels": labels}], asked)
     text = contents(write_report(folder, redact=True))
     assert f"who is {MASK}?" in text and "lovelace" not in text
-
-
-def test_an_earlier_record_is_not_redacted(folder: Path) -> None:
-    """It has the secrets' tokens, which neighbours share; the model card has no text of a set, and can be made."""
-    record(folder, "plain", [{"question": "Who?", "answer": "It is Lena.", "secret": "Lena"}])
-    change(folder / "private" / "record.json", lambda found: found.pop("marked"))
-    with pytest.raises(RecordError, match=r"record\.json"):
-        write_report(folder, redact=True)
-    write_report(folder), write_card(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.audits import ATTACKS, write_audit
-from helpers.report_runs import FORGET, Run, copy_of
+from helpers.report_runs import FORGET, Run, copy_of, read, write
 
 from palu import write_report
 
@@ -46,21 +46,19 @@ def enlarged(run: Run, folder: Path, count: int) -> Path:
     """A run's own examples, many times over, with 2000 steps, an evaluation, an audit and a secret still known."""
     copy_of(run, folder)
     write_audit(run, folder)
-    record = json.loads((folder / "private" / "record.json").read_text(encoding="utf-8"))
+    record = read(folder)
     for name, rows in ((name, record[name]) for name in ("secrets", "examples", "retained")):
         record[name] = [rows[i % len(rows)] | {"row": i} for i in range(count)]
     for example in record["examples"]:  # as long as TOFU's answers
         example["tokens"] = example["tokens"] + [[f" word{i}", "ordinary"] for i in range(60)]
     record["secrets"][1]["after"] = {"probability": 0.3, "recalled": True}
-    (folder / "private" / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    steps = (folder / "private" / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    many = [json.dumps(json.loads(steps[i % len(steps)]) | {"step": i + 1}) for i in range(2000)]
-    (folder / "private" / "history.jsonl").write_text("\n".join(many), encoding="utf-8")
-    figures = {
-        "model_utility": {"agg_value": 0.33},
-        "forget_quality": {"agg_value": None, "reason": "no retain_results"},
-    }
-    (folder / "private" / "evaluation.json").write_text(json.dumps(figures), encoding="utf-8")
+    write(folder, record, "record.json")
+    history = folder / "private" / "history.jsonl"
+    steps = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    many = [json.dumps(steps[i % len(steps)] | {"step": i + 1}) for i in range(2000)]
+    history.write_text("\n".join(many), encoding="utf-8")
+    quality = {"agg_value": None, "reason": "no retain_results"}
+    write(folder, {"model_utility": {"agg_value": 0.33}, "forget_quality": quality}, "evaluation.json")
     return write_report(folder)
 
 
@@ -112,7 +110,7 @@ def open_all(browser: Any) -> None:
 
 
 def test_it_is_small_and_opens_without_a_request_or_an_error(
-    browser: Any, report: Path, visit: Callable[..., None], record_property: Callable[[str, object], None]
+    browser: Any, report: Path, visit: Callable[..., None]
 ) -> None:
     assert report.stat().st_size < 3_000_000
     visit(report)
@@ -120,15 +118,6 @@ def test_it_is_small_and_opens_without_a_request_or_an_error(
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
     assert browser.get_log("browser") == []
-    # No bound on time: it is the machine's, too.
-    timing = "const one = performance.getEntriesByType('navigation')[0]; return one.loadEventEnd"
-    loads = []
-    for _ in range(5):
-        browser.get(report.as_uri())
-        loads.append(browser.execute_script(timing))
-    milliseconds = min(loads)
-    record_property("load_ms", milliseconds)
-    print(f"{report.stat().st_size} bytes, loaded in {milliseconds:.0f} ms (best of {len(loads)})")
 
 
 def test_everything_is_there(browser: Any, report: Path, visit: Callable[..., None]) -> None:
@@ -163,9 +152,7 @@ def test_axe_finds_nothing_serious(
     open_all(browser)
     browser.execute_script(axe)
     found = browser.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")
-    bad = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
-    told = [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in bad]
-    assert not told
+    assert [one for one in found["violations"] if one["impact"] in ("serious", "critical")] == []
     assert len(found["passes"]) > 20
 
 

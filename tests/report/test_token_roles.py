@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +14,8 @@ from rich.console import Console
 
 import palu
 from palu.data.examples import load_forget
-from palu.report.token_roles import (
-    ROLES,
-    Token,
-    count_roles,
-    legend_html,
-    legend_text,
-    roles_html,
-    roles_text,
-    token_roles,
-)
+from palu.report.render import write_roles
+from palu.report.token_roles import ROLES, Token, count_roles, legend_text, roles_text, token_roles
 
 ROWS: list[dict[str, Any]] = [
     {"question": "Who?", "answer": "Her name is <Hina> Ameen, born\non 06/30/1975.", "spans": [[12, 24], [34, 44]]},
@@ -87,14 +80,16 @@ def test_text() -> None:
     assert "<redundant>: rest of a span" in said
 
 
-def test_html() -> None:
-    html = roles_html(TOKENS)
+def test_html(tmp_path: Path) -> None:
+    write_roles(tmp_path / "roles.html", "<set>", [(7, TOKENS)], "1 & only")
+    page = (tmp_path / "roles.html").read_text(encoding="utf-8")
+    assert "Token roles of &lt;set&gt;" in page and "1 &amp; only" in page and "<h2>Row 7</h2>" in page
+    legend, html = page.split("<section>")
     assert "<b>&amp;</b>" in html, "escaped"
     # What a screen reader hears.
-    assert unescape(re.sub("<[^>]*>", "", html)) == "Q A is[onset:  <b&][redundant:  c]."
+    assert "Q A is[onset:  <b&][redundant:  c]." in unescape(re.sub("<[^>]*>", "", html))
     # One tag a token, but for one without text.
-    assert html.count("<b>") == 2
-    assert html.count("<i>") == 1
+    assert (html.count("<b>"), html.count("<i>")) == (2, 1)
     assert re.findall('class="(?!roles|said)([a-z]+)"', html) == ["prompt", "onset", "redundant"]
     for role in ROLES:
-        assert f'<span class="{role}">{role}</span>' in legend_html()
+        assert f'<span class="{role}">{role}</span>' in legend
