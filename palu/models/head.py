@@ -68,6 +68,13 @@ def body_of(model: CausalLM) -> nn.Module:
     return base_of(model).get_decoder()
 
 
+def layers_of(body: Any) -> list[nn.Module]:
+    """Return the layers of a body in their order; none where they are not found."""
+    count = body.config.get_text_config().num_hidden_layers
+    lists = [part for part in body.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
 def head_of(model: CausalLM) -> Head:
     """Return the output layer's weight [V, d] and bias, with the scale and the cap of the model's configuration.
 
@@ -134,3 +141,43 @@ def to_acc_dtype(logits: Tensor) -> Tensor:
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -log P(label) of each row, [R], from logits [R, V] and labels [R]."""
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+class GradientSum:
+    """Adds up a gradient of the head, part by part; in float32 where several parts are bfloat16 or float16.
+
+    Otherwise the parts are added to each other in the buffer that is the result.
+    """
+
+    def __init__(self, like: Tensor, several: bool):
+        self.part = like.new_empty(like.shape)
+        half = like.dtype in (torch.bfloat16, torch.float16)
+        self.total = like.new_zeros(like.shape, dtype=torch.float32) if half and several else None
+        self.filled = False  # whether ``part`` holds anything
+
+    def _next(self) -> bool:
+        """Add the last part to the total; whether the next one is to be added to what the buffer holds."""
+        filled, self.filled = self.filled, True
+        if self.total is None:
+            return filled
+        if filled:
+            # On a CPU torch converts the whole addend first: block by block that is a megabyte.
+            block = 2**18 if self.part.device.type == "cpu" else self.part.numel()
+            for total, part in zip(self.total.view(-1).split(block), self.part.view(-1).split(block), strict=True):
+                total += part
+        return False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
+
+    def buffer(self) -> Tensor:
+        """Return a buffer of the parts' dtype, to which the next part is to be added."""
+        return self.part if self._next() else self.part.zero_()
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum for a leaf of this dtype: rounded once, if that is the parts' (under autocast it is not)."""
+        filled = self._next()
+        if self.total is None:
+            return self.part if filled else self.part.zero_()
+        return self.part.copy_(self.total) if dtype == self.part.dtype else self.total
