@@ -1,8 +1,8 @@
 """What the methods share that PALU is compared with: a loss on whole forget answers, cross-entropy on the retain set.
 
-Each loss is ``gamma * forget + lambda_retain * retain``. Preferences are averaged over the examples of the whole
-optimisation step, exactly. All answer tokens reach the head at once: these are baselines, not the fast path. Where the
-papers leave a choice, it is that of open-unlearning.
+Each loss is ``gamma * forget + lambda_retain * retain``, with exact means over the whole optimisation step. All answer
+tokens reach the head at once: these are baselines, not the fast path. Where the papers leave a choice, it is that of
+open-unlearning.
 """
 
 from __future__ import annotations

@@ -34,10 +34,9 @@ _MULTIPLIES_BY_LOGITS_SCALING = "hyperclovax"  # a model type: Granite's field, 
 class Head(NamedTuple):
     """An output layer: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the cap.
 
-    The scale is multiplied into hidden states and bias. So the mean over the vocabulary stays linear in them, and what
-    takes the scaled ones need not know of it. A power of two, as most models have, is exact. Any other rounds each
-    hidden state once more, in bfloat16 by up to 2^-8 of it. These errors are independent of each other, and come in a
-    logit to what rounding that logit does, which scaling the logits instead would do.
+    The scale is multiplied into hidden states and bias, in which the mean over the vocabulary stays linear. A power of
+    two, as most models have, is exact. Any other rounds each hidden state once more; in a logit these errors come to
+    what rounding that logit does, which scaling the logits instead would do.
     """
 
     weight: Tensor  # [V, d]
