@@ -172,7 +172,7 @@ def test_a_reference_with_an_adapter_speaks_with_it() -> None:
     assert same_weights(ref_model, before)
 
 
-def test_the_head_is_shared_and_no_base_weight_is_ever_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_shared_and_no_base_weight_is_ever_copied() -> None:
     model = tiny_lora(tie_word_embeddings=False).to(Accelerator().device)
     base = {p.data_ptr(): p for n, p in model.named_parameters() if ".lora_" not in n and p.ndim == 2}
     others = live_tensors()  # of other tests, perhaps with the same weights; held, so that no address is used again

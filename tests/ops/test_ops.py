@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.op_calls import CPU, OPS, SOFTMAX_LOSSES, draw_call, try_one
-from helpers.op_cases import Draw, Inputs
+from helpers.op_calls import CPU, OPS, SOFTMAX_LOSSES, try_one
+from helpers.op_cases import Inputs
 from helpers.peak import peak_bytes
 from torch import Tensor
 
@@ -31,15 +31,6 @@ def test_random_calls(device: torch.device, op: str, bad: bool) -> None:
     """Any sizes, dtypes and memory layouts, the public functions and the raw gradients; and what they must refuse."""
     for seed in range(200):
         try_one(seed, op, device, bad)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices with kernels")
-@pytest.mark.parametrize("op", ["topk_mse", "linear_topk_mse"])
-def test_mixed_devices(op: str) -> None:
-    call = draw_call(Draw(0), op, torch.device("cuda:0"))
-    call.arguments["index"] = call.arguments["index"].cpu()
-    with pytest.raises(ValueError, match=r"index is on cpu but \w+ is on cuda:0; move it there"):
-        call.run(call.arguments)
 
 
 def test_global_target_needs_the_mean(device: torch.device) -> None:
@@ -211,27 +202,18 @@ def test_linear_topk_mse_under_autocast(device: torch.device, impl: str, dtype: 
     hidden = torch.randn(ROWS, HIDDEN, device=device, dtype=dtype)
     others = torch.float64 if dtype == torch.float64 else torch.float32  # which autocast leaves alone
     weight, bias = (torch.randn(shape, device=device, dtype=others) for shape in ((VOCAB, HIDDEN), (VOCAB,)))
-    index, mean = indices(device), ops.weight_mean(weight.bfloat16() if others == torch.float32 else weight)
+    leaves = hidden, weight, bias
+    cast = [t if others == torch.float64 else t.bfloat16() for t in leaves]
+    index, given = indices(device), {"weight_mean": ops.weight_mean(cast[1])} if given_mean else {}
 
-    def ours(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        given = {"weight_mean": mean} if given_mean else {}
+    def function(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return palu.linear_topk_mse(h, w, index, "global_mean", b, impl=impl, **given)
 
-    def twin(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return eager.linear_topk_mse(h, w, index, "global_mean", b)
-
     with torch.autocast(device.type, torch.bfloat16):
-        results = loss_and_gradients(ours, hidden, weight, bias)
-        torchs = loss_and_gradients(twin, hidden, weight, bias)
-    assert [t.dtype for t in results] == [t.dtype for t in torchs]
-    cast = [t if others == torch.float64 else t.bfloat16() for t in (hidden, weight, bias)]
-    assert torch.equal(results[0], ours(*cast))
-    exact = loss_and_gradients(twin, *(t.double() for t in cast))
-    for mine, twin, truth in zip(results, torchs, exact, strict=True):
-        scale = truth.abs().max()
-        error, lost = ((t.double() - truth).abs().max() / scale for t in (mine, twin))
-        # A leaf of float32 gets a gradient that was rounded to bfloat16, as torch's own does.
-        assert error <= 2 * lost + (1e-12 if others == torch.float64 else 2 * torch.finfo(torch.bfloat16).eps)
+        results = loss_and_gradients(function, *leaves)
+    assert [t.dtype for t in results[1:]] == [t.dtype for t in leaves]
+    expected = loss_and_gradients(function, *cast)
+    assert all(torch.equal(ours, theirs.to(ours.dtype)) for ours, theirs in zip(results, expected, strict=True))
 
 
 def softmax_call(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
