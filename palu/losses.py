@@ -225,9 +225,8 @@ def fused_linear_losses(
     A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so all rows of a
     capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
 
-    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and
-    rounded once at the end; each chunk's own product is rounded as torch's products are. Until the forward pass is
-    over this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096], beside 1.05 GB.
+    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and rounded
+    once at the end. Until then this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096].
 
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
