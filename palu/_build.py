@@ -1,9 +1,8 @@
 """List the sources and flags of every build of the extension, and build it just in time.
 
-`setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line
-(`python palu/_build.py --cmake`), and `palu.ops` compiles from it just in time where no prebuilt
-module is installed. `python palu/_build.py --cuda-check` compiles every `.cu` file to an object on a
-machine that has nvcc, needing neither a GPU nor a CUDA build of torch.
+`setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line (`--cmake`), and `palu.ops`
+compiles from it just in time where no prebuilt module is installed. `--cuda-check` compiles every `.cu` file to an
+object on a machine that has nvcc, needing neither a GPU nor a CUDA build of torch.
 """
 
 import argparse
@@ -179,11 +178,7 @@ def cmake_settings() -> str:
         libraries += ["c10_cuda", "torch_cuda", "cudart"]
     settings = {
         "PALU_SOURCES": sources(),
-        "PALU_INCLUDE_DIRS": [
-            *include_dirs(),
-            *cpp_extension.include_paths(device),
-            sysconfig.get_paths()["include"],
-        ],
+        "PALU_INCLUDE_DIRS": [*include_dirs(), *cpp_extension.include_paths(device), sysconfig.get_paths()["include"]],
         "PALU_LIBRARY_DIRS": cpp_extension.library_paths(device),
         "PALU_LIBRARIES": libraries,
         "PALU_CXX_FLAGS": CXX_FLAGS,
@@ -211,17 +206,14 @@ def _cmake_architectures() -> list[str]:
 
 
 def cuda_check() -> int:
-    """Compile every `.cu` file to an object with nvcc and return how many failed.
-
-    c10's CUDA headers are in torch's CPU wheel too, all but the one that its build generates; a macro
-    of c10's does without that one.
-    """
+    """Compile every `.cu` file to an object with nvcc and return how many failed."""
     from torch.utils import cpp_extension
 
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("nvcc is not on PATH")
     flags = ["-std=c++" + cxx_standard(), "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *NVCC_FLAGS]
+    # torch's CPU wheel has c10's CUDA headers, but for the one that its build generates: this does without it.
     flags += ["-DC10_USING_CUSTOM_GENERATED_MACROS"]
     flags += [f"-I{path}" for path in include_dirs()]
     for path in [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]:
@@ -244,11 +236,10 @@ def main() -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--cmake", action="store_true", help="print the build's settings for CMake")
     action.add_argument("--cuda-check", action="store_true", help="compile every .cu file with nvcc")
-    arguments = parser.parse_args()
-    if arguments.cmake:
-        print(cmake_settings())
-        return 0
-    return cuda_check()
+    if not parser.parse_args().cmake:
+        return cuda_check()
+    print(cmake_settings())
+    return 0
 
 
 if __name__ == "__main__":

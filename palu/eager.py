@@ -8,20 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "cross_entropy_",
-    "kl_div_",
-    "linear_topk_backward",
-    "linear_topk_mse",
-    "linear_topk_unlikelihood",
-    "prefix_mask",
-    "topk_backward",
-    "topk_mse",
-    "topk_mse_and_slope",
-    "topk_unlikelihood",
-    "topk_unlikelihood_and_slope",
-]
-
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over values of `dtype` are kept."""
@@ -33,7 +19,6 @@ def softcap_(logits: Tensor, softcap: float, *, slope: bool = False) -> Tensor |
 
     In bfloat16 and float16 both are computed in float32, a sixteenth of the logits at a time, and rounded once. From
     rounded logits the slope would be wrong: in bfloat16 by up to 2 % at 0.9 of the cap, and by all of it near the cap.
-    Rounded itself it is right to 0.4 %, as the gradient is that it is multiplied by.
     """
     flat = logits.view(-1)
     size = max(len(flat) if logits.dtype == acc_dtype(logits.dtype) else -(-len(flat) // 16), 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,16 @@ from torch import Tensor
 
 from palu.data.tokenize import IGNORE, ORDINARY
 from palu.eager import softcap_
-from palu.models.head import Head
-from palu.ops import fused, prefix_mask, topk_mse
-from palu.ops.functional import use_gather
-from palu.ops.fused import GradientSum, Grads
-from palu.ops.labels import checked_labels
+from palu.models.head import GradientSum, Head
+from palu.ops import cross_entropy_, kl_div_, prefix_mask, topk_mse
+from palu.ops.functional import checked_labels, has_frozen, needed_mean, split_target, use_gather
 from palu.ops.library import check_tensors, first_order_only
 from palu.settings import KL_DIRECTIONS
+
+_ops = torch.ops.palu
+
+# Of hidden [R, d], weight [V, d] and bias [V], to be added to; None: not asked for.
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class PaluLoss(NamedTuple):
@@ -101,49 +104,68 @@ def _mean(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LocalTerm:
-    """Local entropy maximisation on ``index.shape[0]`` onset rows."""
+class GatheredTerm:
+    """A loss that reads the logits in ``index`` alone, so that these alone may be formed."""
 
-    index: Tensor  # [R, K] int32 or int64: the reference's top K
-    target: str | float
+    index: Tensor  # [R, K] int32 or int64
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return fused.topk_mse_fwd_bwd_(logits, self.index[rows], row_weight, self.target)
+        raise NotImplementedError
 
-    def gather(
-        self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, grads: Grads
-    ) -> Tensor:
-        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``."""
-        return fused.linear_topk_mse_fwd_bwd(
-            hidden, head.weight, self.index, row_weight, self.target, head.bias, weight_mean, grads
-        )
+    def gather(self, hidden: Tensor, head: Head, row_weight: Tensor, mean: Tensor | None, grads: Grads) -> Tensor:
+        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``.
+
+        ``mean``: [d], ``head.weight.mean(0)``; None: computed here, where it is needed.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class LocalUnlikelihoodTerm:
-    """Unlikelihood of ``index.shape[0]`` tokens among the reference's candidates (:func:`palu.topk_unlikelihood`)."""
+class LocalTerm(GatheredTerm):
+    """Local entropy maximisation on onset rows (:func:`palu.topk_mse`); ``index``: the reference's top K."""
 
-    index: Tensor  # [R, K] int32 or int64: the true token, then the candidates
-    floor: float
-
-    def __len__(self) -> int:
-        return self.index.shape[0]
+    target: str | float
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return fused.topk_unlikelihood_fwd_bwd_(logits, self.index[rows], row_weight, self.floor)
+        name, constant = split_target(self.target)
+        loss, slope = _ops.topk_mse(logits, self.index[rows], name, constant)
+        _ops.topk_backward(row_weight, slope, self.index[rows], name == "global_mean", logits)
+        return loss
 
-    def gather(
-        self, hidden: Tensor, head: Head, row_weight: Tensor, weight_mean: Tensor | None, grads: Grads
-    ) -> Tensor:
-        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``."""
-        return fused.linear_topk_unlikelihood_fwd_bwd(
-            hidden, head.weight, self.index, row_weight, self.floor, head.bias, grads
-        )
+    def gather(self, hidden: Tensor, head: Head, row_weight: Tensor, mean: Tensor | None, grads: Grads) -> Tensor:
+        name, constant = split_target(self.target)
+        mean = needed_mean(head.weight, mean, name)
+        arguments = hidden, head.weight, self.index, head.bias, mean, name, constant
+        grad_hidden, *grads_of_head = grads
+        if grad_hidden is not None and grads_of_head == [None, None] and has_frozen(hidden, name):
+            loss, gradient = _ops.linear_topk_mse_frozen(*arguments)
+            grad_hidden += row_weight[:, None] * gradient
+            return loss
+        loss, slope = _ops.linear_topk_mse(*arguments)
+        through_mean = name == "global_mean"
+        _ops.linear_topk_backward(row_weight, slope, hidden, head.weight, self.index, mean, through_mean, *grads)
+        return loss
+
+
+@dataclass(frozen=True)
+class LocalUnlikelihoodTerm(GatheredTerm):
+    """Unlikelihood among candidates (:func:`palu.topk_unlikelihood`); ``index``: the true token, then these."""
+
+    floor: float
+
+    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
+        loss, slope = _ops.topk_unlikelihood(logits, self.index[rows], self.floor)
+        _ops.topk_backward(row_weight, slope, self.index[rows], False, logits)
+        return loss
+
+    def gather(self, hidden: Tensor, head: Head, row_weight: Tensor, mean: Tensor | None, grads: Grads) -> Tensor:
+        loss, slope = _ops.linear_topk_unlikelihood(hidden, head.weight, self.index, head.bias, self.floor)
+        _ops.linear_topk_backward(row_weight, slope, hidden, head.weight, self.index, None, False, *grads)
+        return loss
 
 
 @dataclass(frozen=True)
@@ -160,14 +182,13 @@ class KLTerm:
         return self.hidden.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
         ref_logits = self.head.product(self.hidden[rows]).to(logits.dtype)
         if self.head.softcap is not None:
             softcap_(ref_logits, self.head.softcap)
         if self.lowered is not None:
             label = self.lowered[rows, None]
             ref_logits.scatter_add_(1, label, ref_logits.new_full(label.shape, -self.lowered_by))
-        return fused.kl_div_(logits, ref_logits, row_weight, self.reverse)
+        return kl_div_(logits, ref_logits, row_weight, self.reverse)
 
 
 @dataclass(frozen=True)
@@ -180,12 +201,10 @@ class CrossEntropyTerm:
         return self.labels.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        return fused.cross_entropy_(logits, self.labels[rows], row_weight)
+        return cross_entropy_(logits, self.labels[rows], row_weight)
 
 
-GatheredTerm = LocalTerm | LocalUnlikelihoodTerm  # reads some of a row's logits, so that these alone may be formed
-Term = GatheredTerm | KLTerm | CrossEntropyTerm
+Term: TypeAlias = GatheredTerm | KLTerm | CrossEntropyTerm
 
 
 def fused_linear_losses(
@@ -206,9 +225,8 @@ def fused_linear_losses(
     A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so all rows of a
     capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
 
-    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and
-    rounded once at the end; each chunk's own product is rounded as torch's products are. Until the forward pass is
-    over this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096], beside 1.05 GB.
+    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and rounded
+    once at the end. Until then this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096].
 
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
@@ -217,7 +235,7 @@ def fused_linear_losses(
         row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
         chunk_bytes: bound on the logits held at once, those of the reference and a cap's slopes included.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
-        impl: how the rows of a LocalTerm or LocalUnlikelihoodTerm, which comes first, get their logits; see
+        impl: how the rows of a GatheredTerm, which comes first, get their logits; see
             :func:`palu.ops.linear_topk_mse`.
 
     Returns:
@@ -274,14 +292,13 @@ class _FusedLinearLosses(torch.autograd.Function):
         ctx.factors = scale, 1.0, scale
         with torch.autocast(device, enabled=False):
             scaled = Head(weight, bias, scale).scaled
-            h, w, b = scaled(hidden).to(dtype), weight.to(dtype), scaled(bias).to(dtype) if bias is not None else None
+            h, w, b = scaled(hidden).to(dtype), weight.to(dtype), None if bias is None else scaled(bias).to(dtype)
             losses = row_weight.new_empty(len(h))
             need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
             grad_h = h.new_empty(h.shape) if need_hidden else None
 
-            local = terms[0] if terms and isinstance(terms[0], GatheredTerm) else None
-            gathered = 0
-            if local is not None:
+            local, gathered = terms[0] if terms else None, 0
+            if isinstance(local, GatheredTerm):
                 onset, k = local.index.shape
                 if use_gather(impl, onset, k, w.shape[0], device, beside_dense=len(h) > onset):
                     gathered = onset
@@ -309,21 +326,15 @@ class _FusedLinearLosses(torch.autograd.Function):
                 if sum_b is not None:
                     sum_b.buffer().add_(logits.sum(0))
                 del logits, slope
-            if local is not None and gathered:
-                rows = slice(0, gathered)
-                if grad_h is not None:
-                    grad_h[rows] = 0
-                grads_of_rows = (
-                    grad_h[rows] if grad_h is not None else None,
-                    sum_w.buffer() if sum_w is not None else None,
-                    sum_b.buffer() if sum_b is not None else None,
+            if isinstance(local, GatheredTerm) and gathered:
+                grads = (
+                    None if grad_h is None else grad_h[:gathered].zero_(),
+                    None if sum_w is None else sum_w.buffer(),
+                    None if sum_b is None else sum_b.buffer(),
                 )
-                losses[rows] = local.gather(h[rows], Head(w, b), row_weight[rows], weight_mean, grads_of_rows)
-        ctx.grads = [
-            grad_h,
-            sum_w.result(weight.dtype) if sum_w is not None else None,
-            sum_b.result(bias.dtype) if sum_b is not None and bias is not None else None,
-        ]
+                losses[:gathered] = local.gather(h[:gathered], Head(w, b), row_weight[:gathered], weight_mean, grads)
+        of_head = zip((sum_w, sum_b), ctx.dtypes[1:], strict=True)
+        ctx.grads = [grad_h, *(None if of is None else of.result(dtype) for of, dtype in of_head)]
         ctx.mark_non_differentiable(losses)
         return (row_weight * losses).sum(), losses
 

@@ -3,11 +3,13 @@
 import functools
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.loss_cases import (
     TARGETS,
+    Case,
     assert_equal_textbook,
     assert_near,
     make,
@@ -18,11 +20,10 @@ from helpers.loss_cases import (
 from helpers.peak import peak_bytes
 from torch import Tensor
 
-from palu import eager
+from palu import eager, losses
 from palu.eager import softcap_
-from palu.losses import KLTerm, Term, _chunks, fused_linear_losses
+from palu.losses import KLTerm, LocalTerm, Term, _chunks
 from palu.models.head import Head
-from palu.ops import functional, fused
 
 # (scale, softcap); logits are near 3 * scale
 HEADS = [(1.0, None), (0.0625, None), (0.3, None), (1.0, 3.0), (0.3, 2.0), (8.0, 30.0)]
@@ -40,7 +41,6 @@ def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int
     """Terms of any length or none, heads with a scale or a cap, chunks of any size; a gradient only where asked for."""
     rng = random.Random(trial)
     torch.manual_seed(trial)
-    scale, softcap = rng.choice(HEADS)
     case = make(
         device,
         [rng.choice([0, rng.randint(1, 9)]) for _ in range(3)],
@@ -52,10 +52,8 @@ def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int
         bias=rng.random() < 0.5,
         trainable=[rng.random() < 0.7 for _ in range(3)],
         impl=impl,
-        scale=scale,
-        softcap=softcap,
-        ref_scale=rng.choice([1.0, 0.5]),
-        ref_softcap=rng.choice([None, 3.0]),
+        head=rng.choice(HEADS),
+        ref_head=(rng.choice([1.0, 0.5]), rng.choice([None, 3.0])),
         floor=rng.choice([0.0, 0.1]),
     )
     kept = rng.randint(1, 3)
@@ -67,8 +65,7 @@ def test_random_cases_equal_autograd(device: torch.device, impl: str, trial: int
 
 def test_no_terms_at_all(device: torch.device) -> None:
     total, losses = replace(make(device, (0, 0, 0)), terms=()).run()
-    assert total == 0
-    assert len(losses) == 0
+    assert total == 0 and len(losses) == 0
 
 
 @pytest.mark.parametrize("trial", range(40))
@@ -79,18 +76,16 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
     start, budget, copies = rng.choice([0, rows[0]]), rng.randint(0, 20), rng.randint(1, 2)
     seen: list[tuple[Term, int, int]] = []
     for chunk, parts in _chunks(terms, start, budget, copies=copies):
-        assert chunk.start == parts[0][1].start
-        assert chunk.stop == parts[-1][1].stop
+        assert (chunk.start, chunk.stop) == (parts[0][1].start, parts[-1][1].stop)
         cost = 0
         for term, of_hidden, of_term in parts:
-            hidden_rows, term_rows = range(of_hidden.start, of_hidden.stop), range(of_term.start, of_term.stop)
-            seen += [(term, *pair) for pair in zip(hidden_rows, term_rows, strict=True)]
-            cost += len(term_rows) * (copies + 1 if isinstance(term, KLTerm) else copies)
+            pairs = zip(range(of_hidden.start, of_hidden.stop), range(of_term.start, of_term.stop), strict=True)
+            seen += [(term, *pair) for pair in pairs]
+            cost += (of_term.stop - of_term.start) * (copies + isinstance(term, KLTerm))
         assert cost <= budget or chunk.stop - chunk.start == 1
     every = [(term, row) for term in terms for row in range(len(term))]
     expected = [(term, number, row) for number, (term, row) in enumerate(every)][start:]
-    assert [pair[1:] for pair in seen] == [pair[1:] for pair in expected]
-    assert all(a[0] is b[0] for a, b in zip(seen, expected, strict=True))
+    assert [(id(term), *pair) for term, *pair in seen] == [(id(term), *pair) for term, *pair in expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,16 +94,9 @@ def test_chunks_hold_every_row_once_and_keep_the_budget(trial: int) -> None:
 def test_low_precision_loses_no_more_than_torch(
     device: torch.device, impl: str, dtype: torch.dtype, rows_per_chunk: int, scale: float, softcap: float | None
 ) -> None:
+    heads = {"head": (scale, softcap), "ref_head": (scale, softcap)}
     for reverse, target in ((False, "global_mean"), (True, "unlikelihood")):
-        options = {
-            "target": target,
-            "scale": scale,
-            "softcap": softcap,
-            "ref_scale": scale,
-            "ref_softcap": softcap,
-            "reverse": reverse,
-        }
-        case = make(device, (20, 24, 28), vocab=211, hidden_size=16, top_k=30, dtype=dtype, impl=impl, **options)
+        case = make(device, (20, 24, 28), 211, 16, 30, dtype=dtype, impl=impl, target=target, reverse=reverse, **heads)
         truth, plain = case.to(torch.float64), case.to(dtype)
         results = case.run(rows_per_chunk), textbook(plain, rows_per_chunk), textbook(truth)
         gradients = [[leaf.grad for leaf in c.leaves if leaf is not None] for c in (case, plain, truth)]
@@ -137,8 +125,7 @@ def test_a_cap_and_its_slope_are_rounded_once(dtype: torch.dtype, shape: tuple[i
     logits = 60 * torch.randn(shape, dtype=dtype)
     t = (logits.double() / 30).tanh()
     slope = softcap_(logits, 30.0, slope=True)
-    assert slope is not None
-    assert slope.shape == logits.shape
+    assert slope is not None and slope.shape == logits.shape
     exact = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(eager.acc_dtype(dtype)).eps
     assert ((logits - 30 * t).abs() <= exact * (30 * t).abs()).all()
     # 1 - t^2 itself cancels near the cap, in float32 as in torch's own.
@@ -146,7 +133,7 @@ def test_a_cap_and_its_slope_are_rounded_once(dtype: torch.dtype, shape: tuple[i
 
 
 def test_gathering_is_refused_for_a_capped_head(device: torch.device) -> None:
-    case = make(device, softcap=2.0)
+    case = make(device, head=(1.0, 2.0))
     with pytest.raises(ValueError, match=r'^impl = "gather" needs logits that are not capped; give "auto" or "dense"$'):
         replace(case, impl="gather").run()
     with pytest.raises(ValueError, match=r"^unknown impl 'fast'"):
@@ -180,8 +167,7 @@ def test_a_sum_of_full_precision_keeps_its_bits(device: torch.device, dtype: tor
     """Chunk after chunk is added to the buffer, the gathered rows last."""
     case = make(device, (5, 6, 7), dtype=dtype, impl="gather", bias=False)
     case.run(rows_per_chunk=4)
-    local = case.terms[0]
-    weight, hidden = case.weight.detach(), case.hidden.detach()
+    weight, hidden = case.head.weight.detach(), case.hidden.detach()
     expected = torch.zeros_like(weight)
     for chunk, parts in _chunks(case.terms, 5, 4):
         logits = hidden[chunk] @ weight.t()
@@ -189,43 +175,36 @@ def test_a_sum_of_full_precision_keeps_its_bits(device: torch.device, dtype: tor
             at = slice(of_hidden.start - chunk.start, of_hidden.stop - chunk.start)
             term.loss_and_grad_(logits[at], case.row_weight[of_hidden], of_term)
         expected.addmm_(logits.t(), hidden[chunk])
-    gathered = None, expected, None
-    fused.linear_topk_mse_fwd_bwd(
-        hidden[:5], weight, local.index, case.row_weight[:5], local.target, None, None, gathered
-    )
-    assert torch.equal(case.weight.grad, expected)
+    case.terms[0].gather(hidden[:5], Head(weight, None), case.row_weight[:5], None, (None, expected, None))
+    assert torch.equal(case.head.weight.grad, expected)
 
 
 def test_gradient_flows_into_a_larger_graph(device: torch.device) -> None:
     """Tied embeddings, accumulation: the head's weight has other gradients too."""
     case = make(device)
     plain = case.to(torch.float64)
+
+    def doubled(of: Case) -> Case:
+        return replace(of, hidden=2 * of.hidden, head=of.head._replace(weight=3 * of.head.weight))
+
     for _ in range(2):
-        total, _ = fused_linear_losses(
-            2 * case.hidden, Head(3 * case.weight, case.bias), case.terms, case.row_weight, chunk_bytes=0
-        )
-        (total + case.weight.square().sum()).backward()
-        scaled = replace(plain, hidden=2 * plain.hidden, weight=3 * plain.weight)
-        ((scaled.row_weight * textbook_losses(scaled)).sum() + plain.weight.square().sum()).backward()
+        (doubled(case).losses(0)[0] + case.head.weight.square().sum()).backward()
+        ((plain.row_weight * textbook_losses(doubled(plain))).sum() + plain.head.weight.square().sum()).backward()
     for ours, theirs in zip(case.leaves, plain.leaves, strict=True):
-        assert ours is not None
-        assert theirs is not None
         assert_near(ours.grad, theirs.grad, 1e-12)
 
 
 def test_no_gradient_is_formed_under_no_grad(device: torch.device, impl: str) -> None:
     case = make(device, impl=impl)
     with torch.no_grad():
-        total, losses = case.run()
-    assert not total.requires_grad
-    expected = textbook(case.to(torch.float64))
-    assert_near(total, expected[0], 1e-12)
-    assert_near(losses, expected[1], 1e-12)
+        results = case.run()
+    assert not results[0].requires_grad
+    for ours, theirs in zip(results, textbook(case.to(torch.float64)), strict=True):
+        assert_near(ours, theirs, 1e-12)
 
 
 def test_a_second_backward_is_refused(device: torch.device, impl: str) -> None:
-    case = make(device, impl=impl)
-    total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
+    total, _ = make(device, impl=impl).losses(0)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"fused_linear_losses were already used: call it again"):
         total.backward()
@@ -234,14 +213,13 @@ def test_a_second_backward_is_refused(device: torch.device, impl: str) -> None:
 def test_a_second_derivative_is_refused(device: torch.device, impl: str) -> None:
     case = make(device, impl=impl)
     for function in (torch.square, torch.clone):  # with a history of the incoming gradient, and without
-        total, _ = fused_linear_losses(case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl=impl)
         with pytest.raises(RuntimeError, match=r"fused_linear_losses has first derivatives only.*; use .*palu\.eager"):
-            torch.autograd.grad(function(total), case.hidden, create_graph=True)
+            torch.autograd.grad(function(case.losses(0)[0]), case.hidden, create_graph=True)
 
 
 def test_inputs_in_any_layout(device: torch.device, impl: str) -> None:
     """Slices of larger tensors and transposed ones; what lies around them is NaN and must not be read."""
-    case = make(device, dtype=torch.float64, impl=impl)
+    case = make(device, impl=impl)
 
     def transposed(t: Tensor) -> Tensor:
         whole = torch.full([size + 4 for size in t.shape[::-1]], float("nan"), dtype=t.dtype, device=device)
@@ -253,20 +231,12 @@ def test_inputs_in_any_layout(device: torch.device, impl: str) -> None:
 
     expected = textbook(case)
     for layout in (transposed, dense):
-        leaves = [layout(t).requires_grad_() for t in (case.hidden, case.weight)]
-        bias = transposed(case.bias).requires_grad_()
-        total, losses = fused_linear_losses(
-            leaves[0],
-            Head(leaves[1], bias),
-            case.terms,
-            transposed(case.row_weight),
-            chunk_bytes=5 * case.row_bytes(),
-            impl=impl,
-        )
-        total.backward()
-        assert_near(total, expected[0], 1e-12)
-        assert_near(losses, expected[1], 1e-12)
-        for ours, theirs in zip((*leaves, bias), case.leaves, strict=True):
+        hidden, weight = (layout(t).requires_grad_() for t in (case.hidden, case.head.weight))
+        head = Head(weight, transposed(case.head.bias).requires_grad_())
+        placed = replace(case, hidden=hidden, head=head, row_weight=transposed(case.row_weight))
+        for ours, theirs in zip(placed.run(5), expected, strict=True):
+            assert_near(ours, theirs, 1e-12)
+        for ours, theirs in zip(placed.leaves, case.leaves, strict=True):
             assert_near(ours.grad, theirs.grad, 1e-12)
 
 
@@ -280,16 +250,12 @@ def test_inputs_are_left_as_they_were(device: torch.device, impl: str) -> None:
 
 def test_a_known_mean_row_is_used(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(device, bias=False, impl="gather")
-    mean = case.weight.detach().mean(0)
-    call = functools.partial(
-        fused_linear_losses, case.hidden, case.head, case.terms, case.row_weight, chunk_bytes=0, impl="gather"
-    )
-    expected, _ = call()
-    monkeypatch.setattr(functional, "weight_mean", None)  # it would be called otherwise
-    total, _ = call(weight_mean=mean)
-    assert total == expected
-    with pytest.raises(TypeError):
-        call()
+    mean = case.head.weight.detach().mean(0)
+    expected, _ = case.losses(0)
+    monkeypatch.setattr(losses, "needed_mean", lambda weight, given, name: given)
+    assert case.losses(0, weight_mean=mean)[0] == expected
+    with pytest.raises(ValueError, match="weight_mean"):
+        case.losses(0)
 
 
 def test_autocast(device: torch.device, impl: str) -> None:
@@ -301,8 +267,6 @@ def test_autocast(device: torch.device, impl: str) -> None:
         textbook(plain)
     textbook(truth)
     for ours, theirs, true in zip(case.leaves, plain.leaves, truth.leaves, strict=True):
-        assert ours is not None
-        assert ours.grad is not None
         assert ours.grad.dtype == torch.float32
         lost, torch_lost = ((x.grad.double() - true.grad).norm() for x in (ours, theirs))
         assert lost <= 1.5 * torch_lost + 4 * torch.finfo(torch.bfloat16).eps * true.grad.norm()
@@ -315,13 +279,13 @@ def test_memory_is_bounded_by_the_chunk(device: torch.device, impl: str, reverse
     sizes = {"vocab": 4096, "hidden_size": 16, "top_k": 50, "dtype": torch.float32, "bias": False}
     case = make(device, (64, 256, 256), **sizes, reverse=reverse, impl=impl)
     case.run()  # what is allocated once, such as cuBLAS's workspace
-    case.weight.grad = case.hidden.grad = None
-    row, gradients = case.row_bytes(), 4 * (case.weight.numel() + case.hidden.numel())
+    case.head.weight.grad = case.hidden.grad = None
+    row, gradients = case.row_bytes(), 4 * (case.head.weight.numel() + case.hidden.numel())
     chunk = 16 * row
     peak = peak_bytes(device, functools.partial(case.run, 16))
     # The logits, the CPU's two copies for the KL, each no larger than half a chunk, and small change.
     assert gradients + row < peak < gradients + 2 * chunk + 2**18
-    whole = peak_bytes(device, functools.partial(case.run))
+    whole = peak_bytes(device, case.run)
     assert whole > gradients + 512 * row > gradients + 2 * chunk + 2**18, "the bound would hold without chunks"
 
 
@@ -334,7 +298,7 @@ def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
     peaks = []
     for softcap in (None, 2.0):
         sizes = {"vocab": 4096, "hidden_size": 16, "dtype": dtype, "bias": False, "trainable": (True, False, False)}
-        case = make(device, rows, **sizes, impl="dense", softcap=softcap, ref_softcap=softcap)
+        case = make(device, rows, **sizes, impl="dense", head=(1.0, softcap), ref_head=(1.0, softcap))
         case.run()
         case.hidden.grad = None
         peaks.append(peak_bytes(device, functools.partial(case.run, 64)))
@@ -346,23 +310,23 @@ def test_memory_of_a_head_in_bfloat16(device: torch.device, rows_per_chunk: int)
     """As the docstring says: the sum in float32 beside the gradient where there are several chunks."""
     case = make(device, (8, 0, 24), vocab=8192, hidden_size=256, dtype=torch.bfloat16, bias=False, impl="dense")
     case.run(rows_per_chunk)
-    case.weight.grad = case.hidden.grad = None
-    gradient = (6 if rows_per_chunk == 1 else 2) * case.weight.numel()
+    case.head.weight.grad = case.hidden.grad = None
+    gradient = (6 if rows_per_chunk == 1 else 2) * case.head.weight.numel()
     peak = peak_bytes(device, functools.partial(case.run, rows_per_chunk))
     assert gradient <= peak < gradient + 2 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gradient_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_the_gradient_is_not_copied(device: torch.device, dtype: torch.dtype) -> None:
     """weight.grad is the very buffer that the forward pass filled: a head's gradient can be a gigabyte."""
     buffers = []
 
-    def spy(*args: object) -> Tensor:
-        buffers.append([t.data_ptr() for t in args[-1] if t is not None])  # type: ignore[attr-defined]
-        return linear_topk_mse_fwd_bwd(*args)  # type: ignore[arg-type]
+    class Spy(LocalTerm):
+        def gather(self, *arguments: Any) -> Tensor:
+            buffers.append([t.data_ptr() for t in arguments[-1]])
+            return super().gather(*arguments)
 
-    linear_topk_mse_fwd_bwd = fused.linear_topk_mse_fwd_bwd
-    monkeypatch.setattr(fused, "linear_topk_mse_fwd_bwd", spy)
     case = make(device, dtype=dtype, impl="gather")
+    case.terms = Spy(case.terms[0].index, case.terms[0].target), *case.terms[1:]
     case.run(rows_per_chunk=4)
     assert buffers == [[leaf.grad.data_ptr() for leaf in case.leaves]]

@@ -20,8 +20,7 @@ from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData, Secret
 from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import DECODING_FACTOR, eval_mode
-from palu.models.head import body_of, head_of, map_logits, nll
-from palu.models.layers import layers_of
+from palu.models.head import body_of, head_of, layers_of, map_logits, nll
 from palu.models.lora import CausalLM, base_of
 
 THRESHOLD = 0.05  # nats that a token costs on average: below it, a layer has no part in telling a secret

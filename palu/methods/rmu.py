@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from palu.data.packing import Batch, Items, Packed, answer_items
 from palu.methods.base import ForgetSet, Method, MethodSettings, Reference, RefField, Shares, WeightedTerm
-from palu.models.head import Head, body_of, to_acc_dtype
-from palu.models.layers import layers_of
+from palu.models.head import Head, body_of, layers_of, to_acc_dtype
 from palu.models.lora import CausalLM
 from palu.settings import RunSettings, count, positive
 

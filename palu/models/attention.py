@@ -61,8 +61,7 @@ def packed_attention(
 
     Args:
         query: [1, H, T, D]; key, value: [1, H_kv, T, D].
-        attention_mask: [1, 1, T, T], bool, of transformers, or None: causal within each example. With a window it
-            says no more than that does.
+        attention_mask: [1, 1, T, T], bool, or None: causal within each example. With a window it says no more.
         sliding_window: in tokens; None: the example's beginning is the border.
         cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
         max_length_q: length of the longest example.
@@ -77,7 +76,6 @@ def packed_attention(
             blocks = [_band(length, sliding_window, query.device) for length in sequence_lengths]
             attention_mask = torch.block_diag(*blocks).bool()[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
-    binds = sliding_window is not None and sliding_window < max_length_q
     if query.is_cuda:
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
             query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
@@ -85,25 +83,15 @@ def packed_attention(
         gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA else {}
         if not gqa:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out: Any = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            # As in FlashAttention: how many tokens to the left and to the right of itself a token sees.
-            window_size=(sliding_window - 1 if binds and sliding_window is not None else -1, 0),
-            **gqa,
-        )
+        # As in FlashAttention: how many tokens to the left and to the right of itself a token sees.
+        window = (-1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1), 0
+        borders = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+        out: Any = varlen_attn(q, k, v, *borders, scale=scaling, window_size=window, **gqa)
         return out[None], None
     halves = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # which autocast leaves alone
     in_float32 = halves and max_length_q <= FLOAT32_TOKENS
-    if in_float32:
-        query, key, value = (x.to(torch.float32) for x in (query, key, value))
-    parts = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
+    qkv = [x.float() if in_float32 else x for x in (query, key, value)]
+    parts = (x.split(sequence_lengths, dim=2) for x in qkv)
     with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
         examples = [
             F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **_mask(q, sliding_window))
@@ -126,15 +114,14 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor:
     return causal if window is None else causal.triu(1 - window)
 
 
-def _mask_of_model(*, local_size: int | None = None, use_vmap: bool = False, **arguments: Any) -> Tensor | None:
+def _mask_of_model(*, local_size: int | None = None, use_vmap: bool = False, **arguments: Any) -> Any:
     """Make a mask as transformers does for SDPA, but none where it would be causal within each example.
 
     ``local_size``: of a window or a chunk. ``use_vmap``: the model adds a rule of its own.
     """
     if local_size is None and not use_vmap:
         return None
-    mask: Tensor | None = sdpa_mask(local_size=local_size, use_vmap=use_vmap, **arguments)
-    return mask
+    return sdpa_mask(local_size=local_size, use_vmap=use_vmap, **arguments)
 
 
 AttentionInterface.register(PLAIN, packed_attention)
@@ -153,26 +140,27 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
     config: Any = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     served = served and layers <= _LAYERS and not getattr(model.config, "attention_dropout", 0.0)
-    if not served or model.config._attn_implementation != "sdpa":
-        yield
-        return
     plain = layers == {"full_attention"} and getattr(config, "sliding_window", None) is None
-    model.set_attn_implementation(PLAIN if plain else MASKED)
-    try:
+    now = model.config._attn_implementation
+    with _attention(model, now if not served or now != "sdpa" else PLAIN if plain else MASKED):
         yield
-    finally:
-        model.set_attn_implementation("sdpa")
 
 
 @contextmanager
 def use_own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Undo :func:`use_packed_attention` within the block, so that the model takes any input and can generate."""
-    packed = model.config._attn_implementation
-    if packed not in (PLAIN, MASKED):
+    now = model.config._attn_implementation
+    with _attention(model, "sdpa" if now in (PLAIN, MASKED) else now):
         yield
-        return
-    model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    if name != before:
+        model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(packed)
+        if name != before:
+            model.set_attn_implementation(before)

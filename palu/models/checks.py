@@ -40,7 +40,6 @@ def check_models(
     given = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
     for name, one in given.items():
         check_causal(name, one, empty=empty)
-    for name, one in given.items():
         check_quantized(name, one, device, trained=name == "model", sharded=sharded)
     check_trainable(model, ref_model is None)
     if not any(p.requires_grad for p in model.parameters()):

@@ -174,8 +174,8 @@ def generate_ids(
 def _contiguous_input(head: nn.Module) -> Iterator[None]:
     """Give the head contiguous hidden states within the block.
 
-    Those of the last positions are a slice [B, 1, d], which torch multiplies with a frozen head, as a model with an
-    adapter has it, one text at a time; in bfloat16 on a CPU it copies the head for each of them.
+    Those of the last positions are a slice [B, 1, d], which torch multiplies with a frozen head one text at a time; in
+    bfloat16 on a CPU it copies the head for each of them.
     """
     hook = head.register_forward_pre_hook(lambda module, given: tuple(hidden.contiguous() for hidden in given))
     try:

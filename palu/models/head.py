@@ -34,10 +34,9 @@ _MULTIPLIES_BY_LOGITS_SCALING = "hyperclovax"  # a model type: Granite's field, 
 class Head(NamedTuple):
     """An output layer: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the cap.
 
-    The scale is multiplied into hidden states and bias. So the mean over the vocabulary stays linear in them, and what
-    takes the scaled ones need not know of it. A power of two, as most models have, is exact. Any other rounds each
-    hidden state once more, in bfloat16 by up to 2^-8 of it. These errors are independent of each other, and come in a
-    logit to what rounding that logit does, which scaling the logits instead would do.
+    The scale is multiplied into hidden states and bias, in which the mean over the vocabulary stays linear. A power of
+    two, as most models have, is exact. Any other rounds each hidden state once more; in a logit these errors come to
+    what rounding that logit does, which scaling the logits instead would do.
     """
 
     weight: Tensor  # [V, d]
@@ -66,6 +65,13 @@ class Head(NamedTuple):
 def body_of(model: CausalLM) -> nn.Module:
     """Return the decoder without its head."""
     return base_of(model).get_decoder()
+
+
+def layers_of(body: Any) -> list[nn.Module]:
+    """Return the layers of a body in their order; none where they are not found."""
+    count = body.config.get_text_config().num_hidden_layers
+    lists = [part for part in body.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    return list(lists[0]) if len(lists) == 1 else []
 
 
 def head_of(model: CausalLM) -> Head:
@@ -134,3 +140,43 @@ def to_acc_dtype(logits: Tensor) -> Tensor:
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -log P(label) of each row, [R], from logits [R, V] and labels [R]."""
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+class GradientSum:
+    """Adds up a gradient of the head, part by part; in float32 where several parts are bfloat16 or float16.
+
+    Otherwise the parts are added to each other in the buffer that is the result.
+    """
+
+    def __init__(self, like: Tensor, several: bool):
+        self.part = like.new_empty(like.shape)
+        half = like.dtype in (torch.bfloat16, torch.float16)
+        self.total = like.new_zeros(like.shape, dtype=torch.float32) if half and several else None
+        self.filled = False  # whether ``part`` holds anything
+
+    def _next(self) -> bool:
+        """Add the last part to the total; whether the next one is to be added to what the buffer holds."""
+        filled, self.filled = self.filled, True
+        if self.total is None:
+            return filled
+        if filled:
+            # On a CPU torch converts the whole addend first: block by block that is a megabyte.
+            block = 2**18 if self.part.device.type == "cpu" else self.part.numel()
+            for total, part in zip(self.total.view(-1).split(block), self.part.view(-1).split(block), strict=True):
+                total += part
+        return False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
+
+    def buffer(self) -> Tensor:
+        """Return a buffer of the parts' dtype, to which the next part is to be added."""
+        return self.part if self._next() else self.part.zero_()
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum for a leaf of this dtype: rounded once, if that is the parts' (under autocast it is not)."""
+        filled = self._next()
+        if self.total is None:
+            return self.part if filled else self.part.zero_()
+        return self.part.copy_(self.total) if dtype == self.part.dtype else self.total

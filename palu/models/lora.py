@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
 
+# In the names of an adapter's parameters, before that of the adapter.
+_OF_ADAPTER = r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\."
+
 # Initialisations that take from the base weights what they give to the adapter.
 _TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -41,15 +44,9 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def is_adapter_parameter(name: str, adapter: str) -> bool:
-    """Whether a parameter's name is one that PEFT gives to those of this adapter."""
-    kinds = r"lora_\w+|modules_to_save|trainable_tokens_\w+"
-    return re.search(rf"\.({kinds})\.{re.escape(adapter)}(\.|$)", name) is not None
-
-
 def original_name(name: str) -> str | None:
     """Return a parameter's name from before PEFT put adapters into the model; None for an adapter's own."""
-    if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.", name):
+    if re.search(_OF_ADAPTER, name):
         return None
     return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
 
@@ -190,7 +187,7 @@ def check_trainable(model: CausalLM, own_reference: bool) -> None:
     if status.enabled is not True:
         raise ValueError(f"the adapter {adapter!r} is disabled; call base_model.enable_adapter_layers()")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    own = [name for name in trainable if is_adapter_parameter(name, adapter)]
+    own = [name for name in trainable if re.search(rf"{_OF_ADAPTER}{re.escape(adapter)}(\.|$)", name)]
     if not own:
         raise ValueError(
             f"no parameter of the adapter {adapter!r} requires a gradient, so nothing could be unlearned; "

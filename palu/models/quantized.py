@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from palu.models.lora import CausalLM, base_of, is_peft
+from palu.models.root import is_on
 
 
 def quantized_by(model: CausalLM) -> str | None:
@@ -90,10 +91,9 @@ def check_quantized(name: str, model: CausalLM, device: torch.device, *, trained
         raise ValueError(
             f"{name} is quantised, and its weights cannot be sharded by FSDP2 or DeepSpeed; use DDP or one process"
         )
-    here = base.device
-    if here.type != device.type or device.index not in (None, here.index):
+    if not is_on(base, device):
         raise ValueError(
-            f"{name} is quantised and on {here}, while the run is on {device}; load it there: "
+            f"{name} is quantised and on {base.device}, while the run is on {device}; load it there: "
             f"device_map={{'': '{device}'}}"
         )
     states = (getattr(layer.weight, "quant_state", None) for _, layer in quantized_layers(base))

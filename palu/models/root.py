@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from palu.models.lora import CausalLM, base_of
 
@@ -21,9 +22,8 @@ T = TypeVar("T")
 class ModelRoot(nn.Module):
     """Holds a model for an engine, which may shard it.
 
-    FSDP2 and ZeRO-3 gather weights where a module's forward runs: those of a decoder layer with the layer, and those
-    that belong to none (embeddings, last norm and head) with the root. So whatever runs a part of the model runs
-    within the root's forward: see :meth:`run`.
+    FSDP2 and ZeRO-3 gather weights where a module's forward runs: a decoder layer's with the layer, all others
+    (embeddings, last norm, head) with the root. So what runs a part of the model does it by :meth:`run`.
     """
 
     def __init__(self, model: CausalLM):
@@ -88,13 +88,17 @@ def roomy_device(model: CausalLM, device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
+def is_on(base: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model is on a device; one without an index is any of its type."""
+    return base.device.type == device.type and device.index in (None, base.device.index)
+
+
 @contextmanager
 def on_device(model: CausalLM, device: torch.device) -> Iterator[None]:
     """Move a model to a device within the block, and back; one that FSDP2 has sharded stays where it is."""
     base = base_of(model)
     home = base.device
-    here = home.type == device.type and device.index in (None, home.index)
-    if here or any(isinstance(module, FSDPModule) for module in base.modules()):
+    if is_on(base, device) or any(isinstance(module, FSDPModule) for module in base.modules()):
         yield
         return
     base.to(device)  # type: ignore[arg-type]

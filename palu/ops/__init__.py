@@ -1,12 +1,14 @@
 """The native ops (C++ and CUDA), for research code: `palu.ops.topk_mse(logits, index)`.
 
 `library.py` loads the extension (prebuilt, or compiled on first use) and registers fakes and autograd, `twins.py` the
-plain-torch kernels. Public functions are in `functional.py`, and in `fused.py` those that form the gradient in the
-forward pass. `selftest.py` compares each op with its plain-torch twin in `palu/eager.py`.
+plain-torch kernels. Public functions are in `functional.py`; `selftest.py` compares each op with its plain-torch twin
+in `palu/eager.py`.
 """
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
 from palu.ops.functional import (
+    cross_entropy_,
+    kl_div_,
     linear_topk_mse,
     linear_topk_unlikelihood,
     prefix_mask,
@@ -14,7 +16,6 @@ from palu.ops.functional import (
     topk_unlikelihood,
     weight_mean,
 )
-from palu.ops.fused import cross_entropy_, kl_div_
 from palu.ops.library import extension_path
 
 __all__ = [

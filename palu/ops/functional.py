@@ -97,12 +97,8 @@ def linear_topk_mse(
             "auto" takes the faster one (`palu.ops.functional.use_gather`).
 
     Returns:
-        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError: a dtype not listed above, or different dtypes.
-        ValueError: shapes that do not fit, K = 0, V = 0, different devices, an unknown target or `impl`.
-        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+        [R], as `topk_mse`, which raises the same errors; TypeError for different dtypes, ValueError for an unknown
+        `impl`.
     """
     hidden, weight, bias = _as_linear(
         "palu::linear_topk_mse", hidden, weight, bias, {"index": index, "weight_mean": weight_mean}
@@ -135,12 +131,7 @@ def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tens
         floor: in [0, 1).
 
     Returns:
-        [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError: a dtype not listed above.
-        ValueError: shapes that do not fit, K < 2, V = 0, different devices, or a `floor` out of range.
-        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+        [R], as `topk_mse`, which raises the same errors; ValueError for K < 2 or a `floor` out of range.
     """
     check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
     loss, _ = _ops.topk_unlikelihood(logits, index, floor)
@@ -163,10 +154,7 @@ def linear_topk_unlikelihood(
         index, floor: as in `topk_unlikelihood`.
 
     Returns:
-        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError, ValueError, IndexError: as the two.
+        [R], as these two, which raise the same errors.
     """
     hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, bias, {"index": index})
     if not _gathers(impl, hidden, weight, index):
@@ -175,6 +163,47 @@ def linear_topk_unlikelihood(
         return topk_unlikelihood(F.linear(hidden, weight, bias), index, floor)
     loss, _ = _ops.linear_topk_unlikelihood(hidden, weight, index, bias, floor)
     return loss
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor:
+    """Compute the cross-entropy of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R].
+
+    `labels`: [R] int64. `row_weight` and the result: float64 for float64 logits, else float32.
+    """
+    return _ops.cross_entropy_(logits, labels, row_weight)
+
+
+def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: bool) -> Tensor:
+    """Compute the KL divergence of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R].
+
+    With P = softmax(logits) and Q = softmax(ref_logits): KL(Q || P), or with `reverse` KL(P || Q).
+    `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: float64 for float64 logits, else float32.
+    """
+    return _ops.kl_div_(logits, ref_logits, row_weight, reverse)
+
+
+@torch.library.custom_op("palu::checked_labels", mutates_args=())
+def checked_labels(labels: Tensor, vocab_size: int, sentinels: list[int]) -> Tensor:
+    """Return a copy of labels [B, T] int64, each of which is a token id in [0, `vocab_size`) or one of the sentinels.
+
+    Raises:
+        ValueError: another label; on CUDA it is a device-side assertion.
+    """
+    good = (labels >= 0) & (labels < vocab_size)
+    for sentinel in sentinels:
+        good |= labels == sentinel
+    known = f"a token id below V = {vocab_size}, {' or '.join(map(str, sentinels))}"
+    if labels.device.type == "cuda":
+        torch._assert_async(good.all(), f"palu_loss: each label must be {known}")
+    elif len(bad := (~good).nonzero()):
+        row, token = bad[0].tolist()
+        raise ValueError(f"palu_loss: labels[{row}, {token}] = {int(labels[row, token])}: a label must be {known}")
+    return labels.clone()  # used, so that no compiler drops the check
+
+
+@checked_labels.register_fake
+def _(labels: Tensor, vocab_size: int, sentinels: list[int]) -> Tensor:
+    return torch.empty_like(labels)
 
 
 def _as_linear(

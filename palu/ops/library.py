@@ -80,7 +80,6 @@ def check_tensors(who: str, **tensors: Tensor) -> None:
             raise ValueError(f"{who}: {name} is on {tensor.device} but {there}; move it there")
 
 
-# ---------------------------------------------------------------------------------------------------
 # Fakes: shapes and dtypes for torch.compile. Meta tensors come to them, too, and a call with even one such tensor: it
 # must not return results that nobody computed.
 
@@ -108,8 +107,7 @@ def _losses(_: Tensor, __: Tensor, row_weight: Tensor, *___: float) -> Tensor:
 _register_fake("prefix_mask", lambda labels, *_, **__: labels.new_empty(labels.shape, dtype=torch.bool))
 for _op in ("topk_mse", "topk_unlikelihood"):
     _register_fake(_op, lambda logits, index, *_: _losses_and(logits, index.shape))
-for _op in ("linear_topk_mse", "linear_topk_unlikelihood"):
-    _register_fake(_op, lambda hidden, weight, index, *_: _losses_and(hidden, index.shape))
+    _register_fake(f"linear_{_op}", lambda hidden, weight, index, *_: _losses_and(hidden, index.shape))
 _register_fake("linear_topk_mse_frozen", lambda hidden, *_: _losses_and(hidden, hidden.shape))
 for _op in ("topk_backward", "linear_topk_backward"):
     _register_fake(_op, lambda *_: None)
@@ -117,7 +115,6 @@ for _op in ("cross_entropy_", "kl_div_"):
     _register_fake(_op, _losses)
 
 
-# ---------------------------------------------------------------------------------------------------
 # Autograd: what the forward pass returns beside the losses is kept for the backward pass, and has no gradient.
 
 
@@ -130,12 +127,14 @@ def first_order_only(who: str, instead: str) -> None:
         raise RuntimeError(f"{who} has first derivatives only, and create_graph=True asks for a second; use {instead}")
 
 
-def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    twin = op.removesuffix("_frozen")
+def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """Register a formula; `backward` returns the first gradients, and the other arguments get none."""
+    twin, arguments = op.removesuffix("_frozen"), len(getattr(_ops, op).default._schema.arguments)
 
-    def first_order(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+    def first_order(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only(f"palu::{twin}", f"palu.eager.{twin}")
-        return backward(ctx, grad)
+        grads = backward(ctx, grad)
+        return *grads, *[None] * (arguments - len(grads))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
@@ -145,22 +144,21 @@ def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[.
 
 
 def _topk_setup(ctx: Any, inputs: tuple[Any, ...], slope: Tensor) -> None:
-    logits, index, *settings = inputs
-    ctx.through_mean, ctx.settings = settings[0] == "global_mean", len(settings)
-    ctx.shape, ctx.dtype = logits.shape, logits.dtype
+    logits, index, setting, *_ = inputs
+    ctx.through_mean, ctx.shape, ctx.dtype = setting == "global_mean", logits.shape, logits.dtype
     ctx.save_for_backward(slope, index)
 
 
 def _topk_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_logits = grad.new_empty(ctx.shape, dtype=ctx.dtype)
     _ops.topk_backward(grad, *ctx.saved_tensors, ctx.through_mean, grad_logits)
-    return grad_logits, None, *[None] * ctx.settings
+    return (grad_logits,)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], slope: Tensor) -> None:
     hidden, weight, index, bias, *settings = inputs
     mean, target, _ = settings if len(settings) == 3 else (None, None, None)  # unlikelihood has a floor alone
-    ctx.through_mean, ctx.settings = target == "global_mean", len(settings)
+    ctx.through_mean = target == "global_mean"
     ctx.save_for_backward(slope, hidden, weight, index, mean, bias)
 
 
@@ -170,7 +168,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     asked = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
     grads = [t.new_zeros(t.shape) if a else None for t, a in zip((hidden, weight, bias), asked, strict=True)]
     _ops.linear_topk_backward(grad, *saved, ctx.through_mean, *grads)  # adds to them
-    return grads[0], grads[1], None, grads[2], *[None] * ctx.settings
+    return grads[0], grads[1], None, grads[2]
 
 
 def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], grad_hidden: Tensor) -> None:
@@ -180,11 +178,10 @@ def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], grad_hidden: Tensor) -> Non
 
 def _frozen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (grad_hidden,) = ctx.saved_tensors
-    return (grad[:, None] * grad_hidden).to(ctx.dtype), *[None] * 6
+    return ((grad[:, None] * grad_hidden).to(ctx.dtype),)
 
 
 for _op in ("topk_mse", "topk_unlikelihood"):
     _register_autograd(_op, _topk_setup, _topk_backward)
-for _op in ("linear_topk_mse", "linear_topk_unlikelihood"):
-    _register_autograd(_op, _linear_setup, _linear_backward)
+    _register_autograd(f"linear_{_op}", _linear_setup, _linear_backward)
 _register_autograd("linear_topk_mse_frozen", _frozen_setup, _frozen_backward)

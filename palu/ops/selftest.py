@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from palu.settings import KL_DIRECTIONS, TARGETS
 ROWS, VOCAB, HIDDEN, K = 33, 1009, 64, 20
 # Largest difference, as a share of the largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
-
-_Results = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,11 @@ def check_ops(device: torch.device) -> Iterator[Check]:
     for dtype, tolerance in TOLERANCES.items():
         if dtype == torch.float64 and not _has_float64(device):
             continue
-        for name, function in _functions().items():
+        for name, inputs in _calls().items():
             told = str(dtype).removeprefix("torch.")
             try:
-                ours, twins = function(ops, device, dtype), function(eager, torch.device("cpu"), torch.float64)
+                ours = _results(ops, name, inputs, device, dtype)
+                twins = _results(eager, name, inputs, torch.device("cpu"), torch.float64)
                 error = max(_difference(mine.cpu(), twin) for mine, twin in zip(ours, twins, strict=True))
             except Exception as problem:  # whatever it is, it is the finding
                 text = str(problem).strip().partition("\n")[0]
@@ -67,55 +65,39 @@ def _difference(ours: Tensor, twin: Tensor) -> float:
     return float(difference.nan_to_num(nan=torch.inf))
 
 
-def _functions() -> dict[str, Callable[[Any, torch.device, torch.dtype], _Results]]:
-    """Name the checks: each runs one op of a module (ours, or the twins) and returns its results and gradients."""
-    functions: dict[str, Callable[[Any, torch.device, torch.dtype], _Results]] = {"prefix_mask": _prefix_mask}
+def _calls() -> dict[str, list[Any]]:
+    """Draw the arguments of each check, floats in float64; its name begins with the op's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).double()
+
+    def index(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    labels, kept, logits, row_weight = index(6, 8, 50), index(VOCAB, ROWS, K), values(ROWS, VOCAB), values(ROWS)
+    head = [values(ROWS, HIDDEN), values(VOCAB, HIDDEN), kept]
+    bias = values(VOCAB)
+    calls: dict[str, list[Any]] = {"prefix_mask": [torch.where(labels < 2, -200, labels), 3, 5]}
     for target in (*TARGETS, 0.5):
-        functions[f"topk_mse, {target}"] = partial(_of_logits, "topk_mse", target)
-        functions[f"linear_topk_mse, {target}"] = partial(_linear, "linear_topk_mse", target)
-    functions["topk_unlikelihood"] = partial(_of_logits, "topk_unlikelihood", 0.5 / K)
-    functions["linear_topk_unlikelihood"] = partial(_linear, "linear_topk_unlikelihood", 0.5 / K)
-    functions["cross_entropy_"] = _cross_entropy
-    for direction in KL_DIRECTIONS:
-        functions[f"kl_div_, {direction}"] = partial(_kl_div, reverse=direction == "reverse")
-    return functions
+        calls[f"topk_mse, {target}"] = [logits, kept, target]
+        calls[f"linear_topk_mse, {target}"] = [*head, target, bias]
+    calls["topk_unlikelihood"] = [logits, kept, 0.5 / K]
+    calls["linear_topk_unlikelihood"] = [*head, 0.5 / K, bias]
+    calls["cross_entropy_"] = [logits, index(VOCAB, ROWS), row_weight]
+    for name in KL_DIRECTIONS:
+        calls[f"kl_div_, {name}"] = [logits, values(ROWS, VOCAB), row_weight, name == "reverse"]
+    return calls
 
 
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().double()
-
-
-def _index(seed: int, high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _prefix_mask(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    labels = _index(0, 6, 8, 50)
-    labels = torch.where(labels < 2, -200, labels).to(device)
-    return [module.prefix_mask(labels, n, eos) for n in (-1, 0, 1, 3) for eos in (None, 5)]
-
-
-def _of_logits(op: str, setting: Any, module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    logits = _random(1, ROWS, VOCAB).to(dtype).to(device).requires_grad_()
-    loss = getattr(module, op)(logits, _index(2, VOCAB, ROWS, K).to(device), setting)
-    return [loss.detach(), *torch.autograd.grad(loss @ _random(3, ROWS).to(loss.dtype).to(device), logits)]
-
-
-def _linear(op: str, setting: Any, module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    leaves = [_random(seed, *shape) for seed, shape in ((4, (ROWS, HIDDEN)), (5, (VOCAB, HIDDEN)), (6, (VOCAB,)))]
-    hidden, weight, bias = (leaf.to(dtype).to(device).requires_grad_() for leaf in leaves)
-    loss = getattr(module, op)(hidden, weight, _index(7, VOCAB, ROWS, K).to(device), setting, bias)
-    grads = torch.autograd.grad(loss @ _random(8, ROWS).to(loss.dtype).to(device), (hidden, weight, bias))
-    return [loss.detach(), *grads]
-
-
-def _cross_entropy(module: Any, device: torch.device, dtype: torch.dtype) -> _Results:
-    logits = _random(9, ROWS, VOCAB).to(dtype).to(device)
-    row_weight = _random(10, ROWS).to(dtype).to(device)
-    return [module.cross_entropy_(logits, _index(11, VOCAB, ROWS).to(device), row_weight), logits]
-
-
-def _kl_div(module: Any, device: torch.device, dtype: torch.dtype, reverse: bool) -> _Results:
-    logits, other = (_random(seed, ROWS, VOCAB).to(dtype).to(device) for seed in (12, 13))
-    row_weight = _random(14, ROWS).to(dtype).to(device)
-    return [module.kl_div_(logits, other, row_weight, reverse), logits]
+def _results(module: Any, name: str, given: list[Any], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Run an op of a module (ours, or the twins); return its result and its gradients."""
+    op = name.partition(",")[0]
+    given = [value.to(device, copy=True) if isinstance(value, Tensor) else value for value in given]
+    given = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+    if op.endswith("_"):  # it writes the gradient into the logits
+        return [getattr(module, op)(*given), given[0]]
+    leaves = [v.requires_grad_() for v in given if isinstance(v, Tensor) and v.is_floating_point()]
+    result = getattr(module, op)(*given)
+    upstream = torch.linspace(-1, 1, len(result), device=device, dtype=dtype)
+    return [result.detach(), *(torch.autograd.grad(result, leaves, upstream) if leaves else ())]

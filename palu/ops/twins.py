@@ -64,24 +64,6 @@ def _topk_mse(logits: Tensor, index: Tensor, target: str, constant: float) -> tu
     return eager.topk_mse_and_slope(logits, index, constant if target == "constant" else target)
 
 
-def _linear_topk_mse(
-    hidden: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    weight_mean: Tensor | None,
-    target: str,
-    constant: float,
-) -> tuple[Tensor, Tensor]:
-    return _topk_mse(_logits(hidden, weight, bias), index, target, constant)
-
-
-def _linear_topk_unlikelihood(
-    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, floor: float
-) -> tuple[Tensor, Tensor]:
-    return eager.topk_unlikelihood_and_slope(_logits(hidden, weight, bias), index, floor)
-
-
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Slopes are kept in this dtype: logits in a half type would not do.
     dtype = acc_dtype(hidden.dtype)
@@ -92,8 +74,11 @@ _register("prefix_mask", eager.prefix_mask)
 _register("topk_mse", _topk_mse)
 _register("topk_unlikelihood", eager.topk_unlikelihood_and_slope)
 _register("topk_backward", eager.topk_backward)
-_register("linear_topk_mse", _linear_topk_mse)
-_register("linear_topk_unlikelihood", _linear_topk_unlikelihood)
+_register("linear_topk_mse", lambda h, w, index, b, mean, *of: _topk_mse(_logits(h, w, b), index, *of))
+_register(
+    "linear_topk_unlikelihood",
+    lambda h, w, index, b, floor: eager.topk_unlikelihood_and_slope(_logits(h, w, b), index, floor),
+)
 _register("linear_topk_backward", eager.linear_topk_backward)
 _register("cross_entropy_", eager.cross_entropy_)
 _register("kl_div_", eager.kl_div_)

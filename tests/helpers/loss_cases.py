@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palu import eager
-from palu.losses import (
-    CrossEntropyTerm,
-    KLTerm,
-    LocalTerm,
-    LocalUnlikelihoodTerm,
-    Term,
-    fused_linear_losses,
-)
+from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, LocalUnlikelihoodTerm, Term, fused_linear_losses
 from palu.models.head import Head
 
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
@@ -39,24 +33,17 @@ class Case:
     """Arguments of fused_linear_losses; the head's weight and bias are leaves of their own."""
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    head: Head
     terms: tuple[Term, ...]
     row_weight: Tensor
     impl: str = "auto"
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def head(self) -> Head:
-        return Head(self.weight, self.bias, self.scale, self.softcap)
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.hidden, self.weight, self.bias
+        return self.hidden, self.head.weight, self.head.bias
 
     def row_bytes(self) -> int:
-        return self.weight.shape[0] * self.weight.element_size()
+        return self.head.weight.shape[0] * self.head.weight.element_size()
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another dtype, as new leaves."""
@@ -71,22 +58,17 @@ class Case:
             replace(term, hidden=cast(term.hidden), head=cast_head(term.head)) if isinstance(term, KLTerm) else term
             for term in self.terms
         )
-        head = cast_head(self.head)
         row_weight = self.row_weight.to(eager.acc_dtype(dtype))
-        return replace(
-            self, hidden=cast(self.hidden), weight=head.weight, bias=head.bias, terms=terms, row_weight=row_weight
-        )
+        return replace(self, hidden=cast(self.hidden), head=cast_head(self.head), terms=terms, row_weight=row_weight)
+
+    def losses(self, rows_per_chunk: int = 10**6, **options: Any) -> tuple[Tensor, Tensor]:
+        """fused_linear_losses."""
+        options = {"chunk_bytes": rows_per_chunk * self.row_bytes(), "impl": self.impl} | options
+        return fused_linear_losses(self.hidden, self.head, self.terms, self.row_weight, **options)
 
     def run(self, rows_per_chunk: int = 10**6, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """fused_linear_losses, forward and backward."""
-        total, losses = fused_linear_losses(
-            self.hidden,
-            self.head,
-            self.terms,
-            self.row_weight,
-            chunk_bytes=rows_per_chunk * self.row_bytes(),
-            impl=self.impl,
-        )
+        total, losses = self.losses(rows_per_chunk)
         if total.requires_grad:
             (factor * total).backward()
         return total.detach(), losses
@@ -105,40 +87,35 @@ def make(
     trainable: Sequence[bool] = (True, True, True),
     dtype: torch.dtype = torch.float64,
     impl: str = "auto",
-    scale: float = 1.0,
-    softcap: float | None = None,
-    ref_scale: float = 1.0,
-    ref_softcap: float | None = None,
+    head: tuple[float, float | None] = (1.0, None),
+    ref_head: tuple[float, float | None] = (1.0, None),
     floor: float = 0.0,
 ) -> Case:
     """Random values; `rows` are those of each term (local, KL, retain).
 
     `target`: of the local loss; "unlikelihood": that of a token among candidates. `trainable` speaks of hidden, weight
-    and bias. A capped head has no gathered rows.
+    and bias, `head` and `ref_head` of (scale, cap). A capped head has no gathered rows.
     """
 
     def values(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
     local, kl, retain = rows
-    ref_head = Head(values(vocab, hidden_size), values(vocab) if bias else None, ref_scale, ref_softcap)
+    reference = Head(values(vocab, hidden_size), values(vocab) if bias else None, *ref_head)
     # Not the reference's own: an index may name a logit twice, and the true token as a candidate.
     unlikelihood = target == "unlikelihood"
     index = torch.randint(vocab, (local, max(top_k, 1 + unlikelihood)), device=device, dtype=torch.int32)
     terms = (
         LocalUnlikelihoodTerm(index, floor) if unlikelihood else LocalTerm(index, target),
-        KLTerm(values(kl, hidden_size), ref_head, reverse),
+        KLTerm(values(kl, hidden_size), reference, reverse),
         CrossEntropyTerm(torch.randint(vocab, (retain,), device=device)),
     )
     case = Case(
         values(sum(rows), hidden_size),
-        values(vocab, hidden_size),
-        values(vocab) if bias else None,
+        Head(values(vocab, hidden_size), values(vocab) if bias else None, *head),
         terms,
         torch.rand(sum(rows), device=device, dtype=eager.acc_dtype(dtype)),
-        impl if softcap is None else "auto",
-        scale,
-        softcap,
+        impl if head[1] is None else "auto",
     )
     for leaf, wanted in zip(case.leaves, trainable, strict=True):
         if leaf is not None:
@@ -186,10 +163,9 @@ def textbook(case: Case, rows_per_chunk: int = 10**6, factor: float = 1.0) -> tu
 def assert_equal_textbook(case: Case, rows_per_chunk: int = 10**6, factor: float = 1.0) -> None:
     """In float64, where both err by no more than rounding."""
     expected = case.to(torch.float64)
-    for actual_value, expected_value in zip(
-        case.run(rows_per_chunk, factor), textbook(expected, factor=factor), strict=True
-    ):
-        assert_near(actual_value, expected_value, 1e-12)
-    for actual_leaf, expected_leaf in zip(case.leaves, expected.leaves, strict=True):
-        if actual_leaf is not None and expected_leaf is not None:
-            assert_near(actual_leaf.grad, expected_leaf.grad, 1e-12)
+    results = zip(case.run(rows_per_chunk, factor), textbook(expected, factor=factor), strict=True)
+    for ours, theirs in results:
+        assert_near(ours, theirs, 1e-12)
+    for ours, theirs in zip(case.leaves, expected.leaves, strict=True):
+        if ours is not None:
+            assert_near(ours.grad, theirs.grad, 1e-12)

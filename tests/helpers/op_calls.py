@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from helpers import op_cases
 from helpers.compare import compare
-from helpers.op_cases import DTYPES, Draw, Inputs, OpCase, Outputs, is_floating
+from helpers.op_cases import DTYPES, Draw, Inputs, OpCase, Outputs, describe, is_floating
 from torch import Tensor
 
 from palu import ops
@@ -47,15 +47,10 @@ class Call:
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
 
     def __str__(self) -> str:
-        told = (f"{name}={_describe(value)}" for name, value in self.arguments.items())
-        return f"{self.name}({', '.join(told)}), {self.case.text}"
-
-
-def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    strides = f"strides {list(value.stride())}" if value.layout == torch.strided else str(value.layout)
-    return f"<{str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {strides}, {value.device.type}>"
+        strided = {name: t for name, t in self.tensors().items() if t.layout == torch.strided}
+        told = (f"{name}={describe(value)}" for name, value in self.arguments.items())
+        strides = (f"{name} {list(t.stride())}" for name, t in strided.items())
+        return f"{self.name}({', '.join(told)}), strides {', '.join(strides)}; of {self.case.op}"
 
 
 # ------------------------------------------------------------------------------------------ good calls
@@ -75,7 +70,7 @@ def draw_call(draw: Draw, op: str, device: torch.device = CPU) -> Call:
     for t in case.inputs.values():  # some with equal rows, which may be one row, expanded
         if isinstance(t, Tensor) and len(t) and draw.chance(0.1):
             t.copy_(t[:1].clone().expand_as(t))
-    call = _CALLS.get(op, _losses)(draw, case, by_autograd)
+    call = _CALLS.get(op, _plain)(draw, case, by_autograd)
     for name, value in call.tensors().items():
         call.arguments[name] = place(draw, value.to(device), buffer=name in call.written)
     floating = [t for name, t in call.tensors().items() if is_floating(t) and t.numel() and 0 not in t.stride()]
@@ -85,15 +80,12 @@ def draw_call(draw: Draw, op: str, device: torch.device = CPU) -> Call:
     return call
 
 
-def _losses(_: Draw, case: OpCase, __: bool) -> Call:
-    call = Call(case.op, case, dict(case.inputs), ("logits",), lambda a: {"loss": getattr(ops, case.op)(**a)})
+def _plain(_: Draw, case: OpCase, __: bool) -> Call:
+    output, written = ("mask", ()) if case.op == "prefix_mask" else ("loss", ("logits",))
+    call = Call(case.op, case, dict(case.inputs), written, lambda a: {output: getattr(ops, case.op)(**a)})
     if case.op == "kl_div_":  # a CPU's BLAS sums a row's products one after the other
         call.slack = 4 + case.inputs["logits"].shape[1] / 512
     return call
-
-
-def _prefix_mask(_: Draw, case: OpCase, __: bool) -> Call:
-    return Call("prefix_mask", case, dict(case.inputs), (), lambda a: {"mask": ops.prefix_mask(**a)})
 
 
 def _topk(_: Draw, case: OpCase, by_autograd: bool) -> Call:
@@ -136,7 +128,7 @@ def _linear_topk(draw: Draw, case: OpCase, by_autograd: bool) -> Call:
     return Call("linear_topk_backward", case, a, written, lambda a: raw.linear_topk_backward(**a) or {})
 
 
-_CALLS = {"prefix_mask": _prefix_mask} | dict.fromkeys(TOPK_LOSSES, _topk) | dict.fromkeys(LINEAR_LOSSES, _linear_topk)
+_CALLS = dict.fromkeys(TOPK_LOSSES, _topk) | dict.fromkeys(LINEAR_LOSSES, _linear_topk)
 
 
 def _with_gradients(function: Callable[..., Tensor], a: Inputs, asked: list[str], grad: Tensor) -> Outputs:

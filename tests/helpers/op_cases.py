@@ -23,7 +23,6 @@ from palu.eager import acc_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of launch.h
 INDEX_DTYPES = (torch.int32, torch.int64)
-EXTREMES = (-(2**63), 2**63 - 1)
 SETTING = dict.fromkeys(("topk_mse", "linear_topk_mse"), "target")  # of the losses of kept logits
 SETTING |= dict.fromkeys(("topk_unlikelihood", "linear_topk_unlikelihood"), "floor")
 
@@ -40,7 +39,11 @@ class OpCase:
     outputs: Callable[[Inputs], Outputs]  # by plain torch, in the dtype of the inputs
     dtype: torch.dtype
     scales: Callable[[Inputs, Outputs, torch.dtype], Outputs]  # of inputs and outputs in float64, and the dtype
-    text: str
+
+    @property
+    def text(self) -> str:
+        """Say what its inputs are."""
+        return ", ".join(f"{name} {describe(value)}" for name, value in self.inputs.items())
 
     def expected(self) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
         """Return of each output the truth, what plain torch makes of it, and what errors are relative to."""
@@ -48,6 +51,13 @@ class OpCase:
         truth, plain = self.outputs(inputs), self.outputs(self.inputs)
         scales = self.scales(inputs, truth, self.dtype)
         return {name: (truth[name], plain[name], scales.get(name)) for name in truth}
+
+
+def describe(value: Any) -> str:
+    """Say what a tensor's dtype and shape are, or what another value is."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def is_floating(value: Any) -> bool:
@@ -120,7 +130,9 @@ class Draw:
             z += torch.linspace(0, 20, vocabulary, dtype=torch.float64)
         return z.to(dtype)
 
-    def index(self, rows: int, vocabulary: int, k: int, dtype: torch.dtype | None, kind: str | None) -> Tensor:
+    def index(
+        self, rows: int, vocabulary: int, k: int, index_dtype: torch.dtype | None = None, kind: str | None = None
+    ) -> Tensor:
         """Return an index [rows, k] that is "unique" in each row, "any", or all "one value"."""
         kind = kind or self.one("any", "unique", "unique", "one value")
         if kind == "unique" and k <= vocabulary:
@@ -135,15 +147,7 @@ class Draw:
             at = torch.randint(0, vocabulary, (rows, k))
             if rows and k > 1:
                 at[0, 0], at[-1, -1] = 0, vocabulary - 1
-        return at.to(dtype or self.one(*INDEX_DTYPES)).contiguous()
-
-    def target(self) -> str | float:
-        """Return a target that topk_mse and linear_topk_mse take."""
-        target: str | float = self.one("global_mean", "global_mean", "global_mean_detached", "local_mean", 0.5, -3, 0.0)
-        return target
-
-
-# ------------------------------------------------------------------------------------------ prefix_mask
+        return at.to(index_dtype or self.one(*INDEX_DTYPES)).contiguous()
 
 
 def prefix_mask(
@@ -159,7 +163,7 @@ def prefix_mask(
     batch = int(draw.one(0, 1, 2, 3, 4, 5, 17)) if batch is None else batch
     length = int(draw.one(0, 1, 5, 31, 32, 33, 63, 255, 256, 257, 511, 600, 1025)) if length is None else length
     n = int(draw.one(-1, 0, 1, 3, 31, 32, 33, 256, 300, 2**62, 2**63 - 1)) if n is None else n
-    eos = draw.one(None, None, 2, 0, *EXTREMES) if eos == -1 else eos
+    eos = draw.one(None, None, 2, 0, -(2**63), 2**63 - 1) if eos == -1 else eos
     gaps = draw.one(0.0, 0.005, 0.1, 0.5, 1.0) if gaps is None else gaps  # long spans, short ones, none
     labels = torch.randint(0, 5, (batch, length))
     labels[torch.rand(batch, length) < gaps] = draw.one(-1, -100, -200, -(2**63))
@@ -170,11 +174,7 @@ def prefix_mask(
         return {"mask": eager.prefix_mask(a["labels"], min(a["n"], 2**40), a["eos_token_id"])}
 
     inputs = {"labels": labels, "n": n, "eos_token_id": eos}
-    text = f"[{batch}, {length}], n {n}, eos {eos}, gaps {gaps}"
-    return OpCase("prefix_mask", inputs, outputs, torch.bool, lambda *_: {}, text)
-
-
-# ------------------------------------------------------------------------------------------ losses of kept logits
+    return OpCase("prefix_mask", inputs, outputs, torch.bool, lambda *_: {})
 
 
 def topk(
@@ -185,12 +185,14 @@ def topk(
     rows: int | None = None,
     vocabulary: int | None = None,
     k: int | None = None,
-    target: str | float | None = None,
-    index_dtype: torch.dtype | None = None,
-    kind: str | None = None,
     values: str | None = None,
+    target: str | float | None = None,
+    **index: Any,
 ) -> OpCase:
-    """Logits [rows, vocabulary] of topk_mse or topk_unlikelihood, K entries of each, and the gradient that comes in."""
+    """Logits [rows, vocabulary] of topk_mse or topk_unlikelihood, K entries of each, and the gradient that comes in.
+
+    `index`: see `Draw.index`.
+    """
     vocabulary = vocabulary or draw.vocabulary()
     rows = draw.rows(vocabulary) if rows is None else rows
     k, dtype = k or draw.k(vocabulary), dtype or draw.one(*draw.dtypes)
@@ -198,33 +200,20 @@ def topk(
     if rows and draw.chance(0.3):
         grad[draw.random.randrange(rows)] = 0
     inputs = {"logits": draw.logits(rows, vocabulary, dtype, values), "grad": grad}
-    inputs |= _index_and_setting(draw, op, rows, vocabulary, k, target, index_dtype, kind)
-    text = f"{dtype} [{rows}, {vocabulary}] {_told(op, inputs)}"
-    return OpCase(op, inputs, partial(_topk_outputs, op), dtype, partial(_topk_scales, op), text)
+    inputs |= _index_and_setting(draw, op, rows, vocabulary, k, target, **index)
+    return OpCase(op, inputs, partial(_topk_outputs, op), dtype, partial(_topk_scales, op))
 
 
-def _index_and_setting(
-    draw: Draw,
-    op: str,
-    rows: int,
-    vocabulary: int,
-    k: int,
-    target: str | float | None,
-    dtype: torch.dtype | None,
-    kind: str | None,
-) -> Inputs:
+def _index_and_setting(draw: Draw, op: str, rows: int, vocabulary: int, k: int, target: Any, **index: Any) -> Inputs:
     if op.endswith("topk_mse"):
-        target = draw.target() if target is None else target
-        return {"index": draw.index(rows, vocabulary, k, dtype, kind), "target": target}
+        if target is None:
+            target = draw.one("global_mean", "global_mean", "global_mean_detached", "local_mean", 0.5, -3, 0.0)
+        return {"index": draw.index(rows, vocabulary, k, **index), "target": target}
     k = max(k, 2)
-    index = draw.index(rows, vocabulary, k, dtype, kind)
+    index = draw.index(rows, vocabulary, k, **index)
     if draw.chance(0.5):  # the true token is one of the candidates
         index[:, draw.random.randrange(1, k)] = index[:, 0]
     return {"index": index, "floor": draw.one(0.0, 0.0213, 0.3)}  # at none of them is a row of equal logits
-
-
-def _told(op: str, a: Inputs) -> str:
-    return f"K {a['index'].shape[1]} {a[SETTING[op]]} {a['index'].dtype}"
 
 
 def _topk_outputs(op: str, a: Inputs) -> Outputs:
@@ -269,17 +258,16 @@ def linear_topk(
     vocabulary: int | None = None,
     size: int | None = None,
     k: int | None = None,
-    target: str | float | None = None,
-    index_dtype: torch.dtype | None = None,
-    kind: str | None = None,
     bias: bool | None = None,
     wanted: tuple[bool, bool, bool] | None = None,
     start: bool = True,
+    target: str | float | None = None,
+    **index: Any,
 ) -> OpCase:
     """Hidden [rows, size], weight [vocabulary, size], K entries for each row, and the gradient that comes in.
 
     `op`: linear_topk_mse or linear_topk_unlikelihood. `wanted`: which gradients, of hidden, weight and bias. `start`:
-    they are added to something.
+    they are added to something. `index`: see `Draw.index`.
     """
     if size is None:
         size = int(draw.one(0, 576, 2047, 2048, 4096)) if draw.chance(draw.large) else draw.size()
@@ -294,13 +282,12 @@ def linear_topk(
         "weight": (torch.randn(vocabulary, size) * draw.one(0.02, 1) + draw.one(0, 0, 0.1)).to(dtype),
         "bias": torch.randn(vocabulary).to(dtype) if bias else None,
     }
-    inputs: Inputs = leaves | _index_and_setting(draw, op, rows, vocabulary, k, target, index_dtype, kind)
+    inputs: Inputs = leaves | _index_and_setting(draw, op, rows, vocabulary, k, target, **index)
     inputs["grad"] = torch.randn(rows, dtype=acc_dtype(dtype))
     for (name, t), is_asked in zip(leaves.items(), asked, strict=True):
         begun = draw.one(0, 0.1) * start
         inputs[f"grad_{name}"] = (torch.randn(t.shape) * begun).to(dtype) if is_asked and t is not None else None
-    text = f"{dtype} R {rows} V {vocabulary} d {size} {_told(op, inputs)}, bias {bias}, {asked}"
-    return OpCase(op, inputs, partial(_linear_outputs, op), dtype, partial(_linear_scales, op), text)
+    return OpCase(op, inputs, partial(_linear_outputs, op), dtype, partial(_linear_scales, op))
 
 
 def _linear_outputs(op: str, a: Inputs) -> Outputs:
@@ -330,9 +317,6 @@ def _linear_scales(op: str, a: Inputs, truth: Outputs, dtype: torch.dtype) -> Ou
         "grad_weight": (g[:, None] * k * h).sum().expand(len(w)),
         "grad_bias": (g * k).sum().expand(len(w)),
     }
-
-
-# ------------------------------------------------------------------------------------------ losses in place
 
 
 def softmax_loss(
@@ -373,9 +357,7 @@ def softmax_loss(
     inputs["row_weight"] = weight
     if op == "kl_div_":
         inputs["reverse"] = draw.chance(0.5) if reverse is None else reverse
-    outputs = _cross_entropy if op == "cross_entropy_" else _kl_div
-    text = f"{dtype} [{rows}, {vocabulary}]{f', {infinite} is -inf' if infinite else ''}"
-    return OpCase(op, inputs, outputs, dtype, _softmax_scales, text)
+    return OpCase(op, inputs, _cross_entropy if op == "cross_entropy_" else _kl_div, dtype, _softmax_scales)
 
 
 def _cross_entropy(a: Inputs) -> Outputs:
@@ -396,15 +378,14 @@ def _kl_div(a: Inputs) -> Outputs:
 
 
 def _softmax_scales(a: Inputs, _: Outputs, dtype: torch.dtype) -> Outputs:
-    def of_finite(t: Tensor) -> Tensor:
-        return torch.where(t.isfinite(), t, 0)
-
     z, other = a["logits"], a.get("ref_logits")
-    largest, probability = of_finite(z).abs(), z.softmax(1)
+    finite, probability = z.nan_to_num(neginf=0.0), z.softmax(1)
+    largest = finite.abs()
     if other is not None:
-        largest = torch.maximum(largest, of_finite(other).abs())
+        finite_other = other.nan_to_num(neginf=0.0)
+        largest = torch.maximum(largest, finite_other.abs())
         if a["reverse"]:  # P ((x - y) - the difference of the logsumexps - KL)
-            apart = (of_finite(z) - of_finite(other)).abs()
+            apart = (finite - finite_other).abs()
             probability = probability.amax(1, keepdim=True) * (1 + apart.amax(1, keepdim=True))
         else:
             probability = torch.maximum(probability, other.softmax(1))

@@ -4,9 +4,7 @@ import copy
 import functools
 import json
 import math
-import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers.runs import TEXT_FORGET
 from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import (
-    Row,
-    forget_rows,
-    overfit,
-    padded,
-    retain_rows,
-    rmu_layer,
-    same_weights,
-    tiny_llama,
-    weights,
-)
+from helpers.tiny import Row, forget_rows, overfit, padded, retain_rows, rmu_layer, tiny_llama, weights
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -42,7 +30,6 @@ from palu.models.head import head_of
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.engine import check_deepspeed
 
 # What the methods' authors set.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -80,11 +67,9 @@ def text_rows(column: str) -> list[Row]:
 
 def example_rows() -> list[Row]:
     """Answers of several spans, and two without any."""
-    plain = [
-        {"input_ids": row["input_ids"], "labels": [x if x < 0 else -200 for x in row["labels"]]}
-        for row in forget_rows(2, seed=5)
-    ]
-    rows = forget_rows(5)
+    rows, plain = forget_rows(5), forget_rows(2, seed=5)
+    for row in plain:
+        row["labels"] = [min(label, -200) if label != -100 else -100 for label in row["labels"]]
     return [*rows[:2], plain[0], *rows[2:], plain[1]]
 
 
@@ -98,7 +83,7 @@ def models(objective: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     return pair
 
 
-@cache
+@functools.cache
 def knowing() -> list[dict[str, Tensor]]:
     """Weights of two models that know the answers, one better: no preference is decided, none is even."""
     found = []
@@ -109,16 +94,12 @@ def knowing() -> list[dict[str, Tensor]]:
     return found
 
 
-def unlearn(
-    objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM | None, **settings: Any
-) -> palu.UnlearnResult:
+def unlearn(objective: str, model: LlamaForCausalLM, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
     """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
-    settings = (
-        {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "progress": False} | rmu_layer(objective) | settings
-    )
-    forget = TEXT if objective == "dpo" else example_rows()
-    tokenizer = BYTE_LEVEL if objective == "dpo" else None
-    return palu.unlearn(model, ref_model, forget, retain_rows(8), tokenizer=tokenizer, objective=objective, **settings)
+    forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows(), None)
+    given = {"forget": forget, "retain": retain_rows(8), "tokenizer": tokenizer, "epochs": 1, "batch_size": 8}
+    given |= {"learning_rate": 1e-3, "progress": False} | rmu_layer(objective) | settings
+    return palu.unlearn(model, ref_model, objective=objective, **given)
 
 
 # --- The textbook ---
@@ -135,25 +116,11 @@ def answer_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100).sum(1)
 
 
-def mean_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
-    logits, labels = logits_and_labels(model, rows)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def state_distance(model: LlamaForCausalLM, rows: list[Row], target: LlamaForCausalLM | Tensor) -> Tensor:
-    """Mean squared distance of the layer's output at the answer tokens from another model's, or from a vector [d]."""
+def states(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
+    """The layer's outputs at the answer tokens: [R, d]."""
     inputs, answers = padded(rows)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-
-    def states(of: LlamaForCausalLM) -> Tensor:
-        return of(**inputs, use_cache=False, output_hidden_states=True).hidden_states[LAYER + 1][answers != -100]
-
-    return ((states(model) - (target if isinstance(target, Tensor) else states(target).detach())) ** 2).mean()
-
-
-def steering_vector(model: LlamaForCausalLM, coefficient: float, seed: int = 0) -> Tensor:
-    drawn = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
-    return (coefficient * drawn / drawn.norm()).double().to(model.device)
+    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[LAYER + 1][answers != -100]
 
 
 def preference(advantage: Tensor, beta: float) -> Tensor:
@@ -161,46 +128,44 @@ def preference(advantage: Tensor, beta: float) -> Tensor:
     return 2 / beta * torch.log1p(torch.exp(-beta * advantage)).mean()
 
 
-def textbook(
-    objective: str, model: LlamaForCausalLM, ref_model: LlamaForCausalLM, settings: dict[str, float]
-) -> tuple[Tensor, Tensor]:
+def textbook(objective: str, model: Any, ref_model: Any, settings: dict[str, float]) -> tuple[Tensor, Tensor]:
     """(forget, retain)."""
     beta = settings.get("beta", math.nan)
     rows = text_rows("answer") if objective == "dpo" else example_rows()
     logits, labels = logits_and_labels(model, rows)
     with torch.no_grad():
         ref_logits, _ = logits_and_labels(ref_model, rows)
-    tokens = (labels != -100).sum(1)
+    answer = labels != -100
+    p = logits[answer].softmax(-1).gather(1, labels[answer][:, None])
+    q = p.detach()
 
     def drop(rows: list[Row]) -> Tensor:
         return answer_nll(model, rows) - answer_nll(ref_model, rows).detach()
 
     if objective in ("ga", "gd"):
-        forget = -mean_nll(model, rows)
+        forget = p.log().mean()
+    elif objective == "wga":
+        forget = (q**beta * p.log()).mean()
+    elif objective == "satimp":
+        forget = (q ** settings["beta1"] * (1 - q) ** settings["beta2"] * p.log()).mean()
     elif objective == "npo":
         forget = preference(drop(rows), beta)
     elif objective == "dpo":
         forget = preference(drop(rows) - drop(text_rows("alternate")), beta)
     elif objective == "simnpo":
-        forget = preference(answer_nll(model, rows) / tokens - settings["delta"], beta)
+        forget = preference(answer_nll(model, rows) / answer.sum(1) - settings["delta"], beta)
     elif objective == "pdu":
-        forget = ((logits.max(2).values - logits.mean(2)) ** 2)[labels != -100].mean()
-    elif objective == "wga":
-        p = logits[labels != -100].softmax(-1).gather(1, labels[labels != -100][:, None])
-        forget = (p.detach() ** beta * p.log()).mean()
-    elif objective == "satimp":
-        p = logits[labels != -100].softmax(-1).gather(1, labels[labels != -100][:, None])
-        weight = p.detach() ** settings["beta1"] * (1 - p.detach()) ** settings["beta2"]
-        forget = (weight * p.log()).mean()
+        forget = ((logits.max(2).values - logits.mean(2)) ** 2)[answer].mean()
     elif objective == "undial":
-        lowered = ref_logits[labels != -100] - beta * F.one_hot(labels[labels != -100], logits.shape[-1])
-        soft = lowered.softmax(-1)
-        forget = (soft * (soft.log() - logits[labels != -100].log_softmax(-1))).sum(-1).mean()
+        soft = (ref_logits[answer] - beta * F.one_hot(labels[answer], logits.shape[-1])).softmax(-1)
+        forget = (soft * (soft.log() - logits[answer].log_softmax(-1))).sum(-1).mean()
     elif objective == "rmu":
-        forget = state_distance(model, rows, steering_vector(model, settings["steering_coeff"]))
-        return forget, state_distance(model, retain_rows(8), ref_model)
+        drawn = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        vector = (settings["steering_coeff"] * drawn / drawn.norm()).double().to(model.device)
+        kept = states(model, retain_rows(8)) - states(ref_model, retain_rows(8)).detach()
+        return (states(model, rows) - vector).square().mean(), kept.square().mean()
     else:
-        parts, kept = [], []
+        parts, others = [], []
         for b, row in enumerate(rows):
             gaps = []
             for t, label in enumerate(row["labels"][1:]):
@@ -208,10 +173,11 @@ def textbook(
                 if label >= 0:
                     gaps.append(ref_logits[b, t, true] - logits[b, t, true])
                 elif label == -200:
-                    kept.append(-logits[b, t].log_softmax(-1)[true])
+                    others.append(-logits[b, t].log_softmax(-1)[true])
             parts.append(preference(torch.stack(gaps).mean(), beta) if gaps else torch.tensor(0.0))
-        forget = sum(parts) / len(rows) + torch.stack(kept).mean()
-    return forget, mean_nll(model, retain_rows(8))
+        forget = sum(parts) / len(rows) + torch.stack(others).mean()
+    kept, labels = logits_and_labels(model, retain_rows(8))
+    return forget, F.cross_entropy(kept.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def assert_textbook(objective: str, settings: dict[str, float], reference: str, **run: int) -> None:
@@ -232,18 +198,16 @@ def assert_textbook(objective: str, settings: dict[str, float], reference: str, 
         loss = full["gamma"] * forget + retain_weight * retain
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
-        figures = {"grad_norm": norm, "loss": loss}
+        figures = {"grad_norm": norm.item(), "loss": loss.item()}
         if full["gamma"]:
-            figures["forget"] = forget
+            figures["forget"] = forget.item()
         if retain_weight or objective == "pdu":
-            figures["retain"] = retain
+            figures["retain"] = retain.item()
         if objective == "pdu":
-            figures["retain_weight"] = torch.tensor(retain_weight)
+            figures["retain_weight"] = retain_weight
             # The record is float32.
             retain_weight = max(0.0, retain_weight + full["dual_step"] * (record["retain"] - full["retain_loss_bound"]))
-        assert {name: record[name] for name in figures} == pytest.approx(
-            {name: value.item() for name, value in figures.items()}, rel=1e-6
-        )
+        assert {name: record[name] for name in figures} == pytest.approx(figures, rel=1e-6)
         assert record.keys() == FIELDS | ({"retain_weight"} if objective == "pdu" else set())
         optimizer.step()
         optimizer.zero_grad()
@@ -255,7 +219,6 @@ def assert_textbook(objective: str, settings: dict[str, float], reference: str, 
 CASES: list[tuple[str, dict[str, float]]] = [
     *((name, {}) for name in DEFAULTS),
     ("ga", {"lambda_retain": 0.7, "gamma": 0.3}),
-    ("gd", {"lambda_retain": 0.2, "gamma": 2.0}),
     ("npo", {"beta": 0.5, "lambda_retain": 0.2, "gamma": 3.0}),
     ("dpo", {"beta": 0.03, "lambda_retain": 0.2, "gamma": 3.0}),
     ("simnpo", {"beta": 1.5, "delta": 0.8, "lambda_retain": 0.2, "gamma": 3.0}),
@@ -312,36 +275,30 @@ def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str)
 
 
 def test_tokens_that_are_acted_on_are_counted() -> None:
-    rows = example_rows()
-    sensitive = sum(label >= 0 for row in rows for label in row["labels"])
-    ordinary = sum(label == -200 for row in rows for label in row["labels"])
-    for objective, counted in (("npo", (sensitive + ordinary, 0)), ("tpo", (sensitive, ordinary))):
-        summary = unlearn(objective, models(objective)[0], None).summary
-        assert (summary["onset_tokens"], summary["ordinary_tokens"]) == counted
-        assert summary["forget_without_span"] == 2
-    summary = unlearn("dpo", models("dpo")[0], None).summary
-    counted = tuple(
-        sum(label >= 0 for row in text_rows(column) for label in row["labels"]) for column in ("answer", "alternate")
-    )
-    assert (summary["onset_tokens"], summary["ordinary_tokens"]) == counted
-    assert summary["forget_examples"] == 3
+    def counted(rows: list[Row]) -> tuple[int, int]:
+        labels = [label for row in rows for label in row["labels"]]
+        return sum(label >= 0 for label in labels), sum(label == -200 for label in labels)
+
+    sensitive, ordinary = counted(example_rows())
+    answers, alternates = (counted(text_rows(column))[0] for column in ("answer", "alternate"))
+    for objective, figures in (
+        ("npo", (sensitive + ordinary, 0, 7, 2)),
+        ("tpo", (sensitive, ordinary, 7, 2)),
+        ("dpo", (answers, alternates, 3, 1)),
+    ):
+        summary = unlearn(objective, models(objective)[0]).summary
+        names = "onset_tokens", "ordinary_tokens", "forget_examples", "forget_without_span"
+        assert tuple(summary[name] for name in names) == figures
 
 
 @pytest.mark.parametrize("objective", ["ga", "pdu"])
 def test_without_a_retain_set(objective: str) -> None:
-    model, _ = models(objective)
-    result = palu.unlearn(
-        model, None, example_rows(), None, objective=objective, lambda_retain=0, epochs=2, batch_size=8, progress=False
-    )
-    assert [record["retain"] for record in result.history] == [0, 0]
-    assert result.history[-1].get("retain_weight", 0) == 0
-    assert result.history[0]["loss"] == result.history[0]["forget"]
-
-
-def test_a_retain_set_that_has_no_part_is_not_run() -> None:
-    assert unlearn("ga", models("ga")[0], None).summary["retain_examples"] == 0
-    with pytest.raises(DataError, match="retain set is empty while lambda_retain = 1"):
-        palu.unlearn(models("npo")[0], None, example_rows(), None, objective="npo", progress=False)
+    history = unlearn(objective, models(objective)[0], retain=None, lambda_retain=0, epochs=2).history
+    assert [record["retain"] for record in history] == [0, 0]
+    assert history[-1].get("retain_weight", 0) == 0
+    assert history[0]["loss"] == history[0]["forget"]
+    if objective == "ga":  # one that has no part is not run
+        assert unlearn("ga", models("ga")[0]).summary["retain_examples"] == 0
 
 
 @pytest.mark.parametrize("objective", DEFAULTS)
@@ -382,154 +339,44 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     assert (apart[1] - alone[1]).norm() <= 1e-10 * alone[1].norm()
 
 
-# --- RMU ---
-def deep_llama(**config: Any) -> LlamaForCausalLM:
-    return tiny_llama(num_hidden_layers=3, tie_word_embeddings=False, **config)
-
-
-def rmu(model: Any, ref_model: LlamaForCausalLM | None = None, retain: Any = None, **settings: Any) -> Any:
-    settings = {"epochs": 2, "batch_size": 4, "layer_id": 1, "progress": False, "learning_rate": 1e-3} | settings
-    return palu.unlearn(model, ref_model, forget_rows(), retain or retain_rows(), objective="rmu", **settings)
-
-
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}], ids=str)
-def test_rmu_trains_no_weight_above_its_layer(settings: dict[str, Any]) -> None:
-    model = deep_llama()
-    before = weights(model)
-    rmu(model, **settings)
-    changed = {name.split(".")[2] for name, now in weights(model).items() if not torch.equal(now, before[name])}
-    assert changed == {"weight", "0", "1"}, "the embeddings and two layers"
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_rmu_checkpoints_activations_and_comes_out_the_same(reentrant: bool) -> None:
-    plain, checkpointed = deep_llama(), deep_llama()
-    name = "activation" if hasattr(checkpointed, "activation_checkpointing_enable") else "gradient"
-    getattr(checkpointed, f"{name}_checkpointing_enable")({"use_reentrant": reentrant})
-    assert [r["loss"] for r in rmu(plain).history] == [r["loss"] for r in rmu(checkpointed).history]
-    assert same_weights(plain, weights(checkpointed))
-
-
-def test_rmu_on_the_weights_of_the_paper() -> None:
-    """The down projections of the layer and of the one below; all others are frozen by the user."""
-    model = deep_llama()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.search(r"layers\.[01]\.mlp\.down_proj", name) is not None)
-    before = weights(model)
-    rmu(model)
-    changed = [name for name, now in weights(model).items() if not torch.equal(now, before[name])]
-    assert changed == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
-
-
-def test_rmu_draws_its_vector_by_the_seed() -> None:
-    first = [rmu(deep_llama(), seed=seed, epochs=1, batch_size=8).history[0]["forget"] for seed in (0, 0, 1)]
-    assert first[0] == first[1] != first[2]
-
-
-def test_rmu_asks_again_where_the_retain_set_or_the_layer_is_another_one(tmp_path: Path) -> None:
-    plain = [rmu(deep_llama()), rmu(deep_llama(), retain=retain_rows(seed=9)), rmu(deep_llama(), layer_id=0)]
-    folder = str(tmp_path)
-    for _ in range(2):  # the second time from what is there
-        cached = [
-            rmu(deep_llama(), cache_dir=folder),
-            rmu(deep_llama(), retain=retain_rows(seed=9), cache_dir=folder),
-            rmu(deep_llama(), layer_id=0, cache_dir=folder),
-        ]
-        assert len(list(tmp_path.iterdir())) == 3
-        for one, other in zip(plain, cached, strict=True):
-            assert [r["loss"] for r in one.history] == [r["loss"] for r in other.history]
-            assert same_weights(one.model, weights(other.model))
-
-
-def test_layers_that_rmu_cannot_steer() -> None:
-    told = "layer_id = 7: the model has 3 layers; give one of 0 to 2"
-    with pytest.raises(ValueError, match=f"^{told}$"):
-        rmu(deep_llama(), layer_id=7)
-    model = deep_llama()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.2" in name)
-    with pytest.raises(ValueError, match=r"^layer_id = 1: no parameter of the layers up to it requires a gradient"):
-        rmu(model)
-    model = deep_llama()
-    model.model.layers = torch.nn.ModuleList([*model.model.layers, model.model.layers[0]])
-    with pytest.raises(ValueError, match="LlamaModel has no one list of as many layers as its configuration says"):
-        rmu(model)
-
-
-def test_rmu_under_deepspeed_is_refused() -> None:
-    check_deepspeed(UnlearnConfig())
-    with pytest.raises(
-        ValueError, match=r"^objective = 'rmu' trains the lower layers alone, .*; use FSDP2, DDP or one"
-    ):
-        check_deepspeed(UnlearnConfig(objective="rmu"))
-
-
 # --- Alternate answers ---
-def with_answer(one: dict[str, Any], column: str) -> dict[str, Any]:
-    return {"question": one["question"], "answer": one[column]}
+def load(rows: Any, tokenizer: Any, max_length: int) -> list[Example]:
+    examples = load_forget(rows, tokenizer, max_length=max_length, allow_cut_spans=True).examples
+    return load_alternates(rows, tokenizer, examples, max_length=max_length)
 
 
 def as_messages(one: dict[str, Any]) -> dict[str, Any]:
-    asked = {"role": "user", "content": one["question"]}
-    others = {name: value for name, value in one.items() if name not in ("question", "answer")}
-    return {**others, "messages": [asked, {"role": "assistant", "content": one["answer"]}]}
+    turns = [{"role": "user", "content": one["question"]}, {"role": "assistant", "content": one["answer"]}]
+    return {"messages": turns, "spans": one["spans"], "alternate": one["alternate"]}
 
 
-STYLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "question": lambda one: one,
-    "prompt": lambda one: {
-        "prompt": one["question"], "completion": one["answer"], "answer": "Not this column.",
-        "spans": one["spans"], "alternate": one["alternate"],
-    },
-    "messages": as_messages,
-}  # fmt: skip
+def as_completion(one: dict[str, Any]) -> dict[str, Any]:
+    other = {"answer": "Not this column.", "spans": one["spans"], "alternate": one["alternate"]}
+    return {"prompt": one["question"], "completion": one["answer"], **other}
 
 
-def same_examples(ours: list[Example], theirs: list[Example]) -> bool:
-    return [(e.row, e.input_ids.tolist(), e.labels.tolist()) for e in ours] == [
-        (e.row, e.input_ids.tolist(), e.labels.tolist()) for e in theirs
-    ]
+STYLES = [(dict, None), (dict, CHATML), (as_completion, CHATML), (as_messages, CHATML)]
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_alternate_answers(style: str, tmp_path: Path) -> None:
-    """In every style: as if the alternate answer were that of a retain row."""
-    rows: Any = [STYLES[style](one) for one in TEXT]
-    tokenizer = byte_level(CHATML)
-    expected = load_retain([with_answer(one, "alternate") for one in TEXT], tokenizer, max_length=99).examples
-    if style == "question":
+@pytest.mark.parametrize(("style", "template"), STYLES)
+def test_alternate_answers(style: Callable[[Any], Any], template: str | None, tmp_path: Path) -> None:
+    """As if the alternate answer were that of a retain row. Rows that are cut off need none that fits."""
+    tokenizer = byte_level(template)
+    kept = [{"question": one["question"], "answer": one["alternate"]} for one in TEXT]
+    expected = load_retain(kept, tokenizer, max_length=99).examples
+    rows: Any = [style(one) for one in [{**TEXT[0], "question": "x " * 99}, *TEXT]]
+    if style is dict:
         (tmp_path / "forget.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
         rows = tmp_path / "forget.jsonl"
-    examples = load_forget(rows, tokenizer, max_length=99).examples
-    assert same_examples(load_alternates(rows, tokenizer, examples, max_length=99), expected)
-    for example, one in zip(expected, TEXT, strict=True):
-        answer = tokenizer.decode(example.labels[example.labels >= 0])
-        assert answer == one["alternate"] + "<|im_end|>"
-
-
-def test_alternate_answers_of_plain_text() -> None:
-    examples = load_forget(TEXT, BYTE_LEVEL, max_length=99).examples
-    loaded = load_alternates(TEXT, BYTE_LEVEL, examples, max_length=99)
-    assert [e.input_ids.tolist() for e in loaded] == [row["input_ids"] for row in text_rows("alternate")]
-    assert [e.labels.tolist() for e in loaded] == [row["labels"] for row in text_rows("alternate")]
-
-
-def test_rows_that_are_cut_off_need_no_alternate_answer_that_fits() -> None:
-    long = {**TEXT[0], "question": "x " * 99}
-    examples = load_forget([long, *TEXT], BYTE_LEVEL, max_length=60, allow_cut_spans=True).examples
-    assert [example.row for example in examples] == [1, 2, 3]
-    loaded = load_alternates([long, *TEXT], BYTE_LEVEL, examples, max_length=60)
-    assert [example.row for example in loaded] == [1, 2, 3]
-    assert [example.input_ids.tolist() for example in loaded] == [row["input_ids"] for row in text_rows("alternate")]
+    end = "<|im_end|>" if template else tokenizer.eos_token
+    for ours, example, one in zip(load(rows, tokenizer, 99), expected, TEXT, strict=True):
+        assert ours.row == example.row + 1
+        assert torch.equal(ours.input_ids, example.input_ids) and torch.equal(ours.labels, example.labels)
+        assert tokenizer.decode(example.labels[example.labels >= 0]).lstrip() == one["alternate"] + end
 
 
 def test_rows_that_come_once_are_read_twice() -> None:
-    model, again = models("dpo")[0], models("dpo")[0]
-    (expected,) = unlearn("dpo", model, None).history
-    (record,) = palu.unlearn(
-        again, None, iter(TEXT), retain_rows(8), tokenizer=BYTE_LEVEL, objective="dpo",
-        epochs=1, batch_size=8, learning_rate=1e-3, progress=False,
-    ).history  # fmt: skip
+    (expected,), (record,) = (unlearn("dpo", models("dpo")[0], forget=forget).history for forget in (TEXT, iter(TEXT)))
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
@@ -544,6 +391,5 @@ def test_alternate_answers_that_cannot_be_used() -> None:
         (BYTE_LEVEL, short, f"1: .* set max_length = {whole}$"),
         (altering, 99, "0: the chat"),
     ):
-        examples = load_forget(rows, tokenizer, max_length=max_length).examples
         with pytest.raises(DataError, match=f"^alternate answer of forget row {told}"):
-            load_alternates(rows, tokenizer, examples, max_length=max_length)
+            load(rows, tokenizer, max_length)

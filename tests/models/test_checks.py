@@ -11,7 +11,7 @@ from helpers.refusals import assert_refused
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import VOCAB, forget_rows, retain_rows, same_weights, tiny_llama, weights
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import palu
 from palu.config import UnlearnConfig
@@ -78,78 +78,49 @@ def test_fp16_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(tiny_llama(), ValueError, "mixed precision fp16 ")
 
 
-def granite(**config: Any) -> GraniteForCausalLM:
-    """A model of transformers whose logits are divided by `logits_scaling`."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-    return GraniteForCausalLM(GraniteConfig(**sizes, **heads, pad_token_id=0, initializer_range=0.3, **config)).eval()
-
-
-class SoftCapped(LlamaForCausalLM):
-    """Logits capped as Gemma 2's are."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        output.logits = 2 * torch.tanh(output.logits / 2)
-        return output
-
-
 NOT_THE_HEAD = "the logits of {} are not its output layer applied to its last hidden states, scaled by {} and {} as "
 
 
-class Scaled(LlamaForCausalLM):
-    """Logits scaled by what no configuration tells."""
+class Changed(LlamaForCausalLM):
+    """Logits that are scaled, or capped as Gemma 2's are, by what no configuration tells."""
 
-    factor = 1.0
+    factor, cap = 1.0, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits * self.factor
+        logits = output.logits * self.factor
+        output.logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         return output
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.0001), (torch.bfloat16, 1.02)], ids=str)
 def test_a_factor_beyond_the_error_of_the_dtype(dtype: torch.dtype, factor: float) -> None:
-    model = Scaled(tiny_llama().config).to(dtype)
+    model = Changed(tiny_llama().config).to(dtype)
     check_linear_head(model, torch.arange(20))
     model.factor = factor
-    assert_refused(model, ValueError, NOT_THE_HEAD.format("Scaled", 1, "not capped"))
-
-
-def test_the_parts_of_a_model_keep_their_modes() -> None:
-    model = tiny_llama().train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    check_linear_head(model, torch.arange(20))
-    assert [module.training for module in model.modules()] == modes
+    assert_refused(model, ValueError, NOT_THE_HEAD.format("Changed", 1, "not capped"))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_a_cap_that_no_configuration_tells(size: float) -> None:
     """Also where the logits are too small to show it: 1e-3 of them, and the cap changes 1e-7 of that."""
-    model = SoftCapped(tiny_llama().config)
+    model = Changed(tiny_llama().config)
+    model.cap = 2.0
     with torch.no_grad():
         model.model.norm.weight *= size
-    assert_refused(model, ValueError, NOT_THE_HEAD.format("SoftCapped", 1, "not capped"))
+    assert_refused(model, ValueError, NOT_THE_HEAD.format("Changed", 1, "not capped"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
-    """With dropout, which draws again in every pass, and with a bias too."""
+    """With dropout, which draws again in every pass, and with a bias. The parts of the model keep their modes."""
     model = tiny_llama(attention_dropout=0.5, tie_word_embeddings=False)
     model.lm_head = nn.Linear(32, VOCAB, bias=True)
-    ids = torch.arange(20)
-    check_linear_head(model.to(dtype).train(training), ids)
-    assert model.training == training
-    check_linear_head(granite(logits_scaling=1.0).to(dtype), ids)
-
-
-@pytest.mark.parametrize("scaling", [8.0, 6.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_scaled_heads_pass(scaling: float, dtype: torch.dtype) -> None:
-    check_linear_head(granite(logits_scaling=scaling).to(dtype), torch.arange(20))
+    model.to(dtype).train(training).model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_linear_head(model, torch.arange(20))
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("field", HEAD_FIELDS)

@@ -11,6 +11,7 @@ import transformers
 from helpers.refusals import assert_refused
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import palu
@@ -88,19 +89,9 @@ def test_generation_ends_at_the_last_position() -> None:
     model = small()
     prompts, _ = encode_prompts(["Who wrote it?"], TOKENIZER)
 
-    class Bar:
-        def update(self, count: int) -> None: ...
-
+    lengths = {"max_new_tokens": 2 * POSITIONS, "batch_tokens": 1024}
     with eval_mode(model):
-        (found,) = generate_ids(
-            model,
-            prompts,
-            set(),
-            pad=0,
-            max_new_tokens=2 * POSITIONS,
-            batch_tokens=1024,
-            bar=Bar(),  # type: ignore[arg-type]
-        )
+        (found,) = generate_ids(model, prompts, set(), pad=0, bar=tqdm(disable=True), **lengths)
     assert len(found) == POSITIONS - len(prompts[0])
 
 

@@ -58,6 +58,16 @@ def load(folder: Path, kind: str = "nf4", dtype: torch.dtype = torch.float32, **
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=where)
 
 
+def plain(folder: Path) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def changed(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    """The weights that are not what they were."""
+    after = weights(model)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
 def adapted(model: LlamaForCausalLM, seed: int = 0, **settings: Any) -> peft.PeftModel:
     torch.manual_seed(seed)
     return peft.get_peft_model(model, peft.LoraConfig(**LORA | settings))
@@ -65,11 +75,11 @@ def adapted(model: LlamaForCausalLM, seed: int = 0, **settings: Any) -> peft.Pef
 
 def dequantized(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     """A model of plain float weights, which are those that the quantised ones stand for."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    copied = plain(folder)
     for path, layer in quantized_layers(model):
         weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        plain.get_submodule(path).weight.data = weight.float().cpu()
-    return plain
+        copied.get_submodule(path).weight.data = weight.float().cpu()
+    return copied
 
 
 # --- Runs ---
@@ -81,17 +91,15 @@ def test_only_the_adapter_is_trained(folder: Path, kind: str, dtype: torch.dtype
     result = unlearn(model, learning_rate=5e-3, epochs=10, gradient_checkpointing=kind == "nf4")
     assert quantized_by(model) == "bitsandbytes"
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    after = weights(model)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if ".lora_" in name}
+    assert changed(model, before) == {name for name in before if ".lora_" in name}
     assert result.history[-1]["local"] < 0.7 * result.history[0]["local"]
 
 
 def test_a_run_is_that_on_the_dequantised_weights(folder: Path) -> None:
     """Also after passes without gradients, after which bitsandbytes has none on some CPUs."""
     model = load(folder, bnb_4bit_compute_dtype=torch.float32)
-    plain = adapted(dequantized(model, folder))
-    quantised, expected = unlearn(adapted(model), epochs=2), unlearn(plain, epochs=2)
+    other = adapted(dequantized(model, folder))
+    quantised, expected = unlearn(adapted(model), epochs=2), unlearn(other, epochs=2)
     for ours, theirs in zip(quantised.history, expected.history, strict=True):
         for name in ("loss", "local", "retain", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
@@ -102,13 +110,11 @@ def test_references(folder: Path) -> None:
     alone = unlearn(adapted(load(folder)))
     assert abs(alone.history[0]["kl"]) < 1e-6
     assert_same_run(alone, unlearn(adapted(load(folder)), load(folder)), 1e-6)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = plain(folder)
     before = weights(reference)
     assert unlearn(adapted(load(folder)), reference).history[0]["kl"] > 1e-5
     assert same_weights(reference, before)
-    quantised = load(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert unlearn(plain, quantised).history[0]["kl"] > 1e-5
+    assert unlearn(plain(folder), load(folder)).history[0]["kl"] > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -144,9 +150,8 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
     trainer = palu.PaluTrainer(model, arguments, forget=forget_rows(), retain=retain_rows())
     before = weights(model)
     trainer.train()
-    after = weights(model)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(".lora_" in name for name in changed)
+    moved = changed(model, before)
+    assert moved and all(".lora_" in name for name in moved)
 
 
 def test_saving_and_looking_at_a_run(folder: Path, tmp_path: Path) -> None:
@@ -203,19 +208,13 @@ def test_passes_leave_the_fingerprint(folder: Path, kind: str) -> None:
 
 # --- Refusals ---
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_weights_are_not_trained(folder: Path, kind: str) -> None:
+def test_what_quantised_weights_cannot(folder: Path, kind: str) -> None:
+    """To be trained or merged, or to be the head's."""
     assert_refused(load(folder, kind), ValueError, "model is quantised, and quantised weights cannot be trained; ")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_head(folder: Path, kind: str) -> None:
-    model = load(folder, kind, llm_int8_skip_modules=["none"])
-    assert_refused(adapted(model, target_modules=["q_proj"]), ValueError, "the head of model is quantised, ")
-
-
-def test_merging(folder: Path) -> None:
     told = "merge_adapter = True: the base model is quantised, "
-    assert_refused(adapted(load(folder)), ValueError, told, merge_adapter=True)
+    assert_refused(adapted(load(folder, kind)), ValueError, told, merge_adapter=True)
+    head = load(folder, kind, llm_int8_skip_modules=["none"])
+    assert_refused(adapted(head, target_modules=["q_proj"]), ValueError, "the head of model is quantised, ")
 
 
 def test_another_device_or_engine(folder: Path) -> None:
@@ -238,5 +237,4 @@ def test_weights_that_have_lost_their_gradient(folder: Path) -> None:
 
 def test_a_device_map_of_one_device(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert_same_run(unlearn(model), unlearn(plain), 1e-6)
+    assert_same_run(unlearn(model), unlearn(plain(folder)), 1e-6)

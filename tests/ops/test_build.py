@@ -46,6 +46,31 @@ def start(folder: Path, script: str = USE, *, group: bool = False, **changes: st
     )
 
 
+def run(folder: Path, script: str = USE, *, works: bool = True, **changes: str) -> tuple[str, str]:
+    """What the script said on stdout and stderr. It must work, or fail; and not hang."""
+    process = start(folder, script, **changes)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == works, err
+    return out.strip(), err
+
+
+def use(folder: Path, **changes: str) -> tuple[Path, str]:
+    """The extension that is loaded, and what was said on stderr."""
+    out, err = run(folder, **changes)
+    return Path(out), err
+
+
+def no_ops(folder: Path, script: str = "import palu.ops", **changes: str) -> str:
+    """The one error where the ops cannot be had."""
+    _, err = run(folder, script, works=False, **changes)
+    error = err[err.index("ImportError: palu's native ops are not available.") :]
+    assert "Install a C++ compiler" in error
+    return error
+
+
 # Builds a module that takes a second to compile, in the way of the real one.
 BUILD = """
 from palu import _build
@@ -66,23 +91,6 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "small", nullptr, -1};
 PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
 """)
     return BUILD.format(source=source)
-
-
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit status, and what it said on stderr; it fails where it hangs."""
-    try:
-        _, err = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    return process.returncode, err
-
-
-def use(folder: Path, **changes: str) -> tuple[Path, str]:
-    """The extension that is loaded, and what was said on stderr."""
-    process = start(folder, **changes)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return Path(out.strip()), err
 
 
 def copy_without_prebuilt(package: Path, folder: Path) -> Path:
@@ -185,26 +193,10 @@ def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> 
     assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
 
 
-def test_jit_of_the_checkout() -> None:
-    script = "from palu import _build; path = _build.jit(); print(path)"
-    paths = []
-    for _ in range(2):
-        process = start(ROOT, script)
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        paths.append((Path(out.strip()), Path(out.strip()).stat().st_mtime_ns))
-    assert paths[0] == paths[1]
-    assert "compiling" not in err
-
-
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
-    process = start(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
-    _, stderr = process.communicate()
-    assert process.returncode != 0
-    error = stderr[stderr.index("ImportError: palu's native ops are not available.") :]
+    error = no_ops(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
     assert "prebuilt: no module palu._C is installed" in error
     assert "just in time: no C++ compiler: 'no-such-c++' is not on PATH" in error
-    assert "Install a C++ compiler" in error
 
 
 def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +233,7 @@ def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_that_cannot_be_made_is_named(build: str, tmp_path: Path, places: dict[str, str]) -> None:
     (file := tmp_path / "file").write_text("")
     changes = {"TORCH_EXTENSIONS_DIR": ""} | {name: place.format(file=file) for name, place in places.items()}
-    status, stderr = end(start(ROOT, build, **changes))
-    assert status != 0
+    _, stderr = run(ROOT, build, works=False, **changes)
     assert "no folder to compile in" in stderr and "TORCH_EXTENSIONS_DIR names another one" in stderr
 
 
@@ -269,8 +260,7 @@ def test_a_killed_build_is_taken_up(build: str, tmp_path: Path) -> None:
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert list(Path(builds).rglob("lock")), "torch's own lock, which nobody holds any more"
-    status, stderr = end(start(ROOT, build, TORCH_EXTENSIONS_DIR=builds))
-    assert status == 0, stderr
+    _, stderr = run(ROOT, build, TORCH_EXTENSIONS_DIR=builds)
     assert "compiling" in stderr and "waiting" not in stderr
 
 
@@ -282,17 +272,12 @@ def test_a_compiler_that_does_not_work(tmp_path: Path) -> None:
         (str(broken), "broken: cannot compile"),
         ("c++ -w", "no C++ compiler: 'c++ -w' is not on PATH (CXX names another: a command, no arguments)"),
     ):
-        process = start(ROOT, "import palu.ops", TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=compiler)
-        status, stderr = end(process)
-        assert status != 0
-        error = stderr[stderr.index("ImportError: palu's native ops are not available.") :]
-        assert told in error and "Install a C++ compiler" in error
+        assert told in no_ops(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=compiler)
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
 def test_clang(jit_cache: str) -> None:
-    status, stderr = end(start(ROOT, TORCH_EXTENSIONS_DIR=jit_cache, CXX="clang++"))
-    assert status == 0, stderr
+    run(ROOT, TORCH_EXTENSIONS_DIR=jit_cache, CXX="clang++")
 
 
 def test_ninja_that_is_not_on_the_path(build: str, tmp_path: Path) -> None:
@@ -301,12 +286,9 @@ def test_ninja_that_is_not_on_the_path(build: str, tmp_path: Path) -> None:
         if (found := shutil.which(tool)) is not None:
             (tmp_path / tool).symlink_to(found)
     places = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")}
-    status, stderr = end(start(ROOT, build, **places))
-    assert status == 0, stderr
+    run(ROOT, build, **places)
     without = "import sys; sys.modules['ninja'] = None\nimport palu.ops"
-    status, stderr = end(start(ROOT, without, **places))
-    assert status != 0
-    assert "just in time: ninja is not installed; pip install ninja" in stderr
+    assert "just in time: ninja is not installed; pip install ninja" in no_ops(ROOT, without, **places)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -353,13 +335,6 @@ def test_flags() -> None:
 
 def test_sanitized_build_is_one_of_its_own() -> None:
     script = "from palu import _build; print(_build.jit_name(), *_build.CXX_FLAGS, *_build.LINK_FLAGS)"
-    out, err = start(ROOT, script, PALU_SANITIZE="1").communicate()
-    assert "_cpu_sanitized_" in out and out.count("-fsanitize=address,undefined") == 2, err
+    out, _ = run(ROOT, script, PALU_SANITIZE="1")
+    assert "_cpu_sanitized_" in out and out.count("-fsanitize=address,undefined") == 2
     assert "sanitize" not in _build.jit_name() and not any("sanitize" in flag for flag in _build.CXX_FLAGS)
-
-
-def test_import_is_light() -> None:
-    script = "import sys, palu; assert 'torch' not in sys.modules; print(palu.__version__)"
-    process = start(ROOT, script)
-    out, err = process.communicate()
-    assert process.returncode == 0 and out.strip(), err

@@ -1,6 +1,5 @@
 """palu.prefix_mask against a naive Python twin."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,42 +47,3 @@ def test_random_labels(rows: list[list[int]], n: int, eos: int | None, transpose
         assert mask.dtype == torch.bool
         assert torch.equal(mask.cpu(), expected)
     assert torch.equal(eager.prefix_mask(labels, n, eos), expected)
-
-
-def test_slices_and_expanded_labels(device: torch.device) -> None:
-    wide = torch.randint(-1, 3, (9, 40), device=device)
-    for labels in (wide[::2, 3:33:3], wide[1:2].expand(5, 40), wide.t()):
-        assert torch.equal(palu.prefix_mask(labels, 2, 0), palu.prefix_mask(labels.contiguous(), 2, 0))
-        assert palu.prefix_mask(labels, 2, 0).tolist() == naive(labels.tolist(), 2, 0)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
-def test_empty(device: torch.device, shape: tuple[int, int]) -> None:
-    mask = palu.prefix_mask(torch.empty(shape, dtype=torch.int64, device=device), 3)
-    assert mask.shape == shape and mask.dtype == torch.bool
-
-
-def test_errors(device: torch.device) -> None:
-    labels = torch.zeros(2, 3, dtype=torch.int64, device=device)
-    with pytest.raises(TypeError, match=r"palu::prefix_mask: labels must be int64, got int32"):
-        palu.prefix_mask(labels.int(), 1)
-    with pytest.raises(ValueError, match=r"palu::prefix_mask: labels must have 2 dimensions, got shape \[3\]"):
-        palu.prefix_mask(labels[0], 1)
-    with pytest.raises(ValueError, match=r"palu::prefix_mask: n must be -1 \(all\) or at least 0, got -2"):
-        palu.prefix_mask(labels, -2)
-
-
-@pytest.mark.parametrize("eos", [None, 1])
-def test_opcheck(device: torch.device, eos: int | None) -> None:
-    labels = torch.randint(-1, 3, (3, 7), device=device)
-    torch.library.opcheck(torch.ops.palu.prefix_mask.default, (labels, 2, eos))
-
-
-def test_compile_fullgraph(device: torch.device) -> None:
-    labels = torch.randint(-1, 3, (3, 7), device=device)
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return palu.prefix_mask(x, 2, 1).sum(1)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(labels), function(labels))
