@@ -1,12 +1,13 @@
 """What the methods share that PALU is compared with: a loss on whole forget answers, cross-entropy on the retain set.
 
-Each loss is ``gamma * forget + lambda_retain * retain``, with exact means over the whole optimisation step. All answer
-tokens reach the head at once: these are baselines, not the fast path. Where the papers leave a choice, it is that of
-open-unlearning.
+Each loss is ``gamma * forget + lambda_retain * retain``. Preferences are averaged over the examples of the whole
+optimisation step, exactly. All answer tokens reach the head at once: these are baselines, not the fast path. Where the
+papers leave a choice, it is that of open-unlearning.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from palu.data.packing import Batch, Items, answer_items
@@ -44,3 +45,18 @@ class Baseline(Method):
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
         """Compute the forget loss from the logits [R, V] of target and other rows."""
         raise NotImplementedError
+
+
+def preference(advantage: Tensor, beta: float, shares: Shares) -> Tensor:
+    """Compute -2/beta * log sigmoid(beta * advantage [items]), averaged over items."""
+    return (-2 / beta * F.logsigmoid(beta * advantage)).sum() * shares.examples
+
+
+def true_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """Pick the label's logit from logits [R, V]: [R]."""
+    return logits.gather(-1, labels[:, None])[:, 0]
+
+
+def per_item(values: Tensor, item: Tensor, items: int) -> Tensor:
+    """Sum the values [R] of each item: [items]. ``item``: [R], the item that each value belongs to."""
+    return values.new_zeros(items).index_add(0, item, values)
