@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from helpers.report_runs import FORGET, RETAIN, Run
 from helpers.tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from palu.attacks import run as attacks_run
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.depth import DepthScore
+from palu.attacks.run import audit_models
 from palu.attacks.secrets import AuditData
 
 
@@ -31,8 +29,8 @@ class Staged:
     reads_retain = False
 
     @property
-    def budget(self) -> str:
-        return f"the budget of {self.key}"
+    def described(self) -> dict[str, Any]:
+        return {"attack": self.key, "budget": f"the budget of {self.key}", "settings": {}}
 
     def skip_reason(self, data: AuditData, model: Any) -> str | None:
         return self.lacks
@@ -77,13 +75,14 @@ def write_audit(run: Run, folder: Path, *, retain: bool = True, other: bool = Fa
         models["retain"] = tiny_llama(vocab_size=len(run.tokenizer), seed=1)
     for role, model in models.items():
         model.role = role
-    with patch.object(attacks_run, "attacks_of", lambda *_, **__: ATTACKS):
-        audit = attacks_run.audit_models(
-            {role: (lambda model=model: model) for role, model in models.items()},
-            AuditData(FORGET, RETAIN, run.tokenizer),
-            attacks_run.Budget(quick=True, n=3, draws=2, max_new_tokens=1),
-            progress=False,
-        )
-    audit["attacks"] = [row for row in audit["attacks"] if row["attack"] != DepthScore.key]  # that one is not staged
+    audit = audit_models(
+        {role: (lambda model=model: model) for role, model in models.items()},
+        AuditData(FORGET, RETAIN, run.tokenizer),
+        ATTACKS,
+        seed=0,
+        quick=True,
+        only=[attack.key for attack in ATTACKS],
+        progress=False,
+    )
     (folder / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
     return audit
