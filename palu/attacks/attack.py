@@ -22,18 +22,12 @@ from palu.models.lora import CausalLM
 
 @dataclass(frozen=True)
 class Finding:
-    """What an attack gets out of one model: a row of the audit's table.
+    """What an attack gets out of one model: a row of the audit's table."""
 
-    name: of the row, such as "ask: greedy".
-    values: each secret's success in [0, 1]; None where the attack cannot be made on it.
-    evidence: for each secret what a person wants to look at; JSON.
-    figures: other numbers of the model, by name.
-    """
-
-    name: str
-    values: list[float | None]
-    evidence: list[Any]
-    figures: dict[str, float] = field(default_factory=dict)
+    name: str  # of the row, such as "ask: greedy"
+    values: list[float | None]  # each secret's success in [0, 1]; None where the attack cannot be made on it
+    evidence: list[Any]  # for each secret what a person wants to look at; JSON
+    figures: dict[str, float] = field(default_factory=dict)  # other numbers of the model, by name
 
 
 Outcome: TypeAlias = "list[Finding] | str"  # of an attack on a model; or why it was not made

@@ -27,37 +27,24 @@ _STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A row of the forget set with at least one secret.
+    """A row of the forget set with at least one secret."""
 
-    columns: as the user gave them.
-    question: the last message before the answer.
-    answer: the true one.
-    example: prompt and true answer, every answer token labelled with its id.
-    paraphrases: the question in other words.
-    rendered: the prompt has its special tokens in it, so nothing can be put in front of it or into its question.
-    """
-
-    columns: Mapping[str, Any]
+    columns: Mapping[str, Any]  # as the user gave them
     where: str
-    question: str
-    answer: str
-    example: Example
-    paraphrases: tuple[str, ...]
-    rendered: bool
+    question: str  # the last message before the answer
+    answer: str  # the true one
+    example: Example  # prompt and true answer, every answer token labelled with its id
+    paraphrases: tuple[str, ...]  # the question in other words
+    rendered: bool  # the prompt has its special tokens in it: nothing can be put in front of it or into its question
 
 
 @dataclass(frozen=True)
 class Secret:
-    """A marked span that the question does not already tell.
+    """A marked span that the question does not already tell; its tokens are input_ids[first:stop] of the example."""
 
-    row: index in :attr:`AuditData.rows`.
-    start, end: in characters of the answer.
-    first, stop: its tokens are input_ids[first:stop] of the row's example.
-    """
-
-    row: int
+    row: int  # index in AuditData.rows
     text: str
-    start: int
+    start: int  # and end: in characters of the answer
     end: int
     first: int
     stop: int

@@ -29,9 +29,8 @@ words that are taken are marked: what a span takes in by mistake is unlearned, t
 
 Limits: ``name``, which weighs most, says nothing in scripts without capitals; short secrets in small letters are often
 missed, so are those that the question gives away already, and the second of two equal ones in an answer. A Han or Kana
-character counts as a word, since no blanks part words there. The model must know the answers: of one that does not,
-``known`` is that of the language alone. The weights are those of English prose about people, and what else may count as
-sensitive they do not know: look at the spans before you use them.
+character counts as a word, since no blanks part words there. The model must know the answers, and the weights are those
+of English prose about people: look at the spans before you use them.
 """
 
 from __future__ import annotations

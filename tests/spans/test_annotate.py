@@ -16,7 +16,7 @@ import palu
 from palu.data.examples import load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE
-from palu.spans.annotate import FINDERS, merge_spans, parse
+from palu.spans.annotate import FINDERS, merge_spans
 from palu.spans.contrast import FEATURES, Word, add_form_features, contrast_words, sensitive_spans, split_words
 
 ANSWER = "The author is Hina Ameen, born in Karachi on June 30, 1975."
@@ -29,16 +29,6 @@ def texts(row: dict[str, Any]) -> list[str]:
 
 
 # --- what to ask for ---
-def test_parse() -> None:
-    finders = {
-        "contrast": ("contrast", ""),
-        "whole": ("whole", ""),
-        r"regex:\d+:\d+": ("regex", r"\d+:\d+"),
-        "ner:some/model": ("ner", "some/model"),
-    }
-    assert {how: parse(how) for how in finders} == finders
-
-
 @pytest.mark.parametrize("how", ["regex:", "ner", "whole:x", "names", ""])
 def test_parse_tells_what_to_give(how: str) -> None:
     with pytest.raises(ValueError, match=f"annotate: {how!r} names no way to find spans; give {FINDERS}"):
@@ -47,7 +37,7 @@ def test_parse_tells_what_to_give(how: str) -> None:
 
 # --- regex, whole ---
 def test_regex_marks_every_match() -> None:
-    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ [A-Z]\w+|\d{4}")
+    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
     assert texts(row) == ["Hina Ameen", "1975"] and row["answer"] == ANSWER
     assert "spans" not in ROW
 
@@ -62,8 +52,8 @@ def test_regex_that_finds_nothing_in_some_rows() -> None:
 
 
 def test_whole_leaves_the_blanks_at_the_edges() -> None:
-    rows = [{"question": "Who?", "answer": "  Ada Lovelace\n"}, {"messages": [{"role": "user", "content": "Who?"},
-            {"role": "assistant", "content": "Hina"}]}]  # fmt: skip
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Hina"}]
+    rows: list[dict[str, Any]] = [{"question": "Who?", "answer": "  Ada Lovelace\n"}, {"messages": turns}]
     assert [row["spans"] for row in palu.annotate(rows, "whole")] == [[[2, 14]], [[0, 4]]]
 
 
@@ -79,7 +69,7 @@ def test_whole_leaves_the_blanks_at_the_edges() -> None:
     ],
 )
 def test_spans_are_joined_and_narrowed(spans: list[tuple[int, int]], expected: list[list[int]]) -> None:
-    assert merge_spans("one two three"[:7] + " six ", spans) == expected
+    assert merge_spans("one two six ", spans) == expected
 
 
 # --- rows ---
