@@ -29,8 +29,12 @@ class Staged:
     reads_retain = False
 
     @property
+    def budget(self) -> str:
+        return f"the budget of {self.key}"
+
+    @property
     def described(self) -> dict[str, Any]:
-        return {"attack": self.key, "budget": f"the budget of {self.key}", "settings": {}}
+        return {"attack": self.key, "budget": self.budget, "settings": {}}
 
     def skip_reason(self, data: AuditData, model: Any) -> str | None:
         return self.lacks
