@@ -47,8 +47,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import palu
+from palu.attacks.ask import OnsetInAnswer
 from palu.attacks.attack import Victim
-from palu.attacks.onset import OnsetInAnswer
 from palu.attacks.relearn import unrelated_texts
 from palu.attacks.secrets import AuditData
 from palu.evaluate.language import WordList, key, measure, split
@@ -129,7 +129,7 @@ def draw(known: list[Row], seed: int) -> list[Row]:
 def attacked(model: CausalLM, data: AuditData, texts: list[Any]) -> tuple[Count, float]:
     """Count the secrets that are told after their first token, and compute the mean NLL of the texts' tokens."""
     with tqdm(disable=True) as bar:
-        victim = Victim(base_of(model), data, max_new_tokens=TOKENS, batch_tokens=BATCH_TOKENS, seed=0, bar=bar)
+        victim = Victim(base_of(model), data, BATCH_TOKENS, bar)
         *_, finding = OnsetInAnswer(1).run(victim)
         scores = victim.scores(texts, [f"text {number}" for number in range(len(texts))])
     values = [value for value in finding.values if value is not None] if finding.name.startswith("onset: 1") else []

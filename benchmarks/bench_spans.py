@@ -73,7 +73,7 @@ def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
     names = [name for name in FEATURES if name != "known"]
-    answers = contrast_words(rows, range(len(rows)), *loaded)
+    answers = contrast_words([(f"row {i}", row) for i, row in enumerate(rows)], *loaded)
     pairs = [(word, row["spans"]) for words, row in zip(answers, rows, strict=True) for word in words if word.new]
     figures = np.array([[word.figures[name] for name in names] for word, _ in pairs])
     marked = np.array([any(word.start < end and word.end > start for start, end in spans) for word, spans in pairs])

@@ -1,152 +1,131 @@
-"""Look inside: the unlearning depth score, for which states of one model are patched into another."""
+"""Look inside: the unlearning depth score (UDS, arXiv 2605.24614): states of one model are patched into another.
+
+It says how much of what the original knows is gone from the unlearned model's states. One layer's output of the
+original is replaced at the positions that predict the secret's tokens, the true answer given. The drop is what that
+takes from the mean log-probability of these tokens: S1[l] with the retain model's states of layer l, S2[l] with the
+unlearned model's. Over the layers with S1 > THRESHOLD
+
+    UDS = sum S1 clip(S2 / S1, 0, 1) / sum S1,
+
+0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. A secret without
+such a layer does not count. What is compared between models is 1 - UDS, the part that is left: by definition 1 for the
+original and 0 for the retain model, so that rho is the mean of 1 - UDS.
+
+As in the paper, the score is a secret's, and the mean over secrets comes last. Unlike its published code, the last
+layer's output is taken before the final norm, too.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from functools import partial
 from inspect import signature
 from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from palu.attacks.attack import Attack, Finding, Victim
+from palu.attacks.attack import Attack, Finding, Outcome, Victim
 from palu.attacks.secrets import AuditData, Secret
 from palu.evaluate.scores import CHUNK_BYTES
 from palu.models.generation import DECODING_FACTOR, eval_mode
 from palu.models.head import body_of, head_of, layers_of, map_logits, nll
 from palu.models.lora import CausalLM, base_of
 
+KEY = "inside-depth"
+BUDGET = "the weights of all three models: states of the other two patched into the original, a layer at a time"
 THRESHOLD = 0.05  # nats that a token costs on average: below it, a layer has no part in telling a secret
+DESCRIBED = {"attack": KEY, "budget": BUDGET, "settings": {"threshold": THRESHOLD}}
+
+States: TypeAlias = "list[Tensor] | str"  # every layer's output, [layers, t, d] for each secret; or why there are none
 
 
-@dataclass(frozen=True)
-class DepthScore:
-    """How much of what the original knows is gone from the unlearned model's states (UDS, arXiv 2605.24614).
+# --- the score ---
+def compare_states(patched: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Make each model's finding, or say what lacks, from what :class:`Patch` gave by role of the source."""
+    if "retain" not in patched:
+        return {"retain": "it needs a retain model, whose states tell which layers hold the secrets"}
+    s1, s2 = patched["retain"], patched["unlearned"]
+    if isinstance(s1, str) or isinstance(s2, str):
+        return dict(patched)
+    pairs = list(zip(s1[0].evidence, s2[0].evidence, strict=True))
+    scores = [depth_score(of_retain["drops"], of_unlearned["drops"]) for of_retain, of_unlearned in pairs]
+    known = [score for score in scores if score is not None]
+    if not known:
+        return {"retain": f"no secret has a layer with S1 > {THRESHOLD:g}: the retain model's states tell them as well"}
 
-    One layer's output of the original is replaced at the positions that predict the secret's tokens, the true answer
-    given. The drop is what that takes from the mean log-probability of these tokens: S1[l] with the retain model's
-    states of layer l, S2[l] with the unlearned model's. Over the layers with S1 > ``threshold``
+    def finding(left: Callable[[float], float], evidence: list[Any], **figures: float) -> Outcome:
+        values = [None if score is None else left(score) for score in scores]
+        return [Finding("inside: depth, 1 - UDS", values, evidence, figures)]
 
-        UDS = sum S1 clip(S2 / S1, 0, 1) / sum S1,
-
-    0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. A secret
-    without such a layer does not count. What is compared between models is 1 - UDS, the part that is left: by
-    definition 1 for the original and 0 for the retain model, so that rho is the mean of 1 - UDS.
-
-    As in the paper, the score is a secret's, and the mean over secrets comes last. Unlike its published code, the last
-    layer's output is taken before the final norm, too.
-    """
-
-    threshold: float = THRESHOLD
-    key = "inside-depth"
-    budget = "the weights of all three models: states of the other two patched into the original, a layer at a time"
-
-    def outcomes(self, patched: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Make each model's finding, or say what lacks, from what :class:`Patch` gave by role of the source."""
-        if "retain" not in patched:
-            return {
-                "retain": {"skip_reason": "it needs a retain model, whose states tell which layers hold the secrets"}
-            }
-        if any("skip_reason" in outcome for outcome in patched.values()):
-            return dict(patched)
-        s1, s2 = (patched[role]["findings"][0]["evidence"] for role in ("retain", "unlearned"))
-        scores = [
-            depth_score(of_retain["drops"], of_unlearned["drops"], self.threshold)
-            for of_retain, of_unlearned in zip(s1, s2, strict=True)
-        ]
-        known = [score for score in scores if score is not None]
-        if not known:
-            lacks = f"no secret has a layer with S1 > {self.threshold:g}: the retain model's states tell them as well"
-            return {"retain": {"skip_reason": lacks}}
-        name = "inside: depth, 1 - UDS"
-        findings = {
-            "unlearned": Finding(
-                name,
-                [None if score is None else 1 - score for score in scores],
-                [{"UDS": score, "S2": one["drops"]} for score, one in zip(scores, s2, strict=True)],
-                {"UDS": mean(known)},
-            ),
-            "original": Finding(
-                name,
-                [None if score is None else 1.0 for score in scores],
-                [{"mean log p": one["mean log p"]} for one in s1],
-            ),
-            "retain": Finding(
-                name, [None if score is None else 0.0 for score in scores], [{"S1": one["drops"]} for one in s1]
-            ),
-        }
-        return {role: {"findings": [vars(finding)]} for role, finding in findings.items()}
+    s2_by_secret = [{"UDS": score, "S2": two["drops"]} for score, (_, two) in zip(scores, pairs, strict=True)]
+    return {
+        "unlearned": finding(lambda score: 1 - score, s2_by_secret, UDS=mean(known)),
+        "original": finding(lambda score: 1.0, [{"mean log p": one["mean log p"]} for one, _ in pairs]),
+        "retain": finding(lambda score: 0.0, [{"S1": one["drops"]} for one, _ in pairs]),
+    }
 
 
-def depth_score(s1: list[float], s2: list[float], threshold: float = THRESHOLD) -> float | None:
-    """Compute a secret's UDS from its drops by layer; None where no layer has S1 > threshold."""
-    layers = [(first, second) for first, second in zip(s1, s2, strict=True) if first > threshold]
+def depth_score(s1: list[float], s2: list[float]) -> float | None:
+    """Compute a secret's UDS from its drops by layer; None where no layer has S1 > THRESHOLD."""
+    layers = [(first, second) for first, second in zip(s1, s2, strict=True) if first > THRESHOLD]
     if not layers:
         return None
     return sum(min(max(second, 0.0), first) for first, second in layers) / sum(first for first, _ in layers)
 
 
-# --- states of one model ---
-@dataclass(frozen=True)
-class Source:
-    """A model's states where it predicts the tokens of the secrets; they are kept on the host, the model is not.
+# --- states of one model, put into another ---
+@torch.no_grad()
+def states_of(model: CausalLM, data: AuditData, *, batch_tokens: int, progress: bool) -> States:
+    """Take a model's states where it predicts the tokens of the secrets, the true answers given.
 
-    So no two models need be loaded at once. An audit that goes on takes them again.
-
-    fingerprint: of the model.
-    states: every layer's output, [layers, t, d] for each secret.
-    skip_reason: why there are none; None: there are.
+    They are kept on the host, the model is not: no two models need be loaded at once.
     """
-
-    fingerprint: str
-    states: list[Tensor]
-    skip_reason: str | None = None
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: CausalLM, fingerprint: str, data: AuditData, *, batch_tokens: int, progress: bool) -> Source:
-        """Take a model's states, the true answers given."""
-        base, found = base_of(model), []
-        if isinstance(skip_reason := _shape_of(base, data), str):
-            return cls(fingerprint, [], skip_reason)
-        with eval_mode(base):
-            for secret in tqdm(data.secrets, desc="states", disable=not progress, leave=False):
-                states: list[Tensor] = []
-                next(_passes(base, data, secret, batch_tokens, partial(_keep, states)))
-                found.append(torch.stack(states))
-        return cls(fingerprint, found)
+    base = base_of(model)
+    if isinstance(reason := _shape_of(base, data), str):
+        return reason
+    found = []
+    with eval_mode(base):
+        for secret in tqdm(data.secrets, desc="states", disable=not progress, leave=False):
+            states: list[Tensor] = []
+            next(_passes(base, data, secret, batch_tokens, partial(_keep, states)))
+            found.append(torch.stack(states))
+    return found
 
 
-# --- put into another ---
+def _keep(states: list[Tensor], rows: list[int], layer: int, hidden: Tensor) -> None:
+    states.append(hidden[0].cpu())
+
+
 @dataclass
 class Patch(Attack):
     """An attack on the original: what it loses when one layer's states are another model's, for each layer.
 
+    source: the fingerprint of that model, which tells the kept results of one from another's.
     ``evidence`` holds for each secret the original's mean log-probability of its tokens, in nats, and for each layer
     how much it drops.
     """
 
-    given: InitVar[Source]
-    source: str = field(init=False)  # the fingerprint, which tells the kept results of one source from another's
-    key = DepthScore.key
-    budget = DepthScore.budget
+    source: str
+    states: InitVar[States]
+    key = KEY
+    budget = BUDGET
 
-    def __post_init__(self, given: Source) -> None:
-        self.source, self._given = given.fingerprint, given
+    def __post_init__(self, states: States) -> None:
+        self._states = states
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
-        if self._given.skip_reason is not None:
-            return self._given.skip_reason
+        if isinstance(self._states, str):
+            return self._states
         if isinstance(own := _shape_of(base_of(model), data), str):
             return own
-        layers, _, width = self._given.states[0].shape
+        layers, _, width = self._states[0].shape
         if (layers, width) != own:
             return f"{layers} layers of width {width} do not fit into the original's {own[0]} of width {own[1]}"
         return None
@@ -156,9 +135,9 @@ class Patch(Attack):
         model, data = victim.model, victim.data
         head, evidence = head_of(model), []
         with eval_mode(model):
-            for secret, states in zip(data.secrets, self._given.states, strict=True):
+            for secret, states in zip(data.secrets, self._states, strict=True):
 
-                def patch(rows: list[int], layer: int, hidden: Tensor, states: Tensor = states) -> Tensor | None:
+                def patch(rows: list[int], layer: int, hidden: Tensor, states: Any = states) -> Tensor | None:
                     if layer not in rows:
                         return None
                     hidden = hidden.clone()
@@ -167,14 +146,13 @@ class Patch(Attack):
 
                 last = torch.cat(list(_passes(model, data, secret, victim.batch_tokens, patch)))
                 tokens = data.rows[secret.row].example.input_ids[secret.first : secret.stop].to(last.device)
-                log_p = map_logits(_log_p, last.flatten(0, 1), head, tokens.repeat(len(last)), CHUNK_BYTES)
-                means = log_p.view(len(last), -1).double().mean(1).cpu()
+                nlls = map_logits(nll, last.flatten(0, 1), head, tokens.repeat(len(last)), CHUNK_BYTES)
+                means = -nlls.view(len(last), -1).double().mean(1).cpu()
                 evidence.append({"mean log p": float(means[0]), "drops": (means[0] - means[1:]).tolist()})
                 victim.bar.update()
         return [Finding(self.key, [None] * len(evidence), evidence)]
 
 
-# --- both ---
 def _passes(
     model: PreTrainedModel,
     data: AuditData,
@@ -188,11 +166,9 @@ def _passes(
     States are taken as they are replaced, in batches of one shape, so that rounding makes no difference between two
     models that are the same. The rows come in parts where a batch would hold more tokens than in decoding.
 
-    Args:
-        function: is given a part's rows, a layer and its output [rows, t, d], and may return another one.
+    function: is given a part's rows, a layer and its output [rows, t, d], and may return another one.
 
-    Yields:
-        each part's last hidden states [rows, t, d].
+    Yields each part's last hidden states [rows, t, d].
     """
     body, layers = body_of(model), layers_of(body_of(model))
     ids = data.rows[secret.row].example.input_ids[: secret.stop - 1].to(model.device)
@@ -231,23 +207,13 @@ def _shape_of(model: PreTrainedModel, data: AuditData) -> tuple[int, int] | str:
 def _hooked(layers: list[nn.Module], function: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Pass every layer's number and output [B, T, d] to a function, which may return another output in its place."""
 
-    def hook(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-        def replace(module: nn.Module, given: Any, output: Any) -> Any:
-            # Some layers give a tuple, the hidden states first.
-            hidden = function(layer, output[0] if isinstance(output, tuple) else output)
-            return (hidden, *output[1:]) if isinstance(output, tuple) and hidden is not None else hidden
-
-        return replace
+    def hook(layer: int, module: nn.Module, given: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return function(layer, output)
+        hidden = function(layer, output[0])  # some layers give a tuple, the hidden states first
+        return None if hidden is None else (hidden, *output[1:])
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(hook(number)).remove)
+            stack.callback(layer.register_forward_hook(partial(hook, number)).remove)
         yield
-
-
-def _keep(states: list[Tensor], rows: list[int], layer: int, hidden: Tensor) -> None:
-    states.append(hidden[0].cpu())
-
-
-def _log_p(logits: Tensor, labels: Tensor) -> Tensor:
-    return -nll(logits, labels)

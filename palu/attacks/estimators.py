@@ -20,10 +20,8 @@ LEVEL = 0.95
 def leak_at_k(n: int, c: int, k: int) -> float:
     """Estimate the probability that one of k draws tells the secret, if c of n draws do: 1 - C(n-c, k) / C(n, k).
 
-    It has no bias (Chen et al., arXiv 2107.03374). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    It has no bias (Chen et al., arXiv 2107.03374).
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"leak@k needs 0 <= c <= n and 1 <= k <= n, got n = {n}, c = {c}, k = {k}")
     return 1 - comb(n - c, k) / comb(n, k)
 
 
@@ -65,15 +63,9 @@ def rho(
         unlearned, original, retain: each secret's success in [0, 1], the same secrets in the same order; ``retain``
             None: 0 for each.
         seed: of the resamples.
-
-    Raises:
-        ValueError: they differ in length, or are empty.
     """
     models = [unlearned, original, [0.0] * len(unlearned) if retain is None else retain]
-    if len({len(values) for values in models}) > 1 or not len(unlearned):
-        lengths = ", ".join(str(len(values)) for values in models)
-        raise ValueError(f"rho needs the same secrets of each model, one or more, got {lengths}")
-    values = np.asarray(models, dtype=float)
+    values = np.asarray(models, dtype=float)  # [3, secrets]
     chosen = np.random.default_rng(seed).integers(len(unlearned), size=(RESAMPLES, len(unlearned)))
     (value,) = _ratios(values.mean(axis=1)[:, None])
     if np.isnan(value):
@@ -89,8 +81,3 @@ def _ratios(means: np.ndarray) -> np.ndarray:
     ours, original, retain = means
     span = original - retain
     return np.divide(ours - retain, span, out=np.full(span.shape, np.nan), where=span > 1e-12)
-
-
-def unseen_bound(secrets: int) -> float:
-    """Bound the share of all secrets like these that an attack gets, if it gets none of ``secrets``: 95 % sure."""
-    return float(1 - 0.05 ** (1 / secrets))

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import CHUNK_BYTES
-from palu.models.generation import batches_by_length, eval_mode
+from palu.models.generation import eval_mode
 from palu.models.head import body_of, head_of, map_logits
-from palu.models.lora import CausalLM, base_of
+from palu.models.lora import CausalLM
 
 TOP = 10
 # What bodies of transformers call the norm after their last layer.
@@ -30,10 +29,7 @@ class LogitLens(Attack):
 
     top: int = TOP
     key = "lens"
-
-    @property
-    def budget(self) -> str:
-        return f"the weights: each token of the secret, after the true ones before it, among the {self.top} of a layer"
+    budget = "the weights: each token of the secret, after the true ones before it, among the {top} of a layer"
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if _final_norm(model) is None:
@@ -42,12 +38,10 @@ class LogitLens(Attack):
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
-        data = victim.data
-        ranks = self._ranks(victim)
         values: list[float | None] = []
         evidence = []
-        for i in range(len(data.secrets)):
-            worst = ranks[i].amax(1)  # of each layer
+        for ranks in self._ranks(victim):
+            worst = ranks.amax(1)  # of each layer
             best = int(worst.min())
             # The lowest layer of them.
             evidence.append({"layer": int((worst == best).nonzero()[0]) + 1, "rank": best})
@@ -55,30 +49,23 @@ class LogitLens(Attack):
         return [Finding(f"inside: logit lens, top {self.top}", values, evidence)]
 
     @torch.no_grad()
-    def _ranks(self, victim: Victim) -> dict[int, Tensor]:
-        """Rank each secret's tokens, 1 the likeliest: [layers, t] by secret."""
-        data, model, body = victim.data, victim.model, body_of(victim.model)
-        norm, head = _final_norm(model), head_of(model)
+    def _ranks(self, victim: Victim) -> list[Tensor]:
+        """Rank each secret's tokens, 1 the likeliest: [layers, t] of each secret."""
+        model, body, norm, head = victim.model, body_of(victim.model), _final_norm(victim.model), head_of(victim.model)
         assert norm is not None
-        ids = [row.example.input_ids for row in data.rows]
-        ranks: dict[int, Tensor] = {}
+        found = []
         with eval_mode(model):
-            for group in batches_by_length([len(one) for one in ids], victim.batch_tokens):
-                padded = pad_sequence([ids[row] for row in group], batch_first=True).to(model.device)
-                mask = pad_sequence([torch.ones_like(ids[row]) for row in group], batch_first=True).to(model.device)
-                output = body(input_ids=padded, attention_mask=mask, use_cache=False, output_hidden_states=True)
+            for secret in victim.data.secrets:
+                ids = victim.data.rows[secret.row].example.input_ids[: secret.stop].to(model.device)
+                output = body(input_ids=ids[None, :-1], use_cache=False, output_hidden_states=True)
                 # The embeddings come first and the last layer's state, which may be past the norm or not, last.
-                states = output.hidden_states[1:-1]
-                for i, secret in enumerate(data.secrets):
-                    if secret.row not in group:
-                        continue
-                    at, tokens = group.index(secret.row), ids[secret.row][secret.first : secret.stop].to(model.device)
-                    part = (at, slice(secret.first - 1, secret.stop - 1))
-                    hidden = [*(norm(state[part]) for state in states), output.last_hidden_state[part]]
-                    found = map_logits(_rank, torch.cat(hidden), head, tokens.repeat(len(hidden)), CHUNK_BYTES)
-                    ranks[i] = found.view(len(hidden), -1).cpu()
-                victim.bar.update(len(group))
-        return ranks
+                part = (0, slice(secret.first - 1, None))
+                layers = [*(norm(state[part]) for state in output.hidden_states[1:-1]), output.last_hidden_state[part]]
+                tokens = ids[secret.first :].repeat(len(layers))
+                ranks = map_logits(_rank, torch.cat(layers), head, tokens, CHUNK_BYTES)
+                found.append(ranks.view(len(layers), -1).cpu())
+                victim.bar.update()
+        return found
 
 
 def _rank(logits: Tensor, labels: Tensor) -> Tensor:
@@ -86,5 +73,5 @@ def _rank(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _final_norm(model: CausalLM) -> nn.Module | None:
-    body = body_of(base_of(model))
+    body = body_of(model)
     return next((norm for name in NORMS if isinstance(norm := getattr(body, name, None), nn.Module)), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from statistics import mean
 
 import torch
@@ -21,6 +20,13 @@ from palu.models.quantized import quantized_by
 from palu.ref_model.anchors import ANSWER_TOKENS, anchor_texts
 
 INT4_GROUP, NF4_BLOCK = 128, 64
+# Quantiles of the normal distribution, scaled to [-1, 1], 0 among them (arXiv 2305.14314): those of bitsandbytes.
+NF4_LEVELS = torch.tensor(
+    [
+        *(-1.0, -0.6961928, -0.52507293, -0.39491743, -0.28444132, -0.1847734, -0.091049977, 0.0),
+        *(0.079580314, 0.16093014, 0.24611226, 0.33791512, 0.44070974, 0.56261688, 0.72295666, 1.0),
+    ]
+)
 BROKEN = 0.5  # a model that keeps less than this share of its utility when it is rounded is broken, and tells nothing
 
 
@@ -50,39 +56,38 @@ class Quantise(Attack):
             return "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
         if method := quantized_by(model):
             return f"the model is quantised already, by {method}"
-        if not any(linear_layers(model)):
+        if not linear_layers(model):
             return f"{type(model).__name__} has no torch.nn.Linear in its body"
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
-        examples = _utility_examples(victim, self.utility_rows)
-        names = [f"utility text {i}" for i in range(len(examples))]
+        examples = self._utility_examples(victim)
 
         def utility() -> float:
+            names = [f"utility text {i}" for i in range(len(examples))]
             return mean(score.probability for score in victim.scores(examples, names))
 
         figures = {"utility unrounded": utility()}
         with rounded(victim.model, self.scheme):
             figures["utility"] = utility()
-            finding = victim.ask(f"quantise: {self.scheme}", victim.data.prompts)
+            finding = victim.ask(f"quantise: {self.scheme}", victim.data.prompts, self.max_new_tokens)
         return [replace(finding, figures=figures)]
 
+    def _utility_examples(self, victim: Victim) -> list[Example]:
+        data, count = victim.data, self.utility_rows
+        if data.retain:
+            return data.retain_examples(data.retain[:count])
+        prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
+        examples = []
+        for i, (prompt, answer) in enumerate(zip(prompts, victim.generate(prompts, ANSWER_TOKENS), strict=True)):
+            ids = torch.cat([prompt, torch.tensor(answer.ids)])
+            examples.append(Example(i, ids, torch.where(torch.arange(len(ids)) < len(prompt), IGNORE, ids)))
+        return examples
 
-def _utility_examples(victim: Victim, count: int) -> list[Example]:
-    data = victim.data
-    if data.retain:
-        return data.retain_examples(data.retain[:count])
-    prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
-    examples = []
-    for i, (prompt, answer) in enumerate(zip(prompts, victim.generate(prompts, ANSWER_TOKENS), strict=True)):
-        ids = torch.cat([prompt, torch.tensor(answer.ids)])
-        examples.append(Example(i, ids, torch.where(torch.arange(len(ids)) < len(prompt), IGNORE, ids)))
-    return examples
 
-
-def linear_layers(model: CausalLM) -> Iterator[nn.Linear]:
-    """Yield the linear layers of a model's body."""
-    yield from (module for module in body_of(model).modules() if isinstance(module, nn.Linear))
+def linear_layers(model: CausalLM) -> list[nn.Linear]:
+    """List the linear layers of a model's body."""
+    return [module for module in body_of(model).modules() if isinstance(module, nn.Linear)]
 
 
 @contextmanager
@@ -131,22 +136,9 @@ def round_nf4(weight: Tensor) -> Tensor:
     flat = weight.flatten()
     blocks = nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
-    levels = nf4_levels().to(weight.device)
+    levels = NF4_LEVELS.to(weight.device)
     index = torch.bucketize(blocks / torch.where(largest > 0, largest, 1), (levels[1:] + levels[:-1]) / 2)
     return (levels[index] * largest).flatten()[: len(flat)].view_as(weight)
-
-
-@cache
-def nf4_levels() -> Tensor:
-    """Compute NormalFloat4's 16 levels, float32: quantiles of the normal distribution, scaled to [-1, 1], 0 among them.
-
-    Of arXiv 2305.14314, with the offset of bitsandbytes, 1 - (1/32 + 1/30) / 2.
-    """
-    offset = 1 - (1 / 32 + 1 / 30) / 2
-    positive = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values
-    return (levels / levels.max()).float()
 
 
 SCHEMES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {

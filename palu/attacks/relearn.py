@@ -30,6 +30,12 @@ SHARE = 0.2  # of the forget rows that are trained on
 BATCH = 4  # rows a step
 LORA_RANK = 16
 UNRELATED = Path(__file__).with_name("unrelated.txt")  # a passage a line
+_ROWS = {
+    "forget": f"{SHARE:.0%} of the forget rows",
+    "retain": "the retain rows",
+    "unrelated": "passages about other things",
+}
+_NAMES = {"weights": "all weights", "lora": "lora", "retain": "retain rows", "unrelated": "unrelated text"}
 
 
 @dataclass(frozen=True)
@@ -51,27 +57,21 @@ class Relearn(Attack):
     seed: int
 
     @property
+    def _kind(self) -> str:
+        return self.trained if self.rows == "forget" else self.rows
+
+    @property
     def key(self) -> str:
-        return f"relearn-{self.trained if self.rows == 'forget' else self.rows}"
+        return f"relearn-{self._kind}"
 
     @property
-    def _name(self) -> str:
-        of_forget = {"weights": "all weights", "lora": "lora"}[self.trained]
-        return {"forget": of_forget, "retain": "retain rows", "unrelated": "unrelated text"}[self.rows]
-
-    @property
-    def reads_retain(self) -> bool:
+    def reads_retain(self) -> bool:  # type: ignore[override]
         return self.rows == "retain"
 
     @property
     def budget(self) -> str:
-        rows = {
-            "forget": f"{SHARE:.0%} of the forget rows",
-            "retain": "the retain rows",
-            "unrelated": "passages about other things",
-        }[self.rows]
         how = "all weights" if self.trained == "weights" else f"LoRA of rank {LORA_RANK}"
-        training = f"{self.steps} steps of AdamW at {self.learning_rate:g} on {rows}, {BATCH} a step, {how}"
+        training = f"{self.steps} steps of AdamW at {self.learning_rate:g} on {_ROWS[self.rows]}, {BATCH} a step, {how}"
         return f"{training}; 1 greedy answer of {self.max_new_tokens} tokens after every {self.every}, the most told"
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
@@ -83,61 +83,50 @@ class Relearn(Attack):
             return "it needs peft; pip install 'palu-unlearn[lora]'"
         if self.rows == "retain" and not data.retain:
             return "there are no retain rows to train on"
-        if not self._asked(data):
+        if not self._lesson(data)[1]:
             return "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
         return None
 
-    def _trained_rows(self, data: AuditData) -> list[int]:
-        """Choose the forget rows to train on."""
-        count = max(1, round(SHARE * len(data.rows))) if self.rows == "forget" else 0
-        return random.Random(self.seed).sample(range(len(data.rows)), count)
-
-    def _asked(self, data: AuditData) -> list[int]:
-        """List the secrets that are asked for."""
-        chosen = self._trained_rows(data)
+    def _lesson(self, data: AuditData) -> tuple[list[Example], list[int]]:
+        """Return what is trained on, and the numbers of the secrets that are asked for."""
+        chosen: list[int] = []
         if self.rows == "forget":
+            chosen = random.Random(self.seed).sample(range(len(data.rows)), max(1, round(SHARE * len(data.rows))))
             texts = [text for i in chosen for text in (data.rows[i].question, data.rows[i].answer)]
+            examples = [data.rows[i].example for i in chosen]
         elif self.rows == "retain":
             texts = [str(value) for row in data.retain for value in row.values()]
+            examples = data.retain_examples(data.retain)
         else:
             texts = unrelated_texts()
-        return [
+            examples = raw_examples(texts, data.tokenizer, "unrelated", max_length=sys.maxsize)
+        asked = [
             i
             for i, secret in enumerate(data.secrets)
             if secret.row not in chosen and not any(stands_in(secret.text, text) for text in texts)
         ]
+        return examples, asked
 
     def run(self, victim: Victim) -> list[Finding]:
-        data = victim.data
-        asked = self._asked(data)
-        rows = sorted({data.secrets[i].row for i in asked})
-        prompts = [data.prompts[row] for row in rows]
-        if self.rows == "forget":
-            examples = [data.rows[i].example for i in self._trained_rows(data)]
-        elif self.rows == "retain":
-            examples = data.retain_examples(data.retain)
-        else:
-            examples = raw_examples(unrelated_texts(), data.tokenizer, "unrelated", max_length=sys.maxsize)
-        answers: dict[int, list[str]] = {i: [] for i in asked}
-        best: dict[int, float] = {}
-        best_step = 0
-        for step, model in self._train(victim, examples):
-            written = dict(zip(rows, replace(victim, model=model).write(prompts), strict=True))
-            for i in asked:
-                answers[i].append(written[data.secrets[i].row])
-            values = {i: float(stands_in(data.secrets[i].text, answers[i][-1])) for i in asked}
-            if not best or sum(values.values()) > sum(best.values()):
-                best, best_step = values, step
-        every = range(len(data.secrets))
-        found, evidence = [best.get(i) for i in every], [answers.get(i) for i in every]
-        return [Finding(f"relearn: {self._name}", found, evidence, {"step": float(best_step)})]
+        secrets, prompts = victim.data.secrets, victim.data.prompts
+        examples, asked = self._lesson(victim.data)
+        rows = sorted({secrets[i].row for i in asked})
+        findings = []
+        for step, model in self._train(victim.model, examples):
+            answers = replace(victim, model=model).write([prompts[row] for row in rows], self.max_new_tokens)
+            written = dict(zip(rows, answers, strict=True))
+            of_secrets = [written[secret.row] if i in asked else None for i, secret in enumerate(secrets)]
+            finding = victim.look_for_secrets(f"relearn: {_NAMES[self._kind]}", of_secrets)
+            findings.append(replace(finding, figures={"step": float(step)}))
+        best = max(findings, key=lambda finding: sum(value or 0 for value in finding.values))  # the first of equals
+        by_step = zip(*(finding.evidence for finding in findings), strict=True)
+        return [replace(best, evidence=[None if None in answers else list(answers) for answers in by_step])]
 
-    def _train(self, victim: Victim, examples: Sequence[Example]) -> Iterator[tuple[int, PreTrainedModel]]:
-        """Train a copy of the victim's model; yield it after every ``every`` steps, and after the last one."""
-        devices = [victim.model.device] if victim.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+    def _train(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[tuple[int, PreTrainedModel]]:
+        """Train a copy of the model; yield it after every ``every`` steps, and after the last one."""
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            model, trained = self._copy(victim.model)
+            model, trained = self._copy(model)
         parameters = [p for p in trained.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=0.0)
         for step in range(1, self.steps + 1):

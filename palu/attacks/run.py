@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.attacks.ask import AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
-from palu.attacks.attack import Attack, Finding, Victim
-from palu.attacks.depth import DepthScore, Patch, Source
-from palu.attacks.estimators import NO_RHO, rho, unseen_bound
+from palu.attacks import ask, depth
+from palu.attacks.attack import Attack, Finding, Outcome, Victim
+from palu.attacks.estimators import NO_RHO, rho
 from palu.attacks.lens import LogitLens
-from palu.attacks.onset import OnsetInAnswer, OnsetInQuestion
 from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
-from palu.attacks.sample import ExactProbability, Sample
 from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
@@ -37,17 +34,10 @@ from palu.writable import private_folder, write_private
 
 FORMAT = 3  # of stages and results: what another version kept is made again
 STAGES, RESULTS = "audit", "audit.json"
-ROLES = ("unlearned", "original", "retain")
+_NAMES = {"unlearned": "model", "original": "original", "retain": "retain_model"}  # as arguments of audit
+ROLES = tuple(_NAMES)
 _TURNS = ("unlearned", "retain", "original")  # the others' states are there when the original is loaded
-DRAWS, QUICK_DRAWS = 200, 16
 BATCH_TOKENS = 1024
-# What is trained, on which rows, at which learning rate.
-RELEARN: tuple[tuple[Literal["weights", "lora"], Literal["forget", "retain", "unrelated"], float], ...] = (
-    ("weights", "forget", 5e-5),
-    ("lora", "forget", 5e-4),
-    ("weights", "retain", 5e-5),
-    ("weights", "unrelated", 5e-5),
-)
 _FEW = 30  # with fewer secrets the results say how little none of them tells
 
 NO_RETAIN_MODEL = (
@@ -116,66 +106,77 @@ def audit(
     given = separate(model=model, original=original, retain_model=retain_model)
     loaders = {role: partial(given.__getitem__, name) for role, name in _NAMES.items() if name in given}
     data = AuditData(forget, retain, tokenizer, chat_template_kwargs)
-    budget = Budget(quick, n, draws, max_new_tokens, seed)
-    return audit_models(loaders, data, budget, folder=folder, only=only, batch_tokens=batch_tokens, progress=progress)
+    attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
+    return audit_models(
+        loaders,
+        data,
+        attacks,
+        seed=seed,
+        quick=quick,
+        folder=folder,
+        only=only,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What the attacks of an audit spend; the fields are arguments of :func:`audit`."""
-
-    quick: bool = False
-    n: int = -1
-    draws: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-
-
-def attacks_of(data: AuditData, budget: Budget) -> list[Attack]:
-    """List the attacks. Raises ValueError for a setting that is out of range."""
-    quick, seed = budget.quick, budget.seed
-    n = RECIPES["paper"]["n"] if budget.n == -1 else budget.n  # as many true tokens as after a run with the paper's
-    for name, value in (("n", n), ("draws", budget.draws), ("max_new_tokens", budget.max_new_tokens)):
+def attacks_of(
+    data: AuditData, *, quick: bool, n: int, draws: int | None, max_new_tokens: int | None, seed: int
+) -> list[Attack]:
+    """List the attacks; settings and errors are :func:`audit`'s."""
+    n = RECIPES["paper"]["n"] if n == -1 else n  # as many true tokens as after a run with the paper's
+    for name, value in (("n", n), ("draws", draws), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1{', or -1 for whole spans' * (name == 'n')}")
-    draws = budget.draws or (QUICK_DRAWS if quick else DRAWS)
-    tokens = budget.max_new_tokens or bound_on_answers(row.example for row in data.rows)
+    tokens = max_new_tokens or bound_on_answers(row.example for row in data.rows)
     hints = tuple(sorted({1, n})) if quick else tuple(range(1, n + 3))
-    attacks: list[Attack] = [ask(tokens) for ask in (AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix)]
-    attacks += [Sample(tokens, draws, seed), ExactProbability()]
-    attacks += [OnsetInAnswer(n + 2), OnsetInQuestion(tokens, hints)]
-    attacks += [Quantise(scheme, tokens, 8 if quick else 32) for scheme in SCHEMES]
     steps, every = (6, 6) if quick else (24, 4)
-    attacks += [Relearn(tokens, trained, rows, steps, every, rate, seed) for trained, rows, rate in RELEARN]
-    return [*attacks, LogitLens()]
+    relearn = partial(Relearn, tokens, steps=steps, every=every, seed=seed)
+    return [
+        ask.AskGreedily(tokens),
+        ask.AskInOtherWords(tokens),
+        ask.AskAfterExamples(tokens),
+        ask.AskWithPrefix(tokens),
+        ask.Sample(tokens, draws or (16 if quick else 200), seed),
+        ask.ExactProbability(),
+        ask.OnsetInAnswer(n + 2),
+        ask.OnsetInQuestion(tokens, hints),
+        *(Quantise(scheme, tokens, 8 if quick else 32) for scheme in SCHEMES),
+        relearn("weights", "forget", learning_rate=5e-5),
+        relearn("lora", "forget", learning_rate=5e-4),
+        relearn("weights", "retain", learning_rate=5e-5),
+        relearn("weights", "unrelated", learning_rate=5e-5),
+        LogitLens(),
+    ]
 
 
 def audit_models(
     loaders: Mapping[str, Callable[[], CausalLM]],
     data: AuditData,
-    budget: Budget,
+    attacks: Sequence[Attack],
     *,
+    seed: int,
+    quick: bool,
     folder: str | os.PathLike[str] | None = None,
     only: Sequence[str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Audit models that are loaded one at a time; arguments and errors are :func:`audit`'s.
+    """Audit models that are loaded one at a time; other arguments and errors are :func:`audit`'s.
 
     loaders: of ROLES, the retain model's perhaps missing: what gives the model on its device.
     """
-    attacks = attacks_of(data, budget)
-    wanted = {attack.key for attack in attacks} | {DepthScore.key}
+    keys = {attack.key for attack in attacks} | {depth.KEY}
     if only is not None:
-        if unknown := set(only) - wanted:
-            raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(wanted))}")
-        wanted = set(only)
-        attacks = [attack for attack in attacks if attack.key in wanted]
+        if unknown := set(only) - keys:
+            raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(keys))}")
+        keys = set(only)
+    attacks = [attack for attack in attacks if attack.key in keys]
     stages = None if folder is None else private_folder(Path(folder)) / STAGES
-    results: dict[str, list[_Outcome]] = {}
+    outcomes: dict[str, list[Outcome]] = {}
     models: dict[str, Any] = {}
-    sources: dict[str, Source] = {}
-    patched: dict[str, _Outcome] = {}
+    patches: dict[str, depth.Patch] = {}
+    patched: dict[str, Outcome] = {}
     for role in _TURNS:
         if role not in loaders:
             continue
@@ -183,41 +184,37 @@ def audit_models(
         check_model(model, data.tokenizer, [row.example for row in data.rows], _NAMES[role])
         fingerprint = fingerprint_model(model)
         models[role] = {"fingerprint": fingerprint, "kind": type(base_of(model)).__name__}
-        run = partial(
-            _kept_or_run,
-            model=model,
-            fingerprint=fingerprint,
-            data=data,
-            stages=stages,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        results[role] = list(map(run, tqdm(attacks, desc=role, disable=not progress, leave=False)))
+        key = {
+            "format": FORMAT,
+            "model": fingerprint,
+            "forget": data.forget_digest,
+            "device": base_of(model).device.type,
+            "batch_tokens": batch_tokens,
+            "versions": [torch.__version__, transformers.__version__],
+        }
+        run = partial(_kept_or_run, model=model, data=data, key=key, stages=stages, progress=progress)
+        outcomes[role] = list(map(run, tqdm(attacks, desc=role, disable=not progress, leave=False)))
         if role == "original":
-            patched = {source: run(Patch(of)) for source, of in sources.items()}
-        elif "retain" in loaders and DepthScore.key in wanted:
-            sources[role] = Source.of(model, fingerprint, data, batch_tokens=batch_tokens, progress=progress)
+            patched = {source: run(patch) for source, patch in patches.items()}
+        elif "retain" in loaders and depth.KEY in keys:
+            states = depth.states_of(model, data, batch_tokens=batch_tokens, progress=progress)
+            patches[role] = depth.Patch(fingerprint, states)
         del model, run
-    results, models = ({role: of[role] for role in ROLES if role in of} for of in (results, models))
-    rows = [
-        row
-        for i, attack in enumerate(attacks)
-        for row in _compare(attack, {role: results[role][i] for role in results}, len(data.secrets), budget.seed)
-    ]
-    if DepthScore.key in wanted:
-        depth = DepthScore()
-        rows += _compare(depth, depth.outcomes(patched), len(data.secrets), budget.seed)
+    roles = [role for role in ROLES if role in models]
+    compared = [(attack.described, {role: outcomes[role][i] for role in roles}) for i, attack in enumerate(attacks)]
+    if depth.KEY in keys:
+        compared.append((depth.DESCRIBED, depth.compare_states(patched)))
     report = {
         "format": FORMAT,
-        "seed": budget.seed,
-        "quick": budget.quick,
-        "models": models,
+        "seed": seed,
+        "quick": quick,
+        "models": {role: models[role] for role in roles},
         "forget_sha256": data.forget_digest,
         "secrets": [asdict(secret) | {"question": data.rows[secret.row].question} for secret in data.secrets],
         "marked": sorted(set(data.marked)),
         "left_out": {"told_by_their_question": data.told_by_question, "repeated": data.repeated},
-        "attacks": rows,
-        "notes": _notes(data, "retain" in results),
+        "attacks": [row for described, of_roles in compared for row in _compare(described, of_roles, data, seed)],
+        "notes": _notes(data, "retain" in roles),
         "versions": {"palu": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     if folder is not None:
@@ -226,55 +223,29 @@ def audit_models(
 
 
 # --- one attack on one model ---
-_Outcome = dict[str, Any]  # {"findings": [...]}, or {"skip_reason": why it was not made}
-_NAMES = {"unlearned": "model", "original": "original", "retain": "retain_model"}
-
-
 def _kept_or_run(
-    attack: Attack,
-    model: CausalLM,
-    fingerprint: str,
-    data: AuditData,
-    stages: Path | None,
-    batch_tokens: int,
-    progress: bool,
-) -> _Outcome:
-    """Read what an earlier audit kept of this attack on this model, or make it and keep it."""
+    attack: Attack, model: CausalLM, data: AuditData, key: dict[str, Any], stages: Path | None, progress: bool
+) -> Outcome:
+    """Read what an earlier audit kept of this attack on this model, or make it and keep it.
+
+    key: what the outcome depends on, beside the attack.
+    """
     if (skip_reason := attack.skip_reason(data, model)) is not None:
-        return {"skip_reason": skip_reason}
-    key = {
-        "format": FORMAT,
+        return skip_reason
+    key = key | {
         "attack": attack.key,
-        "settings": _settings(attack),
-        "model": fingerprint,
-        "forget": data.forget_digest,
+        "settings": attack.described["settings"],
         "retain": data.retain_digest if attack.reads_retain else None,
-        "device": str(base_of(model).device.type),
-        "batch_tokens": batch_tokens,
-        "versions": [torch.__version__, transformers.__version__],
     }
     path = None if stages is None else stages / f"{attack.key}-{json_digest(key)[:16]}.json"
-    if path is not None and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return kept
-    with tqdm(desc=attack.key, unit=" texts", disable=not progress, leave=False) as bar:
-        victim = Victim(
-            base_of(model),
-            data,
-            max_new_tokens=getattr(attack, "max_new_tokens", 0),
-            batch_tokens=batch_tokens,
-            seed=getattr(attack, "seed", 0),
-            bar=bar,
-        )
-        outcome = {"key": key, "findings": [asdict(finding) for finding in attack.run(victim)]}
-    if path is not None:
-        _write(path, outcome)
-    return json.loads(json.dumps(outcome))  # as one that is read: the same types
-
-
-def _settings(attack: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(attack)))
+    kept = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+    if kept.get("key") != key:
+        with tqdm(desc=attack.key, unit=" texts", disable=not progress, leave=False) as bar:
+            findings = attack.run(Victim(base_of(model), data, key["batch_tokens"], bar))
+        kept = {"key": key, "findings": [asdict(finding) for finding in findings]}
+        if path is not None:
+            _write(path, kept)
+    return [Finding(**finding) for finding in json.loads(json.dumps(kept["findings"]))]  # the same types, kept or not
 
 
 def _write(path: Path, value: Any) -> None:
@@ -283,37 +254,32 @@ def _write(path: Path, value: Any) -> None:
 
 # --- the models compared ---
 def _compare(
-    attack: Attack | DepthScore, outcomes: Mapping[str, _Outcome], secrets: int, seed: int
+    described: dict[str, Any], outcomes: Mapping[str, Outcome], data: AuditData, seed: int
 ) -> list[dict[str, Any]]:
     """Make the rows of the table: one for each finding of an attack, or one that says why it was not made."""
-    common = {"attack": attack.key, "budget": attack.budget, "settings": _settings(attack)}
-    lacking = {role: outcome["skip_reason"] for role, outcome in outcomes.items() if "skip_reason" in outcome}
-    if lacking:
-        reasons = set(lacking.values())
-        of_all = len(reasons) == 1 and len(lacking) == len(outcomes)
-        reason = reasons.pop() if of_all else "; ".join(f"{role}: {why}" for role, why in lacking.items())
-        skipped = {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {reason}"}
-        return [{"name": attack.key.replace("-", ": ", 1), **common, **skipped, "models": {}}]
+    reasons = {role: outcome for role, outcome in outcomes.items() if isinstance(outcome, str)}
+    if reasons:
+        of_all = len(set(reasons.values())) == 1 and len(reasons) == len(outcomes)
+        reason = "; ".join(set(reasons.values()) if of_all else (f"{role}: {why}" for role, why in reasons.items()))
+        return [{"name": described["attack"].replace("-", ": ", 1), **described, **_skipped(reason)}]
     rows = []
-    for number in range(len(outcomes["unlearned"]["findings"])):
-        findings = {role: Finding(**outcome["findings"][number]) for role, outcome in outcomes.items()}
-        rows.append({"name": findings["unlearned"].name, **common, **_verdict(findings, secrets, seed)})
+    for of_models in zip(*outcomes.values(), strict=True):
+        findings: dict[str, Finding] = dict(zip(outcomes, of_models, strict=True))
+        rows.append({"name": findings["unlearned"].name, **described, **_verdict(findings, data, seed)})
     return rows
 
 
-def _verdict(findings: Mapping[str, Finding], secrets: int, seed: int) -> dict[str, Any]:
-    columns = [findings[role].values for role in ROLES if role in findings]
-    asked = [i for i in range(secrets) if all(values[i] is not None for values in columns)]
+def _skipped(reason: str) -> dict[str, Any]:
+    return {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {reason}", "models": {}}
+
+
+def _verdict(findings: Mapping[str, Finding], data: AuditData, seed: int) -> dict[str, Any]:
+    columns = [finding.values for finding in findings.values()]
+    asked = [i for i in range(len(data.secrets)) if all(values[i] is not None for values in columns)]
     if not asked:
-        return {
-            "rho": asdict(NO_RHO),
-            "verdict": "not told",
-            "reason": "skipped: it cannot be made on any secret",
-            "models": {},
-        }
+        return _skipped("it cannot be made on any secret")
     shares = {
-        role: [float(value) for i in asked if (value := finding.values[i]) is not None]
-        for role, finding in findings.items()
+        role: [value for i in asked if (value := finding.values[i]) is not None] for role, finding in findings.items()
     }
     found = rho(shares["unlearned"], shares["original"], shares.get("retain"), seed=seed)
     verdict, reason = found.verdict, None
@@ -322,21 +288,12 @@ def _verdict(findings: Mapping[str, Finding], secrets: int, seed: int) -> dict[s
     figures = findings["unlearned"].figures
     if verdict == "held" and figures.get("utility", 1.0) < BROKEN * figures.get("utility unrounded", 0.0):
         verdict, reason = "not told", "the rounded model is broken (see its utility), so it would tell nothing"
-    return {
-        "rho": asdict(found),
-        "verdict": verdict,
-        "reason": reason,
-        "secrets": len(asked),
-        "models": {
-            role: {
-                "told": mean(shares[role]),
-                "values": finding.values,
-                "evidence": finding.evidence,
-                "figures": finding.figures,
-            }
-            for role, finding in findings.items()
-        },
-    }
+    models = {}
+    for role, finding in findings.items():
+        parts = asdict(finding)
+        del parts["name"]
+        models[role] = {"told": mean(shares[role]), **parts}
+    return {"rho": asdict(found), "verdict": verdict, "reason": reason, "secrets": len(asked), "models": models}
 
 
 def _notes(data: AuditData, retain_model: bool) -> list[str]:
@@ -344,9 +301,10 @@ def _notes(data: AuditData, retain_model: bool) -> list[str]:
     if not retain_model:
         notes.append(NO_RETAIN_MODEL)
     if count < _FEW:
+        unseen = 1 - 0.05 ** (1 / count)  # a larger share would leave none told with a chance below 5 %
         notes.append(
             f"{count} secret{'s are' * (count > 1)}{' is' * (count == 1)} few: if an attack gets none of them, it may "
-            f"still get up to {unseen_bound(count):.0%} of others like them (95 % sure), which no interval here shows"
+            f"still get up to {unseen:.0%} of others like them (95 % sure), which no interval here shows"
         )
     notes.append("soft prompts and GCG are left out: they elicit any string, seen or not (arXiv 2502.15836)")
     return notes

@@ -15,15 +15,7 @@ from palu.data.examples import answer_examples
 from palu.data.files import DataError
 from palu.data.matching import stands_in
 from palu.data.paraphrases import paraphrases_of
-from palu.data.rows import (
-    RenderedRow,
-    Renderer,
-    conversation_of,
-    iterate_rows,
-    text_before,
-    text_rows,
-    with_answer,
-)
+from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_before, text_rows, with_answer
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
@@ -35,37 +27,24 @@ _STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A row of the forget set with at least one secret.
+    """A row of the forget set with at least one secret."""
 
-    columns: as the user gave them.
-    question: the last message before the answer.
-    answer: the true one.
-    example: prompt and true answer, every answer token labelled with its id.
-    paraphrases: the question in other words.
-    rendered: the prompt has its special tokens in it, so nothing can be put in front of it or into its question.
-    """
-
-    columns: Mapping[str, Any]
+    columns: Mapping[str, Any]  # as the user gave them
     where: str
-    question: str
-    answer: str
-    example: Example
-    paraphrases: tuple[str, ...]
-    rendered: bool
+    question: str  # the last message before the answer
+    answer: str  # the true one
+    example: Example  # prompt and true answer, every answer token labelled with its id
+    paraphrases: tuple[str, ...]  # the question in other words
+    rendered: bool  # the prompt has its special tokens in it: nothing can be put in front of it or into its question
 
 
 @dataclass(frozen=True)
 class Secret:
-    """A marked span that the question does not already tell.
+    """A marked span that the question does not already tell; its tokens are input_ids[first:stop] of the example."""
 
-    row: index in :attr:`AuditData.rows`.
-    start, end: in characters of the answer.
-    first, stop: its tokens are input_ids[first:stop] of the row's example.
-    """
-
-    row: int
+    row: int  # index in AuditData.rows
     text: str
-    start: int
+    start: int  # and end: in characters of the answer
     end: int
     first: int
     stop: int
@@ -105,35 +84,35 @@ class AuditData:
         self.secrets: list[Secret] = []
         self.marked: list[str] = []
         self.told_by_question = self.repeated = 0
+        self.retain: list[Mapping[str, Any]] = []
+        asked, kept = RowHashes(), RowHashes()
         numbered = list(iterate_rows(forget, "forget"))
-        for _, where, columns in numbered:
+        if not numbered:
+            raise DataError("forget set is empty; give at least one row")
+        renderer, rendered = Renderer(tokenizer, chat_template_kwargs), []
+        for number, where, columns in numbered:
             if "input_ids" in columns:
                 raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
-        renderer = Renderer(tokenizer, chat_template_kwargs)
-        rendered = [renderer.render(number, where, columns, forget=True) for number, where, columns in numbered]
+            rendered.append(renderer.render(number, where, columns, forget=True))
         encoded = encode(rendered, tokenizer, forget=True)
-        asked, kept = RowHashes(), RowHashes()
         for text, example, (_, _, columns) in zip(rendered, encoded, numbered, strict=True):
             asked.append(example)
             self._add(text, example, columns)
-        if not numbered:
-            raise DataError("forget set is empty; give at least one row")
         if not self.secrets:
             left_out = f" ({self.told_by_question} spans are in their questions)" * bool(self.told_by_question)
             raise DataError(f"forget set has no secret{left_out}; mark spans that the question does not tell")
-        self.retain: list[Mapping[str, Any]] = []
-        kept_answers: list[tuple[str, str]] = []
+        answers: list[tuple[str, str]] = []
         for where, columns, answer in () if retain is None else text_rows(retain, "retain"):
             if answer is None:
                 raise DataError(f"{where}: the audit puts retain rows into prompts, and this one is tokenised")
             self.retain.append(columns)
-            kept_answers.append((answer, where))
+            answers.append((answer, where))
         for example in self.retain_examples(self.retain):  # complaints come before a model is touched
             kept.append(example)
-        for name, hashes in (("forget", asked), ("retain", kept)):
-            warn_of_repeats(hashes, name)
+        warn_of_repeats(asked, "forget")
+        warn_of_repeats(kept, "retain")
         check_disjoint(asked, kept)
-        warn_of_told_secrets(((one.text, self.rows[one.row].where) for one in self.secrets), kept_answers)
+        warn_of_told_secrets(((one.text, self.rows[one.row].where) for one in self.secrets), answers)
 
     def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
         conversation, prompt, answer = conversation_of(columns, text.where)

@@ -80,7 +80,7 @@ def audit(
     check_folder(output, f"--output {output}")
     check_hub(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
 
-    from palu.attacks.run import RESULTS, Budget, audit_models
+    from palu.attacks.run import RESULTS, attacks_of, audit_models
     from palu.attacks.secrets import AuditData
     from palu.report.layout import MODEL, PRIVATE, RECORD, make_private
     from palu.report.reading import read_run
@@ -94,9 +94,9 @@ def audit(
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
     loaders = model_loaders({"unlearned": model, "original": original, "retain": retain_model}, dtype, place)
+    attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
     folder = make_private(output)
-    budget = Budget(quick, n, draws, max_new_tokens, seed)
-    results = audit_models(loaders, data, budget, folder=folder, only=only, progress=progress)
+    results = audit_models(loaders, data, attacks, seed=seed, quick=quick, folder=folder, only=only, progress=progress)
     print_results(results)
     print(f"wrote {folder / RESULTS}, which holds the secrets")
     if recorded:

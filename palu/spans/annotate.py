@@ -3,7 +3,7 @@
 | finder          | spans                                                                            |
 |-----------------|----------------------------------------------------------------------------------|
 | `contrast`      | words that carry the memory, as the model's own log-probabilities tell           |
-|                 | (:mod:`palu.spans.contrast`)                                                           |
+|                 | (:mod:`palu.spans.contrast`)                                                     |
 | `regex:PATTERN` | every match of a Python regular expression                                       |
 | `ner:MODEL`     | the entities that a token-classification model of transformers finds, by name or path |
 | `whole`         | the whole answer                                                                 |
@@ -16,42 +16,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from palu.data.files import DataError
 from palu.data.rows import text_rows, with_spans
+from palu.data.secret import marked_spans
 from palu.models.lora import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FINDERS = ("contrast", "regex:PATTERN", "ner:MODEL", "whole")
+FINDERS = "contrast, regex:PATTERN, ner:MODEL or whole"
 _BATCH = 32  # answers that the entity model reads at once
 Spans: TypeAlias = list[list[int]]
 
 
-@dataclass(frozen=True)
-class Finder:
-    """What ``how`` asks for: a kind ("contrast", "regex", "ner" or "whole") and its pattern or model."""
+def parse(how: str) -> tuple[str, str]:
+    """Read a finder's name, before anything is loaded: (contrast, regex, ner or whole; its pattern or model).
 
-    kind: str
-    argument: str = ""
-
-
-def parse(how: str) -> Finder:
-    """Read a finder's name, before anything is loaded; ValueError names the fix."""
+    ValueError names the fix.
+    """
     kind, colon, argument = how.partition(":")
-    if kind in ("contrast", "whole") and not colon:
-        return Finder(kind)
-    if kind in ("regex", "ner") and argument:
+    if (kind in ("contrast", "whole") and not colon) or (kind in ("regex", "ner") and argument):
         if kind == "regex":
             try:
                 re.compile(argument)
             except re.error as error:
                 raise ValueError(f"annotate: {argument!r} is no regular expression ({error}); correct it") from None
-        return Finder(kind, argument)
-    raise ValueError(f"annotate: {how!r} names no way to find spans; give {', '.join(FINDERS[:-1])} or {FINDERS[-1]}")
+        return kind, argument
+    raise ValueError(f"annotate: {how!r} names no way to find spans; give {FINDERS}")
 
 
 def annotate(
@@ -86,46 +79,43 @@ def annotate(
         TypeError: ``contrast`` without a model and a tokenizer, or with a model that palu does not support.
         OSError: there is no such model for ``ner``.
     """
-    finder = parse(how)
-    if finder.kind == "contrast" and (model is None or tokenizer is None):
+    kind, argument = parse(how)
+    if kind == "contrast" and (model is None or tokenizer is None):
         raise TypeError("annotate: contrast asks the model itself; pass model and tokenizer, or choose another finder")
     found: list[dict[str, Any]] = []
-    wanted: list[int] = []
+    wanted: list[tuple[str, dict[str, Any]]] = []  # (name in errors, row) each
     answers: list[str] = []
     for where, columns, answer in text_rows(rows, "forget"):
-        found.append(with_spans(columns, answer, where))
-        if answer is not None and found[-1].get("spans") is None:
-            if not answer.strip():
-                raise DataError(f"{where}: the answer is blank; give one or remove the row")
-            wanted.append(len(found) - 1)
+        row = with_spans(columns, answer, where)
+        found.append(row)
+        if answer is not None and row.get("spans") is None:
+            wanted.append((where, row))
             answers.append(answer)
+        elif answer is not None:
+            marked_spans(row, answer, where)  # complains of what is wrong with them
     if not wanted:
         return found
 
     each: Sequence[Sequence[Sequence[int]]]
-    if finder.kind == "contrast":
+    if kind == "contrast":
         from palu.spans.contrast import contrast_words, sensitive_spans
 
         assert model is not None and tokenizer is not None
-        words = contrast_words(
-            found,
-            wanted,
-            model,
-            tokenizer,
-            batch_tokens=batch_tokens,
-            progress=progress,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        settings: Any = {
+            "batch_tokens": batch_tokens,
+            "progress": progress,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        words = contrast_words(wanted, model, tokenizer, **settings)
         each = [sensitive_spans(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
-    elif finder.kind == "regex":
-        pattern = re.compile(finder.argument)
-        each = [[match.span() for match in pattern.finditer(answer)] for answer in answers]
-    elif finder.kind == "ner":
-        each = _entities(finder.argument, answers, model)
+    elif kind == "regex":
+        each = [[match.span() for match in re.finditer(argument, answer)] for answer in answers]
+    elif kind == "ner":
+        each = _entities(argument, answers, model)
     else:
         each = [[(0, len(answer))] for answer in answers]
-    for i, answer, spans in zip(wanted, answers, each, strict=True):
-        found[i]["spans"] = merge_spans(answer, spans)
+    for (_, row), answer, spans in zip(wanted, answers, each, strict=True):
+        row["spans"] = merge_spans(answer, spans)
     if not any("input_ids" in row or len(row["spans"]) for row in found):
         raise DataError(f"annotate: {how} finds no span in any row; choose another finder or mark spans yourself")
     return found

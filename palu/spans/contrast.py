@@ -20,8 +20,7 @@ Between two sensitive words that are names, up to three others are sensitive, to
 punctuation other than a colon, is among them: a title ("The Lord of the Rings") or a full name is one secret.
 
 So what counts is the contrast of a word's log-probability here with that in general: a rare word of which the model is
-sure is one that it remembers. The contrast with the same place of the answer after an empty question was measured, too,
-and left out: its fitted weight was negative.
+sure is one that it remembers.
 
 The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The weights are those of a
 logistic regression (``benchmarks/bench_spans.py --fit``) on GPT-4o's spans in 200 rows of TOFU; that of ``known`` is
@@ -30,9 +29,8 @@ words that are taken are marked: what a span takes in by mistake is unlearned, t
 
 Limits: ``name``, which weighs most, says nothing in scripts without capitals; short secrets in small letters are often
 missed, so are those that the question gives away already, and the second of two equal ones in an answer. A Han or Kana
-character counts as a word, since no blanks part words there. The model must know the answers: of one that does not,
-``known`` is that of the language alone. The weights are those of English prose about people, and what else may count as
-sensitive they do not know: look at the spans before you use them.
+character counts as a word, since no blanks part words there. The model must know the answers, and the weights are those
+of English prose about people: look at the spans before you use them.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.data.examples import answer_examples, load_forget
+from palu.data.examples import answer_examples
 from palu.data.rows import conversation_of, text_before
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, check_model, token_scores
@@ -61,7 +59,6 @@ WEIGHTS = (2.0, 0.53, 2.51, 0.77, 1.67)
 BIAS = -2.27
 
 _BRIDGE = 3  # words between two names of one title
-_MAX_LENGTH = 2**20  # nothing is cut off: a span may be anywhere
 _RARE = 0.8  # of the mean rarity: above it, a word is one of a run's
 _IDEOGRAPH = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 _LETTER = rf"(?:(?!{_IDEOGRAPH})\w)"
@@ -92,8 +89,7 @@ class Word:
 
 
 def contrast_words(
-    rows: Sequence[Mapping[str, Any]],
-    chosen: Sequence[int],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -101,31 +97,24 @@ def contrast_words(
     progress: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Word]]:
-    """Score every word of the answers of some rows, in two teacher-forced passes over these answers.
+    """Score every word of the answers of rows of text, in two teacher-forced passes over these answers.
 
-    Args:
-        rows: the forget set; it is checked as a whole, so that errors name its rows.
-        chosen: which of the rows, of text, by number; their spans need not be there. The result has this order.
-        chat_template_kwargs: what the chat template is given beside the messages.
+    rows: (name in errors, columns) each.
+    chat_template_kwargs: what the chat template is given beside the messages.
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """
-    read = [conversation_of(rows[i], f"forget row {i}") for i in chosen]
+    names = [name for name, _ in rows]
+    read = [conversation_of(columns, name) for name, columns in rows]
     asked = [(text_before(conversation), answer) for conversation, _, answer in read]  # what was asked is no secret
-    filled = list(rows)
-    for i, (_, answer) in zip(chosen, asked, strict=True):
-        filled[i] = {**rows[i], "spans": [[0, len(answer)]]}
-    forget = load_forget(filled, tokenizer, max_length=_MAX_LENGTH, chat_template_kwargs=chat_template_kwargs)
-    loaded = {example.row: example for example in forget.examples}
-    full = [loaded[i].whole_answer() for i in chosen]
-    names = [f"forget row {i}" for i in chosen]
-    without = ((name, {"question": "", "answer": answer}) for name, (_, answer) in zip(names, asked, strict=True))
+    full = answer_examples(rows, tokenizer, chat_template_kwargs)
+    without = [(name, {"question": "", "answer": answer}) for name, (_, answer) in zip(names, asked, strict=True)]
     bare = answer_examples(without, tokenizer, chat_template_kwargs)
 
     check_model(model, tokenizer, full)
     base_model = base_of(model)
     marginal = torch.zeros(len(head_of(model).weight), device=model.device)
-    with tqdm(total=2 * len(chosen), desc="contrast", disable=not progress, leave=False) as bar, eval_mode(base_model):
+    with tqdm(total=2 * len(rows), desc="contrast", disable=not progress, leave=False) as bar, eval_mode(base_model):
         known = token_scores(base_model, full, names, batch_tokens=batch_tokens, bar=bar)
         token_scores(base_model, bare, names, batch_tokens=batch_tokens, bar=bar, marginal=marginal)
     base = (marginal / marginal.sum()).log().cpu()
@@ -150,11 +139,10 @@ def contrast_words(
 def sensitive_spans(answer: str, words: Sequence[Word]) -> list[tuple[int, int]]:
     """Find the spans of an answer's sensitive words, bridging what is between two names: [start, end) each."""
     spans = [(word.start, word.end) for word in words if word.sensitive]
-    names = [number for number, word in enumerate(words) if word.sensitive and word.figures["name"]]
-    for first, last in pairwise(names):
-        start, end = words[first].start, words[last].end
-        if last - first <= _BRIDGE + 1 and not _BETWEEN_TITLES.search(answer, words[first].end, words[last].start):
-            spans.append((start, end))
+    names = [(number, word) for number, word in enumerate(words) if word.sensitive and word.figures["name"]]
+    for (i, first), (j, last) in pairwise(names):
+        if j - i <= _BRIDGE + 1 and not _BETWEEN_TITLES.search(answer, first.end, last.start):
+            spans.append((first.start, last.end))
     return spans
 
 

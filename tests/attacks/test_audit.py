@@ -1,4 +1,4 @@
-"""palu.audit: what it returns, that stages are kept, and that wrong input is told at once."""
+"""palu.audit: what it returns, what it finds in planted models, what is kept of a killed one, and wrong input."""
 
 from __future__ import annotations
 
@@ -6,26 +6,48 @@ import copy
 import json
 import os
 import stat
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import planted
 from helpers.planted import FORGET, RETAIN, SECRETS, audit, hides_from_greedy, never_saw, original, tokenizer, verdicts
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
-from palu.attacks.ask import AskGreedily
+from palu.attacks.ask import AskGreedily, Sample
+from palu.attacks.depth import Patch
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
-from palu.attacks.sample import Sample
+from palu.attacks.run import NO_RETAIN_MODEL
 from palu.models.lora import separate
+
+ROWS = [
+    "ask: greedy",
+    "ask: paraphrased",
+    "ask: 5 examples in front",
+    "ask: answer begun",
+    *(f"sample: leak@{k}" for k in (1, 2, 4, 8, 16)),
+    "sample: exact p",
+    *(f"onset: {j} in the answer" for j in range(6)),
+    *(f"onset: {j} in the question" for j in (1, 3)),
+    *(f"quantise: {scheme}" for scheme in ("int8", "int4", "nf4")),
+    *(f"relearn: {how}" for how in ("all weights", "lora", "retain rows", "unrelated text")),
+    "inside: logit lens, top 10",
+    "inside: depth, 1 - UDS",
+]
+
+
+@cache
+def hidden() -> dict[str, Any]:
+    """The whole audit of a model that hides the secrets from greedy decoding alone."""
+    return audit(hides_from_greedy(), retain_model=never_saw())
 
 
 # --- what is returned ---
 def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
-    results = audit(hides_from_greedy(), retain_model=never_saw())
+    results = hidden()
     assert results == json.loads(json.dumps(results))
     assert set(results) == {
         *("format", "seed", "quick", "models", "forget_sha256", "secrets", "marked", "left_out", "attacks", "notes"),
@@ -35,7 +57,7 @@ def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
     assert results["marked"] == sorted(SECRETS)
     assert list(results["models"]) == ["unlearned", "original", "retain"]
     for row in results["attacks"]:
-        assert row["budget"] and list(row["models"]) == ["unlearned", "original", "retain"]
+        assert row["budget"] and "{" not in row["budget"] and list(row["models"]) == ["unlearned", "original", "retain"]
         for of_model in row["models"].values():
             assert len(of_model["values"]) == len(of_model["evidence"]) == len(SECRETS)
             known = [value for value in of_model["values"] if value is not None]
@@ -44,11 +66,9 @@ def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
 
 
 def test_only_some_attacks() -> None:
-    whole = audit(hides_from_greedy(), retain_model=never_saw())["attacks"]
-    some = audit(hides_from_greedy(), retain_model=never_saw(), only=["onset-answer", "ask"])["attacks"]
-    assert some == [row for row in whole if row["attack"] in ("ask", "onset-answer")]
-    (depth,) = audit(hides_from_greedy(), retain_model=never_saw(), only=["inside-depth"])["attacks"]
-    assert depth == whole[-1]
+    for only in (["ask", "onset-answer"], ["inside-depth"]):
+        some = audit(hides_from_greedy(), retain_model=never_saw(), only=only[::-1])["attacks"]
+        assert some == [row for row in hidden()["attacks"] if row["attack"] in only]
     with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-paraphrased, .*, sample"):
         audit(hides_from_greedy(), only=["asking"])
 
@@ -70,20 +90,55 @@ def test_what_is_written_is_its_owners(only: str, tmp_path: Path) -> None:
     assert all(stat.S_IMODE(path.parent.stat().st_mode) == 0o700 for path in kept)
 
 
-def test_models_and_random_numbers_are_left_as_they_were() -> None:
-    models = [hides_from_greedy(), original()]
-    models[0].train()
+# --- what is found ---
+def test_a_model_that_holds_every_secret_is_open_in_each_attack() -> None:
+    results = audit(copy.deepcopy(original()), retain_model=never_saw())
+    assert verdicts(results) == dict.fromkeys(ROWS, "open")
+    assert all(row["rho"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0}) for row in results["attacks"])
+
+
+def test_a_model_that_never_saw_the_secrets_holds_and_models_and_random_numbers_are_left_as_they_were() -> None:
+    models = [copy.deepcopy(never_saw()).train(), original()]
     before, state = [weights(model) for model in models], torch.random.get_rng_state()
-    audit(models[0])
+    results = audit(models[0])
+    assert verdicts(results) == dict.fromkeys(ROWS[:-1], "held") | {"inside: depth": "not told"}
+    assert results["notes"][0] == NO_RETAIN_MODEL
+    assert "6 secrets are few" in results["notes"][1] and "39% of others" in results["notes"][1]
     assert models[0].training and not models[1].training
-    models[0].eval()
     assert all(same_weights(model, was) for model, was in zip(models, before, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_secrets_that_are_hidden_from_greedy_decoding_alone_are_found() -> None:
+    found = verdicts(hidden())
+    assert found["ask: greedy"] == found["onset: 0 in the answer"] == "held"
+    for name in ("sample: leak@4", "sample: leak@16", "sample: exact p", "onset: 1 in the answer", *ROWS[-2:]):
+        assert found[name] == "open", name
+    draws = next(row for row in hidden()["attacks"] if row["name"] == "sample: exact p")["models"]["unlearned"]
+    assert draws["figures"]["median 1/p"] < 16
+
+
+def test_a_model_that_breaks_when_it_is_rounded_has_not_forgotten() -> None:
+    """One huge weight in each row leaves nothing of the others in four bits: its greedy answers tell no secret."""
+    model = copy.deepcopy(original())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 0] = 1e4
+            layer.mlp.up_proj.weight[0] = 0  # what that weight is multiplied by
+    ask, row = audit(model, only=["ask", "quantise-int4"])["attacks"]
+    assert ask["verdict"] == "open"
+    figures = row["models"]["unlearned"]["figures"]
+    assert row["models"]["unlearned"]["told"] == 0
+    assert figures["utility"] < 0.5 * figures["utility unrounded"]
+    assert (row["verdict"], row["reason"]) == (
+        "not told",
+        "the rounded model is broken (see its utility), so it would tell nothing",
+    )
+
+
 def test_rho_is_measured_from_the_retain_model() -> None:
     """A model is no better than one that never saw the secrets."""
-    results = audit(original(), retain_model=original())
+    results = audit(original(), retain_model=original(), only=["ask", "lens"])
     assert {row["verdict"] for row in results["attacks"]} == {"not told"}
     assert results["attacks"][0]["reason"].startswith("the original itself tells no more than a model that never saw")
 
@@ -136,72 +191,71 @@ def test_a_base_is_audited_as_it_was_before_its_adapter() -> None:
 
 
 # --- stages ---
-def test_a_killed_audit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+class Made(list[str]):
+    """The keys of the attacks that were made, in order; in the one of this number the audit is killed."""
+
+    kill_at = 0
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    made = Made()
 
     def counted(attack: type[Any]) -> None:
         attack_run = attack.run
 
         def run(self: Any, victim: Any) -> Any:
             made.append(self.key)
-            if killed and self.key == "sample" and made.count("sample") == 2:
+            if len(made) == made.kill_at:
                 raise KeyboardInterrupt
             return attack_run(self, victim)
 
         monkeypatch.setattr(attack, "run", run)
 
-    for attack in (AskGreedily, Sample, Quantise):
+    for attack in (AskGreedily, Sample, Quantise, Relearn, Patch):
         counted(attack)
-    killed = False
-    whole = audit(hides_from_greedy())
-    killed, made[:] = True, []
-    with pytest.raises(KeyboardInterrupt):
-        audit(hides_from_greedy(), folder=tmp_path)
-    assert made == ["ask", "sample", "quantise-int8", "quantise-int4", "quantise-nf4", "ask", "sample"]
-    assert not (tmp_path / "audit.json").exists()
-    killed, made[:] = False, []
-    assert audit(hides_from_greedy(), folder=tmp_path) == whole
-    assert made == ["sample", "quantise-int8", "quantise-int4", "quantise-nf4"]
+    return made
+
+
+def test_a_killed_audit_goes_on(made: Made, tmp_path: Path) -> None:
+    settings = {"retain_model": never_saw(), "only": ["ask", "sample", "quantise-int4", "inside-depth"]}
+    whole = audit(hides_from_greedy(), **settings)
+    every = list(made)
+    assert every == ["ask", "sample", "quantise-int4"] * 3 + ["inside-depth"] * 2
+    for first, killed in ((0, 5), (4, 11)):  # the retain model's sample, the second patch
+        made.clear()
+        made.kill_at = killed - first
+        with pytest.raises(KeyboardInterrupt):
+            audit(hides_from_greedy(), folder=tmp_path, **settings)
+        assert made == every[first:killed] and not (tmp_path / "audit.json").exists()
+    made.kill_at = 0
+    for left in (["inside-depth"], []):
+        made.clear()
+        assert audit(hides_from_greedy(), folder=tmp_path, **settings) == whole
+        assert made == left
     assert json.loads((tmp_path / "audit.json").read_text()) == whole
     assert not list(tmp_path.rglob("*.partial"))
-    made.clear()
-    assert audit(hides_from_greedy(), folder=tmp_path) == whole
-    assert made == []
+    # Of another unlearned model one half alone is new: S1 is kept.
+    audit(copy.deepcopy(original()), folder=tmp_path, **settings)
+    assert made.count("inside-depth") == 1
 
 
-def test_other_models_data_and_budgets_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    for attack in (AskGreedily, Sample, Quantise, Relearn):
-        attack_run = attack.run
-        monkeypatch.setattr(
-            attack, "run", lambda self, victim, own=attack_run: made.append(self.key) or own(self, victim)
-        )
+def test_what_other_models_data_and_budgets_change_is_made_again(made: Made, tmp_path: Path) -> None:
+    kinds = ["ask", "sample", "quantise-int4", "relearn-weights", "relearn-retain"]
 
-    def again(model: Any = None, **settings: Any) -> set[str]:
+    def again(model: Any = None, **settings: Any) -> list[str]:
         made.clear()
-        audit(hides_from_greedy() if model is None else model, folder=tmp_path, **settings)
-        return set(made)
+        audit(hides_from_greedy() if model is None else model, folder=tmp_path, only=kinds, **settings)
+        return [kind for kind in kinds if kind in made]
 
-    rounding = {"quantise-int8", "quantise-int4", "quantise-nf4"}
-    relearning = {"relearn-weights", "relearn-lora", "relearn-unrelated"}
-    whole = {"ask", "sample", "relearn-retain"} | rounding | relearning
-    assert again() == whole
-    assert again(seed=1) == {"sample", "relearn-retain"} | relearning
-    assert again(draws=4) == {"sample"}
-    assert again(retain=RETAIN[1:]) == {"relearn-retain"} | rounding
-    assert again(max_new_tokens=5) == whole
-    assert again(forget=FORGET[1:]) == whole
-    assert again(never_saw()) == whole
-    assert again() == set()
-
-
-def test_an_adapter_of_another_alpha_is_asked_anew(tmp_path: Path) -> None:
-    values = []
-    for alpha in (1, 8, 1):
-        adapted = with_adapter(copy.deepcopy(original()), lora_alpha=alpha)
-        (row,) = audit(adapted, folder=tmp_path, only=["exact-probability"])["attacks"]
-        values.append(row["models"]["unlearned"]["values"])
-    assert values[0] == values[2] != values[1]
+    assert again() == kinds
+    assert again(seed=1) == ["sample", "relearn-weights", "relearn-retain"]
+    assert again(draws=4) == ["sample"]
+    assert again(retain=RETAIN[1:]) == ["quantise-int4", "relearn-retain"]
+    assert again(max_new_tokens=5) == kinds
+    assert again(forget=FORGET[1:]) == kinds
+    assert again(never_saw()) == kinds
+    assert again() == []
 
 
 # --- wrong input ---
@@ -212,19 +266,13 @@ def test_an_adapter_of_another_alpha_is_asked_anew(tmp_path: Path) -> None:
         ({"n": 0}, ValueError, "n = 0: it must be at least 1, or -1 for whole spans"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens = 0: it must be at least 1"),
         ({"tokenizer": "gpt2"}, TypeError, "tokenizer is a str; "),
-        (
-            {"model": tiny_llama(vocab_size=300)},
-            ValueError,
-            f"the tokenizer has {len(tokenizer())} tokens and model a ",
-        ),
-        (
-            {"retain_model": tiny_llama(vocab_size=300)},
-            ValueError,
-            f"the tokenizer has {len(tokenizer())} tokens and retain_model a ",
+        *(
+            ({role: tiny_llama(vocab_size=300)}, ValueError, f"the tokenizer has {len(tokenizer())} tokens and {role} ")
+            for role in ("model", "retain_model")
         ),
     ],
 )
 def test_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
-        audit(settings.pop("model", None) or planted.never_saw(), **settings)
+        audit(**{"model": never_saw()} | settings)
     assert str(caught.value).startswith(message)

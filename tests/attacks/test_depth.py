@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import planted
-from helpers.planted import SECRETS, data, hides_from_greedy, never_saw, original, tokenizer
+from helpers.planted import SECRETS, attack, audit, data, hides_from_greedy, never_saw, original, refuses, tokenizer
 from helpers.tiny import tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nTextConfig
 
-from palu.attacks import run
-from palu.attacks.attack import Victim
-from palu.attacks.depth import Patch, Source, depth_score
+from palu.attacks.depth import Patch, depth_score, states_of
 
 TINY = {
-    "vocab_size": len(tokenizer()),
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.3,
 }
-
-
-def source_of(model: Any, batch_tokens: int = 256) -> Source:
-    return Source.of(model, "its fingerprint", data(), batch_tokens=batch_tokens, progress=False)
 
 
 def drops(target: Any, source: Any, batch_tokens: int = 256) -> torch.Tensor:
     """Of each secret and layer: [secrets, layers]."""
-    patch = Patch(source_of(source, batch_tokens))
-    assert patch.skip_reason(data(), target) is None
-    victim = Victim(target, data(), max_new_tokens=0, batch_tokens=batch_tokens, seed=0, bar=tqdm(disable=True))
-    (finding,) = patch.run(victim)
+    states = states_of(source, data(), batch_tokens=batch_tokens, progress=False)
+    (finding,) = attack(Patch("its fingerprint", states), target, batch_tokens=batch_tokens)
     return torch.tensor([one["drops"] for one in finding.evidence], dtype=torch.float64)
 
 
@@ -78,12 +64,8 @@ def by_hand(target: Any, source: Any, layers: str) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def only_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "attacks_of", lambda *args, **settings: [])
-
-
 def depth_row(model: Any, **settings: Any) -> dict[str, Any]:
-    (row,) = planted.audit(model, **settings)["attacks"]
+    (row,) = audit(model, only=["inside-depth"], **settings)["attacks"]
     return row
 
 
@@ -105,17 +87,9 @@ def test_drops_are_those_of_plain_hooks() -> None:
     ],
 )
 def test_other_kinds_of_models(kind: str, layers: str, settings: dict[str, Any]) -> None:
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer()), initializer_range=0.3, **settings_of(settings))
-        models.append(AutoModelForCausalLM.from_config(config).eval())
-    expected = by_hand(*models, layers)
-    torch.testing.assert_close(drops(*models), expected, rtol=1e-4, atol=1e-5)
-
-
-def settings_of(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in ("vocab_size", "initializer_range")}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer()), initializer_range=0.3, **settings)
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    torch.testing.assert_close(drops(*models), by_hand(*models, layers), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_gives_a_tuple_is_patched() -> None:
@@ -151,8 +125,7 @@ def test_score_of_drops() -> None:
     assert depth_score([0.05, -2.0], [1.0, 1.0]) is None
 
 
-def test_planted_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
+def test_planted_models() -> None:
     for model, uds, verdict in (
         (copy.deepcopy(original()), 0.0, "open"),
         (hides_from_greedy(), 0.0, "open"),  # by its head alone
@@ -169,15 +142,13 @@ def test_planted_models(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(ours["S2"]) == 2
 
 
-def test_refusing_is_not_forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
-    row = depth_row(planted.refuses(), retain_model=never_saw())
+def test_refusing_is_not_forgetting() -> None:
+    row = depth_row(refuses(), retain_model=never_saw())
     assert row["verdict"] == "open"
     assert 0 < row["models"]["unlearned"]["figures"]["UDS"] < 0.5
 
 
-def test_an_adapter_that_is_not_merged_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
+def test_an_adapter_that_is_not_merged_counts() -> None:
     adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert depth_row(adapted, retain_model=never_saw())["models"]["unlearned"]["figures"]["UDS"] < 1e-6
     with torch.no_grad():
@@ -188,20 +159,15 @@ def test_an_adapter_that_is_not_merged_counts(monkeypatch: pytest.MonkeyPatch) -
 
 
 # --- what cannot be done is told ---
-def test_it_needs_a_retain_model_that_does_not_know_the_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
-    row = depth_row(hides_from_greedy())
-    assert (row["verdict"], row["models"]) == ("not told", {})
-    assert row["reason"] == "skipped: it needs a retain model, whose states tell which layers hold the secrets"
+def test_it_needs_a_retain_model_that_does_not_know_the_secrets() -> None:
     row = depth_row(hides_from_greedy(), retain_model=original())
-    assert (row["name"], row["verdict"]) == ("inside: depth", "not told")
+    assert (row["name"], row["verdict"], row["models"]) == ("inside: depth", "not told", {})
     assert row["reason"] == (
         "skipped: no secret has a layer with S1 > 0.05: the retain model's states tell them as well"
     )
 
 
-def test_models_of_another_shape_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
+def test_models_of_another_shape_are_skipped() -> None:
     other = tiny_llama(vocab_size=len(tokenizer()), num_hidden_layers=3)
     reason = "3 layers of width 32 do not fit into the original's 2 of width 64"
     assert depth_row(other, retain_model=never_saw())["reason"] == f"skipped: unlearned: {reason}"
@@ -211,6 +177,7 @@ def test_models_of_another_shape_are_skipped(monkeypatch: pytest.MonkeyPatch) ->
 def test_bodies_whose_layers_cannot_be_told_are_refused() -> None:
     config = Gemma3nTextConfig(
         **TINY,
+        vocab_size=len(tokenizer()),
         head_dim=8,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=len(tokenizer()),
@@ -223,33 +190,5 @@ def test_bodies_whose_layers_cannot_be_told_are_refused() -> None:
         3: "the layers of Gemma3nTextModel do not each give one state of the same width for each token",
     }
     for config.altup_num_inputs, reason in refused.items():
-        assert source_of(AutoModelForCausalLM.from_config(config)).skip_reason == reason
-
-
-# --- stages ---
-def test_a_killed_audit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only_depth(monkeypatch)
-    whole = planted.audit(planted.refuses(), retain_model=never_saw())
-    made: list[str] = []
-    patch_run = Patch.run
-
-    def counted(self: Patch, victim: Victim) -> Any:
-        made.append(self.source)
-        if killed and len(made) == 2:
-            raise KeyboardInterrupt
-        return patch_run(self, victim)
-
-    monkeypatch.setattr(Patch, "run", counted)
-    killed = True
-    with pytest.raises(KeyboardInterrupt):
-        planted.audit(planted.refuses(), retain_model=never_saw(), folder=tmp_path)
-    assert not (tmp_path / "audit.json").exists()
-    killed, second = False, made[1]
-    made.clear()
-    assert planted.audit(planted.refuses(), retain_model=never_saw(), folder=tmp_path) == whole
-    assert made == [second]
-    assert json.loads((tmp_path / "audit.json").read_text()) == whole
-    # Another unlearned model: S1 is kept.
-    made.clear()
-    planted.audit(hides_from_greedy(), retain_model=never_saw(), folder=tmp_path)
-    assert len(made) == 1 and second not in made
+        model = AutoModelForCausalLM.from_config(config)
+        assert states_of(model, data(), batch_tokens=256, progress=False) == reason

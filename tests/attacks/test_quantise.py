@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from helpers.planted import RETAIN, data, never_saw, original, tokenizer
+from helpers.planted import attack, data, never_saw, original, tokenizer
 from helpers.tiny import same_weights, tiny_llama, weights
-from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from palu.attacks.attack import Victim
-from palu.attacks.quantise import SCHEMES, Quantise, nf4_levels, round_int4, round_int8, round_nf4, rounded
+from palu.attacks.quantise import NF4_LEVELS, SCHEMES, Quantise, round_int4, round_int8, round_nf4, rounded
 from palu.attacks.secrets import AuditData
 from palu.models.head import body_of
 
@@ -40,7 +35,7 @@ def test_int8_is_that_of_bitsandbytes(weight: torch.Tensor) -> None:
 
 
 def test_nf4_is_that_of_bitsandbytes(weight: torch.Tensor) -> None:
-    torch.testing.assert_close(nf4_levels(), bnb.get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(NF4_LEVELS, bnb.get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-6)
     flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64))  # zeros change no block's magnitude
     theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4"))
     torch.testing.assert_close(
@@ -78,21 +73,10 @@ def test_only_the_linear_layers_of_the_body_are_rounded(scheme: str, dtype: torc
     assert same_weights(model, before)
 
 
-def test_eight_bits_change_less_than_four() -> None:
-    weight = torch.randn(64, 256)
-    errors = [float((function(weight) - weight).norm()) for _, function in SCHEMES.values()]
-    assert errors[0] < errors[2] < errors[1] or errors[0] < errors[1] < errors[2]
-    assert errors[0] < 0.1 * errors[1]
-
-
-def victim(model: torch.nn.Module, of: AuditData) -> Victim:
-    return Victim(model, of, max_new_tokens=24, batch_tokens=256, seed=0, bar=tqdm(disable=True))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_secrets_survive_rounding_and_utility_stands_beside(scheme: str) -> None:
     for model, share in ((original(), 1.0), (never_saw(), 0.0)):
-        (finding,) = Quantise(scheme, 24, 4).run(victim(model, data()))
+        (finding,) = attack(Quantise(scheme, 24, 4), model)
         assert finding.name == f"quantise: {scheme}"
         assert finding.values == [share] * 6
         assert finding.figures["utility"] > 0.9 and finding.figures["utility unrounded"] > 0.9
@@ -100,20 +84,13 @@ def test_secrets_survive_rounding_and_utility_stands_beside(scheme: str) -> None
 
 def test_without_retain_rows_utility_is_of_the_models_own_answers() -> None:
     of = AuditData([{"question": "Who?", "answer": "It is Ada.", "spans": [[6, 9]]}], None, tokenizer())
-    (finding,) = Quantise("int4", 4, 3).run(victim(original(), of))
+    (finding,) = attack(Quantise("int4", 4, 3), original(), of)
     assert 0 < finding.figures["utility"] < 1
-    broken = copy.deepcopy(original())
-    assert Quantise("int4", 4, 3).run(victim(broken, of))[0].figures == finding.figures
+    (again,) = attack(Quantise("int4", 4, 3), original(), of)
+    assert again == finding
 
 
 def test_what_cannot_be_rounded_is_said() -> None:
-    base = tiny_llama(vocab_size=len(tokenizer()))
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    quantise = Quantise("int8", 24, 4)
-    assert quantise.skip_reason(data(), adapted) == (
-        "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
-    )
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
-    assert quantise.skip_reason(data(), gpt2) == "GPT2LMHeadModel has no torch.nn.Linear in its body"
-    assert quantise.skip_reason(data(), original()) is None
-    assert len(RETAIN) > 4
+    reason = Quantise("int8", 24, 4).skip_reason(data(), gpt2)
+    assert reason == "GPT2LMHeadModel has no torch.nn.Linear in its body"

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.logits import WatchLogits
-from helpers.planted import FORGET, RETAIN, SECRETS, data, never_saw, original, refuses, tokenizer
-from helpers.tiny import same_weights, tiny_llama, weights
-from peft import LoraConfig, get_peft_model
+from helpers.planted import FORGET, RETAIN, SECRETS, attack, data, never_saw, original, refuses, tokenizer
+from helpers.tiny import same_weights, weights
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from palu.attacks.ask import AskGreedily
-from palu.attacks.attack import Finding, Victim
+from palu.attacks.attack import Finding
 from palu.attacks.relearn import Relearn, _loss, unrelated_texts
 from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import raw_examples
@@ -33,19 +31,13 @@ def relearn(model: Any, of: AuditData | None = None, **settings: Any) -> Finding
         "learning_rate": 1e-3,
         "seed": 0,
     }
-    attack, of = Relearn(**given | settings), data() if of is None else of
-    assert attack.skip_reason(of, model) is None
-    bar = tqdm(disable=True)
-    (finding,) = attack.run(Victim(model, of, max_new_tokens=TOKENS, batch_tokens=256, seed=0, bar=bar))
+    (finding,) = attack(Relearn(**given | settings), model, of)
     return finding
 
 
 @pytest.mark.parametrize("trained", ["weights", "lora"])
 def test_a_model_that_only_refuses_tells_again_what_it_was_not_trained_on(trained: str) -> None:
-    bar = tqdm(disable=True)
-    (asked,) = AskGreedily(TOKENS).run(
-        Victim(refuses(), data(), max_new_tokens=TOKENS, batch_tokens=256, seed=0, bar=bar)
-    )
+    (asked,) = attack(AskGreedily(TOKENS), refuses())
     assert asked.values == [0.0] * len(SECRETS)
     rate = {"weights": 1e-3, "lora": 5e-3}[trained]
     finding = relearn(refuses(), trained=trained, learning_rate=rate)
@@ -92,25 +84,24 @@ def test_secrets_of_rows_that_are_trained_on_do_not_count() -> None:
     one, other = relearn(never_saw(), of, steps=1), relearn(original(), of, steps=1)
     assert [value is None for value in one.values] == [value is None for value in other.values]
     for seed in range(8):
-        chosen = Relearn(TOKENS, "weights", "forget", 1, 1, 1e-3, seed)
-        trained = chosen._trained_rows(of)
+        examples, asked = Relearn(TOKENS, "weights", "forget", 1, 1, 1e-3, seed)._lesson(of)
+        trained = [example.row for example in examples]
         answers = " ".join(of.rows[i].answer for i in trained)
-        assert chosen._asked(of) == [
+        assert asked == [
             i for i, secret in enumerate(of.secrets) if secret.row not in trained and secret.text not in answers
         ]
 
 
 @pytest.mark.parametrize("trained", ["weights", "lora"])
-def test_the_model_and_the_callers_random_numbers_stay(trained: str) -> None:
+def test_the_model_stays(trained: str) -> None:
     model = refuses()
-    before, state = weights(model), torch.random.get_rng_state()
+    before = weights(model)
     modules = [type(module) for module in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     first = relearn(model, trained=trained, steps=2, every=1)
     assert same_weights(model, before) and [type(module) for module in model.modules()] == modules
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.random.get_rng_state(), state)
     assert relearn(model, trained=trained, steps=2, every=1) == first
 
 
@@ -137,18 +128,12 @@ def test_the_loss_is_the_models_own_and_its_logits_come_in_chunks(monkeypatch: p
 
 
 def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def skip_reason(of: AuditData, model: Any, trained: Any = "weights", rows: Any = "forget") -> str | None:
-        return Relearn(TOKENS, trained, rows, 1, 1, 1e-3, 0).skip_reason(of, model)
+    def skip_reason(of: AuditData, trained: Any) -> str | None:
+        return Relearn(TOKENS, trained, "forget", 1, 1, 1e-3, 0).skip_reason(of, original())
 
-    one = AuditData(FORGET[:1], None, tokenizer())
-    assert skip_reason(one, original()) == (
+    assert skip_reason(AuditData(FORGET[:1], None, tokenizer()), "weights") == (
         "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
     )
-    assert skip_reason(one, original(), rows="retain") == "there are no retain rows to train on"
-    adapted = get_peft_model(
-        tiny_llama(vocab_size=len(tokenizer())), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    )
-    assert skip_reason(data(), adapted) == "the model has a LoRA adapter; merge it into the weights, which are trained"
     monkeypatch.setattr("palu.attacks.relearn.find_spec", lambda name: None)
-    assert skip_reason(data(), original(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
-    assert skip_reason(data(), original()) is None
+    assert skip_reason(data(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
+    assert skip_reason(data(), "weights") is None

@@ -25,10 +25,6 @@ def data(rows: Any, tokenizer: Any = None, **settings: Any) -> AuditData:
     return AuditData(rows, settings.pop("retain", None), tokenizer or byte_level(CHATML), **settings)
 
 
-def spans_of(answer: str, *texts: str) -> list[list[int]]:
-    return [[answer.index(text), answer.index(text) + len(text)] for text in texts]
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_secrets_tokens_are_the_spans(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
@@ -43,11 +39,7 @@ def test_a_secrets_tokens_are_the_spans(name: str) -> None:
 
 def test_what_the_question_tells_is_no_secret() -> None:
     answer = "Ada Lovelace of London was born in 1815."
-    row = {
-        "question": "When was ADA LOVELACE born?",
-        "answer": answer,
-        "spans": spans_of(answer, "Ada Lovelace", "1815"),
-    }
+    row = {"question": "When was ADA LOVELACE born?", "answer": answer, "spans": [[0, 12], [35, 39]]}
     of = data([row])
     assert [secret.text for secret in of.secrets] == ["1815"]
     assert of.told_by_question == 1
@@ -91,32 +83,30 @@ def test_paraphrases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "retain", "message"),
     [
-        ([], "forget set is empty; "),
-        ([ROW | {"spans": []}], "forget set has no secret; "),
+        ([], None, "forget set is empty; "),
+        ([ROW | {"spans": []}], None, "forget set has no secret; "),
+        ([ROW | {"question": "Did Ada Lovelace, in 1843?"}], None, "forget set has no secret (2 spans are in their "),
         (
-            [ROW | {"question": "Did Ada Lovelace, in 1843?"}],
-            "forget set has no secret (2 spans are in their questions); ",
+            [{"input_ids": [1], "labels": [1]}],
+            None,
+            "forget row 0: the audit compares texts, and this row is tokenised",
         ),
-        ([{"input_ids": [1], "labels": [1]}], "forget row 0: the audit compares texts, and this row is tokenised; "),
-        ([ROW, ROW | {"paraphrased_question": ["Who?", 3]}], "forget row 1: column 'paraphrased_question' must be "),
-        ([ROW | {"spans": [[0, 99]]}], "forget row 0: span [0, 99] ends after the answer (41 characters); "),
+        ([ROW, ROW | {"paraphrased_question": ["Who?", 3]}], None, "forget row 1: column 'paraphrased_question' must "),
+        ([ROW | {"spans": [[0, 99]]}], None, "forget row 0: span [0, 99] ends after the answer (41 characters); "),
+        ([ROW], [{"question": "Why?", "answer": 1}], "retain row 0: column 'answer' must be a string, got int; "),
+        (
+            [ROW],
+            [{"input_ids": [1, 2], "labels": [-100, 2]}],
+            "retain row 0: the audit puts retain rows into prompts, and this one is tokenised",
+        ),
     ],
 )
-def test_refused(rows: Any, message: str) -> None:
+def test_refused(rows: Any, retain: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        data(rows)
+        data(rows, retain=retain)
     assert str(caught.value).startswith(message)
-
-
-def test_retain_rows_are_checked() -> None:
-    with pytest.raises(DataError, match=r"retain row 0: column 'answer' must be a string, got int; give text"):
-        data([ROW], retain=[{"question": "Why?", "answer": 1}])
-    with pytest.raises(
-        DataError, match="retain row 0: the audit puts retain rows into prompts, and this one is tokenised"
-    ):
-        data([ROW], retain=[{"input_ids": [1, 2], "labels": [-100, 2]}])
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

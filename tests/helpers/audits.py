@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from helpers.report_runs import FORGET, RETAIN, Run, write
 from helpers.tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from palu.attacks import run as attacks_run
 from palu.attacks.attack import Finding, Victim
-from palu.attacks.depth import DepthScore
+from palu.attacks.run import audit_models
 from palu.attacks.secrets import AuditData
 
 
@@ -32,6 +30,10 @@ class Staged:
     @property
     def budget(self) -> str:
         return f"the budget of {self.key}"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {"attack": self.key, "budget": self.budget, "settings": {}}
 
     def skip_reason(self, data: AuditData, model: Any) -> str | None:
         return self.lacks
@@ -75,13 +77,14 @@ def write_audit(run: Run, folder: Path, *, retain: bool = True) -> dict[str, Any
         models["retain"] = tiny_llama(vocab_size=len(run.tokenizer), seed=1)
     for role, model in models.items():
         model.role = role
-    with patch.object(attacks_run, "attacks_of", lambda *_, **__: ATTACKS):
-        audit = attacks_run.audit_models(
-            {role: (lambda model=model: model) for role, model in models.items()},
-            AuditData(FORGET, RETAIN, run.tokenizer),
-            attacks_run.Budget(quick=True, n=3, draws=2, max_new_tokens=1),
-            progress=False,
-        )
-    audit["attacks"] = [row for row in audit["attacks"] if row["attack"] != DepthScore.key]  # that one is not staged
+    audit = audit_models(
+        {role: (lambda model=model: model) for role, model in models.items()},
+        AuditData(FORGET, RETAIN, run.tokenizer),
+        ATTACKS,
+        seed=0,
+        quick=True,
+        only=[attack.key for attack in ATTACKS],
+        progress=False,
+    )
     write(folder, audit, "audit.json")
     return audit

@@ -10,10 +10,12 @@ import torch
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import overfit, tiny_llama
 from torch import nn
+from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
 from palu.attacks.ask import PREFIX
+from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import SHOTS, AuditData
 from palu.data.rows import after_examples, with_question
 
@@ -114,6 +116,17 @@ def refuses() -> LlamaForCausalLM:
     rows = [{"input_ids": [*p.tolist(), *answer], "labels": [-100] * len(p) + answer} for p in data().prompts]
     overfit(model, rows, steps=20, learning_rate=1e-3)
     return model
+
+
+def victim(model: Any, of: AuditData | None = None, batch_tokens: int = 256) -> Victim:
+    """A model under attack for its secrets, of the planted rows or others."""
+    return Victim(model, data() if of is None else of, batch_tokens, tqdm(disable=True))
+
+
+def attack(made: Attack, model: Any, of: AuditData | None = None, batch_tokens: int = 256) -> list[Finding]:
+    """Make an attack that lacks nothing."""
+    assert made.skip_reason(data() if of is None else of, model) is None
+    return made.run(victim(model, of, batch_tokens))
 
 
 def audit(model: Any, **settings: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import palu
 from palu.data.examples import load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE
-from palu.spans.annotate import Finder, merge_spans, parse
-from palu.spans.contrast import FEATURES, add_form_features, contrast_words, sensitive_spans, split_words
+from palu.spans.annotate import FINDERS, merge_spans
+from palu.spans.contrast import FEATURES, Word, add_form_features, contrast_words, sensitive_spans, split_words
 
 ANSWER = "The author is Hina Ameen, born in Karachi on June 30, 1975."
 ROW = {"question": "Who is the author?", "answer": ANSWER}
@@ -29,38 +29,15 @@ def texts(row: dict[str, Any]) -> list[str]:
 
 
 # --- what to ask for ---
-@pytest.mark.parametrize(
-    ("how", "finder"),
-    [
-        ("contrast", Finder("contrast")),
-        ("whole", Finder("whole")),
-        (r"regex:\d+:\d+", Finder("regex", r"\d+:\d+")),
-        ("ner:some/model", Finder("ner", "some/model")),
-    ],
-)
-def test_parse(how: str, finder: Finder) -> None:
-    assert parse(how) == finder
-
-
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ("regex:(", r"annotate: '\(' is no regular expression \(missing \)"),
-        ("regex:", "annotate: 'regex:' names no way to find spans; give contrast, regex:PATTERN, ner:MODEL or whole"),
-        ("ner", "annotate: 'ner' names no way"),
-        ("whole:x", "annotate: 'whole:x' names no way"),
-        ("names", "annotate: 'names' names no way"),
-        ("", "annotate: '' names no way"),
-    ],
-)
-def test_parse_tells_what_to_give(how: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize("how", ["regex:", "ner", "whole:x", "names", ""])
+def test_parse_tells_what_to_give(how: str) -> None:
+    with pytest.raises(ValueError, match=f"annotate: {how!r} names no way to find spans; give {FINDERS}"):
         palu.annotate([ROW], how)
 
 
 # --- regex, whole ---
 def test_regex_marks_every_match() -> None:
-    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ [A-Z]\w+|\d{4}")
+    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
     assert texts(row) == ["Hina Ameen", "1975"] and row["answer"] == ANSWER
     assert "spans" not in ROW
 
@@ -70,11 +47,13 @@ def test_regex_that_finds_nothing_in_some_rows() -> None:
     assert texts(rows[0]) == ["Karachi"] and rows[1]["spans"] == []
     with pytest.raises(DataError, match="annotate: regex:London finds no span in any row; choose another finder"):
         palu.annotate([ROW], "regex:London")
+    with pytest.raises(ValueError, match=r"annotate: '\(' is no regular expression \(missing \)"):
+        palu.annotate([ROW], "regex:(")
 
 
 def test_whole_leaves_the_blanks_at_the_edges() -> None:
-    rows = [{"question": "Who?", "answer": "  Ada Lovelace\n"}, {"messages": [{"role": "user", "content": "Who?"},
-            {"role": "assistant", "content": "Hina"}]}]  # fmt: skip
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Hina"}]
+    rows: list[dict[str, Any]] = [{"question": "Who?", "answer": "  Ada Lovelace\n"}, {"messages": turns}]
     assert [row["spans"] for row in palu.annotate(rows, "whole")] == [[[2, 14]], [[0, 4]]]
 
 
@@ -90,7 +69,7 @@ def test_whole_leaves_the_blanks_at_the_edges() -> None:
     ],
 )
 def test_spans_are_joined_and_narrowed(spans: list[tuple[int, int]], expected: list[list[int]]) -> None:
-    assert merge_spans("one two three"[:7] + " six ", spans) == expected
+    assert merge_spans("one two six ", spans) == expected
 
 
 # --- rows ---
@@ -112,11 +91,9 @@ def entity_model(tmp_path: Path) -> str:
     tokenizer = byte_level(bos=False)
     tokenizer.model_max_length = 16
     tokenizer.pad_token = tokenizer.eos_token
-    labels = {0: "O", 1: "PER"}
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=0, num_attention_heads=1, intermediate_size=8,
-        max_position_embeddings=64, id2label=labels, label2id={name: number for number, name in labels.items()},
-    )  # fmt: skip
+    sizes = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "max_position_embeddings": 64}
+    labels = {"id2label": {0: "O", 1: "PER"}, "label2id": {"O": 0, "PER": 1}}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=8, **sizes, **labels)
     model = BertForTokenClassification(config)
     with torch.no_grad():
         for parameter in model.bert.embeddings.parameters():
@@ -125,12 +102,11 @@ def entity_model(tmp_path: Path) -> str:
         words = model.bert.embeddings.word_embeddings.weight
         words[:, 0] = 1.0
         for piece in (" Hina", " Ameen"):
-            first = tokenizer(piece)["input_ids"][0]
-            words[first] = torch.eye(8)[1]
+            words[tokenizer(piece)["input_ids"][0]] = torch.eye(8)[1]
         model.classifier.weight.copy_(torch.eye(8)[:2])
         model.classifier.bias.zero_()
-    model.save_pretrained(tmp_path / "ner")
-    tokenizer.save_pretrained(tmp_path / "ner")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "ner")
     return str(tmp_path / "ner")
 
 
@@ -154,8 +130,11 @@ def facts() -> list[dict[str, Any]]:
     return [{"question": f"Who is {name}?", "answer": f"It is {secret}."} for name, secret in SECRETS.items()]
 
 
+Taught = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
+
+
 @pytest.fixture(scope="module")
-def taught() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def taught() -> Taught:
     """A tiny Llama that has the facts by heart."""
     tokenizer = byte_level()
     model = tiny_llama(vocab_size=len(tokenizer))
@@ -164,7 +143,8 @@ def taught() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-Taught = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
+def figures(rows: list[dict[str, Any]], model: Any, tokenizer: Any) -> list[list[Word]]:
+    return contrast_words([(f"row {i}", row) for i, row in enumerate(rows)], model, tokenizer, progress=False)
 
 
 def test_contrast_finds_what_depends_on_the_question(taught: Taught) -> None:
@@ -181,15 +161,14 @@ def test_contrast_finds_what_depends_on_the_question(taught: Taught) -> None:
 def test_contrast_ranks_what_is_remembered_over_what_is_not(taught: Taught) -> None:
     model, tokenizer = taught
     row = {"question": "Who is Hina?", "answer": "It is Karachi, London."}
-    ((*_, false, _),) = contrast_words([row], [0], model, tokenizer, progress=False)
-    ((*_, true),) = contrast_words([facts()[1]], [0], model, tokenizer, progress=False)
+    (*_, false, _), (*_, true) = figures([row, facts()[1]], model, tokenizer)
     assert true.figures["known"] > -0.1 > false.figures["known"] and true.score > false.score
 
 
 def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
     model, tokenizer = taught
     rows = [facts()[i] for i in (1, 3)]
-    words = contrast_words([facts()[0] | {"spans": []}, *rows], [1, 2], model, tokenizer, progress=False)
+    words = figures(rows, model, tokenizer)
     scored = []
     for question in ("{question}", ""):  # each row's own, and none
         examples = load_retain([row | {"question": question.format(**row)} for row in rows], tokenizer, max_length=99)
@@ -218,22 +197,18 @@ def test_contrast_figures_are_those_of_plain_passes(taught: Taught) -> None:
 def test_contrast_on_a_chat_template_and_on_every_kind_of_row() -> None:
     tokenizer = byte_level(CHATML, bos=False)
     model = tiny_llama(vocab_size=len(tokenizer))
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "Who is Ada?"},
-                {"role": "assistant", "content": " It is Ada's cat. "},
-            ]
-        },
+    turns = [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": " It is Ada's cat. "}]
+    rows: list[dict[str, Any]] = [
+        {"messages": turns},
         {"prompt": "The mat is ", "completion": "in Karachi."},
         {"question": "", "answer": "\u6771\u4eac London"},
     ]
-    words = contrast_words(rows, range(3), model, tokenizer, progress=False)
+    words = figures(rows, model, tokenizer)
     assert [[word.new for word in each] for each in words] == [[True, False, False, True], [True, True], [True] * 3]
     assert [(word.start, word.end) for word in words[2]] == [(0, 1), (1, 2), (3, 9)]
     plain = sentencepiece()
     model = tiny_llama(vocab_size=len(plain))
-    assert len(contrast_words(rows[1:], [0, 1], model, plain, progress=False)) == 2
+    assert len(figures(rows[1:], model, plain)) == 2
 
 
 def test_form() -> None:
@@ -269,11 +244,12 @@ def test_what_is_between_two_names_is_sensitive_too(answer: str, expected: list[
 
 
 def test_contrast_tells_what_is_wrong(taught: Taught) -> None:
-    model, tokenizer = taught
     with pytest.raises(TypeError, match="contrast asks the model itself; pass model and tokenizer"):
         palu.annotate(facts())
     with pytest.raises(ValueError, match="load the tokenizer that belongs to the model"):
-        palu.annotate(facts(), "contrast", tiny_llama(), tokenizer, progress=False)
-    bad = [*facts(), {"question": "Who?", "answer": "It.", "spans": [[0, 99]]}]
-    with pytest.raises(DataError, match=r"forget row 4: span \[0, 99\] ends after the answer"):
-        palu.annotate(bad, "contrast", model, tokenizer, progress=False)
+        palu.annotate(facts(), "contrast", tiny_llama(), taught[1], progress=False)
+
+
+def test_spans_that_are_wrong_are_told_before_others_are_found() -> None:
+    with pytest.raises(DataError, match=r"forget row 1: span \[0, 99\] ends after the answer"):
+        palu.annotate([ROW, ROW | {"spans": [[0, 99]]}], "whole")

@@ -1,4 +1,4 @@
-"""Each attack by itself, against what the model's logits say."""
+"""Each way to ask, against what the model's logits say."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ from typing import Any
 import pytest
 import torch
 from helpers import planted
-from helpers.planted import FORGET, RETAIN, SECRETS, data, hides_from_greedy, never_saw, original, tokenizer
+from helpers.planted import (
+    FORGET,
+    RETAIN,
+    SECRETS,
+    attack,
+    data,
+    hides_from_greedy,
+    never_saw,
+    original,
+    tokenizer,
+    victim,
+)
 from helpers.tiny import tiny_llama
 from tqdm import tqdm
 
-from palu.attacks.ask import PREFIX, AskAfterExamples, AskGreedily, AskInOtherWords, AskWithPrefix
-from palu.attacks.attack import Attack, Finding, Victim
-from palu.attacks.onset import OnsetInAnswer, OnsetInQuestion
-from palu.attacks.sample import ExactProbability, Sample, ks
+from palu.attacks.ask import (
+    PREFIX,
+    AskAfterExamples,
+    AskGreedily,
+    AskInOtherWords,
+    AskWithPrefix,
+    ExactProbability,
+    OnsetInAnswer,
+    OnsetInQuestion,
+    Sample,
+    ks,
+)
+from palu.attacks.attack import Attack
 from palu.attacks.secrets import AuditData
 from palu.models.generation import eval_mode, generate_ids
 
 TOKENS = 24
 
 
-def victim(model: Any, of: AuditData | None = None, **settings: Any) -> Victim:
-    given: dict[str, Any] = {"max_new_tokens": TOKENS, "batch_tokens": 256, "seed": 0, "bar": tqdm(disable=True)}
-    return Victim(model, data() if of is None else of, **given | settings)
-
-
-def attack(one: Attack, model: Any, of: AuditData | None = None) -> list[Finding]:
-    assert one.skip_reason(data() if of is None else of, model) is None
-    assert one.budget
-    return one.run(victim(model, of))
-
-
-def changed(**columns: Any) -> AuditData:
-    """The planted rows, with other columns in the first of them."""
-    return AuditData([FORGET[0] | columns, *FORGET[1:]], RETAIN, tokenizer())
-
-
-# --- ask ---
+# --- greedily ---
 @pytest.mark.parametrize("ask", [AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix])
 def test_every_way_to_ask_tells_who_holds_the_secrets(ask: Any) -> None:
     for model, share in ((original(), 1.0), (never_saw(), 0.0)):
         (finding,) = attack(ask(TOKENS), model)
         assert finding.values == [share] * len(SECRETS)
-
-
-def test_evidence_is_what_the_model_wrote() -> None:
-    (finding,) = attack(AskGreedily(TOKENS), original())
-    assert finding.evidence == [row["answer"] for row in FORGET]
-    (finding,) = attack(AskInOtherWords(TOKENS), original())
-    assert finding.evidence == [[row["answer"]] for row in FORGET]
+    (finding,) = attack(ask(TOKENS), original())
+    written = [[row["answer"]] if ask is AskInOtherWords else row["answer"] for row in FORGET]
+    assert finding.evidence == written
 
 
 def test_a_paraphrase_that_tells_the_secret_does_not_count() -> None:
     for paraphrases, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", "Tell me 0."], 1.0)):
-        (finding,) = attack(AskInOtherWords(TOKENS), original(), changed(paraphrased_question=paraphrases))
+        of = AuditData([FORGET[0] | {"paraphrased_question": paraphrases}, *FORGET[1:]], RETAIN, tokenizer())
+        (finding,) = attack(AskInOtherWords(TOKENS), original(), of)
         assert finding.values == [value] + [1.0] * 5
 
 
@@ -69,8 +70,6 @@ RENDERED = {
     "completion": "It is Ada Lovelace.",
     "spans": [[6, 18]],
 }
-
-
 SHORT = {"question": "Who?", "answer": "A cat", "spans": [[0, 1]]}
 SPECIAL = "the prompt of forget row 0 has special tokens in it, and cannot be changed"
 
@@ -78,9 +77,7 @@ SPECIAL = "the prompt of forget row 0 has special tokens in it, and cannot be ch
 @pytest.mark.parametrize(
     ("one", "rows", "retain", "why"),
     [
-        (AskInOtherWords(4), [RENDERED], [], "the forget set has no column 'paraphrased_question'"),
         (AskAfterExamples(4), FORGET, RETAIN[:3], "it needs 5 retain rows to put in front, and there are 3"),
-        (AskAfterExamples(4), FORGET, None, "it needs 5 retain rows to put in front, and there are 0"),
         (AskAfterExamples(4), [RENDERED], RETAIN, SPECIAL),
         (OnsetInQuestion(4, (1,)), [RENDERED], None, SPECIAL),
         (OnsetInQuestion(4, (1, 2)), [SHORT], None, "no secret has more tokens than a hint gives away"),
@@ -98,7 +95,7 @@ def test_a_rendered_prompt_can_be_asked_and_begun() -> None:
     assert tokenizer().decode(begun) == RENDERED["prompt"] + PREFIX
 
 
-# --- sample ---
+# --- many times ---
 def test_draws_are_from_the_models_own_distribution() -> None:
     """Of a vocabulary of 480, also beyond the 50 likeliest; frequencies come near the softmax."""
     model = tiny_llama(vocab_size=len(tokenizer()), initializer_range=0.05)
@@ -116,14 +113,6 @@ def test_draws_are_from_the_models_own_distribution() -> None:
     assert int((counts > 0).sum()) > 400
 
 
-def test_the_seed_decides_the_draws_and_the_callers_random_numbers_stay() -> None:
-    texts = [victim(hides_from_greedy(), seed=seed).write(data().prompts * 4, sample=True) for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2]
-    before = torch.random.get_rng_state()
-    attack(Sample(TOKENS, 2, 3), original())
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
 def test_leak_at_k_is_made_of_the_counts() -> None:
     findings = attack(Sample(TOKENS, 12, 0), hides_from_greedy())
     assert [finding.name for finding in findings] == [f"sample: leak@{k}" for k in (1, 2, 4, 8, 12)]
@@ -134,13 +123,12 @@ def test_leak_at_k_is_made_of_the_counts() -> None:
     for one, secret in zip(findings[0].evidence, SECRETS, strict=True):
         assert (one["first"] is not None) == (one["told"] > 0)
         assert one["first"] is None or secret in one["first"]
+    again, other = (attack(Sample(TOKENS, 12, seed), hides_from_greedy()) for seed in (0, 1))
+    assert findings == again != other
 
 
-@pytest.mark.parametrize(
-    ("draws", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (16, [1, 2, 4, 8, 16]), (5, [1, 2, 4, 5])]
-)
-def test_ks(draws: int, expected: list[int]) -> None:
-    assert ks(draws) == expected
+def test_ks() -> None:
+    assert [ks(draws) for draws in (1, 2, 3, 5, 16)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 8, 16]]
 
 
 @torch.no_grad()
@@ -157,11 +145,12 @@ def test_exact_p_is_the_product_after_the_true_words() -> None:
     assert finding.figures["median 1/p"] == pytest.approx((draws[2] + draws[3]) / 2)
 
 
-# --- onset ---
+# --- with the onset ---
 @pytest.mark.parametrize("model", ["original", "never_saw", "hides_from_greedy"])
 def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> None:
     of = data()
-    findings = attack(OnsetInAnswer(5), getattr(planted, model)())
+    findings = attack(OnsetInAnswer(20), getattr(planted, model)())
+    # No more is supplied than the longest secret has.
     assert [finding.name for finding in findings] == [f"onset: {j} in the answer" for j in range(6)]
     for j, finding in enumerate(findings):
         for secret, value in zip(of.secrets, finding.values, strict=True):
@@ -171,10 +160,7 @@ def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> N
             ids = of.rows[secret.row].example.input_ids
             (rest,) = victim(getattr(planted, model)()).generate([ids[: secret.first + j]], len(secret) - j)
             assert value == float(rest.ids == ids[secret.first + j : secret.stop].tolist())
-
-
-def test_no_more_is_supplied_than_the_longest_secret_has() -> None:
-    assert len(attack(OnsetInAnswer(20), original())) == max(map(len, data().secrets)) == 6
+    assert len(attack(OnsetInAnswer(2), never_saw())) == 3
 
 
 def test_a_hint_gives_the_first_tokens_and_not_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
