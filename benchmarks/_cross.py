@@ -24,18 +24,15 @@ from typing import Any
 
 import numpy as np
 from _methods import LABELS
-from _models import load
-from _timing import DEVICE
+from _timing import markdown_table
 from _tofu import KEEPS, PRESETS, Bench, rank, run_name, summary
 
-import palu
 from palu.attacks.estimators import Rho, rho
 from palu.evaluate import metrics
 from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
 LANGUAGE = {"no word": "forget_no_word", "unknown name": "forget_unknown_name", "rep-4": "forget_rep_4"}
@@ -80,20 +77,7 @@ class Cross:
         bench = self.bench(author)
 
         def attack() -> dict[str, Any]:
-            model, tokenizer = load(str(bench.unlearned_model(method, rate, seed)))
-            results = palu.audit(
-                model.to(DEVICE),  # type: ignore[arg-type]
-                load(str(bench.folder))[0].to(DEVICE),  # type: ignore[arg-type]
-                bench.data.forget,
-                tokenizer=tokenizer,
-                retain_model=load(str(bench.retain_folder))[0].to(DEVICE),  # type: ignore[arg-type]
-                retain=bench.data.retain,
-                folder=bench.stages.folder / "audits",
-                quick=True,
-                only=wanted,
-                draws=DRAWS,
-                max_new_tokens=MAX_NEW_TOKENS,
-            )
+            results = bench.audit(bench.unlearned_model(method, rate, seed), only=wanted)
             return {
                 "attacks": {
                     row["name"]: {role: one["values"] for role, one in row["models"].items()}
@@ -283,22 +267,18 @@ def markdown(found: dict[str, Any]) -> str:
     truth ratios is of a second one. TR rms: ``log_ratio_rms`` of :func:`forget_quality`.
     """
     reported = found["reported"]
-    names = ["lr", "FQ", "FQ by author", "lowest", "TR rms", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    columns = ["", "lr", "FQ", "FQ by author", "lowest", "TR rms", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
+    rows = []
     first = next(iter(reported.values()))
     for role, taught in (("original", "original"), ("retain", "retain_again")):
-        words = [_share(first["language"][name][role]) if role == "retain" else "" for name in LANGUAGE.values()]
-        shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
-        figures = [role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *shares]
-        lines.append("| " + " | ".join(figures) + " |")
+        words = _language(first, role) if role == "retain" else [""] * len(LANGUAGE)
+        rows.append([role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *_told(first, role)])
     for method, one in reported.items():
         name = LABELS.get(method, method) + " *" * (one["utility_kept"] < KEEPS)
-        figures = [f"{one['learning_rate']:g}", *_qualities(one)]
-        figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
-        figures += [_share(one["language"][name]["unlearned"]) for name in LANGUAGE.values()]
-        shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
-        lines.append("| " + " | ".join([name, *figures, *shares]) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
+        figures += [*_language(one, "unlearned"), *_told(one, "unlearned")]
+        rows.append([name, f"{one['learning_rate']:g}", *_qualities(one), *figures])
+    return markdown_table(columns, rows)
 
 
 def _qualities(one: dict[str, Any]) -> list[str]:
@@ -306,8 +286,13 @@ def _qualities(one: dict[str, Any]) -> list[str]:
     return [*figures, f"{one['forget_quality_lowest']:.2g}", f"{one['log_ratio_rms']:.2f}"]
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _language(one: dict[str, Any], role: str) -> list[str]:
+    shares = [one["language"][name][role] for name in LANGUAGE.values()]
+    return ["" if share is None else f"{share:.3f}" for share in shares]
+
+
+def _told(one: dict[str, Any], role: str) -> list[str]:
+    return [f"{one['attacks'][row][role]:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

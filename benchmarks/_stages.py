@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class OutOfTimeError(Exception):
@@ -60,6 +63,25 @@ class Stages:
 
         with gzip.open(self.path(f"{name}.json.gz", write), "rt", encoding="utf-8") as file:
             return json.load(file)
+
+
+def stages_parser(description: str, output: str, data: str, file: str) -> argparse.ArgumentParser:
+    """Make a parser with the options of a command whose stages are kept: --data, --model, --output, --results.
+
+    data: the data set's folder in ../shared, the default; file: what it must hold (see :func:`check_data`).
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA / data, help=f"folder of the data set, with {file}")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--output", type=Path, default=Path("runs") / output, help="folder of the finished stages")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+def check_data(parser: argparse.ArgumentParser, folder: Path, file: str) -> None:
+    """End with an error of the command line where the file is not in the folder."""
+    if not (folder / file).exists():
+        parser.error(f"--data: {folder} holds no {file}; give the data set's folder")
 
 
 @contextmanager

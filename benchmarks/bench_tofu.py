@@ -25,7 +25,7 @@ from typing import Any
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
 from _stages import resumable
-from _tofu import KEEPS, Bench, markdown, mean_of, parser_of, prepare, rank, summary, write
+from _tofu import KEEPS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
 
 
 def run(
@@ -55,7 +55,7 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, cross=True)
+    parser = parser_of(str(__doc__), cross=True)
     parser.add_argument(
         "--methods",
         type=named,
@@ -79,8 +79,7 @@ def main() -> None:
         choices=_cross.ATTACKS,
         help="cross: those of the audit (onset-answer is always made); default: all",
     )
-    arguments = parser.parse_args()
-    prepare(parser, arguments)
+    arguments = parse(parser)
     if arguments.preset == "cross":
         if arguments.seeds:
             parser.error("--preset cross has one seed")

@@ -98,9 +98,9 @@ def test_each_method_shows_its_best_setting_that_keeps_the_utility() -> None:
 
 
 def test_a_figure_that_is_missing_stays_missing() -> None:
-    rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"forget_fluency": None}]
+    rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"privleak": None}]
     row = bench_tofu.chosen(rows, utility=0.4)[1]
-    assert row["forget_fluency"] is None
+    assert row["privleak"] is None
     assert "|  |" in bench_tofu.markdown([row], utility=0.4)
 
     older = {"forget_quality": {"agg_value": 0.1}, "cost": {"seconds": 2.0}}  # a stage from before a metric was there
@@ -182,7 +182,7 @@ def test_the_table_and_the_ablation_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [row["method"] for row in record["table"]] == ["original", "retain", *_methods.OBJECTIVE_METHODS]
     assert len(record["runs"]) == 2 + len(_methods.OBJECTIVE_METHODS)
     for row in record["table"]:
-        missing = {"forget_fluency", "peak_gib"} | ({"seconds"} if "seeds" not in row else set())
+        missing = {"seconds", "peak_gib"} if "seeds" not in row else set()
         missing |= {"forget_quality", "forget_quality_ks"} if row["method"] == "retain" else set()
         assert {name for name in _tofu.COLUMNS.values() if row[name] is None} == missing, row["method"]
 
@@ -253,7 +253,7 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     sizes = _tofu.Preset(4, 4, 2, 2, 2, 4, 1, 10, 1, 10, (1e-3, 2e-3), (0,), 3)
     monkeypatch.setitem(_tofu.PRESETS, "cross", sizes)
     monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0, 1), "report": (4, 5), "fresh": ()})
-    monkeypatch.setattr(_cross, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(_tofu, "AUDIT_TOKENS", 3)
     given = ("--preset", "cross", "--model", model_folder, "--methods", "palu", "--choosing-authors", "0")
     record = command(monkeypatch, bench_tofu, tmp_path, *given)
     assert record["choosing"]["palu"].keys() == {"0.001", "0.002"}
@@ -281,7 +281,7 @@ def test_the_audit_attacks_the_models_of_the_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
 ) -> None:
     monkeypatch.setitem(_tofu.PRESETS, "tiny", _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3))
-    monkeypatch.setattr(bench_audit, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(_tofu, "AUDIT_TOKENS", 3)
     given = ("--model", model_folder, "--methods", "palu,npo")
     record = command(monkeypatch, bench_audit, tmp_path, *given)
     assert list(record["audits"]) == ["palu", "npo"]
