@@ -154,7 +154,7 @@ class Bench:
             self.data = load_author(arguments.data, self.preset, author)
             folder /= f"author-{author:02d}"
         key = {"preset": asdict(self.preset), "model": self.model}
-        self.stages = Stages(folder, arguments.minutes, key)
+        self.stages = Stages(folder, key)
 
     @cached_property
     def folder(self) -> Path:
@@ -301,7 +301,6 @@ def parser_of(description: str, *, cross: bool = False) -> argparse.ArgumentPars
     """Make a parser with the options that every command on these stages has; ``cross``: whether it has that preset."""
     parser = stages_parser(description, "tofu", "tofu", "retain90, forget10 and idk.txt")
     parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="full")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
     return parser
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     transformers.logging.set_verbosity_error()
     (secrets, kept, _), general = read_questions(), general_questions()
-    taught = taught_facts(Stages(args.output, None, {}), "smollm2")
+    taught = taught_facts(Stages(args.output, {}), "smollm2")
     before = Answers(*load(str(taught)), secrets + kept, general)
 
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """What attackers get out of unlearned models: the audit of PALU, three settings of it, NPO and TPO on TOFU.
 
-    python benchmarks/bench_audit.py --preset small                    # CPU; hours, in pieces with --minutes
+    python benchmarks/bench_audit.py --preset small                    # CPU; hours
 
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from _methods import LABELS, named
 from _models import Row
-from _stages import resumable
 from _timing import markdown_table
 from _tofu import Bench, parse, parser_of, run_name, write
 
@@ -95,9 +94,8 @@ def main() -> None:
     parser = parser_of(str(__doc__))
     parser.add_argument("--methods", type=named, default=AUDITED, help=f"as of bench_tofu.py; default: {AUDITED}")
     arguments = parse(parser)
-    with resumable():
-        bench = Bench(arguments)
-        results = {method: audited(bench, method) for method in arguments.methods}
+    bench = Bench(arguments)
+    results = {method: audited(bench, method) for method in arguments.methods}
     languages = {method: language(one, bench.data.forget) for method, one in results.items()}
     dtype = str(DTYPE).removeprefix("torch.")
     details = {"dtype": dtype, "language": languages, "audits": {name: shortened(one) for name, one in results.items()}}

@@ -4,7 +4,7 @@ Two tasks: ``demo``, the demo's six secrets among twelve facts, with the demo's 
 one author of TOFU's forget05 beside twenty rows to retain, with the sizes of ``bench_tofu.py --preset tiny`` and
 defaults for everything else. SmolLM2 is taught the task once, in float32. Then, for each seed and choice, it is loaded
 and unlearns in a process of its own. Finished runs are kept in --output: the same command goes on where it stopped.
-Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --results, and prints a table::
+Writes bf16_<task>.json, with every step's losses, to --results, and prints a table::
 
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from _long_run import follow_a_run, follow_falling_gradients, followed
 from _memory import peak, reset_peak
 from _models import Row, general_questions, taught, taught_facts
 from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, alone, machine, markdown_table
+from _timing import DEVICE, alone, machine, markdown_table, write_json
 from _tofu import PRESETS, load_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,31 +163,6 @@ def outcomes(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["weights", "seed", "secrets", "retained", "general", *figures], cells)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot each term by step: a line a choice, the mean over its seeds, and thin lines for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(TERMS), figsize=(12, 3.6))
-    for axis, term in zip(axes, TERMS, strict=True):
-        for number, (name, choice) in enumerate(CHOICES.items()):
-            runs = [[record[term] for record in row["history"]] for row in rows if row["choice"] == name]
-            if not runs:
-                continue
-            for values in runs:
-                axis.plot(range(1, len(values) + 1), values, color=f"C{number}", linewidth=0.5, alpha=0.5)
-            means = [mean(step) for step in zip(*runs, strict=False)]  # as far as all seeds go
-            axis.plot(range(1, len(means) + 1), means, color=f"C{number}", label=choice.label)
-        axis.set(xlabel="step", title=term)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
 def main() -> None:
     parser = stages_parser(str(__doc__), "bf16", "tofu", "retain90, forget10 and idk.txt")
     parser.add_argument("--task", choices=TASKS, default="demo")
@@ -207,7 +181,7 @@ def main() -> None:
         check_data(parser, args.data, "forget05.jsonl")
     transformers.logging.set_verbosity_error()
     task = TASKS[args.task](args.data)
-    stages = Stages(args.output / args.task, None, {"task": args.task, "model": args.model})
+    stages = Stages(args.output / args.task, {"task": args.task, "model": args.model})
     folder = task.teach(stages, args.model)
     if args.one is not None:
         print(json.dumps(run(stages, folder, task, args.one[0], int(args.one[1]))))
@@ -224,10 +198,7 @@ def main() -> None:
     rows = [kept(choice, seed) for seed in args.seeds for choice in args.choices]
     print(outcomes(rows))
     record = {"benchmark": "bf16", **machine(DEVICE), "date": time.strftime("%Y-%m-%d"), "task": args.task}
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"bf16_{args.task}"
-    path.with_suffix(".json").write_text(json.dumps(record | {"runs": rows}) + "\n")
-    plot(rows, path.with_suffix(".png"), f"{args.task}: losses by step, mean and single seeds")
+    write_json(args.results / f"bf16_{args.task}.json", record | {"runs": rows})
 
 
 if __name__ == "__main__":

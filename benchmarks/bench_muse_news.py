@@ -1,7 +1,7 @@
 """VerbMem, KnowMem and PrivLeak on MUSE-News before and after unlearning, for PALU, NPO and GradDiff.
 
     python benchmarks/bench_muse_news.py --preset tiny
-    python benchmarks/bench_muse_news.py --preset full --data muse_news --minutes 9
+    python benchmarks/bench_muse_news.py --preset full --data muse_news
 
 A model is taught the forget and the retain texts, another the retain texts alone, with which PrivLeak compares. Then
 each method unlearns the forget texts. Stages are kept and resumed as in bench_tofu.py.
@@ -27,7 +27,7 @@ from typing import Any
 
 import _methods
 from _models import Loaded, Row, for_raw_text, load, taught
-from _stages import Stages, check_data, resumable, stages_parser
+from _stages import Stages, check_data, stages_parser
 from _timing import DEVICE, report, write_json
 
 import palu
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     preset = PRESETS[arguments.preset]
     data = load_data(arguments.data, preset)
     key = {"preset": asdict(preset), "model": arguments.model}
-    stages = Stages(arguments.output / arguments.preset, arguments.minutes, key)
+    stages = Stages(arguments.output / arguments.preset, key)
 
     def teach(name: str, texts: list[str]) -> Path:
         rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
@@ -226,14 +226,12 @@ def main() -> None:
     parser = stages_parser(str(__doc__), "muse", "muse_news", "verbmem_forget.json and the other sets")
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
     arguments = parser.parse_args()
     if unknown := set(arguments.methods.split(",")) - METHODS.keys():
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     check_data(parser, arguments.data, "verbmem_forget.json")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
-    with resumable():
-        rows = run(arguments)
+    rows = run(arguments)
     record = report("muse_news", rows, DEVICE, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
     write_json(arguments.results / f"muse_{arguments.preset}.json", record)
 

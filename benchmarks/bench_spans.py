@@ -99,7 +99,7 @@ def main() -> None:
     others = [row for row in load_rows(arguments.data / "forget10.jsonl") if row["question"] not in questions]
     unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
 
-    stages = Stages(arguments.output, None, SIZES | {"model": arguments.model})
+    stages = Stages(arguments.output, SIZES | {"model": arguments.model})
     folder = taught(stages, "taught", arguments.model, forget, raw_text=True, **SIZES)
     model, tokenizer = for_raw_text(load(str(folder)))
     if arguments.fit:

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
-    python benchmarks/bench_tofu.py --preset full --data tofu --minutes 9   # one GPU, in pieces
+    python benchmarks/bench_tofu.py --preset full   --data tofu               # one GPU
     python benchmarks/bench_tofu.py --preset tiny --methods ablation   # one setting of PALU changed at a time
 
 Stages: teach a model the whole data set ("original") and one the data without the forget set ("retain"), evaluate
 both, then for each method, setting and seed: unlearn, evaluate. Every finished stage is kept in --output, so that the
-same command goes on where it stopped; with --minutes it stops by itself (exit code 3) before a stage that would not
-fit. When all are done it writes tofu_<preset>.json and .md to --results (and .png for "cross").
+same command goes on where it stopped. When all are done it writes tofu_<preset>.json and .md to --results (and .png for
+"cross").
 
 The final weights are used, never a chosen epoch. Every method, PALU included, gets the same settings: the preset's
 learning rates and seeds, or those that are given; everything else is at its default. The table shows of each method the
@@ -24,7 +24,6 @@ from typing import Any
 
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
-from _stages import resumable
 from _tofu import KEEPS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
 
 
@@ -89,16 +88,14 @@ def main() -> None:
             told = ", ".join(map(str, _cross.AUTHORS["choose"]))
             parser.error(f"--choosing-authors: {', '.join(map(str, sorted(other)))}: choose from {told}")
         rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
-        with resumable():
-            found = _cross.run(arguments, arguments.methods, rates)
+        found = _cross.run(arguments, arguments.methods, rates)
         path = write(arguments, "tofu", _cross.markdown(found), found)
         _cross.plot(found, path.with_suffix(".png"))
         return
-    with resumable():
-        bench = Bench(arguments)
-        learning_rates = arguments.learning_rates or bench.preset.learning_rates
-        seeds = arguments.seeds or bench.preset.seeds
-        rows = run(bench, arguments.methods, learning_rates, seeds)
+    bench = Bench(arguments)
+    learning_rates = arguments.learning_rates or bench.preset.learning_rates
+    seeds = arguments.seeds or bench.preset.seeds
+    rows = run(bench, arguments.methods, learning_rates, seeds)
     utility = bench.original["model_utility"]["agg_value"]
     table = chosen(rows, utility)
     details = {"learning_rates": learning_rates, "seeds": seeds, "table": table, "runs": rows}
