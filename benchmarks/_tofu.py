@@ -146,7 +146,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, author: int | None = None):
         self.preset = PRESETS[arguments.preset]
-        self.model = arguments.model
+        self.model, self.author = arguments.model, author
         folder = arguments.output / arguments.preset
         if author is None:
             self.data = load_data(arguments.data, self.preset)

@@ -24,7 +24,7 @@ from typing import Any
 
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
-from _tofu import KEEPS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
+from _tofu import KEEPS, PRESETS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
 
 
 def run(
@@ -55,23 +55,28 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = parser_of(str(__doc__), cross=True)
-    parser.add_argument(
-        "--methods",
-        type=named,
-        default=",".join(OBJECTIVE_METHODS),
-        help="names of _methods.py, separated by commas, or ablation; default: all objectives",
+    add, authors = parser.add_argument, _cross.AUTHORS
+    objectives = ",".join(OBJECTIVE_METHODS)
+    add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
+    add("--learning-rates", type=float, nargs="+", help="default: the preset's")
+    add("--seeds", type=int, nargs="+", help="default: the preset's; cross has one")
+    add(
+        "--authors",
+        type=int,
+        nargs="+",
+        default=authors["report"],
+        choices=authors["report"] + authors["fresh"],
+        help="cross: those to report",
     )
-    parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
-    parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
-    parser.add_argument(
+    add(
         "--choosing-authors",
         type=int,
         nargs="+",
-        default=_cross.AUTHORS["choose"],
-        help="cross: those on which a learning rate is chosen; default: four of _cross.py",
+        default=authors["choose"],
+        choices=authors["choose"],
+        help="cross: those on which a learning rate is chosen",
     )
-    parser.add_argument(
+    add(
         "--attacks",
         nargs="+",
         default=_cross.ATTACKS,
@@ -82,12 +87,7 @@ def main() -> None:
     if arguments.preset == "cross":
         if arguments.seeds:
             parser.error("--preset cross has one seed")
-        if seen := set(arguments.authors or ()) - {*_cross.AUTHORS["report"], *_cross.AUTHORS["fresh"]}:
-            parser.error(f"--authors: {', '.join(map(str, sorted(seen)))}: choose from those that are not chosen on")
-        if other := set(arguments.choosing_authors) - {*_cross.AUTHORS["choose"]}:
-            told = ", ".join(map(str, _cross.AUTHORS["choose"]))
-            parser.error(f"--choosing-authors: {', '.join(map(str, sorted(other)))}: choose from {told}")
-        rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
+        rates = arguments.learning_rates or PRESETS["cross"].learning_rates
         found = _cross.run(arguments, arguments.methods, rates)
         path = write(arguments, "tofu", _cross.markdown(found), found)
         _cross.plot(found, path.with_suffix(".png"))
