@@ -231,16 +231,14 @@ class Bench:
 
     def audit(self, model: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Any]:
         """Audit an unlearned model in a dtype; what is found of the original and the retain model is kept for all."""
-
-        def served(folder: Path) -> Any:
-            return load(str(folder))[0].to(DEVICE, dtype)  # type: ignore[arg-type]
-
+        loaded = [load(str(folder)) for folder in (model, self.folder, self.retain_folder)]
+        unlearned, original, retain_model = (one.to(DEVICE, dtype) for one, _ in loaded)  # type: ignore[arg-type]
         return palu.audit(
-            served(model),
-            served(self.folder),
+            unlearned,
+            original,
             self.data.forget,
-            tokenizer=load(str(model))[1],
-            retain_model=served(self.retain_folder),
+            tokenizer=loaded[0][1],
+            retain_model=retain_model,
             retain=self.data.retain,
             folder=self.stages.folder / "audits",
             quick=True,

@@ -41,7 +41,7 @@ ENVIRONMENT = {
 def main() -> None:
     if "RANK" not in os.environ:
         os.environ.update(ENVIRONMENT)
-        run.main(["--standalone", f"--nproc-per-node={PROCESSES}", *sys.argv])
+        run.main(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={PROCESSES}", *sys.argv])
         return
     rank = int(os.environ["RANK"])
     rows = gather_object([measure(rank)])

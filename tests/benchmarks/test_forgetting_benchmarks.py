@@ -234,7 +234,18 @@ def test_cross_chooses_on_some_authors_and_reports_others(
     monkeypatch.setitem(_tofu.PRESETS, "cross", sizes)
     monkeypatch.setattr(_cross, "AUTHORS", {"choose": (0, 1), "report": (4, 5), "fresh": ()})
     monkeypatch.setattr(_tofu, "AUDIT_TOKENS", 3)
-    given = ("--preset", "cross", "--model", model_folder, "--methods", "palu", "--choosing-authors", "0")
+    given = (
+        "--preset",
+        "cross",
+        "--model",
+        model_folder,
+        "--methods",
+        "palu",
+        "--choosing-authors",
+        "0",
+        "--attacks",
+        "ask",
+    )
     record = command(monkeypatch, bench_tofu, tmp_path, *given)
     assert record["choosing"]["palu"].keys() == {"0.001", "0.002"}
     assert record["authors"]["choose"] == [0]
