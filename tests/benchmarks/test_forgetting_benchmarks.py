@@ -29,9 +29,12 @@ has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands choose one for their process, where the user has not."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One precision, and nothing that the model would first have to write; both are tested elsewhere."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for settings in (_methods.METHODS["palu"], _methods.METHODS["K=1"], bench_muse_news.METHODS["palu-whole-texts"]):
+        for name in ("anchors", "neighbours", "variants"):
+            monkeypatch.setitem(settings, name, 0)
 
 
 # --- Stages ---
