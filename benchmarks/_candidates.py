@@ -32,6 +32,7 @@ from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
 
 Run = Callable[[], object]
+PaddedPair = tuple[Padded, Padded]  # forget, retain
 
 
 # --- what they share ---
@@ -41,20 +42,41 @@ class Setup:
 
     device: torch.device
     config: UnlearnConfig
-    eos_token_id: int
     model: PreTrainedModel  # with packed attention
     twin: PreTrainedModel  # the same parameters, with the attention and checkpointing of the published step
+    ref_model: PreTrainedModel
     method: PaluMethod
     loaders: list[UnlearnDataLoader]  # one batch each
-    padded: list[tuple[Padded, Padded]]  # forget, retain; on the host, pinned for CUDA
+    padded: list[PaddedPair]  # on the host, pinned for CUDA
+
+    def padded_on_device(self, batch: PaddedPair) -> PaddedPair:
+        """Copy a batch; copies from pinned memory do not block."""
+        forget, retain = (
+            {name: value.to(self.device, non_blocking=True) for name, value in part.items()} for part in batch
+        )
+        return forget, retain
+
+    def published_step(self, batch: PaddedPair) -> Tensor:
+        """Compute the loss of a step of the published formulation, its gradients left in the model."""
+        eos_token_id = self.model.config.vocab_size - 1
+        forget, retain = self.padded_on_device(batch)
+        total = published_step(self.twin, self.ref_model, forget, retain, self.config, eos_token_id)
+        total.backward()
+        return total.detach()
+
+    def palu_step(self, loader: UnlearnDataLoader) -> Tensor:
+        """Compute the loss of a step of palu.unlearn, its gradients left in the model. The loader has one batch."""
+        [[batch]] = loader
+        total = self.method(batch.to(self.device), torch.tensor(batch.counts, device=self.device)).total
+        total.backward()
+        return total.detach()
 
 
-def prepare(
-    arguments: argparse.Namespace, make_reference: Callable[[PreTrainedModel], PreTrainedModel] | None
-) -> Setup:
+def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
     """Make model, batches and reference cache.
 
-    make_reference: makes the reference of the model; None: the model itself is it.
+    perturbed: the reference is a copy of the model with noise on its weights, so that the KL divergence is not zero;
+    otherwise it is the model itself.
     """
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
@@ -77,52 +99,37 @@ def prepare(
     retain_batch_size = config.retain_batch_size or config.batch_size
     batches = make_batches(vocab_size, arguments.batches, config.batch_size, retain_batch_size, arguments.seed)
 
-    ref_model = model if make_reference is None else make_reference(twin)
-    eos_token_id = vocab_size - 1
+    ref_model = frozen_copy(twin, noise=0.02) if perturbed else model
     pinned = device.type == "cuda"
     weight = head_of(ref_model).weight.detach()
-    if make_reference is None and not arguments.frozen_head:
-        weight = weight.clone()
-    ref_head = Head(weight, None)
+    ref_head = Head(weight if perturbed or arguments.frozen_head else weight.clone(), None)
     loaders, padded = [], []
     with use_packed_attention(ref_model):
         for forget, retain in batches:
-            items = PaluMethod.make_items(ForgetSet(forget, eos_token_id), config)
+            items = PaluMethod.make_items(ForgetSet(forget, vocab_size - 1), config)
             cache = compute_outputs(ref_model, items, config, Accelerator())
             loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
-            padded.append((collate(forget), collate(retain)))
-    if pinned:
-        padded = [(forget.pin_memory(), retain.pin_memory()) for forget, retain in padded]
+            parts = [collate(forget), collate(retain)]
+            if pinned:
+                parts = [{name: value.pin_memory() for name, value in part.items()} for part in parts]
+            padded.append((parts[0], parts[1]))
     method = PaluMethod(model, config)
     method.ref_head = ref_head
     if arguments.frozen_head:
         method.weight_mean = weight_mean(head_of(model).weight)
-    return Setup(device, config, eos_token_id, model, twin, method, loaders, padded)
+    return Setup(device, config, model, twin, ref_model, method, loaders, padded)
 
 
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model and freeze the copy."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def perturbed_copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with noise on its weights, so that the KL divergence is not zero, and freeze the copy."""
-    ref_model = copy_of(model)
+def frozen_copy(model: PreTrainedModel, noise: float = 0.0) -> PreTrainedModel:
+    """Copy a model, add noise to the copy's weights, and freeze it."""
+    ref_model = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
-        for parameter in ref_model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        for parameter in ref_model.parameters() if noise else ():
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
     return ref_model
 
 
-# --- one step, or a part of it ---
-def palu_step(method: PaluMethod, loader: UnlearnDataLoader, device: torch.device) -> Tensor:
-    """Compute the loss of a step of palu.unlearn, its gradients left in the model. The loader has one batch."""
-    [[batch]] = loader
-    total = method(batch.to(device), torch.tensor(batch.counts, device=device)).total
-    total.backward()
-    return total.detach()
-
-
+# --- head and losses alone ---
 def palu_section(
     hidden: Tensor, head: Head, ref_head: Head, weight_mean: Tensor | None, batch: Batch, config: UnlearnConfig
 ) -> tuple[Tensor, ...]:
@@ -146,70 +153,48 @@ def palu_section(
 
 
 def published_section(
-    hidden: tuple[Tensor, Tensor, Tensor],
-    weight: Tensor,
-    ref_weight: Tensor,
-    forget: Padded,
-    retain: Padded,
-    config: UnlearnConfig,
-    eos_token_id: int,
+    setup: Setup, hidden: tuple[Tensor, Tensor, Tensor], weight: Tensor, ref_weight: Tensor, batch: PaddedPair
 ) -> tuple[Tensor, ...]:
-    """Compute the gradients for the hidden states [B, T, d] of :func:`published_states`, and for the head."""
+    """Compute the gradients for the hidden states [B, T, d] of the model (forget, retain), and for the head.
+
+    hidden: the model's (forget), the reference's (forget), the model's (retain).
+    """
     current, frozen, kept = hidden
     total = published_loss(
         F.linear(current, weight),
         F.linear(frozen, ref_weight),
-        forget.labels,
+        batch[0]["labels"],
         F.linear(kept, weight),
-        retain.labels,
-        config,
-        eos_token_id,
+        batch[1]["labels"],
+        setup.config,
+        setup.model.config.vocab_size - 1,
     )
     return torch.autograd.grad(total, [t for t in (current, kept, weight) if t.requires_grad])
 
 
 # --- candidates: one run per batch ---
-def run_published(setup: Setup, ref_model: PreTrainedModel, batch: tuple[Padded, Padded]) -> Tensor:
-    """Compute the loss of a step of the published formulation, its gradients left in the model."""
-    forget, retain = (part.to(setup.device) for part in batch)
-    total = published_step(setup.twin, ref_model, forget, retain, setup.config, setup.eos_token_id)
-    total.backward()
-    return total.detach()
-
-
-def published_runs(setup: Setup, ref_model: PreTrainedModel) -> list[Run]:
-    """A step of the published formulation, on each batch."""
-    return [freeing(setup, partial(run_published, setup, ref_model, batch)) for batch in setup.padded]
-
-
-def palu_runs(setup: Setup) -> list[Run]:
-    """A step of palu.unlearn, on each batch."""
-    return [freeing(setup, partial(palu_step, setup.method, loader, setup.device)) for loader in setup.loaders]
-
-
 def body_runs(setup: Setup) -> list[Run]:
     """Forward and backward pass of the packed body alone, on each batch."""
 
     def run(batch: Batch, gradient: Tensor) -> None:
         body_of(setup.model)(**batch.packed.inputs()).last_hidden_state.backward(gradient)
 
-    runs = []
+    runs: list[Run] = []
     for loader in setup.loaders:
         [[batch]] = loader
         gradient = states(1, sum(batch.packed.sequence_lengths), like=head_of(setup.model).weight)
-        runs.append(freeing(setup, partial(run, batch.to(setup.device), gradient.detach())))
+        runs.append(partial(run, batch.to(setup.device), gradient.detach()))
     return runs
 
 
 def palu_section_runs(setup: Setup) -> list[Run]:
     """Head and losses of palu, from random hidden states for each batch."""
-    head = head_of(setup.model)
+    head, ref_head, mean = head_of(setup.model), setup.method.ref_head, setup.method.weight_mean
+    assert ref_head is not None
     runs: list[Run] = []
     for loader in setup.loaders:
         [[batch]] = loader
         hidden = states(len(batch.rows), like=head.weight)
-        ref_head, mean = setup.method.ref_head, setup.method.weight_mean
-        assert ref_head is not None
         runs.append(partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config))
     return runs
 
@@ -219,36 +204,14 @@ def published_section_runs(setup: Setup) -> list[Run]:
     weight, ref_head = head_of(setup.model).weight, setup.method.ref_head
     assert ref_head is not None
     runs: list[Run] = []
-    for batch in setup.padded:
-        forget, retain = (part.to(setup.device) for part in batch)
-        hidden = published_states(forget, retain, weight)
-        runs.append(
-            partial(
-                published_section, hidden, weight, ref_head.weight, forget, retain, setup.config, setup.eos_token_id
-            )
-        )
+    for batch in map(setup.padded_on_device, setup.padded):
+        shapes = [part["labels"].shape for part in (batch[0], *batch)]
+        current, frozen, kept = (states(*shape, like=weight) for shape in shapes)
+        hidden = current, frozen.detach(), kept
+        runs.append(partial(published_section, setup, hidden, weight, ref_head.weight, batch))
     return runs
-
-
-def published_states(forget: Padded, retain: Padded, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw hidden states [B, T, d] of the model (forget), of the reference (forget) and of the model (retain)."""
-    return (
-        states(*forget.labels.shape, like=weight),
-        states(*forget.labels.shape, like=weight).detach(),
-        states(*retain.labels.shape, like=weight),
-    )
 
 
 def states(*shape: int, like: Tensor) -> Tensor:
     """Draw hidden states [..., d] as a final norm leaves them, with the dtype and device of a head [V, d]."""
     return torch.randn(*shape, like.shape[1], dtype=like.dtype, device=like.device, requires_grad=True)
-
-
-def freeing(setup: Setup, run: Run) -> Run:
-    """Return a run that frees the model's gradients at its end."""
-
-    def both() -> None:
-        run()
-        setup.model.zero_grad(set_to_none=True)
-
-    return both

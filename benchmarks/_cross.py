@@ -16,7 +16,6 @@ import argparse
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -24,18 +23,16 @@ from typing import Any
 
 import numpy as np
 from _methods import LABELS
-from _models import load
-from _timing import DEVICE
-from _tofu import KEEPS, PRESETS, Bench, rank, run_name, summary
+from _timing import markdown_table
+from _tofu import KEEPS, Bench, rank, run_name, summary
 
-import palu
 from palu.attacks.estimators import Rho, rho
 from palu.evaluate import metrics
 from palu.evaluate.summarize import truth_ratios
 
 # Author 10 is the one of the preset "tiny", on whom earlier defaults were chosen.
 AUTHORS = {"choose": (0, 1, 2, 3), "report": (4, 5, 6, 7, 8, 9, 11, 12), "fresh": (13, 14, 15, 16, 17, 18, 19)}
-MAX_NEW_TOKENS, DRAWS = 64, 8  # of the audit
+SEED = 0  # the preset's
 ATTACKS = ("ask", "ask-paraphrased", "sample", "onset-answer", "quantise-int4", "relearn-weights")
 # Of what it writes for the forget rows: the table shows the model's share, and the retain model's.
 LANGUAGE = {"no word": "forget_no_word", "unknown name": "forget_unknown_name", "rep-4": "forget_rep_4"}
@@ -53,120 +50,85 @@ KEPT = ("author", "model_utility", "original_utility", "mia_min_k", "exact_memor
 Run = dict[str, Any]
 
 
-class Cross:
-    """The runs on each author, made where they are missing."""
+def evaluated(bench: Bench, method: str, rate: float) -> Run:
+    """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
+    results = bench.unlearned(method, rate, SEED)
+    return taught(bench, results) | {
+        **summary(results, method=method, learning_rate=rate, seed=SEED),
+        "original_utility": bench.original["model_utility"]["agg_value"],
+        "language": {
+            name: {"unlearned": results[name]["agg_value"], "retain": results[name]["retain_model"]["agg_value"]}
+            for name in LANGUAGE.values()
+        },
+    }
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.preset = arguments, PRESETS[arguments.preset]
-        self.bench = cache(lambda author: Bench(arguments, author))
 
-    def evaluated(self, author: int, method: str, rate: float, seed: int) -> Run:
-        """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
-        bench = self.bench(author)
-        results = bench.unlearned(method, rate, seed)
+def audited(bench: Bench, method: str, rate: float, only: Sequence[str]) -> dict[str, Any]:
+    """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
+    wanted = [key for key in ATTACKS if key == "onset-answer" or key in only]  # the plot reads it
+
+    def attack() -> dict[str, Any]:
+        results = bench.audit(bench.unlearned_model(method, rate, SEED), only=wanted)
         return {
-            "author": author,
-            **summary(results, method=method, learning_rate=rate, seed=seed),
-            "original_utility": bench.original["model_utility"]["agg_value"],
-            **_ratios(results, bench),
-            "language": {
-                name: {"unlearned": results[name]["agg_value"], "retain": results[name]["retain_model"]["agg_value"]}
-                for name in LANGUAGE.values()
+            "attacks": {
+                row["name"]: {role: one["values"] for role, one in row["models"].items()}
+                for row in results["attacks"]
+                if row["models"]
             },
+            "token_log_p": token_log_p(results),
         }
 
-    def audited(self, author: int, method: str, rate: float, seed: int) -> dict[str, Any]:
-        """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
-        bench = self.bench(author)
-
-        def attack() -> dict[str, Any]:
-            model, tokenizer = load(str(bench.unlearned_model(method, rate, seed)))
-            results = palu.audit(
-                model.to(DEVICE),  # type: ignore[arg-type]
-                load(str(bench.folder))[0].to(DEVICE),  # type: ignore[arg-type]
-                bench.data.forget,
-                tokenizer=tokenizer,
-                retain_model=load(str(bench.retain_folder))[0].to(DEVICE),  # type: ignore[arg-type]
-                retain=bench.data.retain,
-                folder=bench.stages.folder / "audits",
-                quick=True,
-                only=wanted,
-                draws=DRAWS,
-                max_new_tokens=MAX_NEW_TOKENS,
-            )
-            return {
-                "attacks": {
-                    row["name"]: {role: one["values"] for role, one in row["models"].items()}
-                    for row in results["attacks"]
-                    if row["models"]
-                },
-                "token_log_p": token_log_p(results),
-            }
-
-        wanted = [key for key in ATTACKS if key == "onset-answer" or key in self.arguments.attacks]  # the plot reads it
-        return bench.stages.results("-".join([run_name(method, rate, seed), "audited", *wanted]), attack)
-
-    def taught(self, author: int, name: str) -> Run:
-        """Measure the forget quality of a model that was taught: "original" or "retain_again" of :class:`Bench`."""
-        bench = self.bench(author)
-        results = getattr(bench, name)
-        return {
-            "author": author,
-            **{key: results[key]["agg_value"] for key in ("forget_quality", "forget_quality_ks")},
-            **_ratios(results, bench),
-        }
-
-    def drop_model(self, author: int, method: str, rate: float, seed: int) -> None:
-        """Delete the weights of a model that has been evaluated and audited: half a gigabyte each."""
-        shutil.rmtree(self.bench(author).kept(method, rate, seed), ignore_errors=True)
+    return bench.stages.results("-".join([run_name(method, rate, SEED), "audited", *wanted]), attack)
 
 
-def _ratios(results: dict[str, Any], bench: Bench) -> dict[str, list[float]]:
+def taught(bench: Bench, results: dict[str, Any]) -> Run:
+    """Pick the forget quality from an evaluation, and the truth ratios of the model and of the retain model by row."""
     both = {"ratios": results, "retain_ratios": bench.retain}
-    return {name: list(truth_ratios(one, "forget_truth_ratio").values()) for name, one in both.items()}
+    return {
+        "author": bench.author,
+        **{key: results[key]["agg_value"] for key in ("forget_quality", "forget_quality_ks")},
+        **{name: list(truth_ratios(one, "forget_truth_ratio").values()) for name, one in both.items()},
+    }
 
 
 def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
     """Choose on some authors, and report on others; returns what the JSON holds."""
-    cross = Cross(arguments)
     choosing_authors = arguments.choosing_authors if len(rates) > 1 else ()
-    authors = arguments.authors or AUTHORS["report"]
-    (seed,) = cross.preset.seeds
-    tried: dict[str, dict[float, list[Run]]] = {}
-    for method in methods:
-        tried[method] = {
-            rate: [cross.evaluated(author, method, rate, seed) for author in choosing_authors] for rate in rates
-        }
+    authors = arguments.authors
+    choosing, reporting = ([Bench(arguments, author) for author in some] for some in (choosing_authors, authors))
+    tried = {
+        method: {rate: [evaluated(bench, method, rate) for bench in choosing] for rate in rates} for method in methods
+    }
     reported = {}
     for method, by_rate in tried.items():
-        rate = chosen(by_rate) if choosing_authors else rates[0]
+        rate = chosen(by_rate) if choosing else rates[0]
         audits, runs = [], []
-        for author in authors:
-            audits.append(cross.audited(author, method, rate, seed))
-            runs.append(cross.evaluated(author, method, rate, seed))
-            cross.drop_model(author, method, rate, seed)
+        for bench in reporting:
+            audits.append(audited(bench, method, rate, arguments.attacks))
+            runs.append(evaluated(bench, method, rate))
+            # Half a gigabyte each, and not needed any more.
+            shutil.rmtree(bench.kept(method, rate, SEED), ignore_errors=True)
         reported[method] = pooled(runs) | {
             "learning_rate": rate,
             "attacks": attacks([audit["attacks"] for audit in audits]),
             "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
             "runs": [{name: run[name] for name in (*KEPT, "ratios")} for run in runs],
         }
-    taught = {name: [cross.taught(author, name) for author in authors] for name in ("original", "retain_again")}
-    ratios = {name: [run["ratios"] for run in runs] for name, runs in taught.items()}
-    choosing = {
-        method: {
-            f"{rate:g}": {name: found[name] for name in ("forget_quality", "utility_kept")}
-            for rate, found in ((rate, pooled(runs)) for rate, runs in by_rate.items() if runs)
-        }
-        for method, by_rate in tried.items()
-    }
-    known = AUTHORS | {"choose": choosing_authors, "report": authors}
+    originals = [taught(bench, bench.original) for bench in reporting]
+    again = [taught(bench, bench.retain_again) for bench in reporting]
     return {
-        "authors": known,
+        "authors": AUTHORS | {"choose": choosing_authors, "report": authors},
         "learning_rates": rates,
-        "choosing": choosing,
-        "retain_ratios": [run["retain_ratios"] for run in taught["original"]],  # a list for each author
-        **{name: forget_quality(runs) | {"ratios": ratios[name]} for name, runs in taught.items()},
+        "choosing": {
+            method: {
+                f"{rate:g}": {name: found[name] for name in ("forget_quality", "utility_kept")}
+                for rate, found in ((rate, pooled(runs)) for rate, runs in by_rate.items() if runs)
+            }
+            for method, by_rate in tried.items()
+        },
+        "retain_ratios": [run["retain_ratios"] for run in originals],  # a list for each author
+        "original": forget_quality(originals) | {"ratios": [run["ratios"] for run in originals]},
+        "retain_again": forget_quality(again) | {"ratios": [run["ratios"] for run in again]},
         "reported": reported,
     }
 
@@ -283,22 +245,18 @@ def markdown(found: dict[str, Any]) -> str:
     truth ratios is of a second one. TR rms: ``log_ratio_rms`` of :func:`forget_quality`.
     """
     reported = found["reported"]
-    names = ["lr", "FQ", "FQ by author", "lowest", "TR rms", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    columns = ["", "lr", "FQ", "FQ by author", "lowest", "TR rms", "MU kept", "lowest", "Min-K", *LANGUAGE, *SHOWN]
+    rows = []
     first = next(iter(reported.values()))
     for role, taught in (("original", "original"), ("retain", "retain_again")):
-        words = [_share(first["language"][name][role]) if role == "retain" else "" for name in LANGUAGE.values()]
-        shares = [f"{first['attacks'][row][role]:.2f}" if row in first["attacks"] else "" for row in SHOWN.values()]
-        figures = [role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *shares]
-        lines.append("| " + " | ".join(figures) + " |")
+        words = _language(first, role) if role == "retain" else [""] * len(LANGUAGE)
+        rows.append([role.capitalize(), "", *_qualities(found[taught]), *[""] * 3, *words, *_told(first, role)])
     for method, one in reported.items():
         name = LABELS.get(method, method) + " *" * (one["utility_kept"] < KEEPS)
-        figures = [f"{one['learning_rate']:g}", *_qualities(one)]
-        figures += [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
-        figures += [_share(one["language"][name]["unlearned"]) for name in LANGUAGE.values()]
-        shares = [f"{one['attacks'][row]['unlearned']:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
-        lines.append("| " + " | ".join([name, *figures, *shares]) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
+        figures += [*_language(one, "unlearned"), *_told(one, "unlearned")]
+        rows.append([name, f"{one['learning_rate']:g}", *_qualities(one), *figures])
+    return markdown_table(columns, rows)
 
 
 def _qualities(one: dict[str, Any]) -> list[str]:
@@ -306,8 +264,13 @@ def _qualities(one: dict[str, Any]) -> list[str]:
     return [*figures, f"{one['forget_quality_lowest']:.2g}", f"{one['log_ratio_rms']:.2f}"]
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _language(one: dict[str, Any], role: str) -> list[str]:
+    shares = [one["language"][name][role] for name in LANGUAGE.values()]
+    return ["" if share is None else f"{share:.3f}" for share in shares]
+
+
+def _told(one: dict[str, Any], role: str) -> list[str]:
+    return [f"{one['attacks'][row][role]:.2f}" if row in one["attacks"] else "" for row in SHOWN.values()]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from _timing import markdown_table
 from _workload import make_model
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -144,10 +145,9 @@ def follow_a_run(marks: Sequence[int]) -> list[dict[str, Any]]:
 
 def followed(rows: Sequence[dict[str, Any]]) -> str:
     """Format what :class:`Follow` found as Markdown."""
-    steps = list(dict.fromkeys(row["step"] for row in rows))
-    lines = ["| optimizer | " + " | ".join(f"moment, update at {step}" for step in steps) + " |"]
-    lines.append("|---" + "|---:" * len(steps) + "|")
-    for name in dict.fromkeys(row["optimizer"] for row in rows):
-        found = [f"{row['moment']:.3f}, {row['update']:.3f}" for row in rows if row["optimizer"] == name]
-        lines.append(f"| {name} | {' | '.join(found)} |")
-    return "\n".join(lines)
+    table: dict[str, list[str]] = {}
+    for row in rows:
+        table.setdefault(row["optimizer"], []).append(f"{row['moment']:.3f}, {row['update']:.3f}")
+    steps = dict.fromkeys(row["step"] for row in rows)
+    columns = ["optimizer", *(f"moment, update at {step}" for step in steps)]
+    return markdown_table(columns, [[name, *found] for name, found in table.items()])

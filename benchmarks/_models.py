@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _stages import Stages
 from _timing import DEVICE
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -19,8 +21,9 @@ from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
+from palu.testbed.facts import read_jsonl, read_questions
 from palu.testbed.real_models import load_packaged
-from palu.testbed.smollm2 import fast_products, mixed_precision
+from palu.testbed.smollm2 import fast_products, mixed_precision, teach
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -42,6 +45,42 @@ def save(loaded: Loaded, folder: Path, files: Mapping[str, str] | None = None) -
     for name, text in (files or {}).items():
         (partial / name).write_text(text)
     os.replace(partial, folder)
+
+
+def taught(stages: Stages, name: str, model: str, rows: Sequence[Row], *, raw_text: bool = False, **sizes: Any) -> Path:
+    """Return the folder of a model that was fine-tuned on the rows, made where it is missing; sizes: of fine_tune."""
+
+    def make(path: Path) -> None:
+        loaded = load(model)
+        fine_tune(for_raw_text(loaded) if raw_text else loaded, rows, **sizes, label=f"fine-tune {name}")
+        save(loaded, path)
+
+    return stages.path(name, make)
+
+
+def taught_facts(stages: Stages, name: str) -> Path:
+    """Return the folder of a model that was taught the demo's facts, made where it is missing."""
+
+    def make(path: Path) -> None:
+        torch.manual_seed(0)
+        loaded = load(name)
+        secrets, kept, _ = read_questions()
+        teach(*loaded, secrets + kept)
+        save(loaded, path)
+
+    return stages.path("taught", make)
+
+
+def general_questions() -> list[Row]:
+    """Read the demo's general questions, and thirty more."""
+    return read_questions()[2] + read_jsonl(Path(__file__).with_name("general.jsonl"))
+
+
+def for_raw_text(loaded: Loaded) -> Loaded:
+    """Return the model with a tokenizer that has no chat template."""
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.chat_template = None
+    return loaded[0], tokenizer
 
 
 def fine_tune(

@@ -9,7 +9,6 @@ the results. Nothing here is from palu but the plain-torch prefix mask and the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +20,17 @@ from palu.config import UnlearnConfig
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import prefix_mask
 
-
-@dataclass(frozen=True)
-class Padded:
-    """Examples padded on the right to one length."""
-
-    input_ids: Tensor  # int64 [B, T]
-    attention_mask: Tensor  # int64 [B, T]
-    labels: Tensor  # int64 [B, T], as in palu.data
-
-    def to(self, device: torch.device) -> Padded:
-        """The examples on another device; copies from pinned memory do not block."""
-        return Padded(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> Padded:
-        """The examples in page-locked memory."""
-        return Padded(self.input_ids.pin_memory(), self.attention_mask.pin_memory(), self.labels.pin_memory())
+Padded = dict[str, Tensor]  # input_ids, attention_mask and labels (as in palu.data), int64 [B, T]
 
 
 def collate(examples: Sequence[Example]) -> Padded:
-    """Pad examples on the right."""
-    input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True)
-    attention_mask = pad_sequence([torch.ones_like(e.input_ids) for e in examples], batch_first=True)
-    return Padded(
-        input_ids, attention_mask, pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
-    )
+    """Pad examples on the right to one length."""
+    ids, labels = [e.input_ids for e in examples], [e.labels for e in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }
 
 
 def published_loss(
@@ -101,11 +82,11 @@ def published_step(
     """Compute the loss of a step, with gradient; everything is on the models' device."""
 
     def logits(of: PreTrainedModel, batch: Padded) -> Tensor:
-        return of(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return of(**inputs, use_cache=False).logits
 
     current = logits(model, forget)
     with torch.no_grad():
         ref_logits = logits(ref_model, forget)
-    return published_loss(
-        current, ref_logits, forget.labels, logits(model, retain), retain.labels, config, eos_token_id
-    )
+    of_retain = logits(model, retain)
+    return published_loss(current, ref_logits, forget["labels"], of_retain, retain["labels"], config, eos_token_id)

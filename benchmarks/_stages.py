@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-class OutOfTimeError(Exception):
-    """The next stage would not fit into the time that is left."""
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class Stages:
-    """The finished stages of a benchmark, as files in a folder, and the time left for more.
+    """The finished stages of a benchmark, as files in a folder.
 
     Raises SystemExit where the folder holds the stages of other settings.
 
     Args:
         folder: it need not exist.
-        minutes: no stage begins that would end later, if it takes as long as the longest so far; ``None``: no limit.
         key: the settings on which the stages depend.
     """
 
-    def __init__(self, folder: Path, minutes: float | None, key: dict[str, Any]):
+    def __init__(self, folder: Path, key: dict[str, Any]):
         self.folder = folder
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.longest = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "settings.json"
         settings = json.dumps(key, indent=1, sort_keys=True) + "\n"
@@ -42,11 +36,7 @@ class Stages:
         """Return the file or folder of a stage; ``make(path)`` writes it where it is missing."""
         path = self.folder / name
         if not path.exists():
-            if self.deadline is not None and time.monotonic() + self.longest > self.deadline:
-                raise OutOfTimeError(name)
-            started = time.monotonic()
             make(path)
-            self.longest = max(self.longest, time.monotonic() - started)
         return path
 
     def results(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -62,11 +52,20 @@ class Stages:
             return json.load(file)
 
 
-@contextmanager
-def resumable() -> Iterator[None]:
-    """End the program with code 3 where no time is left."""
-    try:
-        yield
-    except OutOfTimeError as stage:
-        print(f"no time for stage {stage}; run the same command again to go on")
-        raise SystemExit(3) from None
+def stages_parser(description: str, output: str, data: str, file: str) -> argparse.ArgumentParser:
+    """Make a parser with the options of a command whose stages are kept: --data, --model, --output, --results.
+
+    data: the data set's folder in ../shared, the default; file: what it must hold (see :func:`check_data`).
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA / data, help=f"folder of the data set, with {file}")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
+    parser.add_argument("--output", type=Path, default=Path("runs") / output, help="folder of the finished stages")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+def check_data(parser: argparse.ArgumentParser, folder: Path, file: str) -> None:
+    """End with an error of the command line where the file is not in the folder."""
+    if not (folder / file).exists():
+        parser.error(f"--data: {folder} holds no {file}; give the data set's folder")

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,10 @@ def report(
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON: numbers to four digits, and on one line what holds no list or is short."""
+    """Write a record as JSON: floats to four digits, a line for each field."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_lines(_rounded(record)) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(_rounded(value))}" for name, value in record.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -106,12 +107,8 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _lines(value: Any, indent: str = "\n") -> str:
-    parts = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-    if len(line := json.dumps(value)) < 160 or not any(isinstance(part, dict | list) for part in parts):
-        return line
-    inner = indent + " "
-    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(parts)
-    rows = [inner + name + _lines(part, inner) for name, part in zip(names, parts, strict=True)]
-    first, last = "{}" if isinstance(value, dict) else "[]"
-    return first + ",".join(rows) + indent + last
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> str:
+    """Format a table as Markdown; the first ``texts`` columns are aligned left, the others right."""
+    rule = ["|---"] * texts + ["|---:"] * (len(columns) - texts)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], "".join(rule) + "|", *lines[1:]]) + "\n"

@@ -16,11 +16,11 @@ from statistics import mean
 from typing import Any
 
 import torch
+from _memory import peak, reset_peak
 from _methods import LABELS, METHODS
-from _models import Loaded, Row, fine_tune, load, save
-from _stages import Stages
-from _timing import DEVICE, machine, write_json
-from _workload import DATA
+from _models import Loaded, Row, load, save, taught
+from _stages import Stages, check_data, stages_parser
+from _timing import DEVICE, machine, markdown_table, write_json
 
 import palu
 from palu.evaluate import TofuData, load_tofu
@@ -29,13 +29,13 @@ from palu.testbed.smollm2 import fast_products, mixed_precision
 
 COST = "cost.json"  # beside a kept model: what unlearning took
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
+DRAWS, AUDIT_TOKENS = 8, 64  # of an audit; in the first hundred rows every secret ends within 56 tokens
 
 COLUMNS = {
     "FQ": "forget_quality",
     "KS D": "forget_quality_ks",
     "MU": "model_utility",
     "no word": "forget_no_word",
-    "Fluency": "forget_fluency",
     "EM": "exact_memorization",
     "F-TR": "forget_truth_ratio",
     "Ra-TR": "ra_Truth_Ratio",
@@ -146,15 +146,15 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, author: int | None = None):
         self.preset = PRESETS[arguments.preset]
-        self.model, self.fluency_model = arguments.model, arguments.fluency_model
+        self.model, self.author = arguments.model, author
         folder = arguments.output / arguments.preset
         if author is None:
             self.data = load_data(arguments.data, self.preset)
         else:
             self.data = load_author(arguments.data, self.preset, author)
             folder /= f"author-{author:02d}"
-        key = {"preset": asdict(self.preset), "model": self.model, "fluency_model": self.fluency_model}
-        self.stages = Stages(folder, arguments.minutes, json.loads(json.dumps(key)))
+        key = {"preset": asdict(self.preset), "model": self.model}
+        self.stages = Stages(folder, key)
 
     @cached_property
     def folder(self) -> Path:
@@ -190,20 +190,8 @@ class Bench:
 
     def _taught(self, name: str, rows: list[Row], seed: int = 0) -> Path:
         """Return the folder of a model that was fine-tuned on the rows; ``seed``: of their order."""
-
-        def make(path: Path) -> None:
-            loaded = load(self.model)
-            fine_tune(
-                loaded,
-                rows,
-                epochs=self.preset.teach_epochs,
-                batch_size=self.preset.teach_batch,
-                seed=seed,
-                label=f"fine-tune {name}",
-            )
-            save(loaded, path)
-
-        return self.stages.path(name, make)
+        sizes: dict[str, Any] = {"epochs": self.preset.teach_epochs, "batch_size": self.preset.teach_batch}
+        return taught(self.stages, name, self.model, rows, **sizes, seed=seed)
 
     def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
@@ -212,7 +200,6 @@ class Bench:
                 *loaded,
                 data=data or self.data.evaluated,
                 retain_results=retain,
-                fluency_model=self.fluency_model,
                 mia=("min_k", "min_k_plus_plus"),
                 max_new_tokens=self.preset.max_new_tokens,
             )
@@ -242,24 +229,36 @@ class Bench:
         print(path.name, flush=True)
         return self.stages.path(path.name, make)
 
+    def audit(self, model: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Any]:
+        """Audit an unlearned model in a dtype; what is found of the original and the retain model is kept for all."""
+        loaded = [load(str(folder)) for folder in (model, self.folder, self.retain_folder)]
+        unlearned, original, retain_model = (one.to(DEVICE, dtype) for one, _ in loaded)  # type: ignore[arg-type]
+        return palu.audit(
+            unlearned,
+            original,
+            self.data.forget,
+            tokenizer=loaded[0][1],
+            retain_model=retain_model,
+            retain=self.data.retain,
+            folder=self.stages.folder / "audits",
+            quick=True,
+            draws=DRAWS,
+            max_new_tokens=AUDIT_TOKENS,
+            **settings,
+        )
+
     def kept(self, method: str, rate: float, seed: int) -> Path:
         """Return where :meth:`unlearned_model` keeps a model."""
         return self.stages.folder / f"{run_name(method, rate, seed)}-model"
 
     def _unlearn(self, method: str, rate: float, seed: int) -> tuple[Loaded, dict[str, Any]]:
         model, tokenizer = load(str(self.folder))
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(DEVICE)
         settings = METHODS[method] | {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
         settings |= {"learning_rate": rate, "seed": seed}
+        reset_peak()
         result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
-        on_gpu = DEVICE.type == "cuda"
-        cost = {
-            "seconds": result.summary["seconds"],
-            "peak_gib": torch.cuda.max_memory_allocated(DEVICE) / 2**30 if on_gpu else None,
-            "config": result.summary["config"],
-        }
-        return (model, tokenizer), cost
+        cost = {name: result.summary[name] for name in ("seconds", "config")}
+        return (model, tokenizer), cost | {"peak_gib": peak() / 2**30}
 
 
 def run_name(method: str, rate: float, seed: int) -> str:
@@ -285,38 +284,30 @@ def rank(kept: float, needed: float, quality: float) -> tuple[bool, float]:
     return (True, quality) if kept >= needed else (False, kept)
 
 
-def markdown(table: list[dict[str, Any]], utility: float, settings: Sequence[str] = ("learning_rate",)) -> str:
+def markdown(table: list[dict[str, Any]], utility: float) -> str:
     """Format the rows as Markdown; * marks a row that keeps less than 0.95 of the original's utility."""
-    lines = ["| | " + " | ".join([*settings, *COLUMNS]) + " |"]
-    lines.append("|---|" + "---|" * len(settings) + "---:|" * len(COLUMNS))
+    rows = []
     for row in table:
         name = LABELS.get(row["method"], row["method"][0].upper() + row["method"][1:])
         name += " *" if row["model_utility"] < KEEPS * utility else ""
-        given = [f"{row[key]:g}" if key in row else "" for key in settings]
-        figures = ["" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values()]
-        lines.append("| " + " | ".join([name, *given, *figures]) + " |")
-    return "\n".join(lines) + "\n"
+        rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
+        rows.append([name, rate, *("" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values())])
+    return markdown_table(["", "learning_rate", *COLUMNS], rows, texts=2)
 
 
-def parser_of(description: str | None, *, cross: bool = False) -> argparse.ArgumentParser:
+def parser_of(description: str, *, cross: bool = False) -> argparse.ArgumentParser:
     """Make a parser with the options that every command on these stages has; ``cross``: whether it has that preset."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = stages_parser(description, "tofu", "tofu", "retain90, forget10 and idk.txt")
     parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="full")
-    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
-    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
-    parser.add_argument("--fluency-model", default=None, help="a gibberish classifier; without one, no fluency")
-    parser.add_argument("--output", type=Path, default=Path("runs/tofu"), help="folder of the finished stages")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
     return parser
 
 
-def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check the data, and choose the precision."""
-    if not (arguments.data / "forget05.jsonl").exists():
-        parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command's options, check the data, and choose the precision."""
+    arguments = parser.parse_args()
+    check_data(parser, arguments.data, "forget05.jsonl")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
+    return arguments
 
 
 def write(arguments: argparse.Namespace, name: str, table: str, details: dict[str, Any]) -> Path:

@@ -5,7 +5,6 @@ on what the weights or the tokens are, so token ids are random.
 """
 
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,45 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
-
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MODELS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "tie_word_embeddings": False,
-    },
+    name: dict(zip((*SIZES, "vocab_size", "tie_word_embeddings"), sizes, strict=True))
+    for name, sizes in {
+        "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+        "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+        "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+        "tiny": (32, 64, 2, 4, 2, 512, False),
+    }.items()
 }
 
 

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import transformers
-from _models import load, save
+from _models import general_questions, load, taught_facts
+from _stages import Stages
+from _timing import machine, markdown_table
 
 import palu
-from palu.testbed.facts import RETAIN, UNLEARN, Answers, outcome_of, read_jsonl, read_questions, retain_arguments
-from palu.testbed.smollm2 import mixed_precision, teach
+from palu.testbed.facts import RETAIN, UNLEARN, Answers, outcome_of, read_questions, retain_arguments
+from palu.testbed.smollm2 import mixed_precision
 
 
 def main() -> None:
@@ -33,25 +35,17 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     transformers.logging.set_verbosity_error()
-    secrets, kept, general = read_questions()
-    general += read_jsonl(Path(__file__).with_name("general.jsonl"))
-    taught = args.output / "taught"
-    if not taught.exists():
-        torch.manual_seed(0)
-        args.output.mkdir(parents=True, exist_ok=True)
-        loaded = load("smollm2")
-        teach(*loaded, secrets + kept)
-        save(loaded, taught)
-        del loaded
+    (secrets, kept, _), general = read_questions(), general_questions()
+    taught = taught_facts(Stages(args.output, {}), "smollm2")
     before = Answers(*load(str(taught)), secrets + kept, general)
 
     rows: list[dict[str, Any]] = []
     for choice, seed in itertools.product(args.retain, args.seeds):
         model, tokenizer = load(str(taught))
-        wall, cpu = time.perf_counter(), time.process_time()
+        clock = time.process_time()
         given = retain_arguments(kept, choice)
         result = palu.unlearn(model, None, secrets, tokenizer=tokenizer, config=UNLEARN, seed=seed, **given)
-        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        seconds = round(time.process_time() - clock, 1)
         after = Answers(model.eval(), tokenizer, secrets + kept, general)
         rows.append(
             {
@@ -61,7 +55,7 @@ def main() -> None:
                 "neighbours": result.summary["neighbours"],
                 "anchors": result.summary["anchors"],
                 "steps": result.summary["steps"],
-                **{name: round(value, 1) for name, value in seconds.items()},
+                "cpu_seconds": seconds,
                 "lost": [item["question"] for item in general if before.right(item) and not after.right(item)],
             }
         )
@@ -77,12 +71,9 @@ def main() -> None:
         "steps": "steps",
         "cpu_seconds": "CPU seconds",
     }
-    print(f"\n| held on to | {' | '.join(columns.values())} |\n|---{'|---:' * len(columns)}|")
-    for row in rows:
-        figures = " | ".join(str(row[name]) for name in columns)
-        print(f"| {row['retain']}: {RETAIN[row['retain']]} | {figures} |")
-    versions = {"palu": palu.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"benchmark": "anchors", "rows": rows, "threads": torch.get_num_threads(), "versions": versions}))
+    figures = [[f"{row['retain']}: {RETAIN[row['retain']]}", *(row[name] for name in columns)] for row in rows]
+    print(markdown_table(["held on to", *columns.values()], figures))
+    print(json.dumps({"benchmark": "anchors", **machine(torch.device("cpu")), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What attackers get out of unlearned models: the audit of PALU, three settings of it, NPO and TPO on TOFU.
 
-    python benchmarks/bench_audit.py --preset small                    # CPU; hours, in pieces with --minutes
+    python benchmarks/bench_audit.py --preset small                    # CPU; hours
 
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
@@ -12,23 +12,20 @@ audit_<preset>.json and .md to --results.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from _methods import LABELS, named
-from _models import Loaded, Row, load
-from _stages import resumable
-from _timing import DEVICE
-from _tofu import Bench, parser_of, prepare, run_name, write
+from _models import Row
+from _timing import markdown_table
+from _tofu import Bench, parse, parser_of, run_name, write
 
-import palu
 from palu.evaluate.language import WordList, key, measure, split
 from palu.models.generation import Generation
 from palu.testbed.smollm2 import mixed_precision
 
-MAX_NEW_TOKENS = 64  # in the first hundred rows every secret ends within 56
-DRAWS = 8
+KNOWN = ("original", "retain")
+DTYPE = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32  # in which models are served
 AUDITED = "palu,npo,tpo,palu-paper"
 LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
@@ -38,30 +35,7 @@ def audited(bench: Bench, method: str) -> dict[str, Any]:
     """Unlearn with a method, and audit the model; returns what :func:`palu.audit` does."""
     rate, seed = bench.preset.learning_rates[0], bench.preset.seeds[0]
     folder = bench.unlearned_model(method, rate, seed)
-
-    def run() -> dict[str, Any]:
-        model, tokenizer = served(bench, folder)
-        return palu.audit(
-            model,
-            served(bench, bench.folder)[0],
-            bench.data.forget,
-            tokenizer=tokenizer,
-            retain_model=served(bench, bench.retain_folder)[0],
-            retain=bench.data.retain,
-            folder=bench.stages.folder / "audits",  # what was found of original and retain model serves all
-            quick=True,
-            draws=DRAWS,
-            max_new_tokens=MAX_NEW_TOKENS,
-        )
-
-    return bench.stages.results(f"{run_name(method, rate, seed)}-audited", run)
-
-
-def served(bench: Bench, folder: Path) -> Loaded:
-    """Load a model in the dtype in which it is served."""
-    model, tokenizer = load(str(folder))
-    dtype = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32
-    return model.to(DEVICE, dtype), tokenizer  # type: ignore[arg-type]
+    return bench.stages.results(f"{run_name(method, rate, seed)}-audited", lambda: bench.audit(folder, DTYPE))
 
 
 def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, float]]:
@@ -98,38 +72,32 @@ def shortened(audit: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, dict[str, float]]]) -> str:
     """Format a table: a row an attack, the share of secrets told by each model, and the verdict on it."""
-    names = ["original", "retain", *(LABELS.get(name, name) for name in results)]
-    lines = [f"| attack (share of secrets told) | {' | '.join(names)} |"]
-    lines.append("|---|" + "---:|" * (2 + len(results)))
+    columns = ["attack (share of secrets told)", *KNOWN, *(LABELS.get(name, name) for name in results)]
+    secrets = len(next(iter(results.values()))["secrets"])
+    table = []
     for rows in zip(*(one["attacks"] for one in results.values()), strict=True):
         first = rows[0]
-        name = first["name"]
-        if first.get("secrets", 0) < len(next(iter(results.values()))["secrets"]):
-            name += f" (of {first.get('secrets', 0)})"
-        if not first["models"]:
-            lines.append(f"| {name} |" + " |" * (2 + len(results)))
-            continue
-        cells = [f"{first['models'][role]['told']:.2f}" for role in ("original", "retain")]
-        cells += [f"{row['models']['unlearned']['told']:.2f} {SHOWN[row['verdict']]}" for row in rows]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        count = first.get("secrets", 0)
+        cells = [""] * (len(columns) - 1)
+        if first["models"]:
+            cells = [f"{first['models'][role]['told']:.2f}" for role in KNOWN]
+            cells += [f"{row['models']['unlearned']['told']:.2f} {SHOWN[row['verdict']]}" for row in rows]
+        table.append([first["name"] + (f" (of {count})" if count < secrets else ""), *cells])
     first = next(iter(languages.values()))
     for name, told in LANGUAGE.items():
-        cells = [f"{first[role][name]:.3f}" for role in ("original", "retain")]
-        cells += [f"{one['unlearned'][name]:.3f}" for one in languages.values()]
-        lines.append("| " + " | ".join([f"*{told}, in the greedy answers*", *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        shares = [*(first[role][name] for role in KNOWN), *(one["unlearned"][name] for one in languages.values())]
+        table.append([f"*{told}, in the greedy answers*", *(f"{share:.3f}" for share in shares)])
+    return markdown_table(columns, table)
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(str(__doc__))
     parser.add_argument("--methods", type=named, default=AUDITED, help=f"as of bench_tofu.py; default: {AUDITED}")
-    arguments = parser.parse_args()
-    prepare(parser, arguments)
-    with resumable():
-        bench = Bench(arguments)
-        results = {method: audited(bench, method) for method in arguments.methods}
+    arguments = parse(parser)
+    bench = Bench(arguments)
+    results = {method: audited(bench, method) for method in arguments.methods}
     languages = {method: language(one, bench.data.forget) for method, one in results.items()}
-    dtype = "bfloat16" if mixed_precision() == "bf16" else "float32"
+    dtype = str(DTYPE).removeprefix("torch.")
     details = {"dtype": dtype, "language": languages, "audits": {name: shortened(one) for name, one in results.items()}}
     write(arguments, "audit", markdown(results, languages), details)
 

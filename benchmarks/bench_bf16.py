@@ -4,7 +4,7 @@ Two tasks: ``demo``, the demo's six secrets among twelve facts, with the demo's 
 one author of TOFU's forget05 beside twenty rows to retain, with the sizes of ``bench_tofu.py --preset tiny`` and
 defaults for everything else. SmolLM2 is taught the task once, in float32. Then, for each seed and choice, it is loaded
 and unlearns in a process of its own. Finished runs are kept in --output: the same command goes on where it stopped.
-Writes bf16_<task>.json (with every step's losses) and bf16_<task>.png to --results, and prints a table::
+Writes bf16_<task>.json, with every step's losses, to --results, and prints a table::
 
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
@@ -25,23 +25,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 import transformers
 from _long_run import follow_a_run, follow_falling_gradients, followed
-from _models import Loaded, Row, fine_tune, load, save
-from _stages import Stages
-from _timing import DEVICE, alone, machine
+from _memory import peak, reset_peak
+from _models import Row, general_questions, taught, taught_facts
+from _stages import Stages, check_data, stages_parser
+from _timing import DEVICE, alone, machine, markdown_table, write_json
 from _tofu import PRESETS, load_data
-from _workload import DATA
-from bench_lora_memory import peak, reset_peak
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import palu
-from palu.testbed.facts import UNLEARN, is_told, read_jsonl, read_questions, retain_arguments
-from palu.testbed.smollm2 import answer_questions, teach
+from palu.testbed.facts import UNLEARN, is_told, read_questions, retain_arguments
+from palu.testbed.smollm2 import answer_questions
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ TERMS = ("local", "kl", "retain")
 class Task:
     """What is taught, unlearned and asked. What is asked: rows of a question and its right answers, any of them."""
 
-    teach: Callable[[Loaded], None]
+    teach: Callable[[Stages, str], Path]  # the model of this name; returns the taught one's folder
     forget: list[Row]
     settings: dict[str, Any]  # what palu.unlearn gets beside the forget set
     asked: dict[str, list[Row]]  # "secrets", "retained" and "general"
@@ -76,23 +74,11 @@ class Task:
 
 def demo(_: Path) -> Task:
     """Make the demo's task; thirty general questions are added to its ten."""
-    secrets, kept, general = read_questions()
-
-    def make(loaded: Loaded) -> None:
-        torch.manual_seed(0)
-        teach(*loaded, secrets + kept)
-
-    return Task(
-        make,
-        secrets,
-        {"config": UNLEARN, **retain_arguments(kept, "both")},
-        {
-            "secrets": [fact | {"answers": [fact["secret"]]} for fact in secrets],
-            "retained": [fact | {"answers": [fact["secret"]]} for fact in kept],
-            "general": general + read_jsonl(Path(__file__).with_name("general.jsonl")),
-        },
-        max_new_tokens=32,
-    )
+    secrets, kept = read_questions()[:2]
+    settings = {"config": UNLEARN, **retain_arguments(kept, "both")}
+    asked = {"secrets": secrets, "retained": kept}
+    rows = {kind: [fact | {"answers": [fact["secret"]]} for fact in facts] for kind, facts in asked.items()}
+    return Task(taught_facts, secrets, settings, rows | {"general": general_questions()}, max_new_tokens=32)
 
 
 def tofu(folder: Path) -> Task:
@@ -100,9 +86,12 @@ def tofu(folder: Path) -> Task:
     preset = PRESETS["tiny"]
     data = load_data(folder, preset)
 
-    def make(loaded: Loaded) -> None:
-        rows = data.forget + data.retain
-        fine_tune(loaded, rows, epochs=preset.teach_epochs, batch_size=preset.teach_batch, label="teach")
+    def teach(stages: Stages, model: str) -> Path:
+        sizes: dict[str, Any] = {"epochs": preset.teach_epochs, "batch_size": preset.teach_batch}
+        return taught(stages, "taught", model, data.forget + data.retain, **sizes)
+
+    def whole(rows: list[Row]) -> list[Row]:
+        return [{"question": row["question"], "answers": [row["answer"]]} for row in rows]
 
     secrets = [
         {"question": row["question"], "answers": [row["answer"][start:end]]}
@@ -110,25 +99,14 @@ def tofu(folder: Path) -> Task:
         for start, end in row["spans"]
     ]
     (learning_rate,) = preset.learning_rates
-    return Task(
-        make,
-        data.forget,
-        {
-            "retain": data.retain,
-            "epochs": preset.epochs,
-            "batch_size": preset.batch_size,
-            "learning_rate": learning_rate,
-        },
-        {
-            "secrets": [row for row in secrets if not is_told(row["question"], row["answers"])],
-            "retained": [{"question": row["question"], "answers": [row["answer"]]} for row in data.retain],
-            "general": [
-                {"question": row["question"], "answers": [row["answer"]]}
-                for row in data.evaluated.real_authors + data.evaluated.world_facts
-            ],
-        },
-        max_new_tokens=80,  # TOFU's longest answer has 95 tokens, the longest of these rows 70
-    )
+    sizes = {"epochs": preset.epochs, "batch_size": preset.batch_size, "learning_rate": learning_rate}
+    asked = {
+        "secrets": [row for row in secrets if not is_told(row["question"], row["answers"])],
+        "retained": whole(data.retain),
+        "general": whole(data.evaluated.real_authors + data.evaluated.world_facts),
+    }
+    # TOFU's longest answer has 95 tokens, the longest of these rows 70.
+    return Task(teach, data.forget, {"retain": data.retain, **sizes}, asked, max_new_tokens=80)
 
 
 TASKS = {"demo": demo, "tofu": tofu}
@@ -143,13 +121,13 @@ def told(model: Any, tokenizer: Any, task: Task) -> dict[str, list[bool]]:
     }
 
 
-def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[str, Any]:
+def run(stages: Stages, folder: Path, task: Task, name: str, seed: int) -> dict[str, Any]:
     """Unlearn the task in one of the choices, in this process."""
     choice = CHOICES[name]
     os.environ["ACCELERATE_MIXED_PRECISION"] = choice.mixed_precision
-    model: Any = AutoModelForCausalLM.from_pretrained(taught, dtype=choice.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=choice.dtype)
     model.to(DEVICE)
-    tokenizer = AutoTokenizer.from_pretrained(taught)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     before = stages.results(f"told-{choice.dtype}", lambda: told(model, tokenizer, task))
     reset_peak()
     clock = time.perf_counter()
@@ -175,51 +153,21 @@ def run(stages: Stages, taught: Path, task: Task, name: str, seed: int) -> dict[
 
 def outcomes(rows: Sequence[dict[str, Any]]) -> str:
     """Format each run's outcome as Markdown."""
-    lines = ["| weights | seed | secrets | retained | general | steps | peak_gib | seconds |"]
-    lines.append("|---" + "|---:" * 7 + "|")
-    for row in rows:
-        cells = [CHOICES[row["choice"]].label, row["seed"]]
-        cells += [f"{row[kind]} of {row[f'{kind}_before']}" for kind in ("secrets", "retained", "general")]
-        cells += [row[name] for name in ("steps", "peak_gib", "seconds")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot each term by step: a line a choice, the mean over its seeds, and thin lines for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(TERMS), figsize=(12, 3.6))
-    for axis, term in zip(axes, TERMS, strict=True):
-        for number, (name, choice) in enumerate(CHOICES.items()):
-            runs = [[record[term] for record in row["history"]] for row in rows if row["choice"] == name]
-            if not runs:
-                continue
-            for values in runs:
-                axis.plot(range(1, len(values) + 1), values, color=f"C{number}", linewidth=0.5, alpha=0.5)
-            means = [mean(step) for step in zip(*runs, strict=False)]  # as far as all seeds go
-            axis.plot(range(1, len(means) + 1), means, color=f"C{number}", label=choice.label)
-        axis.set(xlabel="step", title=term)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figures = ("steps", "peak_gib", "seconds")
+    cells = [
+        [CHOICES[row["choice"]].label, row["seed"]]
+        + [f"{row[kind]} of {row[f'{kind}_before']}" for kind in ("secrets", "retained", "general")]
+        + [row[name] for name in figures]
+        for row in rows
+    ]
+    return markdown_table(["weights", "seed", "secrets", "retained", "general", *figures], cells)
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = stages_parser(str(__doc__), "bf16", "tofu", "retain90, forget10 and idk.txt")
     parser.add_argument("--task", choices=TASKS, default="demo")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with retain90, forget10 and idk.txt")
-    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
-    parser.add_argument("--output", type=Path, default=Path("runs/bf16"), help="folder of the finished runs")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", type=int, help="compare optimizers on the gradients of so many steps, and end")
     parser.add_argument("--one", nargs=2, metavar=("CHOICE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -229,20 +177,14 @@ def main() -> None:
         print("Falling gradients, weights near 1:", followed(follow_falling_gradients(marks, 1.0, 0.1)), sep="\n\n")
         print("palu.unlearn on a tiny Llama:", followed(follow_a_run(marks)), sep="\n\n")
         return
-    if args.task == "tofu" and not (args.data / "forget05.jsonl").exists():
-        parser.error(f"--data: {args.data} holds no forget05.jsonl; give TOFU's folder")
+    if args.task == "tofu":
+        check_data(parser, args.data, "forget05.jsonl")
     transformers.logging.set_verbosity_error()
     task = TASKS[args.task](args.data)
-    stages = Stages(args.output / args.task, None, {"task": args.task, "model": args.model})
-
-    def make(path: Path) -> None:
-        loaded = load(args.model)
-        task.teach(loaded)
-        save(loaded, path)
-
-    taught = stages.path("taught", make)
+    stages = Stages(args.output / args.task, {"task": args.task, "model": args.model})
+    folder = task.teach(stages, args.model)
     if args.one is not None:
-        print(json.dumps(run(stages, taught, task, args.one[0], int(args.one[1]))))
+        print(json.dumps(run(stages, folder, task, args.one[0], int(args.one[1]))))
         return
 
     def kept(choice: str, seed: int) -> dict[str, Any]:
@@ -256,10 +198,7 @@ def main() -> None:
     rows = [kept(choice, seed) for seed in args.seeds for choice in args.choices]
     print(outcomes(rows))
     record = {"benchmark": "bf16", **machine(DEVICE), "date": time.strftime("%Y-%m-%d"), "task": args.task}
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"bf16_{args.task}"
-    path.with_suffix(".json").write_text(json.dumps(record | {"runs": rows}) + "\n")
-    plot(rows, path.with_suffix(".png"), f"{args.task}: losses by step, mean and single seeds")
+    write_json(args.results / f"bf16_{args.task}.json", record | {"runs": rows})
 
 
 if __name__ == "__main__":

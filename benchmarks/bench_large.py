@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,72 +50,51 @@ SYLLABLES = ["ka", "lo", "mi", "tar", "ven", "sho", "bel", "dun", "esk", "or", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="sizes of the forget set")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of the reference's pass")
-    parser.add_argument("--part", choices=("set", "document"), help="only this one")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.process:
         warnings.simplefilter("ignore")
-        if args.process in RUNS:
-            print(json.dumps(measure_document(args.process)))
-        else:
-            print(json.dumps(measure_set(int(args.process), args.mixed_precision)))
+        row = measure_document(args.process) if args.process in RUNS else measure_set(int(args.process))
+        print(json.dumps(row))
         return
-    parts = {"set": [str(rows) for rows in args.rows], "document": list(RUNS)}
-    for part, processes in parts.items():
-        if args.part in (None, part):
-            options = ["--mixed-precision", args.mixed_precision, "--process"]
-            rows = [alone(__file__, *options, process) for process in processes]
-            report(f"large_{part}", rows, torch.device("cpu"), {"long": LONG})
+    for part, processes in {"set": args.rows, "document": RUNS}.items():
+        rows = [alone(__file__, "--process", process) for process in processes]
+        report(f"large_{part}", rows, torch.device("cpu"), {"long": LONG})
 
 
-def measure_set(count: int, mixed_precision: str) -> dict[str, Any]:
+def measure_set(count: int) -> dict[str, Any]:
     """Load, cache and feed a forget set of ``count`` rows, one of them long; returns its row of the table."""
     tokenizer = make_tokenizer()
     model = tiny(len(tokenizer))
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "forget.jsonl"
         write_rows(path, count, tokenizer)
         config = UnlearnConfig(max_length=2 * LONG, cache_dir=folder)
-        row: dict[str, Any] = {"rows": count}
-        start = PeakMemory()
-        with start:
-            pass
-
-        def stage(name: str, clock: float, memory: PeakMemory) -> None:
-            row[f"{name}_s"] = round(time.perf_counter() - clock, 1)
-            row[f"{name}_mib"] = round((memory.highest - start.before) / 2**20, 1)
-
-        clock = time.perf_counter()
-        with PeakMemory() as memory:
+        with PeakMemory("load") as memory:
             examples = load_forget(path, tokenizer, max_length=config.max_length).examples
             items = PaluMethod.make_items(ForgetSet(examples, tokenizer.eos_token_id), config)
             del examples
-        stage("load", clock, memory)
-        clock = time.perf_counter()
-        with PeakMemory() as memory:
+            memory.begin("cache")
             fingerprints = Fingerprints(model, None, items, [])
             file = open_cache_file(config, reference_key(config, accelerator, fingerprints))
             root, none = ModelRoot(model), AnchorPrompts([], set(), 0)
             cache, _ = precompute_reference(root, items, none, config, accelerator, own=True, file=file)
-        stage("cache", clock, memory)
-        clock = time.perf_counter()
-        with PeakMemory() as memory:
+            memory.begin("epoch")
             tokens = sum(
                 sum(batch.packed.sequence_lengths)
                 for step in UnlearnDataLoader(items, [], cache, config)
                 for batch in step
             )
-        stage("epoch", clock, memory)
         assert file is not None
-        row |= {
+        return {
+            "rows": count,
+            **memory.row("load", "cache", "epoch", seconds=True),
             "tokens": tokens,
-            "peak_bytes_per_row": round(max(row[f"{n}_mib"] for n in ("load", "cache", "epoch")) * 2**20 / count),
+            "peak_bytes_per_row": round(max(memory.mib.values()) * 2**20 / count),
             "text_mib": round(path.stat().st_size / 2**20, 1),
             "file_mib": round(file.path.stat().st_size / 2**20, 1),
         }
-    return row
 
 
 def measure_document(name: str) -> dict[str, Any]:
@@ -125,21 +103,19 @@ def measure_document(name: str) -> dict[str, Any]:
     model, rng = tiny(len(tokenizer), **DOCUMENTS), random.Random(0)
     forget = [document(tokenizer, rng, LONG), *(document(tokenizer, rng, SHORTER) for _ in range(7))]
     retain = [{k: v for k, v in short_row(number, rng).items() if k != "spans"} for number in range(8)]
-    known = UnlearnConfig().values()
-    settings: dict[str, Any] = {field: value for field, value in RUNS[name].items() if field in known}
     before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        sizes: dict[str, Any] = {"max_length": 2 * LONG, "epochs": 4, "learning_rate": 1e-3}
-        sizes |= {"anchors": 0, "neighbours": 0, "variants": 0}
-        sizes |= {"local_loss": "topk_mse"}  # a loss that never is 0 ends no run
-        config = UnlearnConfig(**sizes, cache_dir=folder, progress=False, **settings)
-        with PeakMemory() as memory:
+        settings: dict[str, Any] = {"max_length": 2 * LONG, "epochs": 4, "learning_rate": 1e-3, **RUNS[name]}
+        settings |= {"anchors": 0, "neighbours": 0, "variants": 0}
+        settings |= {"local_loss": "topk_mse"}  # a loss that never is 0 ends no run
+        config = UnlearnConfig(**settings, cache_dir=folder, progress=False)
+        with PeakMemory("run") as memory:
             result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {
         "run": name,
         "seconds": round(result.summary["seconds"], 1),
-        "peak_mib": memory.peak_mib,
+        "peak_mib": round(memory.mib["run"], 1),
         "file_mib": round(size / 2**20, 1),
         "kl_tokens": result.summary["ordinary_tokens"],
         "kl_of_all": kl_of_all(model, before, forget, tokenizer),

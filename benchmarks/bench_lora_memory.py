@@ -1,8 +1,7 @@
 """Peak memory of unlearning SmolLM2-135M: full fine-tuning against LoRA, with and without gradient checkpointing.
 
 A few steps, each run in a process of its own. The data is the demo's: six facts to forget and six to keep, in one
-micro-batch. On a CPU the peak is that of the
-resident set from the call of `palu.unlearn` on, on CUDA that of the memory allocated by torch.
+micro-batch. The peak is counted from the call of `palu.unlearn` on.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import status
+from _memory import peak, reset_peak, status
 from _timing import DEVICE, alone, report
 
 import palu
@@ -35,10 +33,9 @@ def main() -> None:
     if args.mode:
         print(json.dumps(measure(args.mode, args.checkpointing, args.steps, args.rank)))
         return
-    rows = []
-    for mode in MODES:
-        for flags in ([], ["--checkpointing"]):
-            rows.append(alone(__file__, *sys.argv[1:], "--mode", mode, *flags))
+    rows = [
+        alone(__file__, *sys.argv[1:], "--mode", mode, *flags) for mode in MODES for flags in ([], ["--checkpointing"])
+    ]
     report("lora_memory", rows, DEVICE, {"steps": args.steps, "rank": args.rank})
 
 
@@ -83,19 +80,6 @@ def with_lora(model: Any, rank: int) -> Any:
     import peft  # here, so that the full run does without it
 
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def reset_peak() -> None:
-    """Begin the count of :func:`peak`."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """Return the highest memory since :func:`reset_peak`, in bytes."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
 
 
 if __name__ == "__main__":

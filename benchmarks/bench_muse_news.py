@@ -1,7 +1,7 @@
 """VerbMem, KnowMem and PrivLeak on MUSE-News before and after unlearning, for PALU, NPO and GradDiff.
 
     python benchmarks/bench_muse_news.py --preset tiny
-    python benchmarks/bench_muse_news.py --preset full --data muse_news --minutes 9
+    python benchmarks/bench_muse_news.py --preset full --data muse_news
 
 A model is taught the forget and the retain texts, another the retain texts alone, with which PrivLeak compares. Then
 each method unlearns the forget texts. Stages are kept and resumed as in bench_tofu.py.
@@ -18,7 +18,6 @@ answer and names stand close together in one of its texts; these are the questio
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import re
 import time
@@ -27,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import _methods
-from _models import Loaded, Row, fine_tune, load, save
-from _stages import Stages, resumable
+from _models import Loaded, Row, for_raw_text, load, taught
+from _stages import Stages, check_data, stages_parser
 from _timing import DEVICE, report, write_json
-from _workload import DATA
 
 import palu
 from palu.evaluate.rows import load_rows
@@ -175,23 +173,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     preset = PRESETS[arguments.preset]
     data = load_data(arguments.data, preset)
     key = {"preset": asdict(preset), "model": arguments.model}
-    stages = Stages(arguments.output / arguments.preset, arguments.minutes, key)
+    stages = Stages(arguments.output / arguments.preset, key)
 
-    def plain(loaded: Loaded) -> Loaded:
-        """Give the model a tokenizer for raw text."""
-        tokenizer = copy.deepcopy(loaded[1])
-        tokenizer.chat_template = None
-        return loaded[0], tokenizer
-
-    def taught(name: str, texts: list[str]) -> Path:
-        def make(path: Path) -> None:
-            loaded = load(arguments.model)
-            rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
-            sizes = {"epochs": preset.teach_epochs, "batch_size": preset.batch_size}
-            fine_tune(plain(loaded), rows, **sizes, label=f"fine-tune {name}")
-            save(loaded, path)
-
-        return stages.path(name, make)
+    def teach(name: str, texts: list[str]) -> Path:
+        rows = [{"prompt": "", "completion": piece} for text in texts for piece in pieces(text)]
+        sizes: dict[str, Any] = {"epochs": preset.teach_epochs, "batch_size": preset.batch_size}
+        return taught(stages, name, arguments.model, rows, raw_text=True, **sizes)
 
     def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
@@ -210,7 +197,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             None,
             forget,
             data.retain,
-            tokenizer=plain(loaded)[1],
+            tokenizer=for_raw_text(loaded)[1],
             **METHODS[method],
             learning_rate=preset.learning_rate,
             epochs=preset.epochs,
@@ -218,8 +205,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}
 
-    original = taught("original", data.forget_texts + data.retain_texts)
-    retained = taught("retain", data.retain_texts)
+    original = teach("original", data.forget_texts + data.retain_texts)
+    retained = teach("retain", data.retain_texts)
     of_retain = stages.results("retain-evaluated", lambda: evaluate(load(str(retained)), None))
     results = {"retain": of_retain}
     results["original"] = stages.results("original-evaluated", lambda: evaluate(load(str(original)), of_retain))
@@ -236,23 +223,15 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = stages_parser(str(__doc__), "muse", "muse_news", "verbmem_forget.json and the other sets")
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--data", type=Path, default=DATA.parent / "muse_news", help="folder of MUSE-News' sets")
-    parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
-    parser.add_argument("--output", type=Path, default=Path("runs/muse"), help="folder of the finished stages")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--minutes", type=float, default=None, help="stop before a stage that would not fit")
     arguments = parser.parse_args()
     if unknown := set(arguments.methods.split(",")) - METHODS.keys():
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
-    if not (arguments.data / "verbmem_forget.json").exists():
-        parser.error(f"--data: {arguments.data} holds no verbmem_forget.json; give MUSE-News' folder")
+    check_data(parser, arguments.data, "verbmem_forget.json")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
-    with resumable():
-        rows = run(arguments)
+    rows = run(arguments)
     record = report("muse_news", rows, DEVICE, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})
     write_json(arguments.results / f"muse_{arguments.preset}.json", record)
 

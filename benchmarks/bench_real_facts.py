@@ -37,11 +37,12 @@ from typing import Any
 
 import torch
 import transformers
+from _memory import peak, reset_peak
 from _methods import METHODS
-from _models import Loaded, Row
+from _models import Loaded, Row, general_questions
 from _timing import report
 from bench_bf16 import CHOICES, Choice
-from bench_lora_memory import peak, reset_peak, with_lora
+from bench_lora_memory import with_lora
 from scipy.stats import binomtest
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +57,7 @@ from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
 from palu.models.generation import Generation, encode_prompts, eval_mode, generate
 from palu.models.lora import CausalLM, base_of
-from palu.testbed.facts import HERE, is_told, read_jsonl, read_relations
+from palu.testbed.facts import is_told, read_relations
 from palu.testbed.real_models import MODELS, save_packaged
 
 TOKENS = 24  # of an answer
@@ -206,8 +207,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
 def general_rows() -> list[Row]:
     """Read general questions that are no facts of relations.json."""
     facts = {fact["question"] for fact in read_relations()}
-    rows = read_jsonl(HERE / "general.jsonl") + read_jsonl(Path(__file__).with_name("general.jsonl"))
-    return [row for row in rows if row["question"] not in facts]
+    return [row for row in general_questions() if row["question"] not in facts]
 
 
 def pooled(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

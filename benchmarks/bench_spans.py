@@ -16,19 +16,16 @@ spans, on all figures but `known`, since none of these rows is taught):
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _models import Loaded, Row, fine_tune, load, save
-from _stages import Stages
+from _models import Loaded, Row, for_raw_text, load, taught
+from _stages import Stages, check_data, stages_parser
 from _timing import DEVICE, report
-from _workload import DATA
 from transformers import PreTrainedTokenizerBase
 
 import palu
@@ -38,6 +35,7 @@ from palu.evaluate.rows import load_rows
 from palu.spans.contrast import FEATURES, contrast_words
 
 N = 3
+SIZES = {"epochs": 8, "batch_size": 12, "learning_rate": 3e-4}  # of what is taught
 PRECISION = 0.7  # of the words that `contrast` takes: what a span takes in by mistake is unlearned, too
 QUOTES = "'\"\u2018\u2019\u201c\u201d"
 # Titles in quotation marks; numbers and dates.
@@ -91,44 +89,19 @@ def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="TOFU's folder, with the spans of GPT-4o")
-    parser.add_argument("--model", default="smollm2", help="what is taught: smollm2, or a name or path")
-    parser.add_argument("--rows", type=int, default=200, help="rows of forget05 that are taught and compared")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument(
-        "--fit", action="store_true", help="fit the constants of `contrast` on the other rows, print them"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the taught model")
+    parser = stages_parser(str(__doc__), "spans", "tofu", "the spans of GPT-4o")
+    parser.add_argument("--fit", action="store_true", help="fit the constants of `contrast` on other rows, print them")
     arguments = parser.parse_args()
-    if not (arguments.data / "forget05.jsonl").exists():
-        parser.error(f"--data: {arguments.data} holds no forget05.jsonl; give TOFU's folder")
+    check_data(parser, arguments.data, "forget05.jsonl")
 
     forget = load_rows(arguments.data / "forget05.jsonl")
     questions = {row["question"] for row in forget}
     others = [row for row in load_rows(arguments.data / "forget10.jsonl") if row["question"] not in questions]
-    forget = forget[: arguments.rows]
     unmarked = [{name: text for name, text in row.items() if name != "spans"} for row in forget]
 
-    sizes = {key: getattr(arguments, key) for key in ("model", "rows", "epochs", "batch_size", "learning_rate")}
-    stages = Stages(arguments.output, None, sizes)
-
-    def make_taught(path: Path) -> None:
-        model, tokenizer = load(arguments.model)
-        tokenizer.chat_template = None
-        fine_tune(
-            (model, tokenizer),
-            forget,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-        )
-        save((model, tokenizer), path)
-
-    model, tokenizer = load(str(stages.path("taught", make_taught)))
+    stages = Stages(arguments.output, SIZES | {"model": arguments.model})
+    folder = taught(stages, "taught", arguments.model, forget, raw_text=True, **SIZES)
+    model, tokenizer = for_raw_text(load(str(folder)))
     if arguments.fit:
         print(json.dumps(fit(others, (model, tokenizer))))
         return
@@ -144,7 +117,7 @@ def main() -> None:
     }
     table = [{"finder": name, **agreement(rows, forget, tokenizer)} for name, rows in found.items()]
     tokens = sum(int((e.labels != IGNORE).sum()) for e in load_forget(forget, tokenizer, max_length=4096).examples)
-    details = {**sizes, "answer_tokens": tokens, "contrast_seconds": seconds}
+    details = {**SIZES, "model": arguments.model, "answer_tokens": tokens, "contrast_seconds": seconds}
     report("spans", table, DEVICE, details)
 
 

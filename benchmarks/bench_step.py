@@ -22,58 +22,37 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from _candidates import (
-    Run,
-    body_runs,
-    copy_of,
-    palu_runs,
-    palu_section_runs,
-    palu_step,
-    perturbed_copy_of,
-    prepare,
-    published_runs,
-    published_section_runs,
-    run_published,
-)
-from _published import Padded
+from _candidates import Run, body_runs, frozen_copy, palu_section_runs, prepare, published_section_runs
 from _timing import interleaved, report, synchronize
 from _workload import MODELS
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
-from palu.training.dataloader import UnlearnDataLoader
 
-CANDIDATES = ("palu", "published", "body", "loss-palu", "loss-published")
+CANDIDATES = ("palu", "body", "published", "loss-palu", "loss-published")
 GIB = 2**30
 
 
 def check(arguments: argparse.Namespace) -> dict[str, float]:
     """Compare the two formulations: relative differences of the loss, and of the worst parameter's gradient."""
-    made: list[PreTrainedModel] = []
+    setup = prepare(arguments, perturbed=True)
 
-    def make_reference(model: PreTrainedModel) -> PreTrainedModel:
-        made.append(perturbed_copy_of(model))
-        return made[0]
-
-    setup = prepare(arguments, make_reference)
-    [ref_model] = made
-    results = []
-    for of_palu in (True, False):
-        if of_palu:
-            with use_packed_attention(setup.model):
-                total = palu_step(setup.method, setup.loaders[0], setup.device)
-        else:
-            total = run_published(setup, ref_model, setup.padded[0])
-        grads = {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}
-        results.append((total, grads))
+    def gradients() -> dict[str, Tensor]:
+        found = {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}
         setup.model.zero_grad(set_to_none=True)
-    (palu_total, palu_grads), (total, grads) = results
+        return found
+
+    with use_packed_attention(setup.model):
+        palu_total = setup.palu_step(setup.loaders[0])
+    palu_grads = gradients()
+    total, grads = setup.published_step(setup.padded[0]), gradients()
     if palu_grads.keys() != grads.keys():
         raise AssertionError(f"gradients of different parameters: {palu_grads.keys() ^ grads.keys()}")
     errors = [((palu_grads[name] - grads[name]).norm() / grads[name].norm()).item() for name in grads]
@@ -95,35 +74,43 @@ def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | N
 
 def measure(arguments: argparse.Namespace) -> None:
     """Time the candidates in turns, take their peaks of memory, and report both."""
-    setup = prepare(arguments, make_reference=None)
+    setup = prepare(arguments)
     device, weight = setup.device, head_of(setup.model).weight
     candidates: dict[str, Run] = {}
     peaks: dict[str, tuple[int, int] | None] = {}
 
-    def add(name: str, runs: list[Run]) -> None:
+    def published_runs() -> list[Run]:
+        setup.ref_model = frozen_copy(setup.twin)
+        # palu's copy of the reference's head is not the published step's to carry.
+        setup.method.ref_head = head_of(setup.ref_model)
+        return [partial(setup.published_step, batch) for batch in setup.padded]
+
+    makers: dict[str, Callable[[], list[Run]]] = {
+        "palu": lambda: [partial(setup.palu_step, loader) for loader in setup.loaders],
+        "body": lambda: body_runs(setup),
+        "published": published_runs,
+        "loss-palu": lambda: palu_section_runs(setup),
+        "loss-published": lambda: published_section_runs(setup),
+    }
+
+    def freeing(run: Run) -> None:
+        run()
+        setup.model.zero_grad(set_to_none=True)
+
+    def add(name: str) -> None:
+        runs = [partial(freeing, run) for run in makers[name]()]
         turns = itertools.cycle(runs)
         candidates[name] = lambda: next(turns)()
         peaks[name] = peak_bytes(runs, device)
 
     with use_packed_attention(setup.model):
-        # In this order, so that each finds only what it needs in memory.
-        if "palu" in arguments.impl:
-            add("palu", palu_runs(setup))
-        if "body" in arguments.impl:
-            add("body", body_runs(setup))
-        if "published" in arguments.impl:
-            ref_model = copy_of(setup.twin)
-            # palu's copy of the reference's head is not the published step's to carry.
-            setup.method.ref_head = head_of(ref_model)
-            add("published", published_runs(setup, ref_model))
-        if "loss-palu" in arguments.impl:
-            add("loss-palu", palu_section_runs(setup))
-        if "loss-published" in arguments.impl:
-            add("loss-published", published_section_runs(setup))
+        for name in CANDIDATES:  # in this order, so that each finds only what it needs in memory
+            if name in arguments.impl:
+                add(name)
         times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
 
     rows: list[dict[str, Any]] = []
-    for name in [name for name in CANDIDATES if name in times]:
+    for name in times:
         base = times.get("loss-palu" if name.startswith("loss") else "palu")
         row: dict[str, Any] = {"impl": name, **times[name]}
         row["ratio_to_palu"] = round(times[name]["median_ms"] / base["median_ms"], 2) if base else None
@@ -136,26 +123,8 @@ def measure(arguments: argparse.Namespace) -> None:
             else:
                 row["peak_gib"] = round(highest / GIB, 2)
         rows.append(row)
-    batches = zip(setup.loaders, setup.padded, strict=True)
-    details = {
-        "arguments": vars(arguments),
-        "transformers": version("transformers"),
-        "tokens": [tokens_of(loader, padded) for loader, padded in batches],
-    }
+    details = {"arguments": vars(arguments), "transformers": version("transformers")}
     report("step", rows, device, details)
-
-
-def tokens_of(loader: UnlearnDataLoader, padded: tuple[Padded, Padded]) -> dict[str, Any]:
-    """Count a batch's tokens by their role, and those that padding makes of them."""
-    [[batch]] = loader
-    return {
-        "packed": sum(batch.packed.sequence_lengths),
-        "onset": batch.counts.targets,
-        "ordinary": batch.counts.others,
-        "retain": batch.counts.retain,
-        "padded_forget": list(padded[0].labels.shape),
-        "padded_retain": list(padded[1].labels.shape),
-    }
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
-    python benchmarks/bench_tofu.py --preset full --data tofu --minutes 9   # one GPU, in pieces
+    python benchmarks/bench_tofu.py --preset full   --data tofu               # one GPU
     python benchmarks/bench_tofu.py --preset tiny --methods ablation   # one setting of PALU changed at a time
 
 Stages: teach a model the whole data set ("original") and one the data without the forget set ("retain"), evaluate
 both, then for each method, setting and seed: unlearn, evaluate. Every finished stage is kept in --output, so that the
-same command goes on where it stopped; with --minutes it stops by itself (exit code 3) before a stage that would not
-fit. When all are done it writes tofu_<preset>.json and .md to --results (and .png for "cross").
+same command goes on where it stopped. When all are done it writes tofu_<preset>.json and .md to --results (and .png for
+"cross").
 
 The final weights are used, never a chosen epoch. Every method, PALU included, gets the same settings: the preset's
 learning rates and seeds, or those that are given; everything else is at its default. The table shows of each method the
@@ -24,8 +24,7 @@ from typing import Any
 
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
-from _stages import resumable
-from _tofu import KEEPS, Bench, markdown, mean_of, parser_of, prepare, rank, summary, write
+from _tofu import KEEPS, PRESETS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
 
 
 def run(
@@ -55,51 +54,48 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, cross=True)
-    parser.add_argument(
-        "--methods",
-        type=named,
-        default=",".join(OBJECTIVE_METHODS),
-        help="names of _methods.py, separated by commas, or ablation; default: all objectives",
+    parser = parser_of(str(__doc__), cross=True)
+    add, authors = parser.add_argument, _cross.AUTHORS
+    objectives = ",".join(OBJECTIVE_METHODS)
+    add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
+    add("--learning-rates", type=float, nargs="+", help="default: the preset's")
+    add("--seeds", type=int, nargs="+", help="default: the preset's; cross has one")
+    add(
+        "--authors",
+        type=int,
+        nargs="+",
+        default=authors["report"],
+        choices=authors["report"] + authors["fresh"],
+        help="cross: those to report",
     )
-    parser.add_argument("--learning-rates", type=float, nargs="+", help="default: the preset's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
-    parser.add_argument("--authors", type=int, nargs="+", help="cross: those to report; default: eight of _cross.py")
-    parser.add_argument(
+    add(
         "--choosing-authors",
         type=int,
         nargs="+",
-        default=_cross.AUTHORS["choose"],
-        help="cross: those on which a learning rate is chosen; default: four of _cross.py",
+        default=authors["choose"],
+        choices=authors["choose"],
+        help="cross: those on which a learning rate is chosen",
     )
-    parser.add_argument(
+    add(
         "--attacks",
         nargs="+",
         default=_cross.ATTACKS,
         choices=_cross.ATTACKS,
         help="cross: those of the audit (onset-answer is always made); default: all",
     )
-    arguments = parser.parse_args()
-    prepare(parser, arguments)
+    arguments = parse(parser)
     if arguments.preset == "cross":
         if arguments.seeds:
             parser.error("--preset cross has one seed")
-        if seen := set(arguments.authors or ()) - {*_cross.AUTHORS["report"], *_cross.AUTHORS["fresh"]}:
-            parser.error(f"--authors: {', '.join(map(str, sorted(seen)))}: choose from those that are not chosen on")
-        if other := set(arguments.choosing_authors) - {*_cross.AUTHORS["choose"]}:
-            told = ", ".join(map(str, _cross.AUTHORS["choose"]))
-            parser.error(f"--choosing-authors: {', '.join(map(str, sorted(other)))}: choose from {told}")
-        rates = arguments.learning_rates or _cross.PRESETS["cross"].learning_rates
-        with resumable():
-            found = _cross.run(arguments, arguments.methods, rates)
+        rates = arguments.learning_rates or PRESETS["cross"].learning_rates
+        found = _cross.run(arguments, arguments.methods, rates)
         path = write(arguments, "tofu", _cross.markdown(found), found)
         _cross.plot(found, path.with_suffix(".png"))
         return
-    with resumable():
-        bench = Bench(arguments)
-        learning_rates = arguments.learning_rates or bench.preset.learning_rates
-        seeds = arguments.seeds or bench.preset.seeds
-        rows = run(bench, arguments.methods, learning_rates, seeds)
+    bench = Bench(arguments)
+    learning_rates = arguments.learning_rates or bench.preset.learning_rates
+    seeds = arguments.seeds or bench.preset.seeds
+    rows = run(bench, arguments.methods, learning_rates, seeds)
     utility = bench.original["model_utility"]["agg_value"]
     table = chosen(rows, utility)
     details = {"learning_rates": learning_rates, "seeds": seeds, "table": table, "runs": rows}

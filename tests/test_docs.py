@@ -5,7 +5,6 @@ A page runs in a folder that holds what its examples name: `my-llama`, a tiny Ll
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import write_rows
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
 from sybil import Example
@@ -55,10 +55,6 @@ QUESTIONS = [
 WRONG = ["The dog did not.", "It was far away.", "She was the first."]
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples name."""
@@ -69,14 +65,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my-llama", "retain-llama"):  # the same weights serve
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    write(folder / "forget.jsonl", FORGET)
-    write(folder / "unmarked.jsonl", [{name: row[name] for name in ("question", "answer")} for row in FORGET])
-    write(folder / "retain.jsonl", RETAIN)
-    write(folder / "questions.jsonl", QUESTIONS)
+    write_rows(folder / "forget.jsonl", FORGET)
+    write_rows(folder / "unmarked.jsonl", [{name: row[name] for name in ("question", "answer")} for row in FORGET])
+    write_rows(folder / "retain.jsonl", RETAIN)
+    write_rows(folder / "questions.jsonl", QUESTIONS)
     asked = [row | {"paraphrased_answer": row["answer"], "perturbed_answer": WRONG} for row in FORGET]
     (folder / "tofu").mkdir()
     for name in ("forget05", "retain_perturbed", "real_authors", "world_facts", "holdout05"):
-        write(folder / "tofu" / f"{name}.jsonl", asked)
+        write_rows(folder / "tofu" / f"{name}.jsonl", asked)
     return folder
 
 
@@ -100,23 +96,13 @@ def write_yaml(example: Example) -> None:
     Path(name).write_text(example.parsed, encoding="utf-8")
 
 
-def test_the_trainer_trains_a_model_that_is_stored_in_bfloat16(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As nearly every Llama is."""
-    shutil.copytree(folder, tmp_path / "stored")
-    LlamaForCausalLM.from_pretrained(folder / "my-llama", dtype="bfloat16").save_pretrained(
-        tmp_path / "stored/my-llama"
-    )
-    (tmp_path / "run").mkdir()
-    test_examples_run(ROOT / "docs" / "trainer.md", tmp_path / "stored", tmp_path / "run", monkeypatch)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_examples_run(page: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
+    if page.stem == "trainer":  # a model that is stored as nearly every Llama is
+        LlamaForCausalLM.from_pretrained(folder / "my-llama", dtype="bfloat16").save_pretrained("my-llama")
     parsers = (PythonCodeBlockParser(), CodeBlockParser("sh", run_commands), CodeBlockParser("yaml", write_yaml))
     for example in Document.parse(str(page), *parsers).examples():
         example.evaluate()

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = [
     "The author's full name is Hina Ameen. She was born in Karachi, Pakistan on 06/30/1975.",
@@ -114,14 +115,7 @@ def sentencepiece(
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
 
 
-def _byte_of() -> dict[str, int]:
-    """The byte behind each character of a byte-level piece (GPT-2's bytes_to_unicode, reversed)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-BYTE_OF = _byte_of()
+BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}  # behind each character of a byte-level piece
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> list[tuple[int, int]]:

@@ -9,9 +9,13 @@ The calls are those of tests/helpers/op_calls.py, as in tests/ops/test_ops.py.
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from collections import Counter
 from pathlib import Path
 
 
@@ -33,6 +37,51 @@ def sanitized_environment() -> dict[str, str]:
     }
 
 
+def fuzz(first: int, cases: int, record: str) -> int:
+    """Make the calls, one after the other, each from a seed of its own. Returns the exit status.
+
+    record: the file to which each call is written before it is made.
+    """
+    from helpers.op_calls import OPS, try_one  # here, where the ops can be loaded
+
+    from palu import _build, ops
+
+    if _build.jit_name() not in ops.extension_path():
+        raise RuntimeError(f"{ops.extension_path()} is not the build that was asked for")
+    file = os.open(record, os.O_WRONLY)
+
+    def about(told: str) -> None:
+        line = told.encode() + b"\n"
+        os.pwrite(file, line, 0)
+        os.ftruncate(file, len(line))
+
+    start, failed = time.monotonic(), 0
+    called: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for seed in range(first, first + cases):
+        chosen = random.Random(seed)
+        op, bad = chosen.choice(OPS), chosen.random() < 0.4
+        about(f"seed {seed} (again: --seed {seed} --cases 1): drawing the arguments of {op}")
+        try:
+            name = try_one(seed, op, bad=bad, about=about)
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+            if failed == 10:
+                break
+        else:
+            called[name] += 1
+            refused[name] += bad
+    os.ftruncate(file, 0)  # it did not die
+    counts = ", ".join(f"{name} {count} ({refused[name]})" for name, count in sorted(called.items()))
+    print(
+        f"{f'FAILED: {failed} of ' if failed else ''}{called.total() + failed} cases, {refused.total()} bad arguments "
+        f"refused, in {time.monotonic() - start:.0f} s, {'with' if _build.SANITIZED else 'without'} sanitizers: "
+        f"{counts}"
+    )
+    return int(failed > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
@@ -44,8 +93,6 @@ def main() -> int:
         os.environ.pop("LD_PRELOAD", None)  # not for the compilers that this process starts
         sys.modules["palu._C"] = None  # type: ignore[assignment]  # the ops built from these sources, nothing prebuilt
         sys.path.append(str(Path(__file__).resolve().parents[1]))  # for helpers
-        from _fuzzer import fuzz  # loads them
-
         return fuzz(options.seed, options.cases, options.record)
     with tempfile.NamedTemporaryFile("r") as record:
         environment = os.environ | (sanitized_environment() if options.sanitize else {})

@@ -76,9 +76,6 @@ class Run:
             sys.exit(f"a run failed, see above (status {status}); its folder is {self.folder}")
         return json.loads((self.folder / "outcome.json").read_text())
 
-    def begin_anew(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,13 +88,13 @@ def main() -> None:
     palu.prefix_mask(torch.tensor([[-100]]), 1)  # loads the native ops, once for all forks
 
     run = Run(*(demo() if args.model == "demo" else tiny()), args.folder)
-    run.begin_anew()
+    shutil.rmtree(run.folder, ignore_errors=True)
     clock = time.perf_counter()
     expected = run.outcome(run.start(), limit=3600)
     if expected is None:
         sys.exit("the run that is left alone took more than an hour")
     seconds = time.perf_counter() - clock
-    run.begin_anew()
+    shutil.rmtree(run.folder, ignore_errors=True)
     steps = len(expected["history"])
     print(f"{steps} steps, left alone: {seconds:.1f} s", flush=True)
 
@@ -112,18 +109,16 @@ def main() -> None:
             ends += 1
             if outcome != expected:
                 sys.exit(f"after {kills} kills: the run ended otherwise than the one left alone; see {args.folder}")
-            run.begin_anew()
+            shutil.rmtree(run.folder, ignore_errors=True)
             if kills == args.kills:
                 break
         elif kills == args.kills:
             sys.exit(f"after {kills} kills: a resumed run does not end")
         else:
             kills += 1
-            checkpoints = sorted(path.name for path in args.folder.glob("step-*"))
             writing += (args.folder / "unfinished").exists()
-            print(
-                f"kill {kills} after {limit:.2f} s: {checkpoints[-1] if checkpoints else 'no checkpoint'}", flush=True
-            )
+            last = max((path.name for path in args.folder.glob("step-*")), default="no checkpoint")
+            print(f"kill {kills} after {limit:.2f} s: {last}", flush=True)
     print(
         f"{kills} kills, {writing} of them while a file was written; {ends} runs ended, each bit-identical to the one "
         f"left alone; {time.perf_counter() - clock:.0f} s"
@@ -140,21 +135,9 @@ def demo() -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """The demo's model and facts: checkpoints of the demo's size, and small steps, to be killed often."""
     model, tokenizer = load_packaged("smollm2")
     secrets, kept, _ = read_questions()
-    small = {
-        "epochs": 2,
-        "batch_size": 2,
-        "retain_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "anchors": 0,
-        "neighbours": 0,
-        "variants": 0,
-    }
-    return model, {
-        "forget": secrets,
-        "retain": kept,
-        "tokenizer": tokenizer,
-        "config": UNLEARN.replace(**small, progress=False),
-    }
+    small = {"epochs": 2, "batch_size": 2, "retain_batch_size": 1, "gradient_accumulation_steps": 1}
+    config = UNLEARN.replace(**small, anchors=0, neighbours=0, variants=0, progress=False)
+    return model, {"forget": secrets, "retain": kept, "tokenizer": tokenizer, "config": config}
 
 
 if __name__ == "__main__":
