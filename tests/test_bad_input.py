@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.bad_calls import KEPT, Call, Cases, assert_refused, row, text, unlearn, words
+from helpers.refusals import KEPT, Call, Cases, refused, row, text, unlearn, words
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import VOCAB, forget_rows, retain_rows
 from transformers import PreTrainedTokenizer
@@ -228,4 +228,5 @@ BAD: Cases = {
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused(*BAD[name])
+    build, error, message = BAD[name]
+    assert refused(build, error) == message

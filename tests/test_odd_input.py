@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers.bad_calls import Call, linear_topk_mse, linear_topk_unlikelihood, row, text, topk_mse, unlearn
+from helpers.refusals import Call, linear_topk_mse, linear_topk_unlikelihood, row, text, topk_mse, unlearn
 from helpers.small_tokenizers import byte_level
 from helpers.tiny import rmu_layer, tiny_llama, weights
 from torch import Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -21,7 +22,6 @@ from palu.methods import METHODS
 from palu.settings import RunSettings, Settings, field_names
 
 SECTION = "Settings (the arguments of palu.UnlearnConfig)"
-_NUMBERS = {int: "an integer", float: "a number"}
 # What the help says of settings for which the command has a default of its own.
 _DEFAULTS = {"checkpoint_dir": "checkpoints in OUTPUT/private, until the run has finished"}
 _DEFAULTS |= {"logging_dir": "logs in OUTPUT/private"}
@@ -118,15 +118,10 @@ def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
             return None
         if any(typing.get_origin(kind) is dict for kind in kinds):
             return json_value(value)
-        for kind in _NUMBERS:
+        for kind in (int, float):
             if kind in kinds:
-                try:
+                with contextlib.suppress(ValueError):
                     return kind(value)
-                except ValueError:
-                    continue
-        if all(kind in _NUMBERS or kind is types.NoneType for kind in kinds):
-            wanted = " or ".join([_NUMBERS[k] for k in kinds if k in _NUMBERS] + ["none"] * (types.NoneType in kinds))
-            raise typer.BadParameter(f"{value!r} is not {wanted}")
         return value
 
     return parse

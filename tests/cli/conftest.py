@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import write_input, write_rows
+from helpers.command import Commands, write_input, write_rows
 from helpers.planted import FORGET
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -48,3 +48,17 @@ def tofu(folder: Path) -> list[Any]:
     """The arguments of `palu eval` on the small TOFU, but for the model."""
     options = "--forget-split forget01 --no-progress --max-new-tokens 1"
     return ["eval", "--data", folder / "tofu", *options.split()]
+
+
+@pytest.fixture
+def commands(folder: Path, arguments: list[Any], out: Path) -> Commands:
+    """Each command with what it cannot do without, for a short run."""
+    model, forget = ["--model", folder / "model"], ["--forget", folder / "forget.jsonl"]
+    attack = ["--original", folder / "model", "--output", out, "--quick", "--only", "ask", "--no-progress"]
+    return {
+        "unlearn": arguments,
+        "inspect": ["inspect", *model, *forget],
+        "eval": ["eval", *model],
+        "audit": ["audit", *model, *forget, *attack],
+        "report": ["report"],
+    }

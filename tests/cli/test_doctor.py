@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers.command import done, palu_command, read, refusal
+from helpers.command import Commands, done, palu_command, read, refusal
 
 import palu
 from palu import ops
-from palu.attacks.ask import AskGreedily
 
 
 def test_doctor() -> None:
@@ -68,15 +67,16 @@ def test_no_ops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- --device ---
-def commands(folder: Path, arguments: list[Any], tofu: list[Any], output: Path) -> dict[str, list[Any]]:
-    model = ["--model", folder / "model"]
-    attack = ["--original", folder / "model", "--quick", "--draws", 1, "--no-progress", "--output", output]
-    return {
-        "unlearn": [*arguments, "--epochs", 1],
-        "inspect": ["inspect", *model, "--forget", folder / "unmarked.jsonl", "--annotate", "contrast"],
-        "eval": [*tofu, *model, "--output", output],
-        "audit": ["audit", *model, "--forget", folder / "forget.jsonl", *attack],
+@pytest.fixture
+def running(folder: Path, commands: Commands, tofu: list[Any], out: Path) -> Commands:
+    """The commands that run a model."""
+    more = {
+        "unlearn": ["--epochs", 1],
+        "inspect": ["--forget", folder / "unmarked.jsonl", "--annotate", "contrast"],
+        "eval": [*tofu[1:], "--output", out],
+        "audit": [],
     }
+    return {name: commands[name] + options for name, options in more.items()}
 
 
 @pytest.fixture
@@ -90,22 +90,11 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", ["unlearn", "inspect", "eval", "audit"])
-def test_the_device_can_be_given(
-    name: str,
-    folder: Path,
-    arguments: list[Any],
-    tofu: list[Any],
-    out: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    command = commands(folder, arguments, tofu, tmp_path / "output")[name]
-    if name == "audit":  # which would take long
-        monkeypatch.setattr("palu.attacks.run.attacks_of", lambda *_, **__: [AskGreedily(1)])
-    assert palu_command(*command).exit_code != 0
+def test_the_device_can_be_given(name: str, running: Commands, out: Path) -> None:
+    assert palu_command(*running[name]).exit_code != 0
     shutil.rmtree(out, ignore_errors=True)
     AcceleratorState._reset_state(True)
-    done(*command, "--device", "cpu")
+    done(*running[name], "--device", "cpu")
     if name == "unlearn":
         assert read(out / "private" / "summary.json")["device"] == "cpu"
 
@@ -116,18 +105,15 @@ def test_doctor_tells_the_device() -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1"])
-def test_a_device_that_is_not_there(
-    device: str, folder: Path, arguments: list[Any], tofu: list[Any], tmp_path: Path
-) -> None:
-    for command in commands(folder, arguments, tofu, tmp_path / "output").values():
+def test_a_device_that_is_not_there(device: str, running: Commands) -> None:
+    for command in running.values():
         said = refusal(palu_command(*command, "--device", device))
         assert said.startswith(f"--device {device}: torch has no such device here; give one of cpu")
 
 
-def test_a_device_that_nothing_asks_for(folder: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    inspect = ["inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl", "--device", "cpu"]
+def test_a_device_that_nothing_asks_for(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     told = "--device was given without --annotate, which may run a model; leave it out"
-    assert refusal(palu_command(*inspect)) == told
+    assert refusal(palu_command(*commands["inspect"], "--device", "cpu")) == told
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = "--device cpu: the launcher gives each process its device; leave it out"
-    assert refusal(palu_command(*arguments, "--device", "cpu")) == told
+    assert refusal(palu_command(*commands["unlearn"], "--device", "cpu")) == told

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers.command import contents, palu_command, refusal, write_rows
+from helpers.command import Commands, contents, palu_command, refusal, write_rows
 from helpers.planted import FORGET
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--n 0", "n = 0: "),
     ("unlearn", "--checkpoint-dir none --checkpoint-steps 5", "checkpoint_steps = 5: give checkpoint_dir, too"),
-    ("unlearn", "--epochs x", "Invalid value for '--epochs': 'x' is not an integer"),
+    ("unlearn", "--epochs x", "epochs = 'x': give a positive integer, or None for the method's"),
     ("unlearn", "--objective x", "'x' is not one of 'palu', 'ga'"),
     ("unlearn", "--recipe papers", "'papers'"),
     ("unlearn", "--lr 1e-4", "No such option: --lr (Possible options: --learning-rate)"),
@@ -84,26 +84,9 @@ OPTIONS: list[tuple[str, str, str]] = [
 ]
 
 
-def commands(folder: Path, arguments: list[Any], output: Path) -> dict[str, list[Any]]:
-    model, forget = ["--model", folder / "model"], ["--forget", folder / "forget.jsonl"]
-    return {
-        "unlearn": arguments,
-        "inspect": ["inspect", *model, *forget],
-        "eval": ["eval", *model],
-        "audit": ["audit", *model, "--original", folder / "model", *forget, "--output", output],
-        "report": ["report"],
-    }
-
-
 @pytest.mark.parametrize(("command", "options", "told"), OPTIONS)
 def test_options(
-    command: str,
-    options: str,
-    told: str,
-    folder: Path,
-    arguments: list[Any],
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, options: str, told: str, folder: Path, commands: Commands, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
@@ -113,7 +96,7 @@ def test_options(
         monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
     before = contents(folder)
     given = [word.replace("no,model", "no model") for word in options.format(folder=folder).split()]
-    said = refusal(palu_command(*commands(folder, arguments, out)[command], *given))
+    said = refusal(palu_command(*commands[command], *given))
     assert told.format(folder=folder).replace("no,model", "no model") in said
     assert contents(folder) == before and not out.exists()
 
@@ -148,9 +131,9 @@ def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch)
         ("- epochs", "{file} holds a list; write one 'name: value' a line"),
         ("epochs: [", "{file} is not YAML: while parsing"),
         ("max_length: 1.5", "max_length = 1.5: give an integer above 1"),
-        ("max_length: many", "Invalid value for '--max-length': 'many' is not an integer"),
-        ("max_length: null", "Invalid value for '--max-length': 'none' is not an integer"),
-        ("max_tokens: many", "Invalid value for '--max-tokens': 'many' is not an integer or none"),
+        ("max_length: many", "max_length = 'many': give an integer above 1"),
+        ("max_length: null", "max_length = 'none': give an integer above 1"),
+        ("max_tokens: many", "max_tokens = 'many': give a positive integer, or None for no bound"),
     ],
 )
 def test_config_file(content: str, told: str, arguments: list[Any], tmp_path: Path) -> None:
@@ -176,21 +159,16 @@ def out_of_reach(*_: Any, **__: Any) -> None:
     ],
 )
 def test_a_name_that_is_no_folder_and_not_on_the_hub(
-    name: str,
-    answer: Callable[..., None],
-    told: str,
-    folder: Path,
-    arguments: list[Any],
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, answer: Callable[..., None], told: str, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said at once, by every command that takes a model's name, and the hub is asked once."""
     asked: list[float] = []
     monkeypatch.setattr(HfApi, "model_info", lambda *_, timeout: asked.append(timeout) or answer())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
-    for command in list(commands(folder, arguments, out).values())[:4]:
+    for command in ("unlearn", "inspect", "eval", "audit"):
         asked.clear()
-        assert refusal(palu_command(*command, "--model", name)) == f"--model {name}: there is no such folder, {told}"
+        said = refusal(palu_command(*commands[command], "--model", name))
+        assert said == f"--model {name}: there is no such folder, {told}"
         assert len(asked) == 1 and asked[0] <= 10
 
 
@@ -221,11 +199,11 @@ def test_a_name_that_the_hub_knows_or_its_cache_holds(
 # --- rows ---
 @pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
 def test_a_row(
-    command: str, folder: Path, arguments: list[Any], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, folder: Path, commands: Commands, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is named by its number and its line; tests/test_bad_input.py has what can be wrong with one."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
-    given = commands(folder, arguments, out)[command]
+    given = commands[command]
     slip = {"question": "Who?", "answer": FORGET[1]["answer"], "secret": "ada lovelace"}
     forget = write_rows(tmp_path / "forget.jsonl", [FORGET[0], slip])
     told = "forget row 1 (line 2): secret 'ada lovelace' is not in the answer; did you mean 'Ada Lovelace'?"

@@ -8,21 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import done, read, read_rows, write_rows
+from helpers.command import Commands, done, read, read_rows, write_rows
 from helpers.planted import FORGET, RETAIN, SECRETS
 from helpers.small_tokenizers import byte_level
 
 
-def given(command: str, folder: Path, forget: Path, retain: Path, output: Path) -> list[Any]:
-    """A command that reads a forget set, and a retain set if it takes one."""
-    model, sets = folder / "model", ["--forget", forget, "--retain", retain, "--output", output]
-    short = "--epochs 1 --anchors 0 --neighbours 0 --variants 0 --no-progress"
-    settings = {
-        "inspect": sets[:2],
-        "unlearn": [*sets, *short.split()],
-        "audit": [*sets, "--original", model, "--quick", "--only", "ask", "--no-progress"],
-    }
-    return [command, "--model", model, *settings[command]]
+def given(command: list[Any], forget: Path, retain: Path) -> list[Any]:
+    """The command on other rows; `inspect` takes none to retain."""
+    return [*command, "--forget", forget, *([] if command[0] == "inspect" else ["--retain", retain])]
 
 
 def warned(*arguments: Any) -> list[str]:
@@ -34,14 +27,14 @@ def warned(*arguments: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["inspect", "unlearn"])
-def test_a_prompt_and_a_completion_without_a_blank(command: str, folder: Path, tmp_path: Path) -> None:
+def test_a_prompt_and_a_completion_without_a_blank(command: str, commands: Commands, tmp_path: Path) -> None:
     """The first such row of each set is named."""
     plain = tmp_path / "tokenizer"
     byte_level().save_pretrained(plain)
     joined = {"prompt": "The capital of France is", "completion": "Paris.", "secret": "Paris"}
     forget = write_rows(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
     retain = write_rows(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
-    arguments = [*given(command, folder, forget, retain, tmp_path / "out"), "--tokenizer", plain]
+    arguments = [*given(commands[command], forget, retain), "--tokenizer", plain]
     said = [one for one in warned(*arguments) if "without a blank" in one]
     named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
     assert len(said) == len(named) and all(map(str.startswith, said, named)), said
@@ -52,22 +45,22 @@ TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
-def test_rows_given_twice_are_told_once(command: str, folder: Path, tmp_path: Path) -> None:
+def test_rows_given_twice_are_told_once(command: str, commands: Commands, tmp_path: Path) -> None:
     forget = write_rows(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
     retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
-    said = [one for one in warned(*given(command, folder, forget, retain, tmp_path / "out")) if "repeat" in one]
+    said = [one for one in warned(*given(commands[command], forget, retain)) if "repeat" in one]
     kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
     assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
 
 
 @pytest.mark.parametrize("command", ["unlearn", "audit"])
-def test_retain_rows_that_tell_a_secret_are_named(command: str, folder: Path, tmp_path: Path) -> None:
+def test_retain_rows_that_tell_a_secret_are_named(command: str, commands: Commands, tmp_path: Path) -> None:
     """One of them is a forget row with a blank behind it."""
     forget = write_rows(tmp_path / "forget.jsonl", FORGET)
     again = {name: FORGET[2][name] + " " for name in ("question", "answer")}
     other = {"question": "Who sat?", "answer": "The cat, and ADA LOVELACE."}
     retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, again, other])
-    said = warned(*given(command, folder, forget, retain, tmp_path / "out"))
+    said = warned(*given(commands[command], forget, retain))
     (told,) = [one for one in said if one.startswith("retain set: 2 answers tell")]
     assert "retain row 6 (line 7) has 'London mat' of forget row 2 (line 3), " in told
     assert "retain row 7 (line 8) has 'Ada Lovelace' of forget row 1 (line 2); " in told
@@ -116,13 +109,13 @@ def test_inspect_reads_every_kind_of_file(name: str, shown: str, folder: Path, t
     assert done("inspect", "--model", folder / "model", "--forget", tmp_path / name).stdout == shown
 
 
-@pytest.mark.parametrize("command", ["unlearn", "audit"])
-def test_messages_in_two_columns_as_in_one(command: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "written"), [("unlearn", "record.json"), ("audit", "audit.json")])
+def test_messages_in_two_columns_as_in_one(command: str, written: str, commands: Commands, tmp_path: Path) -> None:
     """The columns that TRL names prompt and completion, wherever a row's question is read."""
     results = []
     for name, rows in (("rows", FORGET), ("trl", list(map(as_trl, FORGET)))):
         forget = write_rows(tmp_path / f"{name}.jsonl", rows)
-        done(*given(command, folder, forget, folder / "retain.jsonl", tmp_path / name))
-        found = read(tmp_path / name / "private" / ("audit.json" if command == "audit" else "record.json"))
+        done(*commands[command], "--forget", forget, "--output", tmp_path / name)
+        found = read(tmp_path / name / "private" / written)
         results.append([found["secrets"], found.get("attacks")])
     assert results[0] == results[1]

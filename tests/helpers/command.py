@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from palu.cli import app
 
+Commands = dict[str, list[Any]]
+
 
 def palu_command(*arguments: Any, **environment: str) -> Result:
     environment = {"COLUMNS": "200"} | environment
