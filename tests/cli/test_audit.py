@@ -1,21 +1,36 @@
-"""``palu audit``, on planted models in folders."""
+"""``palu audit``, on a model that knows its rows by heart and one that never saw them."""
 
 from __future__ import annotations
 
 import copy
 import re
 import stat
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command import done, palu_command, read, refusal, write_input
-from helpers.planted import FORGET, RETAIN, never_saw, original, tokenizer
-from transformers import AutoModelForCausalLM
+from helpers.planted import FORGET, RETAIN, tokenizer
+from helpers.tiny import overfit, tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import palu
+from palu.data.examples import load_retain
+from palu.report import audited
 
-RUN = palu.UnlearnConfig(epochs=1, lambda_retain=1.0, neighbours=0, variants=0, progress=False)
+
+@cache
+def never_saw() -> LlamaForCausalLM:
+    return tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512)
+
+
+@cache
+def original() -> LlamaForCausalLM:
+    model = copy.deepcopy(never_saw())
+    examples = load_retain(FORGET + RETAIN, tokenizer(), max_length=512).examples
+    overfit(model, [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples], 90)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +39,13 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_input(tmp_path_factory.mktemp("audit"), original(), never_saw())
 
 
+def data(planted: Path, output: Path) -> list[Any]:
+    rows = ["--forget", planted / "forget.jsonl", "--retain", planted / "retain.jsonl"]
+    return ["--model", planted / "model1", *rows, "--output", output, "--no-progress"]
+
+
 def given(planted: Path, output: Path) -> list[Any]:
-    data = ["--forget", planted / "forget.jsonl", "--retain", planted / "retain.jsonl"]
-    models = ["--model", planted / "model1", "--original", planted / "model"]
-    return ["audit", *models, *data, "--output", output, "--quick", "--no-progress"]
+    return ["audit", *data(planted, output), "--original", planted / "model", "--quick"]
 
 
 def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path: Path) -> None:
@@ -55,9 +73,10 @@ def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path:
     table = {re.split(r"  +| \(of", line)[0]: line for line in lines[2:]}
     *made, depth = written["attacks"]
     assert depth["name"] == "inside: depth" and "skipped: it needs a retain model" in table[depth["name"]]
-    for row in made:
+    for row, shown in zip(made, audited.rows(written), strict=False):
         assert ("(of 1)" in table[row["name"]]) == (row["secrets"] == 1)
-        assert re.split("  +", table[row["name"]])[3:5] == ["0.00 (0.00 to 0.00)", "held"], table[row["name"]]
+        assert all(cell in table[row["name"]] for cell in (shown["rho"], shown["verdict"])), (shown, table)
+    assert re.split("  +", table["ask: greedy"])[1:5] == ["0.00", "1.00", "0.00 (0.00 to 0.00)", "held"]
     assert "1 greedy answer of" in table["ask: greedy"]
     assert "2 sampled answers of" in table["sample: leak@1"] and "sampled" not in table["sample: leak@2"]
     assert "utility" in table["quantise: int4"] and "median 1/p" in table["sample: exact p"]
@@ -73,10 +92,8 @@ def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path:
 
 def test_in_a_run_the_report_and_the_card_are_written_again(planted: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    model = never_saw()
-    recorder = palu.Recorder(model, FORGET, RETAIN, tokenizer=tokenizer(), config=RUN)
-    result = palu.unlearn(copy.deepcopy(model), None, FORGET, RETAIN, tokenizer=tokenizer(), config=RUN)
-    palu.save_run(output, result, tokenizer(), recorder)
+    short = "--epochs 1 --anchors 0 --neighbours 0 --variants 0"
+    done("unlearn", *data(planted, output), *short.split())
     report, card = output / "private" / "report.html", output / "model" / "README.md"
     before = report.read_text(encoding="utf-8")
     assert "What an attacker gets out" not in before
