@@ -7,67 +7,48 @@ from typing import Annotated, Any
 
 import typer
 
-from palu.cli.device import Device, choose_device
-from palu.cli.models import Dtype, check_hub, check_names, load_tokenizer, model_loaders
-from palu.cli.options import RunFolder, TemplateKwargs, Tokenizer, check_files
+from palu.cli import options as shared
+from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
+from palu.cli.options import FILES, NAME, check_files, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
 from palu.writable import check_folder
 
 
 def audit(
-    model: Annotated[
-        str,
-        typer.Option(help="The unlearned model: a folder (of an adapter, too), or a name.", metavar="DIR_OR_NAME"),
-    ],
-    original: Annotated[str, typer.Option(help="The model before unlearning.", metavar="DIR_OR_NAME")],
-    forget: Annotated[
-        Path,
-        typer.Option(
-            help="What was unlearned: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).", metavar="FILE"
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(help="A run's folder, or another: audit.json goes to private/ in it.", metavar="DIR"),
-    ],
-    retain_model: Annotated[
-        str | None, typer.Option(help="A model that never saw the forget set, to compare with.", metavar="DIR_OR_NAME")
-    ] = None,
+    model: Annotated[str, option("The unlearned model: a folder (of an adapter, too), or a name.", NAME)],
+    original: Annotated[str, option("The model before unlearning.", NAME)],
+    forget: shared.Forget,
+    output: Annotated[Path, option("A run's folder, or another: audit.json goes to private/ in it.", "DIR")],
+    retain_model: Annotated[str | None, option("A model that never saw the forget set, to compare with.", NAME)] = None,
     retain: Annotated[
-        Path | None,
-        typer.Option(
-            help="What was kept, for examples in front and for utility (JSONL, JSON, CSV, TSV or Parquet).",
-            metavar="FILE",
-        ),
+        Path | None, option(f"What was kept, for examples in front and for utility {FILES}.", "FILE")
     ] = None,
-    run: RunFolder = None,
+    run: shared.RunFolder = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer draws and hints: minutes on a CPU for a few secrets.")
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="An attack to make (ask, sample, onset-answer, ...), perhaps several times. [default: all]"),
+        option("An attack to make (ask, sample, onset-answer, ...), perhaps several times. [default: all]"),
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(help="Answers sampled for each question. [default: 200; with --quick 16]", min=1)
+        int | None, option("Answers sampled for each question. [default: 200; with --quick 16]", min=1)
     ] = None,
     n: Annotated[
         int,
-        typer.Option(
-            help="The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied."
-        ),
+        option("The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied."),
     ] = -1,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),
+        option("Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws and of the bootstrap.")] = 0,
-    tokenizer: Tokenizer = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
-    device: Device = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    seed: Annotated[int, option("Of the draws and of the bootstrap.")] = 0,
+    tokenizer: shared.Tokenizer = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = None,
+    chat_template_kwargs: shared.TemplateKwargs = None,
+    progress: shared.Progress = True,
 ) -> None:
     """What does an attacker get out of an unlearned model?
 
@@ -75,10 +56,9 @@ def audit(
     the report and the model card are written again.
     """
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
-    check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
     check_files(forget=forget, retain=retain)
     check_folder(output, f"--output {output}")
-    check_hub(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
+    check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
 
     from palu.attacks.run import RESULTS, attacks_of, audit_models
     from palu.attacks.secrets import AuditData
@@ -90,7 +70,7 @@ def audit(
         hide_progress_bars()
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again
-    place: Any = choose_device(device)
+    place = choose_device(device)
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
     loaders = model_loaders({"unlearned": model, "original": original, "retain": retain_model}, dtype, place)
@@ -107,23 +87,17 @@ def audit(
 
 def print_results(results: dict[str, Any]) -> None:
     """Print a row for each attack, with its budget, each model's share of secrets told, rho and verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
     from palu.report.audited import rows
 
-    roles = list(results["models"])
-    table = Table("attack", *roles, "rho (95 %)", "verdict", "budget", box=None, pad_edge=False)
-    for row in rows(results):
-        shares = [row["shares"].get(role, "") for role in roles]
-        table.add_row(row["name"], *shares, row["rho"], row["verdict"], row["remark"])
-    console = Console(highlight=False, markup=False)
-    left_out = results["left_out"]
-    count = len(results["secrets"])
-    console.print(
-        f"{count} secrets ({left_out['told_by_their_question']} spans left out that their question tells, "
-        f"{left_out['repeated']} that are marked twice); share of them that each attack gets:"
+    roles, left_out = list(results["models"]), results["left_out"]
+    print(
+        f"{len(results['secrets'])} secrets ({left_out['told_by_their_question']} spans left out that their question "
+        f"tells, {left_out['repeated']} that are marked twice); share of them that each attack gets:"
     )
-    console.print(table)
+    lines = [
+        (row["name"], *(row["shares"].get(role, "") for role in roles), row["rho"], row["verdict"], row["remark"])
+        for row in rows(results)
+    ]
+    print_table(("attack", *roles, "rho (95 %)", "verdict", "budget"), lines)
     for note in results["notes"]:
-        console.print(f"- {note}")
+        print(f"- {note}")

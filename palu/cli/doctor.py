@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from palu.cli.device import choose_device
+from palu.cli.models import choose_device
 
 PACKAGES = ("transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard", "wandb")
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from palu.cli.device import Device, choose_device
-from palu.cli.models import Bits, Dtype, check_hub, check_names, load_model, load_tokenizer, model_loaders
-from palu.cli.options import RunFolder, TemplateKwargs, Tokenizer, check_files, flag, of_run
+from palu.cli import options as shared
+from palu.cli.models import check_names, choose_device, load_model, load_tokenizer, model_loaders
+from palu.cli.options import FILES, NAME, check_files, flag, given_by, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
 from palu.settings import template_kwargs
@@ -19,115 +19,96 @@ from palu.writable import check_file
 
 OWN = "Your own questions"
 SHOWN = 20  # rows of them that are printed
+FOR_TOFU = ("forget_split", "reference_model", "fluency_model", "max_new_tokens")
+FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "reference_results", *FOR_TOFU[:3])
 
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="The model: a folder (of an adapter, too), or a name on the hub.", metavar="DIR_OR_NAME")
-    ],
-    run: RunFolder = None,
+    model: Annotated[str, option("The model: a folder (of an adapter, too), or a name on the hub.", NAME)],
+    run: shared.RunFolder = None,
     rows: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind "
-            "(forget or retain) (JSONL, JSON, CSV, TSV or Parquet); perhaps several times.",
-            metavar="FILE",
+        option(
+            "Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind "
+            f"(forget or retain) {FILES}; perhaps several times.",
+            "FILE",
             rich_help_panel=OWN,
         ),
     ] = None,
     original: Annotated[
-        str | None,
-        typer.Option(help="The model before unlearning, beside it.", metavar="DIR_OR_NAME", rich_help_panel=OWN),
+        str | None, option("The model before unlearning, beside it.", NAME, rich_help_panel=OWN)
     ] = None,
     retain_model: Annotated[
-        str | None,
-        typer.Option(
-            help="A model that never saw the forget set, beside it.", metavar="DIR_OR_NAME", rich_help_panel=OWN
-        ),
+        str | None, option("A model that never saw the forget set, beside it.", NAME, rich_help_panel=OWN)
     ] = None,
-    benchmark: Annotated[
-        Literal["tofu", "muse-news"] | None, typer.Option(help="The benchmark. [default: tofu]")
-    ] = None,
-    forget_split: Annotated[
-        str | None, typer.Option(help="TOFU: the split that was to be forgotten. [default: forget05]")
-    ] = None,
+    benchmark: Annotated[Literal["tofu", "muse-news"] | None, option("The benchmark. [default: tofu]")] = None,
+    forget_split: Annotated[str | None, option("TOFU: the split that was to be forgotten. [default: forget05]")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="The benchmark's folder; without it, its public name is loaded.", metavar="DIR"),
+        option("The benchmark's folder; without it, its public name is loaded.", "DIR"),
     ] = None,
     retain_results: Annotated[
-        Path | None,
-        typer.Option(help="Results of the model that never saw the forget set (.json, .json.gz).", metavar="FILE"),
+        Path | None, option("Results of the model that never saw the forget set (.json, .json.gz).", "FILE")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default: "
+        option(
+            "Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default: "
             "evaluation-....json, beside the records of the model's run, where palu report finds it, or else in the "
             "model's folder]",
-            metavar="FILE",
+            "FILE",
         ),
     ] = None,
-    reference_model: Annotated[
-        str | None, typer.Option(help="TOFU: for the reference attack.", metavar="DIR_OR_NAME")
-    ] = None,
-    fluency_model: Annotated[
-        str | None, typer.Option(help="TOFU: classifier of gibberish, for fluency.", metavar="DIR_OR_NAME")
-    ] = None,
+    reference_model: Annotated[str | None, option("TOFU: for the reference attack.", NAME)] = None,
+    fluency_model: Annotated[str | None, option("TOFU: classifier of gibberish, for fluency.", NAME)] = None,
     language: Annotated[
-        str, typer.Option(help="Of the word list for the share of broken words, such as de; none: leave it out.")
+        str, option("Of the word list for the share of broken words, such as de; none: leave it out.")
     ] = "en",
     reference_results: Annotated[
-        Path | None,
-        typer.Option(help="Results of the model before unlearning; what it writes counts as words.", metavar="FILE"),
+        Path | None, option("Results of the model before unlearning; what it writes counts as words.", "FILE")
     ] = None,
-    tokenizer: Tokenizer = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = "auto",
-    device: Device = None,
+    tokenizer: shared.Tokenizer = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = None,
     quantize: Annotated[
-        Bits | None, typer.Option(help="Quantise the model as it is loaded, all but its head (bitsandbytes).")
+        shared.Bits | None, option("Quantise the model as it is loaded, all but its head (bitsandbytes).")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true "
+        option(
+            "TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true "
             "answer, at most 200]",
             min=1,
         ),
     ] = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    chat_template_kwargs: shared.TemplateKwargs = None,
+    progress: shared.Progress = True,
 ) -> None:
     """Has a model forgotten, and what does it still know?"""
-    for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
-    if benchmark is not None and run is not None:  # its rows are asked where no benchmark is named
-        rows = None if of_run(ctx, "rows") else rows
-        original = None if of_run(ctx, "original") else original
+    if benchmark is not None and given_by(ctx, "rows") == "DEFAULT_MAP":
+        rows = None  # of a run, which are asked where no benchmark is named
     if rows:
-        of_benchmarks: dict[str, Any] = {"benchmark": benchmark, "forget_split": forget_split, "data": data}
-        of_benchmarks |= {"retain_results": retain_results, "reference_results": reference_results}
-        of_benchmarks |= {"reference_model": reference_model, "fluency_model": fluency_model}
-        _refuse(of_benchmarks, "belongs to a benchmark; leave it out, or --rows")
+        _refuse(ctx, FOR_BENCHMARKS, "belongs to a benchmark; leave it out, or --rows")
     else:
-        beside = {"original": original, "retain_model": retain_model}
-        _refuse(beside, "stands beside a model on --rows; give them, or leave it out")
+        _refuse(ctx, ("original", "retain_model"), "stands beside a model on --rows; give them, or leave it out")
     if benchmark == "muse-news":
-        others = {"forget_split": forget_split, "reference_model": reference_model, **for_tofu}
-        _refuse(others, "belongs to TOFU; leave it out")
+        _refuse(ctx, FOR_TOFU, "belongs to TOFU; leave it out")
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
-    models = {"model": model, "original": original, "retain_model": retain_model}
-    names = models | {"reference_model": reference_model, "tokenizer": tokenizer}
-    check_names(**names)
     for file in rows or []:
         check_files(rows=file)
     check_files(retain_results=retain_results, reference_results=reference_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
+    models = {"model": model} | ({"original": original, "retain_model": retain_model} if rows else {})
+    check_names(**models, reference_model=reference_model, tokenizer=tokenizer)
     split = forget_split or "forget05"
-    of_benchmark = f"evaluation-{benchmark}.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
-    output = _output(output, model, QUESTIONS if rows else of_benchmark)
-    check_hub(**names)
+    if output is None:
+        if not Path(model).is_dir():
+            raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
+        of_benchmark = f"evaluation-{benchmark}.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
+        output = results_folder(model) / (QUESTIONS if rows else of_benchmark)
+    check_file(output, f"--output {output}")
 
     from palu import evaluate as evaluations
     from palu.data.rows import iterate_rows
@@ -136,7 +117,7 @@ def evaluate(
 
     if not progress:
         hide_progress_bars()
-    place: Any = choose_device(device)
+    place = choose_device(device)
     loaders = model_loaders(models, dtype, place, quantize)
     tokens = load_tokenizer(tokenizer or model)
     # Complaints about the data come before a large model is loaded.
@@ -146,16 +127,21 @@ def evaluate(
         asked = QuestionRows(read, tokens, chat_template_kwargs)
         results = evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, progress=progress)
     else:
-        options: dict[str, Any] = {"retain_results": retain_results, "progress": progress}
-        options |= {"language": None if language == "none" else language, "reference_results": reference_results}
-        options["chat_template_kwargs"] = chat_template_kwargs
-        if options["language"] is not None:
+        options: dict[str, Any] = {
+            "retain_results": retain_results,
+            "reference_results": reference_results,
+            "language": None if language == "none" else language,
+            "chat_template_kwargs": chat_template_kwargs,
+            "progress": progress,
+        }
+        if language != "none":
             WordList(language)
         if benchmark == "muse-news":
             evaluations.load_muse_news(data)
             results = evaluations.muse_news(loaders["model"](), tokens, data, **options)
         else:
             evaluations.load_tofu(split, data)
+            for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
             options |= {name: value for name, value in for_tofu.items() if value is not None}
             if reference_model is not None:
                 options["reference_model"] = load_model(reference_model, dtype).to(place)
@@ -165,60 +151,38 @@ def evaluate(
         _print_rows(results)
         print(f"wrote {output}, which holds your questions and what was answered")
     else:
-        _print(results)
+        print_table(("metric", "value", "retain model", "reason for none"), _metrics(results))
         print(f"wrote {output}")
 
 
-def _refuse(options: Mapping[str, Any], why: str) -> None:
-    """Raise ValueError where one of these options is given."""
-    for name, value in options.items():
-        if value is not None:
+def _refuse(ctx: typer.Context, options: tuple[str, ...], why: str) -> None:
+    """Raise ValueError where one of these options was given."""
+    for name in options:
+        if given_by(ctx, name) == "COMMANDLINE":
             raise ValueError(f"{flag(name)} {why}")
-
-
-def _output(output: Path | None, model: str, name: str) -> Path:
-    """Return where the results go, a file that can be written."""
-    if output is None:
-        if not Path(model).is_dir():
-            raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
-        output = results_folder(model) / name
-    check_file(output, f"--output {output}")
-    return output
 
 
 def _print_rows(results: dict[str, Any]) -> None:
     """Print each row's figures, model by model, and their means."""
-    from rich.console import Console
-    from rich.table import Table
-
     from palu.evaluate.questions import table_of
 
     found = table_of(results)
-    columns = ("told", "probability", "ROUGE-L", "extraction")
-    table = Table("row", "kind", "question", *columns, box=None, pad_edge=False)
+    lines = []
     for row in found["rows"][:SHOWN]:
         question = " ".join(row["question"].split())
         question = question if len(question) <= 40 else f"{question[:39]}…"
-        table.add_row(str(row["number"]), row["kind"], question, *row["cells"])
-    for mean in found["means"]:
-        table.add_row("mean", mean["kind"], f"{mean['count']} rows", *mean["cells"])
-    console = Console(highlight=False, markup=False)
+        lines.append((str(row["number"]), row["kind"], question, *row["cells"]))
+    lines += [("mean", mean["kind"], f"{mean['count']} rows", *mean["cells"]) for mean in found["means"]]
     if len(found["models"]) > 1:
-        console.print(" / ".join(found["models"]))
-    console.print(table)
+        print(" / ".join(found["models"]))
+    print_table(("row", "kind", "question", "told", "probability", "ROUGE-L", "extraction"), lines)
     if len(found["rows"]) > SHOWN:
-        console.print(f"{len(found['rows']) - SHOWN} more rows are in the file")
+        print(f"{len(found['rows']) - SHOWN} more rows are in the file")
 
 
-def _print(results: dict[str, Any]) -> None:
-    """Print the aggregates, and for each missing one the reason."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", "value", "retain model", "reason for none", box=None, pad_edge=False)
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield each metric's name, its aggregate, that of the retain model, and why there is none."""
     for name, entry in results.items():
         if isinstance(entry, dict) and "agg_value" in entry:
             values = (entry["agg_value"], entry.get("retain_model", {}).get("agg_value"))
-            shown = ("" if value is None else f"{value:.4g}" for value in values)
-            table.add_row(name, *shown, entry.get("reason", ""))
-    Console(highlight=False, markup=False).print(table)
+            yield name, *("" if value is None else f"{value:.4g}" for value in values), entry.get("reason", "")

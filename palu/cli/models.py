@@ -1,16 +1,17 @@
-"""Load the models and tokenizers that commands are given by folder or name."""
+"""Load the models and tokenizers that commands are given by folder or name, and choose the device."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from palu.cli.options import flag
+from palu.cli.options import Bits, DtypeName, flag
 from palu.report.layout import MODEL, holds_model
 
 if TYPE_CHECKING:
@@ -18,21 +19,18 @@ if TYPE_CHECKING:
 
     from palu.models.lora import CausalLM
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Bits = Literal["4bit", "8bit"]
 _CACHED = ("config.json", "adapter_config.json", "tokenizer_config.json")  # one of them is loaded first
 _PATIENCE = 10.0  # seconds
 _POINTER = b"version https://git-lfs"
 
 
 def check_names(**names: str | None) -> None:
-    """Raise FileNotFoundError where the name given for an option must be a folder, and no model is there.
+    """Raise FileNotFoundError or ValueError where the name given for an option leads to no model or tokenizer.
 
-    transformers would ask the hub for it, or complain of packages that are missing.
+    transformers would ask the hub for a folder, or try a hub that cannot be reached again and again.
     """
-    for option, name in names.items():
-        if name is None:
-            continue
+    given = {option: name for option, name in names.items() if name is not None}
+    for option, name in given.items():
         subject, folder = f"{flag(option)} {name}", Path(name).expanduser()
         if not folder.is_dir():
             if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
@@ -44,37 +42,50 @@ def check_names(**names: str | None) -> None:
             if holds_model(own := folder / MODEL):
                 raise ValueError(f"{subject} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{subject}: the folder holds no config.json, so it is no model's")
+    for option, name in given.items():
+        if not Path(name).expanduser().is_dir() and (reason := _missing(name)):
+            raise FileNotFoundError(f"{flag(option)} {name}: there is no such folder, and {reason}")
 
 
-def check_hub(**names: str | None) -> None:
-    """Raise FileNotFoundError where the name given for an option is no folder and neither cached nor on the hub.
+def _missing(name: str) -> str | None:
+    """Say why this name cannot be loaded from the hub, or from its cache; None where it may be."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    transformers would try a hub that cannot be reached again and again.
-    """
-    for option, name in names.items():
-        if name is None or Path(name).expanduser().is_dir():
-            continue
-        from huggingface_hub import HfApi, try_to_load_from_cache
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-        subject = f"{flag(option)} {name}: there is no such folder, "
-        try:
-            if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
-                continue
+    try:
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
             HfApi().model_info(name, timeout=_PATIENCE)
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"{subject}and no such model on the hub, or it is private (hf auth login)"
-            ) from None
-        except HFValidationError:
-            raise FileNotFoundError(f"{subject}and it cannot be a name on the hub") from None
-        except HfHubHTTPError:
-            continue  # it answers: what keeps the files from being loaded, loading them will say
-        except Exception as error:  # of whichever HTTP library huggingface_hub uses
-            reason = str(error) or type(error).__name__
-            raise FileNotFoundError(
-                f"{subject}and the hub, whose cache lacks it, cannot be reached ({reason})"
-            ) from None
+    except RepositoryNotFoundError:
+        return "no such model on the hub, or it is private (hf auth login)"
+    except HFValidationError:
+        return "it cannot be a name on the hub"
+    except HfHubHTTPError:
+        pass  # it answers: what keeps the files from being loaded, loading them will say
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        return f"the hub, whose cache lacks it, cannot be reached ({str(error) or type(error).__name__})"
+    return None
+
+
+def choose_device(name: str | None) -> Any:
+    """Return the torch.device of this command, and have accelerate use it: the named one, or accelerate's choice.
+
+    Call it before anything else uses accelerate. Raises ValueError where there is no such device.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    if name is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"--device {name}: the launcher gives each process its device; leave it out")
+        there = ["cpu"]
+        if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
+            there += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+        if name not in there:
+            raise ValueError(f"--device {name}: torch has no such device here; give one of {', '.join(there)}")
+        if ":" in name:
+            torch.accelerator.set_device_index(int(name.partition(":")[2]))
+        os.environ["ACCELERATE_TORCH_DEVICE"] = name
+    return Accelerator().device
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -90,7 +101,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_model(
     name: str,
-    dtype: Dtype = "auto",
+    dtype: DtypeName = "auto",
     *,
     trainable: bool = False,
     quantize: Bits | None = None,
@@ -129,7 +140,7 @@ def load_model(
 
 
 def model_loaders(
-    names: Mapping[str, str | None], dtype: Dtype, device: Any, quantize: Bits | None = None
+    names: Mapping[str, str | None], dtype: DtypeName, device: Any, quantize: Bits | None = None
 ) -> dict[str, Callable[[], CausalLM]]:
     """Return for each name that is given, under its key, what loads this model onto the device."""
 
@@ -192,7 +203,7 @@ def _damage_named(*folders: str | None) -> Iterator[None]:
         raise
 
 
-def _quantized(bits: Bits, dtype: Dtype) -> dict[str, Any]:
+def _quantized(bits: Bits, dtype: DtypeName) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` for a model that is quantised as it is loaded."""
     import torch
     from accelerate import PartialState
@@ -200,16 +211,13 @@ def _quantized(bits: Bits, dtype: Dtype) -> dict[str, Any]:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("--quantize needs bitsandbytes; pip install 'palu-unlearn[quantized]'")
-    if bits == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        compute = torch.float32 if dtype == "float32" else torch.bfloat16
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+    )
     device = PartialState().device
     # PEFT takes a map with a CPU in it for offloading.
     return {"quantization_config": config} | ({} if device.type == "cpu" else {"device_map": {"": device}})

@@ -1,10 +1,11 @@
-"""What the commands' options share: the help in sections, JSON, files that must be there, and a run's folder."""
+"""What the commands share: options and their help in sections, files that must be there, a run's folder, tables."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -12,6 +13,8 @@ from typer.core import TyperCommand
 from palu.report.layout import ANNOTATED, MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
+NAME = "DIR_OR_NAME"  # of a model or tokenizer
+FILES = "(JSONL, JSON, CSV, TSV or Parquet)"  # of rows
 
 
 class SectionedCommand(TyperCommand):
@@ -52,11 +55,28 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def given_by(ctx: typer.Context, name: str) -> str:
+    """Return where an option's value comes from: COMMANDLINE, DEFAULT_MAP (a run's folder, ``--config``) or DEFAULT."""
+    source = ctx.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
+
+
 def check_files(**files: Path | None) -> None:
     """Raise FileNotFoundError where the file given for an option is not there."""
     for name, file in files.items():
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{flag(name)} {file}: there is no such file")
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print rows under the names of their columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
 
 
 def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
@@ -83,16 +103,16 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
         file, digest = values[name], record["data"][name].get("file_sha256")
         if file is not None and Path(file).is_file() and digest not in (None, file_digest(Path(file))):
             raise ValueError(f"{file} has changed since the run in {run}; restore it, or give --{name}")
-    values["rows"] = [given["eval_rows"]] if given.get("eval_rows") else [values["forget"], values["retain"]]
-    values["rows"] = [file for file in values["rows"] if file is not None] or None
+    asked = [given["eval_rows"]] if given.get("eval_rows") else [values["forget"], values["retain"]]
+    values["rows"] = [file for file in asked if file is not None] or None
     ctx.default_map = {name: value for name, value in values.items() if value is not None}
     return run
 
 
-def of_run(ctx: typer.Context, name: str) -> bool:
-    """Whether an option's value comes from the folder of a run."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT_MAP"
+# --- options of several commands ---
+def option(text: str, metavar: str | None = None, **settings: Any) -> Any:
+    """Declare an option with its help."""
+    return typer.Option(help=text, metavar=metavar, **settings)
 
 
 RunFolder = Annotated[
@@ -104,14 +124,28 @@ RunFolder = Annotated[
         help="The folder of a run of palu unlearn, from which the options come that are not given.",
     ),
 ]
-
-Tokenizer = Annotated[str | None, typer.Option(help="The tokenizer, if it is not the model's.", metavar="DIR_OR_NAME")]
-
-TemplateKwargs = Annotated[
-    Any,
-    typer.Option(
-        parser=json_value,
-        metavar="<json>",
-        help='Values for the chat template, by name, such as {"enable_thinking": false}.',
+Forget = Annotated[Path, option(f"The forget set: rows with a secret or spans {FILES}.", "FILE")]
+Tokenizer = Annotated[str | None, option("The tokenizer, if it is not the model's.", NAME)]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[DtypeName, option("Of the weights; auto: as they are stored.")]
+Bits = Literal["4bit", "8bit"]
+Device = Annotated[
+    str | None,
+    option(
+        "Where the model runs: cpu, cuda, cuda:1, mps, ... [default: the first GPU that torch sees, else the CPU]",
+        "DEVICE",
     ),
 ]
+TemplateKwargs = Annotated[
+    Any,
+    option('Values for the chat template, by name, such as {"enable_thinking": false}.', "<json>", parser=json_value),
+]
+Annotate = Annotated[
+    str | None,
+    option(
+        "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
+        "regex:PATTERN, ner:MODEL (a token-classification model) or whole (answers). Guesses: look at them first.",
+        "HOW",
+    ),
+]
+Progress = Annotated[bool, option("Show progress bars.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -15,69 +16,53 @@ from typing import Annotated, Any
 
 import typer
 
-from palu.cli.options import ABBREVIATED, json_value
+from palu.cli.options import ABBREVIATED, given_by, json_value
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 from palu.settings import RunSettings, Settings, field_names
 
 SECTION = "Settings (the arguments of palu.UnlearnConfig)"
-_NUMBERS = {int: "an integer", float: "a number"}
+# What the help says of settings for which the command has a default of its own.
+_DEFAULTS = {"checkpoint_dir": "checkpoints in OUTPUT/private, until the run has finished"}
+_DEFAULTS |= {"logging_dir": "logs in OUTPUT/private"}
 
 
-def with_settings(**defaults: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command flags for all settings, and ``--config``.
 
-    Its parameter ``settings`` becomes a dict of those that were given, by a flag or by the file. ``defaults`` are what
-    the help says of settings for which the command has a default of its own.
+    Its parameter ``settings`` becomes a dict of those that were given, by a flag or by the file.
     """
-    return functools.partial(_with_settings, flags=_flags(defaults))
-
-
-def _with_settings(command: Callable[..., None], flags: dict[str, inspect.Parameter]) -> Callable[..., None]:
-    signature = inspect.signature(command, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    flags = _flags()
+    own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
     keyword = inspect.Parameter.KEYWORD_ONLY
 
     @functools.wraps(command)
     def with_flags(*, ctx: typer.Context, config: Path | None, **values: Any) -> None:
-        given = {name: values.pop(name) for name in list(values) if name in flags}
-        settings = {name: value for name, value in given.items() if was_given(ctx, name)}
-        command(**values, **({"ctx": ctx} if "ctx" in signature.parameters else {}), settings=settings)
+        given = {name: values.pop(name) for name in flags}
+        settings = {name: value for name, value in given.items() if given_by(ctx, name) != "DEFAULT"}
+        command(ctx, **values, settings=settings)
 
     file = inspect.Parameter("config", keyword, default=None, annotation=_CONFIG)
-    parameters = {p.name: p.replace(kind=keyword) for p in [*own, file]} | flags
-    parameters.setdefault("ctx", inspect.Parameter("ctx", keyword, annotation=typer.Context))
-    with_flags.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    parameters = [p.replace(kind=keyword) for p in [*own, file]] + list(flags.values())
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
     return with_flags
 
 
-def was_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option was given, by its flag or by ``--config``, and has not just its default."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _flags(defaults: dict[str, str]) -> dict[str, inspect.Parameter]:
+def _flags() -> dict[str, inspect.Parameter]:
     """Make an option for each setting: in a section those of every run, and in one each those of the same methods."""
     names: Any = typing.Literal[tuple(METHODS)]
     option = typer.Option(help=_helps(UnlearnConfig)["objective"], rich_help_panel=SECTION)
     flags = {"objective": _flag("objective", "palu", Annotated[names, option])}
     for name in field_names(RunSettings):
-        of_all = {"help": _helps(RunSettings)[name], "rich_help_panel": SECTION}
-        flags[name] = _option(RunSettings, name, of_all | {"show_default": defaults.get(name, True)})
+        flags[name] = _option(RunSettings, name, _helps(RunSettings)[name], SECTION, _DEFAULTS.get(name, True))
     kinds = {method: kind.Settings for method, kind in METHODS.items()}
     for name in dict.fromkeys(name for kind in kinds.values() for name in field_names(kind)):
         readers = [method for method, kind in kinds.items() if name in field_names(kind)]
         texts = _by_method({method: _helps(kinds[method])[name] for method in readers})
         values = _by_method({method: str(getattr(kinds[method], name)).lower() for method in readers})
-        section = "every objective" if len(readers) == len(kinds) else ", ".join(readers)
-        own = {
-            "help": texts,
-            "rich_help_panel": f"Settings of {section}",
-            "show_default": values if ":" in values else True,
-        }
-        flags[name] = _option(kinds[readers[0]], name, own)
+        section = f"Settings of {'every objective' if len(readers) == len(kinds) else ', '.join(readers)}"
+        flags[name] = _option(kinds[readers[0]], name, texts, section, values if ":" in values else True)
     return flags
 
 
@@ -91,18 +76,18 @@ def _by_method(texts: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(group)}: {text.rstrip('.')}" for text, group in groups.items())
 
 
-def _option(settings: type[Settings], name: str, option: dict[str, Any]) -> inspect.Parameter:
+def _option(settings: type[Settings], name: str, text: str, section: str, default: str | bool) -> inspect.Parameter:
     (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
     hint = typing.get_type_hints(settings)[name]
     kinds = typing.get_args(hint) or (hint,)
+    kind: Any = bool if kinds == (bool,) else Any
+    parsed: dict[str, Any] = {}
     if choices := field.metadata.get("choices"):
-        kind: Any = typing.Literal[choices]
-    elif kinds == (bool,):
-        kind = bool
-    else:
-        kind = Any
-        option |= {"parser": _parser(kinds), "metavar": f"<{'|'.join(map(_metavar, kinds))}>"}
-    return _flag(name, field.default, Annotated[kind, typer.Option(**option)])
+        kind = typing.Literal[choices]
+    elif kind is Any:
+        parsed = {"parser": _parser(kinds), "metavar": f"<{'|'.join(map(_metavar, kinds))}>"}
+    option = typer.Option(help=text, rich_help_panel=section, show_default=default, **parsed)
+    return _flag(name, field.default, Annotated[kind, option])
 
 
 def _flag(name: str, default: Any, annotation: Any) -> inspect.Parameter:
@@ -133,15 +118,10 @@ def _parser(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
             return None
         if any(typing.get_origin(kind) is dict for kind in kinds):
             return json_value(value)
-        for kind in _NUMBERS:
+        for kind in (int, float):
             if kind in kinds:
-                try:
+                with contextlib.suppress(ValueError):
                     return kind(value)
-                except ValueError:
-                    continue
-        if all(kind in _NUMBERS or kind is types.NoneType for kind in kinds):
-            wanted = " or ".join([_NUMBERS[k] for k in kinds if k in _NUMBERS] + ["none"] * (types.NoneType in kinds))
-            raise typer.BadParameter(f"{value!r} is not {wanted}")
         return value
 
     return parse

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import palu_command, write_input
+from helpers.command import done, palu_command, refusal, write_input
 from helpers.logits import WatchLogits
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import overfit, tiny_llama
-from typer.testing import Result
 
 from palu.data.examples import load_retain
 from palu.evaluate import scores
@@ -22,7 +21,7 @@ SECRETS = 3  # in TEXT_FORGET
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, which knows the rows of forget.jsonl by heart, and its large vocabulary; tests write elsewhere."""
     folder, tokenizer = tmp_path_factory.mktemp("lora"), byte_level(LLAMA3)
     model = tiny_llama(vocab_size=VOCAB, hidden_size=WIDTH, max_position_embeddings=256)
@@ -31,37 +30,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_input(folder, model, tokens=tokenizer, forget=TEXT_FORGET, retain=TEXT_RETAIN)
 
 
-def unlearn(folder: Path, output: Path, *options: Any) -> Result:
-    given = ["unlearn", "--model", folder / "model", "--forget", folder / "forget.jsonl", "--output", output]
-    return palu_command(*given, "--lora", "--neighbours", 0, "--variants", 0, "--no-progress", *options)
+def given(known: Path, output: Path, *options: Any) -> list[Any]:
+    data = ["--model", known / "model", "--forget", known / "forget.jsonl", "--output", output]
+    return ["unlearn", *data, "--lora", "--neighbours", 0, "--variants", 0, "--anchors", 2, "--no-progress", *options]
 
 
-def test_no_logits_of_whole_texts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits_of_whole_texts(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows fit into --chunk-bytes, those of the last positions of twelve anchors too."""
     monkeypatch.setattr(scores, "CHUNK_BYTES", 16 * VOCAB)
     options = ["--max-steps", 1, "--anchors", 12, "--retain-batch-size", 12, "--chunk-bytes", 16 * VOCAB]
     with WatchLogits(VOCAB, WIDTH) as watched:
-        result = unlearn(folder, tmp_path / "out", *options)
-    assert result.exit_code == 0, result.output
+        done(*given(known, tmp_path / "out", *options))
     assert watched.rows <= 8  # tokens of the check of the head
 
 
-def test_another_adapter_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+def test_another_adapter_is_not_gone_on_with(known: Path, tmp_path: Path) -> None:
     """Its weights may be the same, and it computes something else."""
-    options = ["--epochs", 1, "--anchors", 2, "--checkpoint-dir", tmp_path / "checkpoints"]
-    assert unlearn(folder, tmp_path / "one", *options).exit_code == 0
-    assert unlearn(folder, tmp_path / "two", *options, "--resume").exit_code == 0
+    options = ["--epochs", 1, "--checkpoint-dir", tmp_path / "checkpoints"]
+    done(*given(known, tmp_path / "one", *options))
+    done(*given(known, tmp_path / "two", *options, "--resume"))
     for other in (["--lora-alpha", 4], ["--lora-dropout", 0.5]):
-        result = unlearn(folder, tmp_path / "three", *options, "--resume", *other)
-        assert result.exit_code == 2
-        assert "belongs to another run: the model is another one." in result.stderr
+        told = refusal(palu_command(*given(known, tmp_path / "three", *options, "--resume", *other)))
+        assert "belongs to another run: the model is another one." in told
 
 
-def test_the_last_line_says_which_secrets_remain(folder: Path, tmp_path: Path) -> None:
-    result = unlearn(folder, tmp_path / "weak", "--max-steps", 1, "--learning-rate", 1e-6, "--anchors", 2)
-    assert result.exit_code == 0, result.output
-    last = result.stdout.splitlines()[-1]
+def test_the_last_line_says_which_secrets_remain(known: Path, tmp_path: Path) -> None:
+    weak = ["--max-steps", 1, "--learning-rate", 1e-6]
+    last = done(*given(known, tmp_path / "weak", *weak)).stdout.splitlines()[-1]
     assert last.startswith(f"0 of {SECRETS} secrets forgotten, {SECRETS} still known") and "rows 0, 1 remain" in last
-    result = unlearn(folder, tmp_path / "strong", "--epochs", 20, "--learning-rate", 0.05, "--anchors", 2)
-    assert result.exit_code == 0, result.output
-    assert "known" not in result.stdout
+    strong = ["--epochs", 20, "--learning-rate", 0.05]
+    assert "known" not in done(*given(known, tmp_path / "strong", *strong)).stdout

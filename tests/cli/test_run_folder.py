@@ -14,30 +14,10 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from helpers.command import done, palu_command, refusal, write_input
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-from typer.testing import Result
+from helpers.command import contents, done, palu_command, read, refusal
 
 import palu.demo.__main__ as demo
 from palu.methods.palu import PaluMethod
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, adapter/, forget.jsonl and retain.jsonl; tests write elsewhere."""
-    folder = write_input(tmp_path_factory.mktemp("given"))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
-        folder / "adapter"
-    )
-    return folder
-
-
-def unlearn(folder: Path, output: Path, *more: Any) -> Result:
-    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
-    settings = ["--max-steps", 2, "--anchors", 0, "--neighbours", 0, "--variants", 0, "--no-progress"]
-    return palu_command("unlearn", "--model", folder / "model", *data, *settings, *more)
 
 
 def fill(folder: Path, *names: str) -> list[Path]:
@@ -49,16 +29,10 @@ def fill(folder: Path, *names: str) -> list[Path]:
     return files
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 # --- what a run's folder is good for ---
-def test_json_is_all_that_stands_on_stdout(folder: Path, tmp_path: Path) -> None:
-    result = unlearn(folder, tmp_path / "out", "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    summary = json.loads((tmp_path / "out" / "private" / "summary.json").read_text(encoding="utf-8"))
+def test_json_is_all_that_stands_on_stdout(arguments: list[Any], out: Path) -> None:
+    result = done(*arguments, "--max-steps", 2, "--json")
+    found, summary = json.loads(result.stdout), read(out / "private" / "summary.json")
     assert found["outcome"] == summary["outcome"] and found["steps"] == summary["steps"] == 2
     assert found["verdict"] in result.stderr and Path(found["report"]).is_file() and Path(found["model"]).is_dir()
     assert set(found["outcome"]["told"]) == {"asked", "paraphrased", "rest"}
@@ -68,17 +42,16 @@ def test_json_is_all_that_stands_on_stdout(folder: Path, tmp_path: Path) -> None
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was given its files by names relative to where it began."""
     out = tmp_path_factory.mktemp("finished") / "out"
+    given = "--model model --forget forget.jsonl --retain retain.jsonl --max-steps 2 --anchors 0 --neighbours 0"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        result = unlearn(Path(), out)
-    assert result.exit_code == 0, result.output
+        done("unlearn", *given.split(), "--variants", 0, "--no-progress", "--output", out)
     return out
 
 
 def test_an_audit_needs_no_more(finished: Path, folder: Path) -> None:
-    result = palu_command("audit", finished, "--only", "ask", "--quick", "--no-progress")
-    assert result.exit_code == 0, result.output
-    audit = json.loads((finished / "private" / "audit.json").read_text(encoding="utf-8"))
+    done("audit", finished, "--only", "ask", "--quick", "--no-progress")
+    audit = read(finished / "private" / "audit.json")
     assert set(audit["models"]) == {"unlearned", "original"} and len(audit["secrets"]) == 6
     assert audit["models"]["unlearned"] != audit["models"]["original"]
     other = palu_command("audit", finished, "--original", folder / "nowhere", "--only", "ask")
@@ -86,19 +59,17 @@ def test_an_audit_needs_no_more(finished: Path, folder: Path) -> None:
 
 
 def test_an_evaluation_needs_no_more(finished: Path) -> None:
-    result = palu_command("eval", finished, "--no-progress")
-    assert result.exit_code == 0, result.output
-    found = json.loads((finished / "private" / "evaluation-questions.json").read_text(encoding="utf-8"))
+    done("eval", finished, "--no-progress")
+    found = read(finished / "private" / "evaluation-questions.json")
     kinds = [row["kind"] for row in found["palu"]["rows"]]
     assert kinds == ["forget"] * 6 + ["retain"] * 6 and "original" in found
     assert "belongs to" not in palu_command("eval", finished, "--benchmark", "tofu", "--data", finished).output
 
 
-def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, out)
     path = out / "private" / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read(path)
     summary["arguments"]["forget"] = str(folder / "retain.jsonl")
     path.write_text(json.dumps(summary), encoding="utf-8")
     for command in ("audit", "eval"):
@@ -108,10 +79,9 @@ def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, t
 
 
 # --- --overwrite ---
-def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = unlearn(folder, out, "--report-to", "tensorboard", "--lora")
-    assert result.exit_code == 0, result.output
+def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, arguments: list[Any], out: Path) -> None:
+    arguments += ["--max-steps", 1]
+    done(*arguments, "--report-to", "tensorboard", "--lora")
     evaluated = ["--rows", folder / "forget.jsonl", "--max-new-tokens", 1, "--no-progress"]
     done("eval", "--model", out / "model", *evaluated)
     done("report", out, "--redact")
@@ -122,11 +92,11 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, tmp_pa
     mine += fill(out / "private", "questions.jsonl", "checkpoints/mine/best.pt", "checkpoints/best.pt")
     mine += fill(out / "private", "logs/other/train.log", "audit/notes.json")
 
-    told = refusal(unlearn(folder, out, "--overwrite", "--forget", out / "private" / "forget.annotated.jsonl"))
-    assert f"forget.annotated.jsonl lies in --output {out}" in told
+    own = out / "private" / "forget.annotated.jsonl"
+    told = f"{own} lies in --output {out}, of which --overwrite deletes it; copy it elsewhere"
+    assert refusal(palu_command(*arguments, "--overwrite", "--forget", own)) == told
     assert old <= {*contents(out)}
-    result = unlearn(folder, out, "--overwrite", "--max-steps", 1)
-    assert result.exit_code == 0, result.output
+    result = done(*arguments, "--overwrite")
     assert all(path.read_text() == path.name for path in mine)
     names = {str(path.relative_to(out / "private")) for path in {*contents(out)} - {*mine} if "model" not in path.parts}
     assert names == {*("history.jsonl", "summary.json", "record.json", "report.html", "run.json", "run.lock")}
@@ -139,12 +109,12 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, tmp_pa
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 @pytest.mark.parametrize("names", [["checkpoints/mine/best.pt", "logs/train.log"], ["summary.json", "private/x.txt"]])
 def test_a_folder_that_no_run_has_marked_is_refused(
-    names: list[str], overwrite: list[str], folder: Path, tmp_path: Path
+    names: list[str], overwrite: list[str], arguments: list[Any], out: Path
 ) -> None:
-    fill(tmp_path, *names)
-    before = contents(tmp_path)
-    assert f"--output {tmp_path} is not empty" in refusal(unlearn(folder, tmp_path, *overwrite))
-    assert contents(tmp_path) == before
+    fill(out, *names)
+    before = contents(out)
+    assert f"--output {out} is not empty" in refusal(palu_command(*arguments, *overwrite))
+    assert contents(out) == before
 
 
 def test_the_demo_refuses_such_a_folder(
@@ -160,7 +130,10 @@ def test_the_demo_refuses_such_a_folder(
     assert contents(tmp_path) == before
 
 
-def interrupt_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_the_foreground")
+def test_a_run_that_overwrites_can_be_resumed(arguments: list[Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments += ["--max-steps", 2]
+    done(*arguments)
     forward = PaluMethod.batch_losses
 
     def pressed(self: PaluMethod, *args: Any) -> Any:
@@ -169,46 +142,38 @@ def interrupt_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(self, *args)
 
     monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
-
-
-@pytest.mark.usefixtures("in_the_foreground")
-def test_a_run_that_overwrites_can_be_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    assert unlearn(folder, out, "--max-steps", 1).exit_code == 0
-    interrupt_the_first_step(monkeypatch)
-    stopped = unlearn(folder, out, "--overwrite")
+    stopped = palu_command(*arguments, "--overwrite")
     assert stopped.exit_code == 130 and "with --resume in place of --overwrite" in stopped.stderr
-    assert "holds a run that was interrupted" in refusal(unlearn(folder, out))
-    resumed = unlearn(folder, out, "--resume")
-    assert resumed.exit_code == 0, resumed.output
-    assert json.loads((out / "private" / "summary.json").read_text())["steps"] == 2
+    assert "holds a run that was interrupted" in refusal(palu_command(*arguments))
+    done(*arguments, "--resume")
+    assert read(out / "private" / "summary.json")["steps"] == 2
 
 
 # --- one run at a time ---
-def test_a_run_that_is_running_is_left_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_running_is_left_alone(arguments: list[Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread stands for another process: the lock tells both apart."""
-    out, forward, calls, told = tmp_path / "out", PaluMethod.batch_losses, [], []
+    arguments += ["--max-steps", 2]
+    forward, calls, told = PaluMethod.batch_losses, [], []
 
     def others_come(self: PaluMethod, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:  # the first step's checkpoint is there
             before = contents(out)
             for options in ([], ["--resume"], ["--overwrite"]):
-                thread = threading.Thread(target=lambda: told.append(unlearn(folder, out, *options)))  # noqa: B023
+                thread = threading.Thread(target=lambda: told.append(palu_command(*arguments, *options)))  # noqa: B023
                 thread.start()
                 thread.join()
             assert contents(out) == before
         return forward(self, *args)
 
     monkeypatch.setattr(PaluMethod, "batch_losses", others_come)
-    result = unlearn(folder, out, "--checkpoint-steps", 1)
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--checkpoint-steps", 1)
     process = rf"pid {os.getpid()}, host {re.escape(platform.node())}, since 20\S+"
     assert len(told) == 3
     for one in told:
         assert re.fullmatch(rf"--output {out}: a run is writing to it \({process}\); .*", refusal(one))
     with FileLock(out / "private" / "run.lock", timeout=0):
-        assert unlearn(folder, out, "--overwrite").exit_code == 2, "and it gave its own lock up"
+        assert palu_command(*arguments, "--overwrite").exit_code == 2, "and it gave its own lock up"
 
 
 # --- damaged weights ---
@@ -224,14 +189,16 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
         ("adapter/adapter_model.safetensors", "half", "is damaged"),
     ],
 )
-def test_a_damaged_file_is_named_in_one_line(name: str, damage: str, told: str, folder: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(folder, mine)
-    file = mine / name
+def test_a_damaged_file_is_named_in_one_line(
+    name: str, damage: str, told: str, folder: Path, arguments: list[Any], out: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine" / name
+    shutil.copytree((folder / name).parent, file.parent)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage == "half" else POINTER.encode())
-    more = ["--model", file.parent, "--tokenizer", (mine if "tokenizer" in name else folder) / "model"]
-    assert refusal(unlearn(mine, tmp_path / "out", *more)).startswith(f"{file} {told}")
-    assert not (tmp_path / "out").exists()
-    if name.endswith("model.safetensors") and damage == "half":
-        asked = ["--rows", folder / "forget.jsonl", "--output", tmp_path / "x.json", "--tokenizer", folder / "model"]
-        assert str(file) in refusal(palu_command("eval", "--model", file.parent, *asked))
+    tokenizer = file.parent if "tokenizer" in name else folder / "model"
+    given = ["--model", file.parent, "--tokenizer", tokenizer]
+    assert refusal(palu_command(*arguments, *given)).startswith(f"{file} {told}")
+    assert not out.exists()
+    if damage == "half":
+        asked = ["--rows", folder / "forget.jsonl", "--output", tmp_path / "x.json"]
+        assert str(file) in refusal(palu_command("eval", *given, *asked))

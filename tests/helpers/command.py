@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from palu.cli import app
 
+Commands = dict[str, list[Any]]
+
 
 def palu_command(*arguments: Any, **environment: str) -> Result:
     environment = {"COLUMNS": "200"} | environment
@@ -31,6 +33,18 @@ def refusal(result: Result) -> str:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
     assert result.stderr.endswith(f"{line}\n") and "Traceback" not in result.stderr
     return line.removeprefix("palu: ")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

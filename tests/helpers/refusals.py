@@ -1,36 +1,87 @@
-"""Errors that leave the model untouched."""
+"""Calls that would work if nothing were changed in them, and what must be true where one is refused."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from helpers.tiny import forget_rows, retain_rows, same_weights, weights
+import torch
+from helpers.small_tokenizers import CHATML, byte_level
+from helpers.tiny import forget_rows, retain_rows, tiny_llama
+from torch import Tensor, nn
 
 import palu
 
+Call = tuple[Callable[..., Any], dict[str, Any]]
+Cases = dict[str, tuple[Callable[[], Call], type[Exception], str]]
+KEPT = {"question": "Where?", "answer": "In London."}
 
-def assert_refused(
-    model: Any,
-    error: type[Exception],
-    begins: str,
-    *,
-    ref_model: Any = None,
-    forget: Any = None,
-    retain: Any = None,
-    **settings: Any,
-) -> None:
-    """The message begins so; the model's weights and its state are bitwise what they were."""
-    before = weights(model)
-    training = model.training
-    forget = forget_rows() if forget is None else forget
-    retain = retain_rows() if retain is None else retain
+
+def unlearn(**changed: Any) -> Call:
+    """Tokenised rows, and a model that learns at once."""
+    given = {"model": tiny_llama(), "ref_model": None, "forget": forget_rows(), "retain": retain_rows()}
+    return palu.unlearn, given | {"epochs": 1, "learning_rate": 0.1, "progress": False} | changed
+
+
+@functools.cache
+def words() -> Any:
+    return byte_level(CHATML, bos=False)
+
+
+def text(*forget: Any, **changed: Any) -> Call:
+    """Rows of text: a good one, then these."""
+    tokenizer = changed.pop("tokenizer", words())
+    model = tiny_llama(vocab_size=len(words()))
+    return unlearn(**{"model": model, "forget": [row(), *forget], "retain": [KEPT], "tokenizer": tokenizer} | changed)
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    columns = {"question": "Who?", "answer": "Ada Lovelace did.", "spans": [[0, 12]]} | columns
+    return {name: value for name, value in columns.items() if value is not None}
+
+
+def topk_mse(**changed: Any) -> Call:
+    return palu.topk_mse, {"logits": torch.randn(2, 6), "index": torch.tensor([[0, 1], [2, 3]])} | changed
+
+
+def linear_topk_mse(**changed: Any) -> Call:
+    given = {"hidden": torch.randn(2, 3), "weight": torch.randn(6, 3), "index": torch.tensor([[0, 1], [2, 3]])}
+    return palu.linear_topk_mse, given | changed
+
+
+def linear_topk_unlikelihood(**changed: Any) -> Call:
+    return palu.linear_topk_unlikelihood, linear_topk_mse()[1] | changed
+
+
+def picture(value: Any) -> Any:
+    """All that a call could change in what it was given; equal pictures mean equal bits."""
+    if isinstance(value, nn.Module):
+        state = [(n, p, p.requires_grad, p.grad is None) for n, p in value.named_parameters()]
+        return picture([state, list(value.named_buffers()), [m.training for m in value.modules()]])
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return value.shape
+        value = value.detach().to_dense() if value.is_sparse else value.detach()
+        return value.dtype, value.shape, value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Mapping):
+        return {name: picture(part) for name, part in value.items()}
+    return [picture(part) for part in value] if isinstance(value, list | tuple) else repr(value)
+
+
+def refused(build: Callable[[], Call], error: type[Exception]) -> str:
+    """Return the message of exactly this error, which the call raises; what it was given is left as it was."""
+    function, arguments = build()
+    before = picture(arguments)
     with pytest.raises(error) as caught:
-        palu.unlearn(
-            model, ref_model, forget, retain, **{"epochs": 1, "learning_rate": 0.1, "progress": False} | settings
-        )
+        function(**arguments)
     assert type(caught.value) is error
-    assert str(caught.value).startswith(begins), caught.value
-    assert same_weights(model, before)
-    assert model.training == training
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert picture(arguments) == before
+    return str(caught.value)
+
+
+def assert_refused(model: Any, error: type[Exception], begins: str, **changed: Any) -> None:
+    """palu.unlearn refuses the model, with a message that begins so."""
+    message = refused(lambda: unlearn(model=model, **changed), error)
+    assert message.startswith(begins), message

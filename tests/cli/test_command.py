@@ -1,0 +1,118 @@
+"""The ``palu`` command itself: help, completion, exit status and signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.command import palu_command
+from transformers import AutoTokenizer
+
+import palu
+from palu.config import UnlearnConfig
+from palu.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on this palu."""
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = """
+import sys
+from palu.cli import app
+for command in ([], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
+    try:
+        app([*command, "--help"], prog_name="palu")
+    except SystemExit as end:
+        assert not end.code
+slow = {"torch", "transformers", "accelerate", "numpy", "rich", "yaml", "tokenizers"} & sys.modules.keys()
+assert not slow, slow
+"""
+    said = start("-c", code)
+    assert said.returncode == 0, said.stderr
+    for command in ("", " inspect", " eval", " audit", " report", " doctor"):
+        assert f"Usage: palu{command} [OPTIONS]" in said.stdout
+
+
+def test_every_setting_is_a_flag_with_its_help() -> None:
+    result = palu_command("unlearn", "--help")
+    assert result.exit_code == 0
+    said = " ".join(result.output.split())
+    settings = {name for kind in METHODS.values() for name in UnlearnConfig(kind).values()}
+    for name in settings:
+        flag = f"--{name.replace('_', '-')}"
+        assert re.search(rf"{flag} (<|/ --no-)", said), flag
+    assert "first n tokens of each span are acted on (the paper's is 3); -1: the whole span. [default: -1]" in said
+    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|satimp|undial|rmu>" in said
+    assert "[default: (logs in OUTPUT/private)]" in said
+    assert "``" not in said
+    assert ":mod:" not in said
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert palu_command().stdout == palu_command("--help").stdout
+    assert palu_command("--version").stdout == f"palu {palu.__version__}\n"
+
+
+def test_completion() -> None:
+    for words, found in (("palu un", "unlearn"), ("palu unlearn --kl-direction r", "reverse")):
+        places = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_PALU_COMPLETE": "complete_bash"}
+        assert palu_command(**places).stdout.split() == [found]
+
+
+def test_python_m() -> None:
+    done = start("-m", "palu", "nothing")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "palu: No such command 'nothing'.\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes: int) -> None:
+    """Which aborts, now and then, while Gloo's threads hold tensors; what was said and the exit status stay."""
+    code = "import atexit, palu.cli; atexit.register(print, 'shut down'); palu.cli.main()"
+    end = "shut down\n" if processes == 1 else ""
+    expected = {"--version": (0, f"palu {palu.__version__}\n{end}", ""), "x": (2, end, "palu: No such command 'x'.\n")}
+    for argument, told in expected.items():
+        done = start("-c", code, argument, WORLD_SIZE=str(processes))
+        assert (done.returncode, done.stdout, done.stderr) == told
+
+
+def test_sigterm_ends_every_command_as_ctrl_c_does() -> None:
+    """What is open is closed; the exit status says what ended it."""
+    code = """
+import os, signal, palu.cli
+def command(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+    finally:
+        print("closed", flush=True)
+palu.cli.app = command
+palu.cli.main()
+"""
+    for processes in ("1", "2"):
+        done = start("-c", code, WORLD_SIZE=processes)
+        assert (done.returncode, done.stdout, done.stderr) == (143, "closed\n", "")
+
+
+def test_an_error_with_its_traceback(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On demand, and of a bug always."""
+    monkeypatch.setenv("PALU_TRACEBACK", "1")
+    assert isinstance(palu_command(*arguments, "--n", 0).exception, ValueError)
+    monkeypatch.delenv("PALU_TRACEBACK")
+
+    def bug(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", bug)
+    assert isinstance(palu_command(*arguments).exception, KeyError)
