@@ -45,7 +45,7 @@ from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
-from palu.training.optimizer import STATE, load_state, state_of
+from palu.training.optimizer import load_state, state_of
 
 FORMAT = 5
 KEPT = 2
@@ -78,7 +78,7 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run. Without ``config.checkpoint_dir`` nothing is kept and no method does anything.
 
-    As a context it makes Ctrl-C and SIGTERM wait for the end of the step, once :meth:`restore` was called.
+    As a context it makes Ctrl-C and SIGTERM wait for the end of the step; call :meth:`restore` first.
 
     Args:
         config: ``checkpoint_dir``, ``checkpoint_minutes``, ``checkpoint_steps`` and ``resume``.
@@ -95,7 +95,6 @@ class Checkpoints:
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.stopped_by: int | None = None  # the signal that came
-        self.running = False
         self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
         self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
         if self.folder is None:
@@ -130,18 +129,17 @@ class Checkpoints:
     ) -> History:
         """Restore the newest checkpoint; return its history, which is empty in a new run."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.running, self.saved, self.written = True, 0, time.monotonic()
+        self.saved, self.written = 0, time.monotonic()
         if self.folder is None or not (existing := self._steps()):
             return []
         self._tidy()  # a kill may have come between writing and tidying
         tensors, about = self._read(existing[-1], tensors=True)
-        trained = _trainable(model)
         states: list[dict[str, Tensor]] = []
         with torch.no_grad():
-            for name, parameter in trained.items():
+            for name, parameter in _trainable(model).items():
                 parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
                 prefix = f"adamw.{name}."
-                saved = {key: tensors[prefix + key].clone() for key in STATE if prefix + key in tensors}
+                saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
         load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
@@ -187,8 +185,12 @@ class Checkpoints:
                 if self.accelerator.is_main_process:
                     tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
-        about = {"history": history, "scheduler": self.scheduler.state_dict(), "ended_by": self.ended_by}
-        about["evaluation_before"] = self.evaluation_before
+        about = {
+            "history": history,
+            "scheduler": self.scheduler.state_dict(),
+            "ended_by": self.ended_by,
+            "evaluation_before": self.evaluation_before,
+        }
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 self._write(path, tensors, about)
@@ -210,23 +212,18 @@ class Checkpoints:
     ) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.running = False
         if kind is None:  # it came after the last step
             self._stop_if_asked()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Half an optimizer step is no state to keep: the step ends first, unless the user insists by Ctrl-C. A second
         # SIGTERM is no insistence, since a cluster and its launcher may each send one.
-        again = self.stopped_by is not None
-        if number == signal.SIGTERM:
-            if not self.running:
-                exit_on_sigterm(number, frame)
-            message = b"terminated: ending this step, then writing a checkpoint"
-        else:
-            if again or not self.running:
+        message = b"terminated: ending this step, then writing a checkpoint"
+        if number == signal.SIGINT:
+            if self.stopped_by is not None:
                 signal.default_int_handler(number, frame)
             message = b"interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once"
-        if not again:
+        if self.stopped_by is None:
             self.stopped_by = number
             with suppress(OSError):  # not print: the interrupted code may be printing
                 os.write(2, b"\n" + message + b"\n")

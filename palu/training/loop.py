@@ -171,13 +171,14 @@ def unlearn(
         )
     del reference
     set_seed(config.seed, device_specific=True)
-    with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
+    with training_mode(trained, config, accelerator), tracking(accelerator, config):
         loader = data.loader(cache, accelerator)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler, root)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
-        with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
+        # As a context, the checkpoints have Ctrl-C wait for the end of a step.
+        with checkpoints, TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
             for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
                 events.begin_epoch()
                 for batches in islice(loader, events.steps_left):
@@ -189,7 +190,6 @@ def unlearn(
                 events.end_epoch()
                 if events.ended_by:
                     break
-        run.give_weights_back()
     if progress:
         wanted = retain is None and config.reference.neighbours > 0
         print(ending(history, events.ended_by, root, neighbours=cache.neighbours if wanted else None), file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
-from palu.training.metrics import gather_metrics, sum_counts
+from palu.training.metrics import sum_counts
 
 FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
@@ -82,15 +82,12 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     accelerator = run.accelerator
     # Exact means over the whole step: its counts come before its first micro-batch.
     counts = sum_counts([batch.counts for batch in batches], accelerator)
-    outputs = [
-        forward_backward(run.method, run.method, batch, counts, accelerator, last=batch is batches[-1])
-        for batch in batches
-    ]
+    outputs = [forward_backward(run.method, batch, counts, accelerator, last=batch is batches[-1]) for batch in batches]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
     slope = None if run.rate else gradient_slope(parameters)
     grad_norm = clip_gradients(run.method, parameters, run.config.max_grad_norm, accelerator)
     try:
-        figures = step_figures(len(run.history) + 1, batches, outputs, grad_norm, run.root, accelerator, run.history)
+        figures = step_figures(batches, outputs, grad_norm, run.root, accelerator, run.history)
     except DivergenceError:
         run.optimizer.zero_grad()
         run.give_weights_back()
@@ -127,7 +124,6 @@ def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
 
 def forward_backward(
     module: nn.Module,
-    losses_of: Callable[[Batch, Tensor], Losses],
     batch: Batch,
     counts: Tensor,
     accelerator: Accelerator,
@@ -137,21 +133,19 @@ def forward_backward(
     """Run forward and backward of a micro-batch.
 
     Args:
-        module: what the engine has wrapped, which sums the gradients over the processes.
-        losses_of: gives the losses of a batch on the accelerator, by a forward of the module.
+        module: gives the losses of a batch; wrapped by the engine, which sums the gradients over the processes.
         counts: of the whole step; see :meth:`palu.methods.Method.batch_losses`.
         last: whether this is the step's last micro-batch, after which gradients are summed.
     """
     with grad_sync(module, accelerator, last=last):
         with accelerator.autocast():
-            losses = losses_of(batch.to(accelerator.device), counts)
+            losses: Losses = module(batch.to(accelerator.device), counts)
         # Data-parallel engines average gradients over processes; the loss wants their sum.
         accelerator.backward(losses.total * accelerator.num_processes)
     return losses
 
 
 def step_figures(
-    step: int,
     batches: Sequence[Batch],
     outputs: Sequence[Losses],
     grad_norm: Tensor,
@@ -159,10 +153,30 @@ def step_figures(
     accelerator: Accelerator,
     history: History,
 ) -> dict[str, float]:
-    """Return a step's number and figures; raise DivergenceError where one is not finite."""
-    figures = gather_metrics(batches, outputs, grad_norm, method.terms, accelerator)
-    record = {"step": step, **figures}
-    if not all(map(math.isfinite, record.values())):
+    """Gather a step's figures from all processes, in the one read-back from the accelerator that a step costs.
+
+    Args:
+        batches, outputs: this process's micro-batches and their losses.
+        grad_norm: scalar, the same on all processes.
+        history: of the steps before.
+
+    Returns:
+        step, loss, the method's terms, tokens, grad_norm, and onset_probability where it can end the run.
+
+    Raises:
+        DivergenceError: one of them is not finite.
+    """
+    sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
+    tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
+    names = ["loss", *method.terms, "tokens", "grad_norm"]
+    figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
+    highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]
+    if highest:
+        names.append("onset_probability")
+        figures.append(accelerator.gather(torch.stack(highest).max()).max())
+    values = torch.stack([figure.float() for figure in figures]).tolist()
+    record = {"step": len(history) + 1, **dict(zip(names, values, strict=True))}
+    if not all(map(math.isfinite, values)):
         raise DivergenceError(record, history)
     return record
 
