@@ -23,13 +23,12 @@ from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
-from palu.training.metrics import losses_text
-from palu.training.step import Run, enough_forgotten
+from palu.training.step import Run, enough_forgotten, losses_text
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
-EVENTS = {f"on_{name}" for name in ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save")}
-EVENTS |= {"on_epoch_end", "on_train_end"}
+CALLED = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save", "epoch_end", "train_end")
+EVENTS = {f"on_{name}" for name in CALLED}
 REQUESTS = ("should_training_stop", "should_evaluate", "should_save")
 LINES = 40
 # The only classes of transformers' own that read nothing of TrainingArguments.

@@ -36,10 +36,10 @@ from palu.training.engine import (
     training_copy,
     weights_back_if_refused,
 )
-from palu.training.metrics import losses_text
 from palu.training.optimizer import check_optimizer, make_optimizer
-from palu.training.step import DivergenceError, Run, ending, train_step
+from palu.training.step import DivergenceError, Run, ending, losses_text, train_step
 from palu.training.trackers import tracking
+from palu.writable import check_folders
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
 
@@ -126,6 +126,8 @@ def unlearn(
     # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.
     with raise_on_all_ranks(accelerator):
         check_callbacks(callbacks, evaluate, config)
+        if accelerator.is_main_process:
+            check_folders(config.folders)
         data = prepare_run(
             model,
             ref_model,
@@ -138,7 +140,6 @@ def unlearn(
             processes=accelerator.num_processes,
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
-            writes=accelerator.is_main_process,
         )
         config = data.config
         check_optimizer(config, accelerator)

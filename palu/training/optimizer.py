@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from palu.config import UnlearnConfig
 from palu.distributed import shard_like
 from palu.hashing import digest
+from palu.training.engine import SHARDED
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 EIGHT_BIT = "adamw_8bit"
@@ -172,7 +173,7 @@ def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
             "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
         )
     if config.optimizer == EIGHT_BIT:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type in SHARDED:
             raise ValueError(
                 f"optimizer = {EIGHT_BIT!r}: not supported under {accelerator.distributed_type.value}, which shards "
                 "the weights; use DDP or one process, or optimizer = 'adamw'"

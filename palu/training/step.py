@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch
+from palu.data.packing import Batch, Counts
 from palu.distributed import full_tensor
 from palu.eager import acc_dtype
 from palu.methods import Method
@@ -21,7 +21,6 @@ from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
-from palu.training.metrics import sum_counts
 
 FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
@@ -101,6 +100,17 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     run.scheduler.step()
     run.optimizer.zero_grad()
     return record
+
+
+def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
+    """Sum the counts of all micro-batches of all processes: int64 [4], in the order of their fields."""
+    return accelerator.reduce(torch.tensor(counts, device=accelerator.device).sum(0), "sum")
+
+
+def losses_text(record: Mapping[str, float]) -> str:
+    """Say the losses of a step's record, and what was evaluated after it: "loss 0.5, local 0.4, ..."."""
+    others = ("step", "epoch", "tokens", "tokens_per_second", "grad_norm", "learning_rate")
+    return ", ".join(f"{name} {value:.3g}" for name, value in record.items() if name not in others)
 
 
 def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:

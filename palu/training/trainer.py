@@ -30,13 +30,13 @@ from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
 from palu.models.root import ModelRoot
 from palu.ref_model.precompute import precompute_reference
-from palu.ref_model.storage import CacheFile, reference_key
+from palu.ref_model.storage import open_cache_file, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_run
 from palu.training.engine import check_deepspeed
-from palu.training.metrics import sum_counts
-from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures
+from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures, sum_counts
+from palu.writable import check_folders
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
@@ -135,6 +135,7 @@ class PaluTrainer(Trainer):
             check_deepspeed(config)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_dtype(model, kwargs)
+        check_folders(config.folders)
         data = prepare_run(
             model,
             ref_model,
@@ -147,7 +148,6 @@ class PaluTrainer(Trainer):
             processes=args.world_size,
             sharded=bool(args.fsdp or args.deepspeed),
             empty=False,
-            writes=True,
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)
@@ -164,7 +164,7 @@ class PaluTrainer(Trainer):
             data.config,
             self.accelerator,
             own=ref_model is None,
-            file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
+            file=open_cache_file(data.config, self.reference_key),
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
         self.steps_per_epoch = len(data.loader(self.cache, self.accelerator))
