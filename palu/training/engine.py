@@ -153,9 +153,11 @@ def copy_weights_back(model: CausalLM, trained: CausalLM, accelerator: Accelerat
     """
     if trained is model:
         return
-    gather: Any = full_tensor
+    gather = full_tensor
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed.utils import safe_get_full_fp32_param as gather
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gather = safe_get_full_fp32_param
     for parameter, learnt in zip(model.parameters(), trained.parameters(), strict=True):
         if parameter.requires_grad or accelerator.distributed_type == DistributedType.FSDP:
             full = gather(learnt)
