@@ -9,20 +9,32 @@ from typing import TYPE_CHECKING, Any
 from palu.version import __version__
 
 if TYPE_CHECKING:
-    from palu import data, eager, evaluate, losses, ops
-    from palu.attacks.run import audit
-    from palu.config import UnlearnConfig
-    from palu.data.files import DataError
-    from palu.losses import PaluLoss, palu_loss
-    from palu.ops import linear_topk_mse, linear_topk_unlikelihood, prefix_mask, topk_mse, topk_unlikelihood
-    from palu.ref_model.storage import CacheError
-    from palu.report.recorder import Recorder
-    from palu.report.render import write_card, write_report
-    from palu.report.save import save_run
-    from palu.spans.annotate import annotate
-    from palu.training.checkpoint import CheckpointError
-    from palu.training.loop import DivergenceError, UnlearnResult, unlearn
-    from palu.training.trainer import PaluTrainer
+    from palu import data as data
+    from palu import eager as eager
+    from palu import evaluate as evaluate
+    from palu import losses as losses
+    from palu import ops as ops
+    from palu.attacks.run import audit as audit
+    from palu.config import UnlearnConfig as UnlearnConfig
+    from palu.data.files import DataError as DataError
+    from palu.losses import PaluLoss as PaluLoss
+    from palu.losses import palu_loss as palu_loss
+    from palu.ops import linear_topk_mse as linear_topk_mse
+    from palu.ops import linear_topk_unlikelihood as linear_topk_unlikelihood
+    from palu.ops import prefix_mask as prefix_mask
+    from palu.ops import topk_mse as topk_mse
+    from palu.ops import topk_unlikelihood as topk_unlikelihood
+    from palu.ref_model.storage import CacheError as CacheError
+    from palu.report.recorder import Recorder as Recorder
+    from palu.report.render import write_card as write_card
+    from palu.report.render import write_report as write_report
+    from palu.report.save import save_run as save_run
+    from palu.spans.annotate import annotate as annotate
+    from palu.training.checkpoint import CheckpointError as CheckpointError
+    from palu.training.loop import DivergenceError as DivergenceError
+    from palu.training.loop import UnlearnResult as UnlearnResult
+    from palu.training.loop import unlearn as unlearn
+    from palu.training.trainer import PaluTrainer as PaluTrainer
 
 _MODULE_OF = {
     "CacheError": "palu.ref_model.storage",
@@ -49,35 +61,7 @@ _MODULE_OF = {
 }
 _SUBMODULES = ("data", "eager", "evaluate", "losses", "ops")
 
-__all__ = [
-    "CacheError",
-    "CheckpointError",
-    "DataError",
-    "DivergenceError",
-    "PaluLoss",
-    "PaluTrainer",
-    "Recorder",
-    "UnlearnConfig",
-    "UnlearnResult",
-    "__version__",
-    "annotate",
-    "audit",
-    "data",
-    "eager",
-    "evaluate",
-    "linear_topk_mse",
-    "linear_topk_unlikelihood",
-    "losses",
-    "ops",
-    "palu_loss",
-    "prefix_mask",
-    "save_run",
-    "topk_mse",
-    "topk_unlikelihood",
-    "unlearn",
-    "write_card",
-    "write_report",
-]
+__all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from palu.config import UnlearnConfig
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
@@ -23,13 +23,12 @@ from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
-from palu.training.metrics import losses_text
-from palu.training.step import Run, enough_forgotten
+from palu.training.step import Run, enough_forgotten, losses_text
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
-EVENTS = {f"on_{name}" for name in ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save")}
-EVENTS |= {"on_epoch_end", "on_train_end"}
+CALLED = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save", "epoch_end", "train_end")
+EVENTS = {f"on_{name}" for name in CALLED}
 REQUESTS = ("should_training_stop", "should_evaluate", "should_save")
 LINES = 40
 # The only classes of transformers' own that read nothing of TrainingArguments.
@@ -69,7 +68,7 @@ def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> Non
 class TrainingEvents:
     """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for.
 
-    As a context it begins the run, and ends it with a last evaluation and checkpoint.
+    As a context it begins the run, and ends it with a last evaluation and checkpoint; the model then has its weights.
 
     Args:
         run: restored from its newest checkpoint, if it is resumed.
@@ -91,15 +90,16 @@ class TrainingEvents:
         *,
         progress: bool,
     ):
-        self.run, self.evaluate = run, evaluate
-        self.config, self.accelerator, self.checkpoints, self.history = (
-            run.config,
-            run.accelerator,
-            run.checkpoints,
-            run.history,
-        )
-        self.handler = CallbackHandler([_Flow(), *callbacks], run.root.model, tokenizer, run.optimizer, run.scheduler)
-        self.handler.train_dataloader = run.loader
+        self.run, self.callbacks, self.evaluate = run, callbacks, evaluate
+        self.accelerator, self.checkpoints, self.history = run.accelerator, run.checkpoints, run.history
+        self.given = {
+            "model": run.root.model,
+            "processing_class": tokenizer,
+            "optimizer": run.optimizer,
+            "lr_scheduler": run.scheduler,
+            "train_dataloader": run.loader,
+            "eval_dataloader": None,
+        }
         self.control = TrainerControl()
         self.state = TrainerState(
             global_step=len(run.history),
@@ -123,9 +123,7 @@ class TrainingEvents:
     def __enter__(self) -> TrainingEvents:
         """Begin the run with an evaluation, or resume it with one where that is still due."""
         self._call("on_train_begin")
-        if not self.history or (self.config.eval_steps and len(self.history) % self.config.eval_steps == 0):
-            self._evaluate()
-        self._note_stop()
+        self._do_requests()
         self.clock = time.perf_counter()
         return self
 
@@ -138,6 +136,7 @@ class TrainingEvents:
                 self.checkpoints.save(self.history)
                 self._call_on_save()
                 self._call("on_train_end")
+                self.run.give_weights_back()
         finally:
             self.bar.close()
 
@@ -152,6 +151,7 @@ class TrainingEvents:
 
     def begin_step(self) -> None:
         """Begin an optimisation step."""
+        self.control.should_evaluate = self.control.should_save = False
         self._call("on_step_begin")
 
     def end_step(self) -> None:
@@ -178,17 +178,16 @@ class TrainingEvents:
             self.ended_by = "forgotten"
 
     def _do_requests(self) -> None:
+        """Evaluate where that is due; evaluate, end the run and write a checkpoint where a callback asked for it."""
         save, self.control.should_save = self.control.should_save, False
-        if self.control.should_evaluate:
+        taken, every = len(self.history), self.run.config.eval_steps
+        if self.control.should_evaluate or taken == 0 or (every is not None and taken % every == 0):
             self._evaluate()
-        self._note_stop()
+        if self.control.should_training_stop and taken and self.steps_left:
+            self.ended_by = self.checkpoints.ended_by = "callback"
         if save or self.control.should_save:
             self.checkpoints.save(self.history)
             self._call_on_save()
-
-    def _note_stop(self) -> None:
-        if self.control.should_training_stop and self.history and self.steps_left:
-            self.ended_by = self.checkpoints.ended_by = "callback"
 
     def _call_on_save(self) -> None:
         """Call ``on_save`` where a checkpoint was written since the last call."""
@@ -233,26 +232,24 @@ class TrainingEvents:
     def _call(self, event: str, **given: Any) -> None:
         """Call an event of all callbacks; what one asks for on any process, it has asked for on all."""
         if event not in self.used_events:
-            self._call_here(event, **given)
             return
         model = self.run.root.model
         with self._saved_on_error(), raise_on_all_ranks(self.accelerator):
             with use_own_attention(base_of(model)):
-                self._call_here(event, **given)
+                for callback in self.callbacks:
+                    control = getattr(callback, event)(self.run.config, self.state, self.control, **self.given, **given)
+                    if not isinstance(control, TrainerControl | None):
+                        kind = type(control).__name__
+                        raise TypeError(f"{event} of a callback returned a {kind}; return control, or nothing")
+                    self.control = control or self.control
             model.train()
             self._check_requests(event)
         requests = gather_values([getattr(self.control, request) for request in REQUESTS], self.accelerator)
         for request, of_all in zip(REQUESTS, zip(*requests, strict=True), strict=True):
             setattr(self.control, request, any(of_all))
 
-    def _call_here(self, event: str, **given: Any) -> None:
-        self.control = getattr(self.handler, event)(self.config, self.state, self.control, **given)
-
     def _check_requests(self, event: str) -> None:
-        """Raise TypeError or ValueError where a callback asks for what cannot be done."""
-        if not isinstance(self.control, TrainerControl):
-            kind, self.control = type(self.control).__name__, TrainerControl()
-            raise TypeError(f"{event} of a callback returned a {kind}; return control, or nothing")
+        """Raise ValueError where a callback asks for what cannot be done."""
         if self.control.should_epoch_stop:
             raise ValueError(
                 f"{event} of a callback set should_epoch_stop, and a run cannot leave a part of an epoch out; "
@@ -281,18 +278,6 @@ class LossLines(TrainerCallback):
         left, apart = state.max_steps - state.global_step, -(-state.max_steps // LINES)
         if state.is_world_process_zero and left % apart == 0:
             print(f"step {state.global_step} of {state.max_steps}: {losses_text(kwargs['logs'])}", flush=True)
-
-
-class _Flow(DefaultFlowCallback):
-    """Asks for an evaluation where one is due; transformers wants one such callback."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        if state.eval_steps is not None and state.global_step % state.eval_steps == 0:
-            control.should_evaluate = True
-        return control
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        return control
 
 
 def _overridden(callback: TrainerCallback) -> set[str]:

@@ -41,26 +41,16 @@ from palu.distributed import compute_on_main, full_tensor, raise_on_all_ranks, s
 from palu.hashing import digest
 from palu.methods.base import Method
 from palu.models.lora import CausalLM
-from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
-from palu.training.optimizer import STATE, load_state, state_of
+from palu.training.optimizer import load_state, state_of
 
 FORMAT = 5
 KEPT = 2
 # Settings that may change on resume: none of them has a part in the result.
-FREE = {
-    "cache_dir",
-    "checkpoint_dir",
-    "checkpoint_minutes",
-    "checkpoint_steps",
-    "eval_steps",
-    "resume",
-    "progress",
-    "report_to",
-    "logging_dir",
-}
+FREE = {"cache_dir", "checkpoint_dir", "checkpoint_minutes", "checkpoint_steps", "resume"}
+FREE |= {"eval_steps", "progress", "report_to", "logging_dir"}
 
 # The handlers that a run takes the place of: Python's own, and the command's.
 _USUAL: dict[int, tuple[Any, ...]] = {
@@ -78,7 +68,7 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run. Without ``config.checkpoint_dir`` nothing is kept and no method does anything.
 
-    As a context it makes Ctrl-C and SIGTERM wait for the end of the step, once :meth:`restore` was called.
+    As a context it makes Ctrl-C and SIGTERM wait for the end of the step; call :meth:`restore` first.
 
     Args:
         config: ``checkpoint_dir``, ``checkpoint_minutes``, ``checkpoint_steps`` and ``resume``.
@@ -95,7 +85,6 @@ class Checkpoints:
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.stopped_by: int | None = None  # the signal that came
-        self.running = False
         self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
         self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
         if self.folder is None:
@@ -130,18 +119,17 @@ class Checkpoints:
     ) -> History:
         """Restore the newest checkpoint; return its history, which is empty in a new run."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.running, self.saved, self.written = True, 0, time.monotonic()
+        self.saved, self.written = 0, time.monotonic()
         if self.folder is None or not (existing := self._steps()):
             return []
         self._tidy()  # a kill may have come between writing and tidying
-        tensors, about = self._read(existing[-1], tensors=True)
-        trained = _trainable(model)
+        tensors, about = self._read(existing[-1])
         states: list[dict[str, Tensor]] = []
         with torch.no_grad():
-            for name, parameter in trained.items():
+            for name, parameter in _trainable(model).items():
                 parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
                 prefix = f"adamw.{name}."
-                saved = {key: tensors[prefix + key].clone() for key in STATE if prefix + key in tensors}
+                saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
         load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
@@ -187,8 +175,12 @@ class Checkpoints:
                 if self.accelerator.is_main_process:
                     tensors[key] = full.contiguous() if full is part else full.cpu()
         path = self.folder / f"step-{len(history):08}.safetensors"
-        about = {"history": history, "scheduler": self.scheduler.state_dict(), "ended_by": self.ended_by}
-        about["evaluation_before"] = self.evaluation_before
+        about = {
+            "history": history,
+            "scheduler": self.scheduler.state_dict(),
+            "ended_by": self.ended_by,
+            "evaluation_before": self.evaluation_before,
+        }
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 self._write(path, tensors, about)
@@ -210,23 +202,18 @@ class Checkpoints:
     ) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.running = False
         if kind is None:  # it came after the last step
             self._stop_if_asked()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Half an optimizer step is no state to keep: the step ends first, unless the user insists by Ctrl-C. A second
         # SIGTERM is no insistence, since a cluster and its launcher may each send one.
-        again = self.stopped_by is not None
-        if number == signal.SIGTERM:
-            if not self.running:
-                exit_on_sigterm(number, frame)
-            message = b"terminated: ending this step, then writing a checkpoint"
-        else:
-            if again or not self.running:
+        message = b"terminated: ending this step, then writing a checkpoint"
+        if number == signal.SIGINT:
+            if self.stopped_by is not None:
                 signal.default_int_handler(number, frame)
             message = b"interrupted: ending this step, then writing a checkpoint; Ctrl-C again stops at once"
-        if not again:
+        if self.stopped_by is None:
             self.stopped_by = number
             with suppress(OSError):  # not print: the interrupted code may be printing
                 os.write(2, b"\n" + message + b"\n")
@@ -280,8 +267,8 @@ class Checkpoints:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _read(self, path: Path, *, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read a file's tensors (if asked for) and header, and check that it is whole and this run's.
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read a file's tensors and header, and check that it is whole and this run's.
 
         The tensors are mapped into memory, not read: clone what is kept longer than the file.
         """
@@ -290,7 +277,7 @@ class Checkpoints:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("palu", "null"))
-                loaded = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         except (SafetensorError, ValueError) as error:
@@ -307,7 +294,7 @@ class Checkpoints:
                 f"{path} belongs to another run: {'; '.join(differences)}. "
                 "Pass what that run was started with, or another checkpoint_dir to start again"
             )
-        return loaded, header
+        return tensors, header
 
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -318,23 +305,20 @@ def open_checkpoints(
     model: CausalLM, ref_model: CausalLM | None, data: RunData, accelerator: Accelerator
 ) -> Checkpoints:
     """Open the run's checkpoints: with ``resume`` the newest one is this run's, or an error says what differs."""
-    run = compute_on_main(
-        lambda: describe_run(data.config, accelerator, model, data.fingerprints(model, ref_model)), accelerator
-    )
+    run = compute_on_main(lambda: describe_run(model, ref_model, data, accelerator), accelerator)
     with raise_on_all_ranks(accelerator):
         return Checkpoints(data.config, accelerator, run)
 
 
 def describe_run(
-    config: UnlearnConfig, accelerator: Accelerator, model: CausalLM, fingerprints: Fingerprints
+    model: CausalLM, ref_model: CausalLM | None, data: RunData, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Describe what must be the same on resume: values, and fingerprints of what is too large to keep.
 
     It holds the key of the reference cache, too. A run that keeps nothing on disk needs no description, and gets none.
-
-    Args:
-        fingerprints: of what the run starts from; the model is still untouched.
+    The models must still be untouched.
     """
+    config, fingerprints = data.config, data.fingerprints(model, ref_model)
     if config.cache_dir is None and config.checkpoint_dir is None:
         return {}
     key = reference_key(config, accelerator, fingerprints)
@@ -351,12 +335,12 @@ def describe_run(
         "ref_model": fingerprints.ref_model,
         "choice of trainable parameters": digest(sorted(_trainable(model))),
     }
-    data = {
+    sets = {
         "tokenised forget set": fingerprints.forget,
         "tokenised retain set": fingerprints.retain,
         "choice of everyday prompts": fingerprints.anchor_prompts,
     }
-    run = {"settings": settings, "models": models, "data": data, "reference": key}
+    run = {"settings": settings, "models": models, "data": sets, "reference": key}
     # As JSON gives it back: numbers of NumPy become Python's.
     return json.loads(json.dumps(run, default=float))
 
@@ -368,17 +352,16 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         return [name for name in saved[part] | current[part] if saved[part].get(name) != current[part].get(name)]
 
     old, new = saved["settings"], current["settings"]
-    # Another objective has other settings.
-    both = old.keys() & new.keys() if old.get("objective") != new.get("objective") else old.keys() | new.keys()
-    differ = [name for name in differing("settings") if name in both]
-    words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differ]
-    # Another setting also makes other items of the same data: then those say nothing.
-    parts = ("models",) if words else ("models", "data")
-    words += [f"the {name} is another one" for part in parts for name in differing(part)]
-    # What the key is made of is compared above, but for its making.
-    return words or (
-        ["the key of the reference cache is another one"] if saved["reference"] != current["reference"] else []
-    )
+    differ = differing("settings")
+    if old.get("objective") != new.get("objective"):  # which has other settings
+        differ = [name for name in differ if name in old.keys() & new.keys()]
+    if differ:  # another setting also makes other items of the same data: then those say nothing
+        words = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differ]
+        return words + [f"the {name} is another one" for name in differing("models")]
+    names = differing("models") + differing("data")
+    if not names and saved["reference"] != current["reference"]:  # by how it is made: all else is compared above
+        names = ["key of the reference cache"]
+    return [f"the {name} is another one" for name in names]
 
 
 def _trainable(model: CausalLM) -> dict[str, torch.nn.Parameter]:

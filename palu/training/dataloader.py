@@ -88,11 +88,15 @@ class UnlearnDataLoader:
         which may be nothing.
         """
         epochs = max(steps - 1, 0) // len(self)
+        self.skip_epochs(epochs)
+        self.skipped = steps - epochs * len(self)
+        return epochs + 1
+
+    def skip_epochs(self, epochs: int) -> None:
+        """Draw what the first epochs of a new loader draw, without making batches of it."""
         for _ in range(epochs):
             for _ in self._draw():
                 pass
-        self.skipped = steps - epochs * len(self)
-        return epochs + 1
 
     def _cut(self, beside: Sequence[Part]) -> list[Part]:
         """Cut the micro-batches of all processes in a round into parts of max_tokens; return this process's."""

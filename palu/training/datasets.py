@@ -27,7 +27,6 @@ from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_p
 from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.fingerprint import Fingerprints
 from palu.training.dataloader import UnlearnDataLoader
-from palu.writable import check_folders
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ def prepare_run(
     processes: int,
     sharded: bool,
     empty: bool,
-    writes: bool,
 ) -> RunData:
     """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
@@ -80,13 +78,10 @@ def prepare_run(
         device, mixed_precision: of the run.
         processes: how many take part in it.
         sharded, empty: see :func:`palu.models.checks.check_models`.
-        writes: whether this process writes to the run's folders.
 
     Raises:
-        DataError, ValueError, TypeError, OSError: something does not fit. Nothing has been changed then.
+        DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
     """
-    if writes:
-        check_folders(config.folders)
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(
         max_length=fit_max_length(config.max_length, model, ref_model),

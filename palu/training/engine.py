@@ -153,9 +153,14 @@ def copy_weights_back(model: CausalLM, trained: CausalLM, accelerator: Accelerat
     """
     if trained is model:
         return
+    gather = full_tensor
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gather = safe_get_full_fp32_param
     for parameter, learnt in zip(model.parameters(), trained.parameters(), strict=True):
         if parameter.requires_grad or accelerator.distributed_type == DistributedType.FSDP:
-            full = _full_parameter(learnt, accelerator)
+            full = gather(learnt)
             if not parameter.is_meta:
                 parameter.data = full.to("cpu", parameter.dtype)
 
@@ -176,14 +181,6 @@ def reference_root(ref_model: CausalLM, accelerator: Accelerator) -> ModelRoot:
         return ModelRoot(ref_model)
     root: ModelRoot = fsdp2_prepare_model(accelerator, ModelRoot(share_weights(ref_model, frozen=True)))
     return root
-
-
-def _full_parameter(parameter: nn.Parameter, accelerator: Accelerator) -> Tensor:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
-    return full_tensor(parameter)
 
 
 def grad_sync(method: nn.Module, accelerator: Accelerator, last: bool) -> AbstractContextManager[None]:

@@ -36,10 +36,10 @@ from palu.training.engine import (
     training_copy,
     weights_back_if_refused,
 )
-from palu.training.metrics import losses_text
 from palu.training.optimizer import check_optimizer, make_optimizer
-from palu.training.step import DivergenceError, Run, ending, train_step
+from palu.training.step import DivergenceError, Run, ending, losses_text, train_step
 from palu.training.trackers import tracking
+from palu.writable import check_folders
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
 
@@ -126,6 +126,8 @@ def unlearn(
     # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.
     with raise_on_all_ranks(accelerator):
         check_callbacks(callbacks, evaluate, config)
+        if accelerator.is_main_process:
+            check_folders(config.folders)
         data = prepare_run(
             model,
             ref_model,
@@ -138,7 +140,6 @@ def unlearn(
             processes=accelerator.num_processes,
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
-            writes=accelerator.is_main_process,
         )
         config = data.config
         check_optimizer(config, accelerator)
@@ -171,13 +172,14 @@ def unlearn(
         )
     del reference
     set_seed(config.seed, device_specific=True)
-    with training_mode(trained, config, accelerator), checkpoints, tracking(accelerator, config):
+    with training_mode(trained, config, accelerator), tracking(accelerator, config):
         loader = data.loader(cache, accelerator)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler, root)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
-        with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
+        # As a context, the checkpoints have Ctrl-C wait for the end of a step.
+        with checkpoints, TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
             for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
                 events.begin_epoch()
                 for batches in islice(loader, events.steps_left):
@@ -189,7 +191,6 @@ def unlearn(
                 events.end_epoch()
                 if events.ended_by:
                     break
-        run.give_weights_back()
     if progress:
         wanted = retain is None and config.reference.neighbours > 0
         print(ending(history, events.ended_by, root, neighbours=cache.neighbours if wanted else None), file=sys.stderr)

@@ -25,17 +25,10 @@ from torch.distributed.tensor import DTensor
 from palu.config import UnlearnConfig
 from palu.distributed import shard_like
 from palu.hashing import digest
+from palu.training.engine import SHARDED
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 EIGHT_BIT = "adamw_8bit"
-# What an optimizer keeps of a parameter: 8-bit moments are codes, with a scale for each block of 256.
-STATE = (
-    "step",
-    "exp_avg",
-    "exp_avg_sq",
-    "low_bits",
-    *(f"exp_avg{m}.{p}" for m in ("", "_sq") for p in ("codes", "scale")),
-)
 
 
 def make_optimizer(
@@ -180,7 +173,7 @@ def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
             "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
         )
     if config.optimizer == EIGHT_BIT:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type in SHARDED:
             raise ValueError(
                 f"optimizer = {EIGHT_BIT!r}: not supported under {accelerator.distributed_type.value}, which shards "
                 "the weights; use DDP or one process, or optimizer = 'adamw'"
@@ -199,12 +192,14 @@ def _import_torchao() -> Any:
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return what the optimizer keeps of a parameter, under the names in STATE; 8-bit moments in their parts."""
+    """Return what the optimizer keeps of a parameter; of 8-bit moments the codes, and a scale for each 256 of them."""
     state: dict[str, Tensor] = {}
     for name, value in optimizer.state.get(parameter, {}).items():
-        parts = getattr(value, "tensor_attrs", None)  # torchao's
-        state |= {name: value} if parts is None else {f"{name}.{part}": getattr(value, part) for part in parts}
-    return {name: value for name, value in state.items() if name in STATE and isinstance(value, Tensor)}
+        if hasattr(value, "codes"):
+            state |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
+        else:
+            state[name] = value
+    return state
 
 
 def load_state(
@@ -223,13 +218,11 @@ def load_state(
         if "steps" in group:
             group["steps"] = steps
         for p in group["params"]:
-            if state := _joined(next(remaining), p.dtype):
-                # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
-                counted_here = group.get("fused")  # else on the CPU
-                optimizer.state[p] = {
-                    name: value.to(p.device) if name != "step" or counted_here else value
-                    for name, value in state.items()
-                }
+            # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
+            state = _joined(next(remaining), p.dtype)
+            for name, value in state.items():
+                on_host = name == "step" and not group.get("fused")
+                optimizer.state[p][name] = value if on_host else value.to(p.device)
 
 
 def _joined(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

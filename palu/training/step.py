@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch
+from palu.data.packing import Batch, Counts
 from palu.distributed import full_tensor
 from palu.eager import acc_dtype
 from palu.methods import Method
@@ -22,7 +22,6 @@ from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
-from palu.training.metrics import gather_metrics, sum_counts
 
 FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
@@ -83,15 +82,12 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     accelerator = run.accelerator
     # Exact means over the whole step: its counts come before its first micro-batch.
     counts = sum_counts([batch.counts for batch in batches], accelerator)
-    outputs = [
-        forward_backward(run.method, run.method, batch, counts, accelerator, last=batch is batches[-1])
-        for batch in batches
-    ]
+    outputs = [forward_backward(run.method, batch, counts, accelerator, last=batch is batches[-1]) for batch in batches]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
     slope = None if run.rate else gradient_slope(parameters)
     grad_norm = clip_gradients(run.method, parameters, run.config.max_grad_norm, accelerator)
     try:
-        figures = step_figures(len(run.history) + 1, batches, outputs, grad_norm, run.root, accelerator, run.history)
+        figures = step_figures(batches, outputs, grad_norm, run.root, accelerator, run.history)
     except DivergenceError:
         run.optimizer.zero_grad()
         run.give_weights_back()
@@ -105,6 +101,17 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     run.scheduler.step()
     run.optimizer.zero_grad()
     return record
+
+
+def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
+    """Sum the counts of all micro-batches of all processes: int64 [4], in the order of their fields."""
+    return accelerator.reduce(torch.tensor(counts, device=accelerator.device).sum(0), "sum")
+
+
+def losses_text(record: Mapping[str, float]) -> str:
+    """Say the losses of a step's record, and what was evaluated after it: "loss 0.5, local 0.4, ..."."""
+    others = ("step", "epoch", "tokens", "tokens_per_second", "grad_norm", "learning_rate")
+    return ", ".join(f"{name} {value:.3g}" for name, value in record.items() if name not in others)
 
 
 def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
@@ -128,7 +135,6 @@ def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
 
 def forward_backward(
     module: nn.Module,
-    losses_of: Callable[[Batch, Tensor], Losses],
     batch: Batch,
     counts: Tensor,
     accelerator: Accelerator,
@@ -138,21 +144,19 @@ def forward_backward(
     """Run forward and backward of a micro-batch.
 
     Args:
-        module: what the engine has wrapped, which sums the gradients over the processes.
-        losses_of: gives the losses of a batch on the accelerator, by a forward of the module.
+        module: gives the losses of a batch; wrapped by the engine, which sums the gradients over the processes.
         counts: of the whole step; see :meth:`palu.methods.Method.batch_losses`.
         last: whether this is the step's last micro-batch, after which gradients are summed.
     """
     with grad_sync(module, accelerator, last=last):
         with accelerator.autocast():
-            losses = losses_of(batch.to(accelerator.device), counts)
+            losses: Losses = module(batch.to(accelerator.device), counts)
         # Data-parallel engines average gradients over processes; the loss wants their sum.
         accelerator.backward(losses.total * accelerator.num_processes)
     return losses
 
 
 def step_figures(
-    step: int,
     batches: Sequence[Batch],
     outputs: Sequence[Losses],
     grad_norm: Tensor,
@@ -160,10 +164,30 @@ def step_figures(
     accelerator: Accelerator,
     history: History,
 ) -> dict[str, float]:
-    """Return a step's number and figures; raise DivergenceError where one is not finite."""
-    figures = gather_metrics(batches, outputs, grad_norm, method.terms, accelerator)
-    record = {"step": step, **figures}
-    if not all(map(math.isfinite, record.values())):
+    """Gather a step's figures from all processes, in the one read-back from the accelerator that a step costs.
+
+    Args:
+        batches, outputs: this process's micro-batches and their losses.
+        grad_norm: scalar, the same on all processes.
+        history: of the steps before.
+
+    Returns:
+        step, loss, the method's terms, tokens, grad_norm, and onset_probability where it can end the run.
+
+    Raises:
+        DivergenceError: one of them is not finite.
+    """
+    sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
+    tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
+    names = ["loss", *method.terms, "tokens", "grad_norm"]
+    figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
+    highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]
+    if highest:
+        names.append("onset_probability")
+        figures.append(accelerator.gather(torch.stack(highest).max()).max())
+    values = torch.stack([figure.float() for figure in figures]).tolist()
+    record = {"step": len(history) + 1, **dict(zip(names, values, strict=True))}
+    if not all(map(math.isfinite, values)):
         raise DivergenceError(record, history)
     return record
 

@@ -8,7 +8,6 @@ the method for it: DDP and FSDP, which wrap the model, see one forward.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -25,18 +24,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch
+from palu.distributed import full_tensor
 from palu.methods.base import Losses, Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, base_of, inputs_require_grad
 from palu.models.root import ModelRoot
 from palu.ref_model.precompute import precompute_reference
-from palu.ref_model.storage import CacheFile, reference_key
+from palu.ref_model.storage import open_cache_file, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_run
 from palu.training.engine import check_deepspeed
-from palu.training.metrics import sum_counts
-from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures
+from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures, sum_counts
+from palu.writable import check_folders
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
@@ -71,7 +71,7 @@ REFUSED = {
     "use_liger_kernel": "it replaces the forward that the objective needs; leave it out",
 }
 STATE = "palu.json"
-METHOD_INPUT = "palu_batch"  # the argument of ``forward`` by which it gives the method's losses
+PARTS = "parts"  # of a micro-batch, each a Batch, in what the data loader yields
 
 
 class PaluTrainer(Trainer):
@@ -135,6 +135,7 @@ class PaluTrainer(Trainer):
             check_deepspeed(config)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_dtype(model, kwargs)
+        check_folders(config.folders)
         data = prepare_run(
             model,
             ref_model,
@@ -147,14 +148,13 @@ class PaluTrainer(Trainer):
             processes=args.world_size,
             sharded=bool(args.fsdp or args.deepspeed),
             empty=False,
-            writes=True,
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)
         check_forward_passes(root, reference, data, args.device, args.mixed_precision)
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
-        self.config, self.data = config.replace(max_length=data.config.max_length), data
+        self.data = data
         self.model.to(args.device)
         self.reference_key = reference_key(data.config, self.accelerator, data.fingerprints(model, ref_model))
         self.cache, self.ref_head = precompute_reference(
@@ -164,10 +164,10 @@ class PaluTrainer(Trainer):
             data.config,
             self.accelerator,
             own=ref_model is None,
-            file=None if config.cache_dir is None else CacheFile(config.cache_dir, self.reference_key),
+            file=open_cache_file(data.config, self.reference_key),
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
-        self.steps_per_epoch = len(self._loader())
+        self.steps_per_epoch = len(data.loader(self.cache, self.accelerator))
         self.history: list[dict[str, float]] = []
         self.logged = 0  # records of the history that have been
         self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
@@ -179,8 +179,7 @@ class PaluTrainer(Trainer):
             CheckpointError: the checkpoint is of another reference, or of another trainer.
             DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
         """
-        settings = _with_args(self.config, self.args)
-        self.method = settings.method_class(self.model, settings)
+        self.method = self.data.config.method_class(self.model, self.data.config)
         self.method.ref_head = self.ref_head
         self.history = self._history_of(resume_from_checkpoint)
         for record in self.history:
@@ -197,8 +196,10 @@ class PaluTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the micro-batches of an epoch, in the order of :class:`palu.training.dataloader.UnlearnDataLoader`."""
+        loader = self.data.loader(self.cache, self.accelerator)
+        loader.skip_epochs(len(self.history) // len(loader))  # what was seen of the epoch after these, Trainer skips
         # A generator of its own, so that it draws none of the model's random numbers.
-        return DataLoader(MicroBatches(self._loader(), self), None, collate_fn=_as_it_is, generator=torch.Generator())
+        return DataLoader(MicroBatches(loader), None, generator=torch.Generator())
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Count the forget examples of an epoch; for other loaders as Trainer does."""
@@ -209,7 +210,7 @@ class PaluTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return a step's micro-batches, and the counts by which all of their losses are divided."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        counts = [batch.counts for sample in samples for batch in sample[METHOD_INPUT]]
+        counts = [batch.counts for sample in samples for batch in sample[PARTS]]
         return samples, sum_counts(counts, self.accelerator) if samples else None
 
     def training_step(
@@ -220,16 +221,12 @@ class PaluTrainer(Trainer):
         if callable(train := getattr(self.optimizer, "train", None)):  # schedule-free ones
             train()
         counts: Any = num_items_in_batch
-        parts, last = inputs[METHOD_INPUT], self.accelerator.sync_gradients
+        parts, last = inputs[PARTS], self.accelerator.sync_gradients
         loss = torch.tensor(0.0)
-
-        def losses_of(batch: Batch, counts: Tensor) -> Losses:
-            return model(**{METHOD_INPUT: (batch, counts)})
-
         with use_packed_attention(base_of(self.model), self.accelerator.mixed_precision):
             for part in parts:
                 ends_step = last and part is parts[-1]
-                losses = forward_backward(model, losses_of, part, counts, self.accelerator, last=ends_step)
+                losses = forward_backward(model, part, counts, self.accelerator, last=ends_step)
                 self.done.append((part, losses))
                 loss = loss + losses.total.detach() * self.accelerator.num_processes
         if last:
@@ -254,19 +251,14 @@ class PaluTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
-    def _loader(self) -> UnlearnDataLoader:
-        data = dataclasses.replace(self.data, config=_with_args(self.config, self.args))
-        return data.loader(self.cache, self.accelerator)
-
     def _record(self) -> None:
         """Add this step's figures to the history; raise DivergenceError where one is not finite."""
         batches, outputs = zip(*self.done, strict=True)
         self.done = []
-        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm.to(self.args.device)
-        step = self.state.global_step + 1
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = full_tensor(norm).to(self.args.device)
         try:
-            record = step_figures(step, batches, outputs, norm, self.method, self.accelerator, self.history)
+            record = step_figures(batches, outputs, norm, self.method, self.accelerator, self.history)
         except DivergenceError:
             self.model.zero_grad()
             raise
@@ -303,14 +295,10 @@ def _with_args(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
 
 
 class MicroBatches(IterableDataset):
-    """The micro-batches of a data loader, an epoch per iteration.
+    """The micro-batches of a data loader, an epoch per iteration."""
 
-    The first iteration gives the epoch that the trainer is in, which is not the first one after resuming; Trainer skips
-    what it has seen of it.
-    """
-
-    def __init__(self, loader: UnlearnDataLoader, trainer: PaluTrainer):
-        self.loader, self.trainer, self.started = loader, trainer, False
+    def __init__(self, loader: UnlearnDataLoader):
+        self.loader = loader
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.loader.forget), self.loader.examples_per_step)
@@ -318,32 +306,21 @@ class MicroBatches(IterableDataset):
         return full * (self.loader.examples_per_step // per_round) + -(-rest // per_round)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        taken = self.trainer.state.global_step
-        if not self.started and (epochs := taken // len(self.loader)):
-            self.loader.skip(epochs * len(self.loader))
-            for _ in self.loader:  # nothing is left of the last of these epochs
-                raise AssertionError
-        self.started = True
         for step in self.loader.rounds():
             for parts in step:
                 ids = torch.cat([part.packed.input_ids for part in parts], dim=1)
-                yield {"input_ids": ids, METHOD_INPUT: parts}  # Trainer counts tokens and operations by them
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+                yield {"input_ids": ids, PARTS: parts}  # Trainer counts tokens and operations by them
 
 
 @contextmanager
 def method_in_forward(model: Any, method: Method) -> Iterator[None]:
-    """Let ``model(palu_batch=(batch, counts))`` give the method's losses within the block."""
+    """Let ``model(batch, counts)`` give the method's losses within the block."""
     own = "forward" in vars(model)
     plain = model.forward
 
     @functools.wraps(plain)  # its signature is read
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given: tuple[Batch, Tensor] | None = kwargs.pop(METHOD_INPUT, None)
-        return plain(*args, **kwargs) if given is None else method(*given)
+        return method(*args) if args and isinstance(args[0], Batch) else plain(*args, **kwargs)
 
     model.forward = forward
     try:

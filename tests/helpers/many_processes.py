@@ -1,4 +1,4 @@
-"""What each of the processes that test_processes.py starts does: every engine's runs, one after the other.
+"""What each of the processes that test_engine.py starts does: every engine's runs, one after the other.
 
 accelerate offers FSDP2 and DeepSpeed to GPUs only. On a CPU its state is told otherwise; all that follows is real.
 """
@@ -7,13 +7,13 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.state import AcceleratorState
@@ -30,20 +30,15 @@ import palu
 from palu.hashing import digest
 from palu.training import checkpoint
 from palu.training.checkpoint import Checkpoints
-from palu.training.dataloader import UnlearnDataLoader
 
 PROCESSES = 2
 TOKENIZER = byte_level(LLAMA3)
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    "fsdp2": FSDP2,
     # As accelerate's fsdp_cpu_ram_efficient_loading: the first process loads the weights, and the others none.
-    "fsdp2_main": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-    },
+    "fsdp2_main": FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -161,7 +156,6 @@ def by_the_clock(rank: int, folder: Path) -> int:
     """How many checkpoints a run writes in which each step takes the main process 4 minutes and the other one none."""
     now, writes = 0.0, 0
     after_step, save = Checkpoints.after_step, Checkpoints.save
-    monotonic = time.monotonic
 
     def tick(self: Checkpoints, history: Any) -> None:
         nonlocal now
@@ -173,13 +167,11 @@ def by_the_clock(rank: int, folder: Path) -> int:
         writes += 1
         save(self, history)
 
-    Checkpoints.after_step, Checkpoints.save = tick, counting  # type: ignore[method-assign]
-    checkpoint.time.monotonic = lambda: now  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "after_step", tick)
+        patch.setattr(Checkpoints, "save", counting)
+        patch.setattr(checkpoint.time, "monotonic", lambda: now)
         unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, checkpoint_dir=str(folder))
-    finally:
-        Checkpoints.after_step, Checkpoints.save = after_step, save  # type: ignore[method-assign]
-        checkpoint.time.monotonic = monotonic  # type: ignore[attr-defined]
     return writes
 
 
@@ -257,13 +249,6 @@ def main(folder: Path) -> None:
     """Run everything; the outcome of this process goes to the folder."""
     rank = int(os.environ["RANK"])
     outcome: dict[str, Any] = {}
-    samples: list[tuple[list[int], list[int]]] = []
-    original = UnlearnDataLoader._load
-
-    def batch(self: UnlearnDataLoader, forget: list[int], retain: list[int]) -> Any:
-        samples.append((forget, retain))
-        return original(self, forget, retain)
-
     prepared: list[Any] = []
     prepare = Accelerator.prepare
 
@@ -271,7 +256,6 @@ def main(folder: Path) -> None:
         prepared[:] = prepare(self, *parts)
         return prepared
 
-    UnlearnDataLoader._load = batch  # type: ignore[method-assign]
     Accelerator.prepare = remembering  # type: ignore[method-assign]
     for engine, cases in RUNS.items():
         if engine.startswith("zero"):
@@ -285,14 +269,12 @@ def main(folder: Path) -> None:
         for case in cases:
             if case in PRECISION:
                 start(engine, PRECISION[case])
-            samples.clear()
             result = run(case, PROCESSES)
             missing = all(parameter.is_meta for parameter in result.model.parameters())
             if not missing:
                 save_file(weights(result.model), folder / f"{engine}.{case}.{rank}.safetensors")
             outcome[f"{engine}.{case}"] = {
                 "history": result.history,
-                "samples": list(samples),
                 "engine": type(prepared[0]).__name__,
                 "dtypes": sorted({str(p.dtype) for p in prepared[0].parameters() if p.requires_grad}),
                 "sharded units": sum(isinstance(module, FSDPModule) for module in prepared[0].modules()),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import palu
+from palu.config import UnlearnConfig
 from palu.methods import METHODS
 
 ENTROPY: dict[str, Any] = {"local_loss": "topk_mse", "n": 3, "top_k": 20}  # the paper's local loss
@@ -37,13 +38,19 @@ def unlearn(
 def assert_same_run(one: palu.UnlearnResult, other: palu.UnlearnResult, tolerance: float) -> None:
     """Losses of every step and final weights agree, relative to their size."""
     assert len(one.history) == len(other.history)
+    terms = METHODS[one.summary["config"]["objective"]].terms
     for a, b in zip(one.history, other.history, strict=True):
-        for name in LOSSES:
+        for name in ("loss", "grad_norm", *terms):
             # The history is float32; a KL that starts at 0 is noise.
             assert a[name] == pytest.approx(b[name], rel=max(tolerance, 1e-6), abs=max(tolerance, 1e-9)), (name, a, b)
     theirs = weights(other.model)
     for name, ours in weights(one.model).items():
         assert (ours - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max(), name
+
+
+def result_config(result: palu.UnlearnResult) -> UnlearnConfig:
+    """The settings that a run says it had."""
+    return UnlearnConfig(**result.summary["config"])
 
 
 # Rows of text, for models with a tokenizer.

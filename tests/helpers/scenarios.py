@@ -10,7 +10,7 @@ import peft
 import torch
 from helpers.runs import ENTROPY
 from helpers.small_tokenizers import byte_level
-from helpers.tiny import forget_rows, retain_rows, tiny_llama
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from transformers import TrainingArguments
 
 import palu
@@ -41,8 +41,8 @@ TEXT = [
 ]
 
 
-def frozen_head() -> Any:
-    model = tiny_llama(tie_word_embeddings=False)
+def frozen_head(**config: Any) -> Any:
+    model = tiny_llama(tie_word_embeddings=False, **config)
     model.lm_head.weight.requires_grad_(False)
     return model
 
@@ -151,3 +151,22 @@ def of_driver(driver: str) -> list[str]:
 def figures(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:
     """A history less what a clock says, and less these figures."""
     return [{k: v for k, v in record.items() if k not in ("tokens_per_second", *names)} for record in history]
+
+
+def assert_same(one: palu.UnlearnResult, other: palu.UnlearnResult) -> None:
+    """All records and weights are the same, bit by bit."""
+    assert figures(one.history) == figures(other.history)
+    assert same_weights(one.model, weights(other.model))
+
+
+def step(number: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{number:08}.safetensors"
+
+
+def kept(folder: Path) -> list[int]:
+    """The steps of a folder's checkpoints, beside which it holds nothing but the reference's outputs."""
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if not name.startswith("step-")]
+    assert all(name.startswith("reference-") and name.endswith(".safetensors") for name in others), others
+    return [int(name.removeprefix("step-").removesuffix(".safetensors")) for name in names if name not in others]

@@ -74,7 +74,7 @@ def test_a_run_with_longer_rows() -> None:
 def test_the_trainer(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], save_strategy="no", use_cpu=True)
     trainer = palu.PaluTrainer(small(), arguments, forget=LONG, retain=KEPT, processing_class=TOKENIZER)
-    assert trainer.data.forget.longest() == trainer.config.max_length == POSITIONS
+    assert trainer.data.forget.longest() == trainer.data.config.max_length == POSITIONS
 
 
 def test_spans_beyond_the_last_position() -> None:

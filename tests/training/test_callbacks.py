@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.runs import TEXT_FORGET, unlearn
-from helpers.scenarios import figures
+from helpers.scenarios import assert_same, figures, kept
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import same_weights, tiny_llama, weights
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
@@ -25,9 +25,8 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.models.attention import PLAIN
 from palu.ref_model.anchors import encode_anchor_prompts
-from palu.training.callbacks import LossLines
+from palu.training.callbacks import CALLED, LossLines
 
-EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "save", "epoch_end", "train_end")
 ON_CPU = pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU")
 
 
@@ -40,7 +39,7 @@ def at(event: str, function: Callable[..., Any]) -> TrainerCallback:
     return type(f"At{event}", (TrainerCallback,), {f"on_{event}": call})()
 
 
-def wish(event: str, name: str, step: int) -> TrainerCallback:
+def asking(event: str, name: str, step: int) -> TrainerCallback:
     """A callback that sets a field of control at an event of a step."""
     return at(event, lambda state, control, **_: setattr(control, name, state.global_step == step))
 
@@ -57,17 +56,16 @@ class Listener(TrainerCallback):
     """Writes down each event, the step after which it came, and what it was given."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, int]] = []
+        self.calls: list[tuple[str, int]] = []
         self.given: dict[str, Any] = {}
 
+    def write_down(self, event: str, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.calls.append((event, state.global_step))
+        self.given[event] = {"args": args, "state": state, **given}
 
-for name in EVENTS:
 
-    def _listen(self: Listener, args: Any, state: Any, control: Any, _name: str = name, **given: Any) -> None:
-        self.heard.append((_name, state.global_step))
-        self.given[_name] = {"args": args, "state": state, **given}
-
-    setattr(Listener, f"on_{name}", _listen)
+for event in CALLED:
+    setattr(Listener, f"on_{event}", functools.partialmethod(Listener.write_down, event))
 
 
 def logit(model: LlamaForCausalLM) -> dict[str, float]:
@@ -91,11 +89,6 @@ def test_max_steps_in_place_of_epochs(steps: int) -> None:
     assert result.summary["ended_by"] is None
 
 
-def test_the_schedule_ends_with_max_steps() -> None:
-    rates = [r["learning_rate"] for r in unlearn(tiny_llama(), max_steps=5, lr_scheduler="linear").history]
-    assert rates == pytest.approx([1e-3 * (5 - step) / 5 for step in range(5)])
-
-
 def test_no_more_anchors_than_max_steps_draw() -> None:
     """Three forget examples by two a step; an anchor a step."""
     tokenizer = byte_level(LLAMA3)
@@ -115,8 +108,7 @@ def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
     expected = unlearn(tiny_llama(), **settings)
     (tmp_path / "step-00000005.safetensors").unlink()
     resumed = unlearn(tiny_llama(), resume=True, **settings)
-    assert figures(resumed.history) == figures(expected.history)
-    assert same_weights(resumed.model, weights(expected.model))
+    assert_same(resumed, expected)
     again = unlearn(tiny_llama(), resume=True, **settings)
     assert figures(again.history) == figures(expected.history), "nothing is left to do"
     with pytest.raises(palu.CheckpointError, match="max_steps was 5 and is 6"):
@@ -126,17 +118,10 @@ def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
 # --- What callbacks are told ---
 def test_events_come_in_trainers_order(tmp_path: Path) -> None:
     one = Listener()
-    unlearn(
-        tiny_llama(),
-        epochs=2,
-        evaluate=logit,
-        eval_steps=3,
-        checkpoint_dir=str(tmp_path),
-        checkpoint_steps=2,
-        callbacks=[one],
-    )
+    settings = {"epochs": 2, "eval_steps": 3, "checkpoint_dir": str(tmp_path), "checkpoint_steps": 2}
+    unlearn(tiny_llama(), evaluate=logit, callbacks=[one], **settings)
     step = ("step_end", "log")
-    assert one.heard == [
+    assert one.calls == [
         ("train_begin", 0),
         ("evaluate", 0),
         ("epoch_begin", 0),
@@ -212,14 +197,16 @@ def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path
 )
 def test_a_callback_ends_the_run(event: str, step: int, steps: int) -> None:
     one = Listener()
-    result = unlearn(tiny_llama(), epochs=4, evaluate=logit, callbacks=[wish(event, "should_training_stop", step), one])
+    result = unlearn(
+        tiny_llama(), epochs=4, evaluate=logit, callbacks=[asking(event, "should_training_stop", step), one]
+    )
     assert training_records(result) == training_records(unlearn(tiny_llama(), epochs=4))[:steps]
     assert result.summary["ended_by"] == "callback"
-    assert one.heard[-3:] == [("epoch_end", steps), ("evaluate", steps), ("train_end", steps)]
+    assert one.calls[-3:] == [("epoch_end", steps), ("evaluate", steps), ("train_end", steps)]
 
 
-def test_a_wish_to_stop_after_the_last_step_changes_nothing() -> None:
-    result = unlearn(tiny_llama(), max_steps=3, callbacks=[wish("step_end", "should_training_stop", 3)])
+def test_asking_to_stop_after_the_last_step_changes_nothing() -> None:
+    result = unlearn(tiny_llama(), max_steps=3, callbacks=[asking("step_end", "should_training_stop", 3)])
     assert result.summary["ended_by"] is None
 
 
@@ -229,13 +216,8 @@ def test_an_evaluation_ends_the_run() -> None:
         return control
 
     left = iter(range(10, 0, -1))
-    result = unlearn(
-        tiny_llama(),
-        epochs=9,
-        eval_steps=2,
-        evaluate=lambda model: {"eval_left": next(left)},
-        callbacks=[at("evaluate", enough)],
-    )
+    settings: dict[str, Any] = {"evaluate": lambda model: {"eval_left": next(left)}, "eval_steps": 2}
+    result = unlearn(tiny_llama(), epochs=9, callbacks=[at("evaluate", enough)], **settings)
     assert result.summary["evaluation_before"] == {"eval_left": 10}
     assert [r.get("eval_left") for r in result.history] == [None, 9, None, 8, None, 7, None, 6]
     assert result.summary["ended_by"] == "callback"
@@ -246,40 +228,39 @@ def test_an_evaluation_ends_the_run() -> None:
 def test_a_run_that_a_callback_ended_is_resumed_as_ended(event: str, tmp_path: Path) -> None:
     """Also by a callback that would not end it again."""
     settings: dict[str, Any] = {"epochs": 4, "evaluate": logit, "eval_steps": 4, "checkpoint_dir": str(tmp_path)}
-    ended = unlearn(tiny_llama(), **settings, callbacks=[wish(event, "should_training_stop", 4)])
+    ended = unlearn(tiny_llama(), **settings, callbacks=[asking(event, "should_training_stop", 4)])
     assert len(ended.history) == 4
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert figures(resumed.history) == figures(ended.history)
-    assert same_weights(resumed.model, weights(ended.model))
+    assert_same(resumed, ended)
     assert resumed.summary["ended_by"] == "callback"
 
 
 def test_a_checkpoint_on_demand(tmp_path: Path) -> None:
     one = Listener()
-    unlearn(
-        tiny_llama(),
-        checkpoint_dir=str(tmp_path),
-        callbacks=[wish("step_end", "should_save", 3), wish("epoch_end", "should_save", 4), one],
-    )
-    assert [step for name, step in one.heard if name == "save"] == [3, 4, 6]
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{n}.safetensors" for n in (4, 6)]
+    saves = [asking("step_end", "should_save", 3), asking("epoch_end", "should_save", 4)]
+    unlearn(tiny_llama(), checkpoint_dir=str(tmp_path), callbacks=[*saves, one])
+    assert [step for name, step in one.calls if name == "save"] == [3, 4, 6]
+    assert kept(tmp_path) == [4, 6]
 
 
 def test_an_evaluation_on_demand() -> None:
     for event, step in (("step_end", 3), ("epoch_end", 4), ("log", 1)):
-        result = unlearn(tiny_llama(), evaluate=logit, callbacks=[wish(event, "should_evaluate", step)])
+        result = unlearn(tiny_llama(), evaluate=logit, callbacks=[asking(event, "should_evaluate", step)])
         assert [r["step"] for r in result.history if "eval_logit" in r] == [step, 6], event
 
 
-@pytest.mark.parametrize("name", ["should_epoch_stop", "should_evaluate", "should_save"])
-def test_what_cannot_be_done_is_said(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^on_step_end of a callback set {name}[;,] "):
-        unlearn(tiny_llama(), callbacks=[wish("step_end", name, 2)])
-
-
-def test_a_callback_returns_something_else() -> None:
-    with pytest.raises(TypeError, match=r"^on_log of a callback returned a bool; return control, or nothing$"):
-        unlearn(tiny_llama(), callbacks=[at("log", lambda *_, **__: True)])
+@pytest.mark.parametrize(
+    ("callback", "error", "message"),
+    [
+        (asking("step_end", "should_epoch_stop", 2), ValueError, "step_end of a callback set should_epoch_stop, "),
+        (asking("step_end", "should_evaluate", 2), ValueError, "step_end of a callback set should_evaluate; "),
+        (asking("step_end", "should_save", 2), ValueError, "step_end of a callback set should_save; "),
+        (at("log", lambda *_, **__: True), TypeError, "log of a callback returned a bool; return control, or nothing$"),
+    ],
+)
+def test_what_cannot_be_done_is_said(callback: TrainerCallback, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^on_{message}"):
+        unlearn(tiny_llama(), callbacks=[callback])
 
 
 # --- Evaluations ---
@@ -344,8 +325,7 @@ def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatc
             unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
     resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
     assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
-    assert figures(resumed.history) == figures(expected.history)
-    assert same_weights(resumed.model, weights(expected.model))
+    assert_same(resumed, expected)
 
 
 def test_trackers_get_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,10 +360,9 @@ def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> Non
         unlearn(model, **settings, callbacks=[at(event, fail)])
     assert same_weights(model, weights(unlearn(tiny_llama(), max_steps=2).model))
     assert model.config._attn_implementation == "sdpa" and not model.training
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002.safetensors"]
+    assert kept(tmp_path) == [2]
     resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert figures(resumed.history) == figures(expected.history)
-    assert same_weights(resumed.model, weights(expected.model))
+    assert_same(resumed, expected)
 
 
 @ON_CPU

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
+from accelerate import tracking
+from accelerate.utils import LoggerType
+from helpers.runs import unlearn
 from helpers.small_tokenizers import DATED, byte_level
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.tiny import same_weights, tiny_llama, weights
 
 import palu
 from palu.training import trackers
-
-SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 4, "progress": False, "learning_rate": 1e-2}
-
-
-def unlearn(model: Any = None, **overrides: Any) -> palu.UnlearnResult:
-    return palu.unlearn(model or tiny_llama(), None, forget_rows(8), retain_rows(8), **SETTINGS | overrides)
 
 
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    dated = {
-        "tokenizer": byte_level(DATED),
-        "model": tiny_llama(vocab_size=len(byte_level(DATED))),
-        "anchors": 0,
-        "neighbours": 0,
-        "variants": 0,
-    }
-    values = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
-    result = unlearn(report_to="tensorboard", logging_dir=str(tmp_path / "logs"), **dated, **values)
+    tokenizer = byte_level(DATED)
+    settings = {"report_to": "tensorboard", "logging_dir": str(tmp_path / "logs"), "tokenizer": tokenizer}
+    settings |= {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+    settings |= {"anchors": 0, "neighbours": 0, "variants": 0, "epochs": 2}
+    result = unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
     events = EventAccumulator(str(tmp_path / "logs" / "palu"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == result.history[0].keys()
@@ -44,34 +37,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert "26 Jul 2024" in settings.read_text(), "the configuration is there"
 
 
-class Wandb:
-    """What accelerate uses of the module ``wandb``."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.config = self
-
-    def init(self, **kwargs: Any) -> Wandb:
-        self.calls.append(("init", kwargs))
-        return self
-
-    def update(self, values: dict[str, Any], **_: Any) -> None:
-        self.calls.append(("config", values))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.calls.append(("log", (step, values)))
-
-    def finish(self) -> None:
-        self.calls.append(("finish", None))
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
-    """A stand-in: no account, no network."""
-    from accelerate import tracking
-    from accelerate.utils import LoggerType
-
-    module = Wandb()
+def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A stand-in for the module: no account, no network."""
+    module = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", tracking.WandBTracker)
     monkeypatch.setattr(tracking, "_available_trackers", [*tracking._available_trackers, LoggerType.WANDB])
@@ -79,31 +48,31 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return module
 
 
-def test_wandb(wandb: Wandb, tmp_path: Path) -> None:
-    result = unlearn(report_to="wandb", logging_dir=str(tmp_path / "logs"), seed=3)
-    (init, config, *logs, finish) = wandb.calls
-    assert init == ("init", {"project": "palu", "dir": str(tmp_path / "logs")})
+def test_wandb(wandb: MagicMock, tmp_path: Path) -> None:
+    result = unlearn(tiny_llama(), report_to="wandb", logging_dir=str(tmp_path / "logs"), seed=3)
+    wandb.init.assert_called_once_with(project="palu", dir=str(tmp_path / "logs"))
     assert (tmp_path / "logs").is_dir(), "else wandb writes to a folder of its own"
-    assert config == ("config", result.summary["config"])
-    assert logs == [("log", (record["step"], record)) for record in result.history]
-    assert finish == ("finish", None)
+    assert wandb.config.update.call_args.args == (result.summary["config"],)
+    run = wandb.init.return_value
+    assert run.log.call_args_list == [call(record, step=record["step"]) for record in result.history]
+    run.finish.assert_called_once_with()
 
 
-def test_both_and_another_project(wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_and_another_project(wandb: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("WANDB_PROJECT", "secrets")
-    unlearn(report_to="tensorboard, wandb", logging_dir=str(tmp_path), epochs=1)
-    assert wandb.calls[0][1]["project"] == "secrets"
-    assert [kind for kind, _ in wandb.calls] == ["init", "config", "log", "log", "finish"]
+    unlearn(tiny_llama(), report_to="tensorboard, wandb", logging_dir=str(tmp_path), epochs=1)
+    assert wandb.init.call_args.kwargs["project"] == "secrets"
+    assert wandb.init.return_value.log.call_count == 2
     assert list((tmp_path / "secrets").glob("events.*"))
 
 
-def test_trackers_are_closed_when_a_run_fails(wandb: Wandb, tmp_path: Path) -> None:
+def test_trackers_are_closed_when_a_run_fails(wandb: MagicMock, tmp_path: Path) -> None:
     model = tiny_llama()
     model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(palu.DivergenceError):
         unlearn(model, report_to="wandb", logging_dir=str(tmp_path))
-    assert wandb.calls[-1][0] == "finish"
+    wandb.init.return_value.finish.assert_called_once_with()
 
 
 def test_a_missing_package_is_told_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,5 +87,5 @@ def test_a_missing_package_is_told_before_training(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_tracker_no_folder(tmp_path: Path) -> None:
-    unlearn(logging_dir=str(tmp_path / "logs"), epochs=1)
+    unlearn(tiny_llama(), logging_dir=str(tmp_path / "logs"), epochs=1)
     assert not (tmp_path / "logs").exists()
