@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.cli.options import Bits, DtypeName, flag
-from palu.report.layout import MODEL, holds_model
+from palu.report.layout import MODEL, PRIVATE, holds_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def check_names(**names: str | None) -> None:
             if not any(folder.glob("tokenizer*")):
                 raise FileNotFoundError(f"{subject}: the folder holds no tokenizer")
         elif not holds_model(folder):
-            if holds_model(own := folder / MODEL):
+            if (folder / PRIVATE).is_dir() and holds_model(own := folder / MODEL):
                 raise ValueError(f"{subject} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{subject}: the folder holds no config.json, so it is no model's")
     for option, name in given.items():
