@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import changed, forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.runs import unlearn
+from helpers.tiny import changed, retain_rows, same_weights, tiny_llama, weights
 from transformers import LlamaForCausalLM
 
 import palu
@@ -19,9 +20,7 @@ def deep_llama() -> LlamaForCausalLM:
 
 
 def rmu(model: Any, **settings: Any) -> palu.UnlearnResult:
-    given = {"forget": forget_rows(), "retain": retain_rows(), "epochs": 2, "batch_size": 4, "layer_id": 1}
-    given |= {"learning_rate": 1e-3, "progress": False}
-    return palu.unlearn(model, None, objective="rmu", **given | settings)
+    return unlearn(model, objective="rmu", **{"epochs": 2, "layer_id": 1} | settings)
 
 
 def losses(result: palu.UnlearnResult) -> list[float]:

@@ -65,10 +65,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tests_of_the_ops_pass_on_twins(no_kernels: Path) -> None:
-    """Values, gradients, strides, messages, opcheck and torch.compile, through the dispatcher."""
+    """Values, gradients, strides, messages and opcheck, through the dispatcher."""
     options = ["-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    # A twin's memory is that of all logits.
-    options += ["-k", "not allocates_under_a_tenth", str(ROOT / "tests" / "ops" / "test_ops.py")]
+    # A twin's memory is that of all logits; what torch.compile asks of an op, opcheck asks.
+    options += ["-k", "not allocates_under_a_tenth and not fullgraph", str(ROOT / "tests" / "ops" / "test_ops.py")]
     result = run(no_kernels, "-m", "pytest", *options)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count(WARNING) == 1, result.stdout
