@@ -23,23 +23,22 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 # --- The published implementation ---
-def published(case: int, device: torch.device) -> dict[str, Tensor]:
+def published() -> dict[str, dict[str, Tensor]]:
+    cases: dict[str, dict[str, Tensor]] = {}
     with np.load(GOLDEN) as arrays:
-        names = [name for name in arrays if name.startswith(f"{case}/")]
-        return {name.split("/")[1]: torch.from_numpy(arrays[name]).to(device) for name in names}
+        for name in arrays:
+            number, field = name.split("/")
+            cases.setdefault(number, {})[field] = torch.from_numpy(arrays[name])
+    return cases
 
 
-def number_of_cases() -> int:
-    with np.load(GOLDEN) as arrays:
-        return len({name.split("/")[0] for name in arrays})
-
-
-every_published_case = pytest.mark.parametrize("case", range(number_of_cases()))
+PUBLISHED = published()
+every_published_case = pytest.mark.parametrize("case", PUBLISHED)
 
 
 @every_published_case
-def test_palu_loss_is_the_published_one(case: int, device: torch.device) -> None:
-    known = published(case, device)
+def test_palu_loss_is_the_published_one(case: str, device: torch.device) -> None:
+    known = {name: values.to(device, copy=True) for name, values in PUBLISHED[case].items()}
     n, top_k, eos = known["meta"].tolist()
     logits = known["logits"].requires_grad_()
     given = {"n": n, "top_k": top_k, "eos_token_id": eos, "kl_direction": "reverse"}
@@ -51,8 +50,8 @@ def test_palu_loss_is_the_published_one(case: int, device: torch.device) -> None
 
 
 @every_published_case
-def test_head_losses_are_the_published_ones(case: int, device: torch.device, impl: str) -> None:
-    known = published(case, device)
+def test_head_losses_are_the_published_ones(case: str, device: torch.device, impl: str) -> None:
+    known = {name: values.to(device, copy=True) for name, values in PUBLISHED[case].items()}
     n, top_k, eos = known["meta"].tolist()
     vocab = known["logits"].shape[-1]
     onset = palu.prefix_mask(known["labels"], n, eos)[:, 1:]
@@ -157,14 +156,11 @@ def test_palu_loss_names_the_setting_that_it_refuses(name: str, value: Any) -> N
         palu.palu_loss(logits, logits, torch.tensor([[-100, 1, -200]]), **{name: value})
 
 
-@pytest.mark.parametrize("label", [-1, -101, 5, 2**40, -(2**63)])
+@pytest.mark.parametrize("label", [-1, -101, 5, -(2**63)])
 def test_palu_loss_names_a_label_that_is_none(label: int) -> None:
-    logits = torch.zeros(2, 3, 5, requires_grad=True)
-    labels = torch.tensor([[-100, 1, -200], [-100, 4, 0]])
-    palu.palu_loss(logits, logits, labels)
-    labels[1, 2] = label
+    logits = torch.zeros(2, 3, 5)
     with pytest.raises(ValueError, match=rf"labels\[1, 2\] = {label}: "):
-        palu.palu_loss(logits, logits, labels)
+        palu.palu_loss(logits, logits, torch.tensor([[-100, 1, -200], [-100, 4, label]]))
 
 
 def test_palu_loss_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

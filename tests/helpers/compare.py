@@ -5,10 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a kernel's sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from palu.eager import acc_dtype
 
 
 def compare(

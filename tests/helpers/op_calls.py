@@ -7,6 +7,7 @@ whose poison (NaN, an index out of range) shows in the result.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -246,22 +247,11 @@ def refuse(call: Call, bad: Bad) -> None:
 
 NOT_FLOATS = (torch.float16, torch.int32, torch.int64, torch.bool)  # float16 on a CPU
 NOT_INDICES = (torch.int16, torch.uint8, torch.bool, torch.float32, torch.float64)
-# Dimensions in which a tensor must fit the others.
-FITTING = {
-    "prefix_mask": [],
-    "topk_mse": [("logits", 0), ("index", 0)],
-    "topk_unlikelihood": [("logits", 0), ("index", 0)],
-    "topk_backward": [("grad", 0), ("slope", 0), ("slope", 1), ("index", 0), ("grad_logits", 0)],
-    "linear_topk_mse": [("hidden", 0), ("hidden", 1), ("weight", 1), ("index", 0), ("bias", 0), ("weight_mean", 0)],
-    "cross_entropy_": [("logits", 0), ("labels", 0), ("row_weight", 0)],
-    "kl_div_": [("logits", 0), ("logits", 1), ("ref_logits", 0), ("ref_logits", 1), ("row_weight", 0)],
-}
-FITTING["linear_topk_unlikelihood"] = FITTING["linear_topk_mse"][:-1]
-FITTING["linear_topk_backward"] = [
-    *(place for place in FITTING["linear_topk_mse"] if place[0] != "bias"),
-    *FITTING["topk_backward"][:3],
-    *(("grad_hidden", 0), ("grad_hidden", 1), ("grad_weight", 0), ("grad_weight", 1), ("grad_bias", 0)),
-]
+# Dimensions of tensors: rows, vocabulary, hidden size, candidates.
+SHAPES = dict.fromkeys(("logits", "ref_logits", "grad_logits"), "RV") | dict.fromkeys(("index", "slope"), "RK")
+SHAPES |= dict.fromkeys(("hidden", "grad_hidden"), "RH") | dict.fromkeys(("weight", "grad_weight"), "VH")
+SHAPES |= dict.fromkeys(("labels", "row_weight", "grad"), "R") | dict.fromkeys(("bias", "grad_bias"), "V")
+SHAPES["weight_mean"] = "H"
 BAD_FLOORS = (1.0, -0.5, math.nan)
 BAD_IMPLS = ("", "Dense", None)
 BAD_TARGETS = ("mean", "constant", "", "GLOBAL_MEAN", None, [1.0], 1j, math.nan, True)
@@ -282,7 +272,9 @@ def bad_arguments(draw: Draw, call: Call) -> list[Bad]:
     """List what the call must refuse: one argument of another dtype, rank, size, device, layout or value."""
     found = [bad for name in call.tensors() for bad in _bad_tensor(draw, call, name)]
     found += [bad for name in call.written for bad in _bad_buffer(draw, call.arguments[name], name)]
-    found += [_length(draw, *place) for place in FITTING[call.name] if call.arguments.get(place[0]) is not None]
+    sizes = [(name, dim, size) for name in call.tensors() for dim, size in enumerate(SHAPES[name])]
+    shared = Counter(size for _, _, size in sizes)
+    found += [_length(draw, name, dim) for name, dim, size in sizes if shared[size] > 1]
     for name, values, error in SETTINGS.get(call.name, []):
         value = draw.one(*values)
         found.append(Bad(f"{name} = {value!r}", lambda a, n=name, v=value: a.update({n: v}), (error,), field=name))
@@ -294,10 +286,8 @@ def bad_arguments(draw: Draw, call: Call) -> list[Bad]:
 
 
 def _bad_tensor(draw: Draw, call: Call, name: str) -> Iterator[Bad]:
-    t, lead = (
-        call.arguments[name],
-        next(n for n in ("labels", "grad_logits", "logits", "hidden") if n in call.arguments),
-    )
+    t = call.arguments[name]
+    lead = next(n for n in ("labels", "grad_logits", "logits", "hidden") if n in call.arguments)
 
     def change(what: str, value: Tensor, *errors: type[Exception]) -> Bad:
         return Bad(f"{name} {what}", lambda a: a.update({name: value}), errors, field=name)

@@ -171,10 +171,16 @@ def prefix_mask(
         labels.view(-1)[draw.random.randrange(labels.numel())] = 2**63 - 1
 
     def outputs(a: Inputs) -> Outputs:
-        return {"mask": eager.prefix_mask(a["labels"], min(a["n"], 2**40), a["eos_token_id"])}
+        """One token after the other."""
+        mask = []
+        for row in a["labels"].tolist():
+            place = 0  # in a span
+            for label in row:
+                place = place + 1 if label >= 0 and label != a["eos_token_id"] else 0
+                mask.append(place > 0 and (a["n"] == -1 or place <= a["n"]))
+        return {"mask": torch.tensor(mask, dtype=torch.bool).view_as(a["labels"])}
 
-    inputs = {"labels": labels, "n": n, "eos_token_id": eos}
-    return OpCase("prefix_mask", inputs, outputs, torch.bool, lambda *_: {})
+    return OpCase("prefix_mask", {"labels": labels, "n": n, "eos_token_id": eos}, outputs, torch.bool, lambda *_: {})
 
 
 def topk(
@@ -217,11 +223,10 @@ def _index_and_setting(draw: Draw, op: str, rows: int, vocabulary: int, k: int, 
 
 
 def _topk_outputs(op: str, a: Inputs) -> Outputs:
-    leaf, setting = a["logits"].clone().requires_grad_(), a[SETTING[op]]
-    loss = getattr(eager, op)(leaf, a["index"], setting)
+    leaf = a["logits"].clone().requires_grad_()
+    loss, slope = getattr(eager, f"{op}_and_slope")(leaf, a["index"], a[SETTING[op]])
     (grad_logits,) = torch.autograd.grad(loss, leaf, a["grad"].to(loss.dtype))
-    _, slope = getattr(eager, f"{op}_and_slope")(a["logits"], a["index"], setting)
-    return {"loss": loss.detach(), "slope": slope, "grad_logits": grad_logits}
+    return {"loss": loss.detach(), "slope": slope.detach(), "grad_logits": grad_logits}
 
 
 def _of_loss_and_slope(op: str, truth: Outputs, size: Tensor, eps: float) -> Outputs:
@@ -291,16 +296,13 @@ def linear_topk(
 
 
 def _linear_outputs(op: str, a: Inputs) -> Outputs:
-    names = [n for n in ("hidden", "weight", "bias") if a[n] is not None]
-    leaves = {n: a[n].clone().requires_grad_() for n in names}
-    setting = {SETTING[op]: a[SETTING[op]]}
-    loss = getattr(eager, op)(**leaves, index=a["index"], **setting)
+    leaves = {n: a[n].clone().requires_grad_() for n in ("hidden", "weight", "bias") if a[n] is not None}
+    logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
+    loss, slope = getattr(eager, f"{op.removeprefix('linear_')}_and_slope")(logits, a["index"], a[SETTING[op]])
     gradients = torch.autograd.grad(loss, list(leaves.values()), a["grad"].to(loss.dtype))
-    logits = F.linear(a["hidden"], a["weight"], a["bias"])
-    of_logits = getattr(eager, f"{op.removeprefix('linear_')}_and_slope")
-    found = {"loss": loss.detach(), "slope": of_logits(logits, a["index"], **setting)[1]}
-    starts = {f"grad_{n}": (a[f"grad_{n}"], g) for n, g in zip(names, gradients, strict=True)}
-    return found | {n: start + g for n, (start, g) in starts.items() if start is not None}
+    starts = {f"grad_{n}": (a[f"grad_{n}"], g) for n, g in zip(leaves, gradients, strict=True)}
+    sums = {n: start + g for n, (start, g) in starts.items() if start is not None}
+    return {"loss": loss.detach(), "slope": slope.detach(), **sums}
 
 
 def _linear_scales(op: str, a: Inputs, truth: Outputs, dtype: torch.dtype) -> Outputs:
@@ -348,14 +350,12 @@ def softmax_loss(
         for kept in (labels, (labels + 1) % vocabulary):
             gone[torch.arange(rows), kept] = False
         z[gone] = -math.inf
-    inputs: Inputs = {"logits": z}
+    inputs: Inputs = {"logits": z, "row_weight": weight}
     if op == "cross_entropy_":
         inputs["labels"] = labels
     else:  # the other row: like the first, or unlike it
         like = (z.double() + torch.randn(rows, vocabulary) * draw.one(0, 0.01, 1, 5)).to(dtype)
         inputs["ref_logits"] = torch.randn(rows, vocabulary).to(dtype) if draw.chance(0.3) else like
-    inputs["row_weight"] = weight
-    if op == "kl_div_":
         inputs["reverse"] = draw.chance(0.5) if reverse is None else reverse
     return OpCase(op, inputs, _cross_entropy if op == "cross_entropy_" else _kl_div, dtype, _softmax_scales)
 

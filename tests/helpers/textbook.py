@@ -69,10 +69,11 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     history = []
+    asked = [(row, logits(reference, row)) for row in forget + anchors]
     for _ in range(config.epochs):
         local, kl, kept = [], [], []
-        for row in forget + anchors:
-            z, ref = logits(model, row), logits(reference, row)
+        for row, ref in asked:
+            z = logits(model, row)
             place = 0  # in a span, from 1
             for t, label in enumerate(row["labels"]):
                 place = place + 1 if label >= 0 else 0

@@ -110,6 +110,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
+def changed(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """The weights that are not what they were."""
+    after = weights(model)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
 def same_weights(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
     """Whether every bit of every weight is what it was (NaN included)."""
     after = weights(model)

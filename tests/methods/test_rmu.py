@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.runs import unlearn
+from helpers.tiny import changed, retain_rows, same_weights, tiny_llama, weights
 from transformers import LlamaForCausalLM
 
 import palu
@@ -19,25 +20,23 @@ def deep_llama() -> LlamaForCausalLM:
 
 
 def rmu(model: Any, **settings: Any) -> palu.UnlearnResult:
-    given = {"forget": forget_rows(), "retain": retain_rows(), "epochs": 2, "batch_size": 4, "layer_id": 1}
-    given |= {"learning_rate": 1e-3, "progress": False}
-    return palu.unlearn(model, None, objective="rmu", **given | settings)
+    return unlearn(model, objective="rmu", **{"epochs": 2, "layer_id": 1} | settings)
 
 
 def losses(result: palu.UnlearnResult) -> list[float]:
     return [record["loss"] for record in result.history]
 
 
-def changed_by_rmu(model: LlamaForCausalLM, **settings: Any) -> list[str]:
+def changed_by_rmu(model: LlamaForCausalLM, **settings: Any) -> set[str]:
     before = weights(model)
     rmu(model, **settings)
-    return [name for name, now in weights(model).items() if not torch.equal(now, before[name])]
+    return changed(model, before)
 
 
 def test_rmu_trains_no_weight_above_its_layer() -> None:
     for settings in ({}, {"weight_decay": 0.1}):
-        changed = changed_by_rmu(deep_llama(), **settings)
-        assert {name.split(".")[2] for name in changed} == {"weight", "0", "1"}, "the embeddings and two layers"
+        moved = changed_by_rmu(deep_llama(), **settings)
+        assert {name.split(".")[2] for name in moved} == {"weight", "0", "1"}, "the embeddings and two layers"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -54,7 +53,7 @@ def test_rmu_on_the_weights_of_the_paper() -> None:
     model = deep_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(r"layers\.[01]\.mlp\.down_proj", name) is not None)
-    assert changed_by_rmu(model) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    assert changed_by_rmu(model) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
 
 
 def test_rmu_draws_its_vector_by_the_seed() -> None:

@@ -93,26 +93,27 @@ class Changed(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.0001), (torch.bfloat16, 1.02)], ids=str)
-def test_a_factor_beyond_the_error_of_the_dtype(dtype: torch.dtype, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "factor", "cap", "size"),
+    [
+        (torch.float32, 1.0001, None, 1.0),
+        (torch.bfloat16, 1.02, None, 1.0),  # a factor beyond the error of the dtype
+        (torch.float32, 1.0, 2.0, 1.0),
+        (torch.float32, 1.0, 2.0, 1e-3),  # logits too small to show a cap, which changes 1e-7 of them
+    ],
+)
+def test_logits_that_are_scaled_or_capped_beyond_the_configuration(
+    dtype: torch.dtype, factor: float, cap: float | None, size: float
+) -> None:
     model = Changed(tiny_llama().config).to(dtype)
-    check_linear_head(model, torch.arange(20))
-    model.factor = factor
-    assert_refused(model, ValueError, NOT_THE_HEAD.format("Changed", 1, "not capped"))
-
-
-@pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_a_cap_that_no_configuration_tells(size: float) -> None:
-    """Also where the logits are too small to show it: 1e-3 of them, and the cap changes 1e-7 of that."""
-    model = Changed(tiny_llama().config)
-    model.cap = 2.0
     with torch.no_grad():
         model.model.norm.weight *= size
+    check_linear_head(model, torch.arange(20))
+    model.factor, model.cap = factor, cap
     assert_refused(model, ValueError, NOT_THE_HEAD.format("Changed", 1, "not capped"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("dtype", "training"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_linear_heads_pass(dtype: torch.dtype, training: bool) -> None:
     """With dropout, which draws again in every pass, and with a bias. The parts of the model keep their modes."""
     model = tiny_llama(attention_dropout=0.5, tie_word_embeddings=False)

@@ -99,11 +99,11 @@ def copy_without_prebuilt(package: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make wheel` makes of a clean copy of the checkout."""
-    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for folder in ("palu", "csrc"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with this one's torch, and what `make wheel` makes of a clean copy of the checkout."""
+    source, dist, fresh = (tmp_path_factory.mktemp(name) for name in ("source", "dist", "fresh"))
+    copy_without_prebuilt(ROOT / "palu", source)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, source)
@@ -111,17 +111,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv = sys.prefix
     command = ["make", "-o", f"{venv}/ready", f"VENV={venv}", f"DIST={dist}", "wheel"]
     subprocess.run(command, cwd=source, env=environment(), check=True)
-    (found,) = dist.glob("palu_unlearn-*.whl")
-    return found
-
-
-@pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install` leaves in a folder."""
-    target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    (wheel,) = dist.glob("palu_unlearn-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(fresh)], check=True)
+    # Of a folder that a .pth file names, .pth files are not read: an editable palu there stays out.
+    (packages(fresh) / "torch.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    command = [sys.executable, "-m", "pip", "--python", str(fresh), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(command, env=environment(), check=True)
-    return target
+    return fresh
+
+
+def packages(venv: Path) -> Path:
+    return Path(sysconfig.get_paths(vars={"base": str(venv), "platbase": str(venv)})["purelib"])
 
 
 @pytest.fixture(scope="session")
@@ -131,39 +131,26 @@ def jit_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def without_prebuilt(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_without_prebuilt(installed / "palu", tmp_path_factory.mktemp("without_prebuilt"))
+    return copy_without_prebuilt(packages(installed) / "palu", tmp_path_factory.mktemp("without_prebuilt"))
 
 
 def test_pip_install(installed: Path, tmp_path: Path) -> None:
-    path, stderr = use(installed, TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert path.parent == installed / "palu" and path.name.startswith("_C.")
-    assert "compiling" not in stderr and not any(tmp_path.iterdir())
-    for source in [*(ROOT / "csrc").rglob("*.*")]:
-        assert (installed / "palu" / "csrc" / source.relative_to(ROOT / "csrc")).is_file()
-    assert (installed / "palu" / "py.typed").is_file()
-
-
-def test_wheel_in_a_fresh_environment_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
-    """It has this one's torch, and nothing on PATH."""
-    venv, empty = tmp_path / "venv", tmp_path / "empty"
-    empty.mkdir()
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    paths = sysconfig.get_paths(vars={"base": str(venv), "platbase": str(venv)})
-    # Of a folder that a .pth file names, .pth files are not read: an editable palu there stays out.
-    Path(paths["purelib"], "torch.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
-    command = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(command, env=environment(), check=True)
-    bare = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-    bare |= {"PATH": str(empty), "CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(empty)}
-    options: dict[str, Any] = {"cwd": empty, "env": bare, "capture_output": True, "text": True}
-    used = subprocess.run([venv / "bin" / "python", "-c", USE], **options)
+    """It serves without a compiler: nothing is on PATH."""
+    package = packages(installed) / "palu"
+    for source in (ROOT / "csrc").rglob("*.*"):
+        assert (package / "csrc" / source.relative_to(ROOT / "csrc")).is_file()
+    assert (package / "py.typed").is_file()
+    bare = environment(PATH=str(tmp_path), CXX="/nonexistent", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    options: dict[str, Any] = {"cwd": tmp_path, "env": bare, "capture_output": True, "text": True}
+    used = subprocess.run([installed / "bin" / "python", "-c", USE], **options)
     assert used.returncode == 0, used.stderr
-    assert Path(used.stdout.strip()).parent == Path(paths["purelib"], "palu")
-    doctor = subprocess.run([venv / "bin" / "palu", "doctor"], **options)
+    path = Path(used.stdout.strip())
+    assert path.parent == package and path.name.startswith("_C.")
+    doctor = subprocess.run([installed / "bin" / "palu", "doctor"], **options)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "native ops: prebuilt" in doctor.stdout and "All passed." in doctor.stdout
     assert "kernels on cpu: native" in doctor.stdout
-    assert not any(empty.iterdir())
+    assert not any(tmp_path.iterdir())
 
 
 def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> None:
@@ -222,27 +209,19 @@ def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     other.communicate()
 
 
-@pytest.mark.parametrize(
-    "places",
-    [
-        {"TORCH_EXTENSIONS_DIR": "{file}/builds"},
-        {"HOME": "/proc"},  # where nobody, root included, may write
-        {"XDG_CACHE_HOME": "/proc"},
-    ],
-)
-def test_a_folder_that_cannot_be_made_is_named(build: str, tmp_path: Path, places: dict[str, str]) -> None:
-    (file := tmp_path / "file").write_text("")
-    changes = {"TORCH_EXTENSIONS_DIR": ""} | {name: place.format(file=file) for name, place in places.items()}
-    _, stderr = run(ROOT, build, works=False, **changes)
-    assert "no folder to compile in" in stderr and "TORCH_EXTENSIONS_DIR names another one" in stderr
+@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "HOME", "XDG_CACHE_HOME"])
+def test_a_folder_that_cannot_be_made_is_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(variable, "/proc")  # where nobody, root included, may write
+    with pytest.raises(RuntimeError, match=r"no folder to compile in \(.*/proc.*TORCH_EXTENSIONS_DIR names another"):
+        _build.jit()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    told = r"no folder to compile in \(.*palu.lock.*TORCH_EXTENSIONS_DIR names another"
     (tmp_path / "palu.lock").mkdir()
-    with (
-        pytest.raises(RuntimeError, match=r"no folder to compile in \(.*palu.lock.*TORCH_EXTENSIONS_DIR names another"),
-        _build._locked(tmp_path / "palu.lock"),
-    ):
+    with pytest.raises(RuntimeError, match=told), _build._locked(tmp_path / "palu.lock"):
         pass
 
 

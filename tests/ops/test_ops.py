@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.op_calls import CPU, OPS, SOFTMAX_LOSSES, try_one
-from helpers.op_cases import Inputs
+from helpers.op_cases import Draw, prefix_mask
 from helpers.peak import peak_bytes
 from torch import Tensor
 
@@ -31,6 +31,12 @@ def test_random_calls(device: torch.device, op: str, bad: bool) -> None:
     """Any sizes, dtypes and memory layouts, the public functions and the raw gradients; and what they must refuse."""
     for seed in range(200):
         try_one(seed, op, device, bad)
+
+
+def test_the_twin_of_prefix_mask() -> None:
+    for seed in range(200):
+        case = prefix_mask(Draw(seed))
+        assert torch.equal(eager.prefix_mask(**case.inputs), case.outputs(case.inputs)["mask"]), case.text
 
 
 def test_global_target_needs_the_mean(device: torch.device) -> None:
@@ -216,25 +222,6 @@ def test_linear_topk_mse_under_autocast(device: torch.device, impl: str, dtype: 
     assert all(torch.equal(ours, theirs.to(ours.dtype)) for ours, theirs in zip(results, expected, strict=True))
 
 
-def softmax_call(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Arguments with logits near 4."""
-    logits, ref_logits = 4 * torch.randn(2, ROWS, VOCAB, device=device, dtype=dtype)
-    a = {"logits": logits} | ({"ref_logits": ref_logits} if op == "kl_div_" else {"labels": indices(device)[:, 0]})
-    a["row_weight"] = torch.rand(ROWS, device=device, dtype=eager.acc_dtype(dtype))
-    return a | ({"reverse": True} if op == "kl_div_" else {})
-
-
-@pytest.mark.parametrize("op", SOFTMAX_LOSSES)
-def test_losses_in_place_under_autocast(device: torch.device, op: str) -> None:
-    """The caller's autocast has no say in a kernel's arithmetic."""
-    a = softmax_call(op, device)
-    b = a | {"logits": a["logits"].clone()}
-    loss = getattr(ops, op)(**a)
-    with torch.autocast(device.type, torch.bfloat16):
-        assert torch.equal(getattr(ops, op)(**b), loss)
-    assert torch.equal(a["logits"], b["logits"])
-
-
 def test_neither_rows_nor_candidates(device: torch.device) -> None:
     index = torch.empty(0, 0, dtype=torch.int64, device=device)
     logits = torch.empty(0, VOCAB, device=device, requires_grad=True)
@@ -246,22 +233,6 @@ def test_neither_rows_nor_candidates(device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------- autograd
-
-
-# Without "global_mean_detached", whose gradient is by definition not the loss's derivative.
-@pytest.mark.parametrize("target", ["global_mean", "local_mean", 0.5, "unlikelihood"])
-def test_gradcheck(device: torch.device, target: str | float) -> None:
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
-
-    index = torch.randint(0, 9, (3, 4), device=device)
-    of_logits, of_hidden, setting = palu.topk_mse, palu.linear_topk_mse, target
-    if target == "unlikelihood":
-        index[0, 2], index[1, 2], index[2] = index[0, 0], index[1, 1], index[2, 0]
-        of_logits, of_hidden, setting = palu.topk_unlikelihood, palu.linear_topk_unlikelihood, 0.0
-    assert torch.autograd.gradcheck(lambda z: of_logits(z, index, setting), leaf(3, 9))
-    leaves = leaf(3, 5), leaf(9, 5), leaf(9)
-    assert torch.autograd.gradcheck(lambda h, w, b: of_hidden(h, w, index, setting, b, impl="gather"), leaves)
 
 
 def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -302,8 +273,7 @@ def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tup
     return samples
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_opcheck(device: torch.device, dtype: torch.dtype, grad: bool) -> None:
     for op, arguments in op_samples(device, dtype, grad):
         torch.library.opcheck(op.default, arguments)
@@ -334,35 +304,40 @@ def test_compile_fullgraph(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("op", SOFTMAX_LOSSES)
-def test_compile_fullgraph_losses_in_place(device: torch.device, op: str) -> None:
-    a = softmax_call(op, device)
+def test_losses_in_place_compiled_and_under_autocast(device: torch.device, op: str) -> None:
+    """The caller's autocast has no say in a kernel's arithmetic."""
+    logits, ref_logits = 2 * torch.randn(2, ROWS, VOCAB, device=device)
+    row_weight, labels = torch.rand(ROWS, device=device), indices(device)[:, 0]
 
     def function(z: Tensor) -> tuple[Tensor, Tensor]:
         z = z * 2
-        return getattr(ops, op)(**(a | {"logits": z})), z
+        given = (ref_logits, row_weight, True) if op == "kl_div_" else (labels, row_weight)
+        return getattr(ops, op)(z, *given), z
 
+    expected = function(logits)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert all(map(torch.equal, function(logits), expected))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(a["logits"]), function(a["logits"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(logits), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("first_use", ["palu.topk_mse(z, i)", "palu.linear_topk_unlikelihood(z, w, i)"])
-def test_compile_when_the_first_use_is_inside(first_use: str) -> None:
-    script = f"""
+def test_compile_when_the_first_use_is_inside() -> None:
+    script = """
 import sys
 import palu
 assert "torch" not in sys.modules
 import torch
 z, w, i = torch.randn(2, 5, requires_grad=True), torch.randn(9, 5), torch.arange(6).view(2, 3) % 5
-compiled = torch.compile(lambda z: {first_use}, fullgraph=True, backend="aot_eager")
+of = lambda z: palu.topk_mse(z, i) + palu.linear_topk_unlikelihood(z, w, i)
+compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
 compiled(z).sum().backward()
 assert z.grad.abs().sum() > 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("k", [1000, 5000])
-def test_loss_from_hidden_states_allocates_under_a_tenth_of_dense(device: torch.device, k: int) -> None:
-    rows, vocab, d = 36, 128256, 64
+def test_loss_from_hidden_states_allocates_under_a_tenth_of_dense(device: torch.device) -> None:
+    rows, vocab, d, k = 36, 128256, 64, 5000
     hidden = torch.randn(rows, d, device=device, requires_grad=True)
     weight = torch.randn(vocab, d, device=device)
     index = torch.randint(0, vocab, (rows, k), device=device)
