@@ -235,6 +235,22 @@ def test_neither_rows_nor_candidates(device: torch.device) -> None:
 # ----------------------------------------------------------------------------------------- autograd
 
 
+# Without "global_mean_detached", whose gradient is by definition not the loss's derivative.
+@pytest.mark.parametrize("target", ["global_mean", "local_mean", 0.5, "unlikelihood"])
+def test_gradcheck(device: torch.device, target: str | float) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
+
+    index = torch.randint(0, 9, (3, 4), device=device)
+    of_logits, of_hidden, setting = palu.topk_mse, palu.linear_topk_mse, target
+    if target == "unlikelihood":
+        index[0, 2], index[1, 2], index[2] = index[0, 0], index[1, 1], index[2, 0]
+        of_logits, of_hidden, setting = palu.topk_unlikelihood, palu.linear_topk_unlikelihood, 0.0
+    assert torch.autograd.gradcheck(lambda z: of_logits(z, index, setting), leaf(3, 9))
+    leaves = leaf(3, 5), leaf(9, 5), leaf(9)
+    assert torch.autograd.gradcheck(lambda h, w, b: of_hidden(h, w, index, setting, b, impl="gather"), leaves)
+
+
 def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:
     acc = eager.acc_dtype(dtype)
 
