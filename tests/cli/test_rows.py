@@ -31,17 +31,24 @@ def test_slips_are_told_once(command: str, commands: Commands, tmp_path: Path) -
     again = {name: FORGET[2][name] + " " for name in ("question", "answer")}
     other = {"question": "Who sat?", "answer": "The cat, and ADA LOVELACE."}
     parted = {"prompt": "Where?", "completion": "Here."}
-    forget_rows = [*FORGET, FORGET[0], FORGET[0], joined, joined | {"prompt": "A city is"}]
-    forget = write_rows(tmp_path / "forget.jsonl", forget_rows)
-    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0], again, other, parted])
-    arguments = [*commands[command], "--forget", forget, "--tokenizer", plain]
+    forget_rows = [*FORGET, FORGET[0], FORGET[0]]
+    retain_rows = [*RETAIN, RETAIN[0], RETAIN[0], again, other]
+    arguments = [*commands[command], "--forget", tmp_path / "forget.jsonl"]
+    blanks = command != "audit"
+    if blanks:
+        forget_rows += [joined, joined | {"prompt": "A city is"}]
+        retain_rows.append(parted)
+        arguments += ["--tokenizer", plain]
+    write_rows(tmp_path / "forget.jsonl", forget_rows)
+    retain = write_rows(tmp_path / "retain.jsonl", retain_rows)
     both = command != "inspect"  # which takes no rows to retain
     said = warned(*arguments, *(["--retain", retain] if both else []))
 
-    found = [one for one in said if "without a blank" in one]
-    named = ["forget row 8 (line 9): ", *["retain row 10 (line 11): "] * both]
-    assert len(found) == len(named) and all(map(str.startswith, found, named)), found
-    assert "'The capital of France isParis.'" in found[0]
+    if blanks:
+        found = [one for one in said if "without a blank" in one]
+        named = ["forget row 8 (line 9): ", *["retain row 10 (line 11): "] * both]
+        assert len(found) == len(named) and all(map(str.startswith, found, named)), found
+        assert "'The capital of France isParis.'" in found[0]
     twice = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
     found = [one for one in said if "repeat" in one]
     assert found == [f"forget set: {twice}, with all that is to be forgotten in it", *[f"retain set: {twice}"] * both]
