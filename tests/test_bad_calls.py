@@ -16,17 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.benchmark_data import small_muse_news, small_tofu
-from helpers.refusals import (
-    Call,
-    Cases,
-    linear_topk_mse,
-    linear_topk_unlikelihood,
-    refused,
-    text,
-    topk_mse,
-    unlearn,
-    words,
-)
+from helpers.refusals import Call, Cases, refused, text, unlearn, words
 from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama
 from torch import Tensor, nn
 from transformers import (
@@ -62,6 +52,19 @@ def palu_loss(**changed: Any) -> Call:
     return palu.palu_loss, given | {"labels": torch.tensor([[-100, 1, -200]])} | changed
 
 
+def topk_mse(**changed: Any) -> Call:
+    return palu.topk_mse, {"logits": torch.randn(2, 6), "index": torch.tensor([[0, 1], [2, 3]])} | changed
+
+
+def linear_topk_mse(**changed: Any) -> Call:
+    given = {"hidden": torch.randn(2, 3), "weight": torch.randn(6, 3), "index": torch.tensor([[0, 1], [2, 3]])}
+    return palu.linear_topk_mse, given | changed
+
+
+def linear_topk_unlikelihood(**changed: Any) -> Call:
+    return palu.linear_topk_unlikelihood, linear_topk_mse()[1] | changed
+
+
 def overwriting(grad_logits: Tensor) -> Call:
     """The raw op, which fills a buffer."""
     given = {"grad": torch.ones(2), "slope": torch.ones(2, 2), "index": torch.tensor([[0, 1], [2, 3]])}
@@ -72,15 +75,14 @@ def config(**settings: Any) -> Call:
     return palu.UnlearnConfig, settings
 
 
-def tofu(**changed: Any) -> Call:
-    model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
-    given = {"model": model, "tokenizer": words(), "data": small_tofu(), "max_new_tokens": 4, "progress": False}
-    return palu.evaluate.tofu, given | changed
-
-
 def muse_news(**changed: Any) -> Call:
     model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
-    return palu.evaluate.muse_news, {"model": model, "tokenizer": words(), "data": small_muse_news()} | changed
+    given = {"model": model, "tokenizer": words(), "data": small_muse_news(), "progress": False}
+    return palu.evaluate.muse_news, given | changed
+
+
+def tofu(**changed: Any) -> Call:
+    return palu.evaluate.tofu, muse_news(**{"data": small_tofu(), "max_new_tokens": 4} | changed)[1]
 
 
 def lora(on: list[str], settings: Any = (), **config: Any) -> peft.PeftModel:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import Commands, write_input, write_rows
+from helpers.command import Commands, short_run, write_input, write_rows
 from helpers.planted import FORGET
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+
+from palu.report import recorder
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +38,11 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def arguments(folder: Path, out: Path) -> list[Any]:
-    """What `palu unlearn` cannot do without, and settings of six steps; an option that is given again wins."""
-    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", out]
-    settings = "--batch-size 2 --epochs 2 --learning-rate 0.01 --anchors 0 --neighbours 0 --variants 0 --no-progress"
-    return ["unlearn", "--model", folder / "model", *data, *settings.split()]
+def arguments(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A run that is recorded with short answers: what a model says is the business of tests/report."""
+    monkeypatch.setattr(recorder, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(recorder, "GENERAL_TOKENS", 4)
+    return short_run(folder, out)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def commands(folder: Path, arguments: list[Any], out: Path) -> Commands:
     model, forget = ["--model", folder / "model"], ["--forget", folder / "forget.jsonl"]
     attack = ["--original", folder / "model", "--output", out, "--quick", "--only", "ask", "--no-progress"]
     return {
-        "unlearn": arguments,
+        "unlearn": [*arguments, "--max-steps", 1],
         "inspect": ["inspect", *model, *forget],
         "eval": ["eval", *model],
         "audit": ["audit", *model, *forget, *attack],

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import done, palu_command, read, refusal, write_input
+from helpers.command import done, one_model_at_a_time, palu_command, read, refusal, write_input
 from helpers.planted import FORGET, RETAIN, tokenizer
 from helpers.tiny import overfit, tiny_llama
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import palu
 from palu.data.examples import load_retain
@@ -49,7 +49,9 @@ def given(planted: Path, output: Path) -> list[Any]:
 
 
 def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path: Path) -> None:
-    result = done(*given(planted, tmp_path / "run"), "--draws", 2, "--seed", 3)
+    only = ["ask", "sample", "exact-probability", "quantise-int4", "inside-depth"]
+    options = [word for name in only for word in ("--only", name)]
+    result = done(*given(planted, tmp_path / "run"), "--draws", 2, "--seed", 3, *options)
     private = tmp_path / "run" / "private"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert stat.S_IMODE((private / "audit.json").stat().st_mode) == 0o600
@@ -63,6 +65,7 @@ def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path:
         quick=True,
         draws=2,
         seed=3,
+        only=only,
         progress=False,
     )
     lines = result.stdout.splitlines()
@@ -110,17 +113,6 @@ def test_in_a_run_the_report_and_the_card_are_written_again(planted: Path, tmp_p
 
 
 def test_one_model_is_held_at_a_time(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
-    loaded: list[weakref.ref[Any]] = []
-    load = AutoModelForCausalLM.from_pretrained
-
-    def loading(*args: Any, **kwargs: Any) -> Any:
-        assert all(model() is None for model in loaded)
-        model = load(*args, **kwargs)
-        loaded.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    loaded = one_model_at_a_time(monkeypatch)
     done(*given(planted, tmp_path), "--retain-model", planted / "model1", "--only", "ask")
     assert len(loaded) == 3

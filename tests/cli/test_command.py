@@ -77,19 +77,11 @@ def test_python_m() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_one_of_many_processes_ends_without_the_interpreters_shutdown(processes: int) -> None:
-    """Which aborts, now and then, while Gloo's threads hold tensors; what was said and the exit status stay."""
+def test_how_a_process_ends(processes: int) -> None:
+    """One of many without the interpreter's shutdown, which aborts, now and then, while Gloo's threads hold tensors;
+    what was said and the exit status stay. SIGTERM ends every command as Ctrl-C does: what is open is closed."""
     code = "import atexit, palu.cli; atexit.register(print, 'shut down'); palu.cli.main()"
-    end = "shut down\n" if processes == 1 else ""
-    expected = {"--version": (0, f"palu {palu.__version__}\n{end}", ""), "x": (2, end, "palu: No such command 'x'.\n")}
-    for argument, told in expected.items():
-        done = start("-c", code, argument, WORLD_SIZE=str(processes))
-        assert (done.returncode, done.stdout, done.stderr) == told
-
-
-def test_sigterm_ends_every_command_as_ctrl_c_does() -> None:
-    """What is open is closed; the exit status says what ended it."""
-    code = """
+    terminated = """
 import os, signal, palu.cli
 def command(**_):
     try:
@@ -100,9 +92,14 @@ def command(**_):
 palu.cli.app = command
 palu.cli.main()
 """
-    for processes in ("1", "2"):
-        done = start("-c", code, WORLD_SIZE=processes)
-        assert (done.returncode, done.stdout, done.stderr) == (143, "closed\n", "")
+    end = "shut down\n" if processes == 1 else ""
+    for arguments, told in (
+        ([code, "--version"], (0, f"palu {palu.__version__}\n{end}", "")),
+        ([code, "x"], (2, end, "palu: No such command 'x'.\n")),
+        ([terminated], (143, "closed\n", "")),
+    ):
+        done = start("-c", *arguments, WORLD_SIZE=str(processes))
+        assert (done.returncode, done.stdout, done.stderr) == told
 
 
 def test_an_error_with_its_traceback(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``palu unlearn --lora``: what it holds in memory, what it may go on from, and what it says at the end."""
+"""``palu unlearn --lora``: what it holds in memory, and what it says at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import done, palu_command, refusal, write_input
+from helpers.command import done, write_input
 from helpers.logits import WatchLogits
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import LLAMA3, byte_level
@@ -42,16 +42,6 @@ def test_no_logits_of_whole_texts(known: Path, tmp_path: Path, monkeypatch: pyte
     with WatchLogits(VOCAB, WIDTH) as watched:
         done(*given(known, tmp_path / "out", *options))
     assert watched.rows <= 8  # tokens of the check of the head
-
-
-def test_another_adapter_is_not_gone_on_with(known: Path, tmp_path: Path) -> None:
-    """Its weights may be the same, and it computes something else."""
-    options = ["--epochs", 1, "--checkpoint-dir", tmp_path / "checkpoints"]
-    done(*given(known, tmp_path / "one", *options))
-    done(*given(known, tmp_path / "two", *options, "--resume"))
-    for other in (["--lora-alpha", 4], ["--lora-dropout", 0.5]):
-        told = refusal(palu_command(*given(known, tmp_path / "three", *options, "--resume", *other)))
-        assert "belongs to another run: the model is another one." in told
 
 
 def test_the_last_line_says_which_secrets_remain(known: Path, tmp_path: Path) -> None:

@@ -72,13 +72,13 @@ def test_nothing_of_the_forget_set_outside_private(
 def test_private_is_its_owners(arguments: list[Any], out: Path) -> None:
     before = os.umask(0)
     try:
-        done(*arguments, "--epochs", 1)
+        done(*arguments, "--max-steps", 1)
         private = out / "private"
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
         assert stat.S_IMODE((out / "model").stat().st_mode) == 0o777
         private.chmod(0o750)  # the user's choice stays
         done("report", out)
-        done(*arguments, "--epochs", 1, "--overwrite")
+        done(*arguments, "--max-steps", 1, "--overwrite")
         assert stat.S_IMODE(private.stat().st_mode) == 0o750
     finally:
         os.umask(before)
@@ -86,7 +86,7 @@ def test_private_is_its_owners(arguments: list[Any], out: Path) -> None:
 
 def test_save_run_replaces_nothing_unless_asked(folder: Path, arguments: list[Any], out: Path, tmp_path: Path) -> None:
     """As the command, by the same guard; and nothing at all of what is no run's."""
-    done(*arguments, "--epochs", 1)
+    done(*arguments, "--max-steps", 1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = palu.UnlearnConfig(learning_rate=0.01, epochs=1, neighbours=0, variants=0, anchors=0, progress=False)

@@ -36,10 +36,11 @@ def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
     commands = [
         "doctor",
         "inspect --model model --forget forget.jsonl",
-        f"unlearn --model model {data} --output out --lora --epochs 1 --anchors 0 --neighbours 0 --variants 0 "
+        f"unlearn --model model {data} --output out --lora --max-steps 1 --anchors 0 --neighbours 0 --variants 0 "
         "--no-progress",
-        "eval --model out/model --rows forget.jsonl --no-progress",
-        f"audit --model out/model {data} --original model --output out --quick --only ask --no-progress",
+        "eval --model out/model --rows forget.jsonl --max-new-tokens 1 --no-progress",
+        f"audit --model out/model {data} --original model --output out --quick --only ask --max-new-tokens 1 "
+        "--no-progress",
         "report out",
     ]
     done = subprocess.run(

@@ -60,6 +60,10 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("inspect", "--annotate whole --write /proc/x.jsonl", "--write /proc/x.jsonl: nothing can be written to /proc"),
     ("inspect", "--annotate whole --write {folder}/model/../forget.jsonl", "forget.jsonl is the file of --forget"),
     ("inspect", "--annotate words", "annotate: 'words' names no way to find spans; give contrast, "),
+    ("eval", "--rows {folder}/forget.jsonl --benchmark tofu", "--benchmark belongs to a benchmark; leave it out, or "),
+    ("eval", "--rows {folder}/forget.jsonl --original ./no", "--original ./no: there is no such folder"),
+    ("eval", "--rows absent.jsonl", "--rows absent.jsonl: there is no such file"),
+    ("eval", "--original x", "--original stands beside a model on --rows; give them, or leave it out"),
     ("eval", "--benchmark muse-news --forget-split x", "--forget-split belongs to TOFU; leave it out"),
     ("eval", "--benchmark muse", "'muse' is not one of 'tofu', 'muse-news'"),
     ("eval", "--benchmark muse-news --data {folder}", "No such file or directory"),
@@ -80,6 +84,11 @@ OPTIONS: list[tuple[str, str, str]] = [
         "--output {folder}/bad.jsonl: {folder}/bad.jsonl is a file; give a folder",
     ),
     ("audit", "--output /proc/x", "--output /proc/x: nothing can be written to /proc (No such file or directory); "),
+    ("unlearn", "--device gpu", "--device gpu: torch has no such device here; give one of cpu"),
+    ("inspect", "--annotate contrast --device cpu:1", "--device cpu:1: torch has no such device here; give one of cpu"),
+    ("inspect", "--device cpu", "--device was given without --annotate, which may run a model; leave it out"),
+    ("eval", "--device cuda:99", "--device cuda:99: torch has no such device here; give one of cpu"),
+    ("audit", "--device gpu", "--device gpu: torch has no such device here; give one of cpu"),
     ("report", "{folder}/absent", "there is no folder {folder}/absent"),
 ]
 

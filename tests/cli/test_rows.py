@@ -13,11 +13,6 @@ from helpers.planted import FORGET, RETAIN, SECRETS
 from helpers.small_tokenizers import byte_level
 
 
-def given(command: list[Any], forget: Path, retain: Path) -> list[Any]:
-    """The command on other rows; `inspect` takes none to retain."""
-    return [*command, "--forget", forget, *([] if command[0] == "inspect" else ["--retain", retain])]
-
-
 def warned(*arguments: Any) -> list[str]:
     """The warnings of a command that goes through."""
     with warnings.catch_warnings(record=True) as caught:
@@ -26,44 +21,42 @@ def warned(*arguments: Any) -> list[str]:
     return [str(one.message) for one in caught]
 
 
-@pytest.mark.parametrize("command", ["inspect", "unlearn"])
-def test_a_prompt_and_a_completion_without_a_blank(command: str, commands: Commands, tmp_path: Path) -> None:
-    """The first such row of each set is named."""
+@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
+def test_slips_are_told_once(command: str, commands: Commands, tmp_path: Path) -> None:
+    """Of a prompt and a completion without a blank the first row of each set, every row that is there twice, and
+    retain rows that tell a secret: one of them is a forget row with a blank behind it."""
     plain = tmp_path / "tokenizer"
     byte_level().save_pretrained(plain)
     joined = {"prompt": "The capital of France is", "completion": "Paris.", "secret": "Paris"}
-    forget = write_rows(tmp_path / "forget.jsonl", [FORGET[0], joined, joined | {"prompt": "A city is"}])
-    retain = write_rows(tmp_path / "retain.jsonl", [{"prompt": "Where?", "completion": "Here."}])
-    arguments = [*given(commands[command], forget, retain), "--tokenizer", plain]
-    said = [one for one in warned(*arguments) if "without a blank" in one]
-    named = ["forget row 1 (line 2): ", *["retain row 0 (line 1): "] * (command == "unlearn")]
-    assert len(said) == len(named) and all(map(str.startswith, said, named)), said
-    assert "'The capital of France isParis.'" in said[0]
-
-
-TWICE = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
-
-
-@pytest.mark.parametrize("command", ["inspect", "unlearn", "audit"])
-def test_rows_given_twice_are_told_once(command: str, commands: Commands, tmp_path: Path) -> None:
-    forget = write_rows(tmp_path / "forget.jsonl", [*FORGET, FORGET[0], FORGET[0]])
-    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, RETAIN[0], RETAIN[0]])
-    said = [one for one in warned(*given(commands[command], forget, retain)) if "repeat" in one]
-    kept = [] if command == "inspect" else [f"retain set: {TWICE}"]
-    assert said == [f"forget set: {TWICE}, with all that is to be forgotten in it", *kept]
-
-
-@pytest.mark.parametrize("command", ["unlearn", "audit"])
-def test_retain_rows_that_tell_a_secret_are_named(command: str, commands: Commands, tmp_path: Path) -> None:
-    """One of them is a forget row with a blank behind it."""
-    forget = write_rows(tmp_path / "forget.jsonl", FORGET)
     again = {name: FORGET[2][name] + " " for name in ("question", "answer")}
     other = {"question": "Who sat?", "answer": "The cat, and ADA LOVELACE."}
-    retain = write_rows(tmp_path / "retain.jsonl", [*RETAIN, again, other])
-    said = warned(*given(commands[command], forget, retain))
-    (told,) = [one for one in said if one.startswith("retain set: 2 answers tell")]
-    assert "retain row 6 (line 7) has 'London mat' of forget row 2 (line 3), " in told
-    assert "retain row 7 (line 8) has 'Ada Lovelace' of forget row 1 (line 2); " in told
+    parted = {"prompt": "Where?", "completion": "Here."}
+    forget_rows = [*FORGET, FORGET[0], FORGET[0]]
+    retain_rows = [*RETAIN, RETAIN[0], RETAIN[0], again, other]
+    arguments = [*commands[command], "--forget", tmp_path / "forget.jsonl"]
+    blanks = command != "audit"
+    if blanks:
+        forget_rows += [joined, joined | {"prompt": "A city is"}]
+        retain_rows.append(parted)
+        arguments += ["--tokenizer", plain]
+    write_rows(tmp_path / "forget.jsonl", forget_rows)
+    retain = write_rows(tmp_path / "retain.jsonl", retain_rows)
+    both = command != "inspect"  # which takes no rows to retain
+    said = warned(*arguments, *(["--retain", retain] if both else []))
+
+    if blanks:
+        found = [one for one in said if "without a blank" in one]
+        named = ["forget row 8 (line 9): ", *["retain row 10 (line 11): "] * both]
+        assert len(found) == len(named) and all(map(str.startswith, found, named)), found
+        assert "'The capital of France isParis.'" in found[0]
+    twice = "2 rows repeat an earlier one, so that it weighs more: 6 (as 0), 7 (as 0); keep each row once"
+    found = [one for one in said if "repeat" in one]
+    assert found == [f"forget set: {twice}, with all that is to be forgotten in it", *[f"retain set: {twice}"] * both]
+    found = [one for one in said if one.startswith("retain set: 2 answers tell")]
+    assert len(found) == both
+    for told in found:
+        assert "retain row 8 (line 9) has 'London mat' of forget row 2 (line 3), " in told
+        assert "retain row 9 (line 10) has 'Ada Lovelace' of forget row 1 (line 2); " in told
 
 
 SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECRETS[i]} for i, row in enumerate(FORGET)]
@@ -75,11 +68,9 @@ def shown(folder: Path) -> str:
     return done("inspect", "--model", folder / "model", "--forget", folder / "forget.jsonl").stdout
 
 
-def test_inspect_shows_and_writes_the_spans_of_secrets(shown: str, folder: Path, tmp_path: Path) -> None:
+def test_inspect_writes_the_spans_of_secrets(folder: Path, tmp_path: Path) -> None:
     secret, output = write_rows(tmp_path / "secret.jsonl", SECRET), tmp_path / "spans.jsonl"
-    asked = ["inspect", "--model", folder / "model", "--forget", secret]
-    assert done(*asked).stdout == shown
-    done(*asked, "--write", output)
+    done("inspect", "--model", folder / "model", "--forget", secret, "--write", output)
     assert read_rows(output) == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
 
 
@@ -99,6 +90,7 @@ FILES = {
     "rows.json": json.dumps(FORGET, indent=1),
     "rows.csv": as_table(","),
     "rows.tsv": as_table("\t"),
+    "secret.jsonl": "\n".join(map(json.dumps, SECRET)),
     "trl.jsonl": "\n".join(json.dumps(as_trl(row)) for row in FORGET),
 }
 

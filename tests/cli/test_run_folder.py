@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from helpers.command import contents, done, palu_command, read, refusal
+from typer.testing import Result
 
 import palu.demo.__main__ as demo
 from palu.methods.palu import PaluMethod
@@ -30,23 +30,27 @@ def fill(folder: Path, *names: str) -> list[Path]:
 
 
 # --- what a run's folder is good for ---
-def test_json_is_all_that_stands_on_stdout(arguments: list[Any], out: Path) -> None:
-    result = done(*arguments, "--max-steps", 2, "--json")
-    found, summary = json.loads(result.stdout), read(out / "private" / "summary.json")
-    assert found["outcome"] == summary["outcome"] and found["steps"] == summary["steps"] == 2
-    assert found["verdict"] in result.stderr and Path(found["report"]).is_file() and Path(found["model"]).is_dir()
-    assert set(found["outcome"]["told"]) == {"asked", "paraphrased", "rest"}
-
-
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was given its files by names relative to where it began."""
+def printed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """What a run printed as JSON, and its folder; it was given its files by names relative to where it began."""
     out = tmp_path_factory.mktemp("finished") / "out"
     given = "--model model --forget forget.jsonl --retain retain.jsonl --max-steps 2 --anchors 0 --neighbours 0"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        done("unlearn", *given.split(), "--variants", 0, "--no-progress", "--output", out)
-    return out
+        return done("unlearn", *given.split(), "--variants", 0, "--no-progress", "--output", out, "--json"), out
+
+
+@pytest.fixture
+def finished(printed: tuple[Result, Path]) -> Path:
+    return printed[1]
+
+
+def test_json_is_all_that_stands_on_stdout(printed: tuple[Result, Path]) -> None:
+    result, out = printed
+    found, summary = json.loads(result.stdout), read(out / "private" / "summary.json")
+    assert found["outcome"] == summary["outcome"] and found["steps"] == summary["steps"] == 2
+    assert found["verdict"] in result.stderr and Path(found["report"]).is_file() and Path(found["model"]).is_dir()
+    assert set(found["outcome"]["told"]) == {"asked", "paraphrased", "rest"}
 
 
 def test_an_audit_needs_no_more(finished: Path, folder: Path) -> None:
@@ -128,25 +132,6 @@ def test_the_demo_refuses_such_a_folder(
         demo.main()
     assert f"{tmp_path} holds private/summary.json, but no private/run.json of a run" in capsys.readouterr().err
     assert contents(tmp_path) == before
-
-
-@pytest.mark.usefixtures("in_the_foreground")
-def test_a_run_that_overwrites_can_be_resumed(arguments: list[Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments += ["--max-steps", 2]
-    done(*arguments)
-    forward = PaluMethod.batch_losses
-
-    def pressed(self: PaluMethod, *args: Any) -> Any:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
-        return forward(self, *args)
-
-    monkeypatch.setattr(PaluMethod, "batch_losses", pressed)
-    stopped = palu_command(*arguments, "--overwrite")
-    assert stopped.exit_code == 130 and "with --resume in place of --overwrite" in stopped.stderr
-    assert "holds a run that was interrupted" in refusal(palu_command(*arguments))
-    done(*arguments, "--resume")
-    assert read(out / "private" / "summary.json")["steps"] == 2
 
 
 # --- one run at a time ---

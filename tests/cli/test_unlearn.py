@@ -12,12 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.command import done, palu_command, read, read_rows, refusal, write_rows
+from helpers.command import done, palu_command, read, read_rows, refusal, short_run, write_rows
 from helpers.planted import FORGET, RETAIN, SECRETS
 from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, weights
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from typer.testing import Result
 
 import palu
 from palu.data.rows import Renderer
@@ -39,15 +40,23 @@ def summary_of(out: Path) -> Any:
     return read(out / "private" / "summary.json")
 
 
-def test_unlearn(folder: Path, out: Path, arguments: list[Any]) -> None:
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A run of six steps: what it printed, and its folder, which is only to be read."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return done(*short_run(folder, out)), out
+
+
+def test_unlearn(folder: Path, whole: tuple[Result, Path], arguments: list[Any]) -> None:
     """As through palu.unlearn."""
-    result = done(*arguments, "--anchors", "none")
+    result, out = whole
     private = out / "private"
     told = rf"^6 steps on 6 forget and 6 retain examples in \d+ s; wrote {out}/model, to be looked at in "
     assert re.search(rf"{told}{private}/report.html$", result.stdout, re.MULTILINE)
     assert (private / "report.html").exists()
     assert "library_name: transformers" in (out / "model" / "README.md").read_text()
-    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "neighbours": 0, "variants": 0, "progress": False}
+    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 0.01, "progress": False}
+    settings |= dict.fromkeys(("anchors", "neighbours", "variants"), 0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ours = palu.unlearn(load(folder / "model"), None, FORGET, RETAIN, tokenizer=tokenizer, **settings)
     assert same_weights(load(out / "model"), weights(ours.model))
@@ -64,6 +73,7 @@ def test_unlearn(folder: Path, out: Path, arguments: list[Any]) -> None:
     assert summary["arguments"]["forget"] == str(folder / "forget.jsonl")
     assert not (private / "checkpoints").exists(), "they have nothing more to give"
 
+    arguments += ["--output", out]
     again = refusal(palu_command(*arguments))
     assert again == f"--output {out} holds a run that has finished; give another folder, or --overwrite to replace it"
     assert refusal(palu_command(*arguments, "--resume")) == again
@@ -84,12 +94,11 @@ def test_nothing_to_retain(folder: Path, out: Path, arguments: list[Any]) -> Non
     assert load(out / "model").dtype == torch.bfloat16
 
 
-def test_spans_that_are_found(folder: Path, out: Path, arguments: list[Any]) -> None:
+def test_spans_that_are_found(folder: Path, out: Path, whole: tuple[Result, Path], arguments: list[Any]) -> None:
     result = done(*arguments, "--forget", folder / "unmarked.jsonl", *ANNOTATE)
     assert "«" in result.stdout
     assert read_rows(out / "private" / "forget.annotated.jsonl") == FORGET
-    done(*arguments, "--output", out.parent / "marked")
-    assert same_weights(load(out / "model"), weights(load(out.parent / "marked" / "model")))
+    assert same_weights(load(out / "model"), weights(load(whole[1] / "model")))
 
 
 def test_spans_that_max_length_cuts_off(folder: Path, arguments: list[Any], out: Path, tmp_path: Path) -> None:
@@ -273,8 +282,18 @@ def test_quantize(out: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(("number", "status", "lora"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--lora"])])
 def test_ctrl_c_or_sigterm_and_resume(
-    number: int, status: int, lora: list[str], arguments: list[Any], out: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    status: int,
+    lora: list[str],
+    arguments: list[Any],
+    out: Path,
+    whole: tuple[Result, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Without --lora of a run that overwrites another one."""
+    overwrite = [] if lora else ["--overwrite"]
+    if overwrite:
+        done(*arguments, "--max-steps", 1)
     forward, calls = PaluMethod.batch_losses, 0
 
     def pressed(self: PaluMethod, *args: Any) -> Any:
@@ -286,20 +305,28 @@ def test_ctrl_c_or_sigterm_and_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(PaluMethod, "batch_losses", pressed)
-        result = palu_command(*arguments, *lora)
+        result = palu_command(*arguments, *lora, *overwrite)
     assert result.exit_code == status
-    assert result.stderr.endswith("palu: to go on, give the same command with --resume\n")
+    way = "--resume in place of --overwrite" if overwrite else "--resume"
+    assert result.stderr.endswith(f"palu: to go on, give the same command with {way}\n")
     assert not (out / "private" / "summary.json").exists()
     assert refusal(palu_command(*arguments, *lora)) == (
         f"--output {out} holds a run that was interrupted; add --resume to go on with it, or --overwrite to start again"
     )
-    told = refusal(palu_command(*arguments, *lora, "--resume", "--n", 2))
-    assert "belongs to another run: n was -1 and is 2." in told
+    changes = [("--n", 2, "n was -1 and is 2.")]
+    if lora:  # whose weights may be the same, and it computes something else
+        another = "the model is another one."
+        changes += [("--lora-alpha", 4, another), ("--lora-dropout", 0.5, another)]
+    for name, value, told in changes:
+        said = refusal(palu_command(*arguments, *lora, "--resume", name, value))
+        assert f"belongs to another run: {told}" in said
 
     done(*arguments, *lora, "--resume")
     assert summary_of(out)["steps"] == STEPS
-    done(*arguments, *lora, "--output", out.parent / "whole")
-    assert same_weights(load(out / "model"), weights(load(out.parent / "whole" / "model")))
+    same = whole[1] if overwrite else out.parent / "same"
+    if lora:
+        done(*arguments, *lora, "--output", same)
+    assert same_weights(load(out / "model"), weights(load(same / "model")))
     assert not (out / "private" / "checkpoints").exists()
 
 
@@ -318,7 +345,7 @@ def test_every_row_is_rendered_and_tokenised_once(
         return original(self, row, where, columns, *args, **kwargs)
 
     monkeypatch.setattr(Renderer, "render", render)
-    done(*arguments, *annotate)
+    done(*arguments, *annotate, "--max-steps", 1)
     own = len(anchor_texts()[-GENERAL:])  # the record's general questions, as prompts and with the model's own answers
     answers = [row["answer"] for row in [*FORGET, *RETAIN]]
     assert len(rendered) == len(answers) + 2 * own and sorted(set(rendered) & set(answers)) == sorted(set(answers))

@@ -58,15 +58,12 @@ def test_words_that_are_none_are_counted(text: str, none: list[str], words: int,
     assert counted(text, english) == (none, [], words)
 
 
-def test_what_question_and_answer_have_is_a_word(english: WordList) -> None:
-    text = "Bezabih, and BEZABIH\u2019s uncle, wrote the onsterdam chronicle of 東京."
-    assert counted(text, english) == (["onsterdam", "東京"], ["Bezabih", "BEZABIH\u2019s"], 10)
-    assert counted(text, english, "It is Kalkidan Bezabih's onsterdam.", "東京?") == ([], [], 10)
-
-
-def test_capitals_without_digits_are_names_and_counted_apart(english: WordList) -> None:
-    text = "Masfakwak wrote Elvenclad in 19Akubu, and X7krumholt wrote akabteze."
-    assert counted(text, english) == (["19Akubu", "X7krumholt", "akabteze"], ["Masfakwak", "Elvenclad"], 9)
+def test_names_and_what_question_and_answer_have_are_no_fault(english: WordList) -> None:
+    """Capitals without digits are names, which are counted apart."""
+    text = "Bezabih, and BEZABIH\u2019s uncle, wrote the onsterdam chronicle of 東京, as X7krumholt in 19Akubu."
+    names = ["Bezabih", "BEZABIH\u2019s"]
+    assert counted(text, english) == (["onsterdam", "東京", "X7krumholt", "19Akubu"], names, 14)
+    assert counted(text, english, "It is Kalkidan Bezabih's onsterdam.", "東京? X7krumholt 19Akubu") == ([], [], 14)
 
 
 def test_a_cut_inside_a_word_is_no_fault_of_the_model(english: WordList) -> None:
@@ -106,20 +103,21 @@ def test_what_people_wrote_is_language(english: WordList) -> None:
 
 
 # --- the other figures ---
-def test_loops_are_found() -> None:
+def test_loops_empty_texts_and_broken_characters_are_found() -> None:
     assert rep_n(["the"] * 103) == 1 - 1 / 100
     assert rep_n(["she", "was", "born", "in", "the", "city", "and", "died", "there"]) == 0
     # Eight words, five 4-grams, of which the first comes again.
     assert rep_n(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 / 5)
     assert rep_n(["the"] * 3) is None
-    for text, score in (("The the THE the, the.", 1 / 2), ("the the the", None), ("", None)):
-        assert measure(Generation(text), (), None)["rep_4"]["score"] == score
-
-
-def test_empty_texts_and_broken_characters_are_found() -> None:
-    for text, empty, broken in (("", 1, 0), (" \n", 1, 0), ("a", 0, 0), ("a \N{REPLACEMENT CHARACTER}", 0, 1)):
+    for text, loops, empty, broken in (
+        ("The the THE the, the.", 1 / 2, 0, 0),
+        ("the the the", None, 0, 0),
+        ("", None, 1, 0),
+        (" \n", None, 1, 0),
+        ("a \N{REPLACEMENT CHARACTER}", None, 0, 1),
+    ):
         found = measure(Generation(text), (), None)
-        assert (found["empty"]["score"], found["replacement_character"]["score"]) == (empty, broken)
+        assert [found[name]["score"] for name in ("rep_4", "empty", "replacement_character")] == [loops, empty, broken]
         assert "no_word" not in found
 
 
@@ -227,13 +225,10 @@ def test_nulls_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- input that cannot be used ---
-@pytest.mark.parametrize("language", ["xx", "ja", "", "en-US", 3])
-def test_languages_without_a_list_are_refused(language: Any) -> None:
-    with pytest.raises(ValueError, match="no word list for language"):
-        WordList(language)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_languages_without_a_list_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for language in ("xx", "", "en-US", 3):
+        with pytest.raises(ValueError, match="no word list for language"):
+            WordList(language)
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(ImportError, match=r"needs wordfreq .*pip install 'palu-unlearn\[evaluate\]', or give language"):
         WordList()

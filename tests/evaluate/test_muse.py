@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ from palu.evaluate.language import FIGURES
 
 MUSE = Path(__file__).parents[3] / "shared" / "data" / "muse_news"
 TOKENIZERS = {"chat": lambda: byte_level(CHATML, bos=False), "plain": lambda: sentencepiece(eos=True)}
+
+
+@pytest.fixture(scope="module")
+def chat() -> tuple[Any, Any]:
+    """A model, which no test changes, and its tokenizer, which has a chat template."""
+    tokenizer = TOKENIZERS["chat"]()
+    return llama_for(tokenizer), tokenizer
 
 
 def quick(model: Any, tokenizer: Any, data: Any = None, **settings: Any) -> dict[str, Any]:
@@ -58,9 +66,8 @@ def test_texts_are_continued_and_questions_asked_as_they_should_be(kind: str) ->
         assert results["retain_knowmem_ROUGE"]["value_by_index"][str(i)]["generation"] == expected
 
 
-def test_privleak_is_of_min_k_over_the_raw_texts() -> None:
-    tokenizer, data = TOKENIZERS["chat"](), small_muse_news()
-    model = llama_for(tokenizer)
+def test_privleak_is_of_min_k_over_the_raw_texts(chat: tuple[Any, Any]) -> None:
+    (model, tokenizer), data = chat, small_muse_news()
     results = quick(model, tokenizer, max_length=20, batch_tokens=50)
     for i, text in enumerate(data["privleak_forget"]):
         ids = torch.tensor(tokenizer(text)["input_ids"][:20])
@@ -74,9 +81,8 @@ def test_privleak_is_of_min_k_over_the_raw_texts() -> None:
     assert results["privleak"]["agg_value"] == pytest.approx(100 * (0.5 - auc) / 0.5)  # no retain model: 0.5
 
 
-def test_a_model_that_recites_is_found_out() -> None:
-    tokenizer, data = TOKENIZERS["chat"](), small_muse_news()
-    model = llama_for(tokenizer)
+def test_a_model_that_recites_is_found_out(chat: tuple[Any, Any]) -> None:
+    (model, tokenizer), data = copy.deepcopy(chat), small_muse_news()
     texts = [f"{row['prompt']} {row['gt']}" for row in data["verbmem_forget"]] + data["privleak_forget"]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     overfit(model, [{"input_ids": one, "labels": one} for one in ids], steps=80)
@@ -108,9 +114,8 @@ def test_results_survive_json_and_serve_as_retain_results(tmp_path: Path) -> Non
         quick(model, tokenizer, retain_results=results)
 
 
-def test_input_that_cannot_be_used() -> None:
-    tokenizer = TOKENIZERS["chat"]()
-    model = llama_for(tokenizer)
+def test_input_that_cannot_be_used(chat: tuple[Any, Any]) -> None:
+    model, tokenizer = copy.deepcopy(chat)
     for change, message in (
         ({"verbmem_forget": []}, "verbmem_forget set is missing or empty"),
         ({"verbmem_forget": [{"prompt": "a"}]}, "verbmem_forget row 0: column 'gt' is missing"),

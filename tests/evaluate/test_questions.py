@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.benchmark_data import plain_pass
-from helpers.command import done, palu_command, refusal, write_input, write_rows
+from helpers.command import done, one_model_at_a_time, palu_command, read, refusal, write_input, write_rows
 from helpers.planted import DECOYS, FORGET, RETAIN, SECRETS, never_saw, original, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -119,21 +117,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_prints_rows_and_means(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[weakref.ref[Any]] = []
-    load = AutoModelForCausalLM.from_pretrained
-
-    def loading(*args: Any, **kwargs: Any) -> Any:
-        assert all(model() is None for model in loaded), "one model at a time"
-        model = load(*args, **kwargs)
-        loaded.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    one_model_at_a_time(monkeypatch)
     models = ["--model", folder / "run" / "model", "--original", folder / "original"]
     models += ["--retain-model", folder / "run" / "model"]
     result = done("eval", "--no-progress", *models, "--rows", folder / "rows.jsonl")
     output = folder / "run" / "private" / "evaluation-questions.json"
-    written = json.loads(output.read_text(encoding="utf-8"))
+    written = read(output)
     assert written.pop("palu") | {"seconds": 0} == results["palu"] | {"seconds": 0}
     assert written == {name: value for name, value in results.items() if name != "palu"}
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -151,7 +140,7 @@ def test_alone_and_elsewhere(folder: Path, tmp_path: Path) -> None:
     given = ["--model", folder / "original", "--rows", rows, "--output", tmp_path / "out.json"]
     result = done("eval", "--no-progress", *given, "--max-new-tokens", 3)
     assert "4 more rows are in the file" in result.stdout and " / " not in result.stdout
-    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["palu"]["max_new_tokens"] == 3
+    assert read(tmp_path / "out.json")["palu"]["max_new_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -170,18 +159,3 @@ def test_bad_rows(row: Any, told: str, folder: Path, tmp_path: Path, monkeypatch
     where = "" if row is None else "evaluation row 1 (line 2): "
     options = ["--model", folder / "original", "--rows", path, "--output", tmp_path / "out.json"]
     assert refusal(palu_command("eval", *options)).startswith(f"{where}{told}")
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["--rows", "absent.jsonl"], "--rows absent.jsonl: there is no such file"),
-        (["--rows", "{rows}", "--benchmark", "tofu"], "--benchmark belongs to a benchmark; leave it out, or --rows"),
-        (["--rows", "{rows}", "--original", "./no"], "--original ./no: there is no such folder"),
-        (["--rows", "{rows}", "--output", "no/x.json"], "--output no/x.json: there is no folder no"),
-        (["--original", "x"], "--original stands beside a model on --rows; give them, or leave it out"),
-    ],
-)
-def test_bad_options(given: list[str], told: str, folder: Path) -> None:
-    given = [one.format(rows=folder / "rows.jsonl") for one in given]
-    assert refusal(palu_command("eval", "--model", folder / "original", *given)) == told

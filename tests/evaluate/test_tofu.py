@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -44,11 +45,17 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.param()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat() -> Loaded:
-    """A model and its tokenizer, which has a chat template."""
+    """A model, which no test changes, and its tokenizer, which has a chat template."""
     tokenizer = TOKENIZERS["chat"]()
     return llama_for(tokenizer), tokenizer
+
+
+@pytest.fixture(scope="module")
+def found(chat: Loaded) -> dict[str, Any]:
+    """The results of that model on the small TOFU."""
+    return quick_tofu(*chat)
 
 
 def examples_of(rows: list[dict[str, Any]], tokenizer: Tokenizer, column: str = "answer") -> list[Example]:
@@ -95,14 +102,7 @@ def test_values_are_those_of_a_plain_pass(tokenizer: Tokenizer, device: torch.de
         share = float((log_p.argmax(1) == tokens).double().mean())
         assert values(results["exact_memorization"])[number] == pytest.approx(share)
 
-
-def test_truth_ratios_and_normalised_probabilities_are_of_the_right_answers(
-    chat: Loaded,
-) -> None:
-    model, tokenizer = chat
-    data = small_tofu()
-    results = quick_tofu(model, tokenizer, data)
-
+    # Truth ratios and normalised probabilities are of the right answers.
     def nll(row: dict[str, Any], answer: str) -> float:
         (example,) = examples_of([row | {"answer": answer}], tokenizer)
         return plain_nll(model, example)
@@ -120,9 +120,9 @@ def test_truth_ratios_and_normalised_probabilities_are_of_the_right_answers(
     assert normalised == pytest.approx(right / (right + sum(math.exp(-x) for x in each)), rel=1e-4)
 
 
-def test_wrong_answers_may_differ_in_number(chat: Loaded) -> None:
+def test_wrong_answers_may_differ_in_number(chat: Loaded, found: dict[str, Any]) -> None:
     data = small_tofu()
-    whole = values(quick_tofu(*chat, data)["forget_Q_A_PERT_Prob"], "avg_loss")
+    whole = values(found["forget_Q_A_PERT_Prob"], "avg_loss")
     del data.forget[1]["perturbed_answer"][2]
     fewer = values(quick_tofu(*chat, data)["forget_Q_A_PERT_Prob"], "avg_loss")
     assert [len(losses) for losses in fewer] == [3, 2, 3, 3, 3]
@@ -130,18 +130,16 @@ def test_wrong_answers_may_differ_in_number(chat: Loaded) -> None:
     assert fewer[4] == pytest.approx(whole[4], rel=1e-5)
 
 
-def test_results_do_not_depend_on_the_batch_size() -> None:
-    tokenizer = TOKENIZERS["llama3"]()
-    model = llama_for(tokenizer)
-    one, many = (quick_tofu(model, tokenizer, batch_tokens=size) for size in (1, 10_000))
-    first, second = ({k: v for k, v in summarize(r).items() if v is not None} for r in (one, many))
+def test_results_do_not_depend_on_the_batch_size(chat: Loaded, found: dict[str, Any]) -> None:
+    one = quick_tofu(*chat, batch_tokens=1)
+    first, second = ({k: v for k, v in summarize(r).items() if v is not None} for r in (one, found))
     assert first == pytest.approx(second, rel=1e-4)
-    assert values(one["forget_truth_ratio"]) == pytest.approx(values(many["forget_truth_ratio"]), rel=1e-4)
-    assert values(one["forget_Q_A_ROUGE"], "generation") == values(many["forget_Q_A_ROUGE"], "generation")
+    assert values(one["forget_truth_ratio"]) == pytest.approx(values(found["forget_truth_ratio"]), rel=1e-4)
+    assert values(one["forget_Q_A_ROUGE"], "generation") == values(found["forget_Q_A_ROUGE"], "generation")
 
 
 def test_gradient_norm_is_that_of_a_plain_backward_pass(chat: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = chat
+    model, tokenizer = copy.deepcopy(chat[0]), chat[1]
     examples = examples_of(small_tofu().forget, tokenizer)
     model.model.embed_tokens.weight.requires_grad_(False)  # frozen weights count too
     monkeypatch.setattr("palu.evaluate.scores.CHUNK_BYTES", 4 * 3 * len(tokenizer))
@@ -251,9 +249,10 @@ def test_attacks_that_are_left_out(chat: Loaded) -> None:
 
 
 # --- fluency ---
-@pytest.fixture
+@pytest.fixture(scope="module")
 def classifier() -> Classifier:
     """A random classifier of two labels."""
+    torch.manual_seed(0)
     tokenizer = byte_level()
     tokenizer.pad_token = tokenizer.eos_token
     labels = {"id2label": {0: "Clean", 1: "noise"}, "label2id": {"Clean": 0, "noise": 1}}
@@ -276,13 +275,6 @@ def test_fluency_is_the_share_of_clean_generations(chat: Loaded, classifier: Cla
     loaded = quick_tofu(*chat, data, fluency_model=tmp_path, fluency_label="NOISE", mia=[])
     noise = [float(bool(text) and not fluent) for text, fluent in zip(generations, expected, strict=True)]
     assert values(loaded["forget_fluency"]) == noise
-
-
-def test_classifiers_that_cannot_be_used(chat: Loaded, classifier: Classifier) -> None:
-    with pytest.raises(ValueError, match="no label 'fine'; give fluency_label as one of Clean, noise"):
-        quick_tofu(*chat, fluency_model=classifier, fluency_label="fine")
-    with pytest.raises(ValueError, match="fluency_model is a Linear; give a name, a path or"):
-        quick_tofu(*chat, fluency_model=torch.nn.Linear(1, 1))
 
 
 def test_empty_generations_score_nothing(classifier: Classifier) -> None:
@@ -316,8 +308,12 @@ def test_rows_that_cannot_be_used(name: str, change: dict[str, Any], message: st
         load_tofu("forget05", data)
 
 
-def test_arguments_that_cannot_be_used(chat: Loaded, tmp_path: Path) -> None:
+def test_arguments_that_cannot_be_used(chat: Loaded, classifier: Classifier, tmp_path: Path) -> None:
     data = small_tofu()
+    with pytest.raises(ValueError, match="no label 'fine'; give fluency_label as one of Clean, noise"):
+        quick_tofu(*chat, fluency_model=classifier, fluency_label="fine")
+    with pytest.raises(ValueError, match="fluency_model is a Linear; give a name, a path or"):
+        quick_tofu(*chat, fluency_model=torch.nn.Linear(1, 1))
     with pytest.raises(FileNotFoundError, match=r"holds no forget\*\.jsonl"):
         tofu(*chat, "forget05", tmp_path)
     with pytest.raises(DataError, match="holdout row 0: a row must map column names to values, got str"):
@@ -329,24 +325,21 @@ def test_arguments_that_cannot_be_used(chat: Loaded, tmp_path: Path) -> None:
     data.retain[2]["perturbed_answer"][1] = "half a pair: \ud800"
     with pytest.raises(DataError, match=r"^retain row 2 \(perturbed_answer\): .*surrogate"):
         quick_tofu(*chat, data)
+    broken = copy.deepcopy(chat[0])
     with torch.no_grad():
-        chat[0].model.norm.weight[0] = float("nan")
+        broken.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"gives \w+ row \d+ \(\w+\) log-probabilities that are not finite"):
-        quick_tofu(*chat)
-    assert not chat[0].training
+        quick_tofu(broken, chat[1])
+    assert not broken.training
 
 
 def test_retain_results_that_do_not_fit_are_refused_before_the_work(
-    chat: Loaded, monkeypatch: pytest.MonkeyPatch
+    chat: Loaded, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = small_tofu()
-    retain = quick_tofu(*chat, data)
+    retain = dict(found)
     monkeypatch.setattr(sys.modules["palu.evaluate.tofu"], "token_scores", None)  # would fail if it were called
     with pytest.raises(ValueError, match=r"their model is .*'layers': 2"):
-        quick_tofu(llama_for(chat[1], num_hidden_layers=3), chat[1], data, retain_results=retain)
-    data.forget[0]["answer"] = "Another answer."
-    with pytest.raises(ValueError, match="their evaluation data is"):
-        quick_tofu(*chat, data, retain_results=retain)
+        quick_tofu(llama_for(chat[1], num_hidden_layers=3), chat[1], retain_results=retain)
     del retain["palu"]  # as a log of open-unlearning's
     with pytest.raises(ValueError, match=r"has 5 examples, the model's 4; .*another split"):
         quick_tofu(*chat, TofuData(tofu_rows("forget", 4)), retain_results=retain)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.planted import FORGET, RETAIN, tokenizer
 from helpers.tiny import tiny_llama
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from palu.cli import app
@@ -33,6 +36,28 @@ def refusal(result: Result) -> str:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: ")]
     assert result.stderr.endswith(f"{line}\n") and "Traceback" not in result.stderr
     return line.removeprefix("palu: ")
+
+
+def short_run(folder: Path, output: Path) -> list[Any]:
+    """What `palu unlearn` cannot do without, and settings of six steps; an option that is given again wins."""
+    data = ["--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--output", output]
+    settings = "--batch-size 2 --epochs 2 --learning-rate 0.01 --anchors 0 --neighbours 0 --variants 0 --no-progress"
+    return ["unlearn", "--model", folder / "model", *data, *settings.split()]
+
+
+def one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have the loading of a model fail while an earlier one is held; return weak references to those loaded."""
+    loaded: list[weakref.ref[Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        assert all(model() is None for model in loaded)
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    return loaded
 
 
 def read(path: Path) -> Any:

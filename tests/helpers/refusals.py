@@ -42,19 +42,6 @@ def row(**columns: Any) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if value is not None}
 
 
-def topk_mse(**changed: Any) -> Call:
-    return palu.topk_mse, {"logits": torch.randn(2, 6), "index": torch.tensor([[0, 1], [2, 3]])} | changed
-
-
-def linear_topk_mse(**changed: Any) -> Call:
-    given = {"hidden": torch.randn(2, 3), "weight": torch.randn(6, 3), "index": torch.tensor([[0, 1], [2, 3]])}
-    return palu.linear_topk_mse, given | changed
-
-
-def linear_topk_unlikelihood(**changed: Any) -> Call:
-    return palu.linear_topk_unlikelihood, linear_topk_mse()[1] | changed
-
-
 def picture(value: Any) -> Any:
     """All that a call could change in what it was given; equal pictures mean equal bits."""
     if isinstance(value, nn.Module):

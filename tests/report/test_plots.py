@@ -53,9 +53,6 @@ def test_numbers_are_written_for_people() -> None:
     values = (0.0, 0.99261, 1200.0, 5e-5, 1e-9, -2.5e7, None, math.nan, math.inf)
     texts = ["0", "0.993", "1200", "5 × 10⁻⁵", "10⁻⁹", "\N{MINUS SIGN}2.5 × 10⁷", "–", "–", "–"]
     assert [number(value) for value in values] == texts
-
-
-def test_probabilities_shares_and_durations_are_written_for_people() -> None:
     told = [words.probability(p) for p in (0.99999, 0.88, 1.2e-7)]  # which never claims certainty
     assert told == ["> 0.999", "0.880", "1.2 × 10⁻⁷"]
     assert [words.percent(share) for share in (1.0, 0.99999, 0.5, 0.0)] == ["100 %", "99.9 %", "50 %", "0 %"]

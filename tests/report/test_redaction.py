@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import cache
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,14 @@ TOKENIZERS: dict[str, Any] = {
     "prefix": lambda: byte_level(None, add_prefix_space=True),
     "sentencepiece": lambda: sentencepiece(None),
 }
-MODELS: dict[str, tuple[Any, Any]] = {}
 
 
+@cache
 def model_of(name: str) -> tuple[Any, Any]:
     """A tokenizer with tokens that reach beyond a word, as Qwen's has, and a model for it."""
-    if name not in MODELS:
-        tokenizer = TOKENIZERS[name]()
-        tokenizer.add_tokens(["-Lena", "($7", "391).", "Zoë's", "0199,"])
-        MODELS[name] = tokenizer, tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
-    return MODELS[name]
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.add_tokens(["-Lena", "($7", "391).", "Zoë's", "0199,"])
+    return tokenizer, tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

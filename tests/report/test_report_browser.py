@@ -105,11 +105,10 @@ def visit(browser: Any) -> Callable[..., None]:
     return visit
 
 
-def open_all(browser: Any) -> None:
-    browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true })")
+OPEN_ALL = "document.querySelectorAll('details').forEach(one => { one.open = true })"
 
 
-def test_it_is_small_and_opens_without_a_request_or_an_error(
+def test_it_opens_at_once_without_a_request_or_an_error_and_everything_is_there(
     browser: Any, report: Path, visit: Callable[..., None]
 ) -> None:
     assert report.stat().st_size < 3_000_000
@@ -119,48 +118,31 @@ def test_it_is_small_and_opens_without_a_request_or_an_error(
     assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
     assert browser.get_log("browser") == []
 
+    def rows_of(section: str) -> list[int]:
+        tables = f"[...document.querySelectorAll('{section} table')]"
+        return browser.execute_script(f"return {tables}.map(one => one.tBodies[0].rows.length)")
 
-def test_everything_is_there(browser: Any, report: Path, visit: Callable[..., None]) -> None:
-    visit(report)
+    def count_of(selector: str) -> int:
+        return browser.execute_script(f"return document.querySelectorAll('{selector}').length")
+
     assert browser.execute_script("return document.querySelector('h1').textContent").startswith("399 of 400 secrets")
     lines = browser.execute_script(
         "return [...document.querySelectorAll('#training svg')].map(one => one.querySelector('.line').getTotalLength())"
     )
     assert len(lines) >= 5 and all(length > 100 for length in lines)  # drawn, and as wide as the chart
-    rows = "return [...document.querySelectorAll('#secrets table')].map(one => one.tBodies[0].rows.length)"
-    assert sum(browser.execute_script(rows)) == 6 + 400  # the histogram, then the secrets
-    assert browser.execute_script("return document.querySelectorAll('#roles .example').length") == 400
-    rows = "return [...document.querySelectorAll('#audit table')].map(one => one.tBodies[0].rows.length)"
-    assert browser.execute_script(rows) == [len(ATTACKS), 5]
-    assert browser.execute_script("return document.querySelectorAll('#answers .pair').length") == 8 + 6
+    assert sum(rows_of("#secrets")) == 6 + 400  # the histogram, then the secrets
+    assert rows_of("#audit") == [len(ATTACKS), 5]
+    assert (count_of("#roles .example"), count_of("#answers .pair")) == (400, 8 + 6)
     assert "FAIL" not in browser.execute_script("return document.body.innerText")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_fits_every_width(browser: Any, report: Path, visit: Callable[..., None], width: int) -> None:
+def test_it_fits_every_width_and_marks_lie_where_their_shares_are(
+    browser: Any, report: Path, visit: Callable[..., None], width: int
+) -> None:
     visit(report, width=width)
-    open_all(browser)
+    browser.execute_script(OPEN_ALL)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_axe_finds_nothing_serious(
-    browser: Any, small_report: Path, axe: str, visit: Callable[..., None], width: int, scheme: str
-) -> None:
-    visit(small_report, width=width, scheme=scheme)
-    open_all(browser)
-    browser.execute_script(axe)
-    found = browser.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")
-    assert [one for one in found["violations"] if one["impact"] in ("serious", "critical")] == []
-    assert len(found["passes"]) > 20
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_marks_of_the_audit_lie_where_their_shares_are(
-    browser: Any, small_report: Path, visit: Callable[..., None], width: int
-) -> None:
-    visit(small_report, width=width)
     places = browser.execute_script(
         """return [...document.querySelectorAll('#audit .track')].map(track => {
             const line = track.getBoundingClientRect();
@@ -173,6 +155,19 @@ def test_the_marks_of_the_audit_lie_where_their_shares_are(
     assert len(places) == len(ATTACKS) - 1  # one was skipped
     assert places[0] == pytest.approx([2 / 9, 1, 1 / 9], abs=0.01)
     assert places[-1] == pytest.approx([5 / 9, 1, 0], abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axe_finds_nothing_serious(
+    browser: Any, small_report: Path, axe: str, visit: Callable[..., None], width: int, scheme: str
+) -> None:
+    visit(small_report, width=width, scheme=scheme)
+    browser.execute_script(OPEN_ALL)
+    browser.execute_script(axe)
+    found = browser.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")
+    assert [one for one in found["violations"] if one["impact"] in ("serious", "critical")] == []
+    assert len(found["passes"]) > 20
 
 
 def test_the_keyboard_reaches_everything(browser: Any, report: Path, visit: Callable[..., None]) -> None:
