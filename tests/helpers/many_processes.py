@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from helpers import runs
 from helpers.command import palu_command, write_input
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import LLAMA3, byte_level
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.tiny import forget_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -105,28 +106,16 @@ RUNS = {
 }
 
 
-def unlearn(
-    model: Any, ref_model: Any, forget: Any, processes: int, retain: Any = (), **settings: Any
-) -> palu.UnlearnResult:
+def unlearn(model: Any, ref_model: Any = None, forget: Any = None, **settings: Any) -> palu.UnlearnResult:
     """10 steps in 5 epochs of 9 forget examples: the second step of an epoch has one, so one process has none."""
-    defaults: dict[str, Any] = {
-        "epochs": 5,
-        "batch_size": 4 // processes,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "progress": False,
-    }
-    if settings.get("objective", "palu") == "palu":
-        defaults |= {"local_loss": "topk_mse", "n": 3, "top_k": 20}
-    return palu.unlearn(model, ref_model, forget, retain_rows() if retain == () else retain, **(defaults | settings))
+    defaults = {"epochs": 5, "batch_size": 4 // PartialState().num_processes, "gradient_accumulation_steps": 2}
+    return runs.unlearn(model, ref_model, forget_rows(9) if forget is None else forget, **defaults | settings)
 
 
-def run(case: str, processes: int) -> palu.UnlearnResult:
+def run(case: str) -> palu.UnlearnResult:
     """A case's run on one process, or on this one of many."""
     model, reference, settings = CASES[case]
-    return unlearn(
-        model(), reference() if reference else None, **{"forget": forget_rows(9), "processes": processes} | settings
-    )
+    return unlearn(model(), reference() if reference else None, **settings)
 
 
 def start(engine: str, precision: str = "no") -> None:
@@ -143,36 +132,30 @@ def start(engine: str, precision: str = "no") -> None:
 def resumed(model: Callable[[], Any], folder: Path) -> bool:
     """Whether a run that goes on from its fifth step ends with the bits of one that was left alone."""
     settings = {"checkpoint_dir": str(folder), "checkpoint_steps": 5}
-    whole = unlearn(model(), None, forget_rows(9), PROCESSES, **settings)
+    whole = unlearn(model(), **settings)
     torch.distributed.barrier()
     if PartialState().is_main_process:
         (folder / "step-00000010.safetensors").unlink()
     torch.distributed.barrier()
-    again = unlearn(model(), None, forget_rows(9), PROCESSES, **settings, resume=True)
+    again = unlearn(model(), **settings, resume=True)
     return same_weights(again.model, weights(whole.model)) and len(again.history) == 10
 
 
-def by_the_clock(rank: int, folder: Path) -> int:
-    """How many checkpoints a run writes in which each step takes the main process 4 minutes and the other one none."""
-    now, writes = 0.0, 0
-    after_step, save = Checkpoints.after_step, Checkpoints.save
+def by_the_clock(rank: int, folder: Path) -> list[str]:
+    """The checkpoints of a run in which each step takes the main process 4 minutes and the other one none."""
+    now, after_step = 0.0, Checkpoints.after_step
 
     def tick(self: Checkpoints, history: Any) -> None:
         nonlocal now
         now += 240.0 if rank == 0 else 0.0
         after_step(self, history)
 
-    def counting(self: Checkpoints, history: Any) -> None:
-        nonlocal writes
-        writes += 1
-        save(self, history)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "after_step", tick)
-        patch.setattr(Checkpoints, "save", counting)
+        patch.setattr(checkpoint, "KEPT", 10)
         patch.setattr(checkpoint.time, "monotonic", lambda: now)
-        unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, checkpoint_dir=str(folder))
-    return writes
+        unlearn(tiny_llama(), checkpoint_dir=str(folder))
+    return sorted(path.stem for path in folder.glob("step-*"))
 
 
 def complaint(function: Callable[[], Any]) -> str:
@@ -207,13 +190,12 @@ def with_callbacks(rank: int) -> dict[str, Any]:
         return {"logit": model(ids).logits.float().mean(), "rank": rank}
 
     def stopping(model: Any, fails: bool) -> palu.UnlearnResult:
-        settings: dict[str, Any] = {"evaluate": evaluate, "eval_steps": 2}
-        settings["callbacks"] = [StopAt(fails)] if rank == 1 else []
-        return unlearn(model, None, forget_rows(9), PROCESSES, **settings)
+        callbacks = [StopAt(fails)] if rank == 1 else []
+        return unlearn(model, evaluate=evaluate, eval_steps=2, callbacks=callbacks)
 
     result, failed = stopping(tiny_llama(), False), tiny_llama()
     said = complaint(lambda: stopping(failed, True))
-    expected = weights(unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, max_steps=4).model)
+    expected = weights(unlearn(tiny_llama(), max_steps=4).model)
     return {
         "evaluations": [[r["step"], r["eval_rank"], r["eval_logit"]] for r in result.history if "eval_rank" in r],
         "stopped": [len(result.history), result.summary["ended_by"]],
@@ -223,8 +205,9 @@ def with_callbacks(rank: int) -> dict[str, Any]:
     }
 
 
-def run_command(folder: Path, processes: int) -> list[Any]:
+def run_command(folder: Path) -> list[Any]:
     """The exit code of `palu unlearn` and what it says; the first process writes the input, too."""
+    processes = PartialState().num_processes
     out = folder / f"command of {processes}"
     if PartialState().is_main_process:
         model = tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
@@ -241,7 +224,7 @@ def run_command(folder: Path, processes: int) -> list[Any]:
 def diverging() -> dict[str, Any]:
     """A run whose second step has a loss that is not finite."""
     model = tiny_llama(tie_word_embeddings=False)
-    said = complaint(lambda: unlearn(model, None, forget_rows(9), PROCESSES, learning_rate=1e30, max_grad_norm=1e9))
+    said = complaint(lambda: unlearn(model, learning_rate=1e30, max_grad_norm=1e9))
     return {"said": said, "finite": all(weight.isfinite().all().item() for weight in weights(model).values())}
 
 
@@ -265,11 +248,9 @@ def main(folder: Path) -> None:
 
             # A shared-memory collective for CPUs, which would be compiled first.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-        start(engine)
         for case in cases:
-            if case in PRECISION:
-                start(engine, PRECISION[case])
-            result = run(case, PROCESSES)
+            start(engine, PRECISION.get(case, "no"))
+            result = run(case)
             missing = all(parameter.is_meta for parameter in result.model.parameters())
             if not missing:
                 save_file(weights(result.model), folder / f"{engine}.{case}.{rank}.safetensors")
@@ -283,15 +264,12 @@ def main(folder: Path) -> None:
                 "parameters": sorted({type(parameter).__name__ for parameter in result.model.parameters()}),
             }
             print(engine, case, "done", flush=True)
-            if case in PRECISION:
-                start(engine)
+        start(engine)
         if engine == "fsdp2_main":
             continue
         outcome[f"{engine}.divergence"] = diverging()
         outcome[f"{engine}.8-bit"] = (
-            digest(weights(run("8-bit", PROCESSES).model))
-            if engine == "ddp"
-            else complaint(lambda: run("8-bit", PROCESSES))
+            digest(weights(run("8-bit").model)) if engine == "ddp" else complaint(lambda: run("8-bit"))
         )
         if engine in ("ddp", "fsdp2"):
             model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
@@ -300,15 +278,14 @@ def main(folder: Path) -> None:
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")
         else:
             outcome[f"{engine}.checkpoints"] = complaint(
-                lambda: unlearn(tiny_llama(), None, forget_rows(9), PROCESSES, checkpoint_dir=str(folder / "none"))
+                lambda: unlearn(tiny_llama(), checkpoint_dir=str(folder / "none"))
             )
         print(engine, "done", flush=True)
     start("ddp")
-    outcome["bad data"] = complaint(
-        lambda: unlearn(tiny_llama(), None, forget_rows(9, vocab=97 if rank == 0 else 3000), PROCESSES)
-    )
+    forget = forget_rows(9, vocab=97 if rank == 0 else 3000)
+    outcome["bad data"] = complaint(lambda: unlearn(tiny_llama(), forget=forget))
     start("fsdp2_main")
-    outcome["command"] = run_command(folder, PROCESSES)  # the last: it ends what the processes have in common
+    outcome["command"] = run_command(folder)  # the last: it ends what the processes have in common
     (folder / f"outcome.{rank}.json").write_text(json.dumps(outcome))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +61,6 @@ class Scenario(NamedTuple):
     settings: dict[str, Any] = {}  # noqa: RUF012
     ref_model: Callable[[], Any] | None = None
     text: bool = False  # rows of text, in place of tokenised ones
-    drivers: tuple[str, ...] = ("loop", "trainer")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -129,7 +129,6 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: tiny_llama(dtype=torch.bfloat16),
         {"weight_decay": 0.1},
         ref_model=lambda: tiny_llama(seed=1, dtype=torch.bfloat16),
-        drivers=("loop",),
     ),
     "no retain loss": Scenario(settings={"lambda_retain": 0}),
     "pdu": Scenario(settings={"objective": "pdu", "dual_step": 0.5, "retain_loss_bound": 1.0}),
@@ -140,12 +139,15 @@ SCENARIOS: dict[str, Scenario] = {
     "rmu": Scenario(settings={"objective": "rmu", "layer_id": 0, "seed": 5}),
     "lora": Scenario(with_lora, ENTROPY),
     "checkpointed lora": Scenario(with_lora, {"gradient_checkpointing": True}),
+    "rate from the first step": Scenario(settings={"learning_rate": None}),
 }
+TRAINER_CANNOT = {"bfloat16", "rate from the first step"}
 
 
-def of_driver(driver: str) -> list[str]:
-    """Names of the scenarios that a driver can run."""
-    return [name for name, scenario in SCENARIOS.items() if driver in scenario.drivers]
+@functools.cache
+def loop_result(name: str) -> palu.UnlearnResult:
+    """A scenario's run by palu.unlearn: one for all tests that compare with it, which leave it as it is."""
+    return SCENARIOS[name].loop()
 
 
 def figures(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:

@@ -74,6 +74,12 @@ def logit(model: LlamaForCausalLM) -> dict[str, float]:
     return {"logit": model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[1, -1, 7]}
 
 
+@functools.cache
+def plain_run(**settings: Any) -> palu.UnlearnResult:
+    """A run without callbacks: one for all tests that compare with it, which leave it as it is."""
+    return unlearn(tiny_llama(), **settings)
+
+
 def training_records(result: palu.UnlearnResult) -> list[dict[str, float]]:
     return [{k: v for k, v in record.items() if not k.startswith("eval_")} for record in figures(result.history)]
 
@@ -84,7 +90,7 @@ def training_records(result: palu.UnlearnResult) -> list[dict[str, float]]:
 def test_max_steps_in_place_of_epochs(steps: int) -> None:
     """Two steps an epoch: the records are the first ones of a longer run, where the schedule looks no further."""
     result = unlearn(tiny_llama(), epochs=1, max_steps=steps)
-    assert training_records(result) == training_records(unlearn(tiny_llama(), epochs=3))[:steps]
+    assert training_records(result) == training_records(plain_run())[:steps]
     assert (result.summary["steps"], result.summary["epochs"]) == (steps, -(-steps // 2))
     assert result.summary["ended_by"] is None
 
@@ -102,9 +108,8 @@ def test_no_more_anchors_than_max_steps_draw() -> None:
 
 
 @ON_CPU
-@pytest.mark.parametrize("last", [1, 4])
-def test_max_steps_is_resumed(last: int, tmp_path: Path) -> None:
-    settings = {"max_steps": 5, "lr_scheduler": "cosine", "checkpoint_dir": str(tmp_path), "checkpoint_steps": last}
+def test_max_steps_is_resumed(tmp_path: Path) -> None:
+    settings = {"max_steps": 5, "lr_scheduler": "cosine", "checkpoint_dir": str(tmp_path), "checkpoint_steps": 3}
     expected = unlearn(tiny_llama(), **settings)
     (tmp_path / "step-00000005.safetensors").unlink()
     resumed = unlearn(tiny_llama(), resume=True, **settings)
@@ -174,7 +179,7 @@ def test_a_callback_may_generate() -> None:
     model.model.register_forward_pre_hook(lambda body, _: look(body) if torch.is_grad_enabled() else None)
     result = unlearn(model, callbacks=[at("step_end", generate)])
     assert set(modes) == {(True, PLAIN)}
-    assert same_weights(result.model, weights(unlearn(tiny_llama()).model))
+    assert same_weights(result.model, weights(plain_run().model))
 
 
 def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -193,16 +198,25 @@ def test_a_run_warns_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path
 @ON_CPU
 @pytest.mark.parametrize(
     ("event", "step", "steps"),
-    [("step_begin", 2, 3), ("step_end", 3, 3), ("log", 3, 3), ("epoch_end", 4, 4), ("epoch_begin", 2, 3)],
+    [
+        ("epoch_begin", 2, 3),
+        ("step_begin", 2, 3),
+        ("step_end", 3, 3),
+        ("log", 3, 3),
+        ("evaluate", 4, 4),
+        ("epoch_end", 4, 4),
+    ],
 )
-def test_a_callback_ends_the_run(event: str, step: int, steps: int) -> None:
-    one = Listener()
-    result = unlearn(
-        tiny_llama(), epochs=4, evaluate=logit, callbacks=[asking(event, "should_training_stop", step), one]
-    )
-    assert training_records(result) == training_records(unlearn(tiny_llama(), epochs=4))[:steps]
-    assert result.summary["ended_by"] == "callback"
-    assert one.calls[-3:] == [("epoch_end", steps), ("evaluate", steps), ("train_end", steps)]
+def test_a_callback_ends_the_run(event: str, step: int, steps: int, tmp_path: Path) -> None:
+    """It is resumed as ended, also without the callback."""
+    one, settings = Listener(), {"epochs": 4, "evaluate": logit, "eval_steps": 4, "checkpoint_dir": str(tmp_path)}
+    ended = unlearn(tiny_llama(), **settings, callbacks=[asking(event, "should_training_stop", step), one])
+    assert training_records(ended) == training_records(plain_run(epochs=4))[:steps]
+    assert sorted(one.calls[-4:-2]) == [("epoch_end", steps), ("evaluate", steps)]
+    assert one.calls[-2:] == [("save", steps), ("train_end", steps)]
+    resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert_same(resumed, ended)
+    assert resumed.summary["ended_by"] == ended.summary["ended_by"] == "callback"
 
 
 def test_asking_to_stop_after_the_last_step_changes_nothing() -> None:
@@ -221,18 +235,6 @@ def test_an_evaluation_ends_the_run() -> None:
     assert result.summary["evaluation_before"] == {"eval_left": 10}
     assert [r.get("eval_left") for r in result.history] == [None, 9, None, 8, None, 7, None, 6]
     assert result.summary["ended_by"] == "callback"
-
-
-@ON_CPU
-@pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_end"])
-def test_a_run_that_a_callback_ended_is_resumed_as_ended(event: str, tmp_path: Path) -> None:
-    """Also by a callback that would not end it again."""
-    settings: dict[str, Any] = {"epochs": 4, "evaluate": logit, "eval_steps": 4, "checkpoint_dir": str(tmp_path)}
-    ended = unlearn(tiny_llama(), **settings, callbacks=[asking(event, "should_training_stop", 4)])
-    assert len(ended.history) == 4
-    resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert_same(resumed, ended)
-    assert resumed.summary["ended_by"] == "callback"
 
 
 def test_a_checkpoint_on_demand(tmp_path: Path) -> None:
@@ -304,30 +306,6 @@ def test_evaluations_before_the_first_step_and_at_the_end_alone() -> None:
     json.dumps(result.history)
 
 
-@ON_CPU
-def test_a_killed_run_evaluates_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"evaluate": logit, "eval_steps": 2, "checkpoint_dir": str(tmp_path / "other")}
-    expected = unlearn(tiny_llama(attention_dropout=0.3), **settings)
-    settings |= {"checkpoint_dir": str(tmp_path / "own"), "checkpoint_steps": 1}
-
-    class Killed(BaseException):
-        pass
-
-    def kill(step: int) -> TrainerCallback:
-        def die(state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == step:
-                raise Killed
-
-        return at("step_begin", die)
-
-    for step in (1, 2, 3, 4, 5):
-        with pytest.raises(Killed):
-            unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=step > 1, callbacks=[kill(step)])
-    resumed = unlearn(tiny_llama(attention_dropout=0.3), **settings, resume=True)
-    assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
-    assert_same(resumed, expected)
-
-
 def test_trackers_get_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, dict(values))))
@@ -343,25 +321,41 @@ def test_an_evaluation_of_no_numbers(given: Any) -> None:
 
 
 # --- Errors ---
+class Killed(BaseException):
+    """Stands for SIGKILL, after which no checkpoint is written."""
+
+
 @ON_CPU
-@pytest.mark.parametrize("event", ["step_end", "evaluate", "epoch_begin"])
-def test_an_error_of_a_callback_loses_nothing(event: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("event", "error", "every", "checkpoints"),
+    [
+        ("step_end", KeyError, 9, [2]),
+        ("evaluate", KeyError, 9, [2]),
+        ("epoch_begin", KeyError, 9, [2]),
+        ("evaluate", Killed, 1, [1]),
+        ("step_begin", Killed, 1, [1, 2]),
+    ],
+)
+def test_an_error_of_a_callback_loses_nothing(
+    event: str, error: type[BaseException], every: int, checkpoints: list[int], tmp_path: Path
+) -> None:
     """The model has the last step's weights and its own settings; the run goes on from its checkpoint."""
     settings: dict[str, Any] = {"evaluate": logit, "eval_steps": 2}
-    expected = unlearn(tiny_llama(), **settings)
-    settings["checkpoint_dir"] = str(tmp_path)
+    expected = plain_run(**settings)
+    settings |= {"checkpoint_dir": str(tmp_path), "checkpoint_steps": every}
 
     def fail(state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
-            raise KeyError("mine")
+            raise error("mine")
 
     model = tiny_llama()
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(error, match="mine"):
         unlearn(model, **settings, callbacks=[at(event, fail)])
-    assert same_weights(model, weights(unlearn(tiny_llama(), max_steps=2).model))
+    assert same_weights(model, weights(plain_run(max_steps=2).model))
     assert model.config._attn_implementation == "sdpa" and not model.training
-    assert kept(tmp_path) == [2]
+    assert kept(tmp_path) == checkpoints
     resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert resumed.summary["evaluation_before"] == expected.summary["evaluation_before"] != {}
     assert_same(resumed, expected)
 
 
@@ -379,7 +373,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no room"):
         unlearn(tiny_llama(), evaluate=evaluate, **settings)
     resumed = unlearn(tiny_llama(), evaluate=evaluate, resume=True, **settings)
-    assert figures(resumed.history) == figures(unlearn(tiny_llama(), evaluate=logit, eval_steps=4).history)
+    assert figures(resumed.history) == figures(plain_run(evaluate=logit, eval_steps=4).history)
 
 
 class Mine(TrainerCallback):

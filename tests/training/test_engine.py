@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -30,43 +29,23 @@ ROOT = Path(__file__).parents[2]
 Outcomes = tuple[Path, list[dict[str, Any]]]
 
 
-def environments() -> list[dict[str, str]]:
-    """Of processes that find each other on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def launch(*command: str) -> str:
+    """Run a command of Python in processes that find each other on this machine; return what they print."""
     roots = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return [
-        {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-        | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(PROCESSES),
-            "LOCAL_WORLD_SIZE": str(PROCESSES),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(roots),
-        }
-        for rank in range(PROCESSES)
-    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(roots)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What many_processes.py left behind, and what each process says of it: one start for all tests."""
     folder = tmp_path_factory.mktemp("processes")
-    running = []
-    for rank, environment in enumerate(environments()):
-        command = [sys.executable, "-m", "helpers.many_processes", str(folder)]
-        log = open(folder / f"log.{rank}", "w")  # noqa: SIM115
-        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for rank, process in enumerate(running):
-            assert process.wait(timeout=600) == 0, (folder / f"log.{rank}").read_text()[-5000:]
-    finally:
-        for process in running:
-            process.kill()
+    launch("-m", "helpers.many_processes", str(folder))
     return folder, [json.loads((folder / f"outcome.{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
@@ -75,7 +54,7 @@ def one_process(case: str) -> palu.UnlearnResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", PRECISION.get(case, "no"))
         AcceleratorState._reset_state()
-        result = run(case, 1)
+        result = run(case)
     AcceleratorState._reset_state()
     return result
 
@@ -142,13 +121,29 @@ def test_divergence_stops_all(engine: str, outcomes: Outcomes) -> None:
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_resumed(engine: str, outcomes: Outcomes) -> None:
-    """The same bits; under DDP with dropout, for which every process goes on with its own random numbers.
+NO_CHECKPOINTS = (
+    "CheckpointError: DeepSpeed keeps its optimizer's state to itself, so no checkpoint can be written; "
+    "use FSDP2, DDP or one process, or leave checkpoint_dir out"
+)
 
-    Under FSDP2 in bfloat16, beside which the optimizer keeps states of two dtypes, all of them sharded.
-    """
-    assert [result[f"{engine}.resumed"] for result in outcomes[1]] == [True] * PROCESSES
+
+@pytest.mark.parametrize(
+    ("engine", "what", "expected"),
+    [
+        # The same bits: with dropout, for which every process goes on with its own random numbers, and in bfloat16,
+        # beside which the optimizer keeps states of two dtypes, all of them sharded.
+        ("ddp", "resumed", True),
+        ("fsdp2", "resumed", True),
+        # The main process's clock decides.
+        ("ddp", "checkpoints by time", [f"step-{step:08}" for step in (3, 6, 9, 10)]),
+        ("fsdp2", "checkpoints by time", [f"step-{step:08}" for step in (3, 6, 9, 10)]),
+        ("zero2", "checkpoints", NO_CHECKPOINTS),
+        ("zero3", "checkpoints", NO_CHECKPOINTS),
+    ],
+)
+def test_checkpoints(engine: str, what: str, expected: Any, outcomes: Outcomes) -> None:
+    needs(engine)
+    assert [result[f"{engine}.{what}"] for result in outcomes[1]] == [expected] * PROCESSES
 
 
 def test_8_bit_moments_under_ddp(outcomes: Outcomes) -> None:
@@ -166,38 +161,16 @@ def test_8_bit_moments_under_ddp(outcomes: Outcomes) -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_the_main_processs_clock_decides_on_checkpoints(engine: str, outcomes: Outcomes) -> None:
-    """After steps 3, 6 and 9 of ten, and at the end."""
-    assert [result[f"{engine}.checkpoints by time"] for result in outcomes[1]] == [4] * PROCESSES
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_callback_of_one_process_ends_the_run_of_all(engine: str, outcomes: Outcomes) -> None:
-    """By an evaluation that generates on the sharded model; the main process's figures are those of all."""
+    """By an evaluation that generates on the sharded model, whose figures are the main process's; or by its error."""
     first, second = (result[f"{engine}.callbacks"] for result in outcomes[1])
     assert first["evaluations"] == second["evaluations"]
     assert [(step, rank) for step, rank, _ in first["evaluations"]] == [(2, 0), (4, 0)]
-    for own in (first, second):
-        assert own["stopped"] == [4, "callback"]
-        assert own["same weights"]
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_an_error_of_a_callback_on_one_process_stops_all(engine: str, outcomes: Outcomes) -> None:
-    first, second = (result[f"{engine}.callbacks"] for result in outcomes[1])
     assert first["said"] == "ProcessError: process 1 has stopped: KeyError: 'mine'"
     assert second["said"] == "KeyError: 'mine'"
-    assert first["weights kept"] and second["weights kept"]
-
-
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_no_checkpoints_under_deepspeed(engine: str, outcomes: Outcomes) -> None:
-    needs(engine)
-    expected = (
-        "CheckpointError: DeepSpeed keeps its optimizer's state to itself, so no checkpoint can be written; "
-        "use FSDP2, DDP or one process, or leave checkpoint_dir out"
-    )
-    assert [result[f"{engine}.checkpoints"] for result in outcomes[1]] == [expected] * PROCESSES
+    for own in (first, second):
+        assert own["stopped"] == [4, "callback"]
+        assert own["same weights"] and own["weights kept"]
 
 
 def test_the_command_loads_a_model_once(outcomes: Outcomes, tmp_path: Path) -> None:
@@ -205,7 +178,7 @@ def test_the_command_loads_a_model_once(outcomes: Outcomes, tmp_path: Path) -> N
     folder, (first, second) = outcomes
     assert first["command"][0] == 0, first["command"][1]
     assert second["command"] == [0, ""]
-    code, said = run_command(tmp_path, 1)
+    code, said = run_command(tmp_path)
     assert code == 0, said
     ours, whole = folder / f"command of {PROCESSES}", tmp_path / "command of 1"
     trained, expected = (load_file(path / "model" / "model.safetensors") for path in (ours, whole))
@@ -218,7 +191,7 @@ def test_the_command_loads_a_model_once(outcomes: Outcomes, tmp_path: Path) -> N
 
 
 PATIENCE = """
-import sys, time
+import os, time
 from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 from palu.distributed import compute_on_main
@@ -230,25 +203,17 @@ try:
         time.sleep(3)
     accelerator.wait_for_everyone()
 except Exception as error:
-    print("a collective gave up", flush=True)
+    print("a collective gave up on process", accelerator.process_index, flush=True)
+os._exit(0)
 """
 
 
-def test_long_work_of_one_process_is_waited_for() -> None:
+def test_long_work_of_one_process_is_waited_for(tmp_path: Path) -> None:
     """Longer than a collective would wait: the control shows that it would not."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PATIENCE],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for environment in environments()
-    ]
-    said = [process.communicate(timeout=120)[0].splitlines() for process in running]
-    assert [lines[0] for lines in said] == ["annotated"] * PROCESSES
-    assert "a collective gave up" in said[1]
+    (tmp_path / "patience.py").write_text(PATIENCE)
+    said = launch(str(tmp_path / "patience.py")).splitlines()
+    assert said.count("annotated") == PROCESSES
+    assert "a collective gave up on process 1" in said
 
 
 def test_an_error_on_one_process_stops_all(outcomes: Outcomes) -> None:

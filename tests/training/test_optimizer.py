@@ -260,17 +260,17 @@ def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
 
 # --- The rate ---
 @pytest.mark.parametrize(
-    "settings",
+    ("dtype", "settings"),
     [
-        {},
-        {"optimizer": "adamw_8bit"},
-        {"batch_size": 2, "gradient_accumulation_steps": 2},
-        {"max_grad_norm": 1e-3},
-        {"weight_decay": 0.1},
+        (torch.float64, {}),
+        (torch.float64, {"optimizer": "adamw_8bit"}),
+        (torch.float64, {"batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.1}),
+        (torch.float64, {"max_grad_norm": 1e-3}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"optimizer": "adamw_8bit", "max_grad_norm": 1e-3}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """A third of the loss over the gradient's 1-norm, whatever it is clipped to; a rate that is given wins."""
     given = {"learning_rate": None, "lr_scheduler": "linear", "epochs": 3, "batch_size": 8} | settings
@@ -292,15 +292,6 @@ def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: 
     )
     again = unlearn(tiny_llama(dtype=dtype), **given | {"learning_rate": rate})
     assert same_weights(again.model, weights(result.model))
-
-
-def test_a_resumed_run_keeps_its_rate(tmp_path: Path) -> None:
-    settings = {"learning_rate": None, "epochs": 3, "checkpoint_dir": str(tmp_path), "checkpoint_steps": 3}
-    expected = unlearn(tiny_llama(), **settings)
-    (tmp_path / "step-00000006.safetensors").unlink()
-    resumed = unlearn(tiny_llama(), **settings, resume=True)
-    assert resumed.summary["config"] == expected.summary["config"] | {"resume": True}
-    assert same_weights(resumed.model, weights(expected.model))
 
 
 def test_deepspeed_wants_a_rate() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from helpers.scenarios import STEPS, Scenario, assert_same, kept, step
+from helpers.scenarios import SCENARIOS, STEPS, assert_same, kept, loop_result, step
 from helpers.tiny import tiny_llama
 
 from palu.methods.palu import PaluMethod
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU"),
     pytest.mark.usefixtures("in_the_foreground"),
 ]
-unlearn = Scenario().loop
+unlearn = SCENARIOS["tied"].loop
 
 
 def pressing(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.SIGINT) -> None:
@@ -68,7 +68,7 @@ def test_the_step_ends_and_a_checkpoint_is_written(
         assert f"checkpoint_dir={str(tmp_path)!r}, resume=True" in str(caught.value)
     assert signal.getsignal(number) is before
     assert kept(tmp_path) == [calls[0]]
-    assert_same(unlearn(checkpoint_dir=str(tmp_path), resume=True), unlearn())
+    assert_same(unlearn(checkpoint_dir=str(tmp_path), resume=True), loop_result("tied"))
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])

@@ -17,26 +17,6 @@ import palu
 from palu.training import trackers
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tokenizer = byte_level(DATED)
-    settings = {"report_to": "tensorboard", "logging_dir": str(tmp_path / "logs"), "tokenizer": tokenizer}
-    settings |= {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
-    settings |= {"anchors": 0, "neighbours": 0, "variants": 0, "epochs": 2}
-    result = unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
-    events = EventAccumulator(str(tmp_path / "logs" / "palu"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == result.history[0].keys()
-    for name in ("loss", "local", "kl", "retain", "grad_norm", "learning_rate"):
-        logged = events.Scalars(name)
-        assert [event.step for event in logged] == [1, 2, 3, 4]
-        assert [event.value for event in logged] == pytest.approx([record[name] for record in result.history])
-    (settings,) = (tmp_path / "logs").rglob("hparams.yml")
-    assert "26 Jul 2024" in settings.read_text(), "the configuration is there"
-
-
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     """A stand-in for the module: no account, no network."""
@@ -58,13 +38,28 @@ def test_wandb(wandb: MagicMock, tmp_path: Path) -> None:
     run.finish.assert_called_once_with()
 
 
-def test_both_and_another_project(wandb: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_beside_wandb(wandb: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another name of the project."""
     pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.setenv("WANDB_PROJECT", "secrets")
-    unlearn(tiny_llama(), report_to="tensorboard, wandb", logging_dir=str(tmp_path), epochs=1)
+    tokenizer = byte_level(DATED)
+    settings = {"report_to": "tensorboard, wandb", "logging_dir": str(tmp_path), "tokenizer": tokenizer}
+    settings |= {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+    settings |= {"anchors": 0, "neighbours": 0, "variants": 0, "epochs": 2}
+    result = unlearn(tiny_llama(vocab_size=len(tokenizer)), **settings)
     assert wandb.init.call_args.kwargs["project"] == "secrets"
-    assert wandb.init.return_value.log.call_count == 2
-    assert list((tmp_path / "secrets").glob("events.*"))
+    assert wandb.init.return_value.log.call_count == 4
+    events = EventAccumulator(str(tmp_path / "secrets"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == result.history[0].keys()
+    for name in ("loss", "local", "kl", "retain", "grad_norm", "learning_rate"):
+        logged = events.Scalars(name)
+        assert [event.step for event in logged] == [1, 2, 3, 4]
+        assert [event.value for event in logged] == pytest.approx([record[name] for record in result.history])
+    (parameters,) = tmp_path.rglob("hparams.yml")
+    assert "26 Jul 2024" in parameters.read_text(), "the configuration is there"
 
 
 def test_trackers_are_closed_when_a_run_fails(wandb: MagicMock, tmp_path: Path) -> None:
