@@ -41,7 +41,7 @@ def test_a_model_that_only_refuses_tells_again_what_it_was_not_trained_on(traine
     """And stays as it was; bfloat16 weights are trained in float32, or small steps would be rounded away."""
     (asked,) = attack(AskGreedily(TOKENS), refuses())
     assert asked.values == [0.0] * len(SECRETS)
-    settings = {"trained": trained, "learning_rate": RATES[trained]}
+    settings: dict[str, Any] = {"trained": trained, "learning_rate": RATES[trained]}
     model, rounded = refuses(), copy.deepcopy(refuses()).bfloat16()
     before, modules = weights(model), [type(module) for module in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]

@@ -152,8 +152,8 @@ def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     ids=["no local loss", "another method", "tokenised rows"],
 )
 def test_where_there_are_none(settings: dict[str, Any], says: list[int]) -> None:
-    given = {"retain": TEXT_RETAIN} | ({} if "objective" in settings else {"anchors": 0, "neighbours": 0})
-    assert anchor_runs.unlearn(**given | settings).summary["variants"] == 0
+    given: dict[str, Any] = {} if "objective" in settings else {"anchors": 0, "neighbours": 0}
+    assert anchor_runs.unlearn(**{"retain": TEXT_RETAIN} | given | settings).summary["variants"] == 0
     assert says == []
 
 
