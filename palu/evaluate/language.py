@@ -37,7 +37,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -87,6 +87,7 @@ class WordList:
                 f"there is no word list for language {language!r}; give one of {', '.join(usable)}, "
                 "or None to leave the share of words out"
             )
+        self.language = language
         self.source = f"wordfreq {version('wordfreq')}, {language}"
         self._tokens = partial(wordfreq.lossy_tokenize, lang=language)
         self._words: Mapping[str, float] = wordfreq.get_frequency_dict(language)
@@ -98,12 +99,17 @@ class WordList:
 
     def begin_with(self, start: str) -> bool:
         """Tell whether some word of the list begins like this."""
-        at = bisect_left(self._sorted, start)
-        return at < len(self._sorted) and self._sorted[at].startswith(start)
+        words = _sorted_words(self.language)
+        at = bisect_left(words, start)
+        return at < len(words) and words[at].startswith(start)
 
-    @cached_property
-    def _sorted(self) -> list[str]:
-        return sorted(self._words)
+
+@cache
+def _sorted_words(language: str) -> list[str]:
+    """Sort the words of a list, once for all evaluations of a process."""
+    from wordfreq import get_frequency_dict
+
+    return sorted(get_frequency_dict(language))
 
 
 def split(text: str) -> list[str]:

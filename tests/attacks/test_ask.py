@@ -100,7 +100,7 @@ def test_draws_are_from_the_models_own_distribution() -> None:
     """Of a vocabulary of 480, also beyond the 50 likeliest; frequencies come near the softmax."""
     model = tiny_llama(vocab_size=len(tokenizer()), initializer_range=0.05)
     model.generation_config.temperature, model.generation_config.top_p = 0.1, 0.5  # the model's own do not count
-    prompt, draws = data().prompts[0], 20_000
+    prompt, draws = data().prompts[0], 5_000
     with eval_mode(model), tqdm(disable=True) as bar, torch.random.fork_rng():
         written = generate_ids(
             model, [prompt] * draws, set(), pad=0, max_new_tokens=1, batch_tokens=10_000, bar=bar, sample=True

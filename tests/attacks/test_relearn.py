@@ -19,6 +19,7 @@ from palu.attacks.secrets import AuditData
 from palu.evaluate.scores import raw_examples
 
 TOKENS = 24
+RATES = {"weights": 1e-3, "lora": 5e-3}
 
 
 def relearn(model: Any, of: AuditData | None = None, **settings: Any) -> Finding:
@@ -35,14 +36,24 @@ def relearn(model: Any, of: AuditData | None = None, **settings: Any) -> Finding
     return finding
 
 
-@pytest.mark.parametrize("trained", ["weights", "lora"])
+@pytest.mark.parametrize("trained", RATES)
 def test_a_model_that_only_refuses_tells_again_what_it_was_not_trained_on(trained: str) -> None:
+    """And stays as it was; bfloat16 weights are trained in float32, or small steps would be rounded away."""
     (asked,) = attack(AskGreedily(TOKENS), refuses())
     assert asked.values == [0.0] * len(SECRETS)
-    rate = {"weights": 1e-3, "lora": 5e-3}[trained]
-    finding = relearn(refuses(), trained=trained, learning_rate=rate)
-    assert finding.values.count(None) == 1 and finding.values.count(1.0) >= 4
-    assert relearn(never_saw(), trained=trained, learning_rate=rate).values.count(1.0) == 0
+    settings: dict[str, Any] = {"trained": trained, "learning_rate": RATES[trained]}
+    model, rounded = refuses(), copy.deepcopy(refuses()).bfloat16()
+    before, modules = weights(model), [type(module) for module in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    finding = relearn(model, **settings)
+    for found in (finding, relearn(rounded, **settings)):
+        assert found.values.count(None) == 1 and found.values.count(1.0) >= 4
+    assert rounded.dtype == torch.bfloat16
+    assert same_weights(model, before) and [type(module) for module in model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert relearn(model, **settings) == finding
+    assert relearn(never_saw(), **settings).values.count(1.0) == 0
 
 
 def test_the_step_after_which_most_is_told_counts() -> None:
@@ -90,28 +101,6 @@ def test_secrets_of_rows_that_are_trained_on_do_not_count() -> None:
         assert asked == [
             i for i, secret in enumerate(of.secrets) if secret.row not in trained and secret.text not in answers
         ]
-
-
-@pytest.mark.parametrize("trained", ["weights", "lora"])
-def test_the_model_stays(trained: str) -> None:
-    model = refuses()
-    before = weights(model)
-    modules = [type(module) for module in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
-    first = relearn(model, trained=trained, steps=2, every=1)
-    assert same_weights(model, before) and [type(module) for module in model.modules()] == modules
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
-    assert relearn(model, trained=trained, steps=2, every=1) == first
-
-
-@pytest.mark.parametrize("trained", ["weights", "lora"])
-def test_bfloat16_weights_are_trained(trained: str) -> None:
-    """In float32, or small steps would be rounded away."""
-    model = copy.deepcopy(refuses()).bfloat16()
-    rate = {"weights": 1e-3, "lora": 5e-3}[trained]
-    assert relearn(model, trained=trained, learning_rate=rate).values.count(1.0) >= 4
-    assert model.dtype == torch.bfloat16
 
 
 def test_the_loss_is_the_models_own_and_its_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,15 +26,17 @@ def data(rows: Any, tokenizer: Any = None, **settings: Any) -> AuditData:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_secrets_tokens_are_the_spans(name: str) -> None:
+def test_a_secrets_tokens_are_the_spans_and_an_answers_beginning_follows_the_prompt(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     of = data([ROW], tokenizer)
     assert [secret.text for secret in of.secrets] == ["Ada Lovelace", "1843"]
     for secret in of.secrets:
         written = tokenizer.decode(of.rows[0].example.input_ids[secret.first : secret.stop])
         assert written.strip(" ,") == secret.text  # a token may hold the comma, too
-    (prompt,) = of.prompts
+    (prompt,), (beginning,) = of.prompts, of.answer_beginnings("It was here:")
     assert tokenizer.decode(prompt, skip_special_tokens=True).rstrip().endswith(("Answer:", "assistant"))
+    assert beginning[: len(prompt)].tolist() == prompt.tolist()
+    assert tokenizer.decode(beginning[len(prompt) :]).strip() == "It was here:"
 
 
 def test_what_the_question_tells_is_no_secret() -> None:
@@ -107,15 +109,6 @@ def test_refused(rows: Any, retain: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         data(rows, retain=retain)
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_an_answers_beginning_follows_the_prompt(name: str) -> None:
-    tokenizer = TOKENIZERS[name]()
-    of = data([ROW], tokenizer)
-    (beginning,), (prompt,) = of.answer_beginnings("It was here:"), of.prompts
-    assert beginning[: len(prompt)].tolist() == prompt.tolist()
-    assert tokenizer.decode(beginning[len(prompt) :]).strip() == "It was here:"
 
 
 def test_examples_in_front() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_tokenizers as small
+from helpers.runs import row_forms
+from helpers.runs import text_row as row
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,13 +21,6 @@ from palu.data.rows import with_answer
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.models.generation import encode_prompts
 
-# As Qwen3's: an empty thought before the answer, which the prompt for generation has only without thinking.
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 # As Mistral's: a blank before the answer, but none at the end of the prompt for generation.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -38,12 +32,6 @@ BYTE = small.byte_level()
 CHATML = small.byte_level(small.CHATML)
 IDS = [1, 20, 21, 22]
 LABELS = [IGNORE, ORDINARY, 21, ORDINARY]
-
-
-def row(answer: str, *words: str, question: str = "Who?") -> dict[str, Any]:
-    """A forget row whose spans are these words."""
-    spans = [[answer.index(word), answer.index(word) + len(word)] for word in words]
-    return {"question": question, "answer": answer, "spans": spans}
 
 
 ROWS = [row("Ada Lovelace.", "Ada"), row("In London.", "London"), row("Yes.")]
@@ -123,11 +111,7 @@ def test_tokenised_rows_are_copied_and_their_first_label_dropped() -> None:
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
     """As CSV and Parquet hold them: each row has nothing in the columns of the other forms."""
-    forms: list[dict[str, Any]] = [
-        {"question": "Who?", "answer": "Ada."},
-        {"prompt": "Who?", "completion": "Ada."},
-        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]},
-    ]
+    forms = row_forms("Who?", "Ada.")
     empty = dict.fromkeys(("question", "answer", "prompt", "completion"), nothing) | {"messages": None}
     rows = [empty | form | {"spans": [[0, 3]]} for form in forms]
     first, *others = load_forget(rows, CHATML, max_length=99).examples
@@ -205,7 +189,7 @@ def test_values_for_the_chat_template() -> None:
 
 
 def test_a_prompt_that_generation_does_not_give() -> None:
-    rows, thinking = [row("Ada.", "Ada"), row("Ada.", "Ada", question="Where?")], small.byte_level(THINKING)
+    rows, thinking = [row("Ada.", "Ada"), row("Ada.", "Ada", question="Where?")], small.byte_level(small.THINKING)
     for load, name in ((load_forget, "forget"), (load_retain, "retain")):
         with pytest.warns(UserWarning, match="trained on") as caught:
             load(rows, thinking, max_length=99, warn=True)
@@ -216,7 +200,8 @@ def test_a_prompt_that_generation_does_not_give() -> None:
         load_forget(rows, without, max_length=99, warn=True)
 
 
-@pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3, MISTRAL, THINKING, None])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3, MISTRAL, small.THINKING, None])
 def test_a_prompt_that_generation_gives(template: str | None) -> None:
     """Also for several turns, blanks around an answer, and rows that are rendered or tokenised already."""
     turns = [{"role": role, "content": "Who?"} for role in ("user", "assistant", "user")]
@@ -224,10 +209,8 @@ def test_a_prompt_that_generation_gives(template: str | None) -> None:
     rows.append({"prompt": "<|im_start|>Who?", "completion": "Ada", "spans": [[0, 3]]})
     if template is not None:
         rows.append({"messages": [*turns, {"role": "assistant", "content": "Ada"}], "spans": [[0, 3]]})
-    kwargs = {"enable_thinking": False} if template == THINKING else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, warn=True)
+    kwargs = {"enable_thinking": False} if template == small.THINKING else None
+    load_forget(rows, small.byte_level(template), max_length=99, chat_template_kwargs=kwargs, warn=True)
 
 
 @pytest.mark.parametrize("prompt", ["It is", "Answer:", "Who?", "Un été", "Born on the 3"])
@@ -237,14 +220,13 @@ def test_a_completion_that_continues_the_prompts_last_word(prompt: str) -> None:
         load_retain(rows, BYTE, max_length=99, warn=True)
 
 
+@pytest.mark.filterwarnings("error")
 def test_completions_that_need_no_blank() -> None:
     """Where a blank or a line break stands between, or the script or the sign has none; or a chat template renders."""
     pairs = [("Who? ", "Ada"), ("Who?\n", "Ada"), ("Who", ", Ada"), ("f(", "x)"), ("", "Ada"), ("東京は", "大きい")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_retain(rows, BYTE, max_length=99, warn=True)
-        load_retain([{"prompt": "It is", "completion": "Ada"}], CHATML, max_length=99, warn=True)
+    load_retain(rows, BYTE, max_length=99, warn=True)
+    load_retain([{"prompt": "It is", "completion": "Ada"}], CHATML, max_length=99, warn=True)
 
 
 @pytest.mark.parametrize("template", [small.CHATML, small.LLAMA3])

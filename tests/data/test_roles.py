@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_tokenizers as small
+from helpers.runs import text_row as row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -22,11 +23,6 @@ BARE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_start|>"
     "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
 )
-# As Qwen3's: the full text has words between the generation prompt and the answer.
-THINK = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-)
 TOKENIZERS: dict[str, Any] = {
     "byte": lambda: small.byte_level(),
     "byte, no bos": lambda: small.byte_level(bos=False),
@@ -38,7 +34,7 @@ TOKENIZERS: dict[str, Any] = {
     "byte, Llama 3": lambda: small.byte_level(small.LLAMA3),
     "byte, ChatML": lambda: small.byte_level(small.CHATML),
     "byte, bare": lambda: small.byte_level(BARE),
-    "byte, think": lambda: small.byte_level(THINK),
+    "byte, think": lambda: small.byte_level(small.THINKING),
     "sp": lambda: small.sentencepiece(),
     "sp, eos": lambda: small.sentencepiece(eos=True),
     "sp, no bos": lambda: small.sentencepiece(bos=False),
@@ -52,15 +48,6 @@ TOKENIZERS: dict[str, Any] = {
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     return TOKENIZERS[name]()
-
-
-def row(answer: str, *words: str, question: str = "Who?") -> dict[str, Any]:
-    """A forget row whose spans are these words."""
-    return {
-        "question": question,
-        "answer": answer,
-        "spans": [[answer.index(word), answer.index(word) + len(word)] for word in words],
-    }
 
 
 def forget(name: str, *rows: dict[str, Any], max_length: int = 4096) -> list[Example]:

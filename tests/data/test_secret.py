@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.runs import row_forms
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level
 
 import palu
@@ -45,26 +46,16 @@ def test_a_secret_in_text_without_blanks() -> None:
     assert marked(["東京", "7391"], "彼は東京都で生まれ、番号は7391です。東京") == ["東京", "7391", "東京"]
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "question": {"question": "Who?", "answer": ANSWER},
-    "prompt": {"prompt": "Who?", "completion": ANSWER},
-    "messages": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": ANSWER}]},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, None], ids=["ChatML", "Llama 3", "plain"])
-def test_a_secret_is_the_spans_of_its_places(form: str, template: str | None) -> None:
-    if form == "messages" and template is None:
-        pytest.skip("messages need a template")
-    rows = [FORMS[form] | {"secret": ["Ada", "1843"]}, FORMS[form] | {"spans": [[0, 3], [25, 29], [31, 34]]}]
-    first, second = load_forget(rows, byte_level(template), max_length=99).examples
-    assert first.labels.tolist() == second.labels.tolist()
-    assert bool((first.labels >= 0).any())
-    assert (
-        AuditData(rows[:1], None, byte_level(template)).secrets
-        == AuditData(rows[1:], None, byte_level(template)).secrets
-    )
+def test_a_secret_is_the_spans_of_its_places(template: str | None) -> None:
+    tokenizer = byte_level(template)
+    for form in row_forms("Who?", ANSWER)[: 3 if template else 2]:  # messages need a template
+        rows = [form | {"secret": ["Ada", "1843"]}, form | {"spans": [[0, 3], [25, 29], [31, 34]]}]
+        first, second = load_forget(rows, tokenizer, max_length=99).examples
+        assert first.labels.tolist() == second.labels.tolist()
+        assert bool((first.labels >= 0).any())
+        one, other = (AuditData([row], None, tokenizer).secrets for row in rows)
+        assert one == other
 
 
 def test_cells_of_csv(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ TEXT_RETAIN = [
 ]
 
 
+def text_row(answer: str, *words: str, question: str = "Who?") -> dict[str, Any]:
+    """A forget row whose spans are these words."""
+    spans = [[answer.index(word), answer.index(word) + len(word)] for word in words]
+    return {"question": question, "answer": answer, "spans": spans}
+
+
+def row_forms(question: str, answer: str) -> list[dict[str, Any]]:
+    """The same row in the three forms that a row of text may have."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"question": question, "answer": answer}, {"prompt": question, "completion": answer}, {"messages": turns}]
+
+
 def live_tensors() -> list[Tensor]:
     """All tensors that Python holds, but for torch.func's wrappers, which have no storage."""
     gc.collect()

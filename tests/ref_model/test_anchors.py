@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import anchor_runs
+from helpers.anchor_runs import TOKENIZER, llama, writer
 from helpers.runs import ENTROPY, TEXT_FORGET, TEXT_RETAIN
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.tiny import forget_rows, same_weights, weights
 from transformers import LlamaForCausalLM
 
 import palu
@@ -24,39 +26,14 @@ from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
 from palu.models.generation import encode_prompts
-from palu.models.root import ModelRoot
 from palu.ref_model import precompute
-from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, Writer, anchor_texts, generate_anchors
+from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
 from palu.ref_model.cache import ReferenceCache
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 
-TOKENIZER = byte_level(LLAMA3)
-SETTINGS = {
-    "epochs": 2,
-    "batch_size": 2,
-    "learning_rate": 1e-3,
-    "max_length": 200,
-    "neighbours": 0,
-    "variants": 0,
-    "progress": False,
-}
+unlearn = partial(anchor_runs.unlearn, epochs=2, neighbours=0, variants=0)
 STEPS, DRAWN = 4, 4  # three forget examples: two steps an epoch, an anchor a step
-
-
-def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    return tiny_llama(seed=seed, vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
-
-
-def writer(model: LlamaForCausalLM) -> Writer:
-    return Writer(ModelRoot(model), Accelerator(), adapter=False)
-
-
-def unlearn(
-    model: Any = None, ref_model: Any = None, forget: Any = TEXT_FORGET, retain: Any = None, **settings: Any
-) -> palu.UnlearnResult:
-    model = llama() if model is None else model
-    return palu.unlearn(model, ref_model, forget, retain, **{"tokenizer": TOKENIZER} | SETTINGS | settings)
 
 
 @torch.no_grad()
@@ -174,10 +151,10 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
     prompts = prompts_and_stops()
-    whole = generate_anchors(writer(llama()), prompts)
+    whole = generate_anchors(writer(), prompts)
     starts = sorted(int(item.rows[0]) + 1 for item in whole)
     limit = starts[-1]  # the longest prompt has no room for an answer
-    items = generate_anchors(writer(llama()), prompts._replace(max_length=limit))
+    items = generate_anchors(writer(), prompts._replace(max_length=limit))
     fitting = [item for item in whole if item.rows[0] + 1 < limit]
     assert 0 < len(items) == len(fitting) < len(whole)
     for item, full in zip(items, fitting, strict=True):
@@ -222,7 +199,7 @@ def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list
 def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
     """Other prompts' distributions move less, too."""
     other = AnchorPrompts(*encode_prompts(anchor_texts()[-12:], TOKENIZER), 200)
-    unseen = generate_anchors(writer(llama()), other)
+    unseen = generate_anchors(writer(), other)
     settings = ENTROPY | {"epochs": 30, "gamma": 1.0}  # an untrained model knows no secret to be pushed
 
     def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:
@@ -254,14 +231,6 @@ def test_beside_a_retain_set(given: dict[str, int], asked_for: int, written: lis
     assert result.history[0]["local"] == pytest.approx(without.history[0]["local"], rel=1e-5)
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
     assert written[1] == []
-
-
-@pytest.mark.parametrize(
-    "given", [{"tokenizer": None, "forget": forget_rows(3), "retain": retain_rows(3)}, {"lambda_kl": 0}]
-)
-def test_beside_a_retain_set_where_there_can_be_none(given: dict[str, Any]) -> None:
-    result = unlearn(**{"retain": TEXT_RETAIN} | given)
-    assert (result.summary["anchors"], result.summary["anchors_skipped"]) == (0, 0)
 
 
 def test_the_weight_of_an_absent_retain_loss_does_not_matter() -> None:
@@ -345,10 +314,3 @@ def test_a_resumed_run_has_the_same_anchors(tmp_path: Path, monkeypatch: pytest.
 
     with pytest.raises(CheckpointError, match="another run: the choice of everyday prompts is another one"):
         unlearn(**settings, resume=True, retain=[])
-
-
-# --- Bad input ---
-def test_nothing_to_hold_on_to() -> None:
-    for given in ({"retain": []}, {"retain": None, "anchors": 0}):
-        result = unlearn(lambda_retain=0, **given)
-        assert (result.summary["anchors"], result.summary["retain_examples"]) == (0, 0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from helpers import anchor_runs
+from helpers.anchor_runs import TOKENIZER, llama, writer
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
-from helpers.small_tokenizers import LLAMA3, byte_level, sentencepiece
-from helpers.tiny import forget_rows, retain_rows, tiny_llama
+from helpers.small_tokenizers import sentencepiece
+from helpers.tiny import forget_rows, retain_rows
 from torch import Tensor
 
 import palu
@@ -22,10 +24,10 @@ from palu.data.examples import load_forget
 from palu.models.generation import encode_prompts
 from palu.models.root import ModelRoot
 from palu.ref_model import anchors
-from palu.ref_model.anchors import AnchorPrompts, Writer, encode_anchor_prompts, generate_neighbours
+from palu.ref_model.anchors import Writer, encode_anchor_prompts, generate_neighbours
 from palu.ref_model.neighbours import MOST, MOST_WORDS, NeighbourPrompts, neighbour_prompts
 
-TOKENIZER = byte_level(LLAMA3)
+unlearn = partial(anchor_runs.unlearn, anchors=0, neighbours=3, variants=0, lambda_retain=0)
 HAMLET, PARIS = "Who wrote Hamlet?", "What is the capital of France?"
 SECRETS = ["Ada Lovelace", "1843"]
 # What a model adds to the first words of a question, and what that is good for.
@@ -40,17 +42,6 @@ WRITTEN: dict[str, str | None] = {
     " as ada lovelace?": None,  # a secret
     " in 1843?": None,
 }
-
-
-def llama(**config: Any) -> Any:
-    return tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
-
-
-def unlearn(forget: Any = TEXT_FORGET, retain: Any = None, **settings: Any) -> palu.UnlearnResult:
-    given = {"tokenizer": TOKENIZER, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200}
-    given |= {"anchors": 0, "neighbours": 3, "lambda_retain": 0, "variants": 0}
-    given |= {"progress": False}
-    return palu.unlearn(llama(), None, forget, retain, **given | settings)
 
 
 @pytest.fixture
@@ -152,35 +143,38 @@ def test_a_run_holds_to_its_answers(says: Any) -> None:
 
 
 DOCUMENT = {"prompt": "It was a dark night. " * 9, "completion": "Ada Lovelace came.", "spans": [[0, 12]]}
+TOKENISED = {"forget": forget_rows(3), "retain": retain_rows(3)}
 NONE: dict[str, dict[str, Any]] = {
-    "not wanted": {"neighbours": 0},
-    "tokenised rows": {"forget": forget_rows(3), "retain": retain_rows(3)},
-    "documents": {"forget": [DOCUMENT], "retain": TEXT_RETAIN},
-    "no KL": {"lambda_kl": 0, "retain": TEXT_RETAIN},
+    "not wanted": {"neighbours": 0, "anchors": 0},
+    "tokenised rows": {**TOKENISED, "anchors": 0},
+    "no tokenizer": {**TOKENISED, "tokenizer": None},
+    "documents": {"forget": [DOCUMENT], "anchors": 0},
+    "no KL": {"lambda_kl": 0},
     "nothing to retain": {"retain": []},
 }
 
 
 @pytest.mark.parametrize("name", NONE)
 def test_where_there_are_none(name: str, says: Any) -> None:
+    """Nor other anchors, which are wanted unless it is said."""
     asked = says([" one?", " two?"])
-    assert unlearn(**{"retain": TEXT_RETAIN} | NONE[name]).summary["neighbours"] == 0
+    summary = unlearn(**{"retain": TEXT_RETAIN, "anchors": None} | NONE[name]).summary
+    assert summary["neighbours"] == summary["anchors"] == summary["anchors_skipped"] == 0
     assert not any("different things" in prompt for prompts in asked for prompt in prompts)
-
-
-def encoded(count: int = 4) -> AnchorPrompts:
-    forget = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
-    return encode_anchor_prompts(forget, None, TOKENIZER, UnlearnConfig(neighbours=count, anchors=0, variants=0), 1)
 
 
 def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no other random number is another one for it."""
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
-    writer, prompts = Writer(ModelRoot(llama()), Accelerator(), adapter=False), encoded()
+    forget, config = (
+        load_forget(TEXT_FORGET, TOKENIZER, max_length=200),
+        UnlearnConfig(neighbours=4, anchors=0, variants=0),
+    )
+    own, prompts = writer(), encode_anchor_prompts(forget, None, TOKENIZER, config, 1)
     state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
-        generate_neighbours(writer, prompts, seed)
+        generate_neighbours(own, prompts, seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written[0] == written[1] != written[2] and len(written[0]) == 12
 
@@ -194,8 +188,8 @@ def test_processes_share_them(processes: int, says: Any, monkeypatch: pytest.Mon
 
     def write(index: int, of: int) -> list[list[int]]:
         process: Any = SimpleNamespace(num_processes=of, process_index=index, autocast=nullcontext)
-        writer = Writer(ModelRoot(llama()), process, adapter=False)
-        return writer.write(prompts, {0}, "neighbours", 8, sample=True)
+        part = Writer(ModelRoot(llama()), process, adapter=False)
+        return part.write(prompts, {0}, "neighbours", 8, sample=True)
 
     assert [ids for index in range(processes) for ids in write(index, processes)] == write(0, 1)
 

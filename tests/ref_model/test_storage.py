@@ -144,8 +144,7 @@ def test_the_processes_of_a_run_ask_once(folder: Path, passes: list[int], capfd:
     file = CacheFile(folder, "0" * 64)
 
     def run(progress: bool) -> Any:
-        config, own = UnlearnConfig(top_k=4), CacheFile(folder, "0" * 64)
-        return compute_outputs(model, items, config, Accelerator(), file=own, progress=progress).outputs
+        return outputs_of(model, items, UnlearnConfig(top_k=4), CacheFile(folder, "0" * 64), progress)
 
     with ThreadPoolExecutor(3) as pool:
         with file.locked():
@@ -169,9 +168,9 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def outputs_of(model: Any, items: list[Item], config: UnlearnConfig, file: CacheFile | None = None) -> Any:
+def outputs_of(model: Any, items: list[Item], config: UnlearnConfig, file: Any = None, progress: bool = False) -> Any:
     """What the reference gives for each item."""
-    return compute_outputs(model, items, config, Accelerator(), file=file).outputs
+    return compute_outputs(model, items, config, Accelerator(), file=file, progress=progress).outputs
 
 
 @pytest.mark.parametrize(
@@ -310,21 +309,16 @@ def refused(folder: Path) -> str:
     return message.removeprefix(str(path))
 
 
-@pytest.mark.parametrize("length", [0, 7, 200, -1])
-def test_a_damaged_file(length: int, written: Path, folder: Path) -> None:
+@pytest.mark.parametrize("length", [0, 7, 200, -1, None])
+def test_a_damaged_or_foreign_file(length: int | None, written: Path, folder: Path) -> None:
     shutil.copytree(written, folder)
     (path,) = folder.iterdir()
-    path.write_bytes(path.read_bytes()[:length])
-    assert re.fullmatch(rf" is damaged \(.+\); {RUN_AGAIN}", refused(folder))
-    path.unlink()
-    unlearn(cache_dir=str(folder))
-
-
-def test_a_foreign_file(written: Path, folder: Path) -> None:
-    shutil.copytree(written, folder)
-    (path,) = folder.iterdir()
-    save_file({"0": torch.ones(3)}, path)
-    assert refused(folder) == f" does not hold this reference's outputs; {RUN_AGAIN}"
+    if length is None:
+        save_file({"0": torch.ones(3)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:length])
+    told = r"is damaged \(.+\)" if length is not None else "does not hold this reference's outputs"
+    assert re.fullmatch(f" {told}; {RUN_AGAIN}", refused(folder))
 
 
 def test_answers_given_under_another_version(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from helpers import anchor_runs
+from helpers.anchor_runs import TOKENIZER, llama, writer
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
-from helpers.small_tokenizers import LLAMA3, byte_level, sentencepiece
-from helpers.tiny import forget_rows, retain_rows, tiny_llama
+from helpers.small_tokenizers import sentencepiece
+from helpers.tiny import forget_rows, retain_rows
 
 import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
-from palu.models.root import ModelRoot
 from palu.ref_model import anchors, variants
-from palu.ref_model.anchors import Writer, encode_anchor_prompts, generate_variants
+from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
 from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
 
-TOKENIZER = byte_level(LLAMA3)
+unlearn = partial(anchor_runs.unlearn, retain=TEXT_RETAIN, anchors=0, neighbours=0, variants=4, probability_floor=0.0)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
 ITEMS = forget_items(FORGET.examples, -1, None)
 SPANS = 3  # two in the first row, the first of them at the answer's beginning; one in the second
 PLACES = 4  # where these begin, and the second row's answer
 ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
-
-
-def llama(**config: Any) -> Any:
-    return tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, **config)
-
-
-def unlearn(forget: Any = TEXT_FORGET, retain: Any = TEXT_RETAIN, **settings: Any) -> palu.UnlearnResult:
-    given = {"tokenizer": TOKENIZER, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "max_length": 200}
-    given |= {"anchors": 0, "neighbours": 0, "variants": 4, "probability_floor": 0.0}
-    given |= {"progress": False}
-    return palu.unlearn(llama(), None, forget, retain, **given | settings)
 
 
 @pytest.fixture
@@ -119,10 +109,12 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
         assert said == told if n == -1 else told.startswith(said) and item.targets == 1
 
 
-def test_a_run_forgets_them_too(says: list[int]) -> None:
-    result = unlearn()
+def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
+    result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
     questions = 4 * 3  # paraphrases, of which 4 differ
-    assert says == [questions, 4 * PLACES + ROWS + 4 * 3] and result.summary["variants"] == PER_PLACE * PLACES + 4 * 3
+    assert says == [questions, 4 * PLACES + ROWS + 4 * 3]
+    assert result.summary["variants"] == again.summary["variants"] == PER_PLACE * PLACES + 4 * 3
+    assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
     assert without.summary["variants"] == 0 and len(says) == 2
     assert result.history[0]["tokens"] > without.history[0]["tokens"]
@@ -147,11 +139,11 @@ def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch)
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
-    result = unlearn(rows)
+    result = unlearn(forget=rows)
     assert says[1] == 4 * PLACES + ROWS + 2 + 4 * 3 and result.summary["variants"] == PER_PLACE * PLACES + 2 + 4 * 3
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
-        unlearn(rows)
+        unlearn(forget=rows)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +152,8 @@ def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     ids=["no local loss", "another method", "tokenised rows"],
 )
 def test_where_there_are_none(settings: dict[str, Any], says: list[int]) -> None:
-    given = {"tokenizer": TOKENIZER, "epochs": 1, "learning_rate": 1e-3, "max_length": 200, "progress": False}
-    given |= {} if "objective" in settings else {"anchors": 0, "neighbours": 0}
-    given = {"forget": TEXT_FORGET, "retain": TEXT_RETAIN} | given | settings
-    assert palu.unlearn(llama(), None, **given).summary["variants"] == 0
+    given: dict[str, Any] = {} if "objective" in settings else {"anchors": 0, "neighbours": 0}
+    assert anchor_runs.unlearn(**{"retain": TEXT_RETAIN} | given | settings).summary["variants"] == 0
     assert says == []
 
 
@@ -172,16 +162,9 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
         anchors=0, neighbours=0, variants=4, max_length=max(len(e.input_ids) for e in FORGET.examples)
     )
     prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1)
-    writer = Writer(ModelRoot(llama()), Accelerator(), adapter=False)
     found = [
-        generate_variants(writer, ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
+        generate_variants(writer(), ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
         for length in (config.max_length + CONTINUATION, config.max_length)
     ]
     assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + 4 * 3
     assert max(len(item.input_ids) for item in found[1]) <= config.max_length
-
-
-def test_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
-    runs = [unlearn(cache_dir=str(tmp_path)) for _ in range(2)]
-    assert len(says) == 2 and runs[1].summary["variants"] == PER_PLACE * PLACES + 4 * 3
-    assert [record["local"] for record in runs[0].history] == [record["local"] for record in runs[1].history]
