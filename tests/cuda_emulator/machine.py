@@ -128,8 +128,8 @@ class Outcome:
     """What the runs of a case came to."""
 
     findings: list[Finding] = field(default_factory=list)
-    # By tensor and dtype: units of what cannot be helped, relative, and plain torch's relative error.
-    errors: dict[tuple[str, str], tuple[float, float, float]] = field(default_factory=dict)
+    # By tensor and dtype: units of what cannot be helped.
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
     traffic: list[str] = field(default_factory=list)  # bytes that the launches asked for
 
 
@@ -159,10 +159,6 @@ class Machine:
         self.library = ctypes.CDLL(str(path))
         self.library.emu_report.restype = ctypes.c_char_p
         self.library.emu_instances.restype = ctypes.c_char_p
-
-    def close(self) -> None:
-        """Give memory back."""
-        self.library.emu_end()
 
     def instances(self) -> dict[str, bool]:
         """Return every compiled instance of a kernel, and whether a launch of this process was of it."""
