@@ -127,6 +127,19 @@ def frozen_copy(model: PreTrainedModel, noise: float = 0.0) -> PreTrainedModel:
 
 
 # --- candidates: one run per batch ---
+def palu_runs(setup: Setup) -> list[Run]:
+    """A step of palu."""
+    return [partial(setup.palu_step, loader) for loader in setup.loaders]
+
+
+def published_runs(setup: Setup) -> list[Run]:
+    """A step as published; from here on there is a reference model."""
+    setup.ref_model = frozen_copy(setup.twin)
+    # palu's copy of the reference's head is not the published step's to carry.
+    setup.method.ref_head = head_of(setup.ref_model)
+    return [partial(setup.published_step, batch) for batch in setup.padded]
+
+
 def body_runs(setup: Setup) -> list[Run]:
     """Forward and backward pass of the packed body alone, on each batch."""
 
@@ -181,3 +194,12 @@ def published_section_runs(setup: Setup) -> list[Run]:
 def states(*shape: int, like: Tensor) -> Tensor:
     """Draw hidden states [..., d] as a final norm leaves them, with the dtype and device of a head [V, d]."""
     return torch.randn(*shape, like.shape[1], dtype=like.dtype, device=like.device, requires_grad=True)
+
+
+CANDIDATES: dict[str, Callable[[Setup], list[Run]]] = {
+    "palu": palu_runs,
+    "body": body_runs,
+    "published": published_runs,
+    "loss-palu": palu_section_runs,
+    "loss-published": published_section_runs,
+}

@@ -1,4 +1,4 @@
-"""Load, fine-tune and save the models of the unlearning benchmarks."""
+"""Load and fine-tune the models of the unlearning benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.data.examples import load_retain
-from palu.data.packing import Item, retain_items
+from palu.data.packing import retain_items
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
@@ -94,7 +94,10 @@ def fine_tune(
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
                 with fast_products(DEVICE):
-                    loss = mean_nll(model, [items[i] for i in chosen.tolist()])
+                    states, labels = states_and_labels(model, [items[i] for i in chosen.tolist()])
+                    share = torch.full((len(labels),), 1 / len(labels), device=DEVICE)
+                    terms = (CrossEntropyTerm(labels),)
+                    loss, _ = fused_linear_losses(states, head_of(model), terms, share, chunk_bytes=CHUNK_BYTES)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -103,11 +106,3 @@ def fine_tune(
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
-
-
-def mean_nll(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:
-    """Compute the mean token NLL of the items' answers."""
-    hidden, labels = states_and_labels(model, items)
-    share = torch.full((len(labels),), 1 / len(labels), device=model.device)
-    total, _ = fused_linear_losses(hidden, head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=CHUNK_BYTES)
-    return total
