@@ -4,6 +4,7 @@ import ctypes
 import re
 import subprocess
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class Outcome:
     traffic: list[str] = field(default_factory=list)  # bytes that the launches asked for
 
 
+@cache
 def read_structs() -> dict[str, type[ctypes.Structure]]:
     """Read from the headers the struct that each launcher in launch.h takes, by the launcher's name."""
     texts = compiler.read_sources()
@@ -155,7 +157,6 @@ class Machine:
 
     def __init__(self, path: Path, architecture: int) -> None:
         self.path, self.architecture = path, architecture
-        self.structs = read_structs()
         self.library = ctypes.CDLL(str(path))
         self.library.emu_report.restype = ctypes.c_char_p
         self.library.emu_instances.restype = ctypes.c_char_p
@@ -216,7 +217,7 @@ class Machine:
             )
 
     def _call(self, phase: Phase) -> None:
-        struct = self.structs[phase.launcher]
+        struct = read_structs()[phase.launcher]
         members = [name for name, *_ in struct._fields_]
         if sorted(members) != sorted(phase.arguments):
             given = ", ".join(phase.arguments)
