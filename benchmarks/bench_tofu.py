@@ -57,8 +57,8 @@ def main() -> None:
     parser = parser_of(str(__doc__), cross=True)
     add, authors = parser.add_argument, _cross.AUTHORS
     numbers: dict[str, Any] = {"type": int, "nargs": "+"}
-    reported = {"default": authors["report"], "choices": authors["report"] + authors["fresh"]}
-    choosing = {"default": authors["choose"], "choices": authors["choose"]}
+    reported: dict[str, Any] = {"default": authors["report"], "choices": authors["report"] + authors["fresh"]}
+    choosing: dict[str, Any] = {"default": authors["choose"], "choices": authors["choose"]}
     attacks: dict[str, Any] = {"nargs": "+", "default": _cross.ATTACKS, "choices": _cross.ATTACKS}
     objectives = ",".join(OBJECTIVE_METHODS)
     add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
