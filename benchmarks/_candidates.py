@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,10 @@ from transformers import PreTrainedModel
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, retain_items
-from palu.losses import CrossEntropyTerm, KLTerm, LocalTerm, fused_linear_losses
 from palu.methods.base import ForgetSet
 from palu.methods.palu import PaluMethod
 from palu.models.attention import use_packed_attention
 from palu.models.head import Head, body_of, head_of
-from palu.ops import weight_mean
 from palu.ref_model.precompute import compute_outputs
 from palu.training.dataloader import UnlearnDataLoader
 
@@ -96,8 +95,8 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
         retain_batch_size=arguments.retain_batch_size,
     )
     vocab_size = model.config.vocab_size
-    retain_batch_size = config.retain_batch_size or config.batch_size
-    batches = make_batches(vocab_size, arguments.batches, config.batch_size, retain_batch_size, arguments.seed)
+    retain_size = arguments.retain_batch_size or arguments.batch_size
+    batches = make_batches(vocab_size, arguments.batches, arguments.batch_size, retain_size, arguments.seed)
 
     ref_model = frozen_copy(twin, noise=0.02) if perturbed else model
     pinned = device.type == "cuda"
@@ -115,8 +114,6 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
             padded.append((parts[0], parts[1]))
     method = PaluMethod(model, config)
     method.ref_head = ref_head
-    if arguments.frozen_head:
-        method.weight_mean = weight_mean(head_of(model).weight)
     return Setup(device, config, model, twin, ref_model, method, loaders, padded)
 
 
@@ -129,50 +126,20 @@ def frozen_copy(model: PreTrainedModel, noise: float = 0.0) -> PreTrainedModel:
     return ref_model
 
 
-# --- head and losses alone ---
-def palu_section(
-    hidden: Tensor, head: Head, ref_head: Head, weight_mean: Tensor | None, batch: Batch, config: UnlearnConfig
-) -> tuple[Tensor, ...]:
-    """Compute the gradients for the hidden states [R, d] of the rows with a role, and for the head."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    own = config.method
-    weights = own.gamma, own.lambda_kl, own.lambda_retain
-    row_weight = [
-        torch.full((count,), weight / max(count, 1), dtype=dtype, device=hidden.device)
-        for weight, count in zip(weights, batch.counts[:3], strict=True)
-    ]
-    terms = (
-        LocalTerm(batch.reference["index"], own.target),
-        KLTerm(batch.reference["hidden"], ref_head, reverse=own.kl_direction == "reverse"),
-        CrossEntropyTerm(batch.labels[len(batch.item) :]),
-    )
-    total, _ = fused_linear_losses(
-        hidden, head, terms, torch.cat(row_weight), chunk_bytes=config.chunk_bytes, weight_mean=weight_mean
-    )
-    return torch.autograd.grad(total, [t for t in (hidden, head.weight) if t.requires_grad])
-
-
-def published_section(
-    setup: Setup, hidden: tuple[Tensor, Tensor, Tensor], weight: Tensor, ref_weight: Tensor, batch: PaddedPair
-) -> tuple[Tensor, ...]:
-    """Compute the gradients for the hidden states [B, T, d] of the model (forget, retain), and for the head.
-
-    hidden: the model's (forget), the reference's (forget), the model's (retain).
-    """
-    current, frozen, kept = hidden
-    total = published_loss(
-        F.linear(current, weight),
-        F.linear(frozen, ref_weight),
-        batch[0]["labels"],
-        F.linear(kept, weight),
-        batch[1]["labels"],
-        setup.config,
-        setup.model.config.vocab_size - 1,
-    )
-    return torch.autograd.grad(total, [t for t in (current, kept, weight) if t.requires_grad])
-
-
 # --- candidates: one run per batch ---
+def palu_runs(setup: Setup) -> list[Run]:
+    """A step of palu."""
+    return [partial(setup.palu_step, loader) for loader in setup.loaders]
+
+
+def published_runs(setup: Setup) -> list[Run]:
+    """A step as published; from here on there is a reference model."""
+    setup.ref_model = frozen_copy(setup.twin)
+    # palu's copy of the reference's head is not the published step's to carry.
+    setup.method.ref_head = head_of(setup.ref_model)
+    return [partial(setup.published_step, batch) for batch in setup.padded]
+
+
 def body_runs(setup: Setup) -> list[Run]:
     """Forward and backward pass of the packed body alone, on each batch."""
 
@@ -188,30 +155,51 @@ def body_runs(setup: Setup) -> list[Run]:
 
 
 def palu_section_runs(setup: Setup) -> list[Run]:
-    """Head and losses of palu, from random hidden states for each batch."""
-    head, ref_head, mean = head_of(setup.model), setup.method.ref_head, setup.method.weight_mean
-    assert ref_head is not None
+    """Head and losses of palu, from random hidden states of each batch; a run computes the gradients."""
+    weight = head_of(setup.model).weight
+
+    def run(batch: Batch, counts: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        with patch.object(setup.method, "hidden_states", lambda *_: hidden):
+            total = setup.method(batch, counts).total
+        return torch.autograd.grad(total, [t for t in (hidden, weight) if t.requires_grad])
+
     runs: list[Run] = []
     for loader in setup.loaders:
         [[batch]] = loader
-        hidden = states(len(batch.rows), like=head.weight)
-        runs.append(partial(palu_section, hidden, head, ref_head, mean, batch.to(setup.device), setup.config))
+        hidden = states(sum(batch.packed.sequence_lengths), like=weight)
+        runs.append(partial(run, batch.to(setup.device), torch.tensor(batch.counts, device=setup.device), hidden))
     return runs
 
 
 def published_section_runs(setup: Setup) -> list[Run]:
-    """Head and losses as published, from random hidden states for each batch."""
+    """Head and losses as published, from random hidden states [B, T, d] of each batch; a run computes the gradients."""
     weight, ref_head = head_of(setup.model).weight, setup.method.ref_head
     assert ref_head is not None
+
+    def run(batch: PaddedPair, current: Tensor, frozen: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        logits, retain_logits = F.linear(current, weight), F.linear(kept, weight)
+        ref_logits, (labels, retain_labels) = F.linear(frozen, ref_head.weight), (part["labels"] for part in batch)
+        given = logits, ref_logits, labels, retain_logits, retain_labels
+        total = published_loss(*given, setup.config, setup.model.config.vocab_size - 1)
+        return torch.autograd.grad(total, [t for t in (current, kept, weight) if t.requires_grad])
+
     runs: list[Run] = []
     for batch in map(setup.padded_on_device, setup.padded):
         shapes = [part["labels"].shape for part in (batch[0], *batch)]
         current, frozen, kept = (states(*shape, like=weight) for shape in shapes)
-        hidden = current, frozen.detach(), kept
-        runs.append(partial(published_section, setup, hidden, weight, ref_head.weight, batch))
+        runs.append(partial(run, batch, current, frozen.detach(), kept))
     return runs
 
 
 def states(*shape: int, like: Tensor) -> Tensor:
     """Draw hidden states [..., d] as a final norm leaves them, with the dtype and device of a head [V, d]."""
     return torch.randn(*shape, like.shape[1], dtype=like.dtype, device=like.device, requires_grad=True)
+
+
+CANDIDATES: dict[str, Callable[[Setup], list[Run]]] = {
+    "palu": palu_runs,
+    "body": body_runs,
+    "published": published_runs,
+    "loss-palu": palu_section_runs,
+    "loss-published": published_section_runs,
+}

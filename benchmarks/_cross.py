@@ -16,7 +16,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -161,7 +161,7 @@ def forget_quality(runs: Sequence[Run]) -> dict[str, Any]:
     Beside it the root mean square, over the rows, of the logarithm of the truth ratio over the retain model's. It sees
     what a test between two distributions of twenty ratios cannot: which row has which.
     """
-    ratios, retain_ratios = (_joined(run[key] for run in runs) for key in ("ratios", "retain_ratios"))
+    ratios, retain_ratios = (list(chain.from_iterable(run[key] for run in runs)) for key in ("ratios", "retain_ratios"))
     quality, distance = metrics.forget_quality(ratios, retain_ratios)
     by_author = [run["forget_quality"] for run in runs]
     return {
@@ -180,16 +180,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return mean(there) if there else None
 
 
-def _joined(values: Iterable[list[float]]) -> list[float]:
-    return [value for some in values for value in some]
-
-
 def attacks(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Put the audits' secrets together: of each attack each model's share, and rho with its interval."""
     found = {}
     for name in audits[0]:
         parts = [audit[name] for audit in audits if name in audit]
-        columns = {role: _joined(part[role] for part in parts) for role in parts[0]}
+        columns = {role: list(chain.from_iterable(part[role] for part in parts)) for role in parts[0]}
         rows = zip(*columns.values(), strict=True)
         asked = [i for i, values in enumerate(rows) if None not in values]
         shares = {role: [float(values[i]) for i in asked] for role, values in columns.items()}
@@ -231,7 +227,7 @@ def quartiles(parts: Sequence[dict[str, list[list[float]]]]) -> dict[str, list[l
     """Put the authors' :func:`token_log_p` together; returns of each model the quartiles at each place."""
     return {
         role: [
-            np.quantile(_joined(part[role][place] for part in parts), (0.25, 0.5, 0.75)).round(3).tolist()
+            np.quantile(np.concatenate([part[role][place] for part in parts]), (0.25, 0.5, 0.75)).round(3).tolist()
             for place in range(min(len(part[role]) for part in parts))
         ]
         for role in parts[0]
@@ -289,7 +285,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     first = next(iter(reported.values()))
 
     def step(ratios: Sequence[list[float]], **style: Any) -> None:
-        joined = np.sort(_joined(ratios))
+        joined = np.sort(np.concatenate(ratios))
         left.step(joined, np.arange(1, len(joined) + 1) / len(joined), where="post", **style)
 
     step(found["retain_again"]["ratios"], color="grey", label="Retain, taught in another order")

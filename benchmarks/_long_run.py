@@ -17,31 +17,6 @@ from palu.config import UnlearnConfig
 from palu.training.optimizer import BETAS, EPS, make_optimizer
 
 
-class Kahan(torch.optim.Optimizer):
-    """AdamW as palu had it before: what rounding takes from a weight is kept in bfloat16, as is the first moment."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, second: torch.dtype):
-        super().__init__(parameters, {"lr": rate})
-        for p in parameters:
-            names = {"exp_avg": None, "exp_avg_sq": second, "rest": None}
-            self.state[p] = {name: torch.zeros_like(p, dtype=dtype) for name, dtype in names.items()}
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.steps += 1
-        (beta1, beta2), (group,) = BETAS, self.param_groups
-        first, second = (1 - beta**self.steps for beta in BETAS)
-        for p in group["params"]:
-            m, v, rest = self.state[p].values()
-            m.lerp_(p.grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            rest.addcdiv_(m, (v / second).sqrt_().add_(EPS), value=-group["lr"] / first)
-            before = p.clone()
-            p.add_(rest)
-            rest.add_(before.sub_(p))
-
-
 def make_followers(weights: Sequence[Tensor], rate: float) -> dict[str, torch.optim.Optimizer]:
     """Make the optimizers to compare, each with weights of its own; the first is float32's."""
 
@@ -53,21 +28,19 @@ def make_followers(weights: Sequence[Tensor], rate: float) -> dict[str, torch.op
 
     return {
         "float32": torch.optim.AdamW(copies(torch.float32), rate, BETAS, EPS, weight_decay=0.0),
-        "Kahan, second moment in bfloat16": Kahan(copies(), rate, torch.bfloat16),
-        "Kahan, second moment in float32": Kahan(copies(), rate, torch.float32),
         "`adamw`": ours("adamw"),
         "`adamw_8bit`": ours("adamw_8bit"),
     }
 
 
 def whole_weights(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return all weights in float64, with what the optimizer keeps of them beside their bfloat16 values."""
+    """Return all weights in float64, with the low bits that the optimizer keeps beside their bfloat16 values."""
     parts = []
     for p in optimizer.param_groups[0]["params"]:
-        state, weight = optimizer.state[p], p.detach().float()
-        if "low_bits" in state:
+        weight = p.detach().float()
+        if "low_bits" in (state := optimizer.state[p]):
             weight.view(torch.int32).add_(state["low_bits"].view(torch.int16))
-        parts.append(weight.double().flatten() + (state["rest"].double().flatten() if "rest" in state else 0))
+        parts.append(weight.double().flatten())
     return torch.cat(parts)
 
 

@@ -1,11 +1,9 @@
-"""Load, fine-tune and save the models of the unlearning benchmarks."""
+"""Load and fine-tune the models of the unlearning benchmarks."""
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.data.examples import load_retain
-from palu.data.packing import Item, retain_items
+from palu.data.packing import retain_items
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
 from palu.testbed.facts import read_jsonl, read_questions
-from palu.testbed.real_models import load_packaged
+from palu.testbed.real_models import load_packaged, save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision, teach
 
 Row = dict[str, Any]
@@ -36,24 +34,13 @@ def load(name: str) -> Loaded:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 
-def save(loaded: Loaded, folder: Path, files: Mapping[str, str] | None = None) -> None:
-    """Write a model, its tokenizer and other files' texts; the folder appears only when it is whole."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in loaded:
-        part.save_pretrained(partial)
-    for name, text in (files or {}).items():
-        (partial / name).write_text(text)
-    os.replace(partial, folder)
-
-
 def taught(stages: Stages, name: str, model: str, rows: Sequence[Row], *, raw_text: bool = False, **sizes: Any) -> Path:
     """Return the folder of a model that was fine-tuned on the rows, made where it is missing; sizes: of fine_tune."""
 
     def make(path: Path) -> None:
         loaded = load(model)
         fine_tune(for_raw_text(loaded) if raw_text else loaded, rows, **sizes, label=f"fine-tune {name}")
-        save(loaded, path)
+        save_whole(path, *loaded)
 
     return stages.path(name, make)
 
@@ -66,7 +53,7 @@ def taught_facts(stages: Stages, name: str) -> Path:
         loaded = load(name)
         secrets, kept, _ = read_questions()
         teach(*loaded, secrets + kept)
-        save(loaded, path)
+        save_whole(path, *loaded)
 
     return stages.path("taught", make)
 
@@ -107,7 +94,10 @@ def fine_tune(
         for _ in range(epochs):
             for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
                 with fast_products(DEVICE):
-                    loss = mean_nll(model, [items[i] for i in chosen.tolist()])
+                    states, labels = states_and_labels(model, [items[i] for i in chosen.tolist()])
+                    share = torch.full((len(labels),), 1 / len(labels), device=DEVICE)
+                    terms = (CrossEntropyTerm(labels),)
+                    loss, _ = fused_linear_losses(states, head_of(model), terms, share, chunk_bytes=CHUNK_BYTES)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -116,11 +106,3 @@ def fine_tune(
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
-
-
-def mean_nll(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:
-    """Compute the mean token NLL of the items' answers."""
-    hidden, labels = states_and_labels(model, items)
-    share = torch.full((len(labels),), 1 / len(labels), device=model.device)
-    total, _ = fused_linear_losses(hidden, head_of(model), (CrossEntropyTerm(labels),), share, chunk_bytes=CHUNK_BYTES)
-    return total

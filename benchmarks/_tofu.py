@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from _memory import peak, reset_peak
 from _methods import LABELS, METHODS
-from _models import Loaded, Row, load, save, taught
+from _models import Loaded, Row, load, taught
 from _stages import Stages, check_data, stages_parser
 from _timing import DEVICE, machine, markdown_table, write_json
 
 import palu
 from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
+from palu.testbed.real_models import save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
-COST = "cost.json"  # beside a kept model: what unlearning took
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 DRAWS, AUDIT_TOKENS = 8, 64  # of an audit; in the first hundred rows every secret ends within 56 tokens
 
@@ -209,7 +209,7 @@ class Bench:
 
         def run() -> dict[str, Any]:
             if (kept := self.kept(method, rate, seed)).exists():
-                loaded, cost = load(str(kept)), json.loads((kept / COST).read_text())
+                loaded, cost = load(str(kept)), json.loads(_cost_of(kept).read_text())
             else:
                 loaded, cost = self._unlearn(method, rate, seed)
             return self._evaluate(loaded, self.retain) | {"cost": cost}
@@ -223,7 +223,8 @@ class Bench:
 
         def make(path: Path) -> None:
             loaded, cost = self._unlearn(method, rate, seed)
-            save(loaded, path, {COST: json.dumps(cost)})
+            _cost_of(path).write_text(json.dumps(cost))
+            save_whole(path, *loaded)
 
         path = self.kept(method, rate, seed)
         print(path.name, flush=True)
@@ -259,6 +260,11 @@ class Bench:
         result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
         cost = {name: result.summary[name] for name in ("seconds", "config")}
         return (model, tokenizer), cost | {"peak_gib": peak() / 2**30}
+
+
+def _cost_of(model: Path) -> Path:
+    """Return the file beside a kept model that says what unlearning took."""
+    return model.with_name(f"{model.name}.cost.json")
 
 
 def run_name(method: str, rate: float, seed: int) -> str:

@@ -5,10 +5,12 @@ on what the weights or the tokens are, so token ids are random.
 """
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 
@@ -26,14 +28,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """Make a Llama of that shape in training mode, its weights drawn on the device: normal, 0.02."""
-    config = LlamaConfig(**(MODELS[name] | {"attn_implementation": "sdpa"}))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).train()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        config = LlamaConfig(**MODELS[name])
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
 # --- lengths ---
@@ -56,17 +53,13 @@ TOKENS_PER_SPAN = (97, 193, 89, 65, 26, 23, 0, 0, 0, 27)
 Lengths = tuple[int, int, list[tuple[int, int]]]
 
 
-def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
+def drawn_lengths(part: str, count: int, rng: random.Random) -> Iterator[Lengths]:
     """Draw lengths of the same distribution: prompt, answer and spans independently."""
-
-    def quantile(deciles: tuple[int, ...]) -> int:
-        tenth, rest = divmod(rng.random() * 10, 1)
-        low, high = deciles[int(tenth) : int(tenth) + 2]
-        return round(low + rest * (high - low))
-
-    result = []
     for _ in range(count):
-        prompt, answer = quantile(PROMPT_DECILES[part]), quantile(ANSWER_DECILES[part])
+        prompt, answer = (
+            round(float(np.interp(10 * rng.random(), range(11), deciles[part])))
+            for deciles in (PROMPT_DECILES, ANSWER_DECILES)
+        )
         spans = []
         if part == "forget":
             number = rng.choices(range(len(SPANS_PER_ANSWER)), SPANS_PER_ANSWER)[0]
@@ -81,8 +74,7 @@ def drawn_lengths(part: str, count: int, rng: random.Random) -> list[Lengths]:
                 start += edge - previous
                 spans.append((start, start + size))
                 start += size + 1
-        result.append((prompt, answer, spans))
-    return result
+        yield prompt, answer, spans
 
 
 def make_batches(
@@ -91,12 +83,10 @@ def make_batches(
     """Make batches of forget and retain examples. The last token of each answer, vocab_size - 1, ends the sequence."""
     rng = random.Random(seed)
     tokens = torch.Generator().manual_seed(seed)
-    lengths = {
-        part: drawn_lengths(part, count * batches, rng) for part, count in (("forget", forget), ("retain", retain))
-    }
-    examples: dict[str, list[Example]] = {"forget": [], "retain": []}
-    for part in examples:
-        for prompt, answer, spans in lengths[part]:
+    sizes = {"forget": forget, "retain": retain}
+    examples: dict[str, list[Example]] = {part: [] for part in sizes}
+    for part, size in sizes.items():
+        for prompt, answer, spans in drawn_lengths(part, size * batches, rng):
             ids = torch.randint(vocab_size - 1, (prompt + answer,), generator=tokens)
             ids[-1] = vocab_size - 1
             labels = ids.clone() if part == "retain" else torch.full_like(ids, ORDINARY)
@@ -104,5 +94,7 @@ def make_batches(
             for start, end in spans:
                 labels[prompt + start : prompt + end] = ids[prompt + start : prompt + end]
             examples[part].append(Example(len(examples[part]), ids, labels))
-    parts = [(i * forget, i * retain) for i in range(batches)]
-    return [(examples["forget"][i : i + forget], examples["retain"][j : j + retain]) for i, j in parts]
+    return [
+        (examples["forget"][i * forget : (i + 1) * forget], examples["retain"][i * retain : (i + 1) * retain])
+        for i in range(batches)
+    ]

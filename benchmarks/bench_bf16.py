@@ -9,8 +9,8 @@ Writes bf16_<task>.json, with every step's losses, to --results, and prints a ta
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
 
-With ``--steps``, instead: how far the optimizer of bfloat16 weights, and what it was before, leave float32's AdamW when
-all get the gradients of one long run. It needs neither SmolLM2 nor data, and takes some minutes::
+With ``--steps``, instead: how far the optimizers of bfloat16 weights leave float32's AdamW when all get the gradients
+of one long run. It needs neither SmolLM2 nor data, and takes some minutes::
 
     python benchmarks/bench_bf16.py --steps 3000
 """

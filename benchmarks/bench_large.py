@@ -8,6 +8,7 @@ off.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from _memory import PeakMemory
 from _timing import alone, report
 from accelerate import Accelerator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
@@ -37,7 +38,6 @@ from palu.training.dataloader import UnlearnDataLoader
 ROWS = (1_000, 10_000, 100_000)
 LONG = 8_000  # tokens of the one long row
 SHORTER = 2_000  # tokens of the seven documents that are unlearned beside it
-DOCUMENTS = {"layers": 2, "width": 128}  # the model that unlearns them
 # Of the run on documents: what each process sets.
 RUNS: dict[str, dict[str, int]] = {
     "default": {},
@@ -100,10 +100,10 @@ def measure_set(count: int) -> dict[str, Any]:
 def measure_document(name: str) -> dict[str, Any]:
     """Unlearn a long document and seven shorter ones in one step an epoch; returns its row of the table."""
     tokenizer = make_tokenizer()
-    model, rng = tiny(len(tokenizer), **DOCUMENTS), random.Random(0)
+    model, rng = tiny(len(tokenizer), layers=2, width=128), random.Random(0)
     forget = [document(tokenizer, rng, LONG), *(document(tokenizer, rng, SHORTER) for _ in range(7))]
     retain = [{k: v for k, v in short_row(number, rng).items() if k != "spans"} for number in range(8)]
-    before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
+    reference = copy.deepcopy(model).eval()
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"max_length": 2 * LONG, "epochs": 4, "learning_rate": 1e-3, **RUNS[name]}
         settings |= {"anchors": 0, "neighbours": 0, "variants": 0}
@@ -118,24 +118,22 @@ def measure_document(name: str) -> dict[str, Any]:
         "peak_mib": round(memory.mib["run"], 1),
         "file_mib": round(size / 2**20, 1),
         "kl_tokens": result.summary["ordinary_tokens"],
-        "kl_of_all": kl_of_all(model, before, forget, tokenizer),
+        "kl_of_all": kl_of_all(model.eval(), reference, forget, tokenizer),
     }
 
 
 @torch.no_grad()
 def kl_of_all(
-    model: LlamaForCausalLM, before: dict[str, torch.Tensor], forget: list[dict[str, Any]], tokenizer: Any
+    model: LlamaForCausalLM, reference: LlamaForCausalLM, forget: list[dict[str, Any]], tokenizer: Any
 ) -> float:
     """Compute the mean KL to the model before, over all ordinary tokens of the forget set."""
-    config, total, count = UnlearnConfig(), 0.0, 0
-    items = list(PaluMethod.make_items(ForgetSet(load_forget(forget, tokenizer, max_length=2 * LONG).examples), config))
-    reference = tiny(len(tokenizer), **DOCUMENTS)
-    reference.load_state_dict(before)
-    for item in items:
+    total, count = 0.0, 0
+    examples = load_forget(forget, tokenizer, max_length=2 * LONG).examples
+    for item in PaluMethod.make_items(ForgetSet(examples), UnlearnConfig()):
         rows = item.rows[item.targets :]
         log_p, log_q = (
             one(input_ids=item.input_ids[None], use_cache=False).logits[0, rows].log_softmax(-1)
-            for one in (reference.eval(), model.eval())
+            for one in (reference, model)
         )
         total += float((log_q.exp() * (log_q - log_p)).sum())
         count += len(rows)
@@ -182,16 +180,10 @@ def write_rows(path: Path, count: int, tokenizer: Any) -> None:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of 512 tokens on a few rows."""
     rng = random.Random(1)
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     texts = [text for number in range(500) for text in list(short_row(number, rng).values())[:2]]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, 512, min_frequency=0, show_progress=False, special_tokens=["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="<eos>")
 
 
 def tiny(vocab_size: int, layers: int = 1, width: int = 64) -> LlamaForCausalLM:

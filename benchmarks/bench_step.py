@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from _candidates import Run, body_runs, frozen_copy, palu_section_runs, prepare, published_section_runs
+from _candidates import CANDIDATES, Run, prepare
 from _timing import interleaved, report, synchronize
 from _workload import MODELS
 from torch import Tensor
@@ -36,7 +36,6 @@ from torch import Tensor
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
 
-CANDIDATES = ("palu", "body", "published", "loss-palu", "loss-published")
 GIB = 2**30
 
 
@@ -72,6 +71,11 @@ def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | N
     return before, torch.cuda.max_memory_allocated(device)
 
 
+def next_run(turns: Iterator[Run]) -> None:
+    """Run the next of them."""
+    next(turns)()
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Time the candidates in turns, take their peaks of memory, and report both."""
     setup = prepare(arguments)
@@ -79,34 +83,16 @@ def measure(arguments: argparse.Namespace) -> None:
     candidates: dict[str, Run] = {}
     peaks: dict[str, tuple[int, int] | None] = {}
 
-    def published_runs() -> list[Run]:
-        setup.ref_model = frozen_copy(setup.twin)
-        # palu's copy of the reference's head is not the published step's to carry.
-        setup.method.ref_head = head_of(setup.ref_model)
-        return [partial(setup.published_step, batch) for batch in setup.padded]
-
-    makers: dict[str, Callable[[], list[Run]]] = {
-        "palu": lambda: [partial(setup.palu_step, loader) for loader in setup.loaders],
-        "body": lambda: body_runs(setup),
-        "published": published_runs,
-        "loss-palu": lambda: palu_section_runs(setup),
-        "loss-published": lambda: published_section_runs(setup),
-    }
-
     def freeing(run: Run) -> None:
         run()
         setup.model.zero_grad(set_to_none=True)
 
-    def add(name: str) -> None:
-        runs = [partial(freeing, run) for run in makers[name]()]
-        turns = itertools.cycle(runs)
-        candidates[name] = lambda: next(turns)()
-        peaks[name] = peak_bytes(runs, device)
-
     with use_packed_attention(setup.model):
-        for name in CANDIDATES:  # in this order, so that each finds only what it needs in memory
+        for name, make in CANDIDATES.items():  # in this order, so that each finds only what it needs in memory
             if name in arguments.impl:
-                add(name)
+                runs = [partial(freeing, run) for run in make(setup)]
+                candidates[name] = partial(next_run, itertools.cycle(runs))
+                peaks[name] = peak_bytes(runs, device)
         times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
 
     rows: list[dict[str, Any]] = []

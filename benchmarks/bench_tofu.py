@@ -56,33 +56,17 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = parser_of(str(__doc__), cross=True)
     add, authors = parser.add_argument, _cross.AUTHORS
+    numbers: dict[str, Any] = {"type": int, "nargs": "+"}
+    reported: dict[str, Any] = {"default": authors["report"], "choices": authors["report"] + authors["fresh"]}
+    choosing: dict[str, Any] = {"default": authors["choose"], "choices": authors["choose"]}
+    attacks: dict[str, Any] = {"nargs": "+", "default": _cross.ATTACKS, "choices": _cross.ATTACKS}
     objectives = ",".join(OBJECTIVE_METHODS)
     add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
     add("--learning-rates", type=float, nargs="+", help="default: the preset's")
-    add("--seeds", type=int, nargs="+", help="default: the preset's; cross has one")
-    add(
-        "--authors",
-        type=int,
-        nargs="+",
-        default=authors["report"],
-        choices=authors["report"] + authors["fresh"],
-        help="cross: those to report",
-    )
-    add(
-        "--choosing-authors",
-        type=int,
-        nargs="+",
-        default=authors["choose"],
-        choices=authors["choose"],
-        help="cross: those on which a learning rate is chosen",
-    )
-    add(
-        "--attacks",
-        nargs="+",
-        default=_cross.ATTACKS,
-        choices=_cross.ATTACKS,
-        help="cross: those of the audit (onset-answer is always made); default: all",
-    )
+    add("--seeds", **numbers, help="default: the preset's; cross has one")
+    add("--authors", **numbers, **reported, help="cross: those to report")
+    add("--choosing-authors", **numbers, **choosing, help="cross: those on which a learning rate is chosen")
+    add("--attacks", **attacks, help="cross: those of the audit (onset-answer is always made); default: all")
     arguments = parse(parser)
     if arguments.preset == "cross":
         if arguments.seeds:

@@ -21,6 +21,8 @@ FLAGS += ["-ffp-contract=fast"]
 # For the kernels. These only put in the calls; without them at link time, they come to accesses.cpp.
 CHECKS = ["-fsanitize=thread", "-fsanitize=undefined", "-fno-sanitize=vptr"]
 
+MACHINE = ("emulate.cpp", "accesses.cpp", "wrappers.cpp")
+
 Texts = dict[str, str]  # of the sources, by their path from the root of the repository
 
 
@@ -34,14 +36,10 @@ def read_sources() -> Texts:
 def build(folder: Path, architectures: list[int], jobs: int) -> dict[int, Path]:
     """Compile all kernels, `jobs` files at a time; return the library of each architecture."""
     texts = read_sources()
-    kernels = [name for name in texts if name.endswith(".cu")]
-    units = sorted(kernels, key=lambda name: -len(texts[name]))  # the slowest first
+    kernels = sorted((name for name in texts if name.endswith(".cu")), key=lambda name: -len(texts[name]))
+    units = [*kernels, *MACHINE]  # the slowest first
     with ThreadPoolExecutor(jobs) as pool:
-        compiled = {
-            architecture: [pool.submit(compile_kernels, folder, architecture, name, texts) for name in units]
-            + [pool.submit(compile_machine, folder, architecture, name, texts) for name in MACHINE]
-            for architecture in architectures
-        }
+        compiled = {a: [pool.submit(compile_unit, folder, a, name, texts) for name in units] for a in architectures}
         return {a: link(folder, a, [future.result() for future in futures]) for a, futures in compiled.items()}
 
 
@@ -50,29 +48,16 @@ def build_changed(folder: Path, architecture: int, unit: str, texts: Texts) -> P
     original = read_sources()
     others = [name for name in original if name.endswith(".cu") and name != unit]
     # First on the command line: of functions in headers, which every object has, the linker takes the first one.
-    objects = [compile_kernels(folder, architecture, unit, texts)]
-    objects += [compile_kernels(folder, architecture, name, original) for name in others]
-    objects += [compile_machine(folder, architecture, name, original) for name in MACHINE]
+    objects = [compile_unit(folder, architecture, unit, texts)]
+    objects += [compile_unit(folder, architecture, name, original) for name in (*others, *MACHINE)]
     return link(folder, architecture, objects)
 
 
-MACHINE = ("emulate.cpp", "accesses.cpp", "wrappers.cpp")
-
-
-def compile_kernels(folder: Path, architecture: int, unit: str, texts: Texts) -> Path:
-    """Compile a .cu file, with the headers as they are in `texts`."""
-    used = {name: text for name, text in texts.items() if name == unit or not name.endswith(".cu")}
-    return _compile(folder, architecture, unit, used, CHECKS)
-
-
-def compile_machine(folder: Path, architecture: int, unit: str, texts: Texts) -> Path:
-    """Compile a file of this folder. What it is itself is not checked."""
-    used = {name: text for name, text in texts.items() if not name.endswith(".cu")}
-    return _compile(folder, architecture, unit, used, [])
-
-
-def _compile(folder: Path, architecture: int, unit: str, texts: Texts, special: list[str]) -> Path:
-    flags = [*FLAGS, *special, *(["-mfma"] if _has_fma() else []), f"-D__CUDA_ARCH__={architecture}"]
+def compile_unit(folder: Path, architecture: int, unit: str, texts: Texts) -> Path:
+    """Compile a .cu file or one of MACHINE, which is not checked itself, with the headers as they are in `texts`."""
+    texts = {name: text for name, text in texts.items() if name == unit or not name.endswith(".cu")}
+    flags = [*FLAGS, *(CHECKS if unit in texts else []), *(["-mfma"] if _has_fma() else [])]
+    flags.append(f"-D__CUDA_ARCH__={architecture}")
     digest = hashlib.sha256(repr((flags, unit, sorted(texts.items()))).encode())
     for path in sorted(path for path in HERE.rglob("*") if path.suffix in (".cpp", ".h", ".py")):
         if path.name in (unit, "rewrite.py") or path.suffix == ".h":

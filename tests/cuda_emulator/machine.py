@@ -4,6 +4,7 @@ import ctypes
 import re
 import subprocess
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,12 @@ class Outcome:
     """What the runs of a case came to."""
 
     findings: list[Finding] = field(default_factory=list)
-    # By tensor and dtype: units of what cannot be helped, relative, and plain torch's relative error.
-    errors: dict[tuple[str, str], tuple[float, float, float]] = field(default_factory=dict)
+    # By tensor and dtype: units of what cannot be helped.
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
     traffic: list[str] = field(default_factory=list)  # bytes that the launches asked for
 
 
+@cache
 def read_structs() -> dict[str, type[ctypes.Structure]]:
     """Read from the headers the struct that each launcher in launch.h takes, by the launcher's name."""
     texts = compiler.read_sources()
@@ -155,14 +157,9 @@ class Machine:
 
     def __init__(self, path: Path, architecture: int) -> None:
         self.path, self.architecture = path, architecture
-        self.structs = read_structs()
         self.library = ctypes.CDLL(str(path))
         self.library.emu_report.restype = ctypes.c_char_p
         self.library.emu_instances.restype = ctypes.c_char_p
-
-    def close(self) -> None:
-        """Give memory back."""
-        self.library.emu_end()
 
     def instances(self) -> dict[str, bool]:
         """Return every compiled instance of a kernel, and whether a launch of this process was of it."""
@@ -220,7 +217,7 @@ class Machine:
             )
 
     def _call(self, phase: Phase) -> None:
-        struct = self.structs[phase.launcher]
+        struct = read_structs()[phase.launcher]
         members = [name for name, *_ in struct._fields_]
         if sorted(members) != sorted(phase.arguments):
             given = ", ".join(phase.arguments)

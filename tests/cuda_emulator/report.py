@@ -34,7 +34,7 @@ class Report:
         self.architectures = architectures
         self.cases: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.errors: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}  # by op and tensor, then dtype
+        self.errors: dict[tuple[str, str], dict[str, float]] = {}  # by op and tensor, then dtype
         self.launched: dict[int, dict[str, bool]] = {architecture: {} for architecture in architectures}
         # By op, kind and place: the first one, its case, and how many there are.
         self.findings: dict[tuple[str, str, str, int], tuple[Finding, Done, int]] = {}
@@ -51,9 +51,9 @@ class Report:
                 key = done.op, finding.kind, finding.place, finding.architecture
                 first, case, count = self.findings.get(key, (finding, done, 0))
                 self.findings[key] = first, case, count + 1
-            for (tensor, dtype), (units, *_) in outcome.errors.items():
+            for (tensor, dtype), units in outcome.errors.items():
                 of = self.errors.setdefault((done.op, tensor), {})
-                of[dtype] = max(of.get(dtype, (0.0, "")), (units, done.name))
+                of[dtype] = max(of.get(dtype, 0.0), units)
         for architecture, instances in done.instances.items():
             for name, launched in instances.items():
                 self.launched[architecture][name] = launched or self.launched[architecture].get(name, False)
@@ -65,7 +65,7 @@ class Report:
         if self.errors:
             lines.append("\nLargest errors, in units of what cannot be helped (README.md):")
         for (op, tensor), by_dtype in sorted(self.errors.items()):
-            cells = "".join(f"  {dtype} {units:.1f}" for dtype, (units, _) in sorted(by_dtype.items()))
+            cells = "".join(f"  {dtype} {units:.1f}" for dtype, units in sorted(by_dtype.items()))
             lines.append(f"{op:26}{tensor:12}{cells}")
         if self.faults:
             lines += ["\nPlanted faults, and as what they were found:", *sorted(self.faults)]

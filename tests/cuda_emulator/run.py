@@ -113,9 +113,9 @@ def main() -> int:
 
     wanted = [part for part in options.only.split(",") if part]
     ops = [op for op in cases.OPS if not wanted or any(part in op for part in wanted)]
-    names = [name for name in plant.names() if not wanted or "fault" in wanted]  # first: they have to be compiled
+    names = [name for name in plant.faults() if not wanted or "fault" in wanted]  # first: they have to be compiled
     names += [name for op in ops for name in cases.fixed_names(op)]
-    names += [name for op in ops for name in cases.random_names(op, options.cases, options.seed)]
+    names += [f"{op}/{options.seed + number}" for op in ops for number in range(options.cases)]
     if options.case:
         names = [options.case]
     report = Report(options.arch)

@@ -37,7 +37,7 @@ def sanitized_environment() -> dict[str, str]:
     }
 
 
-def fuzz(first: int, cases: int, record: str) -> int:
+def fuzz(first: int, cases: int, record: Path) -> int:
     """Make the calls, one after the other, each from a seed of its own. Returns the exit status.
 
     record: the file to which each call is written before it is made.
@@ -48,22 +48,15 @@ def fuzz(first: int, cases: int, record: str) -> int:
 
     if _build.jit_name() not in ops.extension_path():
         raise RuntimeError(f"{ops.extension_path()} is not the build that was asked for")
-    file = os.open(record, os.O_WRONLY)
-
-    def about(told: str) -> None:
-        line = told.encode() + b"\n"
-        os.pwrite(file, line, 0)
-        os.ftruncate(file, len(line))
-
     start, failed = time.monotonic(), 0
     called: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for seed in range(first, first + cases):
         chosen = random.Random(seed)
         op, bad = chosen.choice(OPS), chosen.random() < 0.4
-        about(f"seed {seed} (again: --seed {seed} --cases 1): drawing the arguments of {op}")
+        record.write_text(f"seed {seed} (again: --seed {seed} --cases 1): drawing the arguments of {op}")
         try:
-            name = try_one(seed, op, bad=bad, about=about)
+            name = try_one(seed, op, bad=bad, about=record.write_text)
         except Exception:
             failed += 1
             traceback.print_exc()
@@ -72,7 +65,7 @@ def fuzz(first: int, cases: int, record: str) -> int:
         else:
             called[name] += 1
             refused[name] += bad
-    os.ftruncate(file, 0)  # it did not die
+    record.write_text("")  # it did not die
     counts = ", ".join(f"{name} {count} ({refused[name]})" for name, count in sorted(called.items()))
     print(
         f"{f'FAILED: {failed} of ' if failed else ''}{called.total() + failed} cases, {refused.total()} bad arguments "
@@ -87,7 +80,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next one has the next seed")
     parser.add_argument("--sanitize", action="store_true", help="build the ops with AddressSanitizer and UBSan")
-    parser.add_argument("--record", help=argparse.SUPPRESS)  # the child's: where it writes what it is about to do
+    parser.add_argument(
+        "--record", type=Path, help=argparse.SUPPRESS
+    )  # the child's: where it writes what it is about to do
     options = parser.parse_args()
     if options.record:
         os.environ.pop("LD_PRELOAD", None)  # not for the compilers that this process starts
@@ -98,7 +93,7 @@ def main() -> int:
         environment = os.environ | (sanitized_environment() if options.sanitize else {})
         command = [sys.executable, *sys.argv, "--record", record.name]
         code = subprocess.run(command, env=environment, check=False).returncode
-        if code and (last := record.read().rstrip("\0\n")):
+        if code and (last := record.read()):
             print(f"the process ended (exit status {code}) in\n{last}", file=sys.stderr)
     return code
 

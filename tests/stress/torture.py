@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import random
 import shutil
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,39 +41,28 @@ class Run:
     arguments: dict[str, Any]
     folder: Path
 
-    def start(self) -> int:
-        """Resume the run in a process of its own; returns its id."""
-        process = os.fork()
-        if process == 0:
-            try:
-                torch.set_num_threads(THREADS)
-                result = palu.unlearn(
-                    self.model, None, **self.arguments, checkpoint_dir=str(self.folder), checkpoint_steps=1, resume=True
-                )
-                history = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in result.history]
-                outcome = {"weights": fingerprint_model(result.model), "history": history}
-                (self.folder / "outcome.json").write_text(json.dumps(outcome))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        return process
-
-    def outcome(self, process: int, limit: float) -> dict[str, Any] | None:
-        """What the run came to, or None if it did not end within the limit, in seconds, and was killed."""
-        deadline = time.perf_counter() + limit
-        ended, status = os.waitpid(process, os.WNOHANG)
-        while not ended and time.perf_counter() < deadline:
-            time.sleep(0.001)
-            ended, status = os.waitpid(process, os.WNOHANG)
-        if not ended:
-            os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
-            if os.WIFSIGNALED(status):
+    def attempt(self, limit: float) -> dict[str, Any] | None:
+        """Resume in a process of its own; returns the outcome, or None if it did not end in ``limit`` seconds."""
+        process = multiprocessing.get_context("fork").Process(target=self.resume)
+        process.start()
+        process.join(limit)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
                 return None
-        if status != 0:
-            sys.exit(f"a run failed, see above (status {status}); its folder is {self.folder}")
+        if process.exitcode != 0:
+            sys.exit(f"a run failed, see above (status {process.exitcode}); its folder is {self.folder}")
         return json.loads((self.folder / "outcome.json").read_text())
+
+    def resume(self) -> None:
+        """Resume in this process, and write the outcome."""
+        torch.set_num_threads(THREADS)
+        checkpoints = {"checkpoint_dir": str(self.folder), "checkpoint_steps": 1, "resume": True}
+        result = palu.unlearn(self.model, None, **self.arguments, **checkpoints)
+        history = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in result.history]
+        outcome = {"weights": fingerprint_model(result.model), "history": history}
+        (self.folder / "outcome.json").write_text(json.dumps(outcome))
 
 
 def main() -> None:
@@ -90,7 +78,7 @@ def main() -> None:
     run = Run(*(demo() if args.model == "demo" else tiny()), args.folder)
     shutil.rmtree(run.folder, ignore_errors=True)
     clock = time.perf_counter()
-    expected = run.outcome(run.start(), limit=3600)
+    expected = run.attempt(limit=3600)
     if expected is None:
         sys.exit("the run that is left alone took more than an hour")
     seconds = time.perf_counter() - clock
@@ -104,7 +92,7 @@ def main() -> None:
         # Some attempts must get beyond a step. The kills spent, the last one may end; a hundred times as long as it
         # should take is never.
         limit = rng.uniform(0, seconds * max(0.25, 3 / steps)) if kills < args.kills else 100 * seconds
-        outcome = run.outcome(run.start(), limit)
+        outcome = run.attempt(limit)
         if outcome is not None:
             ends += 1
             if outcome != expected:

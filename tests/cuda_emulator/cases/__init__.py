@@ -4,7 +4,7 @@ The arguments, and what must come of them, are those of tests/helpers/op_cases.p
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from helpers.op_cases import DTYPES, Draw
 from machine import Case
 
 from cases import fixed, launches, out_of_range
-from cases.fixed import Fixed
+from cases.fixed import Cases
 
 LARGE = 0.6  # of the random vocabularies are as large as a model's
 
@@ -23,7 +23,7 @@ class Op:
     """What makes the cases of an op."""
 
     make: Callable[..., Case]  # of a Draw and, by name, of the dtype and the sizes that are not to be drawn
-    fixed: Callable[[torch.dtype], Iterable[Fixed]]
+    fixed: Callable[[torch.dtype], Cases]
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
@@ -46,13 +46,7 @@ def fixed_names(op: str) -> Iterator[str]:
     """Yield the names of an op's fixed cases, "op/case/dtype", or "op/case" where no dtype is to be chosen."""
     for dtype in OPS[op].dtypes or (None,):
         for case in OPS[op].fixed(dtype or torch.int64):
-            yield f"{op}/{case.name}" + (f"/{dtype}".replace("torch.", "") if dtype else "")
-
-
-def random_names(op: str, count: int, seed: int) -> Iterator[str]:
-    """Yield the names of random cases, "op/seed"."""
-    for number in range(count):
-        yield f"{op}/{seed + number}"
+            yield f"{op}/{case}" + (f"/{dtype}".replace("torch.", "") if dtype else "")
 
 
 def seed_of(name: str) -> int:
@@ -68,8 +62,7 @@ def make(name: str) -> Case:
     if case.isdecimal():
         return OPS[op].make(draw)
     of = getattr(torch, dtype[0]) if dtype else None
-    sizes = next(known.sizes for known in OPS[op].fixed(of or torch.int64) if known.name == case)
-    return OPS[op].make(draw, **sizes, **({"dtype": of} if of else {}))
+    return OPS[op].make(draw, **OPS[op].fixed(of or torch.int64)[case], **({"dtype": of} if of else {}))
 
 
 def check_name(name: str) -> None:

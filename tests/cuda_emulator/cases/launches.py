@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from helpers import op_cases
 from helpers.op_cases import DTYPES, Draw, OpCase
-from machine import Case, Output, Phase, Placed
+from machine import Case, Output, Phase, Placed, read_structs
 
 from palu.eager import acc_dtype
 
@@ -152,27 +152,21 @@ def linear_topk(
     numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | setting
     numbers |= {f"{name}_stride": p.stride for name, p in places.items() if p is not None}
 
-    def phase(launcher: str, members: list[str], writes: list[str], fresh: list[str]) -> Phase:
+    def phase(launcher: str, writes: list[str], fresh: list[str]) -> Phase:
+        members = [name for name, *_ in read_structs()[launcher]._fields_]
         return Phase(launcher, {name: places.get(name, numbers.get(name, 0)) for name in members}, writes, fresh)
 
-    phases = [] if only else [phase(op, _FORWARD, ["loss", "slope"], ["loss", "slope"])]
+    phases = [] if only else [phase(op, ["loss", "slope"], ["loss", "slope"])]
     if through:
-        phases.append(phase("linear_mean_shift", _BACKWARD, ["shift"], ["shift"]))
+        phases.append(phase("linear_mean_shift", ["shift"], ["shift"]))
     if of_hidden:
-        phases.append(phase("linear_grad_hidden", _BACKWARD, ["partial", "grad_hidden"], ["partial"]))
+        phases.append(phase("linear_grad_hidden", ["partial", "grad_hidden"], ["partial"]))
     if of_weight or of_bias:
         written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
-        phases.append(phase("linear_grad_weight", _BACKWARD, written, ["offsets", "mean_row"]))
+        phases.append(phase("linear_grad_weight", written, ["offsets", "mean_row"]))
     made = of_case(case, places, phases, f"weight +{leads['weight']} stride {strides['weight']}")
     made.outputs = [o for o in made.outputs if not only or o.placed.name != "slope"]
     return made
-
-
-_BOTH = ["dtype", "index64", "hidden", "weight", "weight_stride", "index", "weight_mean", "slope"]
-_BOTH += ["rows", "vocab_size", "hidden_size", "k"]
-_FORWARD = [*_BOTH, "bias", "bias_mean", "loss", "center", "constant", "floor"]
-_BACKWARD = [*_BOTH, "grad", "shift", "partial", "grad_hidden", "grad_hidden_stride", "sorted_index", "sorted_order"]
-_BACKWARD += ["offsets", "mean_row", "grad_weight", "grad_weight_stride", "grad_bias"]
 
 
 def softmax_loss(

@@ -1,6 +1,5 @@
 """Indices and labels out of range: each must end in a device assertion, with no access out of bounds before it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from helpers.op_cases import Draw
 from machine import Case
 
 from cases import launches
-from cases.fixed import Fixed
+from cases.fixed import Cases
 
 LAUNCHERS = (
     "topk_mse",
@@ -21,11 +20,13 @@ LAUNCHERS = (
 )
 
 
-def fixed(_: torch.dtype) -> Iterator[Fixed]:
-    """Yield a case for each assertion."""
-    for launcher in LAUNCHERS:
-        for name, value in (("below", -1), ("past", None)):
-            yield Fixed(f"{launcher}-{name}", "an assertion", {"launcher": launcher, "value": value, "drawn": False})
+def fixed(_: torch.dtype) -> Cases:
+    """Return a case for each assertion."""
+    return {
+        f"{launcher}-{name}": {"launcher": launcher, "value": value, "drawn": False}
+        for launcher in LAUNCHERS
+        for name, value in (("below", -1), ("past", None))
+    }
 
 
 def make(
