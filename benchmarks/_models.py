@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from palu.data.examples import load_retain
 from palu.data.packing import Item, retain_items
+from palu.evaluate.rows import load_rows
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
-from palu.testbed.facts import read_jsonl, read_questions
+from palu.testbed.facts import read_questions
 from palu.testbed.real_models import load_packaged
 from palu.testbed.smollm2 import fast_products, mixed_precision, teach
 
@@ -73,7 +74,7 @@ def taught_facts(stages: Stages, name: str) -> Path:
 
 def general_questions() -> list[Row]:
     """Read the demo's general questions, and thirty more."""
-    return read_questions()[2] + read_jsonl(Path(__file__).with_name("general.jsonl"))
+    return read_questions()[2] + load_rows(Path(__file__).with_name("general.jsonl"))
 
 
 def for_raw_text(loaded: Loaded) -> Loaded:

@@ -1,15 +1,6 @@
 """Look inside: the unlearning depth score (UDS, arXiv 2605.24614): states of one model are patched into another.
 
-It says how much of what the original knows is gone from the unlearned model's states. One layer's output of the
-original is replaced at the positions that predict the secret's tokens, the true answer given. The drop is what that
-takes from the mean log-probability of these tokens: S1[l] with the retain model's states of layer l, S2[l] with the
-unlearned model's. Over the layers with S1 > THRESHOLD
-
-    UDS = sum S1 clip(S2 / S1, 0, 1) / sum S1,
-
-0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. A secret without
-such a layer does not count. What is compared between models is 1 - UDS, the part that is left: by definition 1 for the
-original and 0 for the retain model, so that rho is the mean of 1 - UDS.
+docs/audit.md has the formula, over the layers with S1 > THRESHOLD. A secret without such a layer does not count.
 
 As in the paper, the score is a secret's, and the mean over secrets comes last. Unlike its published code, the last
 layer's output is taken before the final norm, too.
@@ -215,5 +206,5 @@ def _hooked(layers: list[nn.Module], function: Callable[[int, Tensor], Tensor | 
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(partial(hook, number)).remove)
+            stack.enter_context(layer.register_forward_hook(partial(hook, number)))
         yield
