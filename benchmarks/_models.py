@@ -14,13 +14,23 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.data.examples import load_retain
+<<<<<<< HEAD
 from palu.data.packing import retain_items
+=======
+from palu.data.packing import Item, retain_items
+from palu.evaluate.rows import load_rows
+>>>>>>> less-p1
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
+<<<<<<< HEAD
 from palu.testbed.facts import read_jsonl, read_questions
 from palu.testbed.real_models import load_packaged, save_whole
+=======
+from palu.testbed.facts import read_questions
+from palu.testbed.real_models import load_packaged
+>>>>>>> less-p1
 from palu.testbed.smollm2 import fast_products, mixed_precision, teach
 
 Row = dict[str, Any]
@@ -60,7 +70,7 @@ def taught_facts(stages: Stages, name: str) -> Path:
 
 def general_questions() -> list[Row]:
     """Read the demo's general questions, and thirty more."""
-    return read_questions()[2] + read_jsonl(Path(__file__).with_name("general.jsonl"))
+    return read_questions()[2] + load_rows(Path(__file__).with_name("general.jsonl"))
 
 
 def for_raw_text(loaded: Loaded) -> Loaded:

@@ -36,29 +36,22 @@ if TYPE_CHECKING:
     from palu.training.loop import unlearn as unlearn
     from palu.training.trainer import PaluTrainer as PaluTrainer
 
-_MODULE_OF = {
-    "CacheError": "palu.ref_model.storage",
-    "CheckpointError": "palu.training.checkpoint",
-    "DataError": "palu.data.files",
-    "DivergenceError": "palu.training.loop",
-    "PaluLoss": "palu.losses",
-    "PaluTrainer": "palu.training.trainer",
-    "Recorder": "palu.report.recorder",
-    "UnlearnConfig": "palu.config",
-    "UnlearnResult": "palu.training.loop",
-    "annotate": "palu.spans.annotate",
-    "audit": "palu.attacks.run",
-    "linear_topk_mse": "palu.ops",
-    "linear_topk_unlikelihood": "palu.ops",
-    "palu_loss": "palu.losses",
-    "prefix_mask": "palu.ops",
-    "save_run": "palu.report.save",
-    "topk_mse": "palu.ops",
-    "topk_unlikelihood": "palu.ops",
-    "unlearn": "palu.training.loop",
-    "write_card": "palu.report.render",
-    "write_report": "palu.report.render",
+_NAMES = {
+    "palu.attacks.run": ("audit",),
+    "palu.config": ("UnlearnConfig",),
+    "palu.data.files": ("DataError",),
+    "palu.losses": ("PaluLoss", "palu_loss"),
+    "palu.ops": ("linear_topk_mse", "linear_topk_unlikelihood", "prefix_mask", "topk_mse", "topk_unlikelihood"),
+    "palu.ref_model.storage": ("CacheError",),
+    "palu.report.recorder": ("Recorder",),
+    "palu.report.render": ("write_card", "write_report"),
+    "palu.report.save": ("save_run",),
+    "palu.spans.annotate": ("annotate",),
+    "palu.training.checkpoint": ("CheckpointError",),
+    "palu.training.loop": ("DivergenceError", "UnlearnResult", "unlearn"),
+    "palu.training.trainer": ("PaluTrainer",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _SUBMODULES = ("data", "eager", "evaluate", "losses", "ops")
 
 __all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]

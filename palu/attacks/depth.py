@@ -215,5 +215,5 @@ def _hooked(layers: list[nn.Module], function: Callable[[int, Tensor], Tensor | 
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(partial(hook, number)).remove)
+            stack.enter_context(layer.register_forward_hook(partial(hook, number)))
         yield

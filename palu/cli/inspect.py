@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +64,7 @@ def inspect(
 
     from palu.config import UnlearnConfig
     from palu.data.examples import load_forget
+    from palu.data.files import write_rows
     from palu.data.rows import text_rows, with_spans
     from palu.spans.annotate import parse
 
@@ -99,11 +99,6 @@ def inspect(
         print_roles(shown, summary)
         if len(shown) < len(numbered):
             print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def numbered_roles(

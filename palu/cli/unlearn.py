@@ -168,9 +168,9 @@ def unlearn(
     from accelerate import Accelerator
 
     import palu
-    from palu.cli.inspect import write_rows
     from palu.data.duplicates import check_disjoint
     from palu.data.examples import load_forget, load_retain
+    from palu.data.files import write_rows
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.report.reading import read_run

@@ -13,17 +13,10 @@ Each token has one label, aligned with `input_ids` (the loss shifts, not the lab
 | ORDINARY    | answer token outside every span: KL   | never           |
 | token's id  | sensitive: the token overlaps a span  | an answer token |
 
-docs/data.md lists the forms of a row, every column, who reads it, and the errors.
+docs/data.md lists the forms of a row and what the model reads of each, every column, who reads it, and the errors.
 
-A tokenizer with a chat template renders every row with it: question or prompt is the user's message,
-answer or completion the assistant's. `chat_template_kwargs` gives the template values by name. For plain
-text set `tokenizer.chat_template = None`; then a row reads "Question: {question}\\nAnswer: {answer}", or
-{prompt}{completion}. The answer ends with an end-of-sequence token, ORDINARY in forget: the template's
-own (such as <|eot_id|>), else the tokenizer's.
-
-A prompt (not a question) with special tokens in it, such as <|im_start|>, is rendered already: the row
-reads {prompt}{completion}, without another template or BOS. A special token at the end of the completion
-ends the answer; where there is none, the tokenizer's end of sequence does.
+The answer ends with an end-of-sequence token, ORDINARY in forget: the template's own (such as <|eot_id|>),
+else the tokenizer's; of a prompt that is rendered already, a special token at the end of the completion.
 
 The whole text is tokenised at once, as the model will read it, so the border between prompt and
 answer or the edge of a span may lie inside a token: a token belongs to the answer, or to a span, as

@@ -6,14 +6,11 @@ import unicodedata
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
-from typing import Any
 
 from palu.data.files import DataError
 from palu.data.matching import stands_in
-from palu.data.rows import text_rows
-from palu.data.secret import marked_spans
 from palu.data.tokenize import IGNORE, Example
 
 _NAMED = 10  # how many pairs of rows a message names
@@ -62,18 +59,6 @@ def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
         f"forget row {both[0][0]} and retain row {both[0][1]} are the same, prompt and answer{more}: the model cannot "
         "forget an answer and keep it; take the row out of one of the sets"
     )
-
-
-def secrets_of(forget: Any) -> Iterator[tuple[str, str]]:
-    """Yield each text that a forget set marks, with its row's name; source, errors: load_forget's."""
-    for where, columns, answer in text_rows(forget, "forget"):
-        for start, end in () if answer is None else marked_spans(columns, answer, where):
-            yield str(answer)[start:end], where
-
-
-def answers_of(retain: Any) -> Iterator[tuple[str, str]]:
-    """Yield each answer of a retain set, with its row's name; source, errors: load_retain's."""
-    return ((answer, where) for where, _, answer in text_rows(retain, "retain") if answer is not None)
 
 
 def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[tuple[str, str]]) -> None:

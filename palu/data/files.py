@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """
     readers: dict[str, Any] = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".parquet": _parquet}
     return readers.get(path.suffix.lower(), _json)(path, name)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:

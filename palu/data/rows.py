@@ -110,13 +110,13 @@ def load_questions(source: Any, name: str) -> dict[int, str]:
     return asked
 
 
-def load_marked_texts(source: Any, name: str) -> list[str]:
-    """Read the texts that all rows mark, each once; source, errors: as of :func:`load_questions`."""
-    texts: dict[str, None] = {}
-    for where, columns, answer in text_rows(source, name):
-        if answer is not None:
-            texts |= dict.fromkeys(marked_texts(columns, answer, where))
-    return list(texts)
+def load_marked_texts(source: Any) -> dict[str, str]:
+    """Read the texts that a forget set marks, each with the name of the first row that does; errors: load_forget's."""
+    texts: dict[str, str] = {}
+    for where, columns, answer in text_rows(source, "forget"):
+        for text in () if answer is None else marked_texts(columns, answer, where):
+            texts.setdefault(text, where)
+    return texts
 
 
 def after_examples(

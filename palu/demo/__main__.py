@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import palu
+from palu.data.files import write_rows
 from palu.report import view
 from palu.report.layout import PRIVATE, check_free, clear_run, hold_run
 from palu.report.reading import read_run
@@ -60,8 +61,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     model.save_pretrained(private / ORIGINAL)
     tokenizer.save_pretrained(private / ORIGINAL)
     for name, rows in (("forget", secrets), ("retain", kept)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (private / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(private / f"{name}.jsonl", rows)
     before = Answers(model, tokenizer, secrets + kept, general)
     lap = stopwatch(lap, "answer")
     held = retain_arguments(kept, args.retain)

@@ -101,12 +101,9 @@ def muse_news(
         data: see :func:`load_muse_news`.
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
-        language, reference_results: as for :func:`palu.evaluate.tofu`.
+        language, reference_results, batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
         max_length: tokens of a PrivLeak text that are looked at.
-        batch_tokens: tokens per forward pass; decoding takes eight times as many.
-        chat_template_kwargs: what the chat template is given beside the messages.
-        progress: show a progress bar.
 
     Returns:
         As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, the language

@@ -121,9 +121,7 @@ def questions(
         original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         retain_model: a model that never saw what was to be forgotten.
         max_new_tokens: bound on an answer's length; None: twice the longest true one, at most 200.
-        batch_tokens: tokens per forward pass; decoding takes eight times as many.
-        chat_template_kwargs: what the chat template is given beside the messages.
-        progress: show a progress bar.
+        batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
 
     Returns:
         For each kind of rows ("forget", "retain") the entries ``{kind}_told`` (share of the row's secrets that are in

@@ -20,7 +20,7 @@ from palu.data.packing import Item, pack, packed_rows, retain_items
 from palu.data.tokenize import IGNORE, Example, check_tokenizer
 from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
-from palu.models.checks import check_causal, check_linear_head, check_packing
+from palu.models.checks import check_causal, check_linear_head, check_packing, check_vocabulary
 from palu.models.generation import batches_by_length
 from palu.models.head import body_of, cross_entropy, head_of, map_logits
 from palu.models.positions import max_positions
@@ -58,12 +58,7 @@ def check_model(
     DataError: a text has more tokens than the model positions.
     """
     check_causal(name, model)
-    vocab_size = len(head_of(model).weight)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {vocab_size}; "
-            "load the tokenizer that belongs to the model"
-        )
+    check_vocabulary(name, model, tokenizer)
     positions = max_positions(model)
     for example in examples:
         if positions is not None and (length := len(example.input_ids)) > positions:

@@ -90,11 +90,8 @@ class RMU(Method):
         """
         outputs: list[Any] = []
         layer = layers_of(body)[config.method.layer_id]
-        hook = layer.register_forward_hook(lambda module, given, output: outputs.append(output))
-        try:
+        with layer.register_forward_hook(lambda module, given, output: outputs.append(output)):
             body(**packed.inputs())
-        finally:
-            hook.remove()
         output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # some layers give a tuple
         return output[0].roll(-1, 0)
 

@@ -72,9 +72,15 @@ def check_models(
             f"the model has a vocabulary of {vocab_size} and ref_model one of {ref_size}; "
             "the reference must be the model as it was before training"
         )
-    if tokenizer is not None and len(tokenizer) > vocab_size:
+    if tokenizer is not None:
+        check_vocabulary("the model", model, tokenizer)
+
+
+def check_vocabulary(name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a tokenizer has tokens that the model does not know."""
+    if len(tokenizer) > (vocab_size := head_of(model).weight.shape[0]):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {vocab_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens and {name} a vocabulary of {vocab_size}; "
             "load the tokenizer that belongs to the model"
         )
 
@@ -122,11 +128,8 @@ def check_linear_head(model: CausalLM, input_ids: torch.Tensor) -> None:
         tolerance = _tolerance(product.dtype, base.device) / 4  # under autocast not the weights' dtype
         largest = float(product.abs().max())
         for factor in (1.0, 1000 / largest if largest > 0 else 1.0):
-            enlarge = layer.register_forward_hook(lambda module, given, output, by=factor: output * by)
-            try:
+            with layer.register_forward_hook(lambda module, given, output, by=factor: output * by):
                 theirs = base(input_ids=ids, use_cache=False).logits.float()
-            finally:
-                enlarge.remove()
             head = head_of(base)  # again, since ZeRO-3 drops weights after a module's pass
             ours = head._replace(scale=factor * head.scale).logits(hidden).float()
             if theirs.shape != ours.shape or (theirs - ours).norm() > tolerance * ours.norm():

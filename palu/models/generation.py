@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,9 +78,16 @@ class Generation:
     ids: Sequence[int] = field(default=(), compare=False)  # as they were generated
 
 
-def generate_texts(*args: Any, **settings: Any) -> list[str]:
-    """Generate as :func:`generate` does; the texts alone."""
-    return [one.text for one in generate(*args, **settings)]
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Generate answers to questions, as :func:`generate` does without a progress bar; the texts alone."""
+    prompts, stop_ids = encode_prompts(questions, tokenizer, chat_template_kwargs)
+    return [one.text for one in generate(model, tokenizer, prompts, stop_ids, bar=tqdm(disable=True), **settings)]
 
 
 def generate(
@@ -150,7 +157,10 @@ def generate_ids(
     found: list[list[int]] = [[]] * len(prompts)
     groups = generation_batches(model, prompts, max_new_tokens, batch_tokens, chunk_bytes)
     groups += [[] for _ in range(len(groups), batches or 0)]  # while other processes still have some
-    with _contiguous_input(model.get_output_embeddings()):
+    # The last positions' states are a slice [B, 1, d], which torch multiplies with a frozen head one text at a time;
+    # in bfloat16 on a CPU it copies the head for each of them.
+    head: Any = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda module, given: tuple(hidden.contiguous() for hidden in given)):
         for group in groups:
             batch = [prompts[i] for i in group] or [torch.tensor([pad])]
             width = max(len(prompt) for prompt in batch)
@@ -168,20 +178,6 @@ def generate_ids(
                 found[i] = tokens[:end]
             bar.update(len(group))
     return found
-
-
-@contextmanager
-def _contiguous_input(head: nn.Module) -> Iterator[None]:
-    """Give the head contiguous hidden states within the block.
-
-    Those of the last positions are a slice [B, 1, d], which torch multiplies with a frozen head one text at a time; in
-    bfloat16 on a CPU it copies the head for each of them.
-    """
-    hook = head.register_forward_pre_hook(lambda module, given: tuple(hidden.contiguous() for hidden in given))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def generation_batches(

@@ -84,7 +84,7 @@ def encode_anchor_prompts(
     wanted = config.reference.neighbours if possible and holds else 0
     if tokenizer is not None and (wanted or config.reference.variants):
         questions = list(load_questions(forget.source, "forget").values())
-        secrets = load_marked_texts(forget.source, "forget")
+        secrets = list(load_marked_texts(forget.source))
         variants = config.reference.variants if secrets else 0
         rows = paraphrased_rows(forget.source, "forget") if variants else ()
         named = ((where, columns) for _, where, columns in rows)

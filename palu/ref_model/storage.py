@@ -61,16 +61,9 @@ class CacheFile:
             CacheError: the file is damaged, foreign, or written by another version; the message gives the fix.
         """
         fix = "delete it to have the reference run again"
-        try:
-            with safe_open(self.path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("palu", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        except OSError as error:
-            raise CacheError(f"{self.path} cannot be read: {error}") from error
-        except (SafetensorError, ValueError) as error:
-            raise CacheError(f"{self.path} is damaged ({error}); {fix}") from error
+        tensors, header = map_file(self.path, CacheError, fix)
         if not isinstance(header, dict) or header.get("key") != self.key:
             raise CacheError(f"{self.path} does not hold this reference's outputs; {fix}")
         if header["transformers"] != transformers.__version__:
@@ -160,6 +153,22 @@ class CacheFile:
         return CacheError(
             f"{self.path} could not be written: {error}. Make room or repair the folder, or choose another one"
         )
+
+
+def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Tensor], Any]:
+    """Map a safetensors file into memory: (its tensors, palu's part of its header; None: it has none).
+
+    Clone what is kept longer than the file. Raises an error of this kind where the file cannot be read, or is damaged:
+    then with this fix.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("palu", "null"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise kind(f"{path} is damaged ({error}); {fix}") from error
 
 
 def open_cache_file(config: UnlearnConfig, key: str) -> CacheFile | None:

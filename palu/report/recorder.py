@@ -32,7 +32,7 @@ from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
 from palu.models.checks import check_linear_head, check_models, check_packing
-from palu.models.generation import encode_prompts, eval_mode, generate_answers, generate_texts, prompt_of
+from palu.models.generation import eval_mode, generate_answers, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
@@ -119,7 +119,7 @@ class Recorder:
         sources = {"forget": forget_set.source, "retain": retain_set.source}
         self.questions = {side: load_questions(source, side) for side, source in sources.items()}
         self.paraphrases = self._paraphrases(forget_set.source)
-        self.marked = load_marked_texts(forget_set.source, "forget")
+        self.marked = list(load_marked_texts(forget_set.source))
         self.marked += [self._text(i, span) for i, span in self.secrets if self.forget[i].offsets is None]
         self.general: Sequence[Example] = []  # the model's own answers before the run
         self.about = {
@@ -269,17 +269,8 @@ class Recorder:
     def _own_answers(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
         """Have the model answer general questions; blank answers are left out."""
         questions = anchor_texts()[-GENERAL:]
-        prompts, stop_ids = encode_prompts(questions, tokenizer, **self.template)
-        texts = generate_texts(
-            base,
-            tokenizer,
-            prompts,
-            stop_ids,
-            max_new_tokens=GENERAL_TOKENS,
-            batch_tokens=BATCH_TOKENS,
-            bar=tqdm(disable=True),
-            chunk_bytes=self.config.chunk_bytes,
-        )
+        settings = {"max_new_tokens": GENERAL_TOKENS, "batch_tokens": BATCH_TOKENS, **self.template}
+        texts = generate_texts(base, tokenizer, questions, chunk_bytes=self.config.chunk_bytes, **settings)
         rows = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True) if text.strip()]
         return load_retain(rows, tokenizer, max_length=self.config.max_length, **self.template).examples if rows else []
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
+from palu.evaluate.rows import load_rows
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of, map_logits, nll
@@ -38,9 +39,9 @@ RETAIN = {
 
 def read_questions() -> tuple[Facts, Facts, Facts]:
     """Read the facts to forget and those to retain, and general questions with their right answers."""
-    facts = read_jsonl(HERE / "facts.jsonl")
+    facts = load_rows(HERE / "facts.jsonl")
     secrets, kept = ([fact for fact in facts if fact["set"] == part] for part in ("forget", "retain"))
-    return secrets, kept, read_jsonl(HERE / "general.jsonl")
+    return secrets, kept, load_rows(HERE / "general.jsonl")
 
 
 def read_relations() -> Facts:
@@ -67,11 +68,6 @@ def read_relations() -> Facts:
                 }
             )
     return facts
-
-
-def read_jsonl(path: Path) -> Facts:
-    """Read a JSON object from each line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def retain_arguments(kept: Facts, choice: str) -> dict[str, Any]:

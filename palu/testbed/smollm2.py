@@ -22,7 +22,7 @@ from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.hashing import json_digest
 from palu.losses import CrossEntropyTerm, KLTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
-from palu.models.generation import encode_prompts, eval_mode, generate_texts
+from palu.models.generation import eval_mode, generate_texts
 from palu.models.head import Head, head_of
 from palu.ref_model.anchors import anchor_texts
 from palu.testbed.real_models import load_packaged, save_whole
@@ -109,7 +109,6 @@ def answer_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], tokens: int
 ) -> list[str]:
     """Generate greedy answers of at most ``tokens`` tokens."""
-    prompts, stop_ids = encode_prompts(questions, tokenizer)
-    with tqdm(disable=True) as bar, eval_mode(model):
-        texts = generate_texts(model, tokenizer, prompts, stop_ids, max_new_tokens=tokens, batch_tokens=1024, bar=bar)
+    with eval_mode(model):
+        texts = generate_texts(model, tokenizer, questions, max_new_tokens=tokens, batch_tokens=1024)
     return [" ".join(text.split()) for text in texts]

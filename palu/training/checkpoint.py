@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,7 +41,7 @@ from palu.distributed import compute_on_main, full_tensor, raise_on_all_ranks, s
 from palu.hashing import digest
 from palu.methods.base import Method
 from palu.models.lora import CausalLM
-from palu.ref_model.storage import reference_key, sync
+from palu.ref_model.storage import map_file, reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
 from palu.training.optimizer import load_state, state_of
@@ -268,20 +268,10 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read a file's tensors and header, and check that it is whole and this run's.
-
-        The tensors are mapped into memory, not read: clone what is kept longer than the file.
-        """
+        """Map a file's tensors and read its header, and check that it is whole and this run's."""
         older = [p for p in self._steps() if p < path]
         without = f"resume from {older[-1]}" if older else "start from the beginning"
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("palu", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it to {without}") from error
+        tensors, header = map_file(path, CheckpointError, f"delete it to {without}")
         if not isinstance(header, dict):
             raise CheckpointError(f"{path} was not written by palu.unlearn; move it out of the folder to {without}")
         if header.get("format") != FORMAT:

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from palu.config import UnlearnConfig
-from palu.data.duplicates import answers_of, check_disjoint, secrets_of, warn_of_told_secrets
+from palu.data.duplicates import check_disjoint, warn_of_told_secrets
 from palu.data.examples import Examples, load_alternates, load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.packing import Items, retain_items
-from palu.data.rows import iterate_rows
+from palu.data.rows import iterate_rows, load_marked_texts, text_rows
 from palu.data.tokenize import Example
 from palu.methods.base import ForgetSet
 from palu.models.checks import check_linear_head, check_models, check_packing
@@ -108,7 +108,8 @@ def prepare_run(
     anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
     if retain_set.examples:
-        warn_of_told_secrets(secrets_of(forget_set.source), answers_of(retain_set.source))
+        answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
+        warn_of_told_secrets(load_marked_texts(forget_set.source).items(), answers)
 
     def alternates() -> Sequence[Example]:
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
