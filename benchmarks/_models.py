@@ -14,23 +14,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from palu.data.examples import load_retain
-<<<<<<< HEAD
 from palu.data.packing import retain_items
-=======
-from palu.data.packing import Item, retain_items
 from palu.evaluate.rows import load_rows
->>>>>>> less-p1
 from palu.evaluate.scores import CHUNK_BYTES, states_and_labels
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
-<<<<<<< HEAD
-from palu.testbed.facts import read_jsonl, read_questions
-from palu.testbed.real_models import load_packaged, save_whole
-=======
 from palu.testbed.facts import read_questions
-from palu.testbed.real_models import load_packaged
->>>>>>> less-p1
+from palu.testbed.real_models import load_packaged, save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision, teach
 
 Row = dict[str, Any]
