@@ -68,7 +68,7 @@ def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> Non
 class TrainingEvents:
     """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for.
 
-    As a context it begins the run, and ends it with a last evaluation and checkpoint; the model then has its weights.
+    As a context it begins the run, and ends it with a last evaluation and checkpoint.
 
     Args:
         run: restored from its newest checkpoint, if it is resumed.
@@ -136,7 +136,6 @@ class TrainingEvents:
                 self.checkpoints.save(self.history)
                 self._call_on_save()
                 self._call("on_train_end")
-                self.run.give_weights_back()
         finally:
             self.bar.close()
 

@@ -178,19 +178,20 @@ def unlearn(
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler, root)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
-        # As a context, the checkpoints have Ctrl-C wait for the end of a step.
-        with checkpoints, TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
-            for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
-                events.begin_epoch()
-                for batches in islice(loader, events.steps_left):
-                    events.begin_step()
-                    history.append(train_step(run, batches, epoch))
-                    events.end_step()  # logs it; an evaluation and a checkpoint, where due
+        with checkpoints:  # Ctrl-C waits for the end of a step
+            with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
+                for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
+                    events.begin_epoch()
+                    for batches in islice(loader, events.steps_left):
+                        events.begin_step()
+                        history.append(train_step(run, batches, epoch))
+                        events.end_step()  # logs it; an evaluation and a checkpoint, where due
+                        if events.ended_by:
+                            break
+                    events.end_epoch()
                     if events.ended_by:
                         break
-                events.end_epoch()
-                if events.ended_by:
-                    break
+            run.give_weights_back()
     if progress:
         wanted = retain is None and config.reference.neighbours > 0
         print(ending(history, events.ended_by, root, neighbours=cache.neighbours if wanted else None), file=sys.stderr)

@@ -218,10 +218,9 @@ def ending(history: History, ended_by: str | None, method: Method, *, neighbours
     if ended_by == "forgotten":
         said += f"; no token to be forgotten is above {limit:g} among its candidates any more"
     elif ended_by is None and limit is not None and highest is not None:
-        said += (
-            f", the most it may take; in the last one the likeliest token to be forgotten had {highest:.2g} among its "
-        )
-        said += "candidates" + "; allow more epochs, or raise the learning rate" * (highest >= limit)
+        said += ", the most it may take; in the last one the likeliest token to be forgotten had "
+        said += f"{highest:.2g} among its candidates"
+        said += "; allow more epochs, or raise the learning rate" * (highest >= limit)
     elif ended_by is not None:
         said += f"; ended by {ended_by}"
     if neighbours == 0:
