@@ -97,8 +97,10 @@ def linear_topk_mse(
             "auto" takes the faster one (`palu.ops.functional.use_gather`).
 
     Returns:
-        [R], as `topk_mse`, which raises the same errors; TypeError for different dtypes, ValueError for an unknown
-        `impl`.
+        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `topk_mse`; also for different dtypes and an unknown `impl`.
     """
     hidden, weight, bias = _as_linear(
         "palu::linear_topk_mse", hidden, weight, bias, {"index": index, "weight_mean": weight_mean}
@@ -131,7 +133,10 @@ def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tens
         floor: in [0, 1).
 
     Returns:
-        [R], as `topk_mse`, which raises the same errors; ValueError for K < 2 or a `floor` out of range.
+        [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `topk_mse`; also for K < 2 and a `floor` out of range.
     """
     check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
     loss, _ = _ops.topk_unlikelihood(logits, index, floor)
@@ -154,7 +159,10 @@ def linear_topk_unlikelihood(
         index, floor: as in `topk_unlikelihood`.
 
     Returns:
-        [R], as these two, which raise the same errors.
+        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
+
+    Raises:
+        TypeError, ValueError, IndexError: as these two.
     """
     hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, bias, {"index": index})
     if not _gathers(impl, hidden, weight, index):
