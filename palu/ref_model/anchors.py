@@ -94,15 +94,15 @@ def encode_anchor_prompts(
         )
     if count == 0 and neighbours is None:
         return AnchorPrompts([], set(), config.max_length)
-    wish = "retain = None" if asked is None else f"anchors = {count}"
+    name = "retain = None" if asked is None else f"anchors = {count}"
     fix = "give retain examples, or retain=[] with lambda_retain=0" if asked is None else "set anchors=0"
     if count > len(texts):
-        raise ValueError(f"{wish}: there are {len(texts)} everyday prompts; give no more than these")
+        raise ValueError(f"{name}: there are {len(texts)} everyday prompts; give no more than these")
     if count and not holds:
-        raise ValueError(f"{wish}: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {fix}")
+        raise ValueError(f"{name}: the model's own answers are kept by the KL, and lambda_kl = 0; raise it, or {fix}")
     if tokenizer is None:
         raise DataError(
-            f"{wish}: for the model to answer everyday prompts there must be a tokenizer; pass it, or {fix}"
+            f"{name}: for the model to answer everyday prompts there must be a tokenizer; pass it, or {fix}"
         )
     per_step = processes * config.gradient_accumulation_steps
     steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
