@@ -199,6 +199,39 @@ __device__ void store_pack(T* row, int64_t e, int64_t size, const Acc<T> (&x)[kP
   }
 }
 
+// ---- N elements in one access ----
+
+// kWidth is the number of elements per access: 16 bytes where every row starts on a 16-byte boundary
+// and its length is a multiple, else 1.
+template <typename T>
+inline bool is_packed(const void* data, int64_t row_stride, int64_t row_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kPack<T> == 0 && row_size % kPack<T> == 0;
+}
+
+// Calls f with the integral constant kWidth.
+template <typename T, typename F>
+void dispatch_width(bool packed, F f) {
+  if (packed) {
+    f(std::integral_constant<int, kPack<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T x[N];
+};
+
+template <int kWidth, typename T>
+__device__ Pack<T, kWidth> load_pack(const T* row, int64_t pack) {
+  return reinterpret_cast<const Pack<T, kWidth>*>(row)[pack];
+}
+
 // ---- reductions ----
 
 struct Sum {
@@ -280,24 +313,54 @@ __device__ inline RowTeam row_team() {
           static_cast<int>(blocks * blockDim.x)};
 }
 
-// Every thread of the team receives the result.
-template <typename A, typename Op>
-__device__ A row_reduce(A x, A identity, Op op) {
-  x = block_reduce(x, identity, op);
+// Merges N numbers that every thread of the team holds, all in one exchange between its blocks: op(x, y) merges y into x.
+// Every thread receives the same bits, whichever lane a sum is contracted in. Once in a kernel: its shared memory is not
+// for a second call.
+template <int N, typename A, typename Op>
+__device__ void warp_merge(A (&x)[N], Op op) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    A y[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) y[n] = __shfl_xor_sync(kWarpMask, x[n], lanes);
+    op(x, y);
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = __shfl_sync(kWarpMask, x[n], 0);
+}
+
+template <int N, typename A, typename Op>
+__device__ void row_merge(A (&x)[N], const A (&identity)[N], Op op) {
+  __shared__ A warp_result[32][N];
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  warp_merge(x, op);
+  if (lane == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) warp_result[warp][n] = x[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = lane < blockDim.x / 32 ? warp_result[lane][n] : identity[n];
+  warp_merge(x, op);
 #if __CUDA_ARCH__ >= 900
-  __shared__ A block_result;
+  __shared__ A block_result[N];
   const auto cluster = cooperative_groups::this_cluster();
-  if (threadIdx.x == 0) block_result = x;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) block_result[n] = x[n];
+  }
   cluster.sync();
-  const unsigned lane = threadIdx.x % 32;
-  x = warp_reduce(lane < cluster.num_blocks() ? *cluster.map_shared_rank(&block_result, lane) : identity, op);
-  cluster.sync();  // no block overwrites its result, or leaves, while another reads it
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    x[n] = lane < cluster.num_blocks() ? *cluster.map_shared_rank(&block_result[n], lane) : identity[n];
+  }
+  warp_merge(x, op);
+  cluster.sync();  // no block leaves while another reads its result
 #endif
-  return x;
 }
 
 // Launches a kernel that uses row_team, with enough blocks per row for `row_bytes` of traffic. The
-// size of the cluster depends on the row alone, so a row's result does not depend on the batch.
+// size of the cluster depends on the row and the device, so a row's result does not depend on the batch.
 template <typename... Params, typename... Args>
 void launch_rows(void (*kernel)(Params...), int64_t rows, int64_t row_bytes, cudaStream_t stream, Args... args) {
   if (rows == 0) return;
@@ -311,15 +374,21 @@ void launch_rows(void (*kernel)(Params...), int64_t rows, int64_t row_bytes, cud
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
   config.blockDim = dim3(kRowThreads);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = blocks > 1 ? 1 : 0;
+  for (int fit = 0;; blocks /= 2) {
+    cluster.val.clusterDim.x = blocks;
+    config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+    config.numAttrs = blocks > 1 ? 1 : 0;
+    if (blocks == 1) break;
+    // A part of a GPU (MIG, a green context) may not have that many multiprocessors in one group.
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&fit, kernel, &config));
+    if (fit > 0) break;
+  }
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 

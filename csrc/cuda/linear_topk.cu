@@ -9,14 +9,14 @@ namespace {
 
 // logit[r,k] = hidden[r] . weight[i_rk] + bias[i_rk]; a warp per (r,k).
 template <typename T, typename I, int kWidth>
-__global__ __launch_bounds__(kThreads) void gather_dot_kernel(const T* __restrict__ hidden,  // [R,d]
-                                                              const T* __restrict__ weight,  // [V,d]
-                                                              int64_t weight_stride,
-                                                              const I* __restrict__ index,  // [R,K]
-                                                              const T* __restrict__ bias,   // [V] or null
-                                                              Acc<T>* __restrict__ logit,   // [R,K]
-                                                              int64_t pairs, int64_t vocab_size, int64_t hidden_size,
-                                                              int64_t k) {
+__global__ __launch_bounds__(kThreads, 2) void gather_dot_kernel(const T* __restrict__ hidden,  // [R,d]
+                                                                 const T* __restrict__ weight,  // [V,d]
+                                                                 int64_t weight_stride,
+                                                                 const I* __restrict__ index,  // [R,K]
+                                                                 const T* __restrict__ bias,   // [V] or null
+                                                                 Acc<T>* __restrict__ logit,   // [R,K]
+                                                                 int64_t pairs, int64_t vocab_size, int64_t hidden_size,
+                                                                 int64_t k) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;

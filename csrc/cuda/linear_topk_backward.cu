@@ -29,14 +29,15 @@ constexpr int kChunk = 32;              // terms whose weights and places a bloc
 constexpr int64_t kSliceBlocks = 1024;  // enough for any GPU
 
 template <typename T, typename I, int kWidth>
-__global__ __launch_bounds__(kThreads) void grad_hidden_slice_kernel(const Acc<T>* __restrict__ grad,   // [R]
-                                                                     const Acc<T>* __restrict__ slope,  // [R,K]
-                                                                     const T* __restrict__ weight,      // [V,d]
-                                                                     int64_t weight_stride,
-                                                                     const I* __restrict__ index,   // [R,K]
-                                                                     Acc<T>* __restrict__ partial,  // [slices,R,d]
-                                                                     int64_t rows, int64_t slices, int64_t vocab_size,
-                                                                     int64_t hidden_size, int64_t k) {
+__global__ __launch_bounds__(kThreads, 4) void grad_hidden_slice_kernel(const Acc<T>* __restrict__ grad,   // [R]
+                                                                        const Acc<T>* __restrict__ slope,  // [R,K]
+                                                                        const T* __restrict__ weight,      // [V,d]
+                                                                        int64_t weight_stride,
+                                                                        const I* __restrict__ index,   // [R,K]
+                                                                        Acc<T>* __restrict__ partial,  // [slices,R,d]
+                                                                        int64_t rows, int64_t slices,
+                                                                        int64_t vocab_size, int64_t hidden_size,
+                                                                        int64_t k) {
   using A = Acc<T>;
   __shared__ A g[kChunk];
   __shared__ int64_t place[kChunk];

@@ -13,10 +13,11 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kSteps = 8;
 
-__global__ void prefix_mask_kernel(const int64_t* __restrict__ labels,  // [B,T]
-                                   int64_t batch_stride, int64_t token_stride,
-                                   bool* __restrict__ mask,  // [B,T]
-                                   int64_t batch, int64_t length, int64_t n, int64_t eos) {
+__global__ __launch_bounds__(32 * kWarps) void prefix_mask_kernel(const int64_t* __restrict__ labels,  // [B,T]
+                                                                  int64_t batch_stride, int64_t token_stride,
+                                                                  bool* __restrict__ mask,  // [B,T]
+                                                                  int64_t batch, int64_t length, int64_t n,
+                                                                  int64_t eos) {
   const int lane = threadIdx.x % 32;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (b >= batch) return;

@@ -44,12 +44,34 @@ struct Partition {
   }
 };
 
-// Joins the parts that the threads of a team hold; returns the factor as `raise` does.
+// Joins the parts that the threads of a team hold.
 template <typename A>
-__device__ A join(Partition<A>& part) {
-  const A factor = part.raise(row_reduce(part.max, lowest<A>(), Max()));
-  part.sum = row_reduce(part.sum, A(0), Sum());
-  return factor;
+__device__ void join(Partition<A>& part) {
+  A x[2] = {part.max, part.sum};
+  const A nothing[2] = {lowest<A>(), A(0)};
+  row_merge(x, nothing, [](A(&x)[2], const A(&y)[2]) {
+    const A largest = fmax(x[0], y[0]);
+    x[1] = x[1] * fast_exp(x[0] - largest) + y[1] * fast_exp(y[0] - largest);
+    x[0] = largest;
+  });
+  part.max = x[0], part.sum = x[1];
+}
+
+// The same of two rows, with a sum that is relative to the maximum of p (of q).
+template <bool kOfP, typename A>
+__device__ void join(Partition<A>& p, Partition<A>& q, A& moment) {
+  A x[5] = {p.max, p.sum, q.max, q.sum, moment};
+  const A nothing[5] = {lowest<A>(), A(0), lowest<A>(), A(0), A(0)};
+  row_merge(x, nothing, [](A(&x)[5], const A(&y)[5]) {
+    const A p_max = fmax(x[0], y[0]), q_max = fmax(x[2], y[2]);
+    const A px = fast_exp(x[0] - p_max), py = fast_exp(y[0] - p_max);
+    const A qx = fast_exp(x[2] - q_max), qy = fast_exp(y[2] - q_max);
+    x[1] = x[1] * px + y[1] * py;
+    x[3] = x[3] * qx + y[3] * qy;
+    x[4] = x[4] * (kOfP ? px : qx) + y[4] * (kOfP ? py : qy);
+    x[0] = p_max, x[2] = q_max;
+  });
+  p.max = x[0], p.sum = x[1], q.max = x[2], q.sum = x[3], moment = x[4];
 }
 
 template <typename T, int U>
@@ -158,8 +180,7 @@ __global__ __launch_bounds__(kRowThreads, 2) void kl_div_kernel(T* logits,  // [
       }
     }
   }
-  const A raised_p = join(p), raised_q = join(q);
-  moment = row_reduce(moment * (kReverse ? raised_p : raised_q), A(0), Sum());
+  join<kReverse>(p, q, moment);
 
   const A lse_difference = (p.max - q.max) + log(p.sum / q.sum);  // lse of logits - lse of ref_logits
   const A divergence = kReverse ? moment / p.sum - lse_difference : moment / q.sum + lse_difference;

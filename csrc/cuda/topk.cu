@@ -102,8 +102,13 @@ __global__ __launch_bounds__(kBlock, 1) void topk_mse_kernel(const T* __restrict
 //
 // The smaller the tile, the more blocks overlap, but every tile of a row reads all K indices and, for
 // s[r], all K slopes (from L2, after the first).
-constexpr int kTileBytes = 64 * 1024;  // with its bits, three times in a multiprocessor's shared memory
+constexpr int kTileBytes = 56 * 1024;  // with its bits less than 64 KB, which is all that a T4 has
 constexpr int kTileThreads = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kTileBlocks = 2;  // of a multiprocessor: all of its threads
+#else
+constexpr int kTileBlocks = 3;
+#endif
 constexpr int kTileUnroll = 4;
 template <typename T>
 constexpr int kTile = kTileBytes / sizeof(T);  // elements
@@ -112,12 +117,12 @@ constexpr int kTileShared = kTileBytes + 2 * kTile<T> / 8;
 
 template <typename T, typename I>
 __global__ __launch_bounds__(kTileThreads,
-                             3) void topk_backward_kernel(const Acc<T>* __restrict__ grad,   // [R]
-                                                          const Acc<T>* __restrict__ slope,  // [R,K]
-                                                          const I* __restrict__ index,       // [R,K]
-                                                          T* __restrict__ grad_logits,       // [R,V]
-                                                          int64_t grad_stride, int64_t tiles, int64_t vocab_size,
-                                                          int64_t k, bool through_mean) {
+                             kTileBlocks) void topk_backward_kernel(const Acc<T>* __restrict__ grad,   // [R]
+                                                                    const Acc<T>* __restrict__ slope,  // [R,K]
+                                                                    const I* __restrict__ index,       // [R,K]
+                                                                    T* __restrict__ grad_logits,       // [R,V]
+                                                                    int64_t grad_stride, int64_t tiles,
+                                                                    int64_t vocab_size, int64_t k, bool through_mean) {
   using A = Acc<T>;
   constexpr int N = kPack<T>;
   extern __shared__ uint4 shared[];
