@@ -264,4 +264,36 @@ inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits
   check_shape(op, "ref_logits", ref_logits, logits.sizes());
 }
 
+// Tensors of one shape, contiguous, since a step goes over them element by element.
+inline void check_adamw_(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& exp_avg,
+                         const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& low_bits,
+                         const std::optional<at::Tensor>& clip_factor, int64_t step) {
+  constexpr const char* op = "palu::adamw_";
+  const auto dtype = weight.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, op, ": weight must be float32 or bfloat16, got ",
+                   dtype_name(dtype));
+  const auto check_like = [&](const char* name, const at::Tensor& t, at::ScalarType wanted, bool written) {
+    check_device(op, name, t, "weight", weight);
+    check_dtype(op, name, t, wanted);
+    check_shape(op, name, t, weight.sizes());
+    TORCH_CHECK_VALUE(!written || t.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                      text(t.strides()));
+    if (written) check_no_graph(op, name, t);
+  };
+  check_like("weight", weight, dtype, true);
+  check_like("grad", grad, dtype, false);
+  check_like("exp_avg", exp_avg, dtype, true);
+  check_like("exp_avg_sq", exp_avg_sq, at::kFloat, true);
+  TORCH_CHECK_VALUE(low_bits.has_value() == (dtype == at::kBFloat16), op,
+                    ": low_bits belong to a bfloat16 weight, and to no other");
+  if (low_bits) check_like("low_bits", *low_bits, dtype, true);
+  if (clip_factor) {
+    check_device(op, "clip_factor", *clip_factor, "weight", weight);
+    check_dtype(op, "clip_factor", *clip_factor, at::kFloat);
+    TORCH_CHECK_VALUE(clip_factor->numel() == 1, op, ": clip_factor must be one number, got shape ",
+                      text(clip_factor->sizes()));
+  }
+  TORCH_CHECK_VALUE(step > 0, op, ": step must be at least 1, got ", text(step));
+}
+
 }  // namespace palu

@@ -77,6 +77,10 @@ TORCH_LIBRARY(palu, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor row_weight) -> Tensor");
   m.def("kl_div_(Tensor(a!) logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> Tensor");
 
+  m.def(
+      "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? low_bits,"
+      " Tensor? clip_factor, int step, float rate, float weight_decay, float beta1, float beta2, float eps) -> ()");
+
   // The argument checks alone, for kernels that are not written in C++: the arguments are the op's.
   using Optional = std::optional<at::Tensor>;
   m.def("_check_prefix_mask(Tensor labels, int n, int? eos_token_id=None) -> ()",
@@ -106,6 +110,12 @@ TORCH_LIBRARY(palu, m) {
         [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
           palu::check_kl_div_(logits, ref_logits, row_weight);
         });
+  m.def(
+      "_check_adamw_(Tensor weight, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor? low_bits,"
+      " Tensor? clip_factor, int step, float rate, float weight_decay, float beta1, float beta2, float eps) -> ()",
+      [](const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+         const Optional& low_bits, const Optional& clip_factor, int64_t step, double, double, double, double,
+         double) { palu::check_adamw_(weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor, step); });
 }
 
 TORCH_LIBRARY_IMPL(palu, FuncTorchDynamicLayerFrontMode, m) { palu::register_for_all<&palu::refuse_transform>(m); }

@@ -15,21 +15,21 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def softcap_(logits: Tensor, softcap: float, *, slope: bool = False) -> Tensor | None:
-    """Cap contiguous logits in place: softcap * tanh(logits / softcap); return the slope 1 - tanh^2 if it is asked for.
+    """Cap logits [R, V] in place: softcap * tanh(logits / softcap); return the slope 1 - tanh^2 if it is asked for.
 
-    In bfloat16 and float16 both are computed in float32, a sixteenth of the logits at a time, and rounded once. From
+    In bfloat16 and float16 both are computed in float32, a sixteenth of the rows at a time, and rounded once. From
     rounded logits the slope would be wrong: in bfloat16 by up to 2 % at 0.9 of the cap, and by all of it near the cap.
     """
-    flat = logits.view(-1)
-    size = max(len(flat) if logits.dtype == acc_dtype(logits.dtype) else -(-len(flat) // 16), 1)
-    slopes = torch.empty_like(flat) if slope else None
-    for start in range(0, len(flat), size):
-        part = slice(start, start + size)
-        t = flat[part].to(acc_dtype(logits.dtype)).div_(softcap).tanh_()
+    exact = acc_dtype(logits.dtype)
+    slopes = torch.empty_like(logits) if slope else None
+    rows = len(logits) if logits.dtype == exact else -(-len(logits) // 16)
+    for start in range(0, len(logits), max(rows, 1)):
+        part = slice(start, start + rows)
+        t = logits[part].to(exact).div_(softcap).tanh_()
         if slopes is not None:
             torch.addcmul(t.new_ones(()), t, t, value=-1, out=slopes[part])
-        torch.mul(t, softcap, out=flat[part])
-    return None if slopes is None else slopes.view_as(logits)
+        torch.mul(t, softcap, out=logits[part])
+    return slopes
 
 
 def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
@@ -190,3 +190,43 @@ def _write(logits: Tensor, gradient: Tensor) -> None:
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_bits: Tensor | None,
+    clip_factor: Tensor | None,
+    step: int,
+    rate: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Twin of `palu.ops.adamw_`."""
+    unbias = (1 - beta2**step) ** 0.5
+    step_size = rate * unbias / (1 - beta1**step)
+    tensors = [weight, grad, exp_avg, exp_avg_sq, weight if low_bits is None else low_bits]
+    tensors = [torch.atleast_1d(tensor) for tensor in tensors]
+    # A step's float32 copies are small. On a CPU what a slice needs stays in the cache; on a GPU each launches a dozen
+    # kernels.
+    most = 2**18 if weight.device.type == "cpu" else 2**24
+    rows = max(1, most * len(tensors[0]) // max(1, weight.numel()))
+    for p, g, m, v, low in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        if clip_factor is not None:
+            g = g.float() * clip_factor
+        m.copy_(torch.lerp(m.float(), g.float(), 1 - beta1))
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w = p
+        if low_bits is not None:
+            w = p.float()
+            bits = w.view(torch.int32).add_(low.view(torch.int16))
+        if weight_decay:
+            w.mul_(1 - rate * weight_decay)
+        w.addcdiv_(m, v.sqrt().add_(eps * unbias), value=-step_size)
+        if low_bits is not None:
+            low.view(torch.int16).copy_(bits)  # the lower 16, with a sign: so the upper ones are rounded
+            p.view(torch.int16).copy_(bits.add_(2**15).bitwise_right_shift_(16))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from palu.data.tokenize import IGNORE, ORDINARY
 from palu.eager import softcap_
-from palu.models.head import GradientSum, Head
+from palu.models.head import GradientSum, Head, aligned_linear
 from palu.ops import cross_entropy_, kl_div_, prefix_mask, topk_mse
 from palu.ops.functional import checked_labels, has_frozen, needed_mean, split_target, use_gather
 from palu.ops.library import check_tensors, first_order_only
@@ -182,7 +182,7 @@ class KLTerm:
         return self.hidden.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        ref_logits = self.head.product(self.hidden[rows]).to(logits.dtype)
+        ref_logits = self.head.product(self.hidden[rows], aligned_linear).to(logits.dtype)
         if self.head.softcap is not None:
             softcap_(ref_logits, self.head.softcap)
         if self.lowered is not None:
@@ -227,13 +227,15 @@ def fused_linear_losses(
 
     In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and rounded
     once at the end. Until then this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096].
+    Where all rows at once take no more than that beside ``chunk_bytes``, they are one chunk instead.
 
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
         head: weight [V, d] and bias [V] or None, same dtype as ``hidden`` (autocast is honoured); scale and cap.
         terms: what each row is judged by; their lengths add up to R.
         row_weight: [R], float32 (float64 for float64 ``hidden``): the factor of each row's loss in the sum.
-        chunk_bytes: bound on the logits held at once, those of the reference and a cap's slopes included.
+        chunk_bytes: bound on the logits held at once, those of the reference and a cap's slopes included; see above
+            for the head's gradient.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
         impl: how the rows of a GatheredTerm, which comes first, get their logits; see
             :func:`palu.ops.linear_topk_mse`.
@@ -299,20 +301,27 @@ class _FusedLinearLosses(torch.autograd.Function):
 
             local, gathered = terms[0] if terms else None, 0
             if isinstance(local, GatheredTerm):
-                onset, k = local.index.shape
-                if use_gather(impl, onset, k, w.shape[0], device, beside_dense=len(h) > onset):
+                onset = len(local)
+                if use_gather(impl, local.index, w, beside_dense=len(h) > onset, trained=need_weight or need_bias):
                     gathered = onset
 
-            budget = chunk_bytes // (w.shape[0] * w.element_size())
             caps = [softcap, *(term.head.softcap for term in terms if isinstance(term, KLTerm))]
-            if dtype != row_weight.dtype and any(caps):
-                budget -= -(-budget // 8)  # for softcap_'s float32
-            chunks = list(_chunks(terms, gathered, budget, copies=1 if softcap is None else 2))
+            row_bytes, halves = w.shape[0] * w.element_size(), dtype != row_weight.dtype
+
+            def rows_in(room: int) -> int:
+                rows = room // row_bytes
+                return rows - (-(-rows // 8) if halves and any(caps) else 0)  # for softcap_'s float32
+
+            budget, copies = rows_in(chunk_bytes), 1 if softcap is None else 2
+            if halves and need_weight and not gathered:  # one chunk saves the float32 sum, and may take its room
+                whole = sum(len(term) * _price(term, copies) for term in terms)
+                budget = max(budget, whole) if whole <= rows_in(chunk_bytes + 4 * w.numel()) else budget
+            chunks = list(_chunks(terms, gathered, budget, copies=copies))
             several = len(chunks) + (gathered > 0) > 1
             sum_w = GradientSum(w, several) if need_weight else None
             sum_b = GradientSum(b, several) if b is not None and need_bias else None
             for rows, parts in chunks:
-                logits = F.linear(h[rows], w, b)
+                logits = aligned_linear(h[rows], w, b)
                 slope = softcap_(logits, softcap, slope=True) if softcap is not None else None
                 for term, of_hidden, of_term in parts:
                     of_chunk = slice(of_hidden.start - rows.start, of_hidden.stop - rows.start)
@@ -367,6 +376,11 @@ def _scale_(gradient: Tensor, factor: Tensor) -> None:
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
 
 
+def _price(term: Term, copies: int) -> int:
+    """How many rows of logits a row of a term holds."""
+    return copies + isinstance(term, KLTerm)
+
+
 def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1) -> Iterator[tuple[slice, list[Part]]]:
     """Yield rows of ``hidden`` from ``start`` on, and the parts of the terms that lie in them.
 
@@ -376,7 +390,7 @@ def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1
     rows, cost, offset = start, 0, 0
     parts: list[Part] = []
     for term in terms:
-        price = copies + isinstance(term, KLTerm)
+        price = _price(term, copies)
         row = max(start - offset, 0)
         while row < len(term):
             take = min(len(term) - row, max((budget - cost) // price, 0 if parts else 1))

@@ -22,6 +22,7 @@ from torch import Tensor
 from palu import eager, losses
 from palu.eager import softcap_
 from palu.losses import KLTerm, Term, _chunks
+from palu.models import head
 from palu.models.head import Head
 
 # (scale, softcap); logits are near 3 * scale
@@ -277,17 +278,52 @@ def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows_per_chunk", "per_weight"),
-    [(torch.bfloat16, 1, 6), (torch.bfloat16, 10**6, 2), (torch.float32, 1, 4), (torch.float32, 10**6, 4)],
+    ("dtype", "others", "rows_per_chunk", "per_weight"),
+    [
+        (torch.bfloat16, 600, 1, 6),
+        (torch.bfloat16, 24, 1, 2),  # all rows take no more than the float32 sum would
+        (torch.bfloat16, 24, 10**6, 2),
+        (torch.float32, 24, 1, 4),
+        (torch.float32, 24, 10**6, 4),
+    ],
     ids=str,
 )
 def test_memory_of_a_heads_gradient(
-    device: torch.device, dtype: torch.dtype, rows_per_chunk: int, per_weight: int
+    device: torch.device, dtype: torch.dtype, others: int, rows_per_chunk: int, per_weight: int
 ) -> None:
     """No copy; in bfloat16, where there are several chunks, the sum in float32 beside it, as the docstring says."""
-    case = make(device, (8, 0, 24), vocab=8192, hidden_size=256, dtype=dtype, bias=False, impl="dense")
+    case = make(device, (8, 0, others), vocab=8192, hidden_size=256, dtype=dtype, bias=False, impl="dense")
     case.run(rows_per_chunk)
     case.head.weight.grad = case.hidden.grad = None
     gradient = per_weight * case.head.weight.numel()
     peak = peak_bytes(device, functools.partial(case.run, rows_per_chunk))
     assert gradient <= peak < gradient + 3 * 2**20  # a copy would have 4 MiB or more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_any_vocabulary_begin_at_16_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: here the CPU is taken for one. The losses and gradients are those of rows without a gap."""
+    seen: list[Tensor] = []
+
+    def watched(name: str) -> None:
+        op = getattr(losses, name)
+        monkeypatch.setattr(
+            losses, name, lambda logits, *given: (seen.extend([logits, *given[:1]]), op(logits, *given))[1]
+        )
+
+    torch.manual_seed(0)
+    plain = make(CPU, (6, 5, 7), vocab=211, dtype=dtype, impl="dense")
+    expected = [*plain.run(10), *(leaf.grad for leaf in plain.leaves if leaf is not None)]
+    monkeypatch.setattr(head, "ALIGNED", ("cpu",))
+    watched("kl_div_")
+    watched("cross_entropy_")
+    torch.manual_seed(0)
+    case = make(CPU, (6, 5, 7), vocab=211, dtype=dtype, impl="dense")
+    found = [*case.run(10), *(leaf.grad for leaf in case.leaves if leaf is not None)]
+    logits = [t for t in seen if t.dim() == 2]
+    assert len(logits) >= 3
+    for t in logits:
+        assert t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        assert t.shape[1] == 211 and t.stride(0) < 211 + 16
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

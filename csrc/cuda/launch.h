@@ -139,4 +139,20 @@ struct KlDiv {
 };
 void kl_div_(const KlDiv& p, cudaStream_t stream);
 
+struct AdamW {
+  Dtype dtype;              // kFloat or kBFloat16
+  void* weight;             // T [n]
+  void* low_bits;           // int16 [n] of bfloat16 weights, else null
+  const void* grad;         // T [n]
+  void* exp_avg;            // T [n]
+  void* exp_avg_sq;         // float [n]
+  const void* clip_factor;  // float [1], or null: 1
+  int64_t size;
+  double step_size;                         // rate sqrt(1 - beta2^t) / (1 - beta1^t)
+  double kept;                              // 1 - rate weight_decay
+  double one_minus_beta1, one_minus_beta2;  // in float32 beta2 itself would leave four digits of it
+  double eps;                               // times sqrt(1 - beta2^t)
+};
+void adamw_(const AdamW& p, cudaStream_t stream);
+
 }  // namespace palu::cuda

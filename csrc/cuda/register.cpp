@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -265,6 +266,30 @@ at::Tensor kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const
   return loss;
 }
 
+void adamw_(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+            const std::optional<at::Tensor>& low_bits, const std::optional<at::Tensor>& clip_factor, int64_t step,
+            double rate, double weight_decay, double beta1, double beta2, double eps) {
+  check_adamw_(weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor, step);
+  const OnDeviceOf device(weight);
+  const at::Tensor g = grad.contiguous();
+  const double unbias = std::sqrt(1 - std::pow(beta2, step));
+  cuda::AdamW p{};
+  p.dtype = dtype_of(weight);
+  p.weight = weight.mutable_data_ptr();
+  p.low_bits = buffer_or_null(low_bits);
+  p.grad = g.const_data_ptr();
+  p.exp_avg = exp_avg.mutable_data_ptr();
+  p.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  p.clip_factor = data_or_null(clip_factor);
+  p.size = weight.numel();
+  p.step_size = rate * unbias / (1 - std::pow(beta1, step));
+  p.kept = 1 - rate * weight_decay;
+  p.one_minus_beta1 = 1 - beta1;
+  p.one_minus_beta2 = 1 - beta2;
+  p.eps = eps * unbias;
+  cuda::adamw_(p, device.stream);
+}
+
 }  // namespace
 }  // namespace palu
 
@@ -277,4 +302,5 @@ TORCH_LIBRARY_IMPL(palu, CUDA, m) {
   m.impl("linear_topk_backward", palu::linear_topk_backward);
   m.impl("cross_entropy_", palu::cross_entropy_);
   m.impl("kl_div_", palu::kl_div_);
+  m.impl("adamw_", palu::adamw_);
 }

@@ -28,6 +28,7 @@ HEAD_FIELDS: dict[str, Literal["cap", "multiply", "divide"]] = {
     "logits_scaling": "divide",  # Granite, MiniCPM3
     "logits_mup_width_multiplier": "divide",  # Inkling
 }
+ALIGNED = ("cuda",)  # kinds of device on which logits are padded
 _MULTIPLIES_BY_LOGITS_SCALING = "hyperclovax"  # a model type: Granite's field, used the other way round
 
 
@@ -48,10 +49,10 @@ class Head(NamedTuple):
         """Multiply hidden states or the bias by the scale."""
         return values if self.scale == 1 else values * self.scale
 
-    def product(self, hidden: Tensor) -> Tensor:
+    def product(self, hidden: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         """Compute the scaled logits before the cap [..., V] from hidden states [..., d], in the weight's dtype."""
         bias = None if self.bias is None else self.scaled(self.bias)
-        return F.linear(self.scaled(hidden).to(self.weight.dtype), self.weight, bias)
+        return linear(self.scaled(hidden).to(self.weight.dtype), self.weight, bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits [..., V] from last hidden states [..., d], with gradient: float32, of float64 float64."""
@@ -60,6 +61,22 @@ class Head(NamedTuple):
             return logits
         logits = logits / self.softcap
         return logits.tanh_() * self.softcap
+
+
+def aligned_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute logits [R, V] whose rows begin at multiples of 16 bytes on a GPU, without gradient.
+
+    Where V is no multiple of that (50257, 32001), neither torch's products nor palu's kernels could move 16 bytes at a
+    time otherwise. On other devices it is ``F.linear``.
+    """
+    pack = 16 // weight.element_size()
+    vocab_size = len(weight)
+    if weight.device.type not in ALIGNED or vocab_size % pack == 0:
+        return F.linear(hidden, weight, bias)
+    logits = hidden.new_empty(len(hidden), -(-vocab_size // pack) * pack)[:, :vocab_size]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
 def body_of(model: CausalLM) -> nn.Module:
@@ -168,6 +185,9 @@ class GradientSum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add ``a @ b``."""
+        if self.total is not None and self.total.is_cuda:  # whose products add to float32
+            torch.addmm(self.total, a, b, torch.float32, out=self.total)
+            return
         torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)
 
     def buffer(self) -> Tensor:

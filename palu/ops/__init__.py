@@ -7,6 +7,7 @@ in `palu/eager.py`.
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
 from palu.ops.functional import (
+    adamw_,
     cross_entropy_,
     kl_div_,
     linear_topk_mse,
@@ -19,6 +20,7 @@ from palu.ops.functional import (
 from palu.ops.library import extension_path
 
 __all__ = [
+    "adamw_",
     "cross_entropy_",
     "extension_path",
     "kl_div_",

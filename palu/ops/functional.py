@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu.eager import acc_dtype
-from palu.ops.library import NATIVE_DEVICES, check_tensors
+from palu.ops.gpu import gpu_at
+from palu.ops.library import CHECK, NATIVE_DEVICES, check_tensors, check_values
 from palu.settings import TARGETS
 
 _ops = torch.ops.palu
@@ -59,9 +60,11 @@ def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean")
     Raises:
         TypeError: a dtype not listed above.
         ValueError: shapes that do not fit, K = 0, V = 0, different devices, or an unknown target.
-        IndexError: an index out of range (CPU; on CUDA a device-side assertion).
+        IndexError: an index out of range (CPU; on CUDA a device-side assertion, unless PALU_CHECK=1 is in the
+            environment: then each call waits for the GPU, and the error names the index).
     """
     check_tensors("palu::topk_mse", logits=logits, index=index)
+    _check("palu::topk_mse", index, logits, 1)
     loss, _ = _ops.topk_mse(logits, index, *split_target(target))
     return loss
 
@@ -139,6 +142,7 @@ def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tens
         TypeError, ValueError, IndexError: as `topk_mse`; also for K < 2 and a `floor` out of range.
     """
     check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
+    _check("palu::topk_unlikelihood", index, logits, 1)
     loss, _ = _ops.topk_unlikelihood(logits, index, floor)
     return loss
 
@@ -178,6 +182,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, row_weight: Tensor) -> Tensor
 
     `labels`: [R] int64. `row_weight` and the result: float64 for float64 logits, else float32.
     """
+    _check("palu::cross_entropy_", labels, logits, 1, "labels")
     return _ops.cross_entropy_(logits, labels, row_weight)
 
 
@@ -188,6 +193,30 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
     `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: float64 for float64 logits, else float32.
     """
     return _ops.kl_div_(logits, ref_logits, row_weight, reverse)
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_bits: Tensor | None,
+    clip_factor: Tensor | None,
+    step: int,
+    rate: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Take a step of AdamW (arXiv 1711.05101) on one parameter, in place, in one pass.
+
+    `weight`, `grad` and the first moment `exp_avg`: of one shape, float32 or bfloat16; the second moment `exp_avg_sq`:
+    float32. `low_bits`: of a bfloat16 weight, the lower 16 of its float32 bits as int16 in the guise of bfloat16, 0
+    where they are 0. `clip_factor`: one float32 number, by which the gradient is multiplied; `step`: from 1.
+    """
+    tensors = weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor
+    _ops.adamw_(*tensors, step, rate, weight_decay, beta1, beta2, eps)
 
 
 @torch.library.custom_op("palu::checked_labels", mutates_args=())
@@ -220,15 +249,21 @@ def _as_linear(
     """Check all tensors of a call, and cast those of the head as `F.linear` does under autocast."""
     given = {"hidden": hidden, "weight": weight, **others, "bias": bias}
     check_tensors(who, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    _check(who, others["index"], weight, 0)
     return _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
+
+
+def _check(who: str, index: Tensor | None, sized: Tensor, dim: int, name: str = "index") -> None:
+    """With PALU_CHECK=1, look at the values of an index, or of labels, into a dimension of a matrix."""
+    if CHECK and index is not None and sized.dim() == 2:
+        check_values(who, name, index, sized.shape[dim])
 
 
 def _gathers(impl: str, hidden: Tensor, weight: Tensor, index: Tensor) -> bool:
     """Decide as `use_gather`; True, too, where the op is to report tensors of another rank."""
     if not hidden.dim() == index.dim() == weight.dim() == 2:
         return True
-    rows, k = index.shape
-    return use_gather(impl, rows, k, weight.shape[0], hidden.device.type)
+    return use_gather(impl, index, weight)
 
 
 def weight_mean(weight: Tensor) -> Tensor:
@@ -241,19 +276,20 @@ def needed_mean(weight: Tensor, mean: Tensor | None, target: str) -> Tensor | No
     return weight_mean(weight) if mean is None and target.startswith("global_mean") else mean
 
 
-def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, *, beside_dense: bool = False) -> bool:
+def use_gather(impl: str, index: Tensor, weight: Tensor, *, beside_dense: bool = False, trained: bool = True) -> bool:
     """Decide whether to gather the kept rows of the head (True) or to take the dense product (False).
 
-    "auto" follows measurements. On a CPU the dense product is bound by its arithmetic: with 2 cores both are even
-    near rows * k = 5 vocab_size. On a GPU both are bound by the bytes of the head that they move: rows * k of its
-    rows, or each once. (H100, d = 4096, bfloat16: gathering takes 3.3 ns per kept logit, the dense product of few
-    rows 0.41 to 0.46 ms, so they meet near rows * k = vocab_size = 128256.)
+    "auto" follows measurements on a CPU, where the dense product is bound by its arithmetic: with 2 cores both are even
+    near R K = 5 V. On a GPU it compares the bytes of R K rows of the head with what the product takes: the bytes of
+    the head, or more than :meth:`palu.ops.gpu.Gpu.balance` rows' operations. (H100, d = 4096, bfloat16: gathering
+    takes 3.3 ns per kept logit, the product of few rows 0.41 to 0.46 ms: even near R K = V = 128256.)
 
     Args:
         impl: "auto", "gather" or "dense".
-        rows, k, vocab_size: R, K and V.
-        device_type: "cpu", "cuda" or another one.
-        beside_dense: other rows go through a dense product anyway; on a GPU a few more then cost next to nothing.
+        index: [R, K].
+        weight: [V, d], on its device and in the product's dtype.
+        beside_dense: other rows go through a dense product anyway. On a GPU a few more cost their operations alone.
+        trained: whether the head has a gradient, which would then have two parts.
 
     Raises:
         ValueError: unknown `impl`.
@@ -262,11 +298,15 @@ def use_gather(impl: str, rows: int, k: int, vocab_size: int, device_type: str, 
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl != "auto":
         return impl == "gather"
-    if device_type not in NATIVE_DEVICES:  # the twin of the gather forms all logits, too
+    (rows, k), vocab_size, kind = index.shape, weight.shape[0], weight.device.type
+    if kind not in NATIVE_DEVICES:  # the twin of the gather forms all logits, too
         return False
-    if device_type == "cpu":
+    if kind == "cpu":
         return rows * k < 5 * vocab_size
-    return not beside_dense and rows * k < vocab_size
+    balance = gpu_at(weight.device).balance(weight.dtype)
+    if beside_dense:
+        return not trained and k < vocab_size / balance
+    return rows * k < vocab_size * max(1, rows / balance)
 
 
 def has_frozen(hidden: Tensor, target: str) -> bool:

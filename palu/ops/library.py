@@ -7,6 +7,7 @@ of first order and for reverse mode; whoever asks for another derivative gets an
 
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ def _load() -> str:
 
 
 _extension_path = _load()
+# Set: indices and labels are looked at before a GPU is, whose assertion names none, and ends the process's use of it.
+CHECK = os.environ.get("PALU_CHECK") == "1"
 _ops = torch.ops.palu
 # Kinds of device whose kernels are in the extension; elsewhere those of palu/ops/twins.py serve.
 NATIVE_DEVICES = frozenset(
@@ -80,6 +83,15 @@ def check_tensors(who: str, **tensors: Tensor) -> None:
             raise ValueError(f"{who}: {name} is on {tensor.device} but {there}; move it there")
 
 
+def check_values(who: str, name: str, index: Tensor, vocab_size: int) -> None:
+    """Raise IndexError where an index or a label [R, ...] is out of range: the first one is named."""
+    if len(bad := ((index < 0) | (index >= vocab_size)).nonzero()):
+        place = bad[0].tolist()
+        raise IndexError(
+            f"{who}: {name}{place} = {int(index[tuple(place)])} is out of range for a vocabulary of {vocab_size}"
+        )
+
+
 # Fakes: shapes and dtypes for torch.compile. Meta tensors come to them, too, and a call with even one such tensor: it
 # must not return results that nobody computed.
 
@@ -109,7 +121,7 @@ for _op in ("topk_mse", "topk_unlikelihood"):
     _register_fake(_op, lambda logits, index, *_: _losses_and(logits, index.shape))
     _register_fake(f"linear_{_op}", lambda hidden, weight, index, *_: _losses_and(hidden, index.shape))
 _register_fake("linear_topk_mse_frozen", lambda hidden, *_: _losses_and(hidden, hidden.shape))
-for _op in ("topk_backward", "linear_topk_backward"):
+for _op in ("topk_backward", "linear_topk_backward", "adamw_"):
     _register_fake(_op, lambda *_: None)
 for _op in ("cross_entropy_", "kl_div_"):
     _register_fake(_op, _losses)

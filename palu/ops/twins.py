@@ -1,6 +1,6 @@
 """Register the plain-torch twins as kernels where there is no native one.
 
-That is for `topk_unlikelihood` everywhere and for `cross_entropy_` and `kl_div_` on CPUs, where our
+That is for `topk_unlikelihood` everywhere and for `cross_entropy_`, `kl_div_` and `adamw_` on CPUs, where our
 own kernel would be no faster, and for every op on devices without native kernels: CUDA without nvcc, MPS, XPU and
 others. There they are slower, form logits [R, V] where the native kernels need none, and warn once for each kind of
 device. They check their arguments as the native ones do.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palu import eager
 from palu.eager import acc_dtype
-from palu.ops.library import NATIVE_DEVICES, check_tensors, no_native_kernels
+from palu.ops.library import NATIVE_DEVICES, check_tensors, check_values, no_native_kernels
 
 _ops = torch.ops.palu
 _library = torch.library.Library("palu", "IMPL")  # the kernels go with it
@@ -36,7 +36,8 @@ def _register(op: str, twin: Callable[..., Any]) -> None:
         if "index" in given:
             logits = given.get("logits", given.get("grad_logits"))
             vocab_size = given["weight"].shape[0] if logits is None else logits.shape[1]
-            _check_index_values(f"palu::{op}", given["index"], vocab_size)
+            if given["index"].device.type != "cuda":  # whose own kernels assert it: to ask would be to wait for the GPU
+                check_values(f"palu::{op}", "index", given["index"], vocab_size)
         kind = args[0].device.type
         if kind not in NATIVE_DEVICES | _warned:
             _warned.add(kind)
@@ -47,17 +48,6 @@ def _register(op: str, twin: Callable[..., Any]) -> None:
 
     # Comes after a kernel of the device itself. The autograd formulas stay those of palu/ops/library.py.
     _library.impl(op, kernel, "CompositeExplicitAutograd")
-
-
-def _check_index_values(who: str, index: Tensor, vocab_size: int) -> None:
-    """Raise IndexError where one is out of range. CUDA's own kernels assert it: to ask would be to wait for the GPU."""
-    if index.device.type == "cuda":
-        return
-    if len(bad := ((index < 0) | (index >= vocab_size)).nonzero()):
-        row, k = bad[0].tolist()
-        raise IndexError(
-            f"{who}: index[{row}, {k}] = {int(index[row, k])} is out of range for a vocabulary of {vocab_size}"
-        )
 
 
 def _topk_mse(logits: Tensor, index: Tensor, target: str, constant: float) -> tuple[Tensor, Tensor]:
@@ -82,3 +72,4 @@ _register(
 _register("linear_topk_backward", eager.linear_topk_backward)
 _register("cross_entropy_", eager.cross_entropy_)
 _register("kl_div_", eager.kl_div_)
+_register("adamw_", eager.adamw_)

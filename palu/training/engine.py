@@ -10,15 +10,14 @@ processes. Engines average gradients over processes, so each process multiplies 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, fsdp2_prepare_model
-from torch import Tensor, nn
+from torch import nn
 
 from palu.config import UnlearnConfig
 from palu.distributed import ProcessError, full_tensor
@@ -191,13 +190,3 @@ def grad_sync(method: nn.Module, accelerator: Accelerator, last: bool) -> Abstra
     """
     accelerator.sync_gradients = last
     return nullcontext() if last else accelerator.no_sync(method)
-
-
-def clip_gradients(
-    method: Any, parameters: Sequence[nn.Parameter], max_norm: float, accelerator: Accelerator
-) -> Tensor:
-    """Clip the gradients of a step to a 2-norm; return the norm before, scalar, on the accelerator's device."""
-    norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return torch.tensor(norm if method.was_step_applied() else math.inf, device=accelerator.device)
-    return full_tensor(norm)

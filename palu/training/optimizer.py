@@ -12,6 +12,7 @@ random, so that they are right on average, and nothing need be kept: 6 bytes for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from palu.config import UnlearnConfig
-from palu.distributed import shard_like
+from palu.distributed import full_tensor, shard_like
 from palu.hashing import digest
+from palu.ops import adamw_
 from palu.training.engine import SHARDED
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
@@ -69,6 +71,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, seed: int):
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
         self.seed = seed  # of the lower halves; all processes draw the same
+        self.clip_factor: Tensor | None = None  # float32 scalar on the device: what gradients are multiplied by
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -80,9 +83,14 @@ class BFloat16AdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     state["step"] += 1
-                    tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low_bits", p))
-                    for slices in zip(*map(_slices, tensors), strict=True):
-                        _step(slices, group["lr"], group["weight_decay"], state["step"].item())
+                    own, grad, m, v = map(_local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                    low = _local(state["low_bits"]) if "low_bits" in state else None
+                    if not own.is_contiguous():  # the moments lie as it does
+                        order = sorted(range(own.dim()), key=own.stride, reverse=True)
+                        own, grad, m, v = (tensor.permute(order) for tensor in (own, grad, m, v))
+                        low = None if low is None else low.permute(order)
+                    numbers = int(state["step"]), group["lr"], group["weight_decay"], *BETAS, EPS
+                    adamw_(own, grad, m, v, low, self.clip_factor, *numbers)
 
     def _start(self) -> None:
         generators: dict[torch.device, torch.Generator] = {}
@@ -111,31 +119,25 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _slices(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Cut this process's part of a tensor, so that a step's float32 copies of it are small."""
-    tensor = torch.atleast_1d(_local(tensor))
-    # On a CPU what a slice needs stays in the cache; on a GPU each slice launches a dozen kernels.
-    most = 2**18 if tensor.device.type == "cpu" else 2**24
-    return tensor.split(max(1, most * len(tensor) // max(1, tensor.numel())))
+def clip_gradients(run: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Clip the gradients of a step to a 2-norm; return the norm before, scalar, on the accelerator's device.
 
+    :class:`BFloat16AdamW` multiplies by the factor as it reads them, so that they are not written once more.
 
-def _step(slices: Sequence[Tensor], rate: float, decay: float, t: float) -> None:
-    """Take step ``t``, from 1, in place; ``low_bits`` of a float32 weight are not read."""
-    p, grad, exp_avg, exp_avg_sq, low_bits = slices
-    beta1, beta2 = BETAS
-    unbias = (1 - beta2**t) ** 0.5
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    weight = p
-    if p.dtype == torch.bfloat16:
-        weight = p.float()
-        bits = weight.view(torch.int32).add_(low_bits.view(torch.int16))
-    if decay:
-        weight.mul_(1 - rate * decay)
-    weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(EPS * unbias), value=-rate * unbias / (1 - beta1**t))
-    if p.dtype == torch.bfloat16:
-        low_bits.view(torch.int16).copy_(bits)  # the lower 16, with a sign: so the upper ones are rounded
-        p.view(torch.int16).copy_(bits.add_(2**15).bitwise_right_shift_(16))
+    Args:
+        run: a :class:`palu.training.step.Run`.
+        parameters: those that are trained.
+    """
+    accelerator, most = run.accelerator, run.config.max_grad_norm
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # accelerate's wrapper holds it
+    if isinstance(optimizer, BFloat16AdamW):
+        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        optimizer.clip_factor = (most / (norm.float() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return norm
+    found: Any = accelerator.clip_grad_norm_(parameters, most)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return torch.tensor(found if run.method.was_step_applied() else math.inf, device=accelerator.device)
+    return full_tensor(found)
 
 
 def _adamw_8bit(

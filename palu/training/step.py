@@ -21,7 +21,8 @@ from palu.methods.base import Losses
 from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.engine import clip_gradients, copy_weights_back, grad_sync
+from palu.training.engine import copy_weights_back, grad_sync
+from palu.training.optimizer import clip_gradients
 
 FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
@@ -85,7 +86,7 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     outputs = [forward_backward(run.method, batch, counts, accelerator, last=batch is batches[-1]) for batch in batches]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
     slope = None if run.rate else gradient_slope(parameters)
-    grad_norm = clip_gradients(run.method, parameters, run.config.max_grad_norm, accelerator)
+    grad_norm = clip_gradients(run, parameters)
     try:
         figures = step_figures(batches, outputs, grad_norm, run.root, accelerator, run.history)
     except DivergenceError:
@@ -105,7 +106,15 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
 
 def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
     """Sum the counts of all micro-batches of all processes: int64 [4], in the order of their fields."""
-    return accelerator.reduce(torch.tensor(counts, device=accelerator.device).sum(0), "sum")
+    return accelerator.reduce(to_device([sum(of_all) for of_all in zip(*counts, strict=True)], accelerator), "sum")
+
+
+def to_device(numbers: Sequence[int], accelerator: Accelerator) -> Tensor:
+    """Copy numbers to the accelerator's device, int64, without waiting for what it still has to do."""
+    values = torch.tensor(numbers)
+    return (
+        values.pin_memory().to(accelerator.device, non_blocking=True) if accelerator.device.type == "cuda" else values
+    )
 
 
 def losses_text(record: Mapping[str, float]) -> str:
@@ -166,6 +175,8 @@ def step_figures(
 ) -> dict[str, float]:
     """Gather a step's figures from all processes, in the one read-back from the accelerator that a step costs.
 
+    It comes before the optimizer's step, behind which the host then has the record, the next batch and its launches.
+
     Args:
         batches, outputs: this process's micro-batches and their losses.
         grad_norm: scalar, the same on all processes.
@@ -178,7 +189,7 @@ def step_figures(
         DivergenceError: one of them is not finite.
     """
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
-    tokens = sums.new_tensor([sum(sum(batch.packed.sequence_lengths) for batch in batches)])
+    tokens = to_device([sum(sum(batch.packed.sequence_lengths) for batch in batches)], accelerator).to(sums.dtype)
     names = ["loss", *method.terms, "tokens", "grad_norm"]
     figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
     highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]

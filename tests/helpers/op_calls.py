@@ -113,8 +113,7 @@ def _linear_topk(draw: Draw, case: OpCase, by_autograd: bool) -> Call:
             a["floor"] = case.inputs["floor"]
         else:
             a |= {"target": target, "weight_mean": draw.one(None, mean)}
-        (rows, k), vocabulary = a["index"].shape, len(a["weight"])
-        dense, exact = not use_gather(a["impl"], rows, k, vocabulary, "cpu"), acc_dtype(case.dtype)
+        dense, exact = not use_gather(a["impl"], a["index"], a["weight"]), acc_dtype(case.dtype)
         if dense and case.dtype != exact and a.get("floor"):  # rounded logits may lie on the floor's other side
             a["impl"], dense = "gather", False
         function = getattr(ops, case.op)

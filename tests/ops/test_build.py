@@ -301,7 +301,14 @@ def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "bin" / "nvcc").touch()
     assert _build.with_cuda()
     assert any(source.endswith(".cu") for source in _build.sources())
-    assert "_cu130_" in _build.jit_name()
+    # A wheel is for many machines, what is compiled just in time for the GPUs that are here.
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "_cu130_sm80_90_PTX_" in _build.jit_name()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (9, 0)].__getitem__)
+    assert _build.visible_architectures() == "7.5;9.0" and "_cu130_sm75_90_" in _build.jit_name()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not _build.with_cuda()
 
