@@ -57,9 +57,10 @@ wheel: $(VENV)/ready
 	rm -rf build/lib.* # else modules that are no more would be in it
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
 
-# Compiles every .cu file with nvcc, from a folder of its own; needs neither a GPU nor a CUDA build of torch.
+# Compiles every .cu file with nvcc, from a folder of its own, and prints registers, spills and loops of each kernel;
+# needs neither a GPU nor a CUDA build of torch.
 cuda-check: $(VENV)/ready $(NVCC)/ready
-	PATH="$(abspath $(NVCC))/nvidia/cu13/bin:$$PATH" $(BIN)/python palu/_build.py --cuda-check
+	PATH="$(abspath $(NVCC))/nvidia/cu13/bin:$$PATH" $(BIN)/python tests/cuda_check.py
 
 # Executes the CUDA kernels on an emulated GPU and compares them with their twins; needs g++, neither nvcc nor a GPU.
 cuda-emulate: CASES = 3
@@ -74,11 +75,11 @@ sanitize: $(VENV)/ready
 torture: $(VENV)/ready
 	$(BIN)/python tests/stress/torture.py --kills $(KILLS) --model $(MODEL) --seed $(SEED)
 
-# nvcc and what it needs, 270 MB.
+# nvcc and what it needs, 270 MB, and what reads its objects.
 $(NVCC)/ready: $(VENV)/ready
 	rm -rf $(NVCC)
 	$(BIN)/pip install --quiet --target $(NVCC) $(foreach part,nvcc crt runtime cccl,'nvidia-cuda-$(part)==$(CUDA)') \
-	    'nvidia-nvvm==$(CUDA)'
+	    'nvidia-nvvm==$(CUDA)' 'nvidia-cuda-cuobjdump==13.*' 'nvidia-cuda-nvdisasm==13.*'
 	touch $@
 
 # An isolated editable install builds nothing: the ops are compiled just in time, here for the first time and

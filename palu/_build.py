@@ -1,8 +1,7 @@
 """List the sources and flags of every build of the extension, and build it just in time.
 
 `setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line (`--cmake`), and `palu.ops`
-compiles from it just in time where no prebuilt module is installed. `--cuda-check` compiles every `.cu` file to an
-object on a machine that has nvcc, needing neither a GPU nor a CUDA build of torch.
+compiles from it just in time where no prebuilt module is installed.
 """
 
 import argparse
@@ -11,10 +10,8 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +76,9 @@ def include_dirs() -> list[str]:
     return [str(CSRC), pybind11.get_include()]
 
 
-def prepare_environment() -> None:
+def prepare_environment(architectures: str = DEFAULT_CUDA_ARCHITECTURES) -> None:
     """Set what torch's build tools read from the environment, where the user has not."""
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
     if shutil.which("ninja") is None:
         # The ninja package puts its binary beside the interpreter, which need not be on PATH.
         try:
@@ -91,15 +88,28 @@ def prepare_environment() -> None:
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
+def visible_architectures() -> str:
+    """Return the architectures of the GPUs that are visible, such as "7.5"; those of every build where none is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_CUDA_ARCHITECTURES
+    found = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
 def jit_name() -> str:
-    """Name the extension compiled just in time: one per torch version, device, sanitizer, place and sources."""
+    """Name the extension compiled just in time: one per torch version, architectures, sanitizer, place and sources."""
     import torch
 
     digest = hashlib.sha256(bytes(CSRC.resolve()))  # ninja would rebuild one checkout's for another's
     for path in [*headers(), *sources()]:
         digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
     version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
-    device = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda() and torch.version.cuda else "cpu"
+    device = "cpu"
+    if with_cuda() and torch.version.cuda:
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", visible_architectures())
+        device = re.sub(r"\W+", "_", f"cu{torch.version.cuda}_sm{listed}".replace(".", ""))
     if SANITIZED:
         device += "_sanitized"
     return f"palu_torch{version}_{device}_{digest.hexdigest()[:10]}"
@@ -116,7 +126,7 @@ def jit() -> str:
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (CXX names another: a command, no arguments)")
-    prepare_environment()
+    prepare_environment(visible_architectures())
     name = jit_name()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     directory = Path(root, f"py{sys.version_info.major}{sys.version_info.minor}", name)
@@ -205,42 +215,12 @@ def _cmake_architectures() -> list[str]:
     return [n.removesuffix("+PTX") if n.endswith("+PTX") else f"{n}-real" for n in numbers]
 
 
-def cuda_check() -> int:
-    """Compile every `.cu` file to an object with nvcc and return how many failed."""
-    from torch.utils import cpp_extension
-
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise RuntimeError("nvcc is not on PATH")
-    flags = ["-std=c++" + cxx_standard(), "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *NVCC_FLAGS]
-    # torch's CPU wheel has c10's CUDA headers, but for the one that its build generates: this does without it.
-    flags += ["-DC10_USING_CUSTOM_GENERATED_MACROS"]
-    flags += [f"-I{path}" for path in include_dirs()]
-    for path in [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]:
-        flags += ["-isystem", path]
-    for item in _architectures():
-        number = item.removesuffix("+PTX").replace(".", "")
-        code = f"[sm_{number},compute_{number}]" if item.endswith("+PTX") else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
-    failed = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            command = [nvcc, *flags, "-c", str(source), "-o", str(Path(scratch, source.stem + ".o"))]
-            print(" ".join(command), flush=True)
-            failed += subprocess.run(command, check=False).returncode != 0
-    return failed
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--cmake", action="store_true", help="print the build's settings for CMake")
-    action.add_argument("--cuda-check", action="store_true", help="compile every .cu file with nvcc")
-    if not parser.parse_args().cmake:
-        return cuda_check()
+    parser.add_argument("--cmake", action="store_true", required=True, help="print the build's settings for CMake")
+    parser.parse_args()
     print(cmake_settings())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

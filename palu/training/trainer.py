@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from palu.config import UnlearnConfig
@@ -171,6 +171,8 @@ class PaluTrainer(Trainer):
         self.history: list[dict[str, float]] = []
         self.logged = 0  # records of the history that have been
         self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
+        self.norm: Any = None  # of this step's gradients, before they were clipped
+        self.add_callback(RecordStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Unlearn; see ``Trainer.train``.
@@ -190,6 +192,7 @@ class PaluTrainer(Trainer):
         checkpointed = getattr(self.args, f"{name}_checkpointing")
         with (
             method_in_forward(self.model, self.method),
+            self._norm_kept(),
             inputs_require_grad(base_of(self.model)) if checkpointed else nullcontext(),
         ):
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -216,7 +219,7 @@ class PaluTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward of a micro-batch, part by part; record a step before it is taken."""
+        """Run forward and backward of a micro-batch, part by part."""
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):  # schedule-free ones
             train()
@@ -229,8 +232,6 @@ class PaluTrainer(Trainer):
                 losses = forward_backward(model, part, counts, self.accelerator, last=ends_step)
                 self.done.append((part, losses))
                 loss = loss + losses.total.detach() * self.accelerator.num_processes
-        if last:
-            self._record()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -251,12 +252,29 @@ class PaluTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
-    def _record(self) -> None:
-        """Add this step's figures to the history; raise DivergenceError where one is not finite."""
+    @contextmanager
+    def _norm_kept(self) -> Iterator[None]:
+        """Keep, within the block, the norm that Trainer has the gradients clipped by."""
+        clip = self.accelerator.clip_grad_norm_
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            self.norm = clip(*args, **kwargs)
+            return self.norm
+
+        self.accelerator.clip_grad_norm_ = kept
+        try:
+            yield
+        finally:
+            self.accelerator.clip_grad_norm_ = clip
+
+    def record_step(self) -> None:
+        """Add this step's figures to the history before it is taken; raise DivergenceError where one is not finite."""
         batches, outputs = zip(*self.done, strict=True)
         self.done = []
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        norm = full_tensor(norm).to(self.args.device)
+        norm, self.norm = self.norm, None
+        if norm is None:  # nothing was clipped
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = full_tensor(torch.as_tensor(norm)).to(self.args.device)
         try:
             record = step_figures(batches, outputs, norm, self.method, self.accelerator, self.history)
         except DivergenceError:
@@ -292,6 +310,17 @@ def _with_args(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
         epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
+
+
+class RecordStep(TrainerCallback):
+    """Has a trainer record each step when its gradients have been clipped, before the optimizer takes it."""
+
+    def __init__(self, trainer: PaluTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Record the step."""
+        self.trainer.record_step()
 
 
 class MicroBatches(IterableDataset):
