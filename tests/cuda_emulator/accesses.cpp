@@ -208,6 +208,9 @@ void emu_begin(int order, uint64_t seed, unsigned preempt) {
   emu::generator.seed(seed + 1);
 }
 
+// How many blocks a cluster has room for.
+void emu_largest_cluster(unsigned blocks) { emu::largest_cluster = blocks; }
+
 // Gives the stacks back: a process has room for those of a few libraries only.
 void emu_end() {
   for (const auto& fiber : emu::fibers) {

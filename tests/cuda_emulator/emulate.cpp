@@ -325,7 +325,7 @@ void launch(const char* kernel, const Config& wanted, void (*body)(const void*),
                             block.x, block.y, block.z, wanted.shared, wanted.cluster));
   const bool right = grid.x >= 1 && grid.x <= 0x7FFFFFFFu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
                      grid.z <= 65535 && threads >= 1 && threads <= 1024 && wanted.shared <= shared_limit &&
-                     wanted.cluster >= 1 && wanted.cluster <= kMaxBlocks && grid.x % wanted.cluster == 0;
+                     wanted.cluster >= 1 && wanted.cluster <= largest_cluster && grid.x % wanted.cluster == 0;
   shared_limit = kSharedDefault;
   if (!right) report("launch", nullptr, "CUDA would refuse: " + launches.back());
   if (!right || aborted) return;

@@ -100,6 +100,7 @@ class Case:
     phases: list[Phase]
     outputs: list[Output]
     must_assert: bool = False  # a device assertion is what must happen
+    largest_cluster: int = 8  # blocks of a cluster that the device has room for
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Machine:
 
     def _begin(self, case: Case, phase: Phase, schedule: Schedule, seed: int) -> None:
         self.library.emu_begin(schedule.order, ctypes.c_uint64(seed), schedule.preempt)
+        self.library.emu_largest_cluster(case.largest_cluster)
         for placed in case.buffers:
             numbers = [placed.element, placed.rows, placed.columns, placed.stride]
             self.library.emu_buffer(

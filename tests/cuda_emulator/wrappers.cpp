@@ -19,5 +19,6 @@ PALU_LAUNCHER(linear_grad_hidden, LinearTopkBackward)
 PALU_LAUNCHER(linear_grad_weight, LinearTopkBackward)
 PALU_LAUNCHER(cross_entropy_, CrossEntropy)
 PALU_LAUNCHER(kl_div_, KlDiv)
+PALU_LAUNCHER(adamw_, AdamW)
 
 }  // namespace palu::cuda

@@ -38,6 +38,7 @@ OPS = {
     "cross_entropy_": Op(partial(launches.softmax_loss, op="cross_entropy_"), partial(fixed.softmax_loss, rows_read=1)),
     "kl_div_": Op(partial(launches.softmax_loss, op="kl_div_", reverse=False), _OF_KL),
     "kl_div_reverse": Op(partial(launches.softmax_loss, op="kl_div_", reverse=True), _OF_KL),
+    "adamw_": Op(launches.adamw, fixed.adamw, dtypes=(torch.float32, torch.bfloat16)),
     "out_of_range": Op(out_of_range.make, out_of_range.fixed, dtypes=(torch.float32,)),
 }
 

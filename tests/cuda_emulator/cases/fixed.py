@@ -35,7 +35,7 @@ def prefix_mask(_: torch.dtype) -> Cases:
 def topk_mse(dtype: torch.dtype) -> Cases:
     """Return a case for each path of the kernels."""
     pack = 16 // dtype.itemsize
-    tile = 64 * 1024 // dtype.itemsize
+    tile = 56 * 1024 // dtype.itemsize
     small = {"target": "global_mean", "index_dtype": torch.int32, "kind": "unique", "values": "normal", "lead": 0}
     wide = small | {"index_dtype": torch.int64}
     across = {"rows": 2, "vocabulary": tile + pack, "k": 40, "lead": pack - 1, "pad": pack + 1, "edges": True}
@@ -135,7 +135,21 @@ def softmax_loss(dtype: torch.dtype, rows_read: int) -> Cases:
         "one-block": plain | {"rows": 1, "vocabulary": block},  # as much of a row as one block takes
         # a cluster of as many, with rows at any place of a pack
         **{f"{n}-blocks": plain | {"rows": 2, "vocabulary": n // 2 * block + 1, "lead": 3} for n in (2, 4, 8)},
+        # a device without room for so many: two blocks take the row
+        "few-clusters": plain | {"rows": 2, "vocabulary": 4 * block + 1, "lead": 3, "largest_cluster": 2},
         # a row longer than 8 * 512 threads times 4 packs: the loops over packs run twice in a cluster too; larger
         # logits at the end, so that each round raises the maximum
         "second-round": plain | {"rows": 1, "vocabulary": 8 * 512 * 5 * pack + 5, "lead": 1, "values": "rising"},
+    }
+
+
+def adamw(dtype: torch.dtype) -> Cases:
+    """Return a case for each path of the kernel."""
+    pack = 16 // dtype.itemsize
+    return {
+        "nothing": {"size": 0, "lead": 0},  # no launch
+        "packed": {"size": 300 * pack, "lead": 0, "clip": True},  # a second block, not full
+        "odd-size": {"size": 2 * pack + 1, "lead": 0},  # an element an access
+        "unaligned": {"size": 300, "lead": 1, "clip": False},  # the same; a second block, not full
+        "decay": {"size": pack, "lead": 0, "decay": 0.1},
     }

@@ -1,9 +1,10 @@
 """Launches of the kernels: the arguments of a case placed in guarded memory, and the launchers' structs."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from helpers import op_cases
+from helpers import adamw_cases, op_cases
 from helpers.op_cases import DTYPES, Draw, OpCase
 from machine import Case, Output, Phase, Placed, read_structs
 
@@ -91,7 +92,7 @@ def topk_mse(draw: Draw, *, lead: int | None = None, pad: int | None = None, edg
 
 def _put_at_edges(index: torch.Tensor, gradient: Placed) -> None:
     """Put the last candidates of each row at its beginning, and at both sides of the first tile's end or the row's."""
-    tile = 64 * 1024 // gradient.element
+    tile = 56 * 1024 // gradient.element
     for r in range(gradient.rows):
         before = (gradient.pointer // gradient.element + r * gradient.stride) % (16 // gradient.element)
         end = min(tile - before, gradient.columns - 1)
@@ -176,11 +177,13 @@ def softmax_loss(
     lead: int | None = None,
     pad: int | None = None,
     together: bool | None = None,
+    largest_cluster: int = 8,
     **sizes: Any,
 ) -> Case:
     """Launch cross_entropy_ or kl_div_.
 
-    `together`: the reference's rows begin at the same place of a 16-byte pack.
+    `together`: the reference's rows begin at the same place of a 16-byte pack. `largest_cluster`: how many blocks of a
+    cluster the device has room for.
     """
     case = op_cases.softmax_loss(draw, op, **sizes)
     z = case.inputs["logits"]
@@ -205,4 +208,45 @@ def softmax_loss(
         ref = Placed("ref_logits", case.inputs["ref_logits"], **ref_layout)
         places["ref_logits"], call["ref_logits_stride"] = ref, ref.stride
         text += f", ref {ref.place()}"
-    return of_case(case, places, [Phase(op, call | places, ["logits", "loss"], ["loss"])], text)
+    made = of_case(case, places, [Phase(op, call | places, ["logits", "loss"], ["loss"])], text)
+    made.largest_cluster = largest_cluster
+    return made
+
+
+class Joined:
+    """The float32 weights that bfloat16 ones and their lower bits make, as an output."""
+
+    name = "weight"
+
+    def __init__(self, weight: Placed, low_bits: Placed):
+        self._parts = weight, low_bits
+
+    @property
+    def view(self) -> torch.Tensor:
+        """What they are now."""
+        return adamw_cases.join(*(part.view for part in self._parts))
+
+
+def adamw(draw: Draw, *, lead: int | None = None, **sizes: Any) -> Case:
+    """Launch a step of AdamW on weights that begin `lead` elements past a 16-byte boundary."""
+    case = adamw_cases.adamw(draw, **sizes)
+    weight, low_bits = adamw_cases.split(case.inputs["start"], case.dtype)
+    lead = draw.one(0, 0, 1, 3) if lead is None else lead
+    given = {"weight": weight, "low_bits": low_bits}
+    given |= {name: case.inputs[name] for name in ("grad", "exp_avg", "exp_avg_sq", "clip_factor")}
+    places = {name: None if t is None else Placed(name, t, lead=lead * (name == "weight")) for name, t in given.items()}
+    step, rate, decay, beta1, beta2, eps = (case.inputs[name] for name in adamw_cases.NUMBERS)
+    unbias = (1 - beta2**step) ** 0.5
+    call: dict[str, Any] = {"dtype": DTYPES.index(case.dtype), "size": weight.numel(), "kept": 1 - rate * decay}
+    call |= {
+        "step_size": rate * unbias / (1 - beta1**step),
+        "one_minus_beta1": 1 - beta1,
+        "one_minus_beta2": 1 - beta2,
+        "eps": eps * unbias,
+    }
+    written = ["weight", "low_bits", "exp_avg", "exp_avg_sq"]
+    made = of_case(case, places, [Phase("adamw_", call | places, written)], f"weight +{lead}")
+    if low_bits is not None:
+        whole: Any = Joined(places["weight"], places["low_bits"])  # type: ignore[arg-type]
+        made.outputs = [replace(o, placed=whole) if o.placed.name == "weight" else o for o in made.outputs]
+    return made

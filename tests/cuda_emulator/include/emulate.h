@@ -87,6 +87,8 @@ void* remote_shared(const void* own, unsigned rank, Where where);
 
 void set_shared_limit(size_t bytes);
 
+inline unsigned largest_cluster = 8;  // that the device has room for
+
 template <typename T, typename Key>
 T& shared_variable(Key) {
   static const char key = 0;  // one for each variable of each instance of a template
@@ -315,6 +317,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, F, const cudaLaunchConfig_t* config) {
+  *clusters = config->attrs[0].val.clusterDim.x <= emu::largest_cluster;
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
   unsigned cluster = 1;
