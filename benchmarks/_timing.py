@@ -29,12 +29,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def cold_seconds(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Time calls on a GPU whose cache holds nothing of their inputs: what fills it in between is not timed."""
+    other = torch.empty(2**28, dtype=torch.int8, device=device)  # five times the cache of an H100
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin, end in pairs:
+        other.zero_()
+        begin.record()
+        run()
+        end.record()
+    synchronize(device)
+    return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3 / calls
+
+
 def interleaved(
-    candidates: dict[str, Callable[[], object]], device: torch.device, *, warmup: int, repeats: int, calls: int = 1
+    candidates: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    warmup: int,
+    repeats: int,
+    calls: int = 1,
+    cold: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time each candidate `repeats` times, in turns, so that all of them meet the same disturbances.
 
-    One timing covers `calls` calls in a row, so that launches on a GPU overlap as they do in a program.
+    One timing covers `calls` calls in a row, so that launches on a GPU overlap as they do in a program; `cold`: with
+    the GPU's cache emptied before each.
     Returns, for each candidate, the median and the quartiles of a call in milliseconds.
     """
     for _ in range(warmup):
@@ -44,6 +64,9 @@ def interleaved(
     for _ in range(repeats):
         for name, run in candidates.items():
             synchronize(device)
+            if cold and device.type == "cuda":
+                seconds[name].append(cold_seconds(run, device, calls))
+                continue
             start = time.perf_counter()
             for _ in range(calls):
                 run()

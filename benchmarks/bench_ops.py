@@ -2,8 +2,9 @@
 
     python benchmarks/bench_ops.py [--device cuda] [--dtype bfloat16]
 
-Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, the twin under
-`torch.compile`, in turns on the same inputs. `x_eager` and `x_compile` say how many times faster the op is.
+Every case runs the op, its plain-torch twin (palu/eager.py) and, on CUDA, some twins under
+`torch.compile`, in turns on the same inputs. `x_eager` and `x_compile` say how many times faster the op is. On CUDA the
+cache holds nothing of the inputs when a call begins. On a CPU the last four cases are twins themselves.
 
 The floor is the least traffic over the bandwidth of a copy measured in the same run; `x_floor` is the op's time over
 it. With s bytes an element the least traffic is
@@ -15,6 +16,10 @@ it. With s bytes an element the least traffic is
     (on CUDA)                            2 D d s: its backward pass gathers the rows again
     linear_topk_unlikelihood, forward    D d s, as above
     the same and backward, frozen head   2 D d s: what a row of the head adds is known when all logits are
+    topk_unlikelihood, forward+backward  R V s: the gradient of the logits written
+    cross_entropy_                       2 R V s: logits read, their gradient written
+    kl_div_                              3 R V s: the reference's logits read, too
+    adamw_                               22 bytes a weight in bfloat16, 28 in float32 (csrc/adamw.h)
 
 and what is smaller by a factor of K (hidden, its gradient, losses) is left out. A table, then one JSON line.
 """
@@ -40,7 +45,7 @@ class Case(NamedTuple):
     candidates: dict[str, Callable[[], object]]
 
 
-def without_grad(loss: Callable[[], Tensor]) -> Callable[[], object]:
+def without_grad(loss: Callable[[], object]) -> Callable[[], object]:
     """Return the forward pass alone."""
     return torch.no_grad()(loss)
 
@@ -101,6 +106,43 @@ def linear_cases(device: torch.device, dtype: torch.dtype, vocab_size: int) -> l
     return cases
 
 
+def step_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The kernels of the default's step, at the rows that one has, and its optimizer's."""
+    (onset, others), vocab_size, weights = (
+        ((50, 864), 128256, 2**26) if device.type == "cuda" else ((8, 32), 32000, 2**20)
+    )
+    logits = torch.randn(onset, vocab_size, device=device, dtype=dtype, requires_grad=True)
+    index = distinct(onset, vocab_size, 51, device)
+    both = partial(forward_backward, inputs=[logits])
+    row_bytes = vocab_size * logits.element_size()
+    found = {
+        "palu": both(partial(palu.topk_unlikelihood, logits, index)),
+        "eager": both(partial(eager.topk_unlikelihood, logits, index.long())),
+    }
+    cases = [Case(f"topk_unlikelihood [{onset}, {vocab_size}] K=51 forward+backward", onset * row_bytes, found)]
+    z, reference = (torch.randn(others, vocab_size, device=device, dtype=dtype) for _ in range(2))
+    acc = eager.acc_dtype(dtype)
+    row_weight = torch.full((others,), 1e-3, device=device, dtype=acc)
+    labels = torch.randint(0, vocab_size, (others,), device=device)
+    for name, given, reads in (
+        ("cross_entropy_", (labels, row_weight), 2),
+        ("kl_div_", (reference, row_weight, True), 3),
+    ):
+        calls = {module.__name__.split(".")[-1]: partial(getattr(module, name), z, *given) for module in (ops, eager)}
+        named = {"palu": without_grad(calls["ops"]), "eager": without_grad(calls["eager"])}
+        cases.append(Case(f"{name} [{others}, {vocab_size}]", reads * others * row_bytes, named))
+    if dtype in (torch.float32, torch.bfloat16):
+        half = dtype == torch.bfloat16
+        of_dtype = [torch.randn(weights, device=device).to(dtype) for _ in range(3)]
+        second, low = torch.rand(weights, device=device), torch.zeros_like(of_dtype[0]) if half else None
+        of_step: tuple[Any, ...] = (*of_dtype, second, low, None, 10, 1e-5, 0.0, 0.9, 0.999, 1e-8)
+        named = {
+            name: without_grad(partial(module.adamw_, *of_step)) for name, module in (("palu", ops), ("eager", eager))
+        }
+        cases.append(Case(f"adamw_ [{weights}]", (22 if half else 28) * weights, named))
+    return cases
+
+
 def distinct(rows: int, vocab_size: int, k: int, device: torch.device) -> Tensor:
     """Draw int32 indices [rows, k], distinct within a row, as a top-k gives them."""
     return torch.rand(rows, vocab_size, device=device).topk(k).indices.int()
@@ -120,9 +162,10 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
-    for case in [*topk_mse_cases(device, dtype), *linear_cases(device, dtype, arguments.vocab_size)]:
+    of_logits, of_hidden = topk_mse_cases(device, dtype), linear_cases(device, dtype, arguments.vocab_size)
+    for case in [*of_logits, *of_hidden, *step_cases(device, dtype)]:
         calls = 10 if device.type == "cuda" else 1
-        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls)
+        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls, cold=True)
         row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
         for candidate, values in times.items():
             row |= {f"{candidate}_{key}": value for key, value in values.items()}

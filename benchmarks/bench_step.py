@@ -14,8 +14,8 @@ Candidates (--impl; forward and backward pass, gradients freed, no optimizer ste
 
 All candidates see the same examples, in turns. `peak_gib` is the peak of allocated memory (CUDA) with
 nothing alive that the candidate does not need: palu and body are measured before the reference model
-exists. `extra_gib` is what a loss section adds to its inputs, the head's gradient left out. A table, then
-one JSON line.
+exists. `extra_gib` is what a loss section adds to its inputs, the head's gradient left out. `floor_ms` (CUDA) is the
+least time of what palu's parts move and multiply (gpu_budget.py). A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from _candidates import CANDIDATES, Run, prepare
+from _candidates import CANDIDATES, Run, Setup, prepare
 from _timing import interleaved, report, synchronize
 from _workload import MODELS
+from gpu_budget import budget
+from gpu_budget import rows as budget_rows
 from torch import Tensor
 
 from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
+from palu.ops.gpu import gpu_at
 
 GIB = 2**30
 
@@ -71,6 +74,29 @@ def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | N
     return before, torch.cuda.max_memory_allocated(device)
 
 
+def floors(setup: Setup) -> dict[str, float]:
+    """Compute the least time of palu's candidates, in ms, mean of the batches; none on a CPU."""
+    if setup.device.type != "cuda":
+        return {}
+    gpu, dtype, found = gpu_at(setup.device), head_of(setup.model).weight.dtype, []
+    for loader in setup.loaders:
+        [[batch]] = loader
+        tensors = [
+            batch.packed.input_ids,
+            batch.packed.position_ids,
+            batch.rows,
+            batch.labels,
+            *batch.reference.values(),
+        ]
+        copied = sum(tensor.nbytes for tensor in tensors)
+        parts = budget(setup.model, sum(batch.packed.sequence_lengths), batch.counts, copied, dtype)
+        found.append({row["part"]: row["floor_ms"] for row in budget_rows(parts, gpu, dtype)})
+    mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    section = mean["head: products"] + mean["head: reference of the KL"] + mean["losses"]
+    whole = mean["copies from the host"] + mean["body"] + section
+    return {name: round(ms, 3) for name, ms in (("body", mean["body"]), ("loss-palu", section), ("palu", whole))}
+
+
 def next_run(turns: Iterator[Run]) -> None:
     """Run the next of them."""
     next(turns)()
@@ -96,10 +122,12 @@ def measure(arguments: argparse.Namespace) -> None:
         times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
 
     rows: list[dict[str, Any]] = []
+    least = floors(setup)
     for name in times:
         base = times.get("loss-palu" if name.startswith("loss") else "palu")
         row: dict[str, Any] = {"impl": name, **times[name]}
         row["ratio_to_palu"] = round(times[name]["median_ms"] / base["median_ms"], 2) if base else None
+        row["floor_ms"] = least.get(name)
         row["peak_gib"] = row["extra_gib"] = None
         if (peak := peaks[name]) is not None:
             before, highest = peak
