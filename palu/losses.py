@@ -307,15 +307,12 @@ class _FusedLinearLosses(torch.autograd.Function):
 
             caps = [softcap, *(term.head.softcap for term in terms if isinstance(term, KLTerm))]
             row_bytes, halves = w.shape[0] * w.element_size(), dtype != row_weight.dtype
-
-            def rows_in(room: int) -> int:
-                rows = room // row_bytes
-                return rows - (-(-rows // 8) if halves and any(caps) else 0)  # for softcap_'s float32
-
-            budget, copies = rows_in(chunk_bytes), 1 if softcap is None else 2
+            eighths = 7 if halves and any(caps) else 8  # the rest is softcap_'s float32
+            budget, copies = chunk_bytes // row_bytes * eighths // 8, 1 if softcap is None else 2
             if halves and need_weight and not gathered:  # one chunk saves the float32 sum, and may take its room
-                whole = sum(len(term) * _price(term, copies) for term in terms)
-                budget = max(budget, whole) if whole <= rows_in(chunk_bytes + 4 * w.numel()) else budget
+                whole = sum(len(term) * (copies + isinstance(term, KLTerm)) for term in terms)
+                if whole <= (chunk_bytes + 4 * w.numel()) // row_bytes * eighths // 8:
+                    budget = max(budget, whole)
             chunks = list(_chunks(terms, gathered, budget, copies=copies))
             several = len(chunks) + (gathered > 0) > 1
             sum_w = GradientSum(w, several) if need_weight else None
@@ -376,11 +373,6 @@ def _scale_(gradient: Tensor, factor: Tensor) -> None:
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
 
 
-def _price(term: Term, copies: int) -> int:
-    """How many rows of logits a row of a term holds."""
-    return copies + isinstance(term, KLTerm)
-
-
 def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1) -> Iterator[tuple[slice, list[Part]]]:
     """Yield rows of ``hidden`` from ``start`` on, and the parts of the terms that lie in them.
 
@@ -390,7 +382,7 @@ def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1
     rows, cost, offset = start, 0, 0
     parts: list[Part] = []
     for term in terms:
-        price = _price(term, copies)
+        price = copies + isinstance(term, KLTerm)
         row = max(start - offset, 0)
         while row < len(term):
             take = min(len(term) - row, max((budget - cost) // price, 0 if parts else 1))
