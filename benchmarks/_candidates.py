@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, retain_items
+from palu.data.packing import Batch, anchor_item, retain_items
 from palu.methods.base import ForgetSet
-from palu.methods.palu import PaluMethod
+from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.attention import use_packed_attention
 from palu.models.head import Head, body_of, head_of
 from palu.ref_model.precompute import compute_outputs
@@ -40,7 +40,8 @@ class Setup:
     """One policy model and one set of batches, in the forms that both formulations take."""
 
     device: torch.device
-    config: UnlearnConfig
+    config: UnlearnConfig  # of palu
+    published: UnlearnConfig  # of the published formulation
     model: PreTrainedModel  # with packed attention
     twin: PreTrainedModel  # the same parameters, with the attention and checkpointing of the published step
     ref_model: PreTrainedModel
@@ -59,7 +60,7 @@ class Setup:
         """Compute the loss of a step of the published formulation, its gradients left in the model."""
         eos_token_id = self.model.config.vocab_size - 1
         forget, retain = self.padded_on_device(batch)
-        total = published_step(self.twin, self.ref_model, forget, retain, self.config, eos_token_id)
+        total = published_step(self.twin, self.ref_model, forget, retain, self.published, eos_token_id)
         total.backward()
         return total.detach()
 
@@ -86,14 +87,10 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
     if arguments.checkpointing:
         twin.gradient_checkpointing_enable({"use_reentrant": False})
 
-    config = UnlearnConfig(
-        local_loss="topk_mse",
-        n=arguments.n,
-        top_k=arguments.top_k,
-        target="global_mean",
-        batch_size=arguments.batch_size,
-        retain_batch_size=arguments.retain_batch_size,
-    )
+    sizes = {"batch_size": arguments.batch_size, "retain_batch_size": arguments.retain_batch_size}
+    paper = RECIPES["paper"] | {"top_k": arguments.top_k, "n": arguments.n}
+    published = UnlearnConfig(**paper, **sizes)
+    config = published if arguments.loss == "paper" else UnlearnConfig(**sizes)
     vocab_size = model.config.vocab_size
     retain_size = arguments.retain_batch_size or arguments.batch_size
     batches = make_batches(vocab_size, arguments.batches, arguments.batch_size, retain_size, arguments.seed)
@@ -106,15 +103,18 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
     with use_packed_attention(ref_model):
         for forget, retain in batches:
             items = PaluMethod.make_items(ForgetSet(forget, vocab_size - 1), config)
-            cache = compute_outputs(ref_model, items, config, Accelerator())
-            loaders.append(UnlearnDataLoader(items, retain_items(retain), cache, config, pin_memory=pinned))
+            # The default keeps by the KL what the paper's loss keeps by cross-entropy.
+            kept = [] if config is published else [anchor_item(e.input_ids, e.answer_start) for e in retain]
+            cache = compute_outputs(ref_model, items, config, Accelerator(), anchors=kept, neighbours=len(kept))
+            beside = retain_items([] if kept else retain)
+            loaders.append(UnlearnDataLoader(items, beside, cache, config, pin_memory=pinned))
             parts = [collate(forget), collate(retain)]
             if pinned:
                 parts = [{name: value.pin_memory() for name, value in part.items()} for part in parts]
             padded.append((parts[0], parts[1]))
     method = PaluMethod(model, config)
     method.ref_head = ref_head
-    return Setup(device, config, model, twin, ref_model, method, loaders, padded)
+    return Setup(device, config, published, model, twin, ref_model, method, loaders, padded)
 
 
 def frozen_copy(model: PreTrainedModel, noise: float = 0.0) -> PreTrainedModel:
@@ -185,7 +185,7 @@ def published_section_runs(setup: Setup) -> list[Run]:
         logits, retain_logits = F.linear(current, weight), F.linear(kept, weight)
         ref_logits, (labels, retain_labels) = F.linear(frozen, ref_head.weight), (part["labels"] for part in batch)
         given = logits, ref_logits, labels, retain_logits, retain_labels
-        total = published_loss(*given, setup.config, setup.model.config.vocab_size - 1)
+        total = published_loss(*given, setup.published, setup.model.config.vocab_size - 1)
         return torch.autograd.grad(total, [t for t in (current, kept, weight) if t.requires_grad])
 
     runs: list[Run] = []

@@ -1,8 +1,8 @@
 """Time and memory of a training step: palu against the published formulation, on random weights of the true shape.
 
     python benchmarks/bench_step.py --model llama-3.1-8b
-    python benchmarks/bench_step.py --model llama-3.2-1b --impl palu,published --no-checkpointing
-    python benchmarks/bench_step.py --model tiny --check
+    python benchmarks/bench_step.py --model llama-3.2-1b --loss paper --impl palu,published --no-checkpointing
+    python benchmarks/bench_step.py --model tiny --loss paper --check
 
 Candidates (--impl; forward and backward pass, gradients freed, no optimizer step):
 
@@ -12,7 +12,8 @@ Candidates (--impl; forward and backward pass, gradients freed, no optimizer ste
     loss-palu       head and losses alone, from given hidden states
     loss-published  the same of the published formulation
 
-All candidates see the same examples, in turns. `peak_gib` is the peak of allocated memory (CUDA) with
+All candidates see the same examples, in turns: palu by its default loss, which keeps the retain examples by the KL, or
+by the paper's (`--loss`). `peak_gib` is the peak of allocated memory (CUDA) with
 nothing alive that the candidate does not need: palu and body are measured before the reference model
 exists. `extra_gib` is what a loss section adds to its inputs, the head's gradient left out. `floor_ms` (CUDA) is the
 least time of what palu's parts move and multiply (gpu_budget.py). A table, then one JSON line.
@@ -150,8 +151,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--impl", default=",".join(CANDIDATES), help="some of the candidates, separated by commas")
     add("--batch-size", type=int, default=8, help="forget examples")
     add("--retain-batch-size", type=int, default=None, help="default: --batch-size")
-    add("--top-k", type=int, default=5000)
-    add("--n", type=int, default=3)
+    add("--loss", choices=("default", "paper"), default="default", help="of palu; the published one is the paper's")
+    add("--top-k", type=int, default=5000, help="of the paper's loss")
+    add("--n", type=int, default=3, help="of the paper's loss")
     add("--no-checkpointing", dest="checkpointing", action="store_false", help="of the published step")
     add("--frozen-head", action="store_true", help="with the embeddings, where they are tied")
     add("--batches", type=int, default=None, help="distinct batches; default: 4, on a CPU 2")
@@ -163,6 +165,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     on_cpu = torch.device(arguments.device).type == "cpu"
     arguments.impl = arguments.impl.split(",")
+    if arguments.check and arguments.loss != "paper":
+        parser.error("--check compares the paper's loss; give --loss paper")
     if unknown := set(arguments.impl) - set(CANDIDATES):
         parser.error(f"--impl: {', '.join(sorted(unknown))}: choose from {', '.join(CANDIDATES)}")
     default = "float64" if arguments.check else "float32" if on_cpu else "bfloat16"
