@@ -185,7 +185,7 @@ class GradientSum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add ``a @ b``."""
-        if self.total is not None and self.total.is_cuda:  # whose products add to float32
+        if self.total is not None and self.total.is_cuda and torch.version.cuda:  # whose products add to float32
             torch.addmm(self.total, a, b, torch.float32, out=self.total)
             return
         torch.addmm(self.part, a, b, beta=int(self._next()), out=self.part)

@@ -213,7 +213,11 @@ def adamw_(
 
     `weight`, `grad` and the first moment `exp_avg`: of one shape, float32 or bfloat16; the second moment `exp_avg_sq`:
     float32. `low_bits`: of a bfloat16 weight, the lower 16 of its float32 bits as int16 in the guise of bfloat16, 0
-    where they are 0. `clip_factor`: one float32 number, by which the gradient is multiplied; `step`: from 1.
+    where they are 0. `clip_factor`: one float32 number, by which the gradient is multiplied; `step`: from 1. The
+    formula is in `csrc/adamw.h`.
+
+    Raises:
+        TypeError, ValueError: another dtype, shape or device; what is written is not contiguous; a step below 1.
     """
     tensors = weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor
     _ops.adamw_(*tensors, step, rate, weight_decay, beta1, beta2, eps)

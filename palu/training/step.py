@@ -112,9 +112,8 @@ def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
 def to_device(numbers: Sequence[int], accelerator: Accelerator) -> Tensor:
     """Copy numbers to the accelerator's device, int64, without waiting for what it still has to do."""
     values = torch.tensor(numbers)
-    return (
-        values.pin_memory().to(accelerator.device, non_blocking=True) if accelerator.device.type == "cuda" else values
-    )
+    pinned = values.pin_memory() if accelerator.device.type == "cuda" else values
+    return pinned.to(accelerator.device, non_blocking=True)
 
 
 def losses_text(record: Mapping[str, float]) -> str:

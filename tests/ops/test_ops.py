@@ -17,6 +17,7 @@ import palu
 from palu import eager, ops
 from palu.losses import LocalTerm, LocalUnlikelihoodTerm
 from palu.models.head import Head
+from palu.ops import functional
 from palu.ops.library import NATIVE_DEVICES
 
 TARGETS = ["global_mean", "global_mean_detached", "local_mean", 0.5]
@@ -61,6 +62,24 @@ def loss_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tup
 
 
 # ------------------------------------------------------------------------------- losses of kept logits
+
+
+def test_a_check_before_the_gpu_names_what_is_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PALU_CHECK=1: without it labels are an error of torch's, and on a GPU both are an assertion."""
+    monkeypatch.setattr(functional, "CHECK", True)
+    logits, index = torch.zeros(2, 9), torch.tensor([[0, 1], [9, 2]])
+    calls: list[Callable[[], Any]] = [
+        lambda: palu.topk_mse(logits, index),
+        lambda: palu.topk_unlikelihood(logits, index),
+        lambda: palu.linear_topk_mse(torch.zeros(2, 4), torch.zeros(9, 4), index),
+        lambda: palu.linear_topk_unlikelihood(torch.zeros(2, 4), torch.zeros(9, 4), index),
+    ]
+    for call in calls:
+        with pytest.raises(IndexError, match=r"^palu::\w+: index\[1, 0\] = 9 is out of range for a vocabulary of 9$"):
+            call()
+    with pytest.raises(IndexError, match=r"^palu::cross_entropy_: labels\[1\] = -1 is out of range"):
+        ops.cross_entropy_(logits, torch.tensor([0, -1]), torch.ones(2))
+    palu.topk_mse(logits, index.clamp(max=8))
 
 
 def test_no_graph_without_a_gradient(device: torch.device) -> None:
