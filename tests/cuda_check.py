@@ -2,8 +2,8 @@
 
 It compiles with the flags of torch's own builds, for the architectures of ARCHITECTURES (register.cpp by the C++
 compiler, for its errors alone), and prints of each kernel on sm_80 and sm_90: registers of a thread, bytes that did not
-fit into them (spilt), shared memory of a block, how many blocks fit on a multiprocessor, and of each innermost loop with
-16-byte loads: its instructions, these loads, how many of them are issued before one is waited for, and the instructions
+fit into them (spilt), shared memory of a block, how many blocks fit on a multiprocessor, and of each innermost loop
+with 16-byte loads: its instructions, these loads, how many are issued before one is waited for, and the instructions
 for each element that is loaded.
 
 Exits 1 if a file does not compile, or a kernel of bfloat16 or float16 spills.
