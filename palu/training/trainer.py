@@ -172,6 +172,7 @@ class PaluTrainer(Trainer):
         self.logged = 0  # records of the history that have been
         self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
         self.norm: Any = None  # of this step's gradients, before they were clipped
+        self.accelerator.clip_grad_norm_ = functools.partial(self._clip, self.accelerator.clip_grad_norm_)
         self.add_callback(RecordStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +193,6 @@ class PaluTrainer(Trainer):
         checkpointed = getattr(self.args, f"{name}_checkpointing")
         with (
             method_in_forward(self.model, self.method),
-            self._norm_kept(),
             inputs_require_grad(base_of(self.model)) if checkpointed else nullcontext(),
         ):
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -252,20 +252,10 @@ class PaluTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
-    @contextmanager
-    def _norm_kept(self) -> Iterator[None]:
-        """Keep, within the block, the norm that Trainer has the gradients clipped by."""
-        clip = self.accelerator.clip_grad_norm_
-
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            self.norm = clip(*args, **kwargs)
-            return self.norm
-
-        self.accelerator.clip_grad_norm_ = kept
-        try:
-            yield
-        finally:
-            self.accelerator.clip_grad_norm_ = clip
+    def _clip(self, clip: Any, *args: Any, **kwargs: Any) -> Any:
+        """Clip as Trainer asks for it, and keep the norm."""
+        self.norm = clip(*args, **kwargs)
+        return self.norm
 
     def record_step(self) -> None:
         """Add this step's figures to the history before it is taken; raise DivergenceError where one is not finite."""
