@@ -4,10 +4,10 @@
     python benchmarks/gpu_budget.py --model llama-3.2-1b --frozen-head      # the GPU that is here, else an H100
 
 Needs no GPU. The step is the default's: bfloat16, packed examples of TOFU's lengths, every weight trained; ``forget``
-examples with their onset and ordinary rows, and as many ``kept`` ones, whose rows the KL takes. The floor of a part is
-the longer of its bytes over the bandwidth and its operations over the peak of dense products (palu/ops/gpu.py, which
-the choice of gather or dense reads, too). "expected" allows for what is seldom passed: BYTES_SHARE of the bandwidth,
-which a copy reaches, and PRODUCTS_SHARE of the peak. ``bench_step.py`` prints the floor beside what it measures.
+examples with their onset and ordinary rows, and ``kept`` others, whose rows the KL takes. The floor of a part is the
+longer of its bytes over the bandwidth and its operations over the peak of dense products (palu/ops/gpu.py, which the
+choice of gather or dense reads, too). "expected" assumes BYTES_SHARE of the bandwidth and PRODUCTS_SHARE of the peak,
+neither measured here. ``bench_step.py`` prints the floor beside what it measures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from palu.data.packing import Counts, forget_items, retain_items
 from palu.methods.palu import PaluSettings
 from palu.ops.gpu import A100, H100, Gpu, gpu_at
 
-BYTES_SHARE = 0.78  # 2.6 of 3.35 TB/s, a copy on an H100 (2026-11)
-PRODUCTS_SHARE = 0.6  # assumed: products of some hundred rows
+BYTES_SHARE = 0.78  # 2.6 of an H100's 3.35 TB/s
+PRODUCTS_SHARE = 0.6  # of products of some hundred rows
 HOST_LINK = 25e9  # bytes a second from pinned memory, PCIe 4
 GPUS = {"h100": H100, "a100": A100}
 

@@ -313,9 +313,8 @@ __device__ inline RowTeam row_team() {
           static_cast<int>(blocks * blockDim.x)};
 }
 
-// Merges N numbers that every thread of the team holds, all in one exchange between its blocks: op(x, y) merges y into x.
-// Every thread receives the same bits, whichever lane a sum is contracted in. Once in a kernel: its shared memory is not
-// for a second call.
+// Merges N numbers of each lane; op(x, y) merges y into x. All lanes receive lane 0's bits: an op that the compiler
+// contracts need not be symmetric in the last one.
 template <int N, typename A, typename Op>
 __device__ void warp_merge(A (&x)[N], Op op) {
 #pragma unroll
@@ -329,6 +328,8 @@ __device__ void warp_merge(A (&x)[N], Op op) {
   for (int n = 0; n < N; ++n) x[n] = __shfl_sync(kWarpMask, x[n], 0);
 }
 
+// The same for all threads of the team, in one exchange between its blocks. Once in a kernel: its shared memory is not
+// for a second call.
 template <int N, typename A, typename Op>
 __device__ void row_merge(A (&x)[N], const A (&identity)[N], Op op) {
   __shared__ A warp_result[32][N];

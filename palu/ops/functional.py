@@ -285,8 +285,7 @@ def use_gather(impl: str, index: Tensor, weight: Tensor, *, beside_dense: bool =
 
     "auto" follows measurements on a CPU, where the dense product is bound by its arithmetic: with 2 cores both are even
     near R K = 5 V. On a GPU it compares the bytes of R K rows of the head with what the product takes: the bytes of
-    the head, or more than :meth:`palu.ops.gpu.Gpu.balance` rows' operations. (H100, d = 4096, bfloat16: gathering
-    takes 3.3 ns per kept logit, the product of few rows 0.41 to 0.46 ms: even near R K = V = 128256.)
+    the head, or more than :meth:`palu.ops.gpu.Gpu.balance` rows' operations. That is arithmetic, not yet measured.
 
     Args:
         impl: "auto", "gather" or "dense".

@@ -100,6 +100,9 @@ def parse() -> argparse.Namespace:
             (plant if options.case.startswith(plant.PREFIX) else cases).check_name(options.case)
     except ValueError as error:
         parser.error(str(error))
+    for part in filter(None, options.only.split(",")):
+        if part != "fault" and not any(part in op for op in cases.OPS):
+            parser.error(f"--only: no op has {part!r} in its name; there are {', '.join(cases.OPS)}, and 'fault'")
     return options
 
 
