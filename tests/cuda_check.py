@@ -194,6 +194,8 @@ def main() -> int:
         failed = [source.name for source, code in zip([*sources, register], codes, strict=True) if code]
         made = [path for path in objects if path.exists()]
         kernels = [kernel for path in made for number in SHOWN for kernel in read_kernels(path, number)]
+    if unbound := {kernel.name for kernel in kernels if not kernel.threads}:
+        raise SystemExit(f"no __launch_bounds__, so that nobody can say how many blocks fit: {', '.join(unbound)}")
     print(table(kernels))
     spilt = [kernel.name for kernel in kernels if kernel.spilt and "<__" in kernel.name]
     for what, names in (("does not compile", failed), ("spills", spilt)):
