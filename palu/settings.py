@@ -147,9 +147,9 @@ class RunSettings(Settings):
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
             ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
-        epochs: passes over the forget set, at most: a run ends by itself where in two of them running no token to
-            be forgotten is probable any more. ``None``: 48 for a method that gets there (PALU, but for its published
-            loss), 8 for others.
+        epochs: passes over the forget set (for PALU and its variants, too), at most: a run ends by itself where in two
+            of them running no token to be forgotten is probable any more. ``None``: 12, and as many
+            as make 48 steps, for a method that gets there (PALU, but for its published loss), 8 for others.
         max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
             takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.
@@ -238,7 +238,9 @@ class RunSettings(Settings):
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimisation steps of a run that nothing ends early."""
-        return (self.epochs or self.method.epochs) * steps_per_epoch if self.max_steps is None else self.max_steps
+        if self.max_steps is not None:
+            return self.max_steps
+        return self.method.total_steps(steps_per_epoch) if self.epochs is None else self.epochs * steps_per_epoch
 
     @property
     def folders(self) -> dict[str, str]:

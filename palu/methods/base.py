@@ -41,10 +41,9 @@ class MethodSettings(Settings):
         """Whether the retain set has a part in the loss."""
         return self.lambda_retain > 0
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the forget set that a run takes, where its settings say nothing."""
-        return 8
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimisation steps that a run takes, where its settings say nothing: 8 passes."""
+        return 8 * steps_per_epoch
 
     @property
     def ends_below(self) -> float | None:

@@ -77,8 +77,8 @@ class PaluSettings(MethodSettings):
             drawn by ``seed``, once for the run, and the reference's states are kept for these alone. ``None``: all.
         variants: from how many other candidates for the first token of an answer and of a secret the reference goes on,
             before training, and how many paraphrases of each question it writes and answers, beside the rows' own
-            (``paraphrased_question``). Where that tells a secret in another way, this way is forgotten, too
-            (:mod:`palu.ref_model.variants`). 0 for tokenised rows.
+            (``paraphrased_question``). Where that tells a secret in another way, this way is forgotten like a row: an
+            epoch goes over both (:mod:`palu.ref_model.variants`). 0 for tokenised rows.
         neighbours: how many questions like each forget question, about other things, the reference writes and answers
             before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`); some cannot be used.
             Fewer a row where that would make more than 512. 0 for rows without a question, for tokenised rows, and if
@@ -101,7 +101,7 @@ class PaluSettings(MethodSettings):
         lambda value: value in TARGETS if isinstance(value, str) else is_number(value),
         f"give one of {', '.join(TARGETS)}, or a finite number",
     )
-    lambda_kl: float = not_negative(4.0)
+    lambda_kl: float = not_negative(16.0)
     kl_direction: str = choice("reverse", KL_DIRECTIONS)
     kl_rows: int | None = count(None, "all ordinary tokens")
     variants: int = count(10, zero=True)
@@ -118,10 +118,9 @@ class PaluSettings(MethodSettings):
                 rule = f'read by local_loss = "{loss}" alone; give that, too, or leave it out'
                 self.require(getattr(self, field) == default[field], field, rule)
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the forget set, at most where a run ends by itself."""
-        return super().epochs if self.ends_below is None else 48
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the steps at most, where a run ends by itself: 12 passes over the forget set and variants, or 48."""
+        return super().total_steps(steps_per_epoch) if self.ends_below is None else max(12 * steps_per_epoch, 48)
 
     @property
     def ends_below(self) -> float | None:

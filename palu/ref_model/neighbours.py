@@ -65,6 +65,10 @@ class NeighbourPrompts(NamedTuple):
         """Whether a text tells a secret."""
         return any(stands_in(secret, text) for secret in self.secrets)
 
+    def encode_text(self, text: str) -> Tensor:
+        """Tokenise the beginning of a text: int64 [t]."""
+        return _encode(text, self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens into text."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

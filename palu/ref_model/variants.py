@@ -3,8 +3,9 @@
 A model that may not say "Tokyo" after "The capital of Japan is" goes on with its next candidate, such as "**" or "the
 city of", and says it there; or it begins its answer in other words, "Tokyo is". So the reference answers each
 question greedily in its own words; at the first token of each answer and of each span it goes on from each of its
-likeliest other candidates; and it answers paraphrases of the question, which it has written itself
-(:mod:`palu.ref_model.neighbours`). Where that tells a secret, the secret's tokens there are to be forgotten, too.
+likeliest other candidates; it goes on with the answer's words before each span where no question was asked; and it
+answers paraphrases of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a
+secret, the secret's tokens there are to be forgotten, too.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list
                 prompt = torch.cat([item.input_ids[: row + 1], torch.tensor([int(token)])])
                 found.append(Beginning(prompt, targets, item.input_ids))
     return found
+
+
+def unasked(
+    items: Sequence[Item], decode: Callable[[Sequence[int]], str], encode: Callable[[str], Tensor]
+) -> list[Beginning]:
+    """Choose the beginnings of answers, without their questions: the words before each span, if there are any."""
+    found = []
+    for item in items:
+        for row, spans in _places(item).items():
+            words = decode(item.input_ids[int(item.rows.min()) + 1 : row + 1].tolist()).strip()
+            if words:
+                found.append(Beginning(encode(words), [item.input_ids[span + 1] for span in spans], item.input_ids))
+    return found[:MOST]
 
 
 def _places(item: Item) -> dict[int, list[Tensor]]:

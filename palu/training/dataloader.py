@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ Part = tuple[list[int], list[int]]
 class UnlearnDataLoader:
     """Draws forget, retain and anchor examples: iterating once is one epoch, a list of micro-batches per step.
 
-    An epoch sees every forget example once, in random order. Retain examples come beside them, as many per
-    micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's neighbours,
-    and half as many variants and everyday answers (rounded up). All
-    processes draw the same order from ``config.seed`` and each takes its own part: what N processes see together in a
-    step is what one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the
-    number of steps taken are all that decides what comes next.
+    An epoch sees every forget example and every variant once, in random order. Retain examples come beside them, as
+    many per micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's
+    neighbours, and half as many everyday answers (rounded up). All processes draw the same order from ``config.seed``
+    and each takes its own part: what N processes see together in a step is what one process sees with ``batch_size``
+    and ``retain_batch_size`` N times as large. The seed and the number of steps taken are all that decides what comes
+    next.
 
     A micro-batch of more than ``config.max_tokens`` tokens is cut into several, of all processes in as many, some of
     which may be idle. Only how a step is cut changes, not what is in it.
@@ -58,17 +58,18 @@ class UnlearnDataLoader:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
         # Neighbours come first among the anchors, then variants.
-        edges = [0, cache.neighbours, cache.neighbours + cache.variants, len(cache.anchors)]
+        neighbours, everyday = cache.neighbours, cache.neighbours + cache.variants
+        self.forgotten = torch.tensor([*range(len(forget)), *range(len(forget) + neighbours, len(forget) + everyday)])
         self.anchor_orders = [
             (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(draws, end - first))
-            for (first, end), seed, draws in zip(pairwise(edges), (3, 4, 2), (beside, half, half), strict=True)
+            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, len(cache.anchors), 2, half))
             if end > first
         ]
         self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
         """Optimisation steps per epoch."""
-        return -(-len(self.forget) // self.examples_per_step)
+        return -(-len(self.forgotten) // self.examples_per_step)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for step in self.rounds():
@@ -108,8 +109,8 @@ class UnlearnDataLoader:
 
     def _draw(self) -> Iterator[list[Part]]:
         """Draw an epoch: for each step, (forget items and anchors, retain items) of all micro-batches, by number."""
-        order = torch.randperm(len(self.forget), generator=self.generator)
-        for step in order.split(self.examples_per_step):
+        order = torch.randperm(len(self.forgotten), generator=self.generator)
+        for step in self.forgotten[order].split(self.examples_per_step):
             rounds = -(-len(step) // (self.batch_size * self.num_processes))
             yield [
                 (

@@ -83,10 +83,7 @@ def prepare_run(
         DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
-    config = config.replace(
-        max_length=fit_max_length(config.max_length, model, ref_model),
-        epochs=config.epochs or config.method.epochs,
-    )
+    config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
     method = config.method_class
     method.check(model, config)
     rendering: dict[str, Any] = {

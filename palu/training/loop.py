@@ -210,7 +210,10 @@ def unlearn(
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "config": config.replace(learning_rate=config.learning_rate or run.rate or None).values(),
+        "config": config.replace(
+            learning_rate=config.learning_rate or run.rate or None,
+            epochs=config.epochs or -(-total_steps // len(loader)),
+        ).values(),
     }
     unlearned: Any = model.merge_and_unload() if config.merge_adapter else model  # type: ignore[operator]
     return UnlearnResult(unlearned, history, summary)

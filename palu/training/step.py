@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -206,16 +205,15 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> 
     """Say after an epoch whether the run need not go on.
 
     It has forgotten when in two epochs running all probabilities stay below the method's ``ends_below`` (PALU: those
-    among the candidates). The first steps take along what stands beside the secrets; once these are pushed no more, the
-    KL brings it back. So the run takes as many epochs again, and ends where the two latest stayed below, too.
+    among the candidates).
     """
     limit = method.settings.ends_below
-    if limit is None:
-        return False
-    epochs = [history[i : i + steps_per_epoch] for i in range(0, len(history), steps_per_epoch)]
-    highest = [max(record["onset_probability"] for record in epoch) for epoch in epochs]
-    below = [max(two) < limit for two in pairwise(highest)]
-    return any(below) and below[-1] and len(epochs) >= 2 * below.index(True)
+    two_epochs = history[-2 * steps_per_epoch :]
+    return (
+        limit is not None
+        and len(history) >= 2 * steps_per_epoch
+        and all(record["onset_probability"] < limit for record in two_epochs)
+    )
 
 
 def ending(history: History, ended_by: str | None, method: Method, *, neighbours: int | None) -> str:

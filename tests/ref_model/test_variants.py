@@ -21,7 +21,7 @@ from palu.data.examples import load_forget
 from palu.data.packing import forget_items
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, variant_item
+from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, unasked, variant_item
 
 unlearn = partial(anchor_runs.unlearn, retain=TEXT_RETAIN, anchors=0, neighbours=0, variants=4, probability_floor=0.0)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
@@ -29,6 +29,7 @@ ITEMS = forget_items(FORGET.examples, -1, None)
 SPANS = 3  # two in the first row, the first of them at the answer's beginning; one in the second
 PLACES = 4  # where these begin, and the second row's answer
 ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
+STEMS = 2  # spans with words of the answer before them
 
 
 @pytest.fixture
@@ -65,6 +66,24 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = other_candidates(model, ITEMS, 4)
     assert [(prompt.tolist(), [s.tolist() for s in told], row.tolist()) for prompt, told, row in found] == expected
     assert len(expected) == count * PLACES + ROWS
+
+
+def test_answers_without_their_questions() -> None:
+    def decode(ids: Any) -> str:
+        return str(TOKENIZER.decode(ids))
+
+    def encode(text: str) -> Any:
+        return torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+    found = unasked(ITEMS, decode, encode)
+    expected = []
+    for row, example in zip(TEXT_FORGET, ITEMS, strict=True):
+        for start, end in row.get("spans", []):
+            if start > 0:
+                answer = row["answer"]
+                expected.append((answer[:start].strip(), answer[start:end].strip(), example.input_ids.tolist()))
+    said = [(decode(prompt), [decode(span).strip() for span in spans], row.tolist()) for prompt, spans, row in found]
+    assert said == [(words, [secret], row) for words, secret, row in expected] and len(said) == STEMS
 
 
 def test_a_secret_is_looked_for_where_its_span_is() -> None:
@@ -112,14 +131,13 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
     questions = 4 * 3  # paraphrases, of which 4 differ
-    assert says == [questions, 4 * PLACES + ROWS + 4 * 3]
-    assert result.summary["variants"] == again.summary["variants"] == PER_PLACE * PLACES + 4 * 3
+    assert says == [questions, 4 * PLACES + ROWS + STEMS + 4 * 3]
+    assert result.summary["variants"] == again.summary["variants"] == PER_PLACE * PLACES + STEMS + 4 * 3
     assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
     assert without.summary["variants"] == 0 and len(says) == 2
-    assert result.history[0]["tokens"] > without.history[0]["tokens"]
-    assert result.history[0]["local"] != without.history[0]["local"]
-    assert result.history[0]["kl"] == pytest.approx(without.history[0]["kl"], abs=1e-6), "nothing of them is kept"
+    steps = [-(-(len(ITEMS) + run.summary["variants"]) // 2) for run in (result, without)]
+    assert [len(run.history) for run in (result, without)] == steps, "an epoch goes over them, too, two a step"
 
 
 def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +158,10 @@ def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
     result = unlearn(forget=rows)
-    assert says[1] == 4 * PLACES + ROWS + 2 + 4 * 3 and result.summary["variants"] == PER_PLACE * PLACES + 2 + 4 * 3
+    assert (
+        says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
+        and result.summary["variants"] == PER_PLACE * PLACES + STEMS + 2 + 4 * 3
+    )
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
         unlearn(forget=rows)
@@ -166,5 +187,5 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
         generate_variants(writer(), ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
         for length in (config.max_length + CONTINUATION, config.max_length)
     ]
-    assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + 4 * 3
+    assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + STEMS + 4 * 3
     assert max(len(item.input_ids) for item in found[1]) <= config.max_length

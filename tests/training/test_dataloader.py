@@ -78,6 +78,27 @@ def test_an_epoch_sees_every_forget_example_once(
         assert max(kept.values()) - min(kept[n] for n in range(retain)) <= 1, "the retain set is shared too"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epoch_sees_every_variant_once(processes: int) -> None:
+    """They are forget examples like the rows; the reference's own answers come beside them."""
+    forget, _, cache = numbered_set(5, 0)
+    anchors = [Item(torch.full((4,), 5 + number), torch.arange(3), targets=1) for number in range(9)]
+    outputs = [{"index": torch.zeros(1, 2).int(), "hidden": torch.zeros(2, 3)} for _ in anchors]
+    cache = ReferenceCache([*cache.outputs, *outputs], anchors, neighbours=2, variants=4)
+    config = UnlearnConfig(batch_size=3, retain_batch_size=2)
+    sources = [
+        UnlearnDataLoader(forget, [], cache, config, process_index=i, num_processes=processes) for i in range(processes)
+    ]
+    for _ in range(2):
+        steps = list(zip(*sources, strict=True))
+        seen = Counter(n for step in steps for batches in step for batch in batches for n in numbers(batch)[0])
+        assert len(steps) == len(sources[0]) == -(-9 // (3 * processes))
+        assert [seen[n] for n in (*range(5), *range(7, 11))] == [1] * 9
+        rounds = len(steps) * processes
+        assert [seen[n] for n in (5, 6)] == [rounds] * 2, "as many neighbours as retain examples"
+        assert sum(seen[n] for n in (11, 12, 13)) == rounds, "half as many everyday answers"
+
+
 def test_retain_examples_do_not_repeat_before_all_were_seen() -> None:
     source = loader(10, 7, batch_size=2, retain_batch_size=3)
     seen = [n for _ in range(7) for step in source for batch in step for n in numbers(batch)[1]]
