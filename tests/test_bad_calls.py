@@ -152,7 +152,7 @@ BAD: Cases = {
     "rows on another device": (lambda: unlearn(forget=[{name: torch.tensor(v, device=META) for name, v in one.items()} for one in forget_rows()]), DataError, "forget row 0: input_ids must be int64, got other values; give a flat list of integers"),
     # Settings
     "a setting of no name": (lambda: unlearn(topk=10), TypeError, f"'topk' is no setting of palu.unlearn; the settings are {', '.join(sorted(palu.UnlearnConfig().values()))}"),
-    "settings of other methods": (lambda: unlearn(layer_id=3), ValueError, "layer_id = 3: objective = 'palu' does not read it (rmu would); leave it out"),
+    "settings of other methods": (lambda: unlearn(delta=3), ValueError, "delta = 3: objective = 'palu' does not read it (simnpo would); leave it out"),
     "a setting of PALU alone": (lambda: unlearn(objective="npo", anchors=7), ValueError, "anchors = 7: objective = 'npo' does not read it (palu would); leave it out"),
     "settings in a dict": (lambda: unlearn(config={"top_k": 10}), TypeError, "config is a dict; give a palu.UnlearnConfig, or its fields as arguments"),
     "a value that no chat template knows": (lambda: text(chat_template_kwargs={"enable_thinking": False}), ValueError, "chat_template_kwargs = {'enable_thinking': False}: the chat template knows no enable_thinking; correct the name or leave it out"),
@@ -234,7 +234,7 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- Settings ---
-OBJECTIVES = "give one of palu, ga, gd, dpo, npo, simnpo, pdu, tpo, wga, satimp, undial, rmu, or a class of method"
+OBJECTIVES = "give one of palu, ga, gd, dpo, npo, simnpo, tpo, satimp, undial, or a class of method"
 # Names, what each of them may not be, and what is said of it.
 BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("n", (0, -2, 1.5, "3", None, True), "give a positive integer, or -1 for whole spans"),
@@ -244,14 +244,13 @@ BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("probability_floor", (-0.1, 1, NAN, "0.1", None, True), "give a number from 0 to below 1"),
     ("target", ("local_mean",), 'read by local_loss = "topk_mse" alone; give that, too, or leave it out'),
     ("kl_direction", ("both", None, 1), "give one of forward, reverse"),
-    ("gamma lambda_kl lambda_retain weight_decay dual_step retain_loss_bound", (-0.1, NAN, INF, "1", True), "give a number that is not negative"),
+    ("gamma lambda_kl lambda_retain weight_decay beta1 beta2", (-0.1, NAN, INF, "1", True), "give a number that is not negative"),
     ("objective", ("NPO", "", None, 1), OBJECTIVES),
     ("allow_cut_spans gradient_checkpointing merge_adapter resume progress", (None, 1, "yes"), "give True or False"),
     ("beta", (0, -1, NAN, "1", True), "give a positive number"),
-    ("layer_id", (-1, 1.0, "7", None, True), "give 0 or a positive integer"),
     ("delta", (NAN, INF, "1", None), "give a finite number"),
     ("learning_rate", (0, -1e-5, NAN, INF, "1", True), "give a positive number, or None for one from the first gradient"),
-    ("max_grad_norm steering_coeff", (0, -1e-5, NAN, INF, "1", None), "give a positive number"),
+    ("max_grad_norm", (0, -1e-5, NAN, INF, "1", None), "give a positive number"),
     ("checkpoint_minutes", (0, None), "give a positive number"),
     ("epochs", (0, -1, 1.0), "give a positive integer, or None for the method's"),
     ("batch_size gradient_accumulation_steps chunk_bytes", (0, -1, 1.0, None), "give a positive integer"),

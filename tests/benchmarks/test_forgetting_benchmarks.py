@@ -146,8 +146,7 @@ SIZES = _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = byte_level(CHATML)
-    # As many layers as RMU's default needs.
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=8).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

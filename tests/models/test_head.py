@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from helpers import textbook
 from helpers.runs import unlearn
-from helpers.tiny import VOCAB, rmu_layer
+from helpers.tiny import VOCAB
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -118,7 +118,7 @@ def test_other_objectives_see_the_scaled_logits(objective: str) -> None:
     histories = []
     for model in (scaled, plain):
         model.lm_head.weight.requires_grad_(False)
-        result = unlearn(model, None, forget, retain, objective=objective, **rmu_layer(objective))
+        result = unlearn(model, None, forget, retain, objective=objective)
         histories.append([[record[name] for name in FIGURES] for record in result.history])
     assert histories[0] == [pytest.approx(record, rel=1e-5) for record in histories[1]]
 
