@@ -70,7 +70,6 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("eval", "--data {folder}/absent", "--data {folder}/absent: there is no such folder"),
     ("eval", "--data {folder} --forget-split forget07", "there is no forget split 'forget07'; {folder} has"),
     ("eval", "--retain-results absent.json", "--retain-results absent.json: there is no such file"),
-    ("eval", "--reference-results absent.json", "--reference-results absent.json: there is no such file"),
     ("eval", "--language xx", "there is no word list for language 'xx'; give one of ar, bg, "),
     ("eval", "--output absent/results.json", "--output absent/results.json: there is no folder absent"),
     ("eval", "--model hub/model", "--model hub/model is no folder that the results could go to; give --output"),

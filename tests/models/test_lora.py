@@ -232,16 +232,13 @@ def test_evaluation_equals_that_of_the_merged_model() -> None:
     model = tiny_lora(trained=True, vocab_size=len(tokenizer), max_position_embeddings=512)
     flags = [p.requires_grad for p in model.parameters()]
     settings, before = model.get_base_model().generation_config, weights(model)
-    found = quick_tofu(model, tokenizer, reference_model=model)
+    found = quick_tofu(model, tokenizer)
     assert same_weights(model, before)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert model.get_base_model().generation_config is settings
-    expected = quick_tofu(model.merge_and_unload(), tokenizer, reference_model=tiny_llama(vocab_size=len(tokenizer)))
-    for name in ("forget_Q_A_Prob", "retain_Q_A_ROUGE", "mia_gradnorm", "mia_min_k", "model_utility"):
+    expected = quick_tofu(model.merge_and_unload(), tokenizer)
+    for name in ("forget_Q_A_Prob", "retain_Q_A_ROUGE", "mia_min_k", "model_utility"):
         assert found[name]["agg_value"] == pytest.approx(expected[name]["agg_value"], rel=1e-4), name
-    for name, entry in expected["mia_gradnorm"]["forget"]["value_by_index"].items():
-        score = found["mia_gradnorm"]["forget"]["value_by_index"][name]["score"]
-        assert score == pytest.approx(entry["score"], rel=1e-4)
 
 
 # --- Bad input ---
