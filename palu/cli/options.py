@@ -144,7 +144,7 @@ Annotate = Annotated[
     str | None,
     option(
         "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
-        "regex:PATTERN, ner:MODEL (a token-classification model) or whole (answers). Guesses: look at them first.",
+        "regex:PATTERN or whole (answers). Guesses: look at them first.",
         "HOW",
     ),
 ]
