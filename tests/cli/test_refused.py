@@ -46,7 +46,6 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--logging-dir /proc/x --report-to wandb", "logging_dir = '/proc/x': nothing can be written"),
     ("unlearn", "--overwrite --resume", "--overwrite starts again and --resume goes on; give one of them"),
     ("unlearn", "--dtype float16", "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
-    ("unlearn", "--annotate words", "annotate: 'words' names no way to find spans; give contrast, "),
     ("inspect", "--rows 6", "--rows 6: row 6 is not there or was skipped; rows are 0 to 5"),
     ("inspect", "--rows first", "--rows first: give row numbers and ranges, such as 0-9,17, or all"),
     ("inspect", "--rows 1,5-3", "--rows 1,5-3: the range 5-3 ends before it begins; write 3-5"),
