@@ -60,12 +60,9 @@ def annotate(
     Args:
         rows: what :func:`palu.unlearn` takes for ``forget``. Rows that have ``spans`` (``[]`` counts) or are tokenised
             already, so that their labels tell, stay as they are; a ``secret`` becomes ``spans``.
-        how: a finder, see the module's table.
-        model: for ``contrast``, the model that is to forget. It is left as it is.
-        tokenizer: for ``contrast``, the model's own fast tokenizer.
-        batch_tokens: for ``contrast``, tokens per forward pass.
-        progress: show a progress bar.
-        chat_template_kwargs: for ``contrast``, what the chat template is given beside the messages.
+        how: a finder, see the module's table. For ``contrast`` alone are the other arguments:
+        model, tokenizer: the model that is to forget, which is left as it is, and its own fast tokenizer.
+        batch_tokens, progress, chat_template_kwargs: as for :func:`palu.evaluate.tofu`.
 
     Returns:
         Copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the answer;

@@ -107,10 +107,7 @@ class PaluTrainer(Trainer):
         history: one record per optimisation step of the last ``train``: step, loss, its terms, and grad_norm.
 
     Raises:
-        DataError: the data cannot be used; the message names the row and the fix.
-        ValueError, TypeError: an argument, a setting, the models or the tokenizer do not fit.
-        OSError: ``cache_dir`` cannot be written to.
-        CacheError, CheckpointError: the reference cache, or the checkpoint to resume from, cannot be used.
+        DataError, ValueError, TypeError, OSError, CacheError, CheckpointError: as :func:`palu.unlearn`.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step
