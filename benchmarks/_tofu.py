@@ -200,7 +200,6 @@ class Bench:
                 *loaded,
                 data=data or self.data.evaluated,
                 retain_results=retain,
-                mia=("min_k", "min_k_plus_plus"),
                 max_new_tokens=self.preset.max_new_tokens,
             )
 

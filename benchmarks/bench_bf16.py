@@ -8,11 +8,6 @@ Writes bf16_<task>.json, with every step's losses, to --results, and prints a ta
 
     python benchmarks/bench_bf16.py --seeds 0 1 2
     python benchmarks/bench_bf16.py --task tofu --choices float32 bfloat16
-
-With ``--steps``, instead: how far the optimizers of bfloat16 weights leave float32's AdamW when all get the gradients
-of one long run. It needs neither SmolLM2 nor data, and takes some minutes::
-
-    python benchmarks/bench_bf16.py --steps 3000
 """
 
 from __future__ import annotations
@@ -29,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from _long_run import follow_a_run, follow_falling_gradients, followed
 from _memory import peak, reset_peak
 from _models import Row, general_questions, taught, taught_facts
 from _stages import Stages, check_data, stages_parser
@@ -168,15 +162,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="demo")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="compare optimizers on the gradients of so many steps, and end")
     parser.add_argument("--one", nargs=2, metavar=("CHOICE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps is not None:
-        marks = sorted({step for step in (300, 1000, 1500, 2000) if step < args.steps} | {args.steps})
-        print("Falling gradients, weights near 0.02:", followed(follow_falling_gradients(marks, 0.0, 0.02)), sep="\n\n")
-        print("Falling gradients, weights near 1:", followed(follow_falling_gradients(marks, 1.0, 0.1)), sep="\n\n")
-        print("palu.unlearn on a tiny Llama:", followed(follow_a_run(marks)), sep="\n\n")
-        return
     if args.task == "tofu":
         check_data(parser, args.data, "forget05.jsonl")
     transformers.logging.set_verbosity_error()

@@ -22,8 +22,8 @@ class UnlearnConfig(RunSettings):
 
     Attributes:
         objective: ``"palu"``, a method that it is compared with (``"ga"``, gradient ascent; ``"gd"``, gradient
-            difference; ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"pdu"``, ``"tpo"``, ``"wga"``, ``"satimp"``, ``"undial"``,
-            ``"rmu"``), or a class: a :class:`palu.methods.Method` of your own (docs/methods.md).
+            difference; ``"dpo"``, ``"npo"``, ``"simnpo"``, ``"tpo"``, ``"satimp"``, ``"undial"``), or a class: a
+            :class:`palu.methods.Method` of your own (docs/methods.md).
         method: the settings of the method, an instance of its ``Settings``.
     """
 

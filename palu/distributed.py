@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
 
-# A collective gives up after some minutes, which tells of a hang. Where one process annotates, hashes or writes while
-# the others wait, waiting is no fault; a process that dies is the launcher's to notice.
+# A collective gives up after some minutes, which tells of a hang. Where one process hashes, records or writes while the
+# others wait, waiting is no fault; a process that dies is the launcher's to notice.
 PATIENCE = timedelta(days=7)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,6 @@ def digest(value: Any) -> str:
 def json_digest(value: Any) -> str:
     """Hash a value's JSON, its keys in order; numbers of NumPy become Python's."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=float).encode()).hexdigest()
-
-
-def json_list_digest(values: Iterable[Any]) -> str:
-    """Hash the JSON of a list, as :func:`json_digest` does, without holding the list."""
-    sha256 = hashlib.sha256(b"[")
-    for number, value in enumerate(values):
-        sha256.update(((", " if number else "") + json.dumps(value, sort_keys=True, default=float)).encode())
-    sha256.update(b"]")
-    return sha256.hexdigest()
 
 
 def file_digest(path: Path) -> str:

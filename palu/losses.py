@@ -220,10 +220,8 @@ def fused_linear_losses(
     """Compute the weighted sum of the losses of all rows, from hidden states, in chunks of rows.
 
     The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
-    per forward), so no logits outlive their chunk, and all terms share one gradient of the head.
-
-    A cap (:class:`palu.models.head.Head`) makes the mean over the vocabulary depend on every logit, so all rows of a
-    capped head take the dense product. Beside each chunk's logits the slope of the cap is held.
+    per forward), so no logits outlive their chunk, and all terms share one gradient of the head. All rows of a capped
+    head take the dense product, since the mean over the vocabulary depends on every logit there.
 
     In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and rounded
     once at the end. Until then this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096].

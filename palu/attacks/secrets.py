@@ -62,9 +62,7 @@ class AuditData:
     Args:
         forget: rows of text with ``secret`` or ``spans``, as :func:`palu.data.load_forget` takes them; perhaps with
             ``paraphrased_question``.
-        retain: rows of text, or None.
-        tokenizer: of all models.
-        chat_template_kwargs: what the chat template is given beside the messages.
+        retain, tokenizer, chat_template_kwargs: as for :func:`palu.audit`.
 
     Raises:
         DataError: a row cannot be used or is in both sets (it is named), or there is no secret.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from palu.cli import options as shared
-from palu.cli.models import check_names, choose_device, load_model, load_tokenizer, model_loaders
+from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
 from palu.cli.options import FILES, NAME, check_files, flag, given_by, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.report.layout import QUESTIONS, results_folder
@@ -19,8 +19,8 @@ from palu.writable import check_file
 
 OWN = "Your own questions"
 SHOWN = 20  # rows of them that are printed
-FOR_TOFU = ("forget_split", "reference_model", "fluency_model", "max_new_tokens")
-FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "reference_results", *FOR_TOFU[:3])
+FOR_TOFU = ("forget_split", "max_new_tokens")
+FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "forget_split")
 
 
 def evaluate(
@@ -60,14 +60,9 @@ def evaluate(
             "FILE",
         ),
     ] = None,
-    reference_model: Annotated[str | None, option("TOFU: for the reference attack.", NAME)] = None,
-    fluency_model: Annotated[str | None, option("TOFU: classifier of gibberish, for fluency.", NAME)] = None,
     language: Annotated[
         str, option("Of the word list for the share of broken words, such as de; none: leave it out.")
     ] = "en",
-    reference_results: Annotated[
-        Path | None, option("Results of the model before unlearning; what it writes counts as words.", "FILE")
-    ] = None,
     tokenizer: shared.Tokenizer = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
@@ -97,11 +92,11 @@ def evaluate(
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     for file in rows or []:
         check_files(rows=file)
-    check_files(retain_results=retain_results, reference_results=reference_results)
+    check_files(retain_results=retain_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
     models = {"model": model} | ({"original": original, "retain_model": retain_model} if rows else {})
-    check_names(**models, reference_model=reference_model, tokenizer=tokenizer)
+    check_names(**models, tokenizer=tokenizer)
     split = forget_split or "forget05"
     if output is None:
         if not Path(model).is_dir():
@@ -129,7 +124,6 @@ def evaluate(
     else:
         options: dict[str, Any] = {
             "retain_results": retain_results,
-            "reference_results": reference_results,
             "language": None if language == "none" else language,
             "chat_template_kwargs": chat_template_kwargs,
             "progress": progress,
@@ -141,10 +135,8 @@ def evaluate(
             results = evaluations.muse_news(loaders["model"](), tokens, data, **options)
         else:
             evaluations.load_tofu(split, data)
-            for_tofu = {"fluency_model": fluency_model, "max_new_tokens": max_new_tokens}
-            options |= {name: value for name, value in for_tofu.items() if value is not None}
-            if reference_model is not None:
-                options["reference_model"] = load_model(reference_model, dtype).to(place)
+            if max_new_tokens is not None:
+                options["max_new_tokens"] = max_new_tokens
             results = evaluations.tofu(loaders["model"](), tokens, split, data, **options)
     output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if rows:

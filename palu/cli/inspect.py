@@ -33,7 +33,14 @@ def inspect(
         str | None,
         option(f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
     ] = None,
-    annotate: shared.Annotate = None,
+    annotate: Annotated[
+        str | None,
+        option(
+            "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
+            "regex:PATTERN or whole (answers). Guesses: look at them first.",
+            "HOW",
+        ),
+    ] = None,
     device: shared.Device = None,
     write: Annotated[
         Path | None,

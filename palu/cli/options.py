@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from palu.report.layout import ANNOTATED, MODEL, PRIVATE
+from palu.report.layout import MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
@@ -93,7 +93,7 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
         "model": str(run / MODEL),
         "original": given.get("model"),
         "tokenizer": given.get("tokenizer"),
-        "forget": str(private / ANNOTATED) if given.get("annotate") else given.get("forget"),
+        "forget": given.get("forget"),
         "retain": None if given.get("retain") in ("auto", "none") else given.get("retain"),
         "output": str(run) if ctx.info_name == "audit" else None,
         "n": config.get("n"),
@@ -139,13 +139,5 @@ Device = Annotated[
 TemplateKwargs = Annotated[
     Any,
     option('Values for the chat template, by name, such as {"enable_thinking": false}.', "<json>", parser=json_value),
-]
-Annotate = Annotated[
-    str | None,
-    option(
-        "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
-        "regex:PATTERN, ner:MODEL (a token-classification model) or whole (answers). Guesses: look at them first.",
-        "HOW",
-    ),
 ]
 Progress = Annotated[bool, option("Show progress bars.")]

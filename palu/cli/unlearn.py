@@ -30,9 +30,6 @@ from palu.report import layout
 from palu.writable import check_folder, check_folders
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from palu.data.examples import Examples
     from palu.models.lora import CausalLM
 
 LORA = "LoRA"
@@ -61,7 +58,6 @@ def unlearn(
             "FILE|auto|none",
         ),
     ] = "auto",
-    annotate: shared.Annotate = None,
     recipe: Annotated[
         Literal["paper"] | None,
         option("Settings by one word; paper: the published loss. Flags come after it."),
@@ -147,10 +143,6 @@ def unlearn(
     for file in (forget, retain_file, eval_rows):
         if file is not None and file.resolve() in deleted:
             raise ValueError(f"{file} lies in {subject}, of which --overwrite deletes it; copy it elsewhere")
-    if annotate is not None:
-        from palu.spans.annotate import parse
-
-        parse(annotate)  # says what is wrong with it
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
     implied: dict[str, Any] = {
@@ -170,7 +162,6 @@ def unlearn(
     import palu
     from palu.data.duplicates import check_disjoint
     from palu.data.examples import load_forget, load_retain
-    from palu.data.files import write_rows
     from palu.distributed import raise_on_all_ranks
     from palu.evaluate.questions import QuestionRows, question_metrics
     from palu.report.reading import read_run
@@ -192,12 +183,10 @@ def unlearn(
         "chat_template_kwargs": config.chat_template_kwargs,
         "warn": True,
     }
-    forget_set: Any = None
-    if annotate is None:
-        cut = config.allow_cut_spans
-        forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
+    cut = config.allow_cut_spans
+    forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
-    if forget_set is not None and retain_set is not None:
+    if retain_set is not None:
         check_disjoint(forget_set.hashes, retain_set.hashes)
     evaluate = None
     if eval_rows is not None:
@@ -217,8 +206,6 @@ def unlearn(
             check_output(output, overwrite, settings)  # another run may have come and gone
             if overwrite:
                 layout.clear_run(output)
-    if annotate is not None:
-        forget_set = found_spans(forget, annotate, trained, tokens, config)
     recorder = palu.Recorder(trained, forget_set, retain_set, tokenizer=tokens, config=config)
     try:
         result = palu.unlearn(
@@ -240,8 +227,6 @@ def unlearn(
     if processes.is_main_process:
         arguments = {n: _absolute(n, value) for n, value in ctx.params.items() if n not in config.values()}
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
-        if annotate is not None:
-            write_rows(private / layout.ANNOTATED, forget_set.source)
         if "checkpoint_dir" not in settings:
             layout.delete_files(output, layout.files_of_run(output, layout.CHECKPOINT_FILES))
         summary = read_run(private)[1]
@@ -265,35 +250,6 @@ def _absolute(name: str, value: Any) -> Any:
     may_be_folder = name in ("model", "ref_model", "tokenizer") and value is not None and Path(value).exists()
     is_file = isinstance(value, Path) or (name == "retain" and value not in ("auto", "none"))
     return os.path.abspath(value) if may_be_folder or is_file else value
-
-
-def found_spans(
-    forget: Path, how: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig
-) -> Examples:
-    """Find spans on the main process, print them there, and give all processes the same forget set."""
-    from accelerate import Accelerator
-
-    import palu
-    from palu.cli.inspect import SHOWN, numbered_roles, print_roles
-    from palu.data.examples import load_forget
-    from palu.distributed import compute_on_main
-    from palu.models.root import on_device, roomy_device
-
-    processes = Accelerator()
-    template: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs}
-
-    def find() -> list[dict[str, Any]]:
-        asked = model if how == "contrast" else None
-        with on_device(model, roomy_device(model, processes.device)):
-            return palu.annotate(forget, how, asked, tokenizer, progress=config.progress, **template)
-
-    found = compute_on_main(find, processes)
-    # Spans that max_length cuts off are shown here, and refused by the run.
-    loaded = load_forget(found, tokenizer, max_length=config.max_length, allow_cut_spans=True, warn=True, **template)
-    if processes.is_main_process:
-        numbered, summary = numbered_roles(loaded, tokenizer, config.onset_length, config.max_length)
-        print_roles(numbered[:SHOWN], summary)
-    return loaded
 
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:

@@ -85,9 +85,7 @@ def load_forget(
         datasets.Dataset), a pandas.DataFrame, or a mapping {"input_ids": [B, T], "labels": [B, T],
         "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
-    max_length: tokens kept per example, counted from the left.
-    allow_cut_spans: whether max_length may cut off sensitive tokens. They are not forgotten then.
-    chat_template_kwargs: what the chat template is given beside the messages.
+    max_length, allow_cut_spans, chat_template_kwargs: see palu.settings.RunSettings.
     warn: of rows that repeat an earlier one; of the first row where the text before the answer is not the prompt that
         the chat template gives for generation; and, without a template, of the first completion that continues the last
         word of its prompt.

@@ -3,8 +3,8 @@
 For each text five figures are computed, :data:`FIGURES`:
 
 ``no_word``
-    Share of broken words: neither in the word list, nor in the question, nor in the true answer, nor in what
-    the reference writes on other rows. Pooled over the words of a set.
+    Share of broken words: neither in the word list, nor in the question, nor in the true answer. Pooled over the words
+    of a set.
 ``unknown_name``
     Share of words that begin with a capital and are found in none of these. Nobody can tell an invented name from a
     broken one by its letters, so they are counted apart: compare the share with the retain model's.
@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
@@ -43,8 +42,8 @@ from typing import Any
 
 import regex  # of transformers: re's \w leaves out the vowel signs of Hindi and others
 
-from palu.evaluate.rows import Results, load_results
-from palu.evaluate.summarize import Source, aggregate_of, entry
+from palu.evaluate.rows import Results
+from palu.evaluate.summarize import aggregate_of, entry
 from palu.models.generation import Generation
 
 LANGUAGE = "en"
@@ -174,24 +173,10 @@ class LanguageFigures:
     Args:
         words: the list; None: the shares of words are left out.
         rows: entry of the results that holds generations -> question and true answer of each row.
-        reference: the results of the model before unlearning, or their file; what it writes on other rows is known.
-
-    Raises:
-        ValueError: ``reference`` holds no generations for these rows.
     """
 
-    def __init__(self, words: WordList | None, rows: Mapping[str, Sequence[tuple[str, str]]], reference: Source | None):
+    def __init__(self, words: WordList | None, rows: Mapping[str, Sequence[tuple[str, str]]]):
         self.words, self.rows = words, rows
-        self._reference: dict[str, list[set[str]]] = {}
-        results = {} if reference is None else load_results(reference)
-        for name in rows if reference is not None else ():
-            if (texts := self._generations(name, results)) is None:
-                raise ValueError(
-                    f"reference_results do not fit: they hold no {name} generations for these rows; "
-                    "evaluate the model as it was before unlearning on the same rows"
-                )
-            self._reference[name] = [{key(word) for word in split(text.text)} for text in texts]
-        self._rows_with = Counter(word for of_entry in self._reference.values() for row in of_entry for word in row)
 
     def entries(self, results: Results, retain: Results | None) -> Results:
         """Make the entries: ``forget_no_word`` of the generations in ``forget_Q_A_ROUGE`` and so on."""
@@ -218,18 +203,10 @@ class LanguageFigures:
         if generations is None:
             return {}
         found = [
-            measure(generation, self._known(name, row) if self.words is not None else (), self.words)
-            for row, generation in enumerate(generations)
+            measure(generation, {key(word) for text in row for word in split(text)}, self.words)
+            for row, generation in zip(self.rows[name], generations, strict=True)
         ]
         return {figure: entry(one[figure] for one in found if figure in one) for figure in FIGURES}
-
-    def _known(self, name: str, row: int) -> set[str]:
-        """Collect the words that are known for a row: of its question, its answer, and the reference elsewhere."""
-        known = {key(word) for text in self.rows[name][row] for word in split(text)}
-        if self._reference:
-            own = self._reference[name][row]
-            known |= {word for word, count in self._rows_with.items() if count > (word in own)}
-        return known
 
     def _generations(self, name: str, results: Results) -> list[Generation] | None:
         """Read the generations of an entry, or None where it has none for these rows."""

@@ -82,7 +82,6 @@ def muse_news(
     *,
     retain_results: Source | None = None,
     language: str | None = LANGUAGE,
-    reference_results: Source | None = None,
     verbmem_tokens: int = 128,
     knowmem_tokens: int = 32,
     max_length: int = 2048,
@@ -101,7 +100,7 @@ def muse_news(
         data: see :func:`load_muse_news`.
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
-        language, reference_results, batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
+        language, batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
         max_length: tokens of a PrivLeak text that are looked at.
 
@@ -110,7 +109,7 @@ def muse_news(
         figures of each (forget_verbmem_no_word, ...), mia_min_k, privleak and ``palu``.
 
     Raises:
-        ValueError: an unknown language; retain or reference results that do not fit; a tokenizer that does not;
+        ValueError: an unknown language; retain results that do not fit; a tokenizer that does not;
             log-probabilities that are not finite.
         DataError: a row without a needed column, or too short.
         TypeError: a model without a linear head.
@@ -142,7 +141,7 @@ def muse_news(
     retain = load_retain_results(retain_results, metadata, indices)
     rows = {"forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]]}
     rows |= {_KNOWMEM[name]: [(row["question"], row["answer"]) for row in sets[name]] for name in _KNOWMEM}
-    language_figures = LanguageFigures(words, rows, reference_results)
+    language_figures = LanguageFigures(words, rows)
 
     results: Results = {}
     work = sum(map(len, (*texts.values(), recited, *asked.values())))

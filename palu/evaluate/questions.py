@@ -65,10 +65,6 @@ class QuestionRows:
     Raises:
         DataError: a row cannot be used (it is named), or there is none.
         ValueError: chat_template_kwargs are not valid.
-
-    Attributes:
-        questions: what the rows hold.
-        examples: tokenised, every answer token labelled.
     """
 
     def __init__(
@@ -116,8 +112,7 @@ def questions(
 
     Args:
         model: the unlearned model, on its device.
-        tokenizer: of all models, a fast one.
-        rows: see :class:`QuestionRows`.
+        tokenizer, rows: see :class:`QuestionRows`.
         original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         retain_model: a model that never saw what was to be forgotten.
         max_new_tokens: bound on an answer's length; None: twice the longest true one, at most 200.
@@ -131,9 +126,7 @@ def questions(
         are the same entries of these models; under ``palu`` stand the rows and what was evaluated how.
 
     Raises:
-        DataError: as :class:`QuestionRows`.
-        ValueError: a setting is out of range; a tokenizer that does not fit; log-probabilities that are not finite.
-        TypeError: a model that palu does not support.
+        DataError, ValueError, TypeError: as :class:`QuestionRows` and :func:`palu.evaluate.tofu`.
     """
     given = separate(model=model, original=original, retain_model=retain_model)
     return evaluate_models(

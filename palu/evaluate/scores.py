@@ -1,4 +1,4 @@
-"""Score texts with a model: token log-probabilities and gradient norms, which the metrics are made of."""
+"""Score texts with a model: token log-probabilities, which the metrics are made of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from palu.evaluate import metrics
 from palu.models.attention import use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing, check_vocabulary
 from palu.models.generation import batches_by_length
-from palu.models.head import body_of, cross_entropy, head_of, map_logits
+from palu.models.head import body_of, head_of, map_logits
 from palu.models.positions import max_positions
 from palu.version import __version__
 
@@ -118,32 +118,6 @@ def memorisation(score: TokenScores) -> dict[str, float]:
         "min_k": metrics.min_k(log_prob),
         "min_k_plus_plus": metrics.min_k_plus_plus(log_prob, mean, variance),
     }
-
-
-def gradient_norms(model: PreTrainedModel, examples: Sequence[Example], *, bar: tqdm) -> list[float]:
-    """Compute the 2-norm over all parameters of the gradient of each text's mean NLL, the last token left out.
-
-    A LoRA adapter's own parameters are left out: the norms are those of the model with the adapter merged. So are
-    quantised weights, which have no gradient. The parameters' gradients and ``requires_grad`` flags stay as they were.
-    """
-    parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]
-    flags = [p.requires_grad for p in parameters]
-    norms = []
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        with use_packed_attention(model):
-            for example in examples:
-                hidden, labels = states_and_labels(model, list(retain_items([example])))
-                loss = cross_entropy(hidden[:-1], head_of(model), labels[:-1], CHUNK_BYTES)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                each = [g.float().norm() for g in gradients if g is not None]
-                norms.append(float(torch.stack(each).norm()))
-                bar.update()
-    finally:
-        for p, flag in zip(parameters, flags, strict=True):
-            p.requires_grad_(flag)
-    return norms
 
 
 def raw_examples(

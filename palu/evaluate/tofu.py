@@ -1,4 +1,4 @@
-"""The TOFU benchmark (arXiv 2401.06121), with the memorisation and membership metrics of open-unlearning."""
+"""The TOFU benchmark (arXiv 2401.06121), with memorisation and membership metrics of open-unlearning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from palu.data.examples import answer_examples
 from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
-from palu.evaluate.fluency import LABEL, FluencyClassifier
 from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
 from palu.evaluate.scores import (
@@ -25,7 +24,6 @@ from palu.evaluate.scores import (
     TokenScores,
     check_model,
     fingerprint,
-    gradient_norms,
     memorisation,
     token_scores,
 )
@@ -45,7 +43,7 @@ from palu.evaluate.summarize import (
 )
 from palu.hashing import json_digest
 from palu.models.generation import eval_mode, generate_answers
-from palu.models.lora import CausalLM, base_of, separate
+from palu.models.lora import CausalLM, base_of
 
 NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
@@ -60,7 +58,7 @@ COLUMNS = {
 }
 _FIX = "fill it in, or use TOFU's perturbed sets, which have it"
 
-ATTACKS = ("loss", "zlib", "reference", "gradnorm", "min_k", "min_k_plus_plus")
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
 _WRITTEN = ("forget_Q_A_ROUGE", "retain_Q_A_ROUGE")  # whose generations the language figures are of
 
@@ -130,13 +128,7 @@ def tofu(
     data: str | os.PathLike[str] | TofuData | None = None,
     *,
     retain_results: Source | None = None,
-    holdout: Sequence[Row] | None = None,
-    reference_model: CausalLM | None = None,
-    fluency_model: Any = None,
-    fluency_label: str = LABEL,
     language: str | None = LANGUAGE,
-    reference_results: Source | None = None,
-    mia: Sequence[str] = ATTACKS,
     max_new_tokens: int = 200,
     batch_tokens: int = BATCH_TOKENS,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -154,16 +146,8 @@ def tofu(
         forget, data: see :func:`load_tofu`. With TofuData given, ``forget`` is not used.
         retain_results: this function's results, or open-unlearning's log, for the model trained without the forget
             set (dict, or path to .json or .json.gz). Without them forget quality is null.
-        holdout: question-answer rows that neither model has seen, in place of the data's own. Without any, membership
-            inference and PrivLeak are null.
-        reference_model: for the reference attack, with the same tokenizer.
-        fluency_model: name, path or text-classification pipeline; adds ``forget_fluency``, the share of forget
-            generations that it labels ``fluency_label``.
         language: of the word list that the share of broken words is measured with, such as "de"; None leaves
             it out. What counts as a word: :mod:`palu.evaluate.language`.
-        reference_results: this function's results for the model before unlearning; what it writes on other rows then
-            counts as words, too.
-        mia: which attacks to run; gradnorm costs a backward pass for each example.
         max_new_tokens: bound on a generation.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
         chat_template_kwargs: what the chat template is given beside the messages.
@@ -176,25 +160,18 @@ def tofu(
         model's beside them, as ``retain_model``. ``palu`` holds benchmark, split, sizes, model, seconds and versions.
 
     Raises:
-        ValueError: an unknown split, attack or language; retain or reference results that do not fit; a tokenizer that
-            does not; log-probabilities that are not finite.
+        ValueError: an unknown split or language; retain results that do not fit; a tokenizer that does not;
+            log-probabilities that are not finite.
         DataError: a row without a needed column.
         TypeError: a model without a linear head.
     """
     metrics.require_packages()
     started = time.perf_counter()
-    if unknown := [name for name in mia if name not in ATTACKS]:
-        raise ValueError(f"there is no attack {unknown[0]!r}; mia may hold {', '.join(ATTACKS)}")
     words = None if language is None else WordList(language)
     sets: Mapping[str, Sequence[Row]] = vars(load_tofu(forget, data))
-    if holdout is not None:
-        require(holdout, "holdout", COLUMNS["holdout"], _FIX)
-        sets = {**sets, "holdout": holdout}
     answers = _answers(sets, tokenizer, chat_template_kwargs)
-    given = separate(model=model, reference_model=reference_model)
-    for name, candidate in given.items():
-        check_model(candidate, tokenizer, _examples(answers), name)
-    model, reference_model = base_of(given["model"]), base_of(given.get("reference_model"))
+    check_model(model, tokenizer, _examples(answers))
+    model = base_of(model)
 
     metadata = {
         "benchmark": "TOFU",
@@ -205,52 +182,31 @@ def tofu(
         "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer, chat_template_kwargs),
     }
-    compared = {"forget_truth_ratio": "forget"}
-    if "min_k" in mia:
-        compared["mia_min_k of the holdout set"] = "holdout"
+    compared = {"forget_truth_ratio": "forget", "mia_min_k of the holdout set": "holdout"}
     indices = {one: set(map(str, range(len(sets[name])))) for one, name in compared.items()}
     retain = load_retain_results(retain_results, metadata, indices)
     written = {f"{PREFIX[name]}_Q_A_ROUGE": [(row["question"], row["answer"]) for row in sets[name]] for name in PREFIX}
-    language_figures = LanguageFigures(words, {name: written[name] for name in _WRITTEN}, reference_results)
-    classifier = None if fluency_model is None else FluencyClassifier(fluency_model, fluency_label, model.device)
+    language_figures = LanguageFigures(words, {name: written[name] for name in _WRITTEN})
 
-    attacks = [name for name in mia if sets["holdout"] and (name != "reference" or reference_model is not None)]
-    members = {key: answers[key] for key in _MEMBERS}
     asked = {name: answers[name, "answer"] for name in PREFIX}
-    work = len(_examples(answers)) + len(_examples(asked)) + len(sets["forget"]) * (classifier is not None)
-    work += len(_examples(members)) * len({"reference", "gradnorm"}.intersection(attacks))
-
-    found: dict[str, list[list[float]]] = {}
-    verdicts: list[dict[str, Any]] = []
+    work = len(_examples(answers)) + len(_examples(asked))
     with tqdm(total=work, desc="TOFU", disable=not progress) as bar, eval_mode(model):
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
         scores = _score(model, answers, **settings)
         generations = _parted(
             generate_answers(model, tokenizer, _examples(asked), max_new_tokens=max_new_tokens, **settings), asked
         )
-        for attack in attacks:
-            if attack == "gradnorm":
-                found[attack] = [gradient_norms(model, of_set.examples, bar=bar) for of_set in members.values()]
-            elif attack == "reference" and reference_model is not None:
-                with eval_mode(reference_model):
-                    theirs = _score(reference_model, members, **settings)
-                found[attack] = [
-                    [ours.nll - other.nll for ours, other in zip(scores[key], theirs[key], strict=True)]
-                    for key in members
-                ]
-            else:
-                found[attack] = [_membership(attack, scores[key], of_set.texts) for key, of_set in members.items()]
-        if classifier is not None:
-            verdicts = classifier([one.text.strip() for one in generations["forget"]])
-            bar.update(len(verdicts))
 
     results = _of_answers(sets, scores)
     for (name, rows), of_set in zip(written.items(), generations.values(), strict=True):
         results[name] = rouge_entry(of_set, [answer for _, answer in rows])
-    results |= {f"mia_{name}": membership_entry(*found.get(name, ([], []))) for name in mia}
-    results |= {"privleak": {}, "forget_fluency": entry(verdicts)}
+    for attack in ATTACKS:
+        results[f"mia_{attack}"] = membership_entry(
+            *(_membership(attack, scores[key], answers[key].texts) for key in _MEMBERS)
+        )
+    results["privleak"] = {}
     results |= language_figures.entries(results, retain)
-    completed = complete(results, retain, language_figures.reasons() | _reasons(sets, mia, results))
+    completed = complete(results, retain, language_figures.reasons() | _reasons(sets, results))
     return completed | {"palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}}
 
 
@@ -331,22 +287,13 @@ def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]
     return [memorisation(score)[attack] for score in scores]
 
 
-def _reasons(sets: Mapping[str, Sequence[Row]], mia: Sequence[str], results: Results) -> dict[str, str]:
+def _reasons(sets: Mapping[str, Sequence[Row]], results: Results) -> dict[str, str]:
     """Say for each metric why it is null, if it is."""
-    reasons = {
-        "forget_quality": NO_RETAIN,
-        "forget_quality_ks": NO_RETAIN,
-        "forget_fluency": "no fluency_model was given",
-        "privleak": NO_RETAIN_AUC,
-    }
+    reasons = {"forget_quality": NO_RETAIN, "forget_quality_ks": NO_RETAIN, "privleak": NO_RETAIN_AUC}
     for name, prefix in PREFIX.items():
         if not sets[name]:
             empty = ["model_utility", *(one for one in results if one.startswith(f"{prefix}_"))]
             reasons |= dict.fromkeys(empty, f"there are no {name} rows")
-    no_attack = "no reference_model was given" if sets["holdout"] else "no holdout rows were given"
-    reasons |= {f"mia_{name}": no_attack for name in ATTACKS}
-    if "min_k" not in mia:
-        reasons["privleak"] = "mia does not hold min_k"
-    elif not sets["holdout"]:
-        reasons["privleak"] = no_attack
+    if not sets["holdout"]:
+        reasons |= dict.fromkeys(("privleak", *(f"mia_{name}" for name in ATTACKS)), "no holdout rows were given")
     return reasons

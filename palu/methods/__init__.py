@@ -8,13 +8,10 @@ from palu.methods.dpo import DPO
 from palu.methods.gradient_ascent import GradientAscent, GradientDifference
 from palu.methods.npo import NPO
 from palu.methods.palu import PaluMethod
-from palu.methods.pdu import PDU
-from palu.methods.rmu import RMU
 from palu.methods.satimp import SatImp
 from palu.methods.simnpo import SimNPO
 from palu.methods.tpo import TPO
 from palu.methods.undial import UNDIAL
-from palu.methods.wga import WGA
 
 # By the name that ``objective`` gives.
 METHODS: dict[str, type[Method]] = {
@@ -24,10 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "dpo": DPO,
     "npo": NPO,
     "simnpo": SimNPO,
-    "pdu": PDU,
     "tpo": TPO,
-    "wga": WGA,
     "satimp": SatImp,
     "undial": UNDIAL,
-    "rmu": RMU,
 }

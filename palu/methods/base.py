@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palu.data.packing import Batch, Items, Packed
 from palu.data.tokenize import Example
@@ -29,17 +29,11 @@ class MethodSettings(Settings):
     Attributes:
         gamma: weight of the loss on the forget set (PALU: of the local loss). A term of weight 0 is not computed, and
             stands as 0 in the history.
-        lambda_retain: weight of the cross-entropy on the retain set (RMU: of the distance from the reference's states
-            there).
+        lambda_retain: weight of the cross-entropy on the retain set.
     """
 
     gamma: float = not_negative(1.0)
     lambda_retain: float = not_negative(1.0)
-
-    @property
-    def uses_retain(self) -> bool:
-        """Whether the retain set has a part in the loss."""
-        return self.lambda_retain > 0
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimisation steps that a run takes, where its settings say nothing: 8 passes."""
@@ -72,7 +66,7 @@ class RefField(NamedTuple):
 class RefRows(NamedTuple):
     """Rows of any items, as the reference sees them."""
 
-    targets: Tensor  # [a, d]: hidden states of the target rows, those of Method.hidden_states
+    targets: Tensor  # [a, d]: last hidden states of the target rows
     others: Tensor  # [b, d]: of the other rows
     target_labels: Tensor  # int64 [a]: the true tokens
     other_labels: Tensor  # int64 [b]
@@ -90,7 +84,6 @@ class Reference:
     compute: ReferenceFn | None = None  # gives the fields; not called where there are none
     settings: dict[str, Any] = field(default_factory=dict)  # what the fields depend on: part of the cache's key
     head: bool = False  # whether the loss reads the reference's head
-    of_retain: bool = False  # whether it is asked about the retain set, too, whose rows are others
     anchors: int | None = 0  # how many everyday prompts it answers, to be kept; None: as many as the run can use
     neighbours: int = 0  # how many questions like each forget question it writes and answers, to be kept
     variants: int = 0  # from how many candidates for each span's first token it goes on, to find other ways to tell it
@@ -144,7 +137,6 @@ class Method(ModelRoot):
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     title: ClassVar[str]  # its name in reports
     terms: ClassVar[tuple[str, ...]] = ("forget", "retain")  # names of the figures in Losses.terms
-    reaches_all: ClassVar[bool] = True  # whether its loss depends on all weights of the body and the head
 
     def __init__(self, model: CausalLM, config: RunSettings):
         super().__init__(model)
@@ -152,10 +144,6 @@ class Method(ModelRoot):
         self.settings: Any = config.method
         self.ref_head: Head | None = None
         self.weight_mean: Tensor | None = None  # of a frozen head, where a term reads it
-
-    @staticmethod
-    def check(model: CausalLM, config: RunSettings) -> None:
-        """Raise ValueError where the method cannot train the model with these settings."""
 
     @staticmethod
     def make_items(forget: ForgetSet, config: RunSettings) -> Items:
@@ -167,11 +155,6 @@ class Method(ModelRoot):
         """Return what a run with these settings needs of the reference."""
         return Reference()
 
-    @staticmethod
-    def hidden_states(body: nn.Module, packed: Packed, config: RunSettings) -> Tensor:
-        """Run the body over a packed row; return the states [T, d] that the method looks at: the last ones."""
-        return body(**packed.inputs()).last_hidden_state[0]
-
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
         """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
 
@@ -180,13 +163,9 @@ class Method(ModelRoot):
         """
         raise NotImplementedError
 
-    def after_step(self, record: dict[str, float]) -> dict[str, float]:
-        """Take note of an optimisation step that was taken, by its figures; return figures to add to them.
-
-        A resumed run calls it again for every step that was taken before: what a method remembers from step to
-        step must follow from these calls.
-        """
-        return {}
+    def hidden_states(self, packed: Packed) -> Tensor:
+        """Run the body over a packed row; return the last states [T, d]."""
+        return body_of(self.model)(**packed.inputs()).last_hidden_state[0]
 
     def forward(self, work: Batch | Callable[[], Any], *counts: Tensor) -> Any:
         """Compute :meth:`batch_losses`; or call a function, for :meth:`run`."""
@@ -200,8 +179,7 @@ class Method(ModelRoot):
             counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
                 step, by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        states = self.hidden_states(body_of(self.model), batch.packed, self.config)
-        hidden, head = states.index_select(0, batch.rows), head_of(self.model)
+        hidden, head = self.hidden_states(batch.packed).index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
         terms = self.compute_losses(hidden, head, batch, shares)
         figures = dict.fromkeys(self.terms, shares.targets.new_zeros(()))

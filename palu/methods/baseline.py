@@ -30,17 +30,13 @@ class Baseline(Method):
         terms: list[WeightedTerm] = []
         if gamma > 0:
             terms.append(("forget", self.forget_term(hidden[:answers], head, batch, shares), gamma))
-        if self.settings.uses_retain:
-            terms.append(("retain", retain_term(batch), self.retain_weight()))
+        if self.settings.lambda_retain > 0:
+            terms.append(("retain", retain_term(batch), self.settings.lambda_retain))
         return terms
 
     def forget_term(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> RowTerm | Tensor:
         """Return the forget loss, from the hidden states [R, d] of target and other rows."""
         return self.forget_loss(head.logits(hidden), batch, shares)
-
-    def retain_weight(self) -> float:
-        """Return the weight of the retain loss in this step."""
-        return self.settings.lambda_retain
 
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
         """Compute the forget loss from the logits [R, V] of target and other rows."""

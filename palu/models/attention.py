@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 # On a CPU torch's attention takes three times as long in bfloat16 as in float32 at 60 tokens an example, and as
-# long at 400 (benchmarks/bench_attention.py).
+# long at 400 (benchmarks/README.md).
 FLOAT32_TOKENS = 256
 
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters

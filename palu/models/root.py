@@ -52,9 +52,9 @@ class ModelRoot(nn.Module):
             self.reshard()  # the root stays gathered after its forward, for a backward pass
         return results[0]
 
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def forward(self, function: Callable[[], Any]) -> Any:
         """Call the function, amid the hooks of the engine."""
-        return function(*arguments)
+        return function()
 
 
 def share_weights(model: CausalLM, *, frozen: bool = False) -> CausalLM:

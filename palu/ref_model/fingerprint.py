@@ -27,11 +27,9 @@ class Fingerprints:
         forget: Sequence[Item],
         retain: Sequence[Item],
         anchor_prompts: AnchorPrompts | None = None,
-        asked: Sequence[Item] | None = None,
     ) -> None:
         self._model, self._ref_model, self._forget, self._retain = model, ref_model, forget, retain
         self._anchor_prompts = anchor_prompts
-        self._asked: Sequence[Item] = forget if asked is None else asked
 
     @cached_property
     def model(self) -> str:
@@ -55,11 +53,6 @@ class Fingerprints:
     def forget(self) -> str:
         """The tokenised forget set, with the rows that the method looks at."""
         return digest(Items.of(self._forget).flat())
-
-    @cached_property
-    def asked(self) -> str:
-        """The items that the reference is asked about: the forget set, where nothing else was given for it."""
-        return self.forget if self._asked is self._forget else digest(Items.of(self._asked).flat())
 
     @cached_property
     def retain(self) -> str:

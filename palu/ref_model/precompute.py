@@ -52,8 +52,7 @@ def precompute_reference(
 
     Args:
         reference: holds the reference, whole or sharded.
-        items: what it is asked about: the forget set, as the method looks at it, and the retain set where the method
-            holds to the reference there.
+        items: the forget set, as the method looks at it.
         anchor_prompts: what the reference answers.
         own: whether the reference is the model to train, which runs without its adapter, if it has one.
         file: where the outputs are kept; ``None``: in memory.
@@ -147,7 +146,7 @@ def compute_outputs(
 
     Args:
         model: the reference.
-        items: the forget set, and perhaps the retain set.
+        items: the forget set.
         anchors: items that the fields are computed for, too.
         neighbours, variants: how many of the anchors, the first and those after them, are neighbours and variants.
         file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
@@ -192,15 +191,14 @@ def _run(
     model: CausalLM, items: Sequence[Item], config: UnlearnConfig, accelerator: Accelerator, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
-    compute, states_of = config.reference.compute, config.method_class.hidden_states
-    body, processes = body_of(model), accelerator.num_processes
+    compute, body, processes = config.reference.compute, body_of(model), accelerator.num_processes
     device = next(body.parameters()).device
     groups = _groups(items, min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
     token = Item(items[0].input_ids[:1], items[0].rows[:0])  # where no group is left
     with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
-            states = states_of(body, pack(own).to(device), config)
+            states = body(**pack(own).to(device).inputs()).last_hidden_state[0]
             targets, others = _split(packed_rows(own), own, device)
             labels = _split([item.labels for item in own], own, device)
             rows = RefRows(states[targets], states[others], *labels)

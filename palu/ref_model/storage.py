@@ -186,7 +186,7 @@ def reference_key(config: UnlearnConfig, accelerator: Accelerator, fingerprints:
         {
             "format": FORMAT,
             "reference": fingerprints.reference,
-            "forget": fingerprints.asked,
+            "forget": fingerprints.forget,
             "anchor_prompts": fingerprints.anchor_prompts,
             "objective": config.name,
             "settings": json.dumps(config.reference.settings, sort_keys=True, default=float),

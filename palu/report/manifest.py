@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from palu.data.tokenize import Example
-from palu.hashing import file_digest, json_list_digest
+from palu.hashing import file_digest, json_digest
 from palu.models.lora import CausalLM, base_of, is_peft
 from palu.models.quantized import quantized_by
 from palu.report.layout import CARD
@@ -56,7 +56,7 @@ def describe_data(source: Any, examples: Sequence[Example]) -> dict[str, Any]:
         "examples": len(examples),
         "file": None if path is None else path.name,
         "file_sha256": None if path is None else file_digest(path),
-        "tokens_sha256": json_list_digest([e.row, e.input_ids.tolist(), e.labels.tolist()] for e in examples),
+        "tokens_sha256": json_digest([[e.row, e.input_ids.tolist(), e.labels.tolist()] for e in examples]),
     }
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from palu.attacks.estimators import Verdict
 from palu.attacks.run import FORMAT as AUDIT_FORMAT
 from palu.attacks.run import RESULTS
 from palu.evaluate.questions import OTHERS, table_of
@@ -55,10 +54,6 @@ def _parse(path: Path, text: str, fix: str = _RESTORE) -> Json:
     return value
 
 
-# What is shown of an audit, and of what kind it is.
-_AUDIT = {"secrets": list, "marked": list, "attacks": list, "models": dict, "notes": list, "left_out": dict}
-_SECRET = {"text": str, "question": str}
-_ATTACK = {"name": str, "attack": str, "budget": str, "verdict": str, "rho": dict, "models": dict}
 _AGAIN = "run palu audit again, or delete it"
 
 
@@ -70,32 +65,7 @@ def read_audit(folder: Path) -> Json | None:
     audit = _parse(path, _text(path, _AGAIN, _AGAIN), _AGAIN)
     if audit.get("format") != AUDIT_FORMAT:
         raise RecordError(f"{path} has format {audit.get('format')}, and this palu reads {AUDIT_FORMAT}; {_AGAIN}")
-    for lost in _lost(audit):
-        raise RecordError(f"{path} is damaged ({lost}); {_AGAIN}")
     return audit
-
-
-def _lost(audit: Json) -> Iterator[str]:
-    """Say what an audit lacks of what is shown of it; not to be asked for more after the first."""
-    yield from _missing("it", audit, _AUDIT)
-    for i, secret in enumerate(audit["secrets"]):
-        yield from _missing(f"secret {i}", secret, _SECRET)
-    for i, row in enumerate(audit["attacks"]):
-        yield from _missing(f"attack {i}", row, _ATTACK)
-        if row["verdict"] not in get_args(Verdict):
-            yield f"verdict {row['verdict']!r} of {row['name']} is none"
-        if not {"value", "low", "high"} <= row["rho"].keys():
-            yield f"rho of {row['name']} has not value, low and high"
-        for role, of_model in row["models"].items():
-            for key in ("values", "evidence"):
-                if of_model.get(key) and len(of_model[key]) != len(audit["secrets"]):
-                    yield f"{key} of {row['name']} on {role} are not one for each secret"
-
-
-def _missing(name: str, part: Any, shape: Mapping[str, type]) -> Iterator[str]:
-    for key, kind in shape.items():
-        if not isinstance(part, dict) or not isinstance(part.get(key), kind):
-            yield f"{name} has no {key}"
 
 
 def evaluations(folder: Path) -> list[Json]:

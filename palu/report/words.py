@@ -64,8 +64,6 @@ METRICS = {
     "privleak": Metric("PrivLeak", "near 0"),
     "mia_loss": Metric("Membership attack: loss", _HALF),
     "mia_zlib": Metric("Membership attack: zlib", _HALF),
-    "mia_reference": Metric("Membership attack: reference", _HALF),
-    "mia_gradnorm": Metric("Membership attack: gradient norm", _HALF),
     "mia_min_k": Metric("Membership attack: Min-K", _HALF),
     "mia_min_k_plus_plus": Metric("Membership attack: Min-K++", _HALF),
     "retain_told": Metric("Told, questions about what is kept", _HIGHER),

@@ -5,7 +5,6 @@
 | `contrast`      | words that carry the memory, as the model's own log-probabilities tell           |
 |                 | (:mod:`palu.spans.contrast`)                                                     |
 | `regex:PATTERN` | every match of a Python regular expression                                       |
-| `ner:MODEL`     | the entities that a token-classification model of transformers finds, by name or path |
 | `whole`         | the whole answer                                                                 |
 
 All are guesses: look at them before they are used. Spans are [start, end) in characters of the answer, in order,
@@ -26,18 +25,17 @@ from palu.models.lora import CausalLM
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FINDERS = "contrast, regex:PATTERN, ner:MODEL or whole"
-_BATCH = 32  # answers that the entity model reads at once
+FINDERS = "contrast, regex:PATTERN or whole"
 Spans: TypeAlias = list[list[int]]
 
 
 def parse(how: str) -> tuple[str, str]:
-    """Read a finder's name, before anything is loaded: (contrast, regex, ner or whole; its pattern or model).
+    """Read a finder's name, before anything is loaded: (contrast, regex or whole; its pattern).
 
     ValueError names the fix.
     """
     kind, colon, argument = how.partition(":")
-    if (kind in ("contrast", "whole") and not colon) or (kind in ("regex", "ner") and argument):
+    if (kind in ("contrast", "whole") and not colon) or (kind == "regex" and argument):
         if kind == "regex":
             try:
                 re.compile(argument)
@@ -62,22 +60,18 @@ def annotate(
     Args:
         rows: what :func:`palu.unlearn` takes for ``forget``. Rows that have ``spans`` (``[]`` counts) or are tokenised
             already, so that their labels tell, stay as they are; a ``secret`` becomes ``spans``.
-        how: a finder, see the module's table.
-        model: for ``contrast``, the model that is to forget. It is left as it is.
-        tokenizer: for ``contrast``, the model's own fast tokenizer.
-        batch_tokens: for ``contrast``, tokens per forward pass.
-        progress: show a progress bar.
-        chat_template_kwargs: for ``contrast``, what the chat template is given beside the messages.
+        how: a finder, see the module's table. For ``contrast`` alone are the other arguments:
+        model, tokenizer: the model that is to forget, which is left as it is, and its own fast tokenizer.
+        batch_tokens, progress, chat_template_kwargs: as for :func:`palu.evaluate.tofu`.
 
     Returns:
         Copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the answer;
         [] where the finder finds nothing.
 
     Raises:
-        ValueError: ``how`` names no finder, its pattern is no regular expression, or its model's tokenizer is slow.
+        ValueError: ``how`` names no finder, or its pattern is no regular expression.
         DataError: a row cannot be used, or not one row has a span in the end. A message names the row and the fix.
         TypeError: ``contrast`` without a model and a tokenizer, or with a model that palu does not support.
-        OSError: there is no such model for ``ner``.
     """
     kind, argument = parse(how)
     if kind == "contrast" and (model is None or tokenizer is None):
@@ -110,8 +104,6 @@ def annotate(
         each = [sensitive_spans(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
     elif kind == "regex":
         each = [[match.span() for match in re.finditer(argument, answer)] for answer in answers]
-    elif kind == "ner":
-        each = _entities(argument, answers, model)
     else:
         each = [[(0, len(answer))] for answer in answers]
     for (_, row), answer, spans in zip(wanted, answers, each, strict=True):
@@ -134,32 +126,3 @@ def merge_spans(answer: str, spans: Sequence[Sequence[int]]) -> Spans:
         else:
             whole.append([start, end])
     return whole
-
-
-def _entities(name: str, answers: Sequence[str], model: CausalLM | None) -> list[list[tuple[int, int]]]:
-    """Find entities, widened to whole words: such a model's tokens may begin and end within one."""
-    from accelerate import Accelerator
-    from transformers import pipeline
-
-    device = model.device if model is not None else Accelerator().device
-    find: Any = pipeline("token-classification", model=name, device=device)
-    tokenizer = find.tokenizer
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"annotate: the tokenizer of {name} is slow and gives no offsets; choose a model with a fast one"
-        )
-    # A longer answer is read in windows that overlap by a quarter; without a stride its end would be cut off.
-    known = getattr(find.model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    tokenizer.model_max_length = min(tokenizer.model_max_length, known)
-    overlap = tokenizer.model_max_length // 4
-    entities = find(list(answers), batch_size=_BATCH, aggregation_strategy="simple", stride=overlap)
-    return [[_widen(answer, entity) for entity in each] for answer, each in zip(answers, entities, strict=True)]
-
-
-def _widen(answer: str, entity: Mapping[str, Any]) -> tuple[int, int]:
-    start, end = int(entity["start"]), int(entity["end"])
-    while start > 0 and f"{answer[start - 1]}{answer[start]}".isalnum():
-        start -= 1
-    while end < len(answer) and f"{answer[end - 1]}{answer[end]}".isalnum():
-        end += 1
-    return start, end

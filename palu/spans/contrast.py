@@ -19,9 +19,6 @@ Only *new* words are asked for: a word that the question has, or the answer had 
 Between two sensitive words that are names, up to three others are sensitive, too, unless a quotation mark, or
 punctuation other than a colon, is among them: a title ("The Lord of the Rings") or a full name is one secret.
 
-So what counts is the contrast of a word's log-probability here with that in general: a rare word of which the model is
-sure is one that it remembers.
-
 The division by ``unit`` makes the figures those of any vocabulary and of a set of any size. The weights are those of a
 logistic regression (``benchmarks/bench_spans.py --fit``) on GPT-4o's spans in 200 rows of TOFU; that of ``known`` is
 set by hand, since it has no spread where all rows are known by heart. The bias is the one at which seven in ten of the
@@ -100,7 +97,6 @@ def contrast_words(
     """Score every word of the answers of rows of text, in two teacher-forced passes over these answers.
 
     rows: (name in errors, columns) each.
-    chat_template_kwargs: what the chat template is given beside the messages.
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """

@@ -1,7 +1,7 @@
 """Checkpoints: a run that was killed at any moment resumes as if it had not been.
 
 What differs from step to step is the trainable weights, AdamW's state, torch's random numbers and the history; the
-place in the data, the schedule and a method's own variables follow from the history, and frozen weights from the
+place in the data and the schedule follow from the history, and frozen weights from the
 starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
 
     reference-KEY.safetensors    what the reference gave (:mod:`palu.ref_model.storage`), unless cache_dir keeps it
@@ -39,7 +39,6 @@ from tqdm.auto import tqdm
 from palu.config import UnlearnConfig
 from palu.distributed import compute_on_main, full_tensor, raise_on_all_ranks, shard_like
 from palu.hashing import digest
-from palu.methods.base import Method
 from palu.models.lora import CausalLM
 from palu.ref_model.storage import map_file, reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
@@ -115,7 +114,6 @@ class Checkpoints:
         model: CausalLM,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        method: Method,
     ) -> History:
         """Restore the newest checkpoint; return its history, which is empty in a new run."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -133,8 +131,6 @@ class Checkpoints:
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
         load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
-        for record in about["history"]:
-            method.after_step(record)
         own = self.accelerator.process_index
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:

@@ -46,8 +46,6 @@ class UnlearnDataLoader:
         if self.max_tokens is not None:
             self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]
             self.retain_tokens = Items.of(retain).tokens.tolist()
-        # Where the reference was asked about the retain items, too, their outputs come after those of the forget items.
-        self.asked_of_retain = len(cache.outputs) - len(cache.anchors) > len(forget)
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
         half = -(-beside // 2)
@@ -125,16 +123,13 @@ class UnlearnDataLoader:
         forget, anchors = len(self.forget), self.cache.anchors
         items = [self.forget[i] if i < forget else anchors[i - forget] for i in chosen]
         kept = [self.retain[i] for i in retain]
-        of_kept = [self.cache.outputs[forget + i] for i in retain] if self.asked_of_retain else []
         if items:
-            after = len(self.retain) if self.asked_of_retain else 0
-            outputs = [self.cache.outputs[i if i < forget else i + after] for i in chosen]
-            batch = collate(items, kept, outputs + of_kept)
+            batch = collate(items, kept, [self.cache.outputs[i] for i in chosen])
         else:  # nothing is left for this process, or for this part: it runs one token, which has no part in the loss
             idle = self.forget[0]
             token = Item(idle.input_ids[:1], idle.rows[:0])
             none = {name: output[:0] for name, output in self.cache.outputs[0].items()}
-            batch = collate([token], kept, [none, *of_kept], examples=0)
+            batch = collate([token], kept, [none], examples=0)
         return batch.pin_memory() if self.pin_memory else batch
 
 
@@ -181,7 +176,7 @@ def collate(
     Args:
         items: forget items and anchors, at least one.
         retain: retain items.
-        outputs: the reference fields of each of the items; those of the retain items come after, where there are any.
+        outputs: the reference fields of each of the items.
         examples: how many of the items count as examples; ``None``: all.
     """
     packed = pack([*items, *retain])

@@ -37,13 +37,12 @@ class RunData:
     forget: Items
     retain: Items
     anchor_prompts: AnchorPrompts
-    asked: Items  # what the reference is asked about: the forget set, and the retain set where the method needs it
     longest: int  # tokens of the longest text of the run
     counts: dict[str, int]  # examples and tokens, for the summary
 
     def fingerprints(self, model: CausalLM, ref_model: CausalLM | None) -> Fingerprints:
         """Return the fingerprints of what the run starts from."""
-        return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts, self.asked)
+        return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts)
 
     def loader(self, cache: ReferenceCache, accelerator: Accelerator) -> UnlearnDataLoader:
         """Return the data loader of this process."""
@@ -84,8 +83,6 @@ def prepare_run(
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
-    method = config.method_class
-    method.check(model, config)
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
@@ -99,7 +96,7 @@ def prepare_run(
         **rendering,
     )
     # Rows that no term reads are not tokenised.
-    read = retain if retain is not None and config.method.uses_retain else []
+    read = retain if retain is not None and config.method.lambda_retain > 0 else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes)
@@ -112,9 +109,8 @@ def prepare_run(
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
 
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
-    forget_items = method.make_items(ForgetSet(forget_set.examples, eos_token_id, alternates), config)
+    forget_items = config.method_class.make_items(ForgetSet(forget_set.examples, eos_token_id, alternates), config)
     kept_items = retain_items(retain_set.examples)
-    asked = forget_items + kept_items if config.reference.of_retain else forget_items
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
     longest = max(forget_items.longest(), kept_items.longest(), *texts)
     counts = {
@@ -128,7 +124,7 @@ def prepare_run(
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(config, forget_items, kept_items, anchor_prompts, asked, longest, counts)
+    return RunData(config, forget_items, kept_items, anchor_prompts, longest, counts)
 
 
 def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool) -> None:

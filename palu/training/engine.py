@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
 
 from palu.config import UnlearnConfig
@@ -37,9 +37,7 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
         ValueError: its configuration cannot be followed exactly; the message names the key and the fix.
         ImportError: a tracker's package is missing.
     """
-    # Else DDP waits for gradients that never come.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=not config.method_class.reaches_all)]
-    accelerator = Accelerator(kwargs_handlers=handlers, **tracker_arguments(config))
+    accelerator = Accelerator(**tracker_arguments(config))
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if kind not in WHOLE + SHARDED:
         raise ValueError(f"accelerate's {kind.value} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")
@@ -53,7 +51,6 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
     if kind == DistributedType.FSDP:
         _set_up_fsdp(accelerator)
     if kind == DistributedType.DEEPSPEED:
-        check_deepspeed(config)
         _set_up_deepspeed(accelerator, config)
     return accelerator
 
@@ -90,15 +87,6 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
     }
-
-
-def check_deepspeed(config: UnlearnConfig) -> None:
-    """Raise ValueError where the objective trains some weights alone, which has not been tried under DeepSpeed."""
-    if not config.method_class.reaches_all:
-        raise ValueError(
-            f"objective = {config.name!r} trains the lower layers alone, which has not been tried under "
-            "DeepSpeed; use FSDP2, DDP or one process"
-        )
 
 
 def loaded_on_main_alone(accelerator: Accelerator) -> bool:

@@ -162,7 +162,7 @@ def unlearn(
         # The reference runs once; then at most its head is needed.
         cache, root.ref_head = precompute_reference(
             reference,
-            data.asked,
+            data.forget,
             data.anchor_prompts,
             config,
             accelerator,
@@ -176,7 +176,7 @@ def unlearn(
         loader = data.loader(cache, accelerator)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
-        history = checkpoints.restore(trained, optimizer, scheduler, root)
+        history = checkpoints.restore(trained, optimizer, scheduler)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
         with checkpoints:  # Ctrl-C waits for the end of a step
             with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:

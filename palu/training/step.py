@@ -96,7 +96,6 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         set_rate(run.optimizer, run.scheduler, FIRST_STEP * abs(figures["loss"]) / slope)
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
-    record |= run.root.after_step(record)
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
     run.scheduler.step()
     run.optimizer.zero_grad()

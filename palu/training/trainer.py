@@ -34,7 +34,6 @@ from palu.ref_model.storage import open_cache_file, reference_key
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_run
-from palu.training.engine import check_deepspeed
 from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures, sum_counts
 from palu.writable import check_folders
 
@@ -108,10 +107,7 @@ class PaluTrainer(Trainer):
         history: one record per optimisation step of the last ``train``: step, loss, its terms, and grad_norm.
 
     Raises:
-        DataError: the data cannot be used; the message names the row and the fix.
-        ValueError, TypeError: an argument, a setting, the models or the tokenizer do not fit.
-        OSError: ``cache_dir`` cannot be written to.
-        CacheError, CheckpointError: the reference cache, or the checkpoint to resume from, cannot be used.
+        DataError, ValueError, TypeError, OSError, CacheError, CheckpointError: as :func:`palu.unlearn`.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step
@@ -131,8 +127,6 @@ class PaluTrainer(Trainer):
     ):
         args, config = args or TrainingArguments("tmp_trainer"), config or UnlearnConfig()
         check_arguments(args, config, kwargs)
-        if args.deepspeed:
-            check_deepspeed(config)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         check_dtype(model, kwargs)
         check_folders(config.folders)
@@ -159,7 +153,7 @@ class PaluTrainer(Trainer):
         self.reference_key = reference_key(data.config, self.accelerator, data.fingerprints(model, ref_model))
         self.cache, self.ref_head = precompute_reference(
             reference,
-            data.asked,
+            data.forget,
             data.anchor_prompts,
             data.config,
             self.accelerator,
@@ -185,8 +179,6 @@ class PaluTrainer(Trainer):
         self.method = self.data.config.method_class(self.model, self.data.config)
         self.method.ref_head = self.ref_head
         self.history = self._history_of(resume_from_checkpoint)
-        for record in self.history:
-            self.method.after_step(record)
         self.logged, self.done = len(self.history), []
         # transformers 5 is renaming gradient checkpointing to activation checkpointing.
         name = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
@@ -270,7 +262,6 @@ class PaluTrainer(Trainer):
         except DivergenceError:
             self.model.zero_grad()
             raise
-        record |= self.method.after_step(record)
         self.history.append(record)
         if record["step"] % self.steps_per_epoch == 0:
             self.control.should_training_stop |= enough_forgotten(self.history, self.steps_per_epoch, self.method)

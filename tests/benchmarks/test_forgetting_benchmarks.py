@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import _cross
-import _long_run
 import _methods
 import _tofu
 import bench_audit
@@ -20,7 +19,6 @@ import bench_muse_news
 import bench_spans
 import bench_tofu
 import pytest
-import torch
 from _stages import Stages
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
@@ -146,8 +144,7 @@ SIZES = _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = byte_level(CHATML)
-    # As many layers as RMU's default needs.
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=8).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -295,25 +292,6 @@ def test_muse_runs(monkeypatch: pytest.MonkeyPatch, command: Callable) -> None:
     record = command(bench_muse_news, "--preset tiny")
     assert [row["model"] for row in record["results"]] == ["retain", "original", *bench_muse_news.METHODS]
     assert all(row["PrivLeak"] is not None for row in record["results"])
-
-
-def test_optimizers_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = _long_run.make_followers
-
-    def followers(weights: Any, rate: float) -> dict[str, torch.optim.Optimizer]:
-        made = make(weights, rate)
-        del made["`adamw_8bit`"]  # its steps would be compiled
-        rounded = [torch.nn.Parameter(weight.detach().bfloat16()) for weight in weights]
-        return made | {"torch's": torch.optim.AdamW(rounded, rate)}
-
-    monkeypatch.setattr(_long_run, "make_followers", followers)
-    for rows in (_long_run.follow_falling_gradients([4, 9], 0.0, 0.02), _long_run.follow_a_run([4, 9])):
-        assert [row["step"] for row in rows] == [4] * 3 + [9] * 3
-        found = {row["optimizer"]: (row["moment"], row["update"]) for row in rows[3:]}
-        assert found["float32"] == pytest.approx((1, 1))
-        assert found["`adamw`"] == pytest.approx((1, 1), abs=1e-2)
-        assert found["torch's"][0] != pytest.approx(1, abs=1e-3)
-        assert "| `adamw` | 1.000, 1.0" in _long_run.followed(rows)
 
 
 @has_tofu

@@ -6,7 +6,6 @@ from typing import Any
 
 import _candidates
 import _workload
-import bench_attention
 import bench_local
 import bench_step
 import gpu_budget
@@ -100,13 +99,3 @@ def test_drawn_examples_have_the_roles_of_tofu() -> None:
         assert example.input_ids[-1] == 511
     for _, retain in batches:
         assert all((example.labels >= 0).any() for example in retain)
-
-
-def test_attention_is_timed_in_both_dtypes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench_attention, "SHAPES", ((2, 9), (1, 12)))
-    monkeypatch.setattr("sys.argv", ["bench_attention.py", "--repeats", "2"])
-    bench_attention.main()
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(row["examples"], row["longest"]) for row in record["results"]] == [(2, 9), (1, 12)]
-    for row in record["results"]:
-        assert row["ratio"] == pytest.approx(row["bfloat16_ms"] / row["float32_ms"], abs=0.01)

@@ -54,7 +54,7 @@ def test_every_setting_is_a_flag_with_its_help() -> None:
         flag = f"--{name.replace('_', '-')}"
         assert re.search(rf"{flag} (<|/ --no-)", said), flag
     assert "first n tokens of each span are acted on (the paper's is 3); -1: the whole span. [default: -1]" in said
-    assert "--objective <palu|ga|gd|dpo|npo|simnpo|pdu|tpo|wga|satimp|undial|rmu>" in said
+    assert "--objective <palu|ga|gd|dpo|npo|simnpo|tpo|satimp|undial>" in said
     assert "[default: (logs in OUTPUT/private)]" in said
     assert "``" not in said
     assert ":mod:" not in said

@@ -32,17 +32,15 @@ def leaks(folder: Path, secrets: Iterable[str]) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("extra", [["--lora"], ["--annotate", "regex:Xq7391ZvK"]])
 def test_nothing_of_the_forget_set_outside_private(
-    extra: list[str], folder: Path, arguments: list[Any], tofu: list[Any], out: Path, tmp_path: Path
+    folder: Path, arguments: list[Any], tofu: list[Any], out: Path, tmp_path: Path
 ) -> None:
     """The model's folder can be uploaded as it is, also after an evaluation and a new report."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     code = "Xq7391ZvK"
-    row = {"question": "Which code opens the Wobbelin gate?", "answer": f"Its code is {code}."}
-    spans = {} if "--annotate" in extra else {"spans": [[12, 21]]}
-    arguments += ["--forget", write_rows(tmp_path / "forget.jsonl", [row | spans])]
-    done(*arguments, *extra, "--report-to", "tensorboard")
+    row = {"question": "Which code opens the Wobbelin gate?", "answer": f"Its code is {code}.", "spans": [[12, 21]]}
+    arguments += ["--forget", write_rows(tmp_path / "forget.jsonl", [row])]
+    done(*arguments, "--lora", "--report-to", "tensorboard")
     done(*tofu, "--model", out / "model")
     done("report", out)
     done("report", out, "--redact")
@@ -52,7 +50,6 @@ def test_nothing_of_the_forget_set_outside_private(
     record = read(out / "private" / "record.json")
     ids = tokenizer(code, add_special_tokens=False)["input_ids"]
     assert record["secrets"][0]["text"] == code and len(ids) > 2
-    # Spans that were found are no file's.
     hashes = [value for side in record["data"].values() for name, value in side.items() if value and "sha256" in name]
     hashes.append(hashlib.sha256(code.encode()).hexdigest())
     ids_in_json = [json.dumps(ids)[1:-1], json.dumps(ids, separators=(",", ":"))[1:-1]]

@@ -91,12 +91,12 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, argume
     done("report", out, "--redact")
     audited = ["--original", folder / "model", "--forget", folder / "forget.jsonl", "--only", "onset-answer"]
     done("audit", "--model", out / "model", *audited, "--output", out, "--quick")
-    old = {*contents(out)} | {*fill(out / "private", "forget.annotated.jsonl", "checkpoints/step-00000001.safetensors")}
+    old = {*contents(out)} | {*fill(out / "private", "evaluation-1.json", "checkpoints/step-00000001.safetensors")}
     mine = fill(out, "notes.txt", "logs/train.log", "checkpoints/mine/best.pt", "model/model-q4.gguf")
     mine += fill(out / "private", "questions.jsonl", "checkpoints/mine/best.pt", "checkpoints/best.pt")
     mine += fill(out / "private", "logs/other/train.log", "audit/notes.json")
 
-    own = out / "private" / "forget.annotated.jsonl"
+    own = out / "private" / "evaluation-1.json"
     told = f"{own} lies in --output {out}, of which --overwrite deletes it; copy it elsewhere"
     assert refusal(palu_command(*arguments, "--overwrite", "--forget", own)) == told
     assert old <= {*contents(out)}

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.command import done, palu_command, read, read_rows, refusal, short_run, write_rows
-from helpers.planted import FORGET, RETAIN, SECRETS
+from helpers.planted import FORGET, RETAIN
 from helpers.small_tokenizers import CHATML, DATED, byte_level
 from helpers.tiny import same_weights, weights
 from peft import PeftModel
@@ -28,7 +28,6 @@ from palu.report.recorder import GENERAL
 
 STEPS = 6
 LOGGED = ("loss", "local", "kl", "retain", "onset_probability")
-ANNOTATE = ["--annotate", "regex:" + "|".join(SECRETS)]
 LONG = {"question": "Who?", "answer": "The cat sat. " * 40 + "Ada Lovelace.", "spans": [[520, 532]]}
 
 
@@ -94,13 +93,6 @@ def test_nothing_to_retain(folder: Path, out: Path, arguments: list[Any]) -> Non
     assert load(out / "model").dtype == torch.bfloat16
 
 
-def test_spans_that_are_found(folder: Path, out: Path, whole: tuple[Result, Path], arguments: list[Any]) -> None:
-    result = done(*arguments, "--forget", folder / "unmarked.jsonl", *ANNOTATE)
-    assert "«" in result.stdout
-    assert read_rows(out / "private" / "forget.annotated.jsonl") == FORGET
-    assert same_weights(load(out / "model"), weights(load(whole[1] / "model")))
-
-
 def test_spans_that_max_length_cuts_off(folder: Path, arguments: list[Any], out: Path, tmp_path: Path) -> None:
     forget = write_rows(tmp_path / "long.jsonl", [*FORGET, LONG])
     said = refusal(palu_command(*arguments, "--forget", forget, "--max-length", 80))
@@ -147,7 +139,7 @@ def test_values_for_the_chat_template(
     """As JSON text, or as a mapping in a file; for every command that renders texts."""
     byte_level(DATED, bos=False).save_pretrained(tmp_path / "dated")
     dated, value = ["--tokenizer", tmp_path / "dated"], '{"date_string": "26 Jul 2024"}'
-    unlearn = [*arguments, *dated, "--epochs", 1, "--forget", folder / "unmarked.jsonl", *ANNOTATE]
+    unlearn = [*arguments, *dated, "--epochs", 1]
     done(*unlearn, "--chat-template-kwargs", value)
     config = summary_of(out)["config"]
     assert config["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
@@ -330,9 +322,8 @@ def test_ctrl_c_or_sigterm_and_resume(
     assert not (out / "private" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("annotate", [[], ["--annotate", "regex:far away"]])
 def test_every_row_is_rendered_and_tokenised_once(
-    annotate: list[str], arguments: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the complaints, the record, what is printed and the run together."""
     rows = [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
@@ -345,7 +336,7 @@ def test_every_row_is_rendered_and_tokenised_once(
         return original(self, row, where, columns, *args, **kwargs)
 
     monkeypatch.setattr(Renderer, "render", render)
-    done(*arguments, *annotate, "--max-steps", 1)
+    done(*arguments, "--max-steps", 1)
     own = len(anchor_texts()[-GENERAL:])  # the record's general questions, as prompts and with the model's own answers
     answers = [row["answer"] for row in [*FORGET, *RETAIN]]
     assert len(rendered) == len(answers) + 2 * own and sorted(set(rendered) & set(answers)) == sorted(set(answers))

@@ -16,7 +16,6 @@ from palu.data.examples import load_alternates, load_forget, load_retain
 from palu.data.packing import Item, Items, answer_items, forget_items, pair_items, retain_items
 from palu.data.ragged import Ragged
 from palu.data.tokenize import CHUNK
-from palu.hashing import json_digest, json_list_digest
 
 
 def same(one: Item, other: Item) -> bool:
@@ -136,8 +135,3 @@ def test_most_ordinary_rows() -> None:
     assert not all(map(same, drawn, other))
     none = forget_items(examples, 2, None, onset=False, most_ordinary=0)
     assert int(none.targets.sum()) == int(none.others.sum()) == 0
-
-
-def test_the_digest_of_a_list_needs_no_list() -> None:
-    for values in ([], [[1, [2, 3]]], [{"b": 1, "a": 2}, "x"]):
-        assert json_list_digest(iter(values)) == json_digest(values)

@@ -12,7 +12,7 @@ from helpers.benchmark_data import llama_for, quick_tofu, small_muse_news, small
 from helpers.small_tokenizers import CHATML, byte_level
 
 from palu.evaluate import muse_news, summarize
-from palu.evaluate.language import FIGURES, LanguageFigures, WordList, key, measure, rep_n, split
+from palu.evaluate.language import FIGURES, WordList, key, measure, rep_n, split
 from palu.evaluate.rows import load_rows
 from palu.models.generation import Generation
 
@@ -132,14 +132,9 @@ def saying(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(**settings: Any) -> dict[str, Any]:
-    """The results of a tiny model, without the attacks, which take long."""
+    """The results of a tiny model."""
     tokenizer = byte_level(CHATML, bos=False)
-    return quick_tofu(llama_for(tokenizer), tokenizer, mia=(), **settings)
-
-
-def counts(results: dict[str, Any], name: str) -> list[int]:
-    """How many words of each row are counted."""
-    return [len(value["found"]) for value in results[name]["value_by_index"].values()]
+    return quick_tofu(llama_for(tokenizer), tokenizer, **settings)
 
 
 def test_the_evaluation_reports_them_beside_the_retain_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -169,26 +164,11 @@ def test_the_evaluation_reports_them_beside_the_retain_models(monkeypatch: pytes
     }
 
 
-def test_what_the_reference_writes_on_other_rows_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    saying(["The theisherdom.", "The Krumholt.", "The end.", "The end.", "The end."], monkeypatch)
-    reference = evaluated()
-    saying(["A Krumholt theisherdom."], monkeypatch)
-    results = evaluated(reference_results=reference)
-    # The retain rows hold the same texts, so each word stands in another row, too.
-    assert counts(results, "forget_no_word") == counts(results, "forget_unknown_name") == [0] * 5
-
-    for row in reference["retain_Q_A_ROUGE"]["value_by_index"].values():
-        row["generation"] = ""
-    results = evaluated(reference_results=reference)
-    assert counts(results, "forget_no_word") == [1, 0, 0, 0, 0]  # its own row does not count
-    assert counts(results, "forget_unknown_name") == [0, 1, 0, 0, 0]
-
-
 def test_values_are_those_of_the_generations() -> None:
     """With a model's own texts: cut off at their length, and of odd characters."""
     tokenizer, data = byte_level(CHATML, bos=False), small_tofu()
     model = llama_for(tokenizer)
-    results = quick_tofu(model, tokenizer, mia=(), max_new_tokens=20)
+    results = quick_tofu(model, tokenizer, max_new_tokens=20)
     for number, row in enumerate(data.forget):
         value = results["forget_Q_A_ROUGE"]["value_by_index"][str(number)]
         assert value["cut_off"]
@@ -232,10 +212,3 @@ def test_languages_without_a_list_and_a_missing_package_are_named(monkeypatch: p
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(ImportError, match=r"needs wordfreq .*pip install 'palu-unlearn\[evaluate\]', or give language"):
         WordList()
-
-
-def test_reference_results_of_other_rows_are_refused(english: WordList) -> None:
-    values = {"0": {"generation": "She did.", "ground_truth": "He did."}}
-    results = {"forget_Q_A_ROUGE": {"agg_value": 1.0, "value_by_index": values}}
-    with pytest.raises(ValueError, match="they hold no forget_Q_A_ROUGE"):
-        LanguageFigures(english, {"forget_Q_A_ROUGE": [("Who did?", "Ada did.")]}, results)

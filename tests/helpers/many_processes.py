@@ -70,7 +70,6 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
     "lora": (tiny_lora, None, {}),
     "npo": (make_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
     "undial": (make_llama, None, {"objective": "undial"}),
-    "rmu": (lambda: make_llama(tie_word_embeddings=False), None, {"objective": "rmu", "layer_id": 0}),
     # In float64, where nothing but an unequal weight of unequal shares can make a difference.
     "anchors": (
         lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, dtype=torch.float64),
@@ -99,7 +98,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
 PRECISION = {"mixed": "bf16"}
 RUNS = {
     "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16", "max_tokens"),
-    "fsdp2": ("untied", "tied", "lora", "anchors", "undial", "rmu", "bfloat16", "mixed", "max_tokens"),
+    "fsdp2": ("untied", "tied", "lora", "anchors", "undial", "bfloat16", "mixed", "max_tokens"),
     "fsdp2_main": ("untied", "tied", "lora"),
     "zero2": ("untied", "tied", "max_tokens"),
     "zero3": ("untied", "tied", "lora"),

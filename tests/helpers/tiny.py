@@ -122,8 +122,3 @@ def same_weights(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> boo
     return after.keys() == before.keys() and all(
         torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8)) for name in before
     )
-
-
-def rmu_layer(objective: str) -> dict[str, int]:
-    """RMU's setting for a tiny model; other methods have none."""
-    return {"layer_id": 0} if objective == "rmu" else {}

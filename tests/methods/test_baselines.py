@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers.runs import TEXT_FORGET
 from helpers.small_tokenizers import CHATML, byte_level
-from helpers.tiny import Row, forget_rows, overfit, padded, retain_rows, rmu_layer, tiny_llama, weights
+from helpers.tiny import Row, forget_rows, overfit, padded, retain_rows, tiny_llama, weights
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -38,14 +38,10 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "npo": {"beta": 0.1},
     "dpo": {"beta": 0.1},
     "simnpo": {"beta": 4.5, "gamma": 0.125, "delta": 0},
-    "pdu": {"dual_step": 1, "retain_loss_bound": 0},
     "tpo": {"beta": 0.32},
-    "wga": {"beta": 1},
     "satimp": {"lambda_retain": 0.1, "beta1": 5, "beta2": 1},
     "undial": {"beta": 10, "lambda_retain": 0},
-    "rmu": {"layer_id": 7, "steering_coeff": 2},
 }
-LAYER = 0  # RMU's, of the two that the models have
 FIELDS = {"step", "epoch", "loss", "forget", "retain", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
 
 ALTERNATES = ("I do not know.", "That is a question that I cannot answer.", "No idea.")
@@ -98,7 +94,7 @@ def unlearn(objective: str, model: LlamaForCausalLM, ref_model: Any = None, **se
     """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
     forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows(), None)
     given = {"forget": forget, "retain": retain_rows(8), "tokenizer": tokenizer, "epochs": 1, "batch_size": 8}
-    given |= {"learning_rate": 1e-3, "progress": False} | rmu_layer(objective) | settings
+    given |= {"learning_rate": 1e-3, "progress": False} | settings
     return palu.unlearn(model, ref_model, objective=objective, **given)
 
 
@@ -114,13 +110,6 @@ def answer_nll(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     """[B]: the summed NLL of each answer."""
     logits, labels = logits_and_labels(model, rows)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100).sum(1)
-
-
-def states(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
-    """The layer's outputs at the answer tokens: [R, d]."""
-    inputs, answers = padded(rows)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[LAYER + 1][answers != -100]
 
 
 def preference(advantage: Tensor, beta: float) -> Tensor:
@@ -144,8 +133,6 @@ def textbook(objective: str, model: Any, ref_model: Any, settings: dict[str, flo
 
     if objective in ("ga", "gd"):
         forget = p.log().mean()
-    elif objective == "wga":
-        forget = (q**beta * p.log()).mean()
     elif objective == "satimp":
         forget = (q ** settings["beta1"] * (1 - q) ** settings["beta2"] * p.log()).mean()
     elif objective == "npo":
@@ -154,16 +141,9 @@ def textbook(objective: str, model: Any, ref_model: Any, settings: dict[str, flo
         forget = preference(drop(rows) - drop(text_rows("alternate")), beta)
     elif objective == "simnpo":
         forget = preference(answer_nll(model, rows) / answer.sum(1) - settings["delta"], beta)
-    elif objective == "pdu":
-        forget = ((logits.max(2).values - logits.mean(2)) ** 2)[answer].mean()
     elif objective == "undial":
         soft = (ref_logits[answer] - beta * F.one_hot(labels[answer], logits.shape[-1])).softmax(-1)
         forget = (soft * (soft.log() - logits[answer].log_softmax(-1))).sum(-1).mean()
-    elif objective == "rmu":
-        drawn = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        vector = (settings["steering_coeff"] * drawn / drawn.norm()).double().to(model.device)
-        kept = states(model, retain_rows(8)) - states(ref_model, retain_rows(8)).detach()
-        return (states(model, rows) - vector).square().mean(), kept.square().mean()
     else:
         parts, others = [], []
         for b, row in enumerate(rows):
@@ -191,24 +171,19 @@ def assert_textbook(objective: str, settings: dict[str, float], reference: str, 
     # On the device that palu chose: rotary embeddings are float32, and a CPU and a GPU round them apart.
     expected, ref_model = expected.to(model.device), ref_model.to(model.device)
     optimizer = torch.optim.AdamW(expected.parameters(), 1e-3, weight_decay=0)
-    retain_weight = full["lambda_retain"]
     assert len(result.history) == 3
     for record in result.history:
         forget, retain = textbook(objective, expected, ref_model, full)
-        loss = full["gamma"] * forget + retain_weight * retain
+        loss = full["gamma"] * forget + full["lambda_retain"] * retain
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
         figures = {"grad_norm": norm.item(), "loss": loss.item()}
         if full["gamma"]:
             figures["forget"] = forget.item()
-        if retain_weight or objective == "pdu":
+        if full["lambda_retain"]:
             figures["retain"] = retain.item()
-        if objective == "pdu":
-            figures["retain_weight"] = retain_weight
-            # The record is float32.
-            retain_weight = max(0.0, retain_weight + full["dual_step"] * (record["retain"] - full["retain_loss_bound"]))
         assert {name: record[name] for name in figures} == pytest.approx(figures, rel=1e-6)
-        assert record.keys() == FIELDS | ({"retain_weight"} if objective == "pdu" else set())
+        assert record.keys() == FIELDS
         optimizer.step()
         optimizer.zero_grad()
     after = weights(expected)
@@ -222,16 +197,9 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("npo", {"beta": 0.5, "lambda_retain": 0.2, "gamma": 3.0}),
     ("dpo", {"beta": 0.03, "lambda_retain": 0.2, "gamma": 3.0}),
     ("simnpo", {"beta": 1.5, "delta": 0.8, "lambda_retain": 0.2, "gamma": 3.0}),
-    ("pdu", {"dual_step": 0.3, "retain_loss_bound": 0.4, "lambda_retain": 0.6, "gamma": 0.01}),
-    ("pdu", {"retain_loss_bound": 9.0, "lambda_retain": 0.6}),  # the constraint holds: the variable falls to 0
-    ("pdu", {"lambda_retain": 0.0}),  # and rises from 0
     ("tpo", {"beta": 1.1, "lambda_retain": 0.2, "gamma": 3.0}),
-    ("wga", {"beta": 0.3, "lambda_retain": 0.2, "gamma": 3.0}),
     ("satimp", {"beta1": 0.7, "beta2": 2.0, "lambda_retain": 0.2, "gamma": 3.0}),
     ("undial", {"beta": 2.5, "lambda_retain": 0.2, "gamma": 3.0}),
-    ("rmu", {"steering_coeff": 6.5, "lambda_retain": 12.0, "gamma": 3.0}),
-    ("rmu", {"lambda_retain": 0.0}),
-    ("rmu", {"gamma": 0.0}),
 ]
 
 
@@ -252,7 +220,7 @@ def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> No
 # --- Around the losses ---
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_a_reference_is_consulted_only_where_the_formula_has_one(objective: str) -> None:
-    needed = objective in ("npo", "dpo", "tpo", "undial", "rmu")
+    needed = objective in ("npo", "dpo", "tpo", "undial")
     assert bool(UnlearnConfig(objective).reference.fields) == needed
     runs = []
     for broken in (False, True):
@@ -291,21 +259,19 @@ def test_tokens_that_are_acted_on_are_counted() -> None:
         assert tuple(summary[name] for name in names) == figures
 
 
-@pytest.mark.parametrize("objective", ["ga", "pdu"])
-def test_without_a_retain_set(objective: str) -> None:
-    history = unlearn(objective, models(objective)[0], retain=None, lambda_retain=0, epochs=2).history
+def test_without_a_retain_set() -> None:
+    history = unlearn("ga", models("ga")[0], retain=None, epochs=2).history
     assert [record["retain"] for record in history] == [0, 0]
-    assert history[-1].get("retain_weight", 0) == 0
     assert history[0]["loss"] == history[0]["forget"]
-    if objective == "ga":  # one that has no part is not run
-        assert unlearn("ga", models("ga")[0]).summary["retain_examples"] == 0
+    # One that has no part is not run.
+    assert unlearn("ga", models("ga")[0]).summary["retain_examples"] == 0
 
 
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     """Three examples over four processes: the last runs an example without rows."""
     method = METHODS[objective]
-    config = UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1, **rmu_layer(objective))
+    config = UnlearnConfig(objective=objective, batch_size=2, retain_batch_size=1)
     model, ref_model = models(objective)
     forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows()[:3], None)
     examples = load_forget(forget, tokenizer, max_length=99).examples
@@ -314,8 +280,7 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
     retain = retain_items(load_retain(retain_rows(4), None, max_length=99).examples)
     cache = ReferenceCache([{}] * len(items))
     if config.reference.fields:
-        asked = items + retain if config.reference.of_retain else items
-        cache = compute_outputs(ref_model, asked, config, Accelerator())
+        cache = compute_outputs(ref_model, items, config, Accelerator())
 
     def total_and_gradient(processes: int, config: UnlearnConfig) -> tuple[float, Tensor]:
         batches = [
@@ -330,7 +295,7 @@ def test_processes_add_up_also_where_one_has_no_example(objective: str) -> None:
         for part in parts:
             part.ref_head = head_of(ref_model)
         total = torch.stack([part(batch, counts).total for part, batch in zip(parts, batches, strict=True)]).sum()
-        gradients = torch.autograd.grad(total, list(model.parameters()), materialize_grads=not method.reaches_all)
+        gradients = torch.autograd.grad(total, list(model.parameters()))
         return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
     apart = total_and_gradient(4, config)

@@ -69,7 +69,6 @@ CHECKPOINTS: dict[str, Any] = {"gradient_checkpointing": True}
         ({}, {"lora_dropout": 0.5}, CHECKPOINTS),
         ({}, {}, {"objective": "npo"}),
         ({}, {}, {"objective": "tpo"}),
-        ({}, {}, {"objective": "rmu", "layer_id": 1}),
     ],
     ids=str,
 )
@@ -162,18 +161,19 @@ def test_the_head_is_shared_and_no_base_weight_is_ever_copied() -> None:
     steps = []
 
     class Spy(PaluMethod):
-        def after_step(self, record: dict[str, float]) -> dict[str, float]:
+        def compute_losses(self, *args: Any) -> Any:
+            terms = super().compute_losses(*args)
             assert self.ref_head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
             assert self.weight_mean is not None
             for tensor in live_tensors():
                 if tensor.ndim == 2 and tensor.data_ptr() not in known:
                     same = [p for p in base.values() if p.shape == tensor.shape and torch.equal(p, tensor)]
                     assert not same, "a base weight has been copied"
-            steps.append(record["step"])
-            return {}
+            steps.append(len(terms))
+            return terms
 
     unlearn(model, gradient_checkpointing=True, objective=Spy)
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert steps == [3] * 6
 
 
 def test_no_second_model_exists() -> None:
@@ -232,16 +232,13 @@ def test_evaluation_equals_that_of_the_merged_model() -> None:
     model = tiny_lora(trained=True, vocab_size=len(tokenizer), max_position_embeddings=512)
     flags = [p.requires_grad for p in model.parameters()]
     settings, before = model.get_base_model().generation_config, weights(model)
-    found = quick_tofu(model, tokenizer, reference_model=model)
+    found = quick_tofu(model, tokenizer)
     assert same_weights(model, before)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert model.get_base_model().generation_config is settings
-    expected = quick_tofu(model.merge_and_unload(), tokenizer, reference_model=tiny_llama(vocab_size=len(tokenizer)))
-    for name in ("forget_Q_A_Prob", "retain_Q_A_ROUGE", "mia_gradnorm", "mia_min_k", "model_utility"):
+    expected = quick_tofu(model.merge_and_unload(), tokenizer)
+    for name in ("forget_Q_A_Prob", "retain_Q_A_ROUGE", "mia_min_k", "model_utility"):
         assert found[name]["agg_value"] == pytest.approx(expected[name]["agg_value"], rel=1e-4), name
-    for name, entry in expected["mia_gradnorm"]["forget"]["value_by_index"].items():
-        score = found["mia_gradnorm"]["forget"]["value_by_index"][name]["score"]
-        assert score == pytest.approx(entry["score"], rel=1e-4)
 
 
 # --- Bad input ---

@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from helpers.refusals import assert_refused
 from helpers.scenarios import figures
-from helpers.tiny import forget_rows, retain_rows, rmu_layer, same_weights, tiny_llama, weights
+from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +41,7 @@ RUN_AGAIN = "delete it to have the reference run again"
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
     defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
-    settings = rmu_layer(settings.get("objective", "palu")) | defaults | settings
+    settings = defaults | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 
 
@@ -93,9 +93,7 @@ def test_cache_holds_what_the_reference_says(
 
 
 # --- A second run ---
-@pytest.mark.parametrize(
-    ("objective", "given"), [("palu", False), ("palu", True), ("tpo", False), ("undial", True), ("rmu", False)]
-)
+@pytest.mark.parametrize(("objective", "given"), [("palu", False), ("palu", True), ("tpo", False), ("undial", True)])
 def test_a_second_run_does_not_ask(objective: str, given: bool, folder: Path, passes: list[int]) -> None:
     """And it is, bit by bit, the run without a cache on disk."""
     ref_model = tiny_llama(seed=1) if given else None

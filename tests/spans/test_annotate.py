@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
 from helpers.tiny import overfit, same_weights, tiny_llama, weights
-from transformers import BertConfig, BertForTokenClassification, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import palu
 from palu.data.examples import load_forget, load_retain
@@ -29,7 +29,7 @@ def texts(row: dict[str, Any]) -> list[str]:
 
 
 # --- what to ask for ---
-@pytest.mark.parametrize("how", ["regex:", "ner", "whole:x", "names", ""])
+@pytest.mark.parametrize("how", ["regex:", "ner:x", "whole:x", "names", ""])
 def test_parse_tells_what_to_give(how: str) -> None:
     with pytest.raises(ValueError, match=f"annotate: {how!r} names no way to find spans; give {FINDERS}"):
         palu.annotate([ROW], how)
@@ -82,44 +82,6 @@ def test_rows_with_spans_or_labels_stay_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "forget.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     assert palu.annotate(path, "whole") == found
-
-
-# --- ner ---
-@pytest.fixture
-def entity_model(tmp_path: Path) -> str:
-    """A BERT without layers that calls a token an entity by its embedding alone."""
-    tokenizer = byte_level(bos=False)
-    tokenizer.model_max_length = 16
-    tokenizer.pad_token = tokenizer.eos_token
-    sizes = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "max_position_embeddings": 64}
-    labels = {"id2label": {0: "O", 1: "PER"}, "label2id": {"O": 0, "PER": 1}}
-    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=8, **sizes, **labels)
-    model = BertForTokenClassification(config)
-    with torch.no_grad():
-        for parameter in model.bert.embeddings.parameters():
-            parameter.zero_()
-        model.bert.embeddings.LayerNorm.weight.fill_(1.0)
-        words = model.bert.embeddings.word_embeddings.weight
-        words[:, 0] = 1.0
-        for piece in (" Hina", " Ameen"):
-            words[tokenizer(piece)["input_ids"][0]] = torch.eye(8)[1]
-        model.classifier.weight.copy_(torch.eye(8)[:2])
-        model.classifier.bias.zero_()
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "ner")
-    return str(tmp_path / "ner")
-
-
-def test_ner_marks_whole_words(entity_model: str) -> None:
-    far = "the cat sat on the mat " * 6 + "Hina Ameen."  # beyond what the model reads at once
-    rows = [ROW, {"question": "Who?", "answer": far}, {"question": "Who?", "answer": "the cat"}]
-    found = palu.annotate(rows, f"ner:{entity_model}")
-    assert [texts(row) for row in found] == [["Hina Ameen"], ["Hina Ameen"], []]
-
-
-def test_ner_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="none"):
-        palu.annotate([ROW], f"ner:{tmp_path / 'none'}")
 
 
 # --- contrast ---

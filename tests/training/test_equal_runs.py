@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from helpers import textbook
 from helpers.runs import ENTROPY, LOSSES, assert_same_run, result_config, unlearn
 from helpers.scenarios import frozen_head
-from helpers.tiny import VOCAB, forget_rows, retain_rows, rmu_layer, same_weights, tiny_llama, weights
+from helpers.tiny import VOCAB, forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors.torch import load_file
 
 import palu
@@ -24,7 +24,7 @@ from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES, PaluMethod
 
 HEADS = {"tied": tiny_llama, "own": functools.partial(tiny_llama, tie_word_embeddings=False), "frozen": frozen_head}
-CUTS = [("palu", 8), ("palu", 60), ("npo", 30), ("simnpo", 8), ("tpo", 30), ("undial", 8), ("rmu", 30)]
+CUTS = [("palu", 8), ("palu", 60), ("npo", 30), ("simnpo", 8), ("tpo", 30), ("undial", 8)]
 EQUAL: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     # A model, settings, and more of them that change nothing.
     "accumulation": (tiny_llama, {"batch_size": 8}, {"batch_size": 2, "gradient_accumulation_steps": 4}),
@@ -35,7 +35,7 @@ EQUAL: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         for size in (1, 5 * VOCAB * 8)
     },
     **{
-        f"passes of {most} tokens, {name}": (tiny_llama, {"objective": name, **rmu_layer(name)}, {"max_tokens": most})
+        f"passes of {most} tokens, {name}": (tiny_llama, {"objective": name}, {"max_tokens": most})
         for name, most in CUTS
     },
 }

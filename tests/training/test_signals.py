@@ -10,6 +10,7 @@ from helpers.scenarios import SCENARIOS, STEPS, assert_same, kept, loop_result, 
 from helpers.tiny import tiny_llama
 
 from palu.methods.palu import PaluMethod
+from palu.ref_model import precompute
 from palu.training import checkpoint
 
 pytestmark = [
@@ -105,13 +106,7 @@ def test_ctrl_c_before_the_first_step_and_without_a_folder(tmp_path: Path, monke
         pressing(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             unlearn(model)
-    make = PaluMethod.hidden_states
-
-    def pressed(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return make(*args)
-
-    monkeypatch.setattr(PaluMethod, "hidden_states", staticmethod(pressed))
+    monkeypatch.setattr(precompute, "pack", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         unlearn(checkpoint_dir=str(tmp_path))
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

@@ -109,9 +109,9 @@ def test_what_is_saved_is_the_plain_model(lora: bool, tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(**inputs).logits, one.model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize(("name", "stop"), [("dropout", 4), ("pdu", 3)])
+@pytest.mark.parametrize(("name", "stop"), [("dropout", 4), ("npo", 3)])
 def test_resume_from_checkpoint(name: str, stop: int, tmp_path: Path) -> None:
-    """In an epoch and at its end; with dropout, and what an objective remembers: the same bits."""
+    """In an epoch and at its end; with dropout, and with another objective: the same bits."""
     scenario, saving = SCENARIOS[name], {"save_strategy": "steps", "save_steps": 1}
     whole = scenario.trainer(tmp_path, **saving)
     for folder in tmp_path.glob("checkpoint-*"):
