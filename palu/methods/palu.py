@@ -119,8 +119,8 @@ class PaluSettings(MethodSettings):
                 self.require(getattr(self, field) == default[field], field, rule)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the steps at most, where a run ends by itself: 12 passes over the forget set and variants, or 48."""
-        return super().total_steps(steps_per_epoch) if self.ends_below is None else max(12 * steps_per_epoch, 48)
+        """Return the steps at most, where a run ends by itself: 16 passes over the forget set and variants, or 48."""
+        return super().total_steps(steps_per_epoch) if self.ends_below is None else max(16 * steps_per_epoch, 48)
 
     @property
     def ends_below(self) -> float | None:

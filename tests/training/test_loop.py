@@ -207,7 +207,7 @@ def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> Non
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({}, 12),
+        ({}, 16),
         ({"probability_floor": 0.0}, 8),
         ({"local_loss": "topk_mse"}, 8),
         ({"objective": "npo"}, 8),
@@ -216,7 +216,7 @@ def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> Non
 )
 def test_the_methods_epochs(settings: dict[str, Any], most: int) -> None:
     assert UnlearnConfig(**settings).total_steps(5) == 5 * most
-    assert UnlearnConfig(**settings).total_steps(1) == (48 if most == 12 else most)
+    assert UnlearnConfig(**settings).total_steps(1) == (48 if most == 16 else most)
 
 
 @pytest.mark.parametrize(
