@@ -33,7 +33,14 @@ from palu.models.generation import encode_prompts, eval_mode, generate_ids, gene
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
 from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, Start, neighbour_prompts
-from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, unasked, variant_item
+from palu.ref_model.variants import (
+    CONTINUATION,
+    PER_PLACE,
+    answers_without_questions,
+    other_candidates,
+    secrets_of_targets,
+    variant_item,
+)
 
 PROMPTS = Path(__file__).with_name("anchor_prompts.txt")  # a prompt a line, kinds mixed: any beginning is varied
 MOST = 64  # everyday prompts, where the settings do not say how many
@@ -233,7 +240,7 @@ def generate_variants(
     reference = writer.reference
     with writer.running():
         found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
-    found += unasked(items, known.decode, known.encode_text)
+    found += answers_without_questions(items, known.decode, known.encode_text)
     paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
     ends = anchor_prompts.stop_ids
     wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [

@@ -61,15 +61,16 @@ def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list
     return found
 
 
-def unasked(
+def answers_without_questions(
     items: Sequence[Item], decode: Callable[[Sequence[int]], str], encode: Callable[[str], Tensor]
 ) -> list[Beginning]:
     """Choose the beginnings of answers, without their questions: the words before each span, if there are any."""
     found = []
     for item in items:
         for row, spans in _places(item).items():
-            words = decode(item.input_ids[int(item.rows.min()) + 1 : row + 1].tolist()).strip()
-            if words:
+            first = int(item.rows.min()) + 1
+            words = decode(item.input_ids[first : row + 1].tolist()).strip()
+            if words and first > 1:  # else a document, which has no question
                 found.append(Beginning(encode(words), [item.input_ids[span + 1] for span in spans], item.input_ids))
     return found[:MOST]
 

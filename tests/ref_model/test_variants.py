@@ -21,7 +21,14 @@ from palu.data.examples import load_forget
 from palu.data.packing import forget_items
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
-from palu.ref_model.variants import CONTINUATION, PER_PLACE, other_candidates, secrets_of_targets, unasked, variant_item
+from palu.ref_model.variants import (
+    CONTINUATION,
+    PER_PLACE,
+    answers_without_questions,
+    other_candidates,
+    secrets_of_targets,
+    variant_item,
+)
 
 unlearn = partial(anchor_runs.unlearn, retain=TEXT_RETAIN, anchors=0, neighbours=0, variants=4, probability_floor=0.0)
 FORGET = load_forget(TEXT_FORGET, TOKENIZER, max_length=200)
@@ -75,7 +82,7 @@ def test_answers_without_their_questions() -> None:
     def encode(text: str) -> Any:
         return torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids)
 
-    found = unasked(ITEMS, decode, encode)
+    found = answers_without_questions(ITEMS, decode, encode)
     expected = []
     for row, example in zip(TEXT_FORGET, ITEMS, strict=True):
         for start, end in row.get("spans", []):
@@ -84,6 +91,9 @@ def test_answers_without_their_questions() -> None:
                 expected.append((answer[:start].strip(), answer[start:end].strip(), example.input_ids.tolist()))
     said = [(decode(prompt), [decode(span).strip() for span in spans], row.tolist()) for prompt, spans, row in found]
     assert said == [(words, [secret], row) for words, secret, row in expected] and len(said) == STEMS
+    row = {"prompt": "", "completion": "Ada was born in 1815.", "secret": "1815"}
+    document = load_forget([row], sentencepiece(), max_length=99)
+    assert answers_without_questions(forget_items(document.examples, -1, None), decode, encode) == []
 
 
 def test_a_secret_is_looked_for_where_its_span_is() -> None:
