@@ -85,7 +85,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
             "learning_rate": None,
         },
     ),
-    "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
+    # A KL near 0 is rounding here, which the default's weight would show in the gradient's norm.
+    "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {"lambda_kl": 4.0}),
     # In mixed precision (PRECISION).
     "mixed": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
     "8-bit": (
