@@ -26,8 +26,7 @@ from palu.testbed.smollm2 import MAX_LENGTH, answer_questions, fast_products
 HERE = Path(__file__).parent
 Facts: TypeAlias = list[dict[str, Any]]
 
-# One step an epoch: all secrets, in two micro-batches that halve the memory.
-UNLEARN = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, max_length=MAX_LENGTH)
+UNLEARN = UnlearnConfig(max_length=MAX_LENGTH)  # the defaults otherwise
 # What the model is given to hold on to.
 RETAIN = {
     "both": "six retained facts, and its own answers to everyday prompts and neighbours",
