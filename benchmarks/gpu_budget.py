@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--gpu", choices=GPUS, help="default: the one that is here, else an H100")
     parser.add_argument("--forget", type=int, default=8, help="examples a step")
-    parser.add_argument("--kept", type=int, default=16, help="examples whose rows the KL takes")
+    parser.add_argument("--kept", type=int, default=12, help="examples whose rows the KL takes")
     parser.add_argument("--frozen-head", action="store_true")
     arguments = parser.parse_args()
     here = torch.cuda.is_available() and arguments.gpu is None

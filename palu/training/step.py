@@ -220,12 +220,13 @@ def ending(history: History, ended_by: str | None, method: Method, *, neighbours
 
     ``neighbours``: how many the reference wrote; None: none were wanted.
     """
-    steps, limit, highest = len(history), method.settings.ends_below, history[-1].get("onset_probability")
+    steps, limit, epoch = len(history), method.settings.ends_below, history[-1]["epoch"]
+    highest = max((r["onset_probability"] for r in history if r["epoch"] == epoch and limit is not None), default=0.0)
     said = f"palu: {steps} step{'s' * (steps != 1)}"
     if ended_by == "forgotten":
         said += f"; no token to be forgotten is above {limit:g} among its candidates any more"
-    elif ended_by is None and limit is not None and highest is not None:
-        said += ", the most it may take; in the last one the likeliest token to be forgotten had "
+    elif ended_by is None and limit is not None:
+        said += ", the most it may take; in the last epoch the likeliest token to be forgotten had "
         said += f"{highest:.2g} among its candidates"
         said += "; allow more epochs, or raise the learning rate" * (highest >= limit)
     elif ended_by is not None:

@@ -170,7 +170,7 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("ended_by", "highest", "neighbours", "said"),
     [
-        ("forgotten", 0.03, 5, "palu: 2 steps; no token to be forgotten is above 0.1 among its candidates any more"),
+        ("forgotten", 0.03, 5, "palu: 3 steps; no token to be forgotten is above 0.1 among its candidates any more"),
         (
             None,
             0.34,
@@ -178,12 +178,12 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
             "the likeliest token to be forgotten had 0.34 among its candidates; allow more epochs, or",
         ),
         (None, 0.03, 0, "had 0.03 among its candidates. The reference wrote no question like those to be forgotten:"),
-        ("callback", 0.34, None, "palu: 2 steps; ended by callback"),
+        ("callback", 0.34, None, "palu: 3 steps; ended by callback"),
     ],
 )
 def test_the_last_line(ended_by: str | None, highest: float, neighbours: int | None, said: str) -> None:
     method: Any = SimpleNamespace(settings=UnlearnConfig().method)
-    history = [{"onset_probability": 0.9}, {"onset_probability": highest}]
+    history = [{"epoch": epoch, "onset_probability": p} for epoch, p in ((1, 0.9), (2, highest), (2, highest / 2))]
     assert said in ending(history, ended_by, method, neighbours=neighbours)
 
 
