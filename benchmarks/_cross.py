@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from _methods import LABELS
 from _timing import markdown_table
-from _tofu import KEEPS, Bench, rank, run_name, summary
+from _tofu import KEEPS, Bench, rank, rate_text, run_name, summary
 
 from palu.attacks.estimators import Rho, rho
 from palu.evaluate import metrics
@@ -50,7 +50,7 @@ KEPT = ("author", "model_utility", "original_utility", "mia_min_k", "exact_memor
 Run = dict[str, Any]
 
 
-def evaluated(bench: Bench, method: str, rate: float) -> Run:
+def evaluated(bench: Bench, method: str, rate: float | None) -> Run:
     """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
     results = bench.unlearned(method, rate, SEED)
     return taught(bench, results) | {
@@ -63,7 +63,7 @@ def evaluated(bench: Bench, method: str, rate: float) -> Run:
     }
 
 
-def audited(bench: Bench, method: str, rate: float, only: Sequence[str]) -> dict[str, Any]:
+def audited(bench: Bench, method: str, rate: float | None, only: Sequence[str]) -> dict[str, Any]:
     """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
     wanted = [key for key in ATTACKS if key == "onset-answer" or key in only]  # the plot reads it
 
@@ -91,7 +91,7 @@ def taught(bench: Bench, results: dict[str, Any]) -> Run:
     }
 
 
-def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[float | None]) -> dict[str, Any]:
     """Choose on some authors, and report on others; returns what the JSON holds."""
     choosing_authors = arguments.choosing_authors if len(rates) > 1 else ()
     authors = arguments.authors
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
         "learning_rates": rates,
         "choosing": {
             method: {
-                f"{rate:g}": {name: found[name] for name in ("forget_quality", "utility_kept")}
+                rate_text(rate): {name: found[name] for name in ("forget_quality", "utility_kept")}
                 for rate, found in ((rate, pooled(runs)) for rate, runs in by_rate.items() if runs)
             }
             for method, by_rate in tried.items()
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
     }
 
 
-def chosen(by_rate: dict[float, list[Run]]) -> float:
+def chosen(by_rate: dict[float | None, list[Run]]) -> float | None:
     """Choose a learning rate by the rule in this module's docstring; of equals, the one that is given first."""
 
     found = {rate: pooled(runs) for rate, runs in by_rate.items()}
@@ -251,7 +251,7 @@ def markdown(found: dict[str, Any]) -> str:
         name = LABELS.get(method, method) + " *" * (one["utility_kept"] < KEEPS)
         figures = [f"{one[key]:.2f}" for key in ("utility_kept", "utility_kept_lowest", "mia_min_k")]
         figures += [*_language(one, "unlearned"), *_told(one, "unlearned")]
-        rows.append([name, f"{one['learning_rate']:g}", *_qualities(one), *figures])
+        rows.append([name, rate_text(one["learning_rate"]), *_qualities(one), *figures])
     return markdown_table(columns, rows)
 
 

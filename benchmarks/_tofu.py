@@ -203,7 +203,7 @@ class Bench:
                 max_new_tokens=self.preset.max_new_tokens,
             )
 
-    def unlearned(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+    def unlearned(self, method: str, rate: float | None, seed: int) -> dict[str, Any]:
         """Unlearn the original with a method and evaluate it; returns the results, and what unlearning cost."""
 
         def run() -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Bench:
         print(name, flush=True)
         return self.stages.results(name, run)
 
-    def unlearned_model(self, method: str, rate: float, seed: int) -> Path:
+    def unlearned_model(self, method: str, rate: float | None, seed: int) -> Path:
         """Unlearn the original with a method; returns the folder of the model, which is kept."""
 
         def make(path: Path) -> None:
@@ -247,14 +247,16 @@ class Bench:
             **settings,
         )
 
-    def kept(self, method: str, rate: float, seed: int) -> Path:
+    def kept(self, method: str, rate: float | None, seed: int) -> Path:
         """Return where :meth:`unlearned_model` keeps a model."""
         return self.stages.folder / f"{run_name(method, rate, seed)}-model"
 
-    def _unlearn(self, method: str, rate: float, seed: int) -> tuple[Loaded, dict[str, Any]]:
+    def _unlearn(self, method: str, rate: float | None, seed: int) -> tuple[Loaded, dict[str, Any]]:
         model, tokenizer = load(str(self.folder))
-        settings = METHODS[method] | {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
-        settings |= {"learning_rate": rate, "seed": seed}
+        settings = METHODS[method] | {"seed": seed}
+        if rate is not None:
+            sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
+            settings |= sizes | {"learning_rate": rate}
         reset_peak()
         result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
         cost = {name: result.summary[name] for name in ("seconds", "config")}
@@ -266,9 +268,19 @@ def _cost_of(model: Path) -> Path:
     return model.with_name(f"{model.name}.cost.json")
 
 
-def run_name(method: str, rate: float, seed: int) -> str:
+def run_name(method: str, rate: float | None, seed: int) -> str:
     """Return what the stages of a run are called."""
-    return f"{method}-lr{rate:g}-seed{seed}"
+    return f"{method}-lr{rate_text(rate)}-seed{seed}"
+
+
+def rate_text(rate: float | None) -> str:
+    """Write a learning rate; None, the method's own settings: "own"."""
+    return "own" if rate is None else f"{rate:g}"
+
+
+def read_rate(text: str) -> float | None:
+    """Read what :func:`rate_text` writes."""
+    return None if text == "own" else float(text)
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:

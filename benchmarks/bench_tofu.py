@@ -24,11 +24,11 @@ from typing import Any
 
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
-from _tofu import KEEPS, PRESETS, Bench, markdown, mean_of, parse, parser_of, rank, summary, write
+from _tofu import KEEPS, PRESETS, Bench, markdown, mean_of, parse, parser_of, rank, read_rate, summary, write
 
 
 def run(
-    bench: Bench, methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]
+    bench: Bench, methods: Sequence[str], learning_rates: Sequence[float | None], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Unlearn and evaluate with each method, learning rate and seed; returns a summary of each evaluation."""
     rows = [summary(bench.original, method="original"), summary(bench.retain, method="retain")]
@@ -62,7 +62,8 @@ def main() -> None:
     attacks: dict[str, Any] = {"nargs": "+", "default": _cross.ATTACKS, "choices": _cross.ATTACKS}
     objectives = ",".join(OBJECTIVE_METHODS)
     add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
-    add("--learning-rates", type=float, nargs="+", help="default: the preset's")
+    rates_help = "default: the preset's; own: what a run finds itself, and the epochs and batch size that it has by default"
+    add("--learning-rates", type=read_rate, nargs="+", help=rates_help)
     add("--seeds", **numbers, help="default: the preset's; cross has one")
     add("--authors", **numbers, **reported, help="cross: those to report")
     add("--choosing-authors", **numbers, **choosing, help="cross: those on which a learning rate is chosen")
