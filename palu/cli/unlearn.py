@@ -102,9 +102,13 @@ def unlearn(
         typer.Option("--json", help="Print how it came out as one JSON object on stdout, and all else on stderr."),
     ] = False,
     lora: Annotated[
-        bool, typer.Option("--lora", help="Train a new LoRA adapter, not the model.", rich_help_panel=LORA)
+        bool,
+        typer.Option(
+            "--lora",
+            help="Write the LoRA adapter of --lora-rank, not a model that it is merged into.",
+            rich_help_panel=LORA,
+        ),
     ] = False,
-    lora_rank: Annotated[int, _lora_option("Rank of the adapter.", min=1)] = 8,
     lora_alpha: Annotated[float, _lora_option("Its scale is alpha / rank.")] = 16,
     lora_dropout: Annotated[float, _lora_option("Dropout before the adapter.", min=0, max=1)] = 0.0,
     lora_target: Annotated[
@@ -119,8 +123,9 @@ def unlearn(
     stdout = sys.stdout
     if as_json:
         ctx.with_resource(redirect_stdout(sys.stderr))
-    if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and given_by(ctx, n) != "DEFAULT"]):
-        raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
+    own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
+    if own and not lora:
+        raise ValueError(f"{own[0]} was given without --lora; add --lora or leave it out")
     if not lora and not is_adapter(model):
         if quantize is not None:
             raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
@@ -151,6 +156,8 @@ def unlearn(
     }
     implied |= {"lambda_retain": 0.0} if retain == "none" else {}
     config = UnlearnConfig().with_recipe(recipe).replace(**implied | settings)
+    if lora and config.method.lora_rank is None:
+        raise ValueError("--lora: this method trains all weights by default; give --lora-rank, too, such as 8")
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         check_output(output, overwrite, settings)
         check_folder(output, subject)
@@ -198,7 +205,7 @@ def unlearn(
     trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
     reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize, empty=empty)
     if lora:
-        trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
+        trained = add_lora(trained, config.seed, config.method.lora_rank, lora_alpha, lora_dropout, lora_target)
 
     with raise_on_all_ranks(processes):
         if processes.is_main_process:

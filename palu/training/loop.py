@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from palu.config import UnlearnConfig
 from palu.distributed import raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
-from palu.models.lora import CausalLM, base_of, inputs_require_grad
-from palu.models.quantized import check_mergeable
+from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad
+from palu.models.quantized import check_mergeable, is_plain
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
@@ -122,6 +123,19 @@ def unlearn(
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
+    if (rank := config.method.lora_rank) and is_plain(model):
+        with added_adapter(model, rank, config.seed) as adapted:
+            result = unlearn(
+                adapted,
+                ref_model,
+                forget,
+                retain,
+                tokenizer=tokenizer,
+                config=config,
+                evaluate=evaluate,
+                callbacks=callbacks,
+            )
+        return dataclasses.replace(result, model=model)
     accelerator = start_engine(config)
     # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.
     with raise_on_all_ranks(accelerator):

@@ -95,8 +95,10 @@ class PaluTrainer(Trainer):
     reference cache and the history.
 
     Args:
-        model, ref_model, forget, retain: as for :func:`palu.unlearn`. Without a ``ref_model``, the reference is the
-            ``model`` as it is now: to resume, pass the starting model again, not a checkpoint's.
+        model, ref_model, forget, retain: as for :func:`palu.unlearn`, but that the model is trained as it is: the
+            adapter that ``palu.unlearn`` adds by default is to be added before (``peft.get_peft_model``). Without a
+            ``ref_model``, the reference is the ``model`` as it is now: to resume, pass the starting model again, not a
+            checkpoint's.
         args: Trainer's; ``None``: its defaults.
         config: the loss, ``retain_batch_size``, ``max_length``, ``allow_cut_spans``, ``chat_template_kwargs``,
             ``cache_dir``, ``chunk_bytes``.
@@ -284,11 +286,12 @@ class PaluTrainer(Trainer):
 
 
 def _with_args(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
-    """Return the settings with Trainer's batch sizes, and at least its epochs."""
+    """Return the settings with Trainer's batch sizes and at least its epochs, for the model as it is given."""
     return config.replace(
         batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),
+        lora_rank=None,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
 
@@ -360,6 +363,10 @@ def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict
     for field, argument in TRAINERS.items():
         if (value := getattr(config, field)) != getattr(defaults, field):
             raise ValueError(f"{field} = {value!r}: PaluTrainer goes by Trainer's {argument}; leave it out of config")
+    if (rank := config.method.lora_rank) not in (None, type(config.method)().lora_rank):
+        raise ValueError(
+            f"lora_rank = {rank}: PaluTrainer trains the model as it is; give a peft.PeftModel, and leave it out"
+        )
     if config.merge_adapter:
         raise ValueError(
             "merge_adapter = True: PaluTrainer leaves the adapter in; call merge_and_unload() of the trained model"
