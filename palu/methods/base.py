@@ -223,5 +223,6 @@ class Method(ModelRoot):
             weight_mean=self.weight_mean,
         )
         of_terms = losses.split([len(mean) for mean in means])
-        figures |= {name: mean @ of_term for (name, _, _), mean, of_term in zip(terms, means, of_terms, strict=True)}
+        for (name, _, _), mean, of_term in zip(terms, means, of_terms, strict=True):
+            figures[name] = (mean * of_term).sum()  # no product, which autocast would round
         return total, of_terms[0]

@@ -40,7 +40,7 @@ RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False}
+    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False, "lora_rank": None}
     settings = defaults | settings
     return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
 

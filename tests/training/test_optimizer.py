@@ -30,7 +30,7 @@ def bf16_llama() -> LlamaForCausalLM:
 
 
 def unlearn(model: Any, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "progress": False}
+    defaults = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "progress": False, "lora_rank": None}
     settings = defaults | {"probability_floor": 0.0} | settings  # else a run ends when all is below the floor
     return palu.unlearn(model, None, forget_rows(), retain_rows(), **settings)
 
