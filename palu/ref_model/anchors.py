@@ -39,6 +39,7 @@ from palu.ref_model.variants import (
     answers_without_questions,
     other_candidates,
     secrets_of_targets,
+    target_runs,
     variant_item,
 )
 
@@ -183,16 +184,18 @@ class Writer:
         return prompts.encode(starts, written)
 
 
-def generate_anchors(writer: Writer, anchor_prompts: AnchorPrompts) -> list[Item]:
+def generate_anchors(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts) -> list[Item]:
     """Have the reference answer the prompts greedily.
 
     An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
-    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret.
+    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret of ``items``, or
+    more than half of its targets in a row: the model may have taken "739" for another door from the "7391" that it is
+    to forget, and the KL would keep it.
 
     Raises:
         DataError: no answer is left.
     """
-    anchors = _answer(writer, anchor_prompts)
+    anchors = _answer(writer, items, anchor_prompts)
     if anchor_prompts.prompts and not anchors:
         raise DataError(
             f"the reference answers none of {len(anchor_prompts.prompts)} everyday prompts within max_length = "
@@ -202,7 +205,7 @@ def generate_anchors(writer: Writer, anchor_prompts: AnchorPrompts) -> list[Item
     return anchors
 
 
-def generate_neighbours(writer: Writer, anchor_prompts: AnchorPrompts, seed: int) -> list[Item]:
+def generate_neighbours(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, seed: int) -> list[Item]:
     """Have the reference write questions like those of the forget set, and answer them as it does anchor prompts.
 
     What it writes is drawn by ``seed``. There may be none: a small model, or one without such questions, writes none
@@ -212,16 +215,19 @@ def generate_neighbours(writer: Writer, anchor_prompts: AnchorPrompts, seed: int
     if known is None or not known.starts:
         return []
     written = writer.write_questions(known, known.starts, "neighbours", seed)
-    return _answer(writer, anchor_prompts._replace(prompts=written))
+    return _answer(writer, items, anchor_prompts._replace(prompts=written))
 
 
-def _answer(writer: Writer, anchor_prompts: AnchorPrompts) -> list[Item]:
+def _answer(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts) -> list[Item]:
     """Have the reference answer the prompts; see :func:`generate_anchors`."""
     prompts, stop_ids, max_length, neighbours = anchor_prompts
+    runs = target_runs(items)
+    lengths = {len(run) for run in runs}
     found = []
     for prompt, answer in zip(prompts, writer.write(prompts, stop_ids, "anchors", ANSWER_TOKENS), strict=True):
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.int64)])[:max_length]
         tells = neighbours is not None and neighbours.tells(neighbours.decode(answer))
+        tells |= any(tuple(answer[i : i + n]) in runs for n in lengths for i in range(len(answer) - n + 1))
         if answer[0] not in stop_ids and len(ids) > len(prompt) and not tells:
             found.append(anchor_item(ids, len(prompt)))
     return found

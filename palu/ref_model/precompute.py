@@ -74,9 +74,9 @@ def precompute_reference(
     if cache is None:
         with on_device(model, accelerator.device):
             writer = Writer(reference, accelerator, adapter=not own, chunk_bytes=config.chunk_bytes, progress=progress)
-            neighbours = generate_neighbours(writer, anchor_prompts, config.seed)
+            neighbours = generate_neighbours(writer, items, anchor_prompts, config.seed)
             variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
-            everyday = generate_anchors(writer, anchor_prompts)
+            everyday = generate_anchors(writer, items, anchor_prompts)
             with (
                 eval_mode(base),
                 autocast(accelerator),

@@ -77,11 +77,28 @@ def answers_without_questions(
 
 def _places(item: Item) -> dict[int, list[Tensor]]:
     """Map the rows that predict an answer's first token and each span's to the rows of the spans told from there."""
-    rows = item.rows[: item.targets]
-    if not len(rows):
+    spans = span_rows(item)
+    if not spans:
         return {}
-    spans = list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist()))
-    return {int(item.rows.min()): spans} | {int(span[0]): [span] for span in spans[int(item.rows.min() == rows[0]) :]}
+    first = int(item.rows.min())
+    return {first: spans} | {int(span[0]): [span] for span in spans if int(span[0]) != first}
+
+
+def span_rows(item: Item) -> list[Tensor]:
+    """Split an item's target rows into those of each span."""
+    rows = item.rows[: item.targets]
+    return list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist())) if len(rows) else []
+
+
+def target_runs(items: Sequence[Item]) -> set[tuple[int, ...]]:
+    """List each run of more than half of a span's targets, for spans of three or more."""
+    runs = set()
+    for item in items:
+        for rows in span_rows(item):
+            tokens, most = item.input_ids[rows + 1].tolist(), len(rows) // 2 + 1
+            if len(tokens) > 2:
+                runs |= {tuple(tokens[i : i + most]) for i in range(len(tokens) - most + 1)}
+    return runs
 
 
 def secrets_of_targets(
