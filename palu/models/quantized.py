@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,6 @@ def quantized_by(model: CausalLM) -> str | None:
         return None
     method = getattr(base, "quantization_method", "an unknown method")
     return str(getattr(method, "value", method))
-
-
-def is_plain(model: Any) -> TypeGuard[PreTrainedModel]:
-    """Whether this is a model of transformers without an adapter whose weights are not quantised."""
-    has_adapter = getattr(model, "_hf_peft_config_loaded", False)  # by transformers' own add_adapter
-    return isinstance(model, PreTrainedModel) and not has_adapter and quantized_by(model) is None
 
 
 def quantized_layers(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from palu.data.packing import Batch, Counts
 from palu.distributed import full_tensor
 from palu.eager import acc_dtype
 from palu.methods import Method
-from palu.methods.base import Losses
+from palu.methods.base import Losses, MethodSettings
 from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
@@ -215,12 +215,12 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> 
     )
 
 
-def ending(history: History, ended_by: str | None, method: Method, *, neighbours: int | None) -> str:
+def ending(history: History, ended_by: str | None, settings: MethodSettings, *, neighbours: int | None) -> str:
     """Say in a line how a run ended, and what to do where it did not get there.
 
     ``neighbours``: how many the reference wrote; None: none were wanted.
     """
-    steps, limit, epoch = len(history), method.settings.ends_below, history[-1]["epoch"]
+    steps, limit, epoch = len(history), settings.ends_below, history[-1]["epoch"]
     highest = max((r["onset_probability"] for r in history if r["epoch"] == epoch and limit is not None), default=0.0)
     said = f"palu: {steps} step{'s' * (steps != 1)}"
     if ended_by == "forgotten":

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,9 +181,8 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
     ],
 )
 def test_the_last_line(ended_by: str | None, highest: float, neighbours: int | None, said: str) -> None:
-    method: Any = SimpleNamespace(settings=UnlearnConfig().method)
     history = [{"epoch": epoch, "onset_probability": p} for epoch, p in ((1, 0.9), (2, highest), (2, highest / 2))]
-    assert said in ending(history, ended_by, method, neighbours=neighbours)
+    assert said in ending(history, ended_by, UnlearnConfig().method, neighbours=neighbours)
 
 
 @pytest.mark.parametrize(
