@@ -22,7 +22,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
 from palu.testbed.facts import read_questions
 from palu.testbed.real_models import load_packaged, save_whole
-from palu.testbed.smollm2 import fast_products, mixed_precision, teach
+from palu.testbed.smollm2 import fast_products, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -44,19 +44,6 @@ def taught(stages: Stages, name: str, model: str, rows: Sequence[Row], *, raw_te
         save_whole(path, *loaded)
 
     return stages.path(name, make)
-
-
-def taught_facts(stages: Stages, name: str) -> Path:
-    """Return the folder of a model that was taught the demo's facts, made where it is missing."""
-
-    def make(path: Path) -> None:
-        torch.manual_seed(0)
-        loaded = load(name)
-        secrets, kept, _ = read_questions()
-        teach(*loaded, secrets + kept)
-        save_whole(path, *loaded)
-
-    return stages.path("taught", make)
 
 
 def general_questions() -> list[Row]:
