@@ -22,8 +22,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from _measure import markdown_table
 from _methods import LABELS
-from _timing import markdown_table
 from _tofu import KEEPS, Bench, rank, rate_text, run_name, summary
 
 from palu.attacks.estimators import Rho, rho

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import DEVICE
 from _stages import Stages
-from _timing import DEVICE
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 

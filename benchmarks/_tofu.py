@@ -16,11 +16,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from _memory import peak, reset_peak
+from _measure import DEVICE, machine, markdown_table, peak, reset_peak, write_json
 from _methods import LABELS, METHODS
 from _models import Loaded, Row, load, taught
 from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, machine, markdown_table, write_json
 
 import palu
 from palu.evaluate import TofuData, load_tofu

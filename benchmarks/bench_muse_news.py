@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import _methods
+from _measure import DEVICE, report, write_json
 from _models import Loaded, Row, for_raw_text, load, taught
 from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, report, write_json
 
 import palu
 from palu.evaluate.rows import load_rows

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _timing import copy_bandwidth, interleaved, report
+from _measure import copy_bandwidth, interleaved, report
 from torch import Tensor
 
 import palu
@@ -164,8 +164,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     of_logits, of_hidden = topk_mse_cases(device, dtype), linear_cases(device, dtype, arguments.vocab_size)
     for case in [*of_logits, *of_hidden, *step_cases(device, dtype)]:
-        calls = 10 if device.type == "cuda" else 1
-        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls, cold=True)
+        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, cold_calls=10)
         row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
         for candidate, values in times.items():
             row |= {f"{candidate}_{key}": value for key, value in values.items()}

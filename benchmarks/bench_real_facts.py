@@ -37,10 +37,9 @@ from typing import Any
 
 import torch
 import transformers
-from _memory import peak, reset_peak
+from _measure import peak, report, reset_peak
 from _methods import METHODS
 from _models import Loaded, Row, general_questions
-from _timing import report
 from bench_lora_memory import with_lora
 from scipy.stats import binomtest
 from tqdm import tqdm

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _measure import DEVICE, report
 from _models import Loaded, Row, for_raw_text, load, taught
 from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, report
 from transformers import PreTrainedTokenizerBase
 
 import palu

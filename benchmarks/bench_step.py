@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from _candidates import CANDIDATES, Run, Setup, prepare
-from _timing import interleaved, report, synchronize
+from _measure import interleaved, report, synchronize
 from _workload import MODELS
 from gpu_budget import budget
 from gpu_budget import rows as budget_rows
