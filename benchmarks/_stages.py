@@ -14,13 +14,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class Stages:
-    """The finished stages of a benchmark, as files in a folder.
+    """The finished stages of a benchmark, as files in a folder; ``key``: the settings on which they depend.
 
     Raises SystemExit where the folder holds the stages of other settings.
-
-    Args:
-        folder: it need not exist.
-        key: the settings on which the stages depend.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]):
