@@ -65,13 +65,12 @@ def fine_tune(
     epochs: int,
     batch_size: int,
     learning_rate: float = 1e-4,
-    max_length: int = 1024,
     seed: int = 0,
-    label: str = "fine-tune",
+    label: str,
 ) -> None:
     """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
     model, tokenizer = loaded
-    items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
+    items = retain_items(load_retain(rows, tokenizer, max_length=1024).examples)
     generator = torch.Generator().manual_seed(seed)
     model.to(DEVICE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)

@@ -1,4 +1,4 @@
-"""Forgetting and utility on TOFU of PALU, ten other methods and PALU's settings, on one model and one code path.
+"""Forgetting and utility on TOFU of PALU, eight other methods and PALU's settings, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
