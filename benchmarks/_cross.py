@@ -22,8 +22,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from _measure import markdown_table
 from _methods import LABELS
-from _timing import markdown_table
 from _tofu import KEEPS, Bench, rank, rate_text, run_name, summary
 
 from palu.attacks.estimators import Rho, rho
@@ -275,12 +275,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     On the right the medians and quartiles of the true tokens' probabilities, by their place in a secret.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(12, 5), layout="tight")
+    left, right = figure.subplots(1, 2)
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     reported = found["reported"]
     first = next(iter(reported.values()))
 
@@ -307,5 +306,4 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)

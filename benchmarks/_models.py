@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import DEVICE
 from _stages import Stages
-from _timing import DEVICE
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -22,7 +22,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.head import head_of
 from palu.testbed.facts import read_questions
 from palu.testbed.real_models import load_packaged, save_whole
-from palu.testbed.smollm2 import fast_products, mixed_precision, teach
+from palu.testbed.smollm2 import fast_products, mixed_precision
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -46,19 +46,6 @@ def taught(stages: Stages, name: str, model: str, rows: Sequence[Row], *, raw_te
     return stages.path(name, make)
 
 
-def taught_facts(stages: Stages, name: str) -> Path:
-    """Return the folder of a model that was taught the demo's facts, made where it is missing."""
-
-    def make(path: Path) -> None:
-        torch.manual_seed(0)
-        loaded = load(name)
-        secrets, kept, _ = read_questions()
-        teach(*loaded, secrets + kept)
-        save_whole(path, *loaded)
-
-    return stages.path("taught", make)
-
-
 def general_questions() -> list[Row]:
     """Read the demo's general questions, and thirty more."""
     return read_questions()[2] + load_rows(Path(__file__).with_name("general.jsonl"))
@@ -78,13 +65,12 @@ def fine_tune(
     epochs: int,
     batch_size: int,
     learning_rate: float = 1e-4,
-    max_length: int = 1024,
     seed: int = 0,
-    label: str = "fine-tune",
+    label: str,
 ) -> None:
     """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
     model, tokenizer = loaded
-    items = retain_items(load_retain(rows, tokenizer, max_length=max_length).examples)
+    items = retain_items(load_retain(rows, tokenizer, max_length=1024).examples)
     generator = torch.Generator().manual_seed(seed)
     model.to(DEVICE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)

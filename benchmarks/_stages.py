@@ -14,13 +14,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class Stages:
-    """The finished stages of a benchmark, as files in a folder.
+    """The finished stages of a benchmark, as files in a folder; ``key``: the settings on which they depend.
 
     Raises SystemExit where the folder holds the stages of other settings.
-
-    Args:
-        folder: it need not exist.
-        key: the settings on which the stages depend.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]):
@@ -55,17 +51,17 @@ class Stages:
 def stages_parser(description: str, output: str, data: str, file: str) -> argparse.ArgumentParser:
     """Make a parser with the options of a command whose stages are kept: --data, --model, --output, --results.
 
-    data: the data set's folder in ../shared, the default; file: what it must hold (see :func:`check_data`).
+    data: the data set's folder in ../shared, the default; file: one that any such folder has.
     """
+
+    def folder(given: str) -> Path:
+        if not (Path(given) / file).exists():
+            raise argparse.ArgumentTypeError(f"{given} holds no {file}; give the data set's folder")
+        return Path(given)
+
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA / data, help=f"folder of the data set, with {file}")
+    parser.add_argument("--data", type=folder, default=str(DATA / data), help=f"the data set's folder, with {file}")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a name or path")
     parser.add_argument("--output", type=Path, default=Path("runs") / output, help="folder of the finished stages")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser
-
-
-def check_data(parser: argparse.ArgumentParser, folder: Path, file: str) -> None:
-    """End with an error of the command line where the file is not in the folder."""
-    if not (folder / file).exists():
-        parser.error(f"--data: {folder} holds no {file}; give the data set's folder")

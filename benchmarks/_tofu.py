@@ -16,11 +16,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from _memory import peak, reset_peak
+from _measure import DEVICE, machine, markdown_table, peak, reset_peak, write_json
 from _methods import LABELS, METHODS
 from _models import Loaded, Row, load, taught
-from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, machine, markdown_table, write_json
+from _stages import Stages, stages_parser
 
 import palu
 from palu.evaluate import TofuData, load_tofu
@@ -314,15 +313,14 @@ def markdown(table: list[dict[str, Any]], utility: float) -> str:
 
 def parser_of(description: str, *, cross: bool = False) -> argparse.ArgumentParser:
     """Make a parser with the options that every command on these stages has; ``cross``: whether it has that preset."""
-    parser = stages_parser(description, "tofu", "tofu", "retain90, forget10 and idk.txt")
+    parser = stages_parser(description, "tofu", "tofu", "forget05.jsonl")
     parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="full")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command's options, check the data, and choose the precision."""
+    """Read the command's options, and choose the precision."""
     arguments = parser.parse_args()
-    check_data(parser, arguments.data, "forget05.jsonl")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     return arguments
 

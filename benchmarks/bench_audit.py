@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from _measure import markdown_table
 from _methods import LABELS, named
 from _models import Row
-from _timing import markdown_table
 from _tofu import Bench, parse, parser_of, run_name, write
 
 from palu.evaluate.language import WordList, key, measure, split

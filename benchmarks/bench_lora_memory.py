@@ -7,14 +7,15 @@ micro-batch. The peak is counted from the call of `palu.unlearn` on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
-from _memory import peak, reset_peak, status
-from _timing import DEVICE, alone, report
+from _measure import DEVICE, peak, report, reset_peak, status
 
 import palu
 from palu.testbed.facts import UNLEARN, read_questions
@@ -33,9 +34,11 @@ def main() -> None:
     if args.mode:
         print(json.dumps(measure(args.mode, args.checkpointing, args.steps, args.rank)))
         return
-    rows = [
-        alone(__file__, *sys.argv[1:], "--mode", mode, *flags) for mode in MODES for flags in ([], ["--checkpointing"])
-    ]
+    rows = []
+    for mode, flags in itertools.product(MODES, ([], ["--checkpointing"])):
+        command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, *flags]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
     report("lora_memory", rows, DEVICE, {"steps": args.steps, "rank": args.rank})
 
 

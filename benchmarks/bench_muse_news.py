@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import _methods
+from _measure import DEVICE, report, write_json
 from _models import Loaded, Row, for_raw_text, load, taught
-from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, report, write_json
+from _stages import Stages, stages_parser
 
 import palu
 from palu.evaluate.rows import load_rows
@@ -223,13 +223,12 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = stages_parser(str(__doc__), "muse", "muse_news", "verbmem_forget.json and the other sets")
+    parser = stages_parser(str(__doc__), "muse", "muse_news", "verbmem_forget.json")
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, separated by commas")
     arguments = parser.parse_args()
     if unknown := set(arguments.methods.split(",")) - METHODS.keys():
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
-    check_data(parser, arguments.data, "verbmem_forget.json")
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", mixed_precision())
     rows = run(arguments)
     record = report("muse_news", rows, DEVICE, {"preset": arguments.preset, "date": time.strftime("%Y-%m-%d")})

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _timing import copy_bandwidth, interleaved, report
+from _measure import copy_bandwidth, interleaved, report
 from torch import Tensor
 
 import palu
@@ -45,9 +45,13 @@ class Case(NamedTuple):
     candidates: dict[str, Callable[[], object]]
 
 
-def without_grad(loss: Callable[[], object]) -> Callable[[], object]:
-    """Return the forward pass alone."""
-    return torch.no_grad()(loss)
+without_grad = torch.no_grad()  # of a function: the forward pass alone
+
+
+def with_its_twin(op: str, *given: Any) -> dict[str, Callable[[], object]]:
+    """Return an op that has no backward pass, and its twin."""
+    modules = {"palu": ops, "eager": eager}
+    return {name: without_grad(partial(getattr(module, op), *given)) for name, module in modules.items()}
 
 
 def forward_backward(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
@@ -128,18 +132,14 @@ def step_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         ("cross_entropy_", (labels, row_weight), 2),
         ("kl_div_", (reference, row_weight, True), 3),
     ):
-        calls = {module.__name__.split(".")[-1]: partial(getattr(module, name), z, *given) for module in (ops, eager)}
-        named = {"palu": without_grad(calls["ops"]), "eager": without_grad(calls["eager"])}
-        cases.append(Case(f"{name} [{others}, {vocab_size}]", reads * others * row_bytes, named))
+        floor = reads * others * row_bytes
+        cases.append(Case(f"{name} [{others}, {vocab_size}]", floor, with_its_twin(name, z, *given)))
     if dtype in (torch.float32, torch.bfloat16):
         half = dtype == torch.bfloat16
         of_dtype = [torch.randn(weights, device=device).to(dtype) for _ in range(3)]
         second, low = torch.rand(weights, device=device), torch.zeros_like(of_dtype[0]) if half else None
-        of_step: tuple[Any, ...] = (*of_dtype, second, low, None, 10, 1e-5, 0.0, 0.9, 0.999, 1e-8)
-        named = {
-            name: without_grad(partial(module.adamw_, *of_step)) for name, module in (("palu", ops), ("eager", eager))
-        }
-        cases.append(Case(f"adamw_ [{weights}]", (22 if half else 28) * weights, named))
+        calls = with_its_twin("adamw_", *of_dtype, second, low, None, 10, 1e-5, 0.0, 0.9, 0.999, 1e-8)
+        cases.append(Case(f"adamw_ [{weights}]", (22 if half else 28) * weights, calls))
     return cases
 
 
@@ -164,8 +164,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     of_logits, of_hidden = topk_mse_cases(device, dtype), linear_cases(device, dtype, arguments.vocab_size)
     for case in [*of_logits, *of_hidden, *step_cases(device, dtype)]:
-        calls = 10 if device.type == "cuda" else 1
-        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, calls=calls, cold=True)
+        times = interleaved(case.candidates, device, warmup=3, repeats=arguments.repeats, cold_calls=10)
         row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
         for candidate, values in times.items():
             row |= {f"{candidate}_{key}": value for key, value in values.items()}

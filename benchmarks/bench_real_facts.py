@@ -30,18 +30,16 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from _memory import peak, reset_peak
+from _measure import peak, report, reset_peak
 from _methods import METHODS
 from _models import Loaded, Row, general_questions
-from _timing import report
-from bench_bf16 import CHOICES, Choice
 from bench_lora_memory import with_lora
 from scipy.stats import binomtest
 from tqdm import tqdm
@@ -63,11 +61,28 @@ from palu.testbed.real_models import MODELS, save_packaged
 TOKENS = 24  # of an answer
 BATCH_TOKENS = 512
 FEWEST, MOST = 4, 8  # facts to forget
-PRECISIONS = CHOICES | {"lora": Choice("float32, LoRA", torch.float32)}
 SHARES = ("asked", "paraphrased", "after one token", "neighbours", "others", "general", "no word")
 BEFORE = {name: f"{name}, before" for name in ("paraphrased", "after one token")}
 Answers = dict[str, Generation]  # by question
 Count = tuple[int, int]  # so many of so many
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what the weights are held and multiplied, and what steps them."""
+
+    dtype: torch.dtype
+    mixed_precision: str = "no"
+    optimizer: str = "adamw"
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32),
+    "mixed": Precision(torch.float32, mixed_precision="bf16"),
+    "bfloat16": Precision(torch.bfloat16),
+    "bfloat16_8bit": Precision(torch.bfloat16, optimizer="adamw_8bit"),
+    "lora": Precision(torch.float32),
+}
 
 
 # --- asking ---
@@ -88,8 +103,7 @@ def ask(model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
 
 def answers_before(folder: Path, precision: str, model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
     """Read the original's answers from its folder, or ask and write them there."""
-    choice = PRECISIONS[precision]
-    lesson = [str(choice.dtype), TOKENS, questions, torch.__version__, transformers.__version__]
+    lesson = [str(PRECISIONS[precision].dtype), TOKENS, questions, torch.__version__, transformers.__version__]
     path = folder / f"answers-{json_digest(lesson)[:16]}.json"
     if not path.exists():
         answers = ask(model, tokenizer, questions)

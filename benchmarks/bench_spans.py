@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _measure import DEVICE, report
 from _models import Loaded, Row, for_raw_text, load, taught
-from _stages import Stages, check_data, stages_parser
-from _timing import DEVICE, report
+from _stages import Stages, stages_parser
 from transformers import PreTrainedTokenizerBase
 
 import palu
@@ -89,10 +89,9 @@ def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = stages_parser(str(__doc__), "spans", "tofu", "the spans of GPT-4o")
+    parser = stages_parser(str(__doc__), "spans", "tofu", "forget05.jsonl")
     parser.add_argument("--fit", action="store_true", help="fit the constants of `contrast` on other rows, print them")
     arguments = parser.parse_args()
-    check_data(parser, arguments.data, "forget05.jsonl")
 
     forget = load_rows(arguments.data / "forget05.jsonl")
     questions = {row["question"] for row in forget}

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from _candidates import CANDIDATES, Run, Setup, prepare
-from _timing import interleaved, report, synchronize
+from _measure import interleaved, report, synchronize
 from _workload import MODELS
 from gpu_budget import budget
 from gpu_budget import rows as budget_rows
@@ -62,14 +62,14 @@ def check(arguments: argparse.Namespace) -> dict[str, float]:
     return {"loss": abs(palu_total / total - 1).item(), "gradient": max(errors)}
 
 
-def peak_bytes(runs: Sequence[Run], device: torch.device) -> tuple[int, int] | None:
-    """Measure the memory allocated before the runs and at their peak; None on a CPU, where torch does not count."""
+def peak_bytes(run: Run, times: int, device: torch.device) -> tuple[int, int] | None:
+    """Measure the memory allocated before some runs and at their peak; None on a CPU, where torch does not count."""
     if device.type != "cuda":
         return None
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    for run in runs:
+    for _ in range(times):
         run()
     synchronize(device)
     return before, torch.cuda.max_memory_allocated(device)
@@ -98,11 +98,6 @@ def floors(setup: Setup) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in (("body", mean["body"]), ("loss-palu", section), ("palu", whole))}
 
 
-def next_run(turns: Iterator[Run]) -> None:
-    """Run the next of them."""
-    next(turns)()
-
-
 def measure(arguments: argparse.Namespace) -> None:
     """Time the candidates in turns, take their peaks of memory, and report both."""
     setup = prepare(arguments)
@@ -110,16 +105,15 @@ def measure(arguments: argparse.Namespace) -> None:
     candidates: dict[str, Run] = {}
     peaks: dict[str, tuple[int, int] | None] = {}
 
-    def freeing(run: Run) -> None:
-        run()
+    def next_run(turns: Iterator[Run]) -> None:
+        next(turns)()
         setup.model.zero_grad(set_to_none=True)
 
     with use_packed_attention(setup.model):
         for name, make in CANDIDATES.items():  # in this order, so that each finds only what it needs in memory
             if name in arguments.impl:
-                runs = [partial(freeing, run) for run in make(setup)]
-                candidates[name] = partial(next_run, itertools.cycle(runs))
-                peaks[name] = peak_bytes(runs, device)
+                candidates[name] = partial(next_run, itertools.cycle(make(setup)))
+                peaks[name] = peak_bytes(candidates[name], len(setup.loaders), device)
         times = interleaved(candidates, device, warmup=len(setup.loaders), repeats=arguments.repeats)
 
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Forgetting and utility on TOFU of PALU, ten other methods and PALU's settings, on one model and one code path.
+"""Forgetting and utility on TOFU of PALU, eight other methods and PALU's settings, on one model and one code path.
 
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
@@ -62,7 +62,9 @@ def main() -> None:
     attacks: dict[str, Any] = {"nargs": "+", "default": _cross.ATTACKS, "choices": _cross.ATTACKS}
     objectives = ",".join(OBJECTIVE_METHODS)
     add("--methods", type=named, default=objectives, help="of _methods.py, separated by commas, or ablation")
-    rates_help = "default: the preset's; own: what a run finds itself, and the epochs and batch size that it has by default"
+    rates_help = (
+        "default: the preset's; own: what a run finds itself, and the epochs and batch size that it has by default"
+    )
     add("--learning-rates", type=read_rate, nargs="+", help=rates_help)
     add("--seeds", **numbers, help="default: the preset's; cross has one")
     add("--authors", **numbers, **reported, help="cross: those to report")

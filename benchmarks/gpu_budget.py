@@ -16,7 +16,7 @@ import argparse
 from typing import Any, NamedTuple
 
 import torch
-from _timing import report
+from _measure import report
 from _workload import MODELS, make_batches, make_model
 
 from palu.data.packing import Counts, forget_items, retain_items

@@ -49,15 +49,14 @@ def with_token(rows: list[Any], token: int) -> list[Any]:
     return rows
 
 
-def jsonl(*lines: str) -> str:
-    """A file in the current folder, which is the test's own."""
-    Path("rows.jsonl").write_text("\n".join(lines) + "\n")
-    return "rows.jsonl"
-
-
 def file(name: str, content: bytes) -> str:
+    """A file in the current folder, which is the test's own."""
     Path(name).write_bytes(content)
     return name
+
+
+def jsonl(*lines: str) -> str:
+    return file("rows.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 
 def csv(content: bytes) -> Call:

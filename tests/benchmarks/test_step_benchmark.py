@@ -1,12 +1,10 @@
 """The published formulation, which the benchmarks compare with, computes palu's loss and gradients."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import _candidates
 import _workload
-import bench_local
 import bench_step
 import gpu_budget
 import pytest
@@ -58,15 +56,6 @@ def test_the_default_is_timed_beside_the_published_step(capsys: pytest.CaptureFi
     assert batch.counts.retain == 0 and batch.counts.examples == 4 and setup.config.method.top_k == 50
     with pytest.raises(SystemExit):
         bench_step.parse(["--check"])
-
-
-def test_the_local_loss_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_local, "CANDIDATES", (5, 20))
-    found = bench_local.measure("tiny", torch.device("cpu"), 2)
-    assert [(row["n"], row["K"]) for row in found] == [(n, k) for n in (1, 3, "all") for k in (5, 20, "V")]
-    assert found[0]["rows"] < found[-1]["rows"] and all(row["auto_ms"] > 0 for row in found)
-    bench_local.plot(found, 512, tmp_path / "cost.png")
-    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_budget_of_a_gpu() -> None:

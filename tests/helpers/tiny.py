@@ -96,13 +96,11 @@ def padded(rows: list[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 def answer_probabilities(model: LlamaForCausalLM, rows: list[Row], *, sensitive_only: bool = False) -> torch.Tensor:
     """Probability of each answer token (or each sensitive one) of the rows."""
     inputs, answers = padded(rows)
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     logits = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits.cpu()
-    wanted = answers
-    if sensitive_only:
-        labels = [torch.tensor(row["labels"]) for row in rows]
-        wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     probability = logits[:, :-1].softmax(-1).gather(2, answers[:, 1:, None].clamp(min=0))[..., 0]
-    return probability[wanted[:, 1:] >= 0]
+    return probability[wanted[:, 1:] >= 0 if sensitive_only else wanted[:, 1:] != -100]
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

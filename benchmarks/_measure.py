@@ -1,11 +1,9 @@
-"""Time candidates in turns, and report and keep what was measured."""
+"""Time candidates in turns, read the memory of this process, and report and keep what was measured."""
 
 import json
-import os
 import platform
+import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +12,6 @@ from typing import Any
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a command runs that has no --device
-
-
-def alone(file: str, *options: Any, **environment: str) -> dict[str, Any]:
-    """Run a benchmark's file in a process of its own; returns its last line, which is JSON."""
-    command = [sys.executable, file, *map(str, options)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,13 +39,11 @@ def interleaved(
     *,
     warmup: int,
     repeats: int,
-    calls: int = 1,
-    cold: bool = False,
+    cold_calls: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Time each candidate `repeats` times, in turns, so that all of them meet the same disturbances.
 
-    One timing covers `calls` calls in a row, so that launches on a GPU overlap as they do in a program; `cold`: with
-    the GPU's cache emptied before each.
+    `cold_calls`: on a GPU a timing is the mean of so many calls in a row, each with the GPU's cache emptied before it.
     Returns, for each candidate, the median and the quartiles of a call in milliseconds.
     """
     for _ in range(warmup):
@@ -64,14 +53,13 @@ def interleaved(
     for _ in range(repeats):
         for name, run in candidates.items():
             synchronize(device)
-            if cold and device.type == "cuda":
-                seconds[name].append(cold_seconds(run, device, calls))
+            if cold_calls and device.type == "cuda":
+                seconds[name].append(cold_seconds(run, device, cold_calls))
                 continue
             start = time.perf_counter()
-            for _ in range(calls):
-                run()
+            run()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append(time.perf_counter() - start)
     result = {}
     for name, values in seconds.items():
         low, median, high = statistics.quantiles([1e3 * value for value in values], n=4, method="inclusive")
@@ -85,6 +73,26 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.zeros_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=2, repeats=9)
     return 2 * source.nbytes / times["copy"]["median_ms"]
+
+
+def status(name: str) -> int:
+    """Read a figure of /proc/self/status (Linux), in bytes: "VmRSS", "VmHWM", ..."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def reset_peak() -> None:
+    """Begin the count of :func:`peak`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Return the highest memory since :func:`reset_peak`, in bytes: torch's on CUDA, else the resident set."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
