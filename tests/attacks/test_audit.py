@@ -17,7 +17,7 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
 from palu.attacks.ask import AskGreedily, Sample
-from palu.attacks.depth import Patch
+from palu.attacks.inside import Patch
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.run import NO_RETAIN_MODEL

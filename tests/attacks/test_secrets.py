@@ -140,6 +140,6 @@ def test_with_question() -> None:
 
 def test_a_rendered_prompt_is_told_from_others() -> None:
     rendered = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    rows = [{"prompt": prompt, "completion": "Ada wrote it.", "spans": [[0, 3]]} for prompt in (rendered, "Who? ")]
-    assert [row.rendered for row in data(rows).rows] == [True, False]
-    assert [row.rendered for row in data([ROW, *rows[1:]], byte_level(None)).rows] == [False, False]
+    plain, special = ({"prompt": p, "completion": "Ada wrote it.", "spans": [[0, 3]]} for p in ("Who? ", rendered))
+    assert str(data([ROW, plain, special]).unchangeable).startswith("the prompt of forget row 2 has special tokens")
+    assert data([ROW, plain]).unchangeable is data([ROW, plain], byte_level(None)).unchangeable is None
