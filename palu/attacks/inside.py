@@ -3,16 +3,13 @@
 The score says how much of what the original knows is gone from the unlearned model's states. One layer's output of the
 original is replaced at the positions that predict the secret's tokens, the true answer given. The drop is what that
 takes from the mean log-probability of these tokens: S1[l] with the retain model's states of layer l, S2[l] with the
-unlearned model's. Over the layers with S1 > THRESHOLD
+unlearned model's. Over the layers with S1 > THRESHOLD (a secret without one does not count)
 
     UDS = sum S1 clip(S2 / S1, 0, 1) / sum S1,
 
-0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. A secret without
-such a layer does not count. What is compared between models is 1 - UDS, the part that is left: by definition 1 for the
-original and 0 for the retain model, so that rho is the mean of 1 - UDS.
-
-As in the paper, the mean over secrets comes last. Unlike its published code, the last layer's output is taken before
-the final norm, too.
+0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. What is compared
+between models is 1 - UDS: by definition 1 for the original and 0 for the retain model, so that rho is its mean over
+secrets. Unlike in the paper's published code, the last layer's output is taken before the final norm, too.
 """
 
 from __future__ import annotations
@@ -193,6 +190,7 @@ class Patch(Attack):
 
     @torch.no_grad()
     def run(self, victim: Victim) -> list[Finding]:
+        assert not isinstance(self._states, str)  # else it is skipped
         model, data = victim.model, victim.data
         head, evidence = head_of(model), []
         with eval_mode(model):

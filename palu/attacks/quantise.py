@@ -85,7 +85,7 @@ class Quantise(Attack):
         return examples
 
 
-def _linear_weights(model: CausalLM) -> list[nn.Parameter]:
+def _linear_weights(model: CausalLM) -> list[Tensor]:
     """List the weights of the linear layers of a model's body, shared ones once."""
     layers = [module for module in body_of(model).modules() if isinstance(module, nn.Linear)]
     return list(dict.fromkeys(layer.weight for layer in layers))

@@ -184,7 +184,7 @@ def _evaluate(
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
         scores = token_scores(base, rows.examples, [one.where for one in rows.questions], **settings)
         answers = generate_answers(base, rows.tokenizer, rows.examples, max_new_tokens=max_new_tokens, **settings)
-    values = []
+    values: list[dict[str, dict[str, Any]]] = []
     for asked, score, answer in zip(rows.questions, scores, answers, strict=True):
         told = [secret for secret in asked.secrets if stands_in(secret, answer.text)]
         values.append(

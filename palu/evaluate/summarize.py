@@ -97,7 +97,10 @@ def aggregate_of(name: str, entry: Mapping[str, Any]) -> float | None:
         counts = [(len(value["found"]), value["words"]) for value in _by_index(entry).values()]
         words = sum(count for _, count in counts)
         return sum(found for found, _ in counts) / words if words else None
-    return mean([np.mean(value) for value in _values(entry, _statistic(name))])
+    statistic = "prob" if name.endswith("Prob") else "score"
+    if name.endswith("ROUGE"):
+        statistic = "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
+    return mean([np.mean(value) for value in _values(entry, statistic)])
 
 
 def truth_ratios(results: Results, name: str) -> dict[str, float]:
@@ -204,13 +207,6 @@ def complete(results: Results, retain: Results | None, reasons: Mapping[str, str
             aggregates["reason"] = reasons[name]
         completed[name] = aggregates | results.get(name, {})
     return dict(sorted(completed.items()))
-
-
-def _statistic(name: str) -> str:
-    """Name the per-example value whose mean is an entry's aggregate."""
-    if name.endswith("ROUGE"):
-        return "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
-    return "prob" if name.endswith("Prob") else "score"
 
 
 def _by_index(entry: Mapping[str, Any]) -> Mapping[str, Any]:

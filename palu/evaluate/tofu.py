@@ -42,8 +42,10 @@ SPLITS = ("forget01", "forget05", "forget10")
 # The sets, and how the names of their entries begin.
 PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 COLUMNS = {
-    **dict.fromkeys(("forget", "retain"), ("question", "answer", "paraphrased_answer", "perturbed_answer")),
-    **dict.fromkeys(("real_authors", "world_facts"), ("question", "answer", "perturbed_answer")),
+    "forget": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "retain": ("question", "answer", "paraphrased_answer", "perturbed_answer"),
+    "real_authors": ("question", "answer", "perturbed_answer"),
+    "world_facts": ("question", "answer", "perturbed_answer"),
     "holdout": ("question", "answer"),
 }
 _FIX = "fill it in, or use TOFU's perturbed sets, which have it"
