@@ -215,11 +215,8 @@ def _passes(
 
     What comes before them cannot see what is patched into them, and runs once; its keys and values are taken over.
     States are taken as they are replaced, in batches of one shape, so that rounding makes no difference between two
-    models that are the same. The rows come in parts where a batch would hold more tokens than in decoding.
-
-    function: is given a part's rows, a layer and its output [rows, t, d], and may return another one.
-
-    Yields each part's last hidden states [rows, t, d].
+    models that are the same. The rows come in parts where a batch would hold more tokens than in decoding: the function
+    gets a part's rows, a layer and its output [rows, t, d], and may return another one; the last states are yielded.
     """
     body, layers = body_of(model), layers_of(body_of(model))
     ids = data.rows[secret.row].example.input_ids[: secret.stop - 1].to(model.device)

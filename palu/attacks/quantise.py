@@ -77,7 +77,7 @@ class Quantise(Attack):
         data, count = victim.data, self.utility_rows
         if data.retain:
             return data.retain_examples(data.retain[:count])
-        prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
+        prompts = data.encode_prompts({"question": text} for text in anchor_texts()[:count])
         examples = []
         for i, (prompt, answer) in enumerate(zip(prompts, victim.generate(prompts, ANSWER_TOKENS), strict=True)):
             ids = torch.cat([prompt, torch.tensor(answer.ids)])

@@ -159,9 +159,7 @@ def audit_models(
     models: dict[str, Any] = {}
     patches: dict[str, inside.Patch] = {}
     patched: dict[str, Outcome] = {}
-    for role in _TURNS:
-        if role not in loaders:
-            continue
+    for role in (turn for turn in _TURNS if turn in loaders):
         model = loaders[role]()
         check_model(model, data.tokenizer, [row.example for row in data.rows], _NAMES[role])
         fingerprint = fingerprint_model(model)
@@ -208,10 +206,7 @@ def audit_models(
 def _kept_or_run(
     attack: Attack, model: CausalLM, data: AuditData, key: dict[str, Any], stages: Path | None, progress: bool
 ) -> Outcome:
-    """Read what an earlier audit kept of this attack on this model, or make it and keep it.
-
-    key: what the outcome depends on beside the attack.
-    """
+    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it."""
     if (skip_reason := attack.skip_reason(data, model)) is not None:
         return skip_reason
     key = key | {

@@ -87,7 +87,7 @@ def token_scores(
         marginal: float32 [V] on the model's device, to which the distribution at each labelled token is added.
     """
     head, score_rows = head_of(model), partial(_score_rows, marginal=marginal)
-    scores: list[TokenScores | None] = [None] * len(examples)
+    scores: dict[int, TokenScores] = {}
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = list(retain_items(examples[i] for i in group))
@@ -101,7 +101,7 @@ def token_scores(
                     )
                 scores[i] = TokenScores(part[0], part[1].bool(), part[2], part[3])
             bar.update(len(group))
-    return [score for score in scores if score is not None]
+    return [scores[i] for i in range(len(examples))]
 
 
 def memorisation(score: TokenScores) -> dict[str, float]:
