@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -25,9 +25,7 @@ from palu.hashing import json_digest
 from palu.models.generation import bound_on_answers, eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
 
-Kind: TypeAlias = Literal["forget", "retain"]
-
-KINDS: tuple[Kind, ...] = ("forget", "retain")
+KINDS = ("forget", "retain")
 # The entries of each kind, and which of their values is the figure.
 METRICS = {"told": "score", "Q_A_Prob": "prob", "Q_A_ROUGE": "rougeL_recall", "extraction_strength": "score"}
 
@@ -37,7 +35,7 @@ class Question:
     """A question with its true answer."""
 
     where: str  # its row's name in errors
-    kind: Kind
+    kind: str  # of KINDS
     question: str  # the last message before the answer
     answer: str
     marked: list[str]  # the texts that ``secret`` or ``spans`` mark

@@ -54,7 +54,6 @@ ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
 _WRITTEN = ("forget", "retain")  # whose generations the language figures are of
 
-K = TypeVar("K")
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, str]  # of a set and one of its columns of answers
 
@@ -211,7 +210,7 @@ def _pairs(sets: Mapping[str, Sequence[Row]]) -> dict[Key, list[tuple[str, Row]]
     }
 
 
-def _parted(values: Iterable[T], parts: Mapping[K, Sequence[Any]]) -> dict[K, list[T]]:
+def _parted(values: Iterable[T], parts: Mapping[Any, Sequence[Any]]) -> dict[Any, list[T]]:
     """Part what was computed for all parts together."""
     each = iter(values)
     return {key: list(islice(each, len(part))) for key, part in parts.items()}
