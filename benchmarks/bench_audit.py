@@ -20,7 +20,7 @@ from _methods import LABELS, named
 from _models import Row
 from _tofu import Bench, parse, parser_of, run_name, write
 
-from palu.evaluate.language import WordList, key, measure, split
+from palu.evaluate.language import WordList, keys, measure
 from palu.models.generation import Generation
 from palu.testbed.smollm2 import mixed_precision
 
@@ -48,9 +48,8 @@ def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, fl
         answers = dict(zip(questions, of_model["evidence"], strict=True))  # several secrets have one question
         measured = []
         for question, answer in answers.items():
-            known = {key(word) for text in (question, true[question]) for word in split(text)}
             # Some end in the middle of a word; which, the audit does not say.
-            measured.append(measure(Generation(answer, cut_off=True), known, words))
+            measured.append(measure(Generation(answer, cut_off=True), keys(question, true[question]), words))
         count = sum(one["no_word"]["words"] for one in measured)
         shares[role] = {name: sum(len(one[name]["found"]) for one in measured) / count for name in LANGUAGE}
     return shares

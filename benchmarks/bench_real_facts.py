@@ -28,10 +28,9 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from palu.attacks.ask import OnsetInAnswer
 from palu.attacks.attack import Victim
 from palu.attacks.relearn import unrelated_texts
 from palu.attacks.secrets import AuditData
-from palu.evaluate.language import WordList, key, measure, split
+from palu.evaluate.language import WordList, keys, measure
 from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
 from palu.models.generation import Generation, encode_prompts, eval_mode, generate
@@ -154,11 +153,11 @@ def attacked(model: CausalLM, data: AuditData, texts: list[Any]) -> tuple[Count,
 def broken_words(rows: list[Row], before: Answers, after: Answers) -> Count:
     """Count the words that are none in the answers to the rows."""
     words = WordList()
-    known = {key(word) for one in before.values() for word in split(one.text)}
+    known = keys(*(one.text for one in before.values()))
     found = []
     for row in rows:
-        own = chain.from_iterable(split(text) for text in (row["question"], row.get("answer", ""), *row["answers"]))
-        found.append(measure(after[row["question"]], known | set(map(key, own)), words)["no_word"])
+        own = keys(row["question"], row.get("answer", ""), *row["answers"])
+        found.append(measure(after[row["question"]], known | own, words)["no_word"])
     return sum(len(one["found"]) for one in found), sum(one["words"] for one in found)
 
 
@@ -177,7 +176,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     ]
     rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
     data = AuditData(rows, None, tokenizer)
-    texts = raw_examples(unrelated_texts(), tokenizer, "unrelated", max_length=sys.maxsize)
+    texts = raw_examples(unrelated_texts(), tokenizer, "unrelated")
     figures: dict[str, Any] = {}
     in_other_words = paraphrased(forget)
     before = before | ask(model, tokenizer, [row["question"] for row in in_other_words])

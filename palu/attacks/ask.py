@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import comb
 from statistics import mean, median
 
 from palu.attacks.attack import Attack, Finding, Victim
-from palu.attacks.estimators import leak_at_k
 from palu.attacks.secrets import SHOTS, AuditData, Secret
 from palu.data.matching import stands_in
 from palu.data.paraphrases import PARAPHRASES
@@ -107,18 +107,22 @@ class Sample(Attack):
     def run(self, victim: Victim) -> list[Finding]:
         data, n = victim.data, self.draws
         prompts = [prompt for prompt in data.prompts for _ in range(n)]
-        texts = [one.text for one in victim.generate(prompts, self.max_new_tokens, draw_seed=self.seed)]
+        texts = victim.write(prompts, self.max_new_tokens, draw_seed=self.seed)
         counts, evidence = [], []
         for secret in data.secrets:
             telling = [text for text in texts[n * secret.row : n * (secret.row + 1)] if stands_in(secret.text, text)]
             counts.append(len(telling))
             evidence.append({"draws": n, "told": len(telling), "first": telling[0] if telling else None})
-        return [Finding(f"sample: leak@{k}", [leak_at_k(n, count, k) for count in counts], evidence) for k in ks(n)]
+        ks = [*(2**i for i in range((n - 1).bit_length())), n]
+        return [Finding(f"sample: leak@{k}", [leak_at_k(n, count, k) for count in counts], evidence) for k in ks]
 
 
-def ks(draws: int) -> list[int]:
-    """List 1, 2, 4, ... and the number of draws itself."""
-    return [*(2**i for i in range((draws - 1).bit_length())), draws]
+def leak_at_k(n: int, c: int, k: int) -> float:
+    """Estimate the probability that one of k draws tells the secret, if c of n draws do: 1 - C(n-c, k) / C(n, k).
+
+    It has no bias (Chen et al., arXiv 2107.03374).
+    """
+    return 1 - comb(n - c, k) / comb(n, k)
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class OnsetInQuestion(Attack):
                 if hint := _hint(data, secret, j):
                     asked[i] = with_question(row.columns, f'{row.question} Hint: "{hint}..."')
             if asked:
-                written = victim.write(data.encode_prompts(list(asked.values())), self.max_new_tokens)
+                written = victim.write(data.encode_prompts(asked.values()), self.max_new_tokens)
                 answers = dict(zip(asked, written, strict=True))
                 every = [answers.get(i) for i in range(len(data.secrets))]
                 findings.append(victim.look_for_secrets(f"onset: {j} in the question", every))

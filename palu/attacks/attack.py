@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from palu.attacks.secrets import AuditData
 from palu.data.matching import stands_in
+from palu.data.tokenize import Example
 from palu.evaluate.scores import TokenScores, token_scores
-from palu.models.generation import Generation, eval_mode, generate
+from palu.models.generation import Generation, answer_ends, eval_mode, generate
 from palu.models.lora import CausalLM
 
 
@@ -83,16 +84,16 @@ class Victim:
                 self.model,
                 self.data.tokenizer,
                 prompts,
-                self.data.stop_ids,
+                answer_ends([row.example for row in self.data.rows], self.data.tokenizer),
                 max_new_tokens=max_new_tokens,
                 batch_tokens=self.batch_tokens,
                 bar=self.bar,
                 sample=draw_seed is not None,
             )
 
-    def write(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
-        """Generate greedily, the texts alone."""
-        return [one.text for one in self.generate(prompts, max_new_tokens)]
+    def write(self, prompts: Sequence[Tensor], max_new_tokens: int, *, draw_seed: int | None = None) -> list[str]:
+        """Generate, the texts alone."""
+        return [one.text for one in self.generate(prompts, max_new_tokens, draw_seed=draw_seed)]
 
     def ask(self, name: str, prompts: Sequence[Tensor], max_new_tokens: int) -> Finding:
         """Ask for each row's secrets by its prompt [t], greedily."""
@@ -105,8 +106,7 @@ class Victim:
         values = [None if answer is None else float(stands_in(secret.text, answer)) for secret, answer in pairs]
         return Finding(name, values, list(answers))
 
-    def scores(self, examples: Sequence[Any], names: Sequence[str]) -> list[TokenScores]:
-        """Score the labelled tokens of examples."""
+    def scores(self, examples: Sequence[Example], names: Sequence[str]) -> list[TokenScores]:
         with eval_mode(self.model):
             return token_scores(self.model, examples, names, batch_tokens=self.batch_tokens, bar=self.bar)
 

@@ -56,15 +56,15 @@ class Quantise(Attack):
             return "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
         if method := quantized_by(model):
             return f"the model is quantised already, by {method}"
-        if not linear_layers(model):
+        if not _linear_weights(model):
             return f"{type(model).__name__} has no torch.nn.Linear in its body"
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
         examples = self._utility_examples(victim)
+        names = [f"utility text {i}" for i in range(len(examples))]
 
         def utility() -> float:
-            names = [f"utility text {i}" for i in range(len(examples))]
             return mean(score.probability for score in victim.scores(examples, names))
 
         figures = {"utility unrounded": utility()}
@@ -77,7 +77,7 @@ class Quantise(Attack):
         data, count = victim.data, self.utility_rows
         if data.retain:
             return data.retain_examples(data.retain[:count])
-        prompts = data.encode_prompts([{"question": text, "answer": "The"} for text in anchor_texts()[:count]])
+        prompts = data.encode_prompts({"question": text} for text in anchor_texts()[:count])
         examples = []
         for i, (prompt, answer) in enumerate(zip(prompts, victim.generate(prompts, ANSWER_TOKENS), strict=True)):
             ids = torch.cat([prompt, torch.tensor(answer.ids)])
@@ -85,29 +85,28 @@ class Quantise(Attack):
         return examples
 
 
-def linear_layers(model: CausalLM) -> list[nn.Linear]:
-    """List the linear layers of a model's body."""
-    return [module for module in body_of(model).modules() if isinstance(module, nn.Linear)]
+def _linear_weights(model: CausalLM) -> list[Tensor]:
+    """List the weights of the linear layers of a model's body, shared ones once."""
+    layers = [module for module in body_of(model).modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys(layer.weight for layer in layers))
 
 
 @contextmanager
 def rounded(model: PreTrainedModel, scheme: str) -> Iterator[None]:
     """Round the weights of a model's linear layers within the block; afterwards they are bit by bit as before.
 
-    scheme: one of SCHEMES. A copy of the weights is kept in the host's memory meanwhile.
+    A copy of the weights is kept in the host's memory meanwhile.
     """
     _, function = SCHEMES[scheme]
-    weights = list({id(layer.weight): layer.weight for layer in linear_layers(model)}.values())
-    kept = [weight.detach().to("cpu", copy=True) for weight in weights]
+    weights = [weight.detach() for weight in _linear_weights(model)]
+    kept = [weight.to("cpu", copy=True) for weight in weights]
     try:
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(function(weight.float()))
+        for weight in weights:
+            weight.copy_(function(weight.float()))
         yield
     finally:
-        with torch.no_grad():
-            for weight, before in zip(weights, kept, strict=True):
-                weight.copy_(before)
+        for weight, before in zip(weights, kept, strict=True):
+            weight.copy_(before)
 
 
 def round_int8(weight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -99,7 +98,7 @@ class Relearn(Attack):
             examples = data.retain_examples(data.retain)
         else:
             texts = unrelated_texts()
-            examples = raw_examples(texts, data.tokenizer, "unrelated", max_length=sys.maxsize)
+            examples = raw_examples(texts, data.tokenizer, "unrelated")
         asked = [
             i
             for i, secret in enumerate(data.secrets)

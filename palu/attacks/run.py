@@ -16,10 +16,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.attacks import ask, depth
+from palu.attacks import ask, inside
 from palu.attacks.attack import Attack, Finding, Outcome, Victim
-from palu.attacks.estimators import NO_RHO, rho
-from palu.attacks.lens import LogitLens
+from palu.attacks.estimators import Rho, rho
 from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.secrets import AuditData
@@ -77,26 +76,21 @@ def audit(
             there is no unlearning depth score.
         retain: rows of text to put in front of questions, and to measure utility on.
         folder: where ``audit.json`` is written, and in ``audit/`` what each attack gave, so that the same call goes on
-            where it was stopped. Both hold the secrets: for their owner alone to read, in a folder that, if it is
-            new, its owner alone can enter. None: nothing is written.
-        quick: 16 draws, hints of 1 and ``n`` tokens, utility on 8 texts, and relearning for 6 steps; not 200, 1 to
-            ``n + 2``, 32, and 24.
-        only: the attacks to make, by what stands as ``attack`` in the results (such as ``"ask"``, ``"onset-answer"``);
-            None: all.
+            where it was stopped; both hold the secrets, and their owner alone can read them. None: nothing is written.
+        quick: fewer draws and hints, shorter relearning, utility on fewer texts.
+        only: the attacks to make, by what stands as ``attack`` in the results (such as ``"onset-answer"``); None: all.
         n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied; -1, of whole spans: 5.
-        draws: answers sampled for each question, in place of 200 or 16.
+        draws: answers sampled for each question; None: 200, or 16 if ``quick``.
         max_new_tokens: bound on an answer; None: twice the longest true one, 200 at most.
         batch_tokens: tokens per scoring pass; decoding takes eight times as many.
         chat_template_kwargs: what the chat template is given beside the messages.
         seed: of the draws and of the bootstrap.
-        progress: show progress bars.
 
     Returns:
-        The content of ``audit.json``, ready for JSON: ``secrets``; ``marked``, every text that a row marks;
-        ``attacks``, a row of the table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict``
-        ("held", "open" or "not told"), ``reason`` where there is more to say, and in ``models`` for each model its
-        share ``told`` with ``values`` and ``evidence`` by secret, and ``figures``; ``notes``. There is no number for
-        all attacks together.
+        The content of ``audit.json``: ``secrets``; ``marked``, every text that a row marks; ``attacks``, a row of the
+        table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or "not told"),
+        ``reason`` where there is more to say, and in ``models`` for each model its share ``told`` with ``values`` and
+        ``evidence`` by secret, and ``figures``; ``notes``.
 
     Raises:
         DataError: a row cannot be used, or there is no secret.
@@ -107,17 +101,8 @@ def audit(
     loaders = {role: partial(given.__getitem__, name) for role, name in _NAMES.items() if name in given}
     data = AuditData(forget, retain, tokenizer, chat_template_kwargs)
     attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
-    return audit_models(
-        loaders,
-        data,
-        attacks,
-        seed=seed,
-        quick=quick,
-        folder=folder,
-        only=only,
-        batch_tokens=batch_tokens,
-        progress=progress,
-    )
+    settings: dict[str, Any] = {"folder": folder, "only": only, "batch_tokens": batch_tokens, "progress": progress}
+    return audit_models(loaders, data, attacks, seed=seed, quick=quick, **settings)
 
 
 def attacks_of(
@@ -146,7 +131,7 @@ def attacks_of(
         relearn("lora", "forget", learning_rate=5e-4),
         relearn("weights", "retain", learning_rate=5e-5),
         relearn("weights", "unrelated", learning_rate=5e-5),
-        LogitLens(),
+        inside.LogitLens(),
     ]
 
 
@@ -162,11 +147,8 @@ def audit_models(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Audit models that are loaded one at a time; other arguments and errors are :func:`audit`'s.
-
-    loaders: of ROLES, the retain model's perhaps missing: what gives the model on its device.
-    """
-    keys = {attack.key for attack in attacks} | {depth.KEY}
+    """Audit models that are loaded one at a time, each by a function of its role; the rest is :func:`audit`'s."""
+    keys = {attack.key for attack in attacks} | {inside.DEPTH}
     if only is not None:
         if unknown := set(only) - keys:
             raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(keys))}")
@@ -175,11 +157,9 @@ def audit_models(
     stages = None if folder is None else private_folder(Path(folder)) / STAGES
     outcomes: dict[str, list[Outcome]] = {}
     models: dict[str, Any] = {}
-    patches: dict[str, depth.Patch] = {}
+    patches: dict[str, inside.Patch] = {}
     patched: dict[str, Outcome] = {}
-    for role in _TURNS:
-        if role not in loaders:
-            continue
+    for role in (turn for turn in _TURNS if turn in loaders):
         model = loaders[role]()
         check_model(model, data.tokenizer, [row.example for row in data.rows], _NAMES[role])
         fingerprint = fingerprint_model(model)
@@ -196,14 +176,14 @@ def audit_models(
         outcomes[role] = list(map(run, tqdm(attacks, desc=role, disable=not progress, leave=False)))
         if role == "original":
             patched = {source: run(patch) for source, patch in patches.items()}
-        elif "retain" in loaders and depth.KEY in keys:
-            states = depth.states_of(model, data, batch_tokens=batch_tokens, progress=progress)
-            patches[role] = depth.Patch(fingerprint, states)
+        elif "retain" in loaders and inside.DEPTH in keys:
+            states = inside.states_of(model, data, batch_tokens=batch_tokens, progress=progress)
+            patches[role] = inside.Patch(fingerprint, states)
         del model, run
     roles = [role for role in ROLES if role in models]
     compared = [(attack.described, {role: outcomes[role][i] for role in roles}) for i, attack in enumerate(attacks)]
-    if depth.KEY in keys:
-        compared.append((depth.DESCRIBED, depth.compare_states(patched)))
+    if inside.DEPTH in keys:
+        compared.append((inside.DESCRIBED, inside.compare_states(patched)))
     report = {
         "format": FORMAT,
         "seed": seed,
@@ -213,7 +193,7 @@ def audit_models(
         "secrets": [asdict(secret) | {"question": data.rows[secret.row].question} for secret in data.secrets],
         "marked": sorted(set(data.marked)),
         "left_out": {"told_by_their_question": data.told_by_question, "repeated": data.repeated},
-        "attacks": [row for described, of_roles in compared for row in _compare(described, of_roles, data, seed)],
+        "attacks": [row for described, of_roles in compared for row in _compare(described, of_roles, seed)],
         "notes": _notes(data, "retain" in roles),
         "versions": {"palu": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -226,10 +206,7 @@ def audit_models(
 def _kept_or_run(
     attack: Attack, model: CausalLM, data: AuditData, key: dict[str, Any], stages: Path | None, progress: bool
 ) -> Outcome:
-    """Read what an earlier audit kept of this attack on this model, or make it and keep it.
-
-    key: what the outcome depends on, beside the attack.
-    """
+    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it."""
     if (skip_reason := attack.skip_reason(data, model)) is not None:
         return skip_reason
     key = key | {
@@ -253,34 +230,27 @@ def _write(path: Path, value: Any) -> None:
 
 
 # --- the models compared ---
-def _compare(
-    described: dict[str, Any], outcomes: Mapping[str, Outcome], data: AuditData, seed: int
-) -> list[dict[str, Any]]:
+def _compare(described: dict[str, Any], outcomes: Mapping[str, Outcome], seed: int) -> list[dict[str, Any]]:
     """Make the rows of the table: one for each finding of an attack, or one that says why it was not made."""
     reasons = {role: outcome for role, outcome in outcomes.items() if isinstance(outcome, str)}
     if reasons:
         of_all = len(set(reasons.values())) == 1 and len(reasons) == len(outcomes)
         reason = "; ".join(set(reasons.values()) if of_all else (f"{role}: {why}" for role, why in reasons.items()))
         return [{"name": described["attack"].replace("-", ": ", 1), **described, **_skipped(reason)}]
-    rows = []
-    for of_models in zip(*outcomes.values(), strict=True):
-        findings: dict[str, Finding] = dict(zip(outcomes, of_models, strict=True))
-        rows.append({"name": findings["unlearned"].name, **described, **_verdict(findings, data, seed)})
-    return rows
+    by_row = [dict(zip(outcomes, findings, strict=True)) for findings in zip(*outcomes.values(), strict=True)]
+    return [{"name": findings["unlearned"].name, **described, **_verdict(findings, seed)} for findings in by_row]
 
 
 def _skipped(reason: str) -> dict[str, Any]:
-    return {"rho": asdict(NO_RHO), "verdict": "not told", "reason": f"skipped: {reason}", "models": {}}
+    return {"rho": asdict(Rho()), "verdict": "not told", "reason": f"skipped: {reason}", "models": {}}
 
 
-def _verdict(findings: Mapping[str, Finding], data: AuditData, seed: int) -> dict[str, Any]:
-    columns = [finding.values for finding in findings.values()]
-    asked = [i for i in range(len(data.secrets)) if all(values[i] is not None for values in columns)]
+def _verdict(findings: Mapping[str, Finding], seed: int) -> dict[str, Any]:
+    by_secret = zip(*(finding.values for finding in findings.values()), strict=True)
+    asked = [values for values in by_secret if None not in values]
     if not asked:
         return _skipped("it cannot be made on any secret")
-    shares = {
-        role: [value for i in asked if (value := finding.values[i]) is not None] for role, finding in findings.items()
-    }
+    shares = dict(zip(findings, zip(*asked, strict=True), strict=True))
     found = rho(shares["unlearned"], shares["original"], shares.get("retain"), seed=seed)
     verdict, reason = found.verdict, None
     if found.value is None:
@@ -288,11 +258,10 @@ def _verdict(findings: Mapping[str, Finding], data: AuditData, seed: int) -> dic
     figures = findings["unlearned"].figures
     if verdict == "held" and figures.get("utility", 1.0) < BROKEN * figures.get("utility unrounded", 0.0):
         verdict, reason = "not told", "the rounded model is broken (see its utility), so it would tell nothing"
-    models = {}
-    for role, finding in findings.items():
-        parts = asdict(finding)
-        del parts["name"]
-        models[role] = {"told": mean(shares[role]), **parts}
+    models = {
+        role: {"told": mean(shares[role]), "values": one.values, "evidence": one.evidence, "figures": one.figures}
+        for role, one in findings.items()
+    }
     return {"rho": asdict(found), "verdict": verdict, "reason": reason, "secrets": len(asked), "models": models}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows,
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
-from palu.models.generation import answer_ends, prompt_of
+from palu.models.generation import prompt_of
 
 SHOTS = 5  # rows of the retain set that are put in front of a question
 _STAND_IN = "The"  # an answer that any tokenizer joins to the blank before it
@@ -35,7 +35,6 @@ class AuditRow:
     answer: str  # the true one
     example: Example  # prompt and true answer, every answer token labelled with its id
     paraphrases: tuple[str, ...]  # the question in other words
-    rendered: bool  # the prompt has its special tokens in it: nothing can be put in front of it or into its question
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,8 @@ class AuditData:
     A marked span that the messages before the answer tell already is no secret: nobody could know whether the model
     gave it away. A text that is marked twice in one answer is one secret, at its first place.
 
-    Args:
-        forget: rows of text with ``secret`` or ``spans``, as :func:`palu.data.load_forget` takes them; perhaps with
-            ``paraphrased_question``.
-        retain, tokenizer, chat_template_kwargs: as for :func:`palu.audit`.
-
-    Raises:
-        DataError: a row cannot be used or is in both sets (it is named), or there is no secret.
-        ValueError: chat_template_kwargs are not valid.
+    Arguments are :func:`palu.audit`'s. Raises DataError where a row cannot be used or is in both sets (it is named),
+    or there is no secret, ValueError for chat_template_kwargs that are not valid.
     """
 
     def __init__(
@@ -82,18 +75,18 @@ class AuditData:
         self.secrets: list[Secret] = []
         self.marked: list[str] = []
         self.told_by_question = self.repeated = 0
+        self.unchangeable: str | None = None  # which row's prompt allows nothing in front of it or in its question
         self.retain: list[Mapping[str, Any]] = []
         asked, kept = RowHashes(), RowHashes()
-        numbered = list(iterate_rows(forget, "forget"))
-        if not numbered:
-            raise DataError("forget set is empty; give at least one row")
-        renderer, rendered = Renderer(tokenizer, chat_template_kwargs), []
-        for number, where, columns in numbered:
+        renderer, given, rendered = Renderer(tokenizer, chat_template_kwargs), [], []
+        for number, where, columns in iterate_rows(forget, "forget"):
             if "input_ids" in columns:
                 raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
+            given.append(columns)
             rendered.append(renderer.render(number, where, columns, forget=True))
-        encoded = encode(rendered, tokenizer, forget=True)
-        for text, example, (_, _, columns) in zip(rendered, encoded, numbered, strict=True):
+        if not rendered:
+            raise DataError("forget set is empty; give at least one row")
+        for columns, text, example in zip(given, rendered, encode(rendered, tokenizer, forget=True), strict=True):
             asked.append(example)
             self._add(text, example, columns)
         if not self.secrets:
@@ -133,33 +126,15 @@ class AuditData:
         if not secrets:
             return
         self.secrets += secrets
-        self.rows.append(
-            AuditRow(
-                columns,
-                text.where,
-                conversation[-2]["content"],
-                answer,
-                example.whole_answer(),
-                paraphrases_of(columns, text.where),
-                rendered=text.complete and prompt is not None and text.text == prompt + answer,
-            )
-        )
-
-    @property
-    def stop_ids(self) -> set[int]:
-        """Tokens that end an answer: the tokenizer's, and the chat template's."""
-        return answer_ends([row.example for row in self.rows], self.tokenizer)
+        if text.complete and prompt is not None and text.text == prompt + answer and self.unchangeable is None:
+            self.unchangeable = f"the prompt of {text.where} has special tokens in it, and cannot be changed"
+        question, paraphrases = conversation[-2]["content"], paraphrases_of(columns, text.where)
+        self.rows.append(AuditRow(columns, text.where, question, answer, example.whole_answer(), paraphrases))
 
     @property
     def prompts(self) -> list[Tensor]:
         """Each row's prompt [t]."""
         return [prompt_of(row.example) for row in self.rows]
-
-    @property
-    def unchangeable(self) -> str | None:
-        """Say which row's prompt cannot be changed, the first of them; None: all can."""
-        row = next((row for row in self.rows if row.rendered), None)
-        return None if row is None else f"the prompt of {row.where} has special tokens in it, and cannot be changed"
 
     @cached_property
     def forget_digest(self) -> str:
@@ -172,7 +147,7 @@ class AuditData:
         """Hash the retain set."""
         return json_digest([dict(row) for row in self.retain])
 
-    def encode_prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def encode_prompts(self, rows: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Tokenise the prompts [t] of rows, whose answers do not matter."""
         named = ((f"prompt {i}", with_answer(row, _STAND_IN)) for i, row in enumerate(rows))
         return [prompt_of(example) for example in self._examples(named)]

@@ -12,14 +12,13 @@ from functools import cache
 
 import numpy as np
 
+_missing: ImportError | None = None
 try:
     from rouge_score.rouge_scorer import RougeScorer
     from scipy.stats import hmean, ks_2samp
     from sklearn.metrics import roc_auc_score
 except ImportError as error:
-    _missing: ImportError | None = error
-else:
-    _missing = None
+    _missing = error
 
 K = 0.4  # share of tokens that Min-K and Min-K++ look at
 _TINY = 1e-10  # open-unlearning's guard against division by zero; its published numbers contain it
@@ -48,18 +47,18 @@ def extraction_strength(correct: Sequence[bool] | np.ndarray) -> float:
     return 1.0 - (int(wrong[-1]) + 1) / len(correct) if len(wrong) else 1.0
 
 
-def min_k(log_prob: Values, k: float = K) -> float:
-    """Min-K (arXiv 2310.16789): minus the mean of the lowest max(1, int(k n)) token log-probabilities."""
-    return -float(np.sort(np.asarray(log_prob))[: max(1, int(k * len(log_prob)))].mean())
+def min_k(log_prob: Values) -> float:
+    """Min-K (arXiv 2310.16789): minus the mean of the lowest max(1, int(K n)) token log-probabilities."""
+    return -float(np.sort(np.asarray(log_prob))[: max(1, int(K * len(log_prob)))].mean())
 
 
-def min_k_plus_plus(log_prob: Values, mean: Values, variance: Values, k: float = K) -> float:
+def min_k_plus_plus(log_prob: Values, mean: Values, variance: Values) -> float:
     """Min-K++ (arXiv 2404.02936): Min-K of (log p - mu) / sqrt(max(var, 1e-6)), per token.
 
     ``mean`` and ``variance`` are those of log p over the vocabulary, under p.
     """
     deviation = np.sqrt(np.maximum(np.asarray(variance), 1e-6))
-    return min_k((np.asarray(log_prob) - np.asarray(mean)) / deviation, k)
+    return min_k((np.asarray(log_prob) - np.asarray(mean)) / deviation)
 
 
 def zlib_score(nll: float, text: str) -> float:

@@ -16,7 +16,7 @@ from palu.data.files import DataError
 from palu.data.rows import after_examples
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
-from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
+from palu.evaluate.language import LANGUAGE, WordList, add_language_figures
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
 from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, raw_examples, token_scores
 from palu.evaluate.summarize import (
@@ -24,9 +24,10 @@ from palu.evaluate.summarize import (
     SIDES,
     Source,
     complete,
+    entry,
     load_retain_results,
     membership_entry,
-    rouge_entry,
+    rouge_value,
 )
 from palu.hashing import json_digest
 from palu.models.generation import Generation, answer_ends, eval_mode, generate, generate_answers
@@ -42,8 +43,13 @@ _SETS = {
     "privleak_forget": ("text",),
     "privleak_holdout": ("text",),
 }
-# The sets of questions, and the entries of what is answered.
-_KNOWMEM = {f"knowmem_{side}_qa": f"{side}_knowmem_ROUGE" for side in ("forget", "retain")}
+_KNOWMEM = ("knowmem_forget_qa", "knowmem_retain_qa")
+# The sets that the model continues or answers, and the entries of what it writes.
+_WRITTEN = {
+    "verbmem_forget": "forget_verbmem_ROUGE",
+    "knowmem_forget_qa": "forget_knowmem_ROUGE",
+    "knowmem_retain_qa": "retain_knowmem_ROUGE",
+}
 _FIX = "use the sets of MUSE-News"
 
 
@@ -96,11 +102,9 @@ def muse_news(
     model's. Raw texts are never put into a chat template; questions are where there is one.
 
     Args:
-        model, tokenizer: as for :func:`palu.evaluate.tofu`.
         data: see :func:`load_muse_news`.
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
-        language, batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
         max_length: tokens of a PrivLeak text that are looked at.
 
@@ -108,11 +112,7 @@ def muse_news(
         As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, the language
         figures of each (forget_verbmem_no_word, ...), mia_min_k, privleak and ``palu``.
 
-    Raises:
-        ValueError: an unknown language; retain results that do not fit; a tokenizer that does not;
-            log-probabilities that are not finite.
-        DataError: a row without a needed column, or too short.
-        TypeError: a model without a linear head.
+    Other arguments, and errors, are those of :func:`palu.evaluate.tofu`; DataError, too, for a text that is too short.
     """
     metrics.require_packages()
     started = time.perf_counter()
@@ -126,7 +126,13 @@ def muse_news(
     recited = raw("verbmem_forget", "prompt")
     check_model(model, tokenizer, [example for examples in texts.values() for example in examples])
     model = base_of(model)
-    asked = {name: _questions(sets, name, tokenizer, chat_template_kwargs) for name in _KNOWMEM}
+    asked = {}
+    for name in _KNOWMEM:
+        rows, shots = (
+            [{column: row[column] for column in _SETS[name]} for row in sets[which]] for which in (name, f"{name}_icl")
+        )
+        named = ((f"{name} row {i}", after_examples(row, shots, tokenizer, name)) for i, row in enumerate(rows))
+        asked[name] = answer_examples(named, tokenizer, chat_template_kwargs)
 
     metadata = {
         "benchmark": "MUSE-News",
@@ -139,9 +145,6 @@ def muse_news(
     }
     indices = {f"mia_min_k of the {side} set": set(map(str, range(len(texts[side])))) for side in SIDES}
     retain = load_retain_results(retain_results, metadata, indices)
-    rows = {"forget_verbmem_ROUGE": [(row["prompt"], row["gt"]) for row in sets["verbmem_forget"]]}
-    rows |= {_KNOWMEM[name]: [(row["question"], row["answer"]) for row in sets[name]] for name in _KNOWMEM}
-    language_figures = LanguageFigures(words, rows)
 
     results: Results = {}
     work = sum(map(len, (*texts.values(), recited, *asked.values())))
@@ -156,31 +159,21 @@ def muse_news(
 
         prompts, ends = [example.input_ids for example in recited], answer_ends((), tokenizer)
         written = {
-            "forget_verbmem_ROUGE": generate(model, tokenizer, prompts, ends, max_new_tokens=verbmem_tokens, **settings)
+            "verbmem_forget": generate(model, tokenizer, prompts, ends, max_new_tokens=verbmem_tokens, **settings)
         }
         for name, examples in asked.items():
             answers = generate_answers(model, tokenizer, examples, max_new_tokens=knowmem_tokens, **settings)
-            written[_KNOWMEM[name]] = list(map(_first_line, answers))
+            written[name] = list(map(_first_line, answers))
 
-    for name, generations in written.items():
-        results[name] = rouge_entry(generations, [truth for _, truth in rows[name]])
-    results |= language_figures.entries(results, retain)
-    completed = complete(results, retain, language_figures.reasons() | {"privleak": NO_RETAIN_AUC})
-    return completed | {"palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}}
-
-
-def _questions(
-    sets: Mapping[str, list[Row]],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: Mapping[str, Any] | None,
-) -> list[Example]:
-    """Tokenise the questions after their in-context examples, as a conversation where there is a chat template."""
-    asked, shots = (
-        [{column: row[column] for column in _SETS[name]} for row in sets[which]] for which in (name, f"{name}_icl")
-    )
-    named = ((f"{name} row {i}", after_examples(row, shots, tokenizer, name)) for i, row in enumerate(asked))
-    return answer_examples(named, tokenizer, chat_template_kwargs)
+    in_words: dict[str, list[tuple[str, str]]] = {}
+    for name, of_set in _WRITTEN.items():
+        asking, truth = _SETS[name]
+        in_words[of_set] = [(row[asking], row[truth]) for row in sets[name]]
+        each = zip(written[name], sets[name], strict=True)
+        results[of_set] = entry(rouge_value(one, row[truth]) for one, row in each)
+    reasons = add_language_figures(results, retain, in_words, words) | {"privleak": NO_RETAIN_AUC}
+    seconds = round(time.perf_counter() - started, 2)
+    return complete(results, retain, reasons) | {"palu": metadata | {"seconds": seconds}}
 
 
 def _first_line(answer: Generation) -> Generation:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -20,36 +20,26 @@ from palu.data.tokenize import check_tokenizer
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results
 from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, token_scores
-from palu.evaluate.summarize import OTHERS, complete, entry, rouge_entry
+from palu.evaluate.summarize import OTHERS, complete, entry, rouge_value
 from palu.hashing import json_digest
 from palu.models.generation import bound_on_answers, eval_mode, generate_answers
 from palu.models.lora import CausalLM, base_of, separate
 
-Kind: TypeAlias = Literal["forget", "retain"]
-
-__all__ = ["KINDS", "METRICS", "OTHERS", "QuestionRows", "evaluate_models", "question_metrics", "questions", "table_of"]
-
-KINDS: tuple[Kind, ...] = ("forget", "retain")
+KINDS = ("forget", "retain")
 # The entries of each kind, and which of their values is the figure.
 METRICS = {"told": "score", "Q_A_Prob": "prob", "Q_A_ROUGE": "rougeL_recall", "extraction_strength": "score"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its true answer.
+    """A question with its true answer."""
 
-    where: its row's name in errors.
-    question: what stands before the answer: the last message.
-    marked: the texts that ``secret`` or ``spans`` mark.
-    secrets: the texts of these spans that the messages before the answer do not tell already.
-    """
-
-    where: str
-    kind: Kind
-    question: str
+    where: str  # its row's name in errors
+    kind: str  # of KINDS
+    question: str  # the last message before the answer
     answer: str
-    marked: list[str]
-    secrets: list[str]
+    marked: list[str]  # the texts that ``secret`` or ``spans`` mark
+    secrets: list[str]  # of these spans those that the messages before the answer do not tell already
 
 
 class QuestionRows:
@@ -60,7 +50,6 @@ class QuestionRows:
             column ``kind`` says "forget" or "retain"; where it is missing, a row with a secret is of the first kind and
             one without of the second.
         tokenizer: of all models, a fast one.
-        chat_template_kwargs: what the chat template is given beside the messages.
 
     Raises:
         DataError: a row cannot be used (it is named), or there is none.
@@ -83,10 +72,10 @@ class QuestionRows:
             conversation, _, answer = conversation_of(columns, where)
             marks = any(columns.get(name) is not None for name in ("secret", "spans"))
             spans = marked_spans(columns, answer, where) if marks else []
+            marked = marked_texts(columns, answer, where) if marks else []
             kind = columns.get("kind") or ("forget" if spans else "retain")
             if kind not in KINDS:
                 raise DataError(f"{where}: column 'kind' is {kind!r}; give {' or '.join(KINDS)}, or leave it out")
-            marked = marked_texts(columns, answer, where) if marks else []
             secrets = dict.fromkeys(answer[start:end] for start, end in spans)
             untold = [secret for secret in secrets if not stands_in(secret, text_before(conversation))]
             self.questions.append(Question(where, kind, conversation[-2]["content"], answer, marked, untold))
@@ -111,12 +100,10 @@ def questions(
     """Evaluate a model on questions of one's own, beside the model before unlearning and one that never saw the facts.
 
     Args:
-        model: the unlearned model, on its device.
-        tokenizer, rows: see :class:`QuestionRows`.
+        rows: see :class:`QuestionRows`.
         original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         retain_model: a model that never saw what was to be forgotten.
         max_new_tokens: bound on an answer's length; None: twice the longest true one, at most 200.
-        batch_tokens, chat_template_kwargs, progress: as for :func:`palu.evaluate.tofu`.
 
     Returns:
         For each kind of rows ("forget", "retain") the entries ``{kind}_told`` (share of the row's secrets that are in
@@ -125,17 +112,13 @@ def questions(
         ``value_by_index``, by the row's number, and ``agg_value``, the mean. Under ``original`` and ``retain_model``
         are the same entries of these models; under ``palu`` stand the rows and what was evaluated how.
 
-    Raises:
-        DataError, ValueError, TypeError: as :class:`QuestionRows` and :func:`palu.evaluate.tofu`.
+    Other arguments, and errors, are those of :func:`palu.evaluate.tofu` and :class:`QuestionRows`.
     """
     given = separate(model=model, original=original, retain_model=retain_model)
-    return evaluate_models(
-        {name: partial(given.__getitem__, name) for name in given},
-        QuestionRows(rows, tokenizer, chat_template_kwargs),
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        progress=progress,
-    )
+    loaders = {name: partial(given.__getitem__, name) for name in given}
+    asked = QuestionRows(rows, tokenizer, chat_template_kwargs)
+    settings: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+    return evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, **settings)
 
 
 def evaluate_models(
@@ -146,10 +129,7 @@ def evaluate_models(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Results:
-    """Evaluate models that are loaded one at a time; the rest is :func:`questions`.
-
-    loaders: of "model", and perhaps of OTHERS: what gives the model on its device.
-    """
+    """Evaluate models that are loaded one at a time, "model" and perhaps OTHERS; the rest is :func:`questions`."""
     metrics.require_packages()
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
@@ -164,13 +144,13 @@ def evaluate_models(
             metadata = fingerprint(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
         found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)
         del model
-    asked = rows.questions
-    names = ("question", "answer", "marked", "kind")
+    asked = [asdict(one) for one in rows.questions]
+    hashed = [[one[name] for one in asked] for name in ("question", "answer", "marked", "kind")]
     about = {
         "benchmark": "questions",
-        "examples": {kind: [one.kind for one in asked].count(kind) for kind in KINDS},
-        "rows": [{name: getattr(one, name) for name in ("kind", "question", "marked", "secrets")} for one in asked],
-        "data_sha256": json_digest([[getattr(one, name) for one in asked] for name in names])[:16],
+        "examples": {kind: [one["kind"] for one in asked].count(kind) for kind in KINDS},
+        "rows": [{name: one[name] for name in ("kind", "question", "marked", "secrets")} for one in asked],
+        "data_sha256": json_digest(hashed)[:16],
         "max_new_tokens": tokens,
         **metadata,
         "seconds": round(time.perf_counter() - started, 2),
@@ -202,29 +182,24 @@ def _evaluate(
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
         scores = token_scores(base, rows.examples, [one.where for one in rows.questions], **settings)
         answers = generate_answers(base, rows.tokenizer, rows.examples, max_new_tokens=max_new_tokens, **settings)
+    values: list[dict[str, dict[str, Any]]] = []
+    for asked, score, answer in zip(rows.questions, scores, answers, strict=True):
+        told = [secret for secret in asked.secrets if stands_in(secret, answer.text)]
+        values.append(
+            {
+                "told": {"score": len(told) / len(asked.secrets) if asked.secrets else None, "told": told},
+                "Q_A_Prob": {"prob": score.probability, "avg_loss": score.nll},
+                "Q_A_ROUGE": rouge_value(answer, asked.answer),
+                "extraction_strength": {"score": memorisation(score)["extraction_strength"]},
+            }
+        )
     results: Results = {}
     for kind in KINDS:
         chosen = [i for i, one in enumerate(rows.questions) if one.kind == kind]
-        if not chosen:
-            continue
-        told = [_told(rows.questions[i].secrets, answers[i].text) for i in chosen]
-        probabilities = [{"prob": scores[i].probability, "avg_loss": scores[i].nll} for i in chosen]
-        strengths = [{"score": memorisation(scores[i])["extraction_strength"]} for i in chosen]
-        truths = [rows.questions[i].answer for i in chosen]
-        results |= {
-            f"{kind}_told": entry(told, chosen),
-            f"{kind}_Q_A_Prob": entry(probabilities, chosen),
-            f"{kind}_Q_A_ROUGE": rouge_entry([answers[i] for i in chosen], truths, chosen),
-            f"{kind}_extraction_strength": entry(strengths, chosen),
-        }
+        for metric in METRICS if chosen else ():
+            results[f"{kind}_{metric}"] = entry((values[i][metric] for i in chosen), chosen)
     reasons = {f"{kind}_told": "no row has a secret that its question does not tell" for kind in KINDS}
     return complete(results, None, reasons)
-
-
-def _told(secrets: Sequence[str], text: str) -> dict[str, Any]:
-    """Say which secrets a text tells: their share, None where there are none."""
-    given = [secret for secret in secrets if stands_in(secret, text)]
-    return {"score": len(given) / len(secrets) if secrets else None, "told": given}
 
 
 def table_of(results: Results) -> dict[str, Any]:

@@ -82,16 +82,12 @@ def token_scores(
     So the result does not depend on the batch size, but for rounding.
 
     Args:
-        examples: of :func:`palu.data.examples.load_retain`; the result has their order.
-        names: how to call each one in an error.
+        names: how to call each example in an error: ValueError, for log-probabilities that are not finite.
         batch_tokens: tokens per pass (a longer text has a pass of its own).
         marginal: float32 [V] on the model's device, to which the distribution at each labelled token is added.
-
-    Raises:
-        ValueError: log-probabilities that are not finite.
     """
     head, score_rows = head_of(model), partial(_score_rows, marginal=marginal)
-    scores: list[TokenScores | None] = [None] * len(examples)
+    scores: dict[int, TokenScores] = {}
     with use_packed_attention(model):
         for group in batches_by_length([len(example.input_ids) for example in examples], batch_tokens):
             items = list(retain_items(examples[i] for i in group))
@@ -105,7 +101,7 @@ def token_scores(
                     )
                 scores[i] = TokenScores(part[0], part[1].bool(), part[2], part[3])
             bar.update(len(group))
-    return [score for score in scores if score is not None]
+    return [scores[i] for i in range(len(examples))]
 
 
 def memorisation(score: TokenScores) -> dict[str, float]:
@@ -121,11 +117,11 @@ def memorisation(score: TokenScores) -> dict[str, float]:
 
 
 def raw_examples(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int | None = None
 ) -> list[Example]:
     """Tokenise plain texts, without any template, as examples with every token but the first labelled.
 
-    At most ``max_length`` tokens are kept; an end of sequence that the tokenizer adds is not.
+    An end of sequence that the tokenizer adds is not kept.
     """
     check_tokenizer(tokenizer)
     examples = []

@@ -97,7 +97,10 @@ def aggregate_of(name: str, entry: Mapping[str, Any]) -> float | None:
         counts = [(len(value["found"]), value["words"]) for value in _by_index(entry).values()]
         words = sum(count for _, count in counts)
         return sum(found for found, _ in counts) / words if words else None
-    return mean([np.mean(value) for value in _values(entry, _statistic(name))])
+    statistic = "prob" if name.endswith("Prob") else "score"
+    if name.endswith("ROUGE"):
+        statistic = "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
+    return mean([np.mean(value) for value in _values(entry, statistic)])
 
 
 def truth_ratios(results: Results, name: str) -> dict[str, float]:
@@ -134,14 +137,10 @@ _SHARED = (  # key of the metadata, its name, what to do where it differs
 def load_retain_results(
     source: Source | None, metadata: Mapping[str, Any], indices: Mapping[str, set[str]]
 ) -> Results | None:
-    """Load the retain model's results, if they are given, and check that they can be compared with a model's.
+    """Load the retain model's results, if they are given. Raises ValueError where they do not fit a model's.
 
-    Args:
-        metadata: the model's, as under the results' "palu" key; what either side lacks is not compared.
-        indices: of the model's examples in "forget_truth_ratio" and, by side, "mia_min_k of the ... set"; an empty set
-            is not compared.
-
-    Raises ValueError where they do not fit.
+    metadata: the model's, as under the results' "palu" key; what either side lacks is not compared.
+    indices: of the model's examples, as :func:`_indices` names them; an empty set is not compared.
     """
     if source is None:
         return None
@@ -180,16 +179,11 @@ def entry(values: Iterable[Mapping[str, Any]], indices: Iterable[int] | None = N
     return {"value_by_index": {str(index): dict(value) for index, value in pairs}}
 
 
-def rouge_entry(
-    generations: Iterable[Generation], truths: Iterable[str], indices: Iterable[int] | None = None
-) -> dict[str, Any]:
-    """Make the entry of generations: the ROUGE of each, the true answer and the text."""
-    values = []
-    for generation, truth in zip(generations, truths, strict=True):
-        text = generation.text.strip()
-        written = {"ground_truth": truth, "generation": text, "cut_off": generation.cut_off}
-        values.append({**metrics.rouge(text, truth), **written})
-    return entry(values, indices)
+def rouge_value(generation: Generation, truth: str) -> dict[str, Any]:
+    """Make the value of a generation: its ROUGE, the true answer and the text."""
+    text = generation.text.strip()
+    given = {"ground_truth": truth, "generation": text, "cut_off": generation.cut_off}
+    return {**metrics.rouge(text, truth), **given}
 
 
 def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:
@@ -213,13 +207,6 @@ def complete(results: Results, retain: Results | None, reasons: Mapping[str, str
             aggregates["reason"] = reasons[name]
         completed[name] = aggregates | results.get(name, {})
     return dict(sorted(completed.items()))
-
-
-def _statistic(name: str) -> str:
-    """Name the per-example value whose mean is an entry's aggregate."""
-    if name.endswith("ROUGE"):
-        return "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
-    return "prob" if name.endswith("Prob") else "score"
 
 
 def _by_index(entry: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,27 +6,19 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from palu.data.examples import answer_examples
 from palu.data.files import DataError
-from palu.data.tokenize import Example
 from palu.evaluate import metrics
-from palu.evaluate.language import LANGUAGE, LanguageFigures, WordList
+from palu.evaluate.language import LANGUAGE, WordList, add_language_figures
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
-from palu.evaluate.scores import (
-    BATCH_TOKENS,
-    TokenScores,
-    check_model,
-    fingerprint,
-    memorisation,
-    token_scores,
-)
+from palu.evaluate.scores import BATCH_TOKENS, TokenScores, check_model, fingerprint, memorisation, token_scores
 from palu.evaluate.summarize import (
     NO_RETAIN,
     NO_RETAIN_AUC,
@@ -38,7 +30,7 @@ from palu.evaluate.summarize import (
     load_retain_results,
     membership_entry,
     normalised_probabilities,
-    rouge_entry,
+    rouge_value,
     truth_ratios,
 )
 from palu.hashing import json_digest
@@ -60,11 +52,10 @@ _FIX = "fill it in, or use TOFU's perturbed sets, which have it"
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 _SUFFIX = {"answer": "Prob", "paraphrased_answer": "PARA_Prob", "perturbed_answer": "PERT_Prob"}
-_WRITTEN = ("forget_Q_A_ROUGE", "retain_Q_A_ROUGE")  # whose generations the language figures are of
+_WRITTEN = ("forget", "retain")  # whose generations the language figures are of
 
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, str]  # of a set and one of its columns of answers
-_MEMBERS: tuple[Key, ...] = (("forget", "answer"), ("holdout", "answer"))  # what the attacks tell apart
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class TofuData:
     """TOFU's sets, each a list of rows.
 
     Every row has ``question``, ``answer`` and ``perturbed_answer`` (a list of wrong answers), in ``forget`` and
-    ``retain`` also ``paraphrased_answer``. Rows of ``holdout``, which no model has seen, need question and answer only.
+    ``retain`` also ``paraphrased_answer``. Rows of ``holdout``, which no model has seen, need the first two only.
     Any set but ``forget`` may be empty; what depends on it is then null.
     """
 
@@ -146,18 +137,16 @@ def tofu(
         forget, data: see :func:`load_tofu`. With TofuData given, ``forget`` is not used.
         retain_results: this function's results, or open-unlearning's log, for the model trained without the forget
             set (dict, or path to .json or .json.gz). Without them forget quality is null.
-        language: of the word list that the share of broken words is measured with, such as "de"; None leaves
-            it out. What counts as a word: :mod:`palu.evaluate.language`.
-        max_new_tokens: bound on a generation.
+        language: of the word list for the share of broken words, such as "de" (:mod:`palu.evaluate.language`); None
+            leaves it out.
         batch_tokens: tokens per forward pass; decoding takes eight times as many.
         chat_template_kwargs: what the chat template is given beside the messages.
-        progress: show a progress bar.
 
     Returns:
         Metric -> ``{"agg_value", "value_by_index": {"0": {...}, ...}}`` as in open-unlearning's logs, ready for JSON;
         where ``agg_value`` is None, ``reason`` tells why. ``forget_quality_ks`` is the distance D behind the p-value
-        ``forget_quality``. The figures of :mod:`palu.evaluate.language` (``forget_no_word``, ...) hold the retain
-        model's beside them, as ``retain_model``. ``palu`` holds benchmark, split, sizes, model, seconds and versions.
+        ``forget_quality``. The language figures (``forget_no_word``, ...) hold the retain model's beside them, as
+        ``retain_model``. ``palu`` holds benchmark, split, sizes, model, seconds and versions.
 
     Raises:
         ValueError: an unknown split or language; retain results that do not fit; a tokenizer that does not;
@@ -169,8 +158,10 @@ def tofu(
     started = time.perf_counter()
     words = None if language is None else WordList(language)
     sets: Mapping[str, Sequence[Row]] = vars(load_tofu(forget, data))
-    answers = _answers(sets, tokenizer, chat_template_kwargs)
-    check_model(model, tokenizer, _examples(answers))
+    pairs = _pairs(sets)
+    examples = {key: answer_examples(of_key, tokenizer, chat_template_kwargs) for key, of_key in pairs.items()}
+    scored = list(chain.from_iterable(examples.values()))
+    check_model(model, tokenizer, scored)
     model = base_of(model)
 
     metadata = {
@@ -185,80 +176,48 @@ def tofu(
     compared = {"forget_truth_ratio": "forget", "mia_min_k of the holdout set": "holdout"}
     indices = {one: set(map(str, range(len(sets[name])))) for one, name in compared.items()}
     retain = load_retain_results(retain_results, metadata, indices)
-    written = {f"{PREFIX[name]}_Q_A_ROUGE": [(row["question"], row["answer"]) for row in sets[name]] for name in PREFIX}
-    language_figures = LanguageFigures(words, {name: written[name] for name in _WRITTEN})
 
-    asked = {name: answers[name, "answer"] for name in PREFIX}
-    work = len(_examples(answers)) + len(_examples(asked))
-    with tqdm(total=work, desc="TOFU", disable=not progress) as bar, eval_mode(model):
+    answered = {name: examples[name, "answer"] for name in PREFIX}
+    asked = list(chain.from_iterable(answered.values()))
+    # All columns together, so that texts of one length share a batch.
+    with tqdm(total=len(scored) + len(asked), desc="TOFU", disable=not progress) as bar, eval_mode(model):
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
-        scores = _score(model, answers, **settings)
-        generations = _parted(
-            generate_answers(model, tokenizer, _examples(asked), max_new_tokens=max_new_tokens, **settings), asked
-        )
+        names = [where for of_key in pairs.values() for where, _ in of_key]
+        scores = _parted(token_scores(model, scored, names, **settings), examples)
+        written = generate_answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, **settings)
 
     results = _of_answers(sets, scores)
-    for (name, rows), of_set in zip(written.items(), generations.values(), strict=True):
-        results[name] = rouge_entry(of_set, [answer for _, answer in rows])
-    for attack in ATTACKS:
-        results[f"mia_{attack}"] = membership_entry(
-            *(_membership(attack, scores[key], answers[key].texts) for key in _MEMBERS)
-        )
-    results["privleak"] = {}
-    results |= language_figures.entries(results, retain)
-    completed = complete(results, retain, language_figures.reasons() | _reasons(sets, results))
-    return completed | {"palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}}
+    for name, generations in _parted(written, answered).items():
+        each = zip(generations, sets[name], strict=True)
+        results[f"{PREFIX[name]}_Q_A_ROUGE"] = entry(rouge_value(one, row["answer"]) for one, row in each)
+    in_words = {f"{name}_Q_A_ROUGE": [(row["question"], row["answer"]) for row in sets[name]] for name in _WRITTEN}
+    reasons = add_language_figures(results, retain, in_words, words) | _reasons(sets, results)
+    return complete(results, retain, reasons) | {
+        "palu": metadata | {"seconds": round(time.perf_counter() - started, 2)}
+    }
 
 
-# --- the model's part ---
-@dataclass(frozen=True)
-class _Answers:
-    """The answers of one column, tokenised with their questions."""
-
-    names: list[str]  # for errors
-    texts: list[str]
-    examples: Sequence[Example]
-
-
-def _answers(
-    sets: Mapping[str, Sequence[Row]],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: Mapping[str, Any] | None,
-) -> dict[Key, _Answers]:
-    """Tokenise every answer to score."""
-    answers = {}
-    for name, columns in COLUMNS.items():
-        for column in columns[1:]:
-            pairs = [
-                (f"{name} row {number} ({column})", {"question": row["question"], "answer": answer})
-                for number, row in enumerate(sets[name])
-                for answer in ([row[column]] if isinstance(row[column], str) else row[column])
-            ]
-            examples = answer_examples(pairs, tokenizer, chat_template_kwargs)
-            texts = [pair["answer"] for _, pair in pairs]
-            answers[name, column] = _Answers([where for where, _ in pairs], texts, examples)
-    return answers
+def _pairs(sets: Mapping[str, Sequence[Row]]) -> dict[Key, list[tuple[str, Row]]]:
+    """List every question with each answer to score, and how to call it in an error."""
+    return {
+        (name, column): [
+            (f"{name} row {number} ({column})", {"question": row["question"], "answer": answer})
+            for number, row in enumerate(sets[name])
+            for answer in ([row[column]] if isinstance(row[column], str) else row[column])
+        ]
+        for name, columns in COLUMNS.items()
+        for column in columns[1:]
+    }
 
 
-def _examples(answers: Mapping[Any, _Answers]) -> list[Example]:
-    return [example for part in answers.values() for example in part.examples]
-
-
-def _parted(values: Iterable[T], answers: Mapping[Any, _Answers]) -> dict[Any, list[T]]:
-    """Part what was computed for all answers together."""
+def _parted(values: Iterable[T], parts: Mapping[Any, Sequence[Any]]) -> dict[Any, list[T]]:
+    """Part what was computed for all parts together."""
     each = iter(values)
-    return {key: list(islice(each, len(part.examples))) for key, part in answers.items()}
+    return {key: list(islice(each, len(part))) for key, part in parts.items()}
 
 
-def _score(model: PreTrainedModel, answers: Mapping[Key, _Answers], **settings: Any) -> dict[Key, list[TokenScores]]:
-    """Score the answers of all columns together, so that texts of one length share a batch."""
-    names = [name for part in answers.values() for name in part.names]
-    return _parted(token_scores(model, _examples(answers), names, **settings), answers)
-
-
-# --- values ---
 def _of_answers(sets: Mapping[str, Sequence[Row]], scores: Mapping[Key, list[TokenScores]]) -> Results:
-    """Compute probabilities, truth ratios, exact memorisation and extraction strength of each example."""
+    """Make the entries of what was scored: probabilities, truth ratios, memorisation and membership."""
     results: Results = {}
     for (name, column), of_column in scores.items():
         values: list[dict[str, Any]] = [{"prob": score.probability, "avg_loss": score.nll} for score in of_column]
@@ -272,19 +231,18 @@ def _of_answers(sets: Mapping[str, Sequence[Row]], scores: Mapping[Key, list[Tok
         results[name] = entry({"score": ratio} for ratio in truth_ratios(results, name).values())
     for name in NORMALISED:
         results[name] = entry({"prob": p} for p in normalised_probabilities(results, name).values())
-    memorised = [memorisation(score) for score in scores["forget", "answer"]]
+    forget, holdout = (
+        [
+            {"loss": score.nll, "zlib": metrics.zlib_score(score.nll, row["answer"]), **memorisation(score)}
+            for score, row in zip(scores[name, "answer"], sets[name], strict=True)
+        ]
+        for name in ("forget", "holdout")
+    )
     for name in ("exact_memorization", "extraction_strength"):
-        results[name] = entry({"score": one[name]} for one in memorised)
-    return results
-
-
-def _membership(attack: str, scores: Sequence[TokenScores], texts: Sequence[str]) -> list[float]:
-    """Compute an attack's score of each text, higher for a text that the model has not seen."""
-    if attack == "loss":
-        return [score.nll for score in scores]
-    if attack == "zlib":
-        return [metrics.zlib_score(score.nll, text) for score, text in zip(scores, texts, strict=True)]
-    return [memorisation(score)[attack] for score in scores]
+        results[name] = entry({"score": one[name]} for one in forget)
+    for attack in ATTACKS:
+        results[f"mia_{attack}"] = membership_entry(*([one[attack] for one in texts] for texts in (forget, holdout)))
+    return results | {"privleak": {}}
 
 
 def _reasons(sets: Mapping[str, Sequence[Row]], results: Results) -> dict[str, str]:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 import torch
-from helpers import planted
-from helpers.planted import (
-    FORGET,
-    RETAIN,
-    SECRETS,
-    attack,
-    data,
-    hides_from_greedy,
-    never_saw,
-    original,
-    tokenizer,
-    victim,
-)
+from helpers.planted import FORGET, RETAIN, SECRETS, attack, data, hides_from_greedy, never_saw, original, tokenizer
+from helpers.planted import victim as attacked
 from helpers.tiny import tiny_llama
 from tqdm import tqdm
 
@@ -32,7 +22,7 @@ from palu.attacks.ask import (
     OnsetInAnswer,
     OnsetInQuestion,
     Sample,
-    ks,
+    leak_at_k,
 )
 from palu.attacks.attack import Attack
 from palu.attacks.secrets import AuditData
@@ -127,8 +117,12 @@ def test_leak_at_k_is_made_of_the_counts() -> None:
     assert findings == again != other
 
 
-def test_ks() -> None:
-    assert [ks(draws) for draws in (1, 2, 3, 5, 16)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 8, 16]]
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_leak_at_k_is_the_share_of_subsets_that_tell(n: int) -> None:
+    for c, k in product(range(n + 1), range(1, n + 1)):
+        draws = [True] * c + [False] * (n - c)
+        subsets = list(combinations(draws, k))
+        assert leak_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 @torch.no_grad()
@@ -146,10 +140,10 @@ def test_exact_p_is_the_product_after_the_true_words() -> None:
 
 
 # --- with the onset ---
-@pytest.mark.parametrize("model", ["original", "never_saw", "hides_from_greedy"])
-def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> None:
-    of = data()
-    findings = attack(OnsetInAnswer(20), getattr(planted, model)())
+@pytest.mark.parametrize("planted", [original, never_saw, hides_from_greedy])
+def test_one_scored_pass_tells_what_greedy_decoding_would_write(planted: Any) -> None:
+    of, model = data(), planted()
+    findings = attack(OnsetInAnswer(20), model)
     # No more is supplied than the longest secret has.
     assert [finding.name for finding in findings] == [f"onset: {j} in the answer" for j in range(6)]
     for j, finding in enumerate(findings):
@@ -158,7 +152,7 @@ def test_one_scored_pass_tells_what_greedy_decoding_would_write(model: str) -> N
                 assert value is None
                 continue
             ids = of.rows[secret.row].example.input_ids
-            (rest,) = victim(getattr(planted, model)()).generate([ids[: secret.first + j]], len(secret) - j)
+            (rest,) = attacked(model).generate([ids[: secret.first + j]], len(secret) - j)
             assert value == float(rest.ids == ids[secret.first + j : secret.stop].tolist())
     assert len(attack(OnsetInAnswer(2), never_saw())) == 3
 

@@ -17,7 +17,7 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
 from palu.attacks.ask import AskGreedily, Sample
-from palu.attacks.depth import Patch
+from palu.attacks.inside import Patch
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.run import NO_RETAIN_MODEL
@@ -130,10 +130,7 @@ def test_a_model_that_breaks_when_it_is_rounded_has_not_forgotten() -> None:
     figures = row["models"]["unlearned"]["figures"]
     assert row["models"]["unlearned"]["told"] == 0
     assert figures["utility"] < 0.5 * figures["utility unrounded"]
-    assert (row["verdict"], row["reason"]) == (
-        "not told",
-        "the rounded model is broken (see its utility), so it would tell nothing",
-    )
+    assert row["verdict"] == "not told" and row["reason"].startswith("the rounded model is broken (see its utility)")
 
 
 def test_rho_is_measured_from_the_retain_model() -> None:
@@ -200,20 +197,15 @@ class Made(list[str]):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     made = Made()
+    for attack in (AskGreedily, Sample, Quantise, Relearn, Patch):
 
-    def counted(attack: type[Any]) -> None:
-        attack_run = attack.run
-
-        def run(self: Any, victim: Any) -> Any:
+        def run(self: Any, victim: Any, attack_run: Any = attack.run) -> Any:
             made.append(self.key)
             if len(made) == made.kill_at:
                 raise KeyboardInterrupt
             return attack_run(self, victim)
 
         monkeypatch.setattr(attack, "run", run)
-
-    for attack in (AskGreedily, Sample, Quantise, Relearn, Patch):
-        counted(attack)
     return made
 
 

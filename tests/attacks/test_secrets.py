@@ -12,6 +12,7 @@ from palu.data.files import DataError
 from palu.data.rows import after_examples, with_question
 
 ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}
+TOKENISED = {"input_ids": [1, 2], "labels": [-100, 2]}
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat."} for i in range(2)]
 TOKENIZERS = {
     "llama 3": lambda: byte_level(LLAMA3),
@@ -75,11 +76,8 @@ def test_a_document_without_a_bos() -> None:
 
 
 def test_paraphrases() -> None:
-    rows = [
-        ROW | {"paraphrased_question": "By whom?"},
-        ROW | {"paraphrased_question": ["By whom?", "Whose is it?"]},
-        ROW,
-    ]
+    given = {"paraphrased_question": "By whom?"}, {"paraphrased_question": ["By whom?", "Whose is it?"]}, {}
+    rows = [ROW | one for one in given]
     assert [row.paraphrases for row in data(rows).rows] == [("By whom?",), ("By whom?", "Whose is it?"), ()]
     assert data(rows).forget_digest != data([ROW] * 3).forget_digest
 
@@ -90,19 +88,11 @@ def test_paraphrases() -> None:
         ([], None, "forget set is empty; "),
         ([ROW | {"spans": []}], None, "forget set has no secret; "),
         ([ROW | {"question": "Did Ada Lovelace, in 1843?"}], None, "forget set has no secret (2 spans are in their "),
-        (
-            [{"input_ids": [1], "labels": [1]}],
-            None,
-            "forget row 0: the audit compares texts, and this row is tokenised",
-        ),
+        ([TOKENISED], None, "forget row 0: the audit compares texts, and this row is tokenised"),
         ([ROW, ROW | {"paraphrased_question": ["Who?", 3]}], None, "forget row 1: column 'paraphrased_question' must "),
         ([ROW | {"spans": [[0, 99]]}], None, "forget row 0: span [0, 99] ends after the answer (41 characters); "),
         ([ROW], [{"question": "Why?", "answer": 1}], "retain row 0: column 'answer' must be a string, got int; "),
-        (
-            [ROW],
-            [{"input_ids": [1, 2], "labels": [-100, 2]}],
-            "retain row 0: the audit puts retain rows into prompts, and this one is tokenised",
-        ),
+        ([ROW], [TOKENISED], "retain row 0: the audit puts retain rows into prompts, and this one is tokenised"),
     ],
 )
 def test_refused(rows: Any, retain: Any, message: str) -> None:
@@ -140,6 +130,6 @@ def test_with_question() -> None:
 
 def test_a_rendered_prompt_is_told_from_others() -> None:
     rendered = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    rows = [{"prompt": prompt, "completion": "Ada wrote it.", "spans": [[0, 3]]} for prompt in (rendered, "Who? ")]
-    assert [row.rendered for row in data(rows).rows] == [True, False]
-    assert [row.rendered for row in data([ROW, *rows[1:]], byte_level(None)).rows] == [False, False]
+    plain, special = ({"prompt": p, "completion": "Ada wrote it.", "spans": [[0, 3]]} for p in ("Who? ", rendered))
+    assert str(data([ROW, plain, special]).unchangeable).startswith("the prompt of forget row 2 has special tokens")
+    assert data([ROW, plain]).unchangeable is data([ROW, plain], byte_level(None)).unchangeable is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.benchmark_data import greedy, llama_for, small_muse_news
 from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
-from helpers.tiny import overfit, tiny_llama
+from helpers.tiny import overfit
 
 from palu.data.files import DataError
 from palu.evaluate import load_muse_news, muse_news, summarize
@@ -101,6 +101,7 @@ def test_results_survive_json_and_serve_as_retain_results(tmp_path: Path) -> Non
     again = quick(model, tokenizer, retain_results=tmp_path / "retain.json")
     assert again["privleak"]["agg_value"] == 0
     assert summarize(again, results) == {name: one["agg_value"] for name, one in again.items() if name != "palu"}
+    assert all(again[f"{name}_no_word"]["agg_value"] > 0.2 for name in ("forget_verbmem", "retain_knowmem"))
     assert set(again) == {
         *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"),
         *("mia_min_k", "privleak", "palu"),
@@ -117,15 +118,12 @@ def test_results_survive_json_and_serve_as_retain_results(tmp_path: Path) -> Non
 def test_input_that_cannot_be_used(chat: tuple[Any, Any]) -> None:
     model, tokenizer = copy.deepcopy(chat)
     for change, message in (
-        ({"verbmem_forget": []}, "verbmem_forget set is missing or empty"),
         ({"verbmem_forget": [{"prompt": "a"}]}, "verbmem_forget row 0: column 'gt' is missing"),
         ({"knowmem_retain_qa": ["a"]}, "knowmem_retain_qa row 0: column 'question' is missing"),
         ({"privleak_holdout": ["The cat sat", "a"]}, "privleak_holdout row 1: 1 tokens cannot be scored; give a lon"),
     ):
         with pytest.raises(DataError, match=message):
             quick(model, tokenizer, small_muse_news() | change)
-    with pytest.raises(ValueError, match="load the tokenizer that belongs to the model"):
-        quick(tiny_llama(), tokenizer)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"gives privleak_forget row \d+ log-probabilities that are not finite"):

@@ -1,18 +1,15 @@
-"""Look inside: the unlearning depth score (UDS, arXiv 2605.24614): states of one model are patched into another.
+"""Look inside: the logit lens, and the unlearning depth score (UDS, arXiv 2605.24614).
 
-It says how much of what the original knows is gone from the unlearned model's states. One layer's output of the
+The score says how much of what the original knows is gone from the unlearned model's states. One layer's output of the
 original is replaced at the positions that predict the secret's tokens, the true answer given. The drop is what that
 takes from the mean log-probability of these tokens: S1[l] with the retain model's states of layer l, S2[l] with the
-unlearned model's. Over the layers with S1 > THRESHOLD
+unlearned model's. Over the layers with S1 > THRESHOLD (a secret without one does not count)
 
     UDS = sum S1 clip(S2 / S1, 0, 1) / sum S1,
 
-0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. A secret without
-such a layer does not count. What is compared between models is 1 - UDS, the part that is left: by definition 1 for the
-original and 0 for the retain model, so that rho is the mean of 1 - UDS.
-
-As in the paper, the score is a secret's, and the mean over secrets comes last. Unlike its published code, the last
-layer's output is taken before the final norm, too.
+0 where the states hold what the original's hold, 1 where they hold no more than the retain model's. What is compared
+between models is 1 - UDS: by definition 1 for the original and 0 for the retain model, so that rho is its mean over
+secrets. Unlike in the paper's published code, the last layer's output is taken before the final norm, too.
 """
 
 from __future__ import annotations
@@ -38,15 +35,68 @@ from palu.models.generation import DECODING_FACTOR, eval_mode
 from palu.models.head import body_of, head_of, layers_of, map_logits, nll
 from palu.models.lora import CausalLM, base_of
 
-KEY = "inside-depth"
+# What bodies of transformers call the norm after their last layer.
+NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
+
+DEPTH = "inside-depth"
 BUDGET = "the weights of all three models: states of the other two patched into the original, a layer at a time"
 THRESHOLD = 0.05  # nats that a token costs on average: below it, a layer has no part in telling a secret
-DESCRIBED = {"attack": KEY, "budget": BUDGET, "settings": {"threshold": THRESHOLD}}
+DESCRIBED = {"attack": DEPTH, "budget": BUDGET, "settings": {"threshold": THRESHOLD}}
 
 States: TypeAlias = "list[Tensor] | str"  # every layer's output, [layers, t, d] for each secret; or why there are none
 
 
-# --- the score ---
+# --- the logit lens ---
+@dataclass(frozen=True)
+class LogitLens(Attack):
+    """A secret is seen where, at one layer, each of its tokens is among the ``top`` likeliest.
+
+    Every layer's state at the token before (the true words before it given) goes through the final norm and the head.
+    The last layer's is what the model itself predicts.
+    """
+
+    top: int = 10
+    key = "lens"
+    budget = "the weights: each token of the secret, after the true ones before it, among the {top} of a layer"
+
+    def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
+        if _final_norm(model) is None:
+            kind = type(body_of(model)).__name__
+            return f"{kind} has no norm after its last layer that is called {', '.join(NORMS[:-1])} or {NORMS[-1]}"
+        return None
+
+    @torch.no_grad()
+    def run(self, victim: Victim) -> list[Finding]:
+        model, body, norm, head = victim.model, body_of(victim.model), _final_norm(victim.model), head_of(victim.model)
+        assert norm is not None
+        evidence = []
+        with eval_mode(model):
+            for secret in victim.data.secrets:
+                ids = victim.data.rows[secret.row].example.input_ids[: secret.stop].to(model.device)
+                output = body(input_ids=ids[None, :-1], use_cache=False, output_hidden_states=True)
+                # The embeddings come first and the last layer's state, which may be past the norm or not, last.
+                part = (0, slice(secret.first - 1, None))
+                layers = [*(norm(state[part]) for state in output.hidden_states[1:-1]), output.last_hidden_state[part]]
+                tokens = ids[secret.first :].repeat(len(layers))
+                ranks = map_logits(_rank, torch.cat(layers), head, tokens, CHUNK_BYTES)
+                worst = ranks.view(len(layers), -1).amax(1).tolist()  # of each layer
+                evidence.append({"layer": worst.index(min(worst)) + 1, "rank": min(worst)})  # the lowest of equals
+                victim.bar.update()
+        values: list[float | None] = [float(one["rank"] <= self.top) for one in evidence]
+        return [Finding(f"inside: logit lens, top {self.top}", values, evidence)]
+
+
+def _rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """Rank each label, 1 the likeliest."""
+    return (logits > logits.gather(1, labels[:, None])).sum(1) + 1
+
+
+def _final_norm(model: CausalLM) -> nn.Module | None:
+    body = body_of(model)
+    return next((norm for name in NORMS if isinstance(norm := getattr(body, name, None), nn.Module)), None)
+
+
+# --- the depth score ---
 def compare_states(patched: Mapping[str, Outcome]) -> dict[str, Outcome]:
     """Make each model's finding, or say what lacks, from what :class:`Patch` gave by role of the source."""
     if "retain" not in patched:
@@ -103,6 +153,14 @@ def _keep(states: list[Tensor], rows: list[int], layer: int, hidden: Tensor) -> 
     states.append(hidden[0].cpu())
 
 
+def _patch(states: Tensor, rows: list[int], layer: int, hidden: Tensor) -> Tensor | None:
+    if layer not in rows:
+        return None
+    hidden = hidden.clone()
+    hidden[rows.index(layer)] = states[layer].to(hidden)
+    return hidden
+
+
 @dataclass
 class Patch(Attack):
     """An attack on the original: what it loses when one layer's states are another model's, for each layer.
@@ -114,7 +172,7 @@ class Patch(Attack):
 
     source: str
     states: InitVar[States]
-    key = KEY
+    key = DEPTH
     budget = BUDGET
 
     def __post_init__(self, states: States) -> None:
@@ -132,19 +190,12 @@ class Patch(Attack):
 
     @torch.no_grad()
     def run(self, victim: Victim) -> list[Finding]:
+        assert not isinstance(self._states, str)  # else it is skipped
         model, data = victim.model, victim.data
         head, evidence = head_of(model), []
         with eval_mode(model):
             for secret, states in zip(data.secrets, self._states, strict=True):
-
-                def patch(rows: list[int], layer: int, hidden: Tensor, states: Any = states) -> Tensor | None:
-                    if layer not in rows:
-                        return None
-                    hidden = hidden.clone()
-                    hidden[rows.index(layer)] = states[layer].to(hidden)
-                    return hidden
-
-                last = torch.cat(list(_passes(model, data, secret, victim.batch_tokens, patch)))
+                last = torch.cat(list(_passes(model, data, secret, victim.batch_tokens, partial(_patch, states))))
                 tokens = data.rows[secret.row].example.input_ids[secret.first : secret.stop].to(last.device)
                 nlls = map_logits(nll, last.flatten(0, 1), head, tokens.repeat(len(last)), CHUNK_BYTES)
                 means = -nlls.view(len(last), -1).double().mean(1).cpu()
@@ -164,11 +215,8 @@ def _passes(
 
     What comes before them cannot see what is patched into them, and runs once; its keys and values are taken over.
     States are taken as they are replaced, in batches of one shape, so that rounding makes no difference between two
-    models that are the same. The rows come in parts where a batch would hold more tokens than in decoding.
-
-    function: is given a part's rows, a layer and its output [rows, t, d], and may return another one.
-
-    Yields each part's last hidden states [rows, t, d].
+    models that are the same. The rows come in parts where a batch would hold more tokens than in decoding: the function
+    gets a part's rows, a layer and its output [rows, t, d], and may return another one; the last states are yielded.
     """
     body, layers = body_of(model), layers_of(body_of(model))
     ids = data.rows[secret.row].example.input_ids[: secret.stop - 1].to(model.device)
