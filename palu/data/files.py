@@ -105,8 +105,7 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
                     raise DataError(f"{subject}: {problem}; save it with commas (.csv) or tabs (.tsv)")
             continue
         if len(values) != len(header):
-            problem = f"{len(values)} fields under a header of {len(header)}"
-            raise DataError(f"{subject}: {problem}; {fix}")
+            raise DataError(f"{subject}: {len(values)} fields under a header of {len(header)}; {fix}")
         yield f" (line {line})", {c: _cell(c, v, subject) for c, v in zip(header, values, strict=True)}
 
 

@@ -64,16 +64,6 @@ class Items(RaggedSequence[Item]):
     def __len__(self) -> int:
         return len(self._targets)
 
-    def __add__(self, others: Sequence[Item]) -> Items:
-        """Return a copy with others after these."""
-        both, others = Items(), Items.of(others)
-        for part in (self, others):
-            both.input_ids.extend(part.input_ids)
-            both.rows.extend(part.rows)
-            both.example_lengths.extend(part.example_lengths)
-            both._targets.extend(part._targets)
-        return both
-
     @property
     def tokens(self) -> Tensor:
         """The tokens of each item, int64 [items]."""

@@ -230,8 +230,7 @@ class Renderer:
         if tokenizer is None:
             raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
         if not tokenizer.is_fast:
-            fix = "load a fast one (one with a tokenizer.json)"
-            raise DataError(f"{where}: a slow tokenizer gives no offsets; {fix}")
+            raise DataError(f"{where}: a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)")
         if tokenizer.eos_token_id is None:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
@@ -373,5 +372,4 @@ def check_string(value: Any, subject: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
-        problem = f"has half a surrogate pair at character {error.start}"
-        raise DataError(f"{subject} {problem}; repair the text") from None
+        raise DataError(f"{subject} has half a surrogate pair at character {error.start}; repair the text") from None

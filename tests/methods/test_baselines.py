@@ -27,8 +27,8 @@ from palu.data.tokenize import Example
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
 from palu.models.head import head_of
-from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
+from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 
 # What the methods' authors set.

@@ -28,7 +28,7 @@ from palu.data.packing import Item, forget_items
 from palu.models.generation import encode_prompts
 from palu.ref_model import precompute
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
-from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.storage import ReferenceCache
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 

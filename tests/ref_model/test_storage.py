@@ -31,10 +31,9 @@ from palu.methods import METHODS
 from palu.methods.base import ForgetSet
 from palu.models.attention import use_packed_attention
 from palu.ref_model import precompute
-from palu.ref_model.cache import ReferenceOutputs, read_cache
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
-from palu.ref_model.storage import CacheFile, open_cache_file, reference_key
+from palu.ref_model.storage import CacheFile, ReferenceOutputs, open_cache_file, reference_key
 
 RUN_AGAIN = "delete it to have the reference run again"
 
@@ -190,7 +189,7 @@ def test_answers_from_the_file_are_those_in_memory(
     written = outputs_of(model, items, config, file)
     assert same(in_memory, written)
     assert same(in_memory[2:4], [written[2], written[-5]]) and len(written) == 8
-    read = read_cache(file, config.reference.fields, items)
+    read = file.read(config.reference.fields, items)
     assert read is not None and same(in_memory, read.outputs)
 
 
