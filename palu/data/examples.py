@@ -36,7 +36,6 @@ class ExampleRows(RaggedSequence[Example]):
         self.offsets.append(() if example.offsets is None else example.offsets.flatten())
 
     def make(self, i: int) -> Example:
-        """Make example ``i``."""
         offsets = self.offsets[i].view(-1, 2)
         return Example(self.rows[i], self.input_ids[i], self.labels[i], offsets if len(offsets) else None)
 

@@ -156,10 +156,10 @@ class Method(ModelRoot):
         return Reference()
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
-        """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
+        """Return the terms of the loss from the hidden states [R, d] of the batch's rows, but for those of weight 0.
 
-        A term whose setting is 0 is left out. Losses of single rows come as a :class:`RowTerm`: all of these share one
-        pass over the head, a gathered one (:data:`palu.losses.GatheredTerm`) first.
+        All that are a :class:`RowTerm` share one pass over the head, a gathered one
+        (:data:`palu.losses.GatheredTerm`) first.
         """
         raise NotImplementedError
 
@@ -172,12 +172,10 @@ class Method(ModelRoot):
         return self.batch_losses(work, *counts) if isinstance(work, Batch) else super().forward(work)
 
     def batch_losses(self, batch: Batch, counts: Tensor) -> Losses:
-        """Compute the losses of a micro-batch.
+        """Compute the losses of a micro-batch on the model's device.
 
-        Args:
-            batch: on the model's device.
-            counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
-                step, by which the sums over this micro-batch are divided; a 0 counts as 1.
+        ``counts``: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation step,
+        by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
         hidden, head = self.hidden_states(batch.packed).index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())

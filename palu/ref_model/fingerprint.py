@@ -56,7 +56,6 @@ class Fingerprints:
 
     @cached_property
     def retain(self) -> str:
-        """The tokenised retain set."""
         return digest(Items.of(self._retain).flat())
 
     @cached_property

@@ -58,7 +58,6 @@ class ReferenceOutputs(RaggedSequence[dict[str, Tensor]]):
         return self.items
 
     def make(self, i: int) -> dict[str, Tensor]:
-        """Return item ``i``'s fields by name."""
         return {name: tensor[starts[i] : starts[i + 1]] for name, tensor, starts in self.fields}
 
 
