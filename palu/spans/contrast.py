@@ -89,14 +89,11 @@ def contrast_words(
     rows: Sequence[tuple[str, Mapping[str, Any]]],
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Word]]:
-    """Score every word of the answers of rows of text, in two teacher-forced passes over these answers.
-
-    rows: (name in errors, columns) each.
+    """Score every word of the answers of rows of text, (name in errors, columns) each, in two teacher-forced passes.
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """
