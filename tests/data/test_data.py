@@ -164,11 +164,6 @@ def test_ten_rows_with_cut_spans_are_named() -> None:
     assert load_retain([{"input_ids": IDS * 2, "labels": [-100, *IDS[1:]] * 2}], None, max_length=4).cut_rows == ()
 
 
-def test_empty_retain_set_is_returned() -> None:
-    loaded = load_retain([], None, max_length=99)
-    assert (list(loaded.examples), loaded.skipped, loaded.without_span) == ([], 0, 0)
-
-
 # --- chat templates ---
 def test_values_for_the_chat_template() -> None:
     dated = small.byte_level(small.DATED)

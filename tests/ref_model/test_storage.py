@@ -33,7 +33,7 @@ from palu.models.attention import use_packed_attention
 from palu.ref_model import precompute
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
-from palu.ref_model.storage import CacheFile, ReferenceOutputs, open_cache_file, reference_key
+from palu.ref_model.storage import CacheFile, ReferenceOutputs, reference_key
 
 RUN_AGAIN = "delete it to have the reference run again"
 
@@ -274,16 +274,6 @@ def test_the_key_has_nothing_else_in_it() -> None:
     assert key_of(**entropy) == key_of(**entropy, target="local_mean")
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
-
-
-def test_where_it_is_kept() -> None:
-    def place(**settings: Any) -> Path | None:
-        file = open_cache_file(UnlearnConfig(**settings), "0" * 64)
-        return None if file is None else file.path.parent
-
-    assert place() is None
-    assert place(cache_dir="a") == Path("a") == place(cache_dir="a", checkpoint_dir="b")
-    assert place(checkpoint_dir="b") == Path("b")
 
 
 # --- What is refused ---
