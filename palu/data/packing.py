@@ -38,10 +38,7 @@ class Item:
 
 
 class Items(RaggedSequence[Item]):
-    """Many items, of which each is made when it is asked for.
-
-    They take 4 bytes for each token and each row with a role, and 32 for each item.
-    """
+    """Many items, each made when it is asked for: 4 bytes for each token and row with a role, and 32 for each item."""
 
     def __init__(self, items: Iterable[Item] = ()):
         self.input_ids, self.rows, self.example_lengths = Ragged(), Ragged(), Ragged()

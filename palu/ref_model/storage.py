@@ -105,10 +105,7 @@ class CacheFile:
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
-        """Hold the file's lock on this machine within the block: of several runs, one writes it.
-
-        A process that dies gives its lock up.
-        """
+        """Hold the file's lock on this machine within the block, or until the process dies: of several runs one writes."""
         lock = FileLock(self._beside("lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

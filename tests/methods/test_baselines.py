@@ -209,9 +209,8 @@ def test_steps_equal_the_textbook(objective: str, settings: dict) -> None:
 def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> None:
     """Seven examples (DPO: three) by two; means and preferences are of the whole step, the reference is the start."""
     parts = 2 if objective == "dpo" else 4
-    assert_textbook(
-        objective, {}, "itself", batch_size=2, retain_batch_size=8 // parts, gradient_accumulation_steps=parts
-    )
+    run = {"batch_size": 2, "retain_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    assert_textbook(objective, {}, "itself", **run)
 
 
 # --- Around the losses ---

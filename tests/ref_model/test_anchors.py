@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from helpers import anchor_runs
 from helpers.anchor_runs import TOKENIZER, llama, writer
-from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.runs import TEXT_RETAIN
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import forget_rows, same_weights, weights
 from transformers import LlamaForCausalLM
@@ -23,7 +23,6 @@ from transformers import LlamaForCausalLM
 import palu
 from palu import DataError
 from palu.config import UnlearnConfig
-from palu.data.examples import load_forget
 from palu.data.packing import Item
 from palu.models.generation import encode_prompts
 from palu.ref_model import precompute
@@ -178,23 +177,6 @@ def test_retain_is_none(written: list[list[Item]]) -> None:
     assert result.summary["retain_examples"] == 0
     assert [record["retain"] for record in result.history] == [0] * STEPS
     assert result.summary["config"]["anchors"] is None
-
-
-def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list[list[Item]]) -> None:
-    settings = {"epochs": 1, "batch_size": 3, "retain_batch_size": 16, "max_grad_norm": 1e9}
-    with_anchors = unlearn(**settings)
-    (items,) = written
-    forget = load_forget(TEXT_FORGET, TOKENIZER, max_length=200).examples
-    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in forget]
-    for item in items:
-        labels = torch.full_like(item.input_ids, -100)
-        labels[item.rows + 1] = -200
-        rows.append({"input_ids": item.input_ids, "labels": labels})
-    by_hand = unlearn(forget=rows, retain=[], lambda_retain=0, epochs=1, batch_size=len(rows), max_grad_norm=1e9)
-    (one,), (other,) = with_anchors.history, by_hand.history
-    assert one["tokens"] == other["tokens"] > 0
-    for name in ("loss", "local", "kl", "grad_norm"):
-        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(("given", "asked_for"), [({"anchors": 3}, 3), ({}, DRAWN)])
