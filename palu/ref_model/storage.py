@@ -105,7 +105,7 @@ class CacheFile:
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
-        """Hold the file's lock on this machine within the block, or until the process dies: of several runs one writes."""
+        """Hold the file's lock on this machine within the block, at most while the process lives."""
         lock = FileLock(self._beside("lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
