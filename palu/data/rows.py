@@ -78,8 +78,8 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
             f"{name} set is a mapping with {', '.join(map(str, source)) or 'nothing'}; give one split, "
             "a list of rows, or a mapping with input_ids and labels"
         )
-    keys = [key for key in ("input_ids", "labels", "attention_mask") if source.get(key) is not None]
-    columns = {key: source[key] for key in keys}
+    keys = "input_ids", "labels", "attention_mask"
+    columns = {key: source[key] for key in keys if source.get(key) is not None}
     sizes = {key: len(values) for key, values in columns.items()}
     if len(set(sizes.values())) > 1:
         subject = ", ".join(f"{key} {size}" for key, size in sizes.items())

@@ -30,14 +30,9 @@ def texts(row: dict[str, Any]) -> list[str]:
 
 # --- regex, whole ---
 def test_regex_marks_every_match() -> None:
-    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
-    assert texts(row) == ["Hina Ameen", "1975"] and row["answer"] == ANSWER
-    assert "spans" not in ROW
-
-
-def test_regex_that_finds_nothing_in_some_rows() -> None:
-    rows = palu.annotate([ROW, {"prompt": "Say: ", "completion": "no"}], "regex:Karachi")
-    assert texts(rows[0]) == ["Karachi"] and rows[1]["spans"] == []
+    rows = palu.annotate([ROW, {"prompt": "Say: ", "completion": "no"}], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
+    assert texts(rows[0]) == ["Hina Ameen", "1975"] and rows[1]["spans"] == []
+    assert rows[0]["answer"] == ANSWER and "spans" not in ROW
 
 
 def test_whole_leaves_the_blanks_at_the_edges() -> None:
