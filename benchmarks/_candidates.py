@@ -28,6 +28,7 @@ from palu.methods.palu import RECIPES, PaluMethod
 from palu.models.attention import use_packed_attention
 from palu.models.head import Head, body_of, head_of
 from palu.ref_model.precompute import compute_outputs
+from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 
 Run = Callable[[], object]
@@ -105,7 +106,8 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
             items = PaluMethod.make_items(ForgetSet(forget, vocab_size - 1), config)
             # The default keeps by the KL what the paper's loss keeps by cross-entropy.
             kept = [] if config is published else [anchor_item(e.input_ids, e.answer_start) for e in retain]
-            cache = compute_outputs(ref_model, items, config, Accelerator(), anchors=kept, neighbours=len(kept))
+            anchors = ReferenceCache(anchors=kept, neighbours=len(kept))
+            cache = compute_outputs(ref_model, items, config, Accelerator(), anchors)
             beside = retain_items([] if kept else retain)
             loaders.append(UnlearnDataLoader(items, beside, cache, config, pin_memory=pinned))
             parts = [collate(forget), collate(retain)]

@@ -62,13 +62,9 @@ def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
 
 
 def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[tuple[str, str]]) -> None:
-    """Warn of answers of the retain set that tell a secret of the forget set, naming rows of both.
+    """Warn of answers of the retain set that tell a secret of the forget set: (text, its row's name) each.
 
     Words that many answers hold are hardly secrets: those that few hold are named first.
-
-    Args:
-        secrets: texts of the forget set that are to be forgotten, each with its row's name.
-        answers: texts of the retain set, each with its row's name.
     """
     rows: dict[str, str] = {}
     by_start: dict[str, list[tuple[str, str]]] = {}  # so that an answer is compared with few secrets

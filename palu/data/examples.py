@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ class ExampleRows(RaggedSequence[Example]):
         self.offsets.append(() if example.offsets is None else example.offsets.flatten())
 
     def make(self, i: int) -> Example:
-        """Make example ``i``."""
         offsets = self.offsets[i].view(-1, 2)
         return Example(self.rows[i], self.input_ids[i], self.labels[i], offsets if len(offsets) else None)
 
@@ -46,27 +45,17 @@ class ExampleRows(RaggedSequence[Example]):
 
 @dataclass(frozen=True)
 class Examples:
-    """A loaded set, in the user's order.
-
-    source: what it was loaded from, to be read again; of an iterator, its rows.
-    loaded_with: of what the tokens depend on, ``max_length`` and ``chat_template_kwargs``.
-    skipped: rows left out because max_length cut off their whole answer.
-    without_span: forget examples in which no token is sensitive, cut off or not.
-    cut_rows: forget rows, in order, of which max_length cuts off a sensitive token; skipped ones are among them.
-    all_spans_cut: forget examples that have lost every sensitive token.
-    spans_length: the max_length that would cut off no sensitive token of these rows; 0 where there are none.
-    hashes: of all rows, those left out among them.
-    """
+    """A loaded set, in the user's order."""
 
     examples: Sequence[Example]
-    source: Any
-    loaded_with: dict[str, Any]
-    skipped: int
-    without_span: int
-    cut_rows: tuple[int, ...] = ()
-    all_spans_cut: int = 0
-    spans_length: int = 0
-    hashes: RowHashes = field(default_factory=RowHashes)
+    source: Any  # what it was loaded from, to be read again; of an iterator, its rows
+    loaded_with: dict[str, Any]  # of what the tokens depend on, ``max_length`` and ``chat_template_kwargs``
+    skipped: int  # rows left out because max_length cut off their whole answer
+    without_span: int  # forget examples in which no token is sensitive, cut off or not
+    cut_rows: tuple[int, ...]  # forget rows of which max_length cuts off a sensitive token, skipped ones among them
+    all_spans_cut: int  # forget examples that have lost every sensitive token
+    spans_length: int  # the max_length that would cut off no sensitive token of these rows; 0 where there are none
+    hashes: RowHashes  # of all rows, those left out among them
 
 
 def load_forget(
@@ -86,20 +75,17 @@ def load_forget(
         "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length, allow_cut_spans, chat_template_kwargs: see palu.settings.RunSettings.
-    warn: of rows that repeat an earlier one; of the first row where the text before the answer is not the prompt that
-        the chat template gives for generation; and, without a template, of the first completion that continues the last
-        word of its prompt.
+    warn: of rows that repeat an earlier one, and, once, of a prompt that is not as generation gives it
+        (palu.data.rows.Renderer).
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
-    A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank
-    ("Ada", "Lovelace") act as one. A sensitive label that equals the end-of-sequence token stays
-    here; palu.prefix_mask drops it.
+    A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank act as one. A
+    sensitive label that equals the end-of-sequence token stays here; palu.prefix_mask drops it.
 
-    Raises DataError, before anything is returned, if any row is unusable, if max_length cuts off
-    every answer, if no sensitive token is left, or if one is cut off and allow_cut_spans is False;
-    FileNotFoundError for a missing file; ValueError where source was loaded with other settings.
+    Raises DataError if any row is unusable, if max_length cuts off every answer, if no sensitive token is left, or if
+    one is cut off and allow_cut_spans is False; FileNotFoundError for a missing file; ValueError where source was
+    loaded with other settings.
     """
-    check_tokenizer(tokenizer)
     loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
@@ -131,7 +117,6 @@ def load_retain(
 
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
-    check_tokenizer(tokenizer)
     return _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=False)
 
 
@@ -201,6 +186,7 @@ def _load(
     warn: bool,
     forget: bool,
 ) -> Examples:
+    check_tokenizer(tokenizer)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
     name = "forget" if forget else "retain"

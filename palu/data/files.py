@@ -1,15 +1,4 @@
-"""Read rows from a file: JSONL, JSON, CSV, TSV or Parquet, by its suffix.
-
-==================== ====================================================================================
-suffix               rows
-==================== ====================================================================================
-``.csv``, ``.tsv``   one a line under a header, separated by commas (``.tsv``: tabs), UTF-8; lists (``spans``,
-                     ``messages``, ``input_ids``, ``labels``, ``attention_mask``) are JSON text, an empty one is
-                     missing; ``secret`` is a text as it is, or a JSON list of texts, or missing if empty
-``.parquet``         one a record; lists are lists (needs ``pyarrow``)
-any other            one JSON object a line (JSONL), or one list of them (JSON); UTF-8; blank lines are no rows
-==================== ====================================================================================
-"""
+"""Read rows from a file: JSONL, JSON, CSV, TSV or Parquet, by its suffix; docs/data.md says what each holds."""
 
 from __future__ import annotations
 
@@ -30,9 +19,7 @@ class DataError(ValueError):
 
 
 def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where it is, such as " (line 3)", the row) for each row of a file.
-
-    name: the set's, for errors.
+    """Yield (where it is, such as " (line 3)", the row) for each row of a file; ``name``: the set's, for errors.
 
     Raises DataError, naming file and line, where the file is not what its suffix says; FileNotFoundError and other
     OSErrors; ImportError where Parquet wants a package.
@@ -105,8 +92,7 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
                     raise DataError(f"{subject}: {problem}; save it with commas (.csv) or tabs (.tsv)")
             continue
         if len(values) != len(header):
-            problem = f"{len(values)} fields under a header of {len(header)}"
-            raise DataError(f"{subject}: {problem}; {fix}")
+            raise DataError(f"{subject}: {len(values)} fields under a header of {len(header)}; {fix}")
         yield f" (line {line})", {c: _cell(c, v, subject) for c, v in zip(header, values, strict=True)}
 
 
@@ -125,7 +111,7 @@ def _cell(column: str, value: str, subject: str) -> Any:
 
 
 def _texts(value: str) -> Any:
-    """Read a secret, "[redacted]" among them; a list is one only if it holds nothing but texts."""
+    """Read a secret: a text as it is, "[redacted]" among them, or a JSON list of nothing but texts."""
     if not value.strip():
         return None
     try:
@@ -145,7 +131,7 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from (("", row) for row in batch.to_pylist())
+    except FileNotFoundError:
+        raise
     except (ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise DataError(f"{name} set: {path} is not Parquet, or damaged ({error}); write it again") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -38,10 +38,7 @@ class Item:
 
 
 class Items(RaggedSequence[Item]):
-    """Many items, of which each is made when it is asked for.
-
-    They take 4 bytes for each token and each row with a role, and 32 for each item.
-    """
+    """Many items, each made when it is asked for: 4 bytes for each token and row with a role, and 32 for each item."""
 
     def __init__(self, items: Iterable[Item] = ()):
         self.input_ids, self.rows, self.example_lengths = Ragged(), Ragged(), Ragged()
@@ -58,21 +55,10 @@ class Items(RaggedSequence[Item]):
         return items if isinstance(items, Items) else cls(items)
 
     def make(self, i: int) -> Item:
-        """Make item ``i``."""
         return Item(self.input_ids[i], self.rows[i], self._targets[i], tuple(self.example_lengths[i].tolist()))
 
     def __len__(self) -> int:
         return len(self._targets)
-
-    def __add__(self, others: Sequence[Item]) -> Items:
-        """Return a copy with others after these."""
-        both, others = Items(), Items.of(others)
-        for part in (self, others):
-            both.input_ids.extend(part.input_ids)
-            both.rows.extend(part.rows)
-            both.example_lengths.extend(part.example_lengths)
-            both._targets.extend(part._targets)
-        return both
 
     @property
     def tokens(self) -> Tensor:
@@ -110,9 +96,7 @@ def forget_items(
 ) -> Items:
     """Make items with the onset tokens (first ``n`` of each span) as targets and the ordinary tokens as others.
 
-    Args:
-        onset: False: without targets.
-        most_ordinary: ordinary tokens per example, drawn by ``seed`` where there are more; None: all.
+    ``most_ordinary``: ordinary tokens per example, drawn by ``seed`` where there are more; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -130,8 +114,7 @@ def forget_items(
 
 def answer_items(examples: Iterable[Example]) -> Items:
     """Make items with every token of the answer as a target, end of sequence included."""
-    rows = ((example.input_ids, _answer_rows(example)) for example in examples)
-    return Items(Item(ids, targets, len(targets)) for ids, targets in rows)
+    return Items(replace(item, targets=len(item.rows)) for item in retain_items(examples))
 
 
 def retain_items(examples: Iterable[Example]) -> Items:

@@ -12,7 +12,7 @@ PARAPHRASES = "paraphrased_question"  # a question in other words, or a list of 
 
 
 def paraphrases_of(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Read a row's paraphrases of its question. Raises DataError where they are none."""
+    """Read a row's paraphrases of its question."""
     value: Any = columns.get(PARAPHRASES)
     value = value.tolist() if hasattr(value, "tolist") else value
     texts = [] if value is None else [value] if isinstance(value, str) else value
@@ -24,10 +24,7 @@ def paraphrases_of(columns: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def paraphrased_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Yield (row number, its name in errors, the row with another question) for each paraphrase of a set of texts.
-
-    source, errors: as of :func:`palu.data.rows.load_questions`.
-    """
+    """Yield (row number, its name in errors, the row with another question) for each paraphrase of a set of texts."""
     for row, where, columns in iterate_rows(source, name):
         for text in paraphrases_of(columns, where):
             yield row, where, with_question(columns, text)

@@ -30,12 +30,6 @@ class Ragged:
             self.values.extend(row)
         self.ends.append(len(self.values))
 
-    def extend(self, other: Ragged) -> None:
-        """Add all rows of another one."""
-        end = len(self.values)
-        self.values.extend(other.values)
-        self.ends.extend(end + one for one in other.ends[1:])
-
     def __getitem__(self, i: int) -> Tensor:
         start, end = self.ends[i], self.ends[i + 1]
         if start == end:  # of which torch makes no buffer

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,8 +78,8 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
             f"{name} set is a mapping with {', '.join(map(str, source)) or 'nothing'}; give one split, "
             "a list of rows, or a mapping with input_ids and labels"
         )
-    keys = [key for key in ("input_ids", "labels", "attention_mask") if source.get(key) is not None]
-    columns = {key: source[key] for key in keys}
+    keys = "input_ids", "labels", "attention_mask"
+    columns = {key: source[key] for key in keys if source.get(key) is not None}
     sizes = {key: len(values) for key, values in columns.items()}
     if len(set(sizes.values())) > 1:
         subject = ", ".join(f"{key} {size}" for key, size in sizes.items())
@@ -89,29 +89,22 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
 
 
 def text_rows(source: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
-    """Yield (its name in errors, its columns, its answer) for each row; the answer of a tokenised row is None.
-
-    source, errors: load_forget's, which checks the rows further.
-    """
+    """Yield (its name in errors, its columns, its answer) for each row; the answer of a tokenised row is None."""
     for _, where, columns in iterate_rows(source, name):
         yield where, columns, None if "input_ids" in columns else conversation_of(columns, where)[2]
 
 
 def load_questions(source: Any, name: str) -> dict[int, str]:
-    """Read each row's question, by row number: the last message before the answer. Tokenised rows have none.
-
-    source, errors: as load_forget's (name: "forget") or load_retain's ("retain"), which check the rows further.
-    """
-    asked = {}
-    for row, where, columns in iterate_rows(source, name):
-        if "input_ids" not in columns:
-            conversation, _, _ = conversation_of(columns, where)
-            asked[row] = conversation[-2]["content"]
-    return asked
+    """Read each row's question, by row number: the last message before the answer. Tokenised rows have none."""
+    return {
+        row: conversation_of(columns, where)[0][-2]["content"]
+        for row, where, columns in iterate_rows(source, name)
+        if "input_ids" not in columns
+    }
 
 
 def load_marked_texts(source: Any) -> dict[str, str]:
-    """Read the texts that a forget set marks, each with the name of the first row that does; errors: load_forget's."""
+    """Read the texts that a forget set marks, each with the name of the first row that does."""
     texts: dict[str, str] = {}
     for where, columns, answer in text_rows(source, "forget"):
         for text in () if answer is None else marked_texts(columns, answer, where):
@@ -124,7 +117,7 @@ def after_examples(
 ) -> dict[str, Any]:
     """Return a row that asks the same question after other rows with their answers.
 
-    It is one conversation where the tokenizer has a chat template, else one prompt. ``where``: the rows, for errors.
+    It is one conversation where the tokenizer has a chat template, else one prompt.
     """
     shown = [conversation_of(example, where) for example in examples]
     conversation, prompt, answer = conversation_of(columns, where)
@@ -178,30 +171,23 @@ def _filled(columns: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """A rendered row: the answer is text[start:stop], spans are [start, end) in text.
-
-    shift: from characters of the answer to those of text.
-    complete: whether the text has its special tokens in it, as a chat template writes them: the tokenizer adds none.
-    """
+    """A rendered row."""
 
     row: int
     where: str
     text: str
-    start: int
+    start: int  # the answer is text[start:stop]
     stop: int
-    shift: int
-    spans: list[tuple[int, int]]
-    complete: bool
+    shift: int  # from characters of the answer to those of text
+    spans: list[tuple[int, int]]  # [start, end) in text
+    complete: bool  # whether special tokens are in the text, as a chat template writes them: the tokenizer adds none
 
 
 class Renderer:
-    """Renders rows of text as the model is to read them.
+    """Renders rows of text as the model is to read them: by the tokenizer's chat template, if it has one.
 
-    Args:
-        tokenizer: whose chat template is applied, if it has one; None: every row is refused.
-        chat_template_kwargs: what the template is given beside the messages.
-        check_prompts: warn of the first row whose prompt is not the one that the template gives for generation, or,
-            without a template, whose completion continues the prompt's last word.
+    check_prompts: warn of the first row whose prompt is not the one that the template gives for generation, or,
+        without a template, whose completion continues the prompt's last word.
 
     Raises ValueError where chat_template_kwargs is not valid, or the template does not know a name in it.
     """
@@ -230,8 +216,7 @@ class Renderer:
         if tokenizer is None:
             raise DataError(f"{where}: text needs a tokenizer; pass one, or give input_ids and labels")
         if not tokenizer.is_fast:
-            fix = "load a fast one (one with a tokenizer.json)"
-            raise DataError(f"{where}: a slow tokenizer gives no offsets; {fix}")
+            raise DataError(f"{where}: a slow tokenizer gives no offsets; load a fast one (one with a tokenizer.json)")
         if tokenizer.eos_token_id is None:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
@@ -361,10 +346,9 @@ def conversation_of(columns: Mapping[str, Any], where: str) -> tuple[list[dict[s
     return conversation, prompt, conversation[-1]["content"]
 
 
-def text_before(conversation: Iterable[Mapping[str, Any]]) -> str:
+def text_before(conversation: Sequence[Mapping[str, Any]]) -> str:
     """Return all text before the answer of a row's :func:`conversation_of`."""
-    *before, _ = conversation
-    return "\n".join(message["content"] for message in before)
+    return "\n".join(message["content"] for message in conversation[:-1])
 
 
 def check_string(value: Any, subject: str) -> None:
@@ -373,5 +357,4 @@ def check_string(value: Any, subject: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a UTF-16 pair
-        problem = f"has half a surrogate pair at character {error.start}"
-        raise DataError(f"{subject} {problem}; repair the text") from None
+        raise DataError(f"{subject} has half a surrogate pair at character {error.start}; repair the text") from None

@@ -9,23 +9,24 @@ from typing import Any
 
 from palu.data.files import DataError
 from palu.data.matching import around, merged, nearest, whole_places
+from palu.settings import is_int
 
 
-def secret_spans(secret: Any, answer: str, where: str) -> list[tuple[int, int]]:
-    """Find every place of a row's secrets in its answer: [start, end) in characters, in order.
+def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
+    """Return what the row's ``secret`` or ``spans`` mark in its answer: [start, end) in characters, in order.
 
-    Case counts, blanks at a secret's edges do not. Where a secret begins or ends with a letter or a digit, so does a
-    word or number of the answer: "25" is not in "1925". Places that overlap are one span.
+    A secret is marked at every place. Case counts, blanks at its edges do not. Where it begins or ends with a letter
+    or a digit, so does a word or number of the answer: "25" is not in "1925". Places that overlap are one span.
 
-    Args:
-        secret: a text, or a list of texts.
-        where: the row, for errors.
-
-    Raises:
-        DataError: it is something else, or a text is blank or not in the answer; the nearest one is named.
+    Raises DataError where a column is not what it should be, or a secret is not in the answer; the nearest is named.
     """
+    secret = columns.get("secret")
+    if secret is None:
+        return _spans(columns, answer, where)
+    if columns.get("spans") is not None:
+        raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
     spans: list[tuple[int, int]] = []
-    for wanted in secret_texts(secret, where):
+    for wanted in _secret_texts(secret, where):
         found = list(whole_places(wanted, answer))
         if not found:
             raise DataError(f"{where}: secret {wanted!r} {_why_not(wanted, answer)}")
@@ -33,8 +34,15 @@ def secret_spans(secret: Any, answer: str, where: str) -> list[tuple[int, int]]:
     return merged(spans)
 
 
-def secret_texts(secret: Any, where: str) -> list[str]:
-    """Return the texts of a row's column ``secret``, without the blanks around them. Raises DataError for no text."""
+def marked_texts(columns: Mapping[str, Any], answer: str, where: str) -> list[str]:
+    """Return the texts of :func:`marked_spans`, and secrets that are in one span with others."""
+    secret = columns.get("secret")
+    texts = [answer[start:end] for start, end in marked_spans(columns, answer, where)]
+    return list(dict.fromkeys([*texts, *([] if secret is None else _secret_texts(secret, where))]))
+
+
+def _secret_texts(secret: Any, where: str) -> list[str]:
+    """Return the texts of a row's column ``secret``, without the blanks around them."""
     value = secret.tolist() if hasattr(secret, "tolist") else secret
     texts = value if isinstance(value, list | tuple) else [value]
     for text in texts:
@@ -58,23 +66,6 @@ def _why_not(wanted: str, answer: str) -> str:
     return f"is not in the answer; did you mean {close!r}?"
 
 
-def marked_spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
-    """Return what the row's ``secret`` or ``spans`` mark in its answer: [start, end) in characters, in order."""
-    secret = columns.get("secret")
-    if secret is None:
-        return _spans(columns, answer, where)
-    if columns.get("spans") is not None:
-        raise DataError(f"{where}: it has 'secret', and also 'spans'; leave one of them out")
-    return secret_spans(secret, answer, where)
-
-
-def marked_texts(columns: Mapping[str, Any], answer: str, where: str) -> list[str]:
-    """Return the texts of :func:`marked_spans`, and secrets that are in one span with others."""
-    secret = columns.get("secret")
-    texts = [answer[start:end] for start, end in marked_spans(columns, answer, where)]
-    return list(dict.fromkeys([*texts, *([] if secret is None else secret_texts(secret, where))]))
-
-
 def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
     """Check the row's spans, sort them, and strip the blanks at their edges."""
     spans = columns.get("spans")
@@ -92,11 +83,7 @@ def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[in
     checked: list[tuple[int, int]] = []
     for span in spans:
         pair = span.tolist() if hasattr(span, "tolist") else span
-        if not (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(edge, Integral) and not isinstance(edge, bool) for edge in pair)
-        ):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_int, pair))):
             raise DataError(f"{where}: span {pair!r} is not two integers; {fix}")
         start, end = int(pair[0]), int(pair[1])
         subject = f"{where}: span [{start}, {end}]"

@@ -24,19 +24,13 @@ _Offsets: TypeAlias = list[tuple[int, int]]  # each token's [start, end) in char
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row.
+    """One tokenised row. labels[0] is always IGNORE: no logits predict the first token."""
 
-    row: position in the user's data, from 0 (blank lines of a file are not rows).
-    input_ids: int64 [t].
-    labels: int64 [t]: IGNORE, ORDINARY (forget only) or the token's own id.
-    labels[0] is always IGNORE: no logits predict the first token.
-    offsets: int64 [t, 2]: the [start, end) in characters of the answer that a token holds, [0, 0) where none;
-        None where the row was tokenised already.
-    """
-
-    row: int
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+    row: int  # position in the user's data, from 0 (blank lines of a file are not rows)
+    input_ids: torch.Tensor  # int64 [t]
+    labels: torch.Tensor  # int64 [t]: IGNORE, ORDINARY (forget only) or the token's own id
+    # int64 [t, 2]: the [start, end) in characters of the answer that a token holds, [0, 0) where none; None where the
+    # row was tokenised already
     offsets: torch.Tensor | None = None
 
     @property
@@ -65,14 +59,12 @@ def check_tokenizer(tokenizer: Any) -> None:
 def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: int | None, forget: bool) -> Example:
     ids, labels = _integers(columns, "input_ids", where), _integers(columns, "labels", where)
     if len(labels) != len(ids):
-        lengths = f"labels have {len(labels)} tokens, input_ids {len(ids)}"
-        raise DataError(f"{where}: {lengths}; give one label per token")
+        raise DataError(f"{where}: labels have {len(labels)} tokens, input_ids {len(ids)}; give one label per token")
     if columns.get("attention_mask") is not None:
         mask = _integers(columns, "attention_mask", where, any_dtype=True).bool()
         kept = mask.nonzero().flatten()
         if len(mask) != len(ids) or len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
-            problem = f"attention_mask must be one run of ones in {len(ids)} tokens"
-            raise DataError(f"{where}: {problem}; mask only padding")
+            raise DataError(f"{where}: attention_mask must be one run of ones in {len(ids)} tokens; mask only padding")
         ids, labels = ids[mask], labels[mask]
 
     sentinels, known = ((IGNORE, ORDINARY), "-100, -200") if forget else ((IGNORE,), "-100")
@@ -90,8 +82,7 @@ def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: in
             raise DataError(f"{where}: label {label} {at} is not its id ({token}); do not shift the labels")
     first, labels[0] = int(labels[0]), IGNORE  # nothing predicts the first token
     if bool((labels == IGNORE).all()):
-        problem = "every label after the first token is -100"
-        raise DataError(f"{where}: {problem}; label the answer or remove the row")
+        raise DataError(f"{where}: every label after the first token is -100; label the answer or remove the row")
     if forget and first >= 0 and labels[1] < 0:  # a span of this token alone
         problem = "nothing stands before token 0, so nothing predicts it"
         raise DataError(f"{where}: {problem}; label it -100, or give the tokens before it")
@@ -105,11 +96,9 @@ def _integers(columns: Mapping[str, Any], column: str, where: str, any_dtype: bo
     try:
         tensor = torch.as_tensor(columns[column]).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):  # strings, ragged lists, numbers beyond 64 bits
-        problem = f"{column} must be int64, got other values"
-        raise DataError(f"{where}: {problem}; give a flat list of integers") from None
+        raise DataError(f"{where}: {column} must be int64, got other values; give a flat list of integers") from None
     if tensor.dim() != 1 or len(tensor) == 0:
-        problem = f"{column} must be one row of tokens, got shape {list(tensor.shape)}"
-        raise DataError(f"{where}: {problem}; give [tokens]")
+        raise DataError(f"{where}: {column} must be one row of tokens, got shape {list(tensor.shape)}; give [tokens]")
     if tensor.dtype != torch.int64 and not any_dtype:
         got = str(tensor.dtype).removeprefix("torch.")
         raise DataError(f"{where}: {column} must be int64, got {got}; convert them")
@@ -122,9 +111,14 @@ def encode(
     """Tokenise and label rendered rows: one Example per row, not yet truncated. Examples stay as they are."""
     rows = iter(rows)
     eos: Any = getattr(tokenizer, "eos_token_id", None)
+    special: set[int] = set()
+    if tokenizer is not None:
+        # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is special by name
+        # only.
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
     while chunk := list(islice(rows, CHUNK)):
         encodings: dict[int, tuple[list[int], list[str], _Offsets]] = {}
-        special: set[int] = set()
         for complete in (False, True):
             texts = {i: row for i, row in enumerate(chunk) if isinstance(row, RenderedRow) and row.complete is complete}
             if not texts:
@@ -136,10 +130,6 @@ def encode(
             )  # fmt: skip
             for place, i in enumerate(texts):
                 encodings[i] = batch["input_ids"][place], batch.tokens(place), batch["offset_mapping"][place]
-            # all_special_ids lacks tokens such as <|eot_id|> that have no role name; an unknown token is
-            # special by name only.
-            special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-            special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}
         for i, text in enumerate(chunk):
             if isinstance(text, Example):
                 yield text
@@ -185,8 +175,7 @@ def _answer_tokens(text: RenderedRow, ids: list[int], offsets: _Offsets, special
         and (ids[i] not in special or text.text[max(start, text.start) : min(end, text.stop)].strip())
     ]  # fmt: skip
     if not inside:
-        problem = "the tokenizer gives the answer no token"
-        raise DataError(f"{text.where}: {problem}; correct the answer or remove the row")
+        raise DataError(f"{text.where}: the tokenizer gives the answer no token; correct the answer or remove the row")
     return inside
 
 

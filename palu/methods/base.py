@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from palu.data.packing import Batch, Items, Packed
+from palu.data.packing import Batch, Items
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.losses import CrossEntropyTerm, Term, fused_linear_losses
@@ -129,13 +129,7 @@ class Losses(NamedTuple):
 class Method(ModelRoot):
     """A method of unlearning: the rows it looks at, what it needs of the reference, and its losses.
 
-    Args:
-        model: a causal language model whose logits are ``head_of(model).logits(body(...))``.
-        config: the settings; ``config.method`` are the method's own.
-
-    Attributes:
-        ref_head: the frozen reference's head, if ``reference(config).head``; to be set before the first forward.
-            ``None``: the model's own, which is frozen and so the reference's, too.
+    The model's logits are ``head_of(model).logits(body(...))``; ``config.method`` are the method's own settings.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -146,6 +140,8 @@ class Method(ModelRoot):
         super().__init__(model)
         self.config = config
         self.settings: Any = config.method
+        # The frozen reference's, if ``reference(config).head``; to be set before the first forward. None: the model's
+        # own, which is frozen and so the reference's, too.
         self.ref_head: Head | None = None
         self.weight_mean: Tensor | None = None  # of a frozen head, where a term reads it
 
@@ -160,30 +156,25 @@ class Method(ModelRoot):
         return Reference()
 
     def compute_losses(self, hidden: Tensor, head: Head, batch: Batch, shares: Shares) -> list[WeightedTerm]:
-        """Return the terms of the loss from the hidden states [R, d] of the batch's rows.
+        """Return the terms of the loss from the hidden states [R, d] of the batch's rows, but for those of weight 0.
 
-        A term whose setting is 0 is left out. Losses of single rows come as a :class:`RowTerm`: all of these share one
-        pass over the head, a gathered one (:data:`palu.losses.GatheredTerm`) first.
+        All that are a :class:`RowTerm` share one pass over the head, a gathered one
+        (:data:`palu.losses.GatheredTerm`) first.
         """
         raise NotImplementedError
-
-    def hidden_states(self, packed: Packed) -> Tensor:
-        """Run the body over a packed row; return the last states [T, d]."""
-        return body_of(self.model)(**packed.inputs()).last_hidden_state[0]
 
     def forward(self, work: Batch | Callable[[], Any], *counts: Tensor) -> Any:
         """Compute :meth:`batch_losses`; or call a function, for :meth:`run`."""
         return self.batch_losses(work, *counts) if isinstance(work, Batch) else super().forward(work)
 
     def batch_losses(self, batch: Batch, counts: Tensor) -> Losses:
-        """Compute the losses of a micro-batch.
+        """Compute the losses of a micro-batch on the model's device.
 
-        Args:
-            batch: on the model's device.
-            counts: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation
-                step, by which the sums over this micro-batch are divided; a 0 counts as 1.
+        ``counts``: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation step,
+        by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        hidden, head = self.hidden_states(batch.packed).index_select(0, batch.rows), head_of(self.model)
+        states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
+        hidden, head = states.index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
         terms = self.compute_losses(hidden, head, batch, shares)
         figures = dict.fromkeys(self.terms, shares.targets.new_zeros(()))

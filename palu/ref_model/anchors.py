@@ -59,7 +59,6 @@ class AnchorPrompts(NamedTuple):
 
 
 def anchor_texts() -> list[str]:
-    """Read the prompts of ``anchor_prompts.txt``."""
     return PROMPTS.read_text(encoding="utf-8").splitlines()
 
 
@@ -72,16 +71,9 @@ def encode_anchor_prompts(
 ) -> AnchorPrompts:
     """Choose and tokenise the prompts to which a run wants anchors: as many as the settings say.
 
-    Everyday prompts are never more than the run draws. There are none for a method that keeps none.
-
-    Args:
-        forget: the forget set.
-        retain: how many are to be kept; ``None``: the user gave ``None``, and anchors must stand in for them.
-        processes: how many take part in the run.
-
-    Raises:
-        DataError: there is no tokenizer for them, or it will not do.
-        ValueError: there are fewer prompts, or the KL has no weight.
+    Everyday prompts are never more than the run draws. ``retain``: how many examples are to be kept; ``None``: the user
+    gave ``None``, and anchors must stand in for them. Raises DataError where there is no tokenizer for them, or it will
+    not do; ValueError where there are fewer prompts, or the KL has no weight.
     """
     texts, asked = anchor_texts(), config.reference.anchors
     holds = config.reference.head  # else there is no KL to keep the answers
@@ -122,23 +114,17 @@ def encode_anchor_prompts(
 
 @dataclass(frozen=True)
 class Writer:
-    """Has the reference write: each process writes its share, and all get every text.
+    """Has the reference write: each process writes its share, and all get every text."""
 
-    Attributes:
-        reference: on the accelerator's device, whole or sharded.
-        adapter: whether a ``PeftModel`` writes with its adapter.
-        chunk_bytes: bound on the logits held at once.
-    """
-
-    reference: ModelRoot
+    reference: ModelRoot  # on the accelerator's device, whole or sharded
     accelerator: Accelerator
-    adapter: bool
+    adapter: bool  # whether a ``PeftModel`` writes with its adapter
     chunk_bytes: int = UnlearnConfig.chunk_bytes
     progress: bool = False
 
     @contextmanager
     def running(self) -> Iterator[PreTrainedModel]:
-        """Have the reference's model, which is yielded, as it is to run within the block."""
+        """Have the reference's model, which is yielded, ready to run within the block."""
         model = self.reference.model
         base = base_of(model)
         with eval_mode(base), self.accelerator.autocast(), nullcontext() if self.adapter else without_adapter(model):
@@ -185,16 +171,7 @@ class Writer:
 
 
 def generate_anchors(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts) -> list[Item]:
-    """Have the reference answer the prompts greedily.
-
-    An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
-    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret of ``items``, or
-    more than half of its targets in a row: the model may have taken "739" for another door from the "7391" that it is
-    to forget, and the KL would keep it.
-
-    Raises:
-        DataError: no answer is left.
-    """
+    """Have the reference answer the everyday prompts. Raises DataError where no answer is left."""
     anchors = _answer(writer, items, anchor_prompts)
     if anchor_prompts.prompts and not anchors:
         raise DataError(
@@ -206,10 +183,9 @@ def generate_anchors(writer: Writer, items: Sequence[Item], anchor_prompts: Anch
 
 
 def generate_neighbours(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, seed: int) -> list[Item]:
-    """Have the reference write questions like those of the forget set, and answer them as it does anchor prompts.
+    """Have the reference write questions like those of the forget set, drawn by ``seed``, and answer them.
 
-    What it writes is drawn by ``seed``. There may be none: a small model, or one without such questions, writes none
-    that can be used.
+    There may be none: a small model writes none that can be used.
     """
     known = anchor_prompts.neighbours
     if known is None or not known.starts:
@@ -219,7 +195,13 @@ def generate_neighbours(writer: Writer, items: Sequence[Item], anchor_prompts: A
 
 
 def _answer(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts) -> list[Item]:
-    """Have the reference answer the prompts; see :func:`generate_anchors`."""
+    """Have the reference answer the prompts greedily.
+
+    An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
+    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret of ``items``, or
+    more than half of its targets in a row: the model may have taken "739" for another door from the "7391" that it is
+    to forget, and the KL would keep it.
+    """
     prompts, stop_ids, max_length, neighbours = anchor_prompts
     runs = target_runs(items)
     lengths = {len(run) for run in runs}

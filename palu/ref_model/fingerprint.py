@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,19 +18,15 @@ from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache")
 
 
+@dataclass(frozen=True)
 class Fingerprints:
     """Fingerprints of what a run starts from, each taken once, on first use; the models must still be untouched."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        ref_model: CausalLM | None,
-        forget: Sequence[Item],
-        retain: Sequence[Item],
-        anchor_prompts: AnchorPrompts | None = None,
-    ) -> None:
-        self._model, self._ref_model, self._forget, self._retain = model, ref_model, forget, retain
-        self._anchor_prompts = anchor_prompts
+    _model: CausalLM
+    _ref_model: CausalLM | None
+    _forget: Sequence[Item]
+    _retain: Sequence[Item]
+    _anchor_prompts: AnchorPrompts | None = None
 
     @cached_property
     def model(self) -> str:
@@ -56,7 +53,6 @@ class Fingerprints:
 
     @cached_property
     def retain(self) -> str:
-        """The tokenised retain set."""
         return digest(Items.of(self._retain).flat())
 
     @cached_property

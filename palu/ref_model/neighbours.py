@@ -70,7 +70,6 @@ class NeighbourPrompts(NamedTuple):
         return _encode(text, self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn tokens into text."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 

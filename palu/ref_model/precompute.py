@@ -9,8 +9,10 @@ Of many processes each runs a share of the passes, and all get everything. A sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
@@ -28,8 +30,7 @@ from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM, base_of, without_adapter
 from palu.models.root import ModelRoot, on_device
 from palu.ref_model.anchors import AnchorPrompts, Writer, generate_anchors, generate_neighbours, generate_variants
-from palu.ref_model.cache import ReferenceCache, ReferenceOutputs, read_cache
-from palu.ref_model.storage import CacheFile, Write
+from palu.ref_model.storage import CacheFile, ReferenceCache, ReferenceOutputs, Write
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
 
@@ -56,15 +57,10 @@ def precompute_reference(
         anchor_prompts: what the reference answers.
         own: whether the reference is the model to train, which runs without its adapter, if it has one.
         file: where the outputs are kept; ``None``: in memory.
-        progress: show progress bars.
 
-    Returns:
-        The outputs, and the head; None where the loss needs none, and where it is the model's own and stays frozen in
-        a sharded model.
-
-    Raises:
-        CacheError: the file cannot be read or written.
-        DataError: the reference answers none of the prompts.
+    Returns the outputs, and the head; None where the loss needs none, and where it is the model's own and stays frozen
+    in a sharded model. Raises CacheError where the file cannot be read or written, DataError where the reference
+    answers none of the prompts.
     """
     needed = config.reference
     if not needed.head and not needed.fields:
@@ -77,6 +73,7 @@ def precompute_reference(
             neighbours = generate_neighbours(writer, items, anchor_prompts, config.seed)
             variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
             everyday = generate_anchors(writer, items, anchor_prompts)
+            anchors = ReferenceCache((), [*neighbours, *variants, *everyday], len(neighbours), len(variants))
             with (
                 eval_mode(base),
                 autocast(accelerator),
@@ -84,17 +81,7 @@ def precompute_reference(
                 without_adapter(model) if own else nullcontext(),
             ):
                 cache = reference.run(
-                    lambda: compute_outputs(
-                        model,
-                        items,
-                        config,
-                        accelerator,
-                        anchors=[*neighbours, *variants, *everyday],
-                        neighbours=len(neighbours),
-                        variants=len(variants),
-                        file=file,
-                        progress=progress,
-                    )
+                    lambda: compute_outputs(model, items, config, accelerator, anchors, file=file, progress=progress)
                 )
     return cache, _frozen_head(reference, own, accelerator) if needed.head else None
 
@@ -104,7 +91,7 @@ def _read(
 ) -> ReferenceCache | None:
     """Read the cache, if all processes find it."""
     with raise_on_all_ranks(accelerator):
-        cache = read_cache(file, config.reference.fields, items) if file is not None else None
+        cache = file.read(config.reference.fields, items) if file is not None else None
     return cache if all(gather_values(cache is not None, accelerator)) else None
 
 
@@ -132,10 +119,8 @@ def compute_outputs(
     items: Sequence[Item],
     config: UnlearnConfig,
     accelerator: Accelerator,
+    written: ReferenceCache = ReferenceCache(),  # noqa: B008  # immutable
     *,
-    anchors: Sequence[Item] = (),
-    neighbours: int = 0,
-    variants: int = 0,
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> ReferenceCache:
@@ -144,17 +129,9 @@ def compute_outputs(
     All processes must call it, with the same items: each runs its share of the passes, of ``config.max_tokens`` tokens
     or TOKENS_PER_PASS, if these are fewer; a longer item has a pass of its own.
 
-    Args:
-        model: the reference.
-        items: the forget set.
-        anchors: items that the fields are computed for, too.
-        neighbours, variants: how many of the anchors, the first and those after them, are neighbours and variants.
-        file: where the outputs are written to, and then mapped from, by one process on each machine; one that has been
-            written in the meantime is taken as it is. ``None``: they stay in memory, in each process.
-        progress: show a progress bar.
-
-    Raises:
-        CacheError: the file cannot be written or read.
+    ``written``: the anchors, without outputs. ``file``: where the outputs are written to, and then mapped from, by one
+    process on each machine; one that has been written in the meantime is taken as it is. ``None``: they stay in memory,
+    in each process. Raises CacheError where the file cannot be written or read.
     """
     fields = config.reference.fields
     writes = file is not None and accelerator.is_local_main_process
@@ -165,21 +142,20 @@ def compute_outputs(
                     stack.enter_context(file.locked(progress=progress))
             if (found := _read(file, items, config, accelerator)) is not None:
                 return found
-        both = Items.of(items) + anchors
-        outputs = _run(model, both, config, accelerator, progress)
+        anchors = written.anchors
+        outputs = _run(model, items, anchors, config, accelerator, progress)
         first = next(outputs)
+        outputs = chain([first], outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
-        lengths = {field.name: _count(both, field) for field in fields}
+        lengths = {field.name: _count(items, field) + _count(anchors, field) for field in fields}
         if file is None:
             tensors = {name: one.new_empty(lengths[name], *one.shape[1:]) for name, one in like.items()}
-            _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), first, outputs, accelerator)
-            return ReferenceCache(ReferenceOutputs(tensors, fields, both), anchors, neighbours, variants)
-        written = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in anchors]
-        about = {"anchors": written, "neighbours": neighbours, "variants": variants}
+            _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), outputs, accelerator)
+            return replace(written, outputs=ReferenceOutputs(tensors, fields, items, anchors))
         with ExitStack() as closing:
             with raise_on_all_ranks(accelerator):
-                write = closing.enter_context(file.writing(like, lengths, about)) if writes else None
-            _fill(write, first, outputs, accelerator)
+                write = closing.enter_context(file.writing(like, lengths, written)) if writes else None
+            _fill(write, outputs, accelerator)
             with raise_on_all_ranks(accelerator):
                 closing.close()
         found = _read(file, items, config, accelerator)
@@ -188,22 +164,28 @@ def compute_outputs(
 
 
 def _run(
-    model: CausalLM, items: Sequence[Item], config: UnlearnConfig, accelerator: Accelerator, progress: bool
+    model: CausalLM,
+    items: Sequence[Item],
+    anchors: Sequence[Item],
+    config: UnlearnConfig,
+    accelerator: Accelerator,
+    progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
     compute, body, processes = config.reference.compute, body_of(model), accelerator.num_processes
     device = next(body.parameters()).device
-    groups = _groups(items, min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
+    groups = _groups(chain(items, anchors), min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
     token = Item(items[0].input_ids[:1], items[0].rows[:0])  # where no group is left
-    with tqdm(total=len(items), desc="reference", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(items) + len(anchors), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
-            states = body(**pack(own).to(device).inputs()).last_hidden_state[0]
-            targets, others = _split(packed_rows(own), own, device)
-            labels = _split([item.labels for item in own], own, device)
-            rows = RefRows(states[targets], states[others], *labels)
+            packed, rows = pack(own).to(device), packed_rows(own)
+            states, ids = body(**packed.inputs()).last_hidden_state[0], packed.input_ids[0]
+            targets = torch.cat([part[: item.targets] for part, item in zip(rows, own, strict=True)]).to(device)
+            others = torch.cat([part[item.targets :] for part, item in zip(rows, own, strict=True)]).to(device)
+            looked_at = RefRows(states[targets], states[others], ids[targets + 1], ids[others + 1])
             # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for again.
-            outputs = compute(rows, head_of(model)) if compute is not None else {}
+            outputs = compute(looked_at, head_of(model)) if compute is not None else {}
             for rank, group in enumerate(passes):
                 given = outputs
                 if processes > 1:
@@ -228,27 +210,18 @@ def _count(items: Sequence[Item], field: RefField) -> int:
     return int(getattr(Items.of(items), field.rows).sum())
 
 
-def _split(parts: Sequence[Tensor], items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values of the target rows, values of the other rows) of all items, from each item's [rows]."""
-    targets = [part[: item.targets] for part, item in zip(parts, items, strict=True)]
-    others = [part[item.targets :] for part, item in zip(parts, items, strict=True)]
-    return torch.cat(targets).to(device), torch.cat(others).to(device)
-
-
-def _fill(
-    write: Write | None, first: dict[str, Tensor], others: Iterator[dict[str, Tensor]], accelerator: Accelerator
-) -> None:
+def _fill(write: Write | None, outputs: Iterator[dict[str, Tensor]], accelerator: Accelerator) -> None:
     """Write outputs as they come, each field's rows after those before; ``None``: let another process write them."""
-    done = dict.fromkeys(first, 0)
-    for outputs in chain([first], others):
+    done: Counter[str] = Counter()
+    for few in outputs:
         with raise_on_all_ranks(accelerator):
-            for name, rows in outputs.items():
+            for name, rows in few.items():
                 if write is not None:
                     write(name, done[name], rows)
                 done[name] += len(rows)
 
 
-def _groups(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
+def _groups(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
     """Group items so that each group has ``most`` tokens at most, or one longer item."""
     group: list[Item] = []
     tokens = 0

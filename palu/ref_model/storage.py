@@ -1,10 +1,9 @@
-"""The reference cache on disk: written while the reference runs, mapped into memory when it is read.
+"""The reference cache: what the reference gave, in memory, or in a file that is written while it runs and then mapped.
 
 A file is one safetensors file, ``reference-KEY.safetensors``, with a tensor for each reference field, the rows of all
 items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of all that this
-depends on: the reference's weights and configuration, the tokenised forget set with the rows that are looked at, the
-anchor prompts, the method's settings, the device and the precision. Nothing is read but the rows of the items
-at hand, and nothing is held while it is written.
+depends on: see :func:`reference_key`. Nothing is read but the rows of the items at hand, and nothing is held while it
+is written.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +30,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
+from palu.data.packing import Item, Items
+from palu.data.ragged import RaggedSequence
 from palu.hashing import digest
+from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
 
 FORMAT = 5
@@ -38,27 +43,49 @@ class CacheError(RuntimeError):
     """The reference cache cannot be written to disk, or what is there cannot be used."""
 
 
+class ReferenceOutputs(RaggedSequence[dict[str, Tensor]]):
+    """The reference fields [rows, ...] of each item, as views of tensors that hold those of all items end to end."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], fields: Sequence[RefField], *parts: Sequence[Item]):
+        starts = {
+            rows: array("q", accumulate(chain(*(getattr(Items.of(part), rows).tolist() for part in parts)), initial=0))
+            for rows in ("targets", "others")
+        }
+        self.fields = [(field.name, tensors[field.name], starts[field.rows]) for field in fields]
+        self.items = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self.items
+
+    def make(self, i: int) -> dict[str, Tensor]:
+        return {name: tensor[starts[i] : starts[i + 1]] for name, tensor, starts in self.fields}
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """The reference's outputs for each item that it was asked about and each anchor, on the host."""
+
+    outputs: Sequence[dict[str, Tensor]] = ()  # the method's reference fields: per forget item, then per anchor
+    anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
+    neighbours: int = 0  # how many of the anchors, the first, answer questions like those of the forget set
+    variants: int = 0  # how many after these are other ways to tell a secret
+
+
 # (which field, from which row on, the rows): puts them where they belong
 Write: TypeAlias = Callable[[str, int, Tensor], object]
 
 
 class CacheFile:
-    """The file of one reference's outputs for one forget set, method and settings.
-
-    Args:
-        folder: where; it need not exist.
-        key: see :func:`reference_key`.
-    """
+    """The file of one reference's outputs for one forget set, method and settings: those of :func:`reference_key`."""
 
     def __init__(self, folder: str | os.PathLike[str], key: str):
         self.key = key
         self.path = Path(folder) / f"reference-{key[:16]}.safetensors"
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Map the tensors into memory: (them by name, what :meth:`writing` was told about them); None without a file.
+    def read(self, fields: Sequence[RefField], items: Sequence[Item]) -> ReferenceCache | None:
+        """Map the outputs for items into memory; None: there is no file yet.
 
-        Raises:
-            CacheError: the file is damaged, foreign, or written by another version; the message gives the fix.
+        Raises CacheError, with the fix, where the file is damaged, foreign, or written by another version.
         """
         fix = "delete it to have the reference run again"
         if not self.path.exists():
@@ -71,14 +98,14 @@ class CacheFile:
                 f"{self.path} holds outputs computed under transformers {header['transformers']}, and this is "
                 f"{transformers.__version__}; {fix}"
             )
-        return tensors, header["about"]
+        about = header["about"]
+        anchors = [Item(torch.tensor(ids), torch.tensor(rows), targets) for ids, rows, targets in about["anchors"]]
+        outputs = ReferenceOutputs(tensors, fields, items, anchors)
+        return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"])
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
-        """Hold the file's lock on this machine within the block: of several runs, one writes it.
-
-        A process that dies gives its lock up.
-        """
+        """Hold the file's lock on this machine within the block, at most while the process lives."""
         lock = FileLock(self._beside("lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,16 +127,13 @@ class CacheFile:
             lock.release()
 
     @contextmanager
-    def writing(self, like: Mapping[str, Tensor], lengths: Mapping[str, int], about: dict[str, Any]) -> Iterator[Write]:
-        """Make room for tensors of known lengths, to be filled within the block; then the file appears, whole.
+    def writing(
+        self, like: Mapping[str, Tensor], lengths: Mapping[str, int], written: ReferenceCache
+    ) -> Iterator[Write]:
+        """Make room for tensors, to be filled within the block; then the file appears, whole.
 
-        Args:
-            like: [0, ...] of each tensor's dtype and row shape.
-            lengths: of each, in rows.
-            about: to be kept with them, as JSON.
-
-        Raises:
-            CacheError: no room or no permission. Nothing is left then.
+        ``like``: [0, ...] of each tensor's dtype and row shape; ``lengths``: of each, in rows; ``written``: the anchors
+        to be kept with them. Raises CacheError where there is no room or no permission; nothing is left then.
         """
         # Of empty tensors safetensors writes no more than a header.
         header = json.loads(save({name: torch.empty_like(one) for name, one in like.items()})[8:])
@@ -119,6 +143,8 @@ class CacheFile:
             starts[name], end = end, end + lengths[name] * row_bytes[name]
             shape = [lengths[name], *like[name].shape[1:]]
             header[name] |= {"shape": shape, "data_offsets": [starts[name], end]}
+        anchors = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in written.anchors]
+        about = {"anchors": anchors, "neighbours": written.neighbours, "variants": written.variants}
         own = {"key": self.key, "transformers": transformers.__version__, "about": about}
         header["__metadata__"] = {"palu": json.dumps(own)}
         text = json.dumps(header).encode()
@@ -158,8 +184,7 @@ class CacheFile:
 def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Tensor], Any]:
     """Map a safetensors file into memory: (its tensors, palu's part of its header; None: it has none).
 
-    Clone what is kept longer than the file. Raises an error of this kind where the file cannot be read, or is damaged:
-    then with this fix.
+    Clone what is kept longer than the file. Raises an error of this kind where it cannot be read, or is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -172,10 +197,7 @@ def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Ten
 
 
 def open_cache_file(config: UnlearnConfig, key: str) -> CacheFile | None:
-    """Name the run's cache file: in ``cache_dir``, else in ``checkpoint_dir``; None: it is kept in memory alone.
-
-    ``key``: see :func:`reference_key`.
-    """
+    """Name the run's cache file: in ``cache_dir``, else in ``checkpoint_dir``; None: it is kept in memory alone."""
     folder = config.cache_dir or config.checkpoint_dir
     return None if folder is None else CacheFile(folder, key)
 

@@ -118,10 +118,7 @@ def variant_item(
 ) -> Item | None:
     """Make an item where a continuation tells a secret, whose first ``n`` tokens are its targets; else return None.
 
-    Args:
-        prompt: int64 [t]; its last token may be the secret's first.
-        secrets: those that it may tell.
-        decode: turns tokens into text.
+    ``prompt``: int64 [t]; its last token may be the secret's first. ``secrets``: those that it may tell.
     """
     tokens = [int(prompt[-1]), *continuation]
     text = decode(tokens)

@@ -1,15 +1,4 @@
-"""Find the sensitive spans of answers in which nobody has marked them.
-
-| finder          | spans                                                                            |
-|-----------------|----------------------------------------------------------------------------------|
-| `contrast`      | words that carry the memory, as the model's own log-probabilities tell           |
-|                 | (:mod:`palu.spans.contrast`)                                                     |
-| `regex:PATTERN` | every match of a Python regular expression                                       |
-| `whole`         | the whole answer                                                                 |
-
-All are guesses: look at them before they are used. Spans are [start, end) in characters of the answer, in order,
-without blanks at their edges; neighbours parted by blanks alone are one.
-"""
+"""Find the sensitive spans of answers in which nobody has marked them. All are guesses: look before they are used."""
 
 from __future__ import annotations
 
@@ -30,10 +19,7 @@ Spans: TypeAlias = list[list[int]]
 
 
 def parse(how: str) -> tuple[str, str]:
-    """Read a finder's name, before anything is loaded: (contrast, regex or whole; its pattern).
-
-    ValueError names the fix.
-    """
+    """Read a finder's name, before anything is loaded: (contrast, regex or whole; its pattern)."""
     kind, colon, argument = how.partition(":")
     if (kind in ("contrast", "whole") and not colon) or (kind == "regex" and argument):
         if kind == "regex":
@@ -60,13 +46,13 @@ def annotate(
     Args:
         rows: what :func:`palu.unlearn` takes for ``forget``. Rows that have ``spans`` (``[]`` counts) or are tokenised
             already, so that their labels tell, stay as they are; a ``secret`` becomes ``spans``.
-        how: a finder, see the module's table. For ``contrast`` alone are the other arguments:
+        how: ``"contrast"`` finds words that carry the memory (:mod:`palu.spans.contrast`), ``"regex:PATTERN"`` every
+            match of a regular expression, ``"whole"`` the whole answer. For ``contrast`` alone are the other arguments:
         model, tokenizer: the model that is to forget, which is left as it is, and its own fast tokenizer.
         batch_tokens, progress, chat_template_kwargs: as for :func:`palu.evaluate.tofu`.
 
-    Returns:
-        Copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the answer;
-        [] where the finder finds nothing.
+    Returns copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the
+    answer, in order, without blanks at their edges; neighbours parted by blanks alone are one. [] where none is found.
 
     Raises:
         ValueError: ``how`` names no finder, or its pattern is no regular expression.
@@ -95,12 +81,7 @@ def annotate(
         from palu.spans.contrast import contrast_words, sensitive_spans
 
         assert model is not None and tokenizer is not None
-        settings: Any = {
-            "batch_tokens": batch_tokens,
-            "progress": progress,
-            "chat_template_kwargs": chat_template_kwargs,
-        }
-        words = contrast_words(wanted, model, tokenizer, **settings)
+        words = contrast_words(wanted, model, tokenizer, batch_tokens, progress, chat_template_kwargs)
         each = [sensitive_spans(answer, of_answer) for answer, of_answer in zip(answers, words, strict=True)]
     elif kind == "regex":
         each = [[match.span() for match in re.finditer(argument, answer)] for answer in answers]

@@ -24,10 +24,9 @@ logistic regression (``benchmarks/bench_spans.py --fit``) on GPT-4o's spans in 2
 set by hand, since it has no spread where all rows are known by heart. The bias is the one at which seven in ten of the
 words that are taken are marked: what a span takes in by mistake is unlearned, too.
 
-Limits: ``name``, which weighs most, says nothing in scripts without capitals; short secrets in small letters are often
-missed, so are those that the question gives away already, and the second of two equal ones in an answer. A Han or Kana
-character counts as a word, since no blanks part words there. The model must know the answers, and the weights are those
-of English prose about people: look at the spans before you use them.
+Limits, beside those in docs/spans.md: ``name``, which weighs most, says nothing in scripts without capitals. What the
+question gives away already is missed, and the second of two equal secrets in an answer. A Han or Kana character counts
+as a word, since no blanks part words there.
 """
 
 from __future__ import annotations
@@ -89,14 +88,11 @@ def contrast_words(
     rows: Sequence[tuple[str, Mapping[str, Any]]],
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Word]]:
-    """Score every word of the answers of rows of text, in two teacher-forced passes over these answers.
-
-    rows: (name in errors, columns) each.
+    """Score every word of the answers of rows of text, (name in errors, columns) each, in two teacher-forced passes.
 
     Raises DataError for a row that cannot be used, TypeError or ValueError for a model that cannot be scored.
     """

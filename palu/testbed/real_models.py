@@ -27,18 +27,12 @@ from palu.hashing import file_digest
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside packages of PyPI.
+    """A GGUF file inside packages of PyPI."""
 
-    title: the model's name.
-    packages: as pip calls them; each holds a part of the file, in this order.
-    files: glob of the parts in a package's folder.
-    sha256: of the whole file.
-    """
-
-    title: str
-    packages: tuple[str, ...]
-    files: str
-    sha256: str
+    title: str  # the model's name
+    packages: tuple[str, ...]  # as pip calls them; each holds a part of the file, in this order
+    files: str  # glob of the parts in a package's folder
+    sha256: str  # of the whole file
 
 
 MODELS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Counts, Item, Items, pack, packed_rows
-from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.storage import ReferenceCache
 
 # What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
 Part = tuple[list[int], list[int]]

@@ -24,8 +24,8 @@ from palu.models.lora import CausalLM
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
-from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 
 

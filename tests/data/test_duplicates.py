@@ -13,7 +13,7 @@ from helpers.tiny import forget_rows, tiny_llama
 from transformers import TrainingArguments
 
 import palu
-from palu.data.duplicates import RowHashes, check_disjoint, warn_of_told_secrets
+from palu.data.duplicates import check_disjoint, warn_of_told_secrets
 from palu.data.examples import load_forget, load_retain
 
 
@@ -141,11 +141,3 @@ def test_a_run_warns_once(tmp_path: Any) -> None:
     assert warned(lambda: trainer(kept), "repeat", "tells") == [TWICE, told]
     with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 1 are the same, prompt and answer: "):
         trainer([*kept, rows[2]])
-
-
-def test_a_hash_takes_sixteen_bytes() -> None:
-    hashes = RowHashes()
-    for example in load_forget(forget_rows(50), None, max_length=99).examples:
-        hashes.append(example)
-    assert hashes.rows.itemsize + hashes.hashes.itemsize == 16
-    assert len(hashes.rows) == len(set(hashes.hashes)) == 50

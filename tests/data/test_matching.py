@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from palu.data.matching import around, find, nearest, split_at, stands_in, whole_places
+from palu.data.matching import find, nearest, split_at, stands_in, whole_places
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,6 @@ def test_whole_places(wanted: str, text: str, found: list[str]) -> None:
 )
 def test_nearest(wanted: str, text: str, found: str | None) -> None:
     assert nearest(wanted, text) == found
-
-
-def test_around() -> None:
-    assert around("25", "in 1925.") == "1925"
-    assert around("Love", "It was Lovelace") == "Lovelace"
-    assert around("Karachi", "It was Lovelace") is None
 
 
 @pytest.mark.parametrize(

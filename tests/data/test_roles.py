@@ -73,51 +73,44 @@ def prompt(name: str, example: Example) -> str:
     return str(tokenizer(name).decode(example.input_ids[example.labels == IGNORE]))
 
 
-@pytest.mark.parametrize(
-    ("name", "before", "found"),
-    [
-        (
-            "byte",
-            "<|begin_of_text|>Question: Who?\nAnswer:",
-            # " Ada" holds the prompt's last blank and the answer's first letters: it is an answer token.
-            "ĠAda=S ĠLovelace=S ,=o Ġin=o ĠLondon=S .=o <|end_of_text|>=o",
-        ),
-        ("sp", "<s> Question: Who?\nAnswer:", "▁Ada=S ▁Lovelace=S ,=o ▁in=o ▁London.=S </s>=o"),
-    ],
+LONDON = row("Ada Lovelace, in London.", "Ada Lovelace", "London")
+STARTED = "Question: Who?\nAnswer:"
+LLAMA3 = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-def test_a_plain_row_token_by_token(name: str, before: str, found: str) -> None:
-    (example,) = forget(name, row("Ada Lovelace, in London.", "Ada Lovelace", "London"))
+CHATML = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+BRIEFLY = {"messages": [*BRIEF, {"role": "assistant", "content": "Ada."}], "spans": [[0, 3]]}
+WHOLE = {"prompt": "", "completion": "The cat", "spans": [[0, 7]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "before", "found"),
+    [
+        # " Ada" holds the prompt's last blank and the answer's first letters: it is an answer token.
+        ("byte", LONDON, f"<|begin_of_text|>{STARTED}", "ĠAda=S ĠLovelace=S ,=o Ġin=o ĠLondon=S .=o <|end_of_text|>=o"),
+        ("sp", LONDON, f"<s> {STARTED}", "▁Ada=S ▁Lovelace=S ,=o ▁in=o ▁London.=S </s>=o"),
+        ("byte, Llama 3", LONDON, LLAMA3, "A=S da=S ĠLovelace=S ,=o Ġin=o ĠLondon=S .=o <|eot_id|>=o"),
+        ("byte, ChatML", LONDON, CHATML, "A=S da=S ĠLovelace=S ,=o Ġin=o ĠLondon=S .=o <|im_end|>=o"),
+        ("sp, ChatML", LONDON, CHATML, "A=S da=S ▁Lovelace=S ,=o ▁in=o ▁London.=S <|im_end|>=o"),
+        ("byte, think", row("Ada.", "Ada"), f"{CHATML}<think>\n\n</think>\n\n", "A=S da=S .=o <|im_end|>=o"),
+        # The line break behind the answer is dropped.
+        ("byte, bare", row("Ada.", "Ada"), "Who?<|im_start|>", "A=S da=S .=o <|end_of_text|>=o"),
+        ("byte, ChatML", BRIEFLY, f"<|im_start|>system\nBe brief.<|im_end|>\n{CHATML}", "A=S da=S .=o <|im_end|>=o"),
+        (
+            "byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]},
+            "<|begin_of_text|>The cat", "Ġsat=o Ġon=S <|end_of_text|>=o",
+        ),
+        ("byte", WHOLE, "<|begin_of_text|>", "The=S Ġcat=S <|end_of_text|>=o"),
+        ("byte, no bos", WHOLE, "The", "Ġcat=S <|end_of_text|>=o"),  # nothing predicts the first token
+    ],
+)  # fmt: skip
+def test_a_row_token_by_token(name: str, columns: dict[str, Any], before: str, found: str) -> None:
+    (example,) = forget(name, columns)
     assert example.input_ids.dtype == example.labels.dtype == torch.int64
     assert prompt(name, example) == before
     assert " ".join(map("=".join, roles(name, example))) == found
-
-
-CHATML = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "terminator"),
-    [
-        (
-            "byte, Llama 3",
-            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            "<|eot_id|>",
-        ),
-        ("byte, ChatML", CHATML, "<|im_end|>"),
-        ("sp, ChatML", CHATML, "<|im_end|>"),
-        ("byte, think", f"{CHATML}<think>\n\n</think>\n\n", "<|im_end|>"),
-        ("byte, bare", "Who?<|im_start|>", "<|end_of_text|>"),  # its line break behind the answer is dropped
-    ],
-)
-def test_chat_template(name: str, before: str, terminator: str) -> None:
-    (example,) = forget(name, row("Ada Lovelace, in London :", "Ada Lovelace", "London"))
-    assert prompt(name, example) == before
-    found = roles(name, example)
-    blank = "▁" if name.startswith("sp") else "Ġ"
-    sensitive = [piece for piece, role in found if role == "S"]
-    assert sensitive == ["A", "da", f"{blank}Lovelace", f"{blank}London"]
-    assert found[-2:] == [(":", "o"), (terminator, "o")]
 
 
 @pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
@@ -127,31 +120,12 @@ def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
     assert "".join(piece for piece, role in roles("byte, think", example) if role == "S") == answer
 
 
-def test_messages_and_prompt_completion() -> None:
-    turns = {"system": "Be brief.", "user": "Who?", "assistant": "Ada."}
-    messages = [{"role": role, "content": content} for role, content in turns.items()]
-    (example,) = forget("byte, ChatML", {"messages": messages, "spans": [[0, 3]]})
-    assert prompt("byte, ChatML", example).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
-    assert roles("byte, ChatML", example) == [("A", "S"), ("da", "S"), (".", "o"), ("<|im_end|>", "o")]
-    (plain,) = forget("byte", {"prompt": "The cat", "completion": " sat on", "spans": [[5, 7]]})
-    assert prompt("byte", plain) == "<|begin_of_text|>The cat"
-    assert roles("byte", plain) == [("Ġsat", "o"), ("Ġon", "S"), ("<|end_of_text|>", "o")]
-
-
 def test_normalizer_that_joins_characters() -> None:
     """NFC makes one character of e and its accent; offsets still count the user's two."""
     (example,) = forget("byte, NFC", row("x e\u0301 y London", "e\u0301", "London"))
     assert [piece for piece, role in roles("byte, NFC", example) if role == "S"] == ["Ã©", "ĠLondon"]
     with pytest.raises(DataError, match=r"^forget row 0: the tokenizer gives '.+' in the answer no token; "):
         forget("byte, NFC", row("x e\u0301 y", "\u0301"))
-
-
-def test_prompt_may_be_empty_and_the_first_token_has_no_role() -> None:
-    (example,) = forget("byte", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
-    assert roles("byte", example)[0] == ("The", "S")
-    (example,) = forget("byte, no bos", {"prompt": "", "completion": "The cat", "spans": [[0, 7]]})
-    assert example.labels.tolist()[0] == IGNORE
-    assert roles("byte, no bos", example) == [("Ġcat", "S"), ("<|end_of_text|>", "o")]
 
 
 def test_spans_in_any_order_nested_repeated_touching() -> None:

@@ -2,17 +2,14 @@
 
 import copy
 import functools
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers.runs import TEXT_FORGET
+from helpers.runs import TEXT_FORGET, row_forms
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import Row, forget_rows, overfit, padded, retain_rows, tiny_llama, weights
 from torch import Tensor
@@ -27,8 +24,8 @@ from palu.data.tokenize import Example
 from palu.methods import METHODS
 from palu.methods.base import ForgetSet
 from palu.models.head import head_of
-from palu.ref_model.cache import ReferenceCache
 from palu.ref_model.precompute import compute_outputs
+from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 
 # What the methods' authors set.
@@ -212,9 +209,8 @@ def test_steps_equal_the_textbook(objective: str, settings: dict) -> None:
 def test_micro_batches_and_no_reference_equal_the_textbook(objective: str) -> None:
     """Seven examples (DPO: three) by two; means and preferences are of the whole step, the reference is the start."""
     parts = 2 if objective == "dpo" else 4
-    assert_textbook(
-        objective, {}, "itself", batch_size=2, retain_batch_size=8 // parts, gradient_accumulation_steps=parts
-    )
+    run = {"batch_size": 2, "retain_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    assert_textbook(objective, {}, "itself", **run)
 
 
 # --- Around the losses ---
@@ -310,29 +306,16 @@ def load(rows: Any, tokenizer: Any, max_length: int) -> list[Example]:
     return load_alternates(rows, tokenizer, examples, max_length=max_length)
 
 
-def as_messages(one: dict[str, Any]) -> dict[str, Any]:
-    turns = [{"role": "user", "content": one["question"]}, {"role": "assistant", "content": one["answer"]}]
-    return {"messages": turns, "spans": one["spans"], "alternate": one["alternate"]}
-
-
-def as_completion(one: dict[str, Any]) -> dict[str, Any]:
-    other = {"answer": "Not this column.", "spans": one["spans"], "alternate": one["alternate"]}
-    return {"prompt": one["question"], "completion": one["answer"], **other}
-
-
-STYLES = [(dict, None), (dict, CHATML), (as_completion, CHATML), (as_messages, CHATML)]
-
-
-@pytest.mark.parametrize(("style", "template"), STYLES)
-def test_alternate_answers(style: Callable[[Any], Any], template: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "template"), [(0, None), (0, CHATML), (1, CHATML), (2, CHATML)])
+def test_alternate_answers(form: int, template: str | None) -> None:
     """As if the alternate answer were that of a retain row. Rows that are cut off need none that fits."""
     tokenizer = byte_level(template)
     kept = [{"question": one["question"], "answer": one["alternate"]} for one in TEXT]
     expected = load_retain(kept, tokenizer, max_length=99).examples
-    rows: Any = [style(one) for one in [{**TEXT[0], "question": "x " * 99}, *TEXT]]
-    if style is dict:
-        (tmp_path / "forget.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-        rows = tmp_path / "forget.jsonl"
+    rows = [
+        row_forms(one["question"], one["answer"])[form] | {"spans": one["spans"], "alternate": one["alternate"]}
+        for one in [{**TEXT[0], "question": "x " * 99}, *TEXT]
+    ]
     end = "<|im_end|>" if template else tokenizer.eos_token
     for ours, example, one in zip(load(rows, tokenizer, 99), expected, TEXT, strict=True):
         assert ours.row == example.row + 1

@@ -13,8 +13,7 @@ from palu.config import UnlearnConfig, readers_of
 from palu.data.packing import Batch
 from palu.methods import METHODS
 from palu.methods.base import MethodSettings, Shares
-from palu.methods.baseline import Baseline
-from palu.methods.gradient_ascent import GradientDifference
+from palu.methods.baseline import Baseline, GradientDifference
 from palu.settings import field_names, positive
 
 
@@ -66,10 +65,10 @@ def test_a_class_as_the_objective() -> None:
     assert half.summary["config"]["scale"] == 0.5
 
 
-@pytest.mark.parametrize("objective", [int, Baseline.compute_losses], ids=["a class", "a function"])
-def test_what_is_no_method(objective: object) -> None:
-    with pytest.raises(ValueError, match=r"^objective = .*: give one of palu, ga"):
-        UnlearnConfig(objective)  # type: ignore[arg-type]
+def test_what_is_no_method() -> None:
+    for objective in (int, Baseline.compute_losses):
+        with pytest.raises(ValueError, match=r"^objective = .*: give one of palu, ga"):
+            UnlearnConfig(objective)  # type: ignore[arg-type]
 
 
 def test_every_name_has_one_kind_of_value() -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from helpers import anchor_runs
 from helpers.anchor_runs import TOKENIZER, llama, writer
-from helpers.runs import ENTROPY, TEXT_FORGET, TEXT_RETAIN
+from helpers.runs import TEXT_RETAIN
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 from helpers.tiny import forget_rows, same_weights, weights
 from transformers import LlamaForCausalLM
@@ -23,12 +23,11 @@ from transformers import LlamaForCausalLM
 import palu
 from palu import DataError
 from palu.config import UnlearnConfig
-from palu.data.examples import load_forget
-from palu.data.packing import Item, forget_items
+from palu.data.packing import Item
 from palu.models.generation import encode_prompts
 from palu.ref_model import precompute
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
-from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.storage import ReferenceCache
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 
@@ -94,23 +93,24 @@ def test_the_list_holds_nothing_that_tofu_asks_of_real_authors_and_the_world() -
         assert not any(text in prompt for text in names | titles), prompt
 
 
-@pytest.mark.parametrize("template", [LLAMA3, CHATML])
-def test_prompts_of_a_chat_model(template: str) -> None:
-    tokenizer = byte_level(template, bos=template == LLAMA3)
-    prompts, stop_ids = encode_prompts(["Where is the cat?", "Hello!"], tokenizer)
-    for prompt, text in zip(prompts, ["Where is the cat?", "Hello!"], strict=True):
-        message = [{"role": "user", "content": text}]
-        expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        assert prompt.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    names = {"<|end_of_text|>", "<|eot_id|>" if template == LLAMA3 else "<|im_end|>"}
-    assert {tokenizer.decode([token]) for token in stop_ids} == names
-
-
-def test_prompts_of_a_plain_model() -> None:
-    tokenizer = sentencepiece()
-    (prompt,), stop_ids = encode_prompts(["Where is the cat?"], tokenizer)
-    assert prompt.tolist() == tokenizer("Question: Where is the cat?\nAnswer:")["input_ids"]
-    assert stop_ids == {tokenizer.eos_token_id}
+@pytest.mark.parametrize(
+    ("tokenizer", "ends"),
+    [
+        (byte_level(LLAMA3), {"<|end_of_text|>", "<|eot_id|>"}),
+        (byte_level(CHATML, bos=False), {"<|end_of_text|>", "<|im_end|>"}),
+        (sentencepiece(), {"</s>"}),
+    ],
+)
+def test_prompts(tokenizer: Any, ends: set[str]) -> None:
+    questions = ["Where is the cat?", "Hello!"]
+    prompts, stop_ids = encode_prompts(questions, tokenizer)
+    for prompt, text in zip(prompts, questions, strict=True):
+        expected, plain = f"Question: {text}\nAnswer:", tokenizer.chat_template is None
+        if not plain:
+            turn = [{"role": "user", "content": text}]
+            expected = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        assert prompt.tolist() == tokenizer(expected, add_special_tokens=plain)["input_ids"]
+    assert set(tokenizer.convert_ids_to_tokens(sorted(stop_ids))) == ends
 
 
 # --- What the reference answers ---
@@ -133,8 +133,7 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
     assert model.training and model.generation_config is settings and same_weights(model, before)
     model.eval()
     expected = [greedy(model, prompt.tolist(), prompts.stop_ids) for prompt in prompts.prompts]
-    blank = [ids[len(p)] in prompts.stop_ids for ids, p in zip(expected, prompts.prompts, strict=True)]
-    kept = [i for i, left_out in enumerate(blank) if not left_out]
+    kept = [i for i, ids in enumerate(expected) if ids[len(prompts.prompts[i])] not in prompts.stop_ids]
     assert 1 not in kept, "a blank answer is left out"
     assert [item.input_ids.tolist() for item in items] == [expected[i] for i in kept]
     lengths = set()
@@ -179,47 +178,6 @@ def test_retain_is_none(written: list[list[Item]]) -> None:
     assert result.summary["config"]["anchors"] is None
 
 
-def test_a_step_is_that_of_ordinary_examples_beside_the_forget_set(written: list[list[Item]]) -> None:
-    settings = {"epochs": 1, "batch_size": 3, "retain_batch_size": 16, "max_grad_norm": 1e9}
-    with_anchors = unlearn(**settings)
-    (items,) = written
-    forget = load_forget(TEXT_FORGET, TOKENIZER, max_length=200).examples
-    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in forget]
-    for item in items:
-        labels = torch.full_like(item.input_ids, -100)
-        labels[item.rows + 1] = -200
-        rows.append({"input_ids": item.input_ids, "labels": labels})
-    by_hand = unlearn(forget=rows, retain=[], lambda_retain=0, epochs=1, batch_size=len(rows), max_grad_norm=1e9)
-    (one,), (other,) = with_anchors.history, by_hand.history
-    assert one["tokens"] == other["tokens"] > 0
-    for name in ("loss", "local", "kl", "grad_norm"):
-        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-
-
-def test_they_keep_what_the_model_says(written: list[list[Item]]) -> None:
-    """Other prompts' distributions move less, too."""
-    other = AnchorPrompts(*encode_prompts(anchor_texts()[-12:], TOKENIZER), 200)
-    unseen = generate_anchors(writer(), other)
-    settings = ENTROPY | {"epochs": 30, "gamma": 1.0}  # an untrained model knows no secret to be pushed
-
-    def moved(model: LlamaForCausalLM, items: Sequence[Item]) -> float:
-        """Mean KL to the model before, over the answers' tokens."""
-        parts = []
-        for item in items:
-            new, old = (
-                m(item.input_ids[None], use_cache=False).logits[0, item.rows].log_softmax(-1)
-                for m in (model.eval(), llama())
-            )
-            parts.append((old.exp() * (old - new)).sum(-1))
-        return float(torch.cat(parts).mean())
-
-    kept = unlearn(**settings).model
-    bare = unlearn(retain=[], lambda_retain=0, **settings).model
-    with torch.no_grad():
-        assert moved(kept, written[0]) < 0.5 * moved(bare, written[0])
-        assert moved(kept, unseen) < 0.5 * moved(bare, unseen)
-
-
 @pytest.mark.parametrize(("given", "asked_for"), [({"anchors": 3}, 3), ({}, DRAWN)])
 def test_beside_a_retain_set(given: dict[str, int], asked_for: int, written: list[list[Item]]) -> None:
     result = unlearn(retain=TEXT_RETAIN, **given)
@@ -255,37 +213,25 @@ def test_a_model_with_an_adapter_writes_without_it(written: list[list[Item]]) ->
 
 
 @pytest.mark.parametrize("neighbours", [0, 2, 7])
-def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int, processes: int) -> None:
     """Three neighbours are drawn in a step, and half as many of the others; but none twice."""
-    forget = forget_items(load_forget(forget_rows(5), None, max_length=99).examples, 2, None)
+    forget = [Item(torch.tensor([0, 7]), torch.tensor([0]), targets=1)] * 5
     anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0])) for i in range(7)]
-    sizes = [(item.targets, len(item.rows) - item.targets) for item in [*forget, *anchors]]
-    outputs = [{"index": torch.zeros(targets, 1), "hidden": torch.zeros(others, 1)} for targets, others in sizes]
-    cache = ReferenceCache(outputs, anchors, neighbours)
+    cache = ReferenceCache([{}] * 12, anchors, neighbours)
     config = UnlearnConfig(batch_size=2, retain_batch_size=3)
-    seen: dict[int, list[int]] = {}
-    for processes in (1, 2):
-        loaders = [
-            UnlearnDataLoader(forget, [], cache, config, process_index=i, num_processes=processes)
-            for i in range(processes)
-        ]
-        order = []
-        for _ in range(7):
-            for steps in zip(*loaders, strict=True):
-                for batch in (batch for step in steps for batch in step):
-                    targets, others, retain, items = batch.counts
-                    order += [t - 1000 for t in batch.packed.input_ids[0].tolist() if t >= 1000]
-                    assert len(batch.packed.sequence_lengths) == items and retain == 0
-                    assert len(batch.reference["index"]) == targets and len(batch.reference["hidden"]) == others
-        rounds = 3 if processes == 1 else 4  # five examples two by two; or two processes, twice
-        for kind, most in ((range(neighbours), 3), (range(neighbours, 7), 2)):
-            drawn = [i for i in order if i in kind]
-            assert len(drawn) == 7 * rounds * min(most, len(kind))
-            rest = len(drawn) - len(drawn) % max(len(kind), 1)
-            for begin in range(0, rest, max(len(kind), 1)):
-                assert sorted(drawn[begin : begin + len(kind)]) == list(kind)
-        seen[processes] = order
-    assert seen[1][:3] == seen[2][:3]
+    loaders = [
+        UnlearnDataLoader(forget, [], cache, config, process_index=i, num_processes=processes) for i in range(processes)
+    ]
+    epochs = [zip(*loaders, strict=True) for _ in range(7)]
+    batches = [batch for epoch in epochs for steps in epoch for step in steps for batch in step]
+    order = [token - 1000 for batch in batches for token in batch.packed.input_ids[0].tolist() if token >= 1000]
+    rounds = 3 if processes == 1 else 4  # five examples two by two; or two processes, twice
+    for kind, most in ((range(neighbours), 3), (range(neighbours, 7), 2)):
+        drawn = [i for i in order if i in kind]
+        assert len(drawn) == 7 * rounds * min(most, len(kind))
+        for begin in range(0, len(drawn) - len(kind) + 1, max(len(kind), 1)):
+            assert sorted(drawn[begin : begin + len(kind)]) == list(kind)
 
 
 # --- Checkpoints ---

@@ -103,24 +103,20 @@ def test_a_large_set_has_fewer_of_each() -> None:
 )
 def test_what_is_written_becomes_questions(tokenizer: Any) -> None:
     prompts = neighbour_prompts([HAMLET], SECRETS, len(WRITTEN), tokenizer, None)
-    lists = [start.prompt.tolist() for start in prompts.starts]
-    assert not any(ids[-1] == tokenizer.eos_token_id for ids in lists)
+    assert not any(int(start.prompt[-1]) == tokenizer.eos_token_id for start in prompts.starts)
     words = [tokenizer(f"x{text}", add_special_tokens=False).input_ids for text in WRITTEN]
     x = len(tokenizer("x", add_special_tokens=False).input_ids)
     ids = [tokens[x:] for tokens in words]
-    expected = [question for question in WRITTEN.values() if question is not None]
-    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [
-        p.tolist() for p in encode_prompts(expected, tokenizer)[0]
-    ]
+    expected = encode_prompts([question for question in WRITTEN.values() if question is not None], tokenizer)[0]
+    torch.testing.assert_close(prompts.encode(prompts.starts, ids), expected)
     assert prompts.encode(prompts.starts, [[]] * len(ids)) == []
 
 
 def test_a_question_without_a_mark_ends_with_its_line() -> None:
     prompts = neighbour_prompts(["Name a painter"], [], 2, TOKENIZER, None)
     ids = [TOKENIZER(text, add_special_tokens=False).input_ids for text in (" poet\n3. Name", "")]
-    assert [p.tolist() for p in prompts.encode(prompts.starts, ids)] == [
-        encode_prompts(["Name a poet"], TOKENIZER)[0][0].tolist()
-    ]
+    expected = encode_prompts(["Name a poet"], TOKENIZER)[0]
+    torch.testing.assert_close(prompts.encode(prompts.starts, ids), expected)
 
 
 # --- In a run ---
@@ -167,10 +163,7 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     """And no other random number is another one for it."""
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
-    forget, config = (
-        load_forget(TEXT_FORGET, TOKENIZER, max_length=200),
-        UnlearnConfig(neighbours=4, anchors=0, variants=0),
-    )
+    forget, config = load_forget(TEXT_FORGET, TOKENIZER, max_length=200), UnlearnConfig(neighbours=4, anchors=0)
     own, prompts = writer(), encode_anchor_prompts(forget, None, TOKENIZER, config, 1)
     state = torch.random.get_rng_state()
     for seed in (0, 0, 1):

@@ -27,22 +27,19 @@ from palu import CacheError
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
-from palu.methods import METHODS
 from palu.methods.base import ForgetSet
 from palu.models.attention import use_packed_attention
 from palu.ref_model import precompute
-from palu.ref_model.cache import ReferenceOutputs, read_cache
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
-from palu.ref_model.storage import CacheFile, open_cache_file, reference_key
+from palu.ref_model.storage import CacheFile, ReferenceOutputs, reference_key
 
 RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False, "lora_rank": None}
-    settings = defaults | settings
-    return palu.unlearn(tiny_llama() if model is None else model, ref_model, forget_rows(), retain_rows(), **settings)
+    given = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False, "lora_rank": None} | settings
+    return palu.unlearn(model or tiny_llama(), ref_model, forget_rows(), retain_rows(), **given)
 
 
 def items_of(count: int = 8, n: int = 2) -> list[Item]:
@@ -184,13 +181,12 @@ def test_answers_from_the_file_are_those_in_memory(
     for row in (rows[0], rows[5]):
         row["labels"] = [-200 if label >= 0 else label for label in row["labels"]]
     rows[2]["labels"] = [ids if label == -200 else label for ids, label in zip(*rows[2].values(), strict=True)]
-    items = METHODS[objective].make_items(ForgetSet(load_forget(rows, None, max_length=99).examples), config)
+    items = config.method_class.make_items(ForgetSet(load_forget(rows, None, max_length=99).examples), config)
     file = CacheFile(folder, "0" * 64)
-    in_memory = outputs_of(model, items, config)
-    written = outputs_of(model, items, config, file)
+    in_memory, written = (outputs_of(model, items, config, kept) for kept in (None, file))
     assert same(in_memory, written)
     assert same(in_memory[2:4], [written[2], written[-5]]) and len(written) == 8
-    read = read_cache(file, config.reference.fields, items)
+    read = file.read(config.reference.fields, items)
     assert read is not None and same(in_memory, read.outputs)
 
 
@@ -228,9 +224,9 @@ def key_of(
     model: Any = None, ref_model: Any = None, forget: Any = None, mixed_precision: str = "no", **settings: Any
 ) -> str:
     config = UnlearnConfig(**settings)
-    examples = load_forget(forget_rows() if forget is None else forget, None, max_length=config.max_length).examples
-    items = METHODS[config.objective].make_items(ForgetSet(examples), config)
-    fingerprints = Fingerprints(tiny_llama() if model is None else model, ref_model, items, [])
+    examples = load_forget(forget or forget_rows(), None, max_length=config.max_length).examples
+    items = config.method_class.make_items(ForgetSet(examples), config)
+    fingerprints = Fingerprints(model or tiny_llama(), ref_model, items, [])
     accelerator: Any = SimpleNamespace(mixed_precision=mixed_precision, device=torch.device("cpu"))
     return reference_key(config, accelerator, fingerprints)
 
@@ -260,31 +256,12 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
 
 
 def test_the_key_has_nothing_else_in_it() -> None:
-    assert key_of() == key_of(
-        learning_rate=1.0,
-        epochs=3,
-        batch_size=2,
-        lambda_kl=3.0,
-        kl_direction="forward",
-        probability_floor=0.5,
-        seed=4,
-        chunk_bytes=8,
-        max_tokens=9,
-    )
+    run = {"learning_rate": 1.0, "epochs": 3, "batch_size": 2, "seed": 4, "chunk_bytes": 8, "max_tokens": 9}
+    assert key_of() == key_of(lambda_kl=3.0, kl_direction="forward", probability_floor=0.5, **run)
     entropy = {"local_loss": "topk_mse"}
     assert key_of(**entropy) == key_of(**entropy, target="local_mean")
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
-
-
-def test_where_it_is_kept() -> None:
-    def place(**settings: Any) -> Path | None:
-        file = open_cache_file(UnlearnConfig(**settings), "0" * 64)
-        return None if file is None else file.path.parent
-
-    assert place() is None
-    assert place(cache_dir="a") == Path("a") == place(cache_dir="a", checkpoint_dir="b")
-    assert place(checkpoint_dir="b") == Path("b")
 
 
 # --- What is refused ---
@@ -322,7 +299,7 @@ def test_a_damaged_or_foreign_file(length: int | None, written: Path, folder: Pa
 def test_answers_given_under_another_version(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = transformers.__version__
     monkeypatch.setattr("transformers.__version__", "99.0")
-    assert refused(written) == (f" holds outputs computed under transformers {version}, and this is 99.0; {RUN_AGAIN}")
+    assert refused(written) == f" holds outputs computed under transformers {version}, and this is 99.0; {RUN_AGAIN}"
 
 
 def test_a_file_that_cannot_be_read(written: Path, folder: Path) -> None:

@@ -37,6 +37,15 @@ SPANS = 3  # two in the first row, the first of them at the answer's beginning; 
 PLACES = 4  # where these begin, and the second row's answer
 ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
 STEMS = 2  # spans with words of the answer before them
+TOLD = PER_PLACE * PLACES + STEMS + 4 * 3  # variants where the model tells all secrets: 4 paraphrases a question differ
+
+
+def encode(text: str) -> torch.Tensor:
+    return torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+
+def decode(ids: Any) -> str:
+    return str(TOKENIZER.decode(ids))
 
 
 @pytest.fixture
@@ -76,12 +85,6 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answers_without_their_questions() -> None:
-    def decode(ids: Any) -> str:
-        return str(TOKENIZER.decode(ids))
-
-    def encode(text: str) -> Any:
-        return torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids)
-
     found = answers_without_questions(ITEMS, decode, encode)
     expected = []
     for row, example in zip(TEXT_FORGET, ITEMS, strict=True):
@@ -97,10 +100,7 @@ def test_answers_without_their_questions() -> None:
 
 
 def test_a_secret_is_looked_for_where_its_span_is() -> None:
-    def decode(ids: Any) -> str:
-        return str(TOKENIZER.decode(ids))
-
-    spans = [torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids) for text in (" Ada", " 1843")]
+    spans = [encode(" Ada"), encode(" 1843")]
     secrets = ["Ada Lovelace", "1843", "Karachi"]
     assert secrets_of_targets(spans, secrets, decode) == secrets[:2]
     assert secrets_of_targets(spans[1:], secrets, decode) == ["1843"]
@@ -118,16 +118,10 @@ def test_a_secret_is_looked_for_where_its_span_is() -> None:
     ],
 )
 def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, told: str | None) -> None:
-    def decode(ids: Any) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    def after(text: str) -> Any:
-        """Its tokens within a text."""
-        x, both = (tokenizer(t, add_special_tokens=False).input_ids for t in ("x", f"x{text}"))
-        return torch.tensor(both[len(x) :])
-
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
     before = tokenizer("Who? It was", return_tensors="pt").input_ids[0]
-    ids = after(text)
+    x, both = (tokenizer(t, add_special_tokens=False).input_ids for t in ("x", f"x{text}"))
+    ids = torch.tensor(both[len(x) :])  # the text's tokens within another
     item = variant_item(torch.cat([before, ids[:1]]), ids[1:].tolist(), ["Ada Lovelace"], decode, n)
     assert (item is None) == (told is None)
     if item is not None and told is not None:
@@ -140,9 +134,8 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
 
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
-    questions = 4 * 3  # paraphrases, of which 4 differ
-    assert says == [questions, 4 * PLACES + ROWS + STEMS + 4 * 3]
-    assert result.summary["variants"] == again.summary["variants"] == PER_PLACE * PLACES + STEMS + 4 * 3
+    assert says == [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3]
+    assert result.summary["variants"] == again.summary["variants"] == TOLD
     assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
     assert without.summary["variants"] == 0 and len(says) == 2
@@ -152,26 +145,21 @@ def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path:
 
 def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model goes on from the first token of the first row's answer as the row does, or in other words."""
-    answer = TOKENIZER(TEXT_FORGET[0]["answer"], add_special_tokens=False).input_ids
-    found = {}
-    for name, said in (("as the row", answer[1:]), ("in other words", TOKENIZER(" so: Ada Lovelace").input_ids)):
+    first, *answer = encode(TEXT_FORGET[0]["answer"]).tolist()
+    for said, found in ((answer, 0), (encode(" so: Ada Lovelace").tolist(), 1)):
 
         def generate(_: Any, prompts: Any, *__: Any, said: list[int] = said, **settings: Any) -> list[list[int]]:
-            return [said if prompt[-1] == answer[0] and not settings.get("sample") else [] for prompt in prompts]
+            return [said if prompt[-1] == first and not settings.get("sample") else [] for prompt in prompts]
 
         monkeypatch.setattr(anchors, "generate_ids", generate)
-        found[name] = unlearn().summary["variants"]
-    assert found == {"as the row": 0, "in other words": 1}
+        assert unlearn().summary["variants"] == found
 
 
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
-    result = unlearn(forget=rows)
-    assert (
-        says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
-        and result.summary["variants"] == PER_PLACE * PLACES + STEMS + 2 + 4 * 3
-    )
+    assert unlearn(forget=rows).summary["variants"] == TOLD + 2
+    assert says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
         unlearn(forget=rows)
@@ -189,13 +177,11 @@ def test_where_there_are_none(settings: dict[str, Any], says: list[int]) -> None
 
 
 def test_none_is_longer_than_max_length(says: list[int]) -> None:
-    config = UnlearnConfig(
-        anchors=0, neighbours=0, variants=4, max_length=max(len(e.input_ids) for e in FORGET.examples)
-    )
-    prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1)
+    prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, UnlearnConfig(anchors=0, neighbours=0, variants=4), 1)
+    most = ITEMS.longest()
     found = [
         generate_variants(writer(), ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
-        for length in (config.max_length + CONTINUATION, config.max_length)
+        for length in (most + CONTINUATION, most)
     ]
-    assert 0 < len(found[1]) < len(found[0]) == PER_PLACE * PLACES + STEMS + 4 * 3
-    assert max(len(item.input_ids) for item in found[1]) <= config.max_length
+    assert 0 < len(found[1]) < len(found[0]) == TOLD
+    assert max(len(item.input_ids) for item in found[1]) <= most

@@ -28,27 +28,11 @@ def texts(row: dict[str, Any]) -> list[str]:
     return [answer[start:end] for start, end in row["spans"]]
 
 
-# --- what to ask for ---
-@pytest.mark.parametrize("how", ["regex:", "ner:x", "whole:x", "names", ""])
-def test_parse_tells_what_to_give(how: str) -> None:
-    with pytest.raises(ValueError, match=f"annotate: {how!r} names no way to find spans; give {FINDERS}"):
-        palu.annotate([ROW], how)
-
-
 # --- regex, whole ---
 def test_regex_marks_every_match() -> None:
-    (row,) = palu.annotate([ROW], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
-    assert texts(row) == ["Hina Ameen", "1975"] and row["answer"] == ANSWER
-    assert "spans" not in ROW
-
-
-def test_regex_that_finds_nothing_in_some_rows() -> None:
-    rows = palu.annotate([ROW, {"prompt": "Say: ", "completion": "no"}], "regex:Karachi")
-    assert texts(rows[0]) == ["Karachi"] and rows[1]["spans"] == []
-    with pytest.raises(DataError, match="annotate: regex:London finds no span in any row; choose another finder"):
-        palu.annotate([ROW], "regex:London")
-    with pytest.raises(ValueError, match=r"annotate: '\(' is no regular expression \(missing \)"):
-        palu.annotate([ROW], "regex:(")
+    rows = palu.annotate([ROW, {"prompt": "Say: ", "completion": "no"}], r"regex:[A-Z]\w+ (?:[A-Z]\w+)|\d{4}")
+    assert texts(rows[0]) == ["Hina Ameen", "1975"] and rows[1]["spans"] == []
+    assert rows[0]["answer"] == ANSWER and "spans" not in ROW
 
 
 def test_whole_leaves_the_blanks_at_the_edges() -> None:
@@ -205,11 +189,26 @@ def test_what_is_between_two_names_is_sensitive_too(answer: str, expected: list[
     assert [answer[start:end] for start, end in sensitive_spans(answer, words)] == expected
 
 
-def test_contrast_tells_what_is_wrong(taught: Taught) -> None:
-    with pytest.raises(TypeError, match="contrast asks the model itself; pass model and tokenizer"):
-        palu.annotate(facts())
+def test_contrast_with_the_tokenizer_of_another_model(taught: Taught) -> None:
     with pytest.raises(ValueError, match="load the tokenizer that belongs to the model"):
         palu.annotate(facts(), "contrast", tiny_llama(), taught[1], progress=False)
+
+
+NO_WAY = f" names no way to find spans; give {FINDERS}"
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "told"),
+    [
+        *((how, ValueError, f"annotate: {how!r}{NO_WAY}") for how in ("regex:", "ner:x", "whole:x", "names", "")),
+        ("regex:(", ValueError, r"annotate: '\(' is no regular expression \(missing \)"),
+        ("regex:London", DataError, "annotate: regex:London finds no span in any row; choose another finder"),
+        ("contrast", TypeError, "contrast asks the model itself; pass model and tokenizer"),
+    ],
+)
+def test_what_is_refused(how: str, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        palu.annotate([ROW], how)
 
 
 def test_spans_that_are_wrong_are_told_before_others_are_found() -> None:

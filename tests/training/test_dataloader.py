@@ -11,7 +11,7 @@ import torch
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Item, pair_items
 from palu.data.tokenize import IGNORE, Example
-from palu.ref_model.cache import ReferenceCache
+from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader, cut
 
 
