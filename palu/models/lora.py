@@ -84,12 +84,10 @@ def adapter_settings(model: CausalLM) -> list[Any]:
 
 
 def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
-    """Return the models that are given, by name, each as it is alone.
+    """Return the models that are given, by name, each as it is alone; ValueError where that cannot be had.
 
     PEFT puts an adapter into its base in place. So for a base that is given beside its ``PeftModel``, the base without
     the adapter is returned: modules of its own, and the same weights.
-
-    Raises ValueError where a base cannot be had without an adapter of another model.
     """
     given = {name: model for name, model in models.items() if model is not None}
     found = dict(given)
@@ -100,19 +98,10 @@ def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
             raise ValueError(
                 f"{name} and {other} share one base model, which has an adapter in it; load {name} on its own"
             )
-        found[name] = _without_adapters(base_of(model))
+        tensors = chain(adapted.parameters(), adapted.buffers())
+        modules: Any = copy.deepcopy(adapted, {id(tensor): tensor for tensor in tensors})
+        found[name] = modules.unload()
     return found
-
-
-def _without_adapters(base: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model's modules, but not its weights, and take out those that PEFT has put in."""
-    tensors = chain(base.parameters(), base.buffers())
-    bare = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
-    for path, module in list(bare.named_modules()):
-        if (inner := _inner(module)) is not module:
-            bare.set_submodule(path, inner)
-    vars(bare).pop("peft_config", None)
-    return bare
 
 
 @contextmanager

@@ -183,7 +183,8 @@ def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> 
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
     error = no_ops(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
     assert "prebuilt: no module palu._C is installed" in error
-    assert "just in time: no C++ compiler: 'no-such-c++' is not on PATH" in error
+    told = "no C++ compiler: 'no-such-c++' is not on PATH (CXX names another: a command, no arguments)"
+    assert f"just in time: {told}" in error
 
 
 def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,11 +248,7 @@ def test_a_compiler_that_does_not_work(tmp_path: Path) -> None:
     broken = tmp_path / "broken-c++"
     broken.write_text('#!/bin/sh\necho "broken: cannot compile" >&2\n[ "$1" = -v ] || exit 1\n')
     broken.chmod(0o755)
-    for compiler, told in (
-        (str(broken), "broken: cannot compile"),
-        ("c++ -w", "no C++ compiler: 'c++ -w' is not on PATH (CXX names another: a command, no arguments)"),
-    ):
-        assert told in no_ops(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=compiler)
+    assert "broken: cannot compile" in no_ops(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=str(broken))
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
@@ -311,12 +308,6 @@ def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tm
     assert _build.visible_architectures() == "7.5;9.0" and "_cu130_sm75_90_" in _build.jit_name()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not _build.with_cuda()
-
-
-def test_flags() -> None:
-    flags = _build.CXX_FLAGS + _build.NVCC_FLAGS
-    assert "-fopenmp" in _build.CXX_FLAGS
-    assert not any(flag.startswith(("-std", "-march")) for flag in flags)
 
 
 def test_sanitized_build_is_one_of_its_own() -> None:
