@@ -39,10 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 def with_cuda() -> bool:
-    """Whether the CUDA kernels are built: torch is a CUDA build, nvcc exists and no sanitizer is asked for.
-
-    A visible GPU is not asked for, because the machines that build wheels have none.
-    """
+    """Whether the CUDA kernels are built: torch is a CUDA build, and nvcc exists; builders of wheels have no GPU."""
     if SANITIZED:
         return False
     import torch

@@ -122,10 +122,7 @@ AttentionMaskInterface.register(MASKED, _mask_of_model)
 
 @contextmanager
 def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") -> Iterator[None]:
-    """Switch a model from SDPA to :func:`packed_attention` within the block, where that can serve it.
-
-    ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
-    """
+    """Switch a model from SDPA to :func:`packed_attention` within the block, where that can serve it."""
     half = mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
     served = model.device.type == "cpu" or (model.device.type == "cuda" and half)
     config: Any = model.config.get_text_config()

@@ -189,10 +189,7 @@ def generation_batches(
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int, most: int = sys.maxsize) -> Iterator[list[int]]:
-    """Group indices of texts, the longest first: at most ``tokens`` tokens a group if padded, or one longer text.
-
-    ``most``: how many texts a group may have.
-    """
+    """Group indices of texts, the longest first: ``most`` texts and, padded, ``tokens`` tokens at most, or one text."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):

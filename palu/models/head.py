@@ -93,10 +93,7 @@ def layers_of(body: Any) -> list[nn.Module]:
 
 
 def head_of(model: CausalLM) -> Head:
-    """Return the output layer's weight [V, d] and bias, with the scale and the cap of the model's configuration.
-
-    Raises ValueError where a field of HEAD_FIELDS is no positive number.
-    """
+    """Return the output layer with its configuration's scale and cap; ValueError where one is no positive number."""
     base = base_of(model)
     config: Any = base.config.get_text_config()
     scale, softcap = 1.0, None

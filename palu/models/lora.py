@@ -155,10 +155,7 @@ def check_adapter(name: str, model: Any) -> None:
 
 
 def check_trainable(model: CausalLM, own_reference: bool) -> None:
-    """Raise ValueError where a ``PeftModel`` that :func:`check_adapter` accepts cannot be trained.
-
-    ``own_reference``: the reference is to be the model without its adapter.
-    """
+    """Raise ValueError where an adapter cannot be trained, or be switched off to have an ``own_reference``."""
     if not is_peft(model):
         return
     active: Any = model.active_adapters

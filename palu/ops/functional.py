@@ -234,12 +234,9 @@ def use_gather(impl: str, index: Tensor, weight: Tensor, *, beside_dense: bool =
     near R K = 5 V. On a GPU it compares the bytes of R K rows of the head with what the product takes: the bytes of
     the head, or more than :meth:`palu.ops.gpu.Gpu.balance` rows' operations. That is arithmetic, not yet measured.
 
-    Args:
-        impl: "auto", "gather" or "dense"; ValueError for another one.
-        index: [R, K].
-        weight: [V, d], on its device and in the product's dtype.
-        beside_dense: other rows go through a dense product anyway. On a GPU a few more cost their operations alone.
-        trained: whether the head has a gradient, which would then have two parts.
+    `index`: [R, K]; `weight`: [V, d], on its device and in the product's dtype. `beside_dense`: other rows go through a
+    dense product anyway. On a GPU a few more cost their operations alone. `trained`: whether the head has a gradient,
+    which would then have two parts.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
