@@ -98,10 +98,22 @@ def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
             raise ValueError(
                 f"{name} and {other} share one base model, which has an adapter in it; load {name} on its own"
             )
-        tensors = chain(adapted.parameters(), adapted.buffers())
-        modules: Any = copy.deepcopy(adapted, {id(tensor): tensor for tensor in tensors})
-        found[name] = modules.unload()
+        found[name] = _without_adapters(base_of(model))
     return found
+
+
+def _without_adapters(base: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules, but not its weights, and take out those that PEFT has put in.
+
+    PEFT's own unload would leave copies of modules_to_save there.
+    """
+    tensors = chain(base.parameters(), base.buffers())
+    bare = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+    for path, module in list(bare.named_modules()):
+        if (inner := _inner(module)) is not module:
+            bare.set_submodule(path, inner)
+    vars(bare).pop("peft_config", None)
+    return bare
 
 
 @contextmanager
