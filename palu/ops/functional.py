@@ -96,9 +96,7 @@ def linear_topk_mse(
 
     Returns and raises what `topk_mse` does; also for different dtypes and an unknown `impl`.
     """
-    hidden, weight, bias = _as_linear(
-        "palu::linear_topk_mse", hidden, weight, bias, {"index": index, "weight_mean": weight_mean}
-    )
+    hidden, weight, bias = _as_linear("palu::linear_topk_mse", hidden, weight, index, bias, weight_mean)
     name, constant = split_target(target)
     if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # the op's checks, on no rows: linear() would say less of what is wrong
@@ -148,7 +146,7 @@ def linear_topk_unlikelihood(
     `index` and `floor`, result and errors are as in `topk_unlikelihood`; the rest, and what `torch.autocast` does, as
     in `linear_topk_mse`.
     """
-    hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, bias, {"index": index})
+    hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, index, bias)
     if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # as in linear_topk_mse
             _ops.linear_topk_unlikelihood(hidden[:0], weight, index[:0], bias, floor)
@@ -197,18 +195,18 @@ checked_labels.register_fake(lambda labels, vocab_size, sentinels: torch.empty_l
 
 
 def _as_linear(
-    who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: dict[str, Tensor | None]
+    who: str, hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check all tensors of a call, and cast those of the head as `F.linear` does under autocast."""
-    given = {"hidden": hidden, "weight": weight, **others, "bias": bias}
+    given = {"hidden": hidden, "weight": weight, "index": index, "weight_mean": mean, "bias": bias}
     check_tensors(who, **{name: tensor for name, tensor in given.items() if tensor is not None})
-    _check(who, others["index"], weight, 0)
+    _check(who, index, weight, 0)
     return _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
 
 
-def _check(who: str, index: Tensor | None, sized: Tensor, dim: int, name: str = "index") -> None:
+def _check(who: str, index: Tensor, sized: Tensor, dim: int, name: str = "index") -> None:
     """With PALU_CHECK=1, look at the values of an index, or of labels, into a dimension of a matrix."""
-    if CHECK and index is not None and sized.dim() == 2:
+    if CHECK and sized.dim() == 2:
         check_values(who, name, index, sized.shape[dim])
 
 

@@ -57,12 +57,6 @@ def run(folder: Path, script: str = USE, *, works: bool = True, **changes: str) 
     return out.strip(), err
 
 
-def use(folder: Path, **changes: str) -> tuple[Path, str]:
-    """The extension that is loaded, and what was said on stderr."""
-    out, err = run(folder, **changes)
-    return Path(out), err
-
-
 def no_ops(folder: Path, script: str = "import palu.ops", **changes: str) -> str:
     """The one error where the ops cannot be had."""
     _, err = run(folder, script, works=False, **changes)
@@ -166,17 +160,17 @@ def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> 
     assert ("cu" if _build.with_cuda() else "_cpu_") in path.stem
 
     built = path.stat().st_mtime_ns
-    again, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
-    assert again == path and path.stat().st_mtime_ns == built and "compiling" not in stderr
+    again, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    assert again == str(path) and path.stat().st_mtime_ns == built and "compiling" not in stderr
 
 
 def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> None:
     """Runs after the build just in time, and says why it does not use the prebuilt module."""
     broken = without_prebuilt / "palu" / "_C.so"
     broken.write_bytes(b"not a library")
-    path, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    path, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
     broken.unlink()
-    assert path.is_relative_to(jit_cache)
+    assert Path(path).is_relative_to(jit_cache)
     assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
 
 
@@ -279,8 +273,8 @@ def test_cmake(tmp_path: Path) -> None:
     commands = {entry["file"]: entry["command"] for entry in json.loads((build / "compile_commands.json").read_text())}
     assert set(commands) == set(_build.sources())
     assert all("-fopenmp" in command for file, command in commands.items() if file.endswith(".cpp"))
-    path, _ = use(tmp_path)
-    assert path.parent == package
+    path, _ = run(tmp_path)
+    assert Path(path).parent == package
 
 
 def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
