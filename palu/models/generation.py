@@ -161,9 +161,8 @@ def generate_ids(
         for group in groups:
             batch = [prompts[i] for i in group] or [torch.tensor([pad])]
             width = max(len(prompt) for prompt in batch)
-            left = {"batch_first": True, "padding_side": "left"}
-            ids = pad_sequence(batch, padding_value=pad, **left)
-            mask = pad_sequence([torch.ones_like(prompt) for prompt in batch], **left)
+            ids = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
+            mask = pad_sequence([torch.ones_like(p) for p in batch], batch_first=True, padding_side="left")
             room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
