@@ -14,5 +14,7 @@
 //   low_bits                  int16 [n]   in the guise of bfloat16; of bfloat16 weights alone
 //   clip_factor               float [1]   optional: 1
 //
+// What is written must be contiguous.
+//
 // Bytes: 22 for a bfloat16 weight (weight, low_bits, m and v read and written, grad read), 28 for a float32 one.
 #pragma once

@@ -1,5 +1,5 @@
-// Argument checks shared by the CPU and the CUDA registrations: dtype mistakes become TypeError,
-// shapes and values ValueError. Nothing here reads a tensor's elements.
+// What the CPU and the CUDA registrations share: above all argument checks, in which dtype mistakes become TypeError,
+// shapes and values ValueError. No check reads a tensor's elements.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,6 +24,11 @@ inline Center parse_target(const char* op, std::string_view target) {
 
 // The dtype that sums are kept in, and that losses and slopes come back in.
 inline at::ScalarType acc_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Rows of contiguous elements, at any distance: copied only where the elements themselves are apart.
+inline at::Tensor with_unit_stride(const at::Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
+}
 
 // Numbers in messages become strings here: where a toolchain links libstdc++ statically, a stream
 // formats strings well and crashes on numbers.
@@ -71,6 +76,13 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& t, a
                    dtype_name(t.scalar_type()));
 }
 
+inline void check_tensor(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype,
+                         at::IntArrayRef shape, const char* as, const at::Tensor& like) {
+  check_device(op, name, t, as, like);
+  check_dtype(op, name, t, dtype);
+  check_shape(op, name, t, shape);
+}
+
 inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
   const auto dtype = t.scalar_type();
   TORCH_CHECK_TYPE(dtype != at::kHalf || !t.is_cpu(), op, ": ", name,
@@ -110,9 +122,7 @@ inline void check_writable(const char* op, const char* name, const at::Tensor& t
 
 inline void check_buffer(const char* op, const char* name, const at::Tensor& t, const char* as,
                          const at::Tensor& like) {
-  check_device(op, name, t, as, like);
-  check_dtype(op, name, t, like.scalar_type());
-  check_shape(op, name, t, like.sizes());
+  check_tensor(op, name, t, like.scalar_type(), like.sizes(), as, like);
   check_writable(op, name, t);
 }
 
@@ -157,13 +167,9 @@ inline void check_topk_unlikelihood(const at::Tensor& logits, const at::Tensor& 
 // grad [R] and slope [R,K], both in the acc dtype of the op's floating inputs.
 inline void check_incoming(const char* op, const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index,
                            const char* as, const at::Tensor& like) {
-  check_device(op, "grad", grad, as, like);
-  check_device(op, "slope", slope, as, like);
+  check_tensor(op, "grad", grad, acc_dtype(like.scalar_type()), {like.size(0)}, as, like);
+  check_tensor(op, "slope", slope, acc_dtype(like.scalar_type()), index.sizes(), as, like);
   check_device(op, "index", index, as, like);
-  check_dtype(op, "grad", grad, acc_dtype(like.scalar_type()));
-  check_dtype(op, "slope", slope, acc_dtype(like.scalar_type()));
-  check_shape(op, "grad", grad, {like.size(0)});
-  check_shape(op, "slope", slope, index.sizes());
 }
 
 inline void check_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index,
@@ -187,15 +193,10 @@ inline void check_linear(const char* op, const at::Tensor& hidden, const at::Ten
                     " columns but weight has ", text(weight.size(1)));
   check_device(op, "index", index, "hidden", hidden);
   check_index(op, index, hidden.size(0), weight.size(0));
-  if (bias) {
-    check_device(op, "bias", *bias, "hidden", hidden);
-    check_dtype(op, "bias", *bias, hidden.scalar_type());
-    check_shape(op, "bias", *bias, {weight.size(0)});
-  }
+  const auto dtype = hidden.scalar_type();
+  if (bias) check_tensor(op, "bias", *bias, dtype, {weight.size(0)}, "hidden", hidden);
   if (weight_mean) {
-    check_device(op, "weight_mean", *weight_mean, "hidden", hidden);
-    check_dtype(op, "weight_mean", *weight_mean, acc_dtype(hidden.scalar_type()));
-    check_shape(op, "weight_mean", *weight_mean, {hidden.size(1)});
+    check_tensor(op, "weight_mean", *weight_mean, acc_dtype(dtype), {hidden.size(1)}, "hidden", hidden);
   }
 }
 
@@ -231,9 +232,7 @@ inline void check_linear_topk_backward(const at::Tensor& grad, const at::Tensor&
   if (grad_hidden) check_buffer(op, "grad_hidden", *grad_hidden, "hidden", hidden);
   if (grad_weight) check_buffer(op, "grad_weight", *grad_weight, "weight", weight);
   if (grad_bias) {
-    check_device(op, "grad_bias", *grad_bias, "hidden", hidden);
-    check_dtype(op, "grad_bias", *grad_bias, hidden.scalar_type());
-    check_shape(op, "grad_bias", *grad_bias, {weight.size(0)});
+    check_tensor(op, "grad_bias", *grad_bias, hidden.scalar_type(), {weight.size(0)}, "hidden", hidden);
     check_writable(op, "grad_bias", *grad_bias);
   }
 }
@@ -243,25 +242,19 @@ inline void check_rows_in_place(const char* op, const at::Tensor& logits, const 
   check_dim(op, "logits", logits, 2);
   check_writable(op, "logits", logits);
   TORCH_CHECK_VALUE(logits.size(0) == 0 || logits.size(1) > 0, op, ": the vocabulary is empty");
-  check_device(op, "row_weight", row_weight, "logits", logits);
-  check_dtype(op, "row_weight", row_weight, acc_dtype(logits.scalar_type()));
-  check_shape(op, "row_weight", row_weight, {logits.size(0)});
+  check_tensor(op, "row_weight", row_weight, acc_dtype(logits.scalar_type()), {logits.size(0)}, "logits", logits);
 }
 
 inline void check_cross_entropy_(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_weight) {
   constexpr const char* op = "palu::cross_entropy_";
   check_rows_in_place(op, logits, row_weight);
-  check_device(op, "labels", labels, "logits", logits);
-  check_dtype(op, "labels", labels, at::kLong);
-  check_shape(op, "labels", labels, {logits.size(0)});
+  check_tensor(op, "labels", labels, at::kLong, {logits.size(0)}, "logits", logits);
 }
 
 inline void check_kl_div_(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight) {
   constexpr const char* op = "palu::kl_div_";
   check_rows_in_place(op, logits, row_weight);
-  check_device(op, "ref_logits", ref_logits, "logits", logits);
-  check_dtype(op, "ref_logits", ref_logits, logits.scalar_type());
-  check_shape(op, "ref_logits", ref_logits, logits.sizes());
+  check_tensor(op, "ref_logits", ref_logits, logits.scalar_type(), logits.sizes(), "logits", logits);
 }
 
 // Tensors of one shape, contiguous, since a step goes over them element by element.
@@ -273,9 +266,7 @@ inline void check_adamw_(const at::Tensor& weight, const at::Tensor& grad, const
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, op, ": weight must be float32 or bfloat16, got ",
                    dtype_name(dtype));
   const auto check_like = [&](const char* name, const at::Tensor& t, at::ScalarType wanted, bool written) {
-    check_device(op, name, t, "weight", weight);
-    check_dtype(op, name, t, wanted);
-    check_shape(op, name, t, weight.sizes());
+    check_tensor(op, name, t, wanted, weight.sizes(), "weight", weight);
     TORCH_CHECK_VALUE(!written || t.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
                       text(t.strides()));
     if (written) check_no_graph(op, name, t);

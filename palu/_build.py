@@ -1,10 +1,9 @@
 """List the sources and flags of every build of the extension, and build it just in time.
 
-`setup.py` builds the prebuilt module `palu._C` from it, CMake asks it on the command line (`--cmake`), and `palu.ops`
-compiles from it just in time where no prebuilt module is installed.
+`setup.py` builds the prebuilt module `palu._C` from it, CMake reads what it prints as a script, and `palu.ops` compiles
+from it just in time where no prebuilt module is installed.
 """
 
-import argparse
 import hashlib
 import logging
 import os
@@ -40,10 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 def with_cuda() -> bool:
-    """Whether the CUDA kernels are built: torch is a CUDA build, nvcc exists and no sanitizer is asked for.
-
-    A visible GPU is not asked for, because the machines that build wheels have none.
-    """
+    """Whether the CUDA kernels are built: torch is a CUDA build, and nvcc exists; builders of wheels have no GPU."""
     if SANITIZED:
         return False
     import torch
@@ -204,23 +200,12 @@ def cmake_settings() -> str:
     )
 
 
-def _architectures() -> list[str]:
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-    return listed.replace(" ", ";").split(";")
-
-
 def _cmake_architectures() -> list[str]:
     # "9.0+PTX" is CMake's "90" (machine code and PTX), "8.0" its "80-real".
-    numbers = [item.replace(".", "") for item in _architectures()]
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    numbers = listed.replace(" ", ";").replace(".", "").split(";")
     return [n.removesuffix("+PTX") if n.endswith("+PTX") else f"{n}-real" for n in numbers]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cmake", action="store_true", required=True, help="print the build's settings for CMake")
-    parser.parse_args()
-    print(cmake_settings())
-
-
 if __name__ == "__main__":
-    main()
+    print(cmake_settings())

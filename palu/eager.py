@@ -134,10 +134,7 @@ def linear_topk_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Twin of the backward pass of both losses of hidden states: the gradients are added.
-
-    It forms that of the logits [R, V].
-    """
+    """Twin of the backward pass of both losses of hidden states, which adds to the gradients; it forms the logits'."""
     vocab_size = weight.shape[0]
     of_kept, of_all = _of_logits(grad, slope, index, through_mean, vocab_size)
     if grad_hidden is not None:

@@ -57,10 +57,8 @@ def palu_loss(
 ) -> PaluLoss:
     """Compute the local entropy loss and the KL to the reference from full logits (arXiv 2601.03190, as published).
 
-    Logits at position t-1 predict the label at t.
-
     Args:
-        logits: [B, T, V], floating point, of the model in training.
+        logits: [B, T, V], floating point, of the model in training; those at position t-1 predict the label at t.
         ref_logits: [B, T, V], same dtype, of the frozen reference.
         labels: [B, T], int64: -100 prompt or padding, -200 ordinary, a token id sensitive.
         n: onset length; -1: every sensitive token.
@@ -103,32 +101,20 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(values.numel(), 1)
 
 
+# Of every term, loss_and_grad_ returns the losses [r] of some of its rows; their logits [r, V] become the weighted
+# gradient. gather returns the losses of all rows [R] from the head's rows in ``index`` alone, and adds the weighted
+# gradients to ``grads``; ``mean`` [d] is ``head.weight.mean(0)``, or None: computed where it is needed.
+
+
 @dataclass(frozen=True)
-class GatheredTerm:
-    """A loss that reads the logits in ``index`` alone, so that these alone may be formed."""
+class LocalTerm:
+    """Local entropy maximisation on onset rows (:func:`palu.topk_mse`); ``index``: the reference's top K."""
 
     index: Tensor  # [R, K] int32 or int64
+    target: str | float
 
     def __len__(self) -> int:
         return self.index.shape[0]
-
-    def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
-        """Return the losses [r] of some of the rows; their logits [r, V] become the weighted gradient."""
-        raise NotImplementedError
-
-    def gather(self, hidden: Tensor, head: Head, row_weight: Tensor, mean: Tensor | None, grads: Grads) -> Tensor:
-        """Return the losses [R], from the head's rows in ``index`` alone; add the weighted gradients to ``grads``.
-
-        ``mean``: [d], ``head.weight.mean(0)``; None: computed here, where it is needed.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class LocalTerm(GatheredTerm):
-    """Local entropy maximisation on onset rows (:func:`palu.topk_mse`); ``index``: the reference's top K."""
-
-    target: str | float
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         name, constant = split_target(self.target)
@@ -152,10 +138,14 @@ class LocalTerm(GatheredTerm):
 
 
 @dataclass(frozen=True)
-class LocalUnlikelihoodTerm(GatheredTerm):
+class LocalUnlikelihoodTerm:
     """Unlikelihood among candidates (:func:`palu.topk_unlikelihood`); ``index``: the true token, then these."""
 
+    index: Tensor  # [R, K] int32 or int64
     floor: float
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
 
     def loss_and_grad_(self, logits: Tensor, row_weight: Tensor, rows: slice) -> Tensor:
         loss, slope = _ops.topk_unlikelihood(logits, self.index[rows], self.floor)
@@ -204,6 +194,7 @@ class CrossEntropyTerm:
         return cross_entropy_(logits, self.labels[rows], row_weight)
 
 
+GatheredTerm: TypeAlias = LocalTerm | LocalUnlikelihoodTerm  # they read the logits in ``index`` alone
 Term: TypeAlias = GatheredTerm | KLTerm | CrossEntropyTerm
 
 
@@ -219,13 +210,11 @@ def fused_linear_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of the losses of all rows, from hidden states, in chunks of rows.
 
-    The gradient is formed in the forward pass (only first derivatives exist, and one backward pass
-    per forward), so no logits outlive their chunk, and all terms share one gradient of the head. All rows of a capped
-    head take the dense product, since the mean over the vocabulary depends on every logit there.
-
-    In bfloat16 or float16 the head's gradient is added up in float32 over the chunks, if there are several, and rounded
-    once at the end. Until then this takes 4 bytes more for each element of weight and bias: 2.1 GB for [128256, 4096].
-    Where all rows at once take no more than that beside ``chunk_bytes``, they are one chunk instead.
+    The gradient is formed in the forward pass (only first derivatives exist, and one backward pass per forward), so no
+    logits outlive their chunk, and all terms share one gradient of the head. In bfloat16 or float16 that is added up in
+    float32 over the chunks, if there are several, and rounded once at the end. Until then this takes 4 bytes more for
+    each element of weight and bias: 2.1 GB for [128256, 4096]. Where all rows at once take no more than that beside
+    ``chunk_bytes``, they are one chunk instead.
 
     Args:
         hidden: [R, d], the last hidden states of the rows of all terms, one term after the other.
@@ -236,15 +225,12 @@ def fused_linear_losses(
             for the head's gradient.
         weight_mean: [d], ``head.weight.mean(0)``, if it is known.
         impl: how the rows of a GatheredTerm, which comes first, get their logits; see
-            :func:`palu.ops.linear_topk_mse`.
+            :func:`palu.ops.linear_topk_mse`. All rows of a capped head take the dense product, since the mean over the
+            vocabulary depends on every logit there: ValueError for "gather".
 
     Returns:
         (total, losses): the scalar ``(row_weight * losses).sum()`` with gradient for hidden, weight
         and bias, and the losses [R] themselves, without gradient.
-
-    Raises:
-        ValueError: ``impl="gather"`` with a capped head.
-        RuntimeError: in a transform of ``torch.func`` or in forward mode.
     """
     if torch._C._are_functorch_transforms_active():  # torch's own error would ask for another forward pass
         _reverse_mode_only()
@@ -311,7 +297,7 @@ class _FusedLinearLosses(torch.autograd.Function):
                 whole = sum(len(term) * (copies + isinstance(term, KLTerm)) for term in terms)
                 if whole <= (chunk_bytes + 4 * w.numel()) // row_bytes * eighths // 8:
                     budget = max(budget, whole)
-            chunks = list(_chunks(terms, gathered, budget, copies=copies))
+            chunks = list(_chunks(terms, gathered, budget, copies))
             several = len(chunks) + (gathered > 0) > 1
             sum_w = GradientSum(w, several) if need_weight else None
             sum_b = GradientSum(b, several) if b is not None and need_bias else None
@@ -371,7 +357,7 @@ def _scale_(gradient: Tensor, factor: Tensor) -> None:
 Part = tuple[Term, slice, slice]  # (term, its rows of ``hidden``, which of the term's rows these are)
 
 
-def _chunks(terms: tuple[Term, ...], start: int, budget: int, *, copies: int = 1) -> Iterator[tuple[slice, list[Part]]]:
+def _chunks(terms: tuple[Term, ...], start: int, budget: int, copies: int) -> Iterator[tuple[slice, list[Part]]]:
     """Yield rows of ``hidden`` from ``start`` on, and the parts of the terms that lie in them.
 
     Chunks hold ``budget`` rows of logits at most, or one row. A row counts ``copies`` times, and once more where it

@@ -211,6 +211,7 @@ BAD: Cases = {
     "a loss of a label that is none": (lambda: palu_loss(labels=torch.tensor([[-100, 1, -300]])), ValueError, "palu_loss: labels[0, 2] = -300: a label must be a token id below V = 5, -100 or -200"),
     "a loss with labels elsewhere": (lambda: palu_loss(labels=torch.zeros(1, 3, dtype=torch.int64, device=META)), ValueError, "palu_loss: labels is on meta but logits is on cpu; move it there"),
     "a loss with its reference elsewhere": (lambda: palu_loss(ref_logits=torch.zeros(1, 3, 5, device=META)), ValueError, "palu_loss: ref_logits is on meta but logits is on cpu; move it there"),
+    "a loss of another direction": (lambda: palu_loss(kl_direction="backward"), ValueError, "kl_direction = 'backward': give one of forward, reverse"),
     "a loss of a fractional K": (lambda: palu_loss(top_k=1.5), ValueError, "top_k = 1.5: give a positive integer"),
     # Evaluation
     "a split that does not exist": (lambda: tofu(forget="forget50", data=None), ValueError, "there is no forget split 'forget50'; locuslab/TOFU has forget01, forget05, forget10"),

@@ -42,10 +42,6 @@ void dispatch_index(at::ScalarType dtype, F f) {
   }
 }
 
-inline at::Tensor unit_last_stride(const at::Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
-
 template <typename I>
 void check_index_values(const char* op, const I* index /* [R,K] */, int64_t rows, int64_t k, int64_t vocab_size) {
   std::atomic<bool> ok{true};

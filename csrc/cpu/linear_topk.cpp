@@ -286,7 +286,7 @@ void dispatch_kept_rows(const char* op, const at::Tensor& hidden, const at::Tens
                         F f) {
   const int64_t rows = hidden.size(0), vocab_size = weight.size(0), k = index.size(1);
   if (rows == 0) return;
-  const at::Tensor h = hidden.to(acc_dtype(hidden.scalar_type())).contiguous(), w = unit_last_stride(weight),
+  const at::Tensor h = hidden.to(acc_dtype(hidden.scalar_type())).contiguous(), w = with_unit_stride(weight),
                    i = index.contiguous();
   dispatch_floating(hidden.scalar_type(), [&](auto t, auto a) {
     dispatch_index(index.scalar_type(), [&](auto j) {

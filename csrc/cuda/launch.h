@@ -13,13 +13,19 @@
 
 #include <cstdint>
 
-#include "../prefix_mask.h"
 #include "../topk.h"
 
 namespace palu::cuda {
 
 enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
 
+struct PrefixMask {
+  const int64_t* labels;               // [B,T]
+  int64_t batch_stride, token_stride;  // of labels
+  bool* mask;                          // [B,T], contiguous
+  int64_t batch, length, n;
+  int64_t eos;  // a negative value: no label is end-of-sequence
+};
 void prefix_mask(const PrefixMask& p, cudaStream_t stream);
 
 struct TopkMse {

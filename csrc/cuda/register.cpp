@@ -40,9 +40,6 @@ bool is_int64(const at::Tensor& index) { return index.scalar_type() == at::kLong
 
 at::TensorOptions acc_options(const at::Tensor& t) { return t.options().dtype(acc_dtype(t.scalar_type())); }
 
-// Rows of contiguous elements, at any distance: copied only where the elements themselves are apart.
-at::Tensor with_unit_stride(const at::Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
-
 const void* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 void* buffer_or_null(const std::optional<at::Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
@@ -50,7 +47,7 @@ at::Tensor prefix_mask(const at::Tensor& labels, int64_t n, std::optional<int64_
   check_prefix_mask(labels, n);
   const OnDeviceOf device(labels);
   at::Tensor mask = at::empty(labels.sizes(), labels.options().dtype(at::kBool));
-  PrefixMask p{};
+  cuda::PrefixMask p{};
   p.labels = labels.const_data_ptr<int64_t>();
   p.batch_stride = labels.stride(0);
   p.token_stride = labels.stride(1);

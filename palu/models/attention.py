@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 # long at 400 (benchmarks/README.md).
 FLOAT32_TOKENS = 256
 
-_VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # For models whose layers are all full attention no mask is made. For the others transformers makes those that are
 # not plainly causal: a layer that does not say its window (Qwen2-MoE, PhiMoE), or has chunks (Llama 4), needs them.
@@ -60,15 +60,11 @@ def packed_attention(
     transformers' SDPA, with the mask.
 
     Args:
-        query: [1, H, T, D]; key, value: [1, H_kv, T, D].
+        query: [1, H, T, D]; key, value: [1, H_kv, T, D]; the result: [1, T, H, D], and None.
         attention_mask: [1, 1, T, T], bool, or None: causal within each example. With a window it says no more.
         sliding_window: in tokens; None: the example's beginning is the border.
         cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
-        max_length_q: length of the longest example.
-        sequence_lengths: length of each example; they add up to T.
-
-    Returns:
-        ([1, T, H, D], None), as transformers' attention functions do.
+        max_length_q, sequence_lengths: the longest example's length, and that of each; they add up to T.
     """
     masked = attention_mask is not None and sliding_window is None
     if masked or other.get("dropout") or any(other.get(name) is not None for name in _OTHER_SCORES):
@@ -80,13 +76,12 @@ def packed_attention(
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
             query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA else {}
-        if not gqa:
+        if not _GQA:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         # As in FlashAttention: how many tokens to the left and to the right of itself a token sees.
         window = (-1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1), 0
         borders = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
-        out: Any = varlen_attn(q, k, v, *borders, scale=scaling, window_size=window, **gqa)
+        out: Any = varlen_attn(q, k, v, *borders, scale=scaling, window_size=window, **_GQA)
         return out[None], None
     halves = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # which autocast leaves alone
     in_float32 = halves and max_length_q <= FLOAT32_TOKENS
@@ -103,9 +98,8 @@ def packed_attention(
 def _mask(query: Tensor, window: int | None) -> dict[str, Any]:
     """Return SDPA's arguments for an example: a mask only where the window binds."""
     length = query.shape[2]
-    if window is None or length <= window:
-        return {"is_causal": True}
-    return {"attn_mask": _band(length, window, query.device)}
+    binds = window is not None and length > window
+    return {"attn_mask": _band(length, window, query.device)} if binds else {"is_causal": True}
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -115,11 +109,8 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _mask_of_model(*, local_size: int | None = None, use_vmap: bool = False, **arguments: Any) -> Any:
-    """Make a mask as transformers does for SDPA, but none where it would be causal within each example.
-
-    ``local_size``: of a window or a chunk. ``use_vmap``: the model adds a rule of its own.
-    """
-    if local_size is None and not use_vmap:
+    """Make a mask as transformers does for SDPA, but none where it would be causal within each example."""
+    if local_size is None and not use_vmap:  # neither a window or a chunk, nor a rule that the model adds
         return None
     return sdpa_mask(local_size=local_size, use_vmap=use_vmap, **arguments)
 
@@ -131,10 +122,7 @@ AttentionMaskInterface.register(MASKED, _mask_of_model)
 
 @contextmanager
 def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") -> Iterator[None]:
-    """Switch a model from SDPA to :func:`packed_attention` within the block, where that can serve it.
-
-    ``mixed_precision`` is accelerate's: "no", "bf16" or "fp16".
-    """
+    """Switch a model from SDPA to :func:`packed_attention` within the block, where that can serve it."""
     half = mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
     served = model.device.type == "cpu" or (model.device.type == "cuda" and half)
     config: Any = model.config.get_text_config()

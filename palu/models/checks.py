@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +30,8 @@ def check_models(
 ) -> None:
     """Raise UnsupportedModelError or ValueError where the models or the tokenizer cannot be used together.
 
-    Args:
-        device: the one to train on.
-        mixed_precision: accelerate's: "no", "bf16" or "fp16".
-        sharded: whether the engine shards weights.
-        empty: whether this process may have no weights, since another one has them.
+    ``device``: the one to train on. ``mixed_precision``: accelerate's "no", "bf16" or "fp16". ``sharded``: whether the
+    engine shards weights. ``empty``: whether this process may have no weights, since another one has them.
     """
     check_tokenizer(tokenizer)
     given = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
@@ -86,10 +83,7 @@ def check_vocabulary(name: str, model: CausalLM, tokenizer: PreTrainedTokenizerB
 
 
 def check_causal(name: str, model: CausalLM, *, empty: bool = False) -> None:
-    """Raise UnsupportedModelError or ValueError where this is no causal model with a linear head, wholly loaded.
-
-    ``empty``: whether its weights may be missing.
-    """
+    """Raise UnsupportedModelError or ValueError where this is no causal model with a linear head, wholly loaded."""
     check_adapter(name, model)
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or not isinstance(base.get_output_embeddings(), torch.nn.Linear):
@@ -154,29 +148,21 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return 1000 * torch.finfo(torch.float32).eps  # for float64, too: norms and softmax round to float32
 
 
-class Probe(NamedTuple):
-    """The two examples of :func:`check_packing`, in tokens."""
-
-    first: int
-    second: int
-    border: int  # from this token of the second on, a window leaves something out
-
-
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
 
 
-def choose_probe(config: Any, longest: int) -> Probe:
-    """Choose the lengths for a text configuration, and for a run whose longest text has ``longest`` tokens.
+def choose_probe(config: Any, longest: int) -> tuple[int, int, int]:
+    """Choose the lengths of the two examples of :func:`check_packing`, for a text configuration.
 
-    A window that is wider than that never binds in the run, and is not probed. For the others the second example is
-    twice as long as the widest of them, or as the longest text. So the probe costs about as much as the body's pass
-    over that text, on a CPU too, and never more for a model that has wider windows.
+    The third number is the token of the second example from which on a window leaves something out. A window that is
+    wider than the run's longest text never binds, and is not probed. For the others the second example is twice as long
+    as the widest of them, or as that text: so the probe costs about as much as the body's pass over it.
     """
     given = [getattr(config, name, None) for name in _WINDOWS]
     windows = [window for window in given if isinstance(window, int) and 0 < window < longest]
     length = max([24, *(min(2 * window, longest) for window in windows)])
     positions = getattr(config, "max_position_embeddings", None) or length
-    return Probe(min(16, positions), min(length, positions), max(windows, default=8))
+    return min(16, positions), min(length, positions), max(windows, default=8)
 
 
 @torch.no_grad()
@@ -189,17 +175,14 @@ def check_packing(
     and each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so
     do the random numbers. Only the forward pass is compared.
 
-    Args:
-        name: "model" or "ref_model", for the message.
-        device: the run's; the model is moved there and back.
-        mixed_precision: accelerate's: "no", "bf16" or "fp16".
-        longest: tokens of the run's longest text; see :func:`choose_probe`.
+    ``name``: "model" or "ref_model", for the message. ``device``: the run's; the model is moved there and back.
+    ``longest``: tokens of the run's longest text.
     """
     base = base_of(model)
-    probe = choose_probe(base.config.get_text_config(), longest)
+    *lengths, border = choose_probe(base.config.get_text_config(), longest)
     generator = torch.Generator().manual_seed(0)
     vocab_size = head_of(base).weight.shape[0]
-    ids = [torch.randint(vocab_size, (length,), generator=generator) for length in probe[:2]]
+    ids = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     packed = pack([Item(i, i[:0]) for i in ids]).to(device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if half is None and torch.is_autocast_enabled(device.type):  # the caller's
@@ -217,8 +200,8 @@ def check_packing(
         own = base.config._attn_implementation
         with use_packed_attention(base, mixed_precision):
             switched = base.config._attn_implementation != own
-            wrong = _packing_error(body, packed, alone, probe, dtype)
-        mendable = wrong and switched and not _packing_error(body, packed, alone, probe, dtype)
+            wrong = _packing_error(body, packed, alone, border, dtype)
+        mendable = wrong and switched and not _packing_error(body, packed, alone, border, dtype)
     if not wrong:
         return
     kind = type(base).__name__
@@ -234,11 +217,11 @@ def check_packing(
 
 
 def _packing_error(
-    body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], probe: Probe, dtype: torch.dtype
+    body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], border: int, dtype: torch.dtype
 ) -> str:
     """Say how the packed sequence's hidden states differ from those of the examples alone; "" where they do not."""
     try:
-        together = body(**packed.inputs()).last_hidden_state[0].split(probe[:2])
+        together = body(**packed.inputs()).last_hidden_state[0].split([len(states) for states in alone])
     except (NotImplementedError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     first, second = (
@@ -246,7 +229,7 @@ def _packing_error(
     )
     # What a convolution or a recurrent state carries across a border fades, and a window binds from its width on.
     # Means, since in a mixture of experts rounding may send single tokens to another expert.
-    parts = [first, second[:8], second[probe.border :]]
+    parts = [first, second[:8], second[border:]]
     difference = float(torch.stack([part.mean() for part in parts if len(part)]).max())
     tolerance = _tolerance(dtype, packed.input_ids.device)
     if not difference > tolerance:  # NaN weights pass: the first step reports them

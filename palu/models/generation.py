@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,10 +41,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Tensor], set[int]]:
-    """Tokenise questions as prompts: ([t] each, the tokens that end an answer).
-
-    Raises DataError where the tokenizer or its chat template will not do.
-    """
+    """Tokenise questions as prompts: ([t] each, the tokens that end an answer); DataError where that fails."""
     # The answer is a stand-in, a word that any tokenizer joins to the blank before it: what comes before is the
     # prompt, what comes after the template's terminator.
     rows = ((f"prompt {i}", {"question": question, "answer": "The"}) for i, question in enumerate(questions))
@@ -164,8 +161,8 @@ def generate_ids(
         for group in groups:
             batch = [prompts[i] for i in group] or [torch.tensor([pad])]
             width = max(len(prompt) for prompt in batch)
-            ids = torch.stack([F.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in batch])
-            mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in batch])
+            ids = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
+            mask = pad_sequence([torch.ones_like(p) for p in batch], batch_first=True, padding_side="left")
             room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
@@ -191,10 +188,7 @@ def generation_batches(
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int, most: int = sys.maxsize) -> Iterator[list[int]]:
-    """Group indices of texts, the longest first: at most ``tokens`` tokens a group if padded, or one longer text.
-
-    ``most``: how many texts a group may have.
-    """
+    """Group indices of texts, the longest first: ``most`` texts and, padded, ``tokens`` tokens at most, or one text."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):

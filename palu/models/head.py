@@ -56,7 +56,8 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits [..., V] from last hidden states [..., d], with gradient: float32, of float64 float64."""
-        logits = to_acc_dtype(self.product(hidden))
+        logits = self.product(hidden)
+        logits = logits.to(acc_dtype(logits.dtype))
         if self.softcap is None:
             return logits
         logits = logits / self.softcap
@@ -92,10 +93,7 @@ def layers_of(body: Any) -> list[nn.Module]:
 
 
 def head_of(model: CausalLM) -> Head:
-    """Return the output layer's weight [V, d] and bias, with the scale and the cap of the model's configuration.
-
-    Raises ValueError where a field of HEAD_FIELDS is no positive number.
-    """
+    """Return the output layer with its configuration's scale and cap; ValueError where one is no positive number."""
     base = base_of(model)
     config: Any = base.config.get_text_config()
     scale, softcap = 1.0, None
@@ -147,11 +145,6 @@ def cross_entropy(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) 
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
     sums = [checkpoint(of_chunk, h, label, use_reentrant=False) for h, label in chunks]
     return torch.stack(sums).sum() / len(labels)
-
-
-def to_acc_dtype(logits: Tensor) -> Tensor:
-    """Convert logits to the dtype of softmax and sums: float32, or float64 as they are."""
-    return logits.to(acc_dtype(logits.dtype))
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -128,12 +128,10 @@ def adapter_settings(model: CausalLM) -> list[Any]:
 
 
 def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
-    """Return the models that are given, by name, each as it is alone.
+    """Return the models that are given, by name, each as it is alone; ValueError where that cannot be had.
 
     PEFT puts an adapter into its base in place. So for a base that is given beside its ``PeftModel``, the base without
     the adapter is returned: modules of its own, and the same weights.
-
-    Raises ValueError where a base cannot be had without an adapter of another model.
     """
     given = {name: model for name, model in models.items() if model is not None}
     found = dict(given)
@@ -149,7 +147,10 @@ def separate(**models: CausalLM | None) -> dict[str, CausalLM]:
 
 
 def _without_adapters(base: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model's modules, but not its weights, and take out those that PEFT has put in."""
+    """Copy a model's modules, but not its weights, and take out those that PEFT has put in.
+
+    PEFT's own unload would leave copies of modules_to_save there.
+    """
     tensors = chain(base.parameters(), base.buffers())
     bare = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
     for path, module in list(bare.named_modules()):
@@ -210,10 +211,7 @@ def check_adapter(name: str, model: Any) -> None:
 
 
 def check_trainable(model: CausalLM, own_reference: bool) -> None:
-    """Raise ValueError where a ``PeftModel`` that :func:`check_adapter` accepts cannot be trained.
-
-    ``own_reference``: the reference is to be the model without its adapter.
-    """
+    """Raise ValueError where an adapter cannot be trained, or be switched off to have an ``own_reference``."""
     if not is_peft(model):
         return
     active: Any = model.active_adapters

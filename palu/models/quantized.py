@@ -36,10 +36,8 @@ def quantized_layers(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 def quantized_state(base: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights that bitsandbytes has quantised, with what turns them back into numbers."""
-    state: dict[str, Tensor] = {}
-    for path, layer in quantized_layers(base):
-        state |= layer.state_dict(prefix=f"{path}.")
-    return state
+    states = (layer.state_dict(prefix=f"{path}.") for path, layer in quantized_layers(base))
+    return {name: value for state in states for name, value in state.items()}
 
 
 def check_placement(name: str, base: PreTrainedModel) -> None:
@@ -66,13 +64,9 @@ def check_placement(name: str, base: PreTrainedModel) -> None:
 
 
 def check_quantized(name: str, model: CausalLM, device: torch.device, *, trained: bool, sharded: bool) -> None:
-    """Raise ValueError where a quantised model cannot take part in a run.
+    """Raise ValueError where a quantised model cannot take part in a run; see :func:`palu.models.checks.check_models`.
 
-    Args:
-        name: "model" or "ref_model", for the messages.
-        device: the run's.
-        trained: whether it is the one to train.
-        sharded: whether the run's engine shards weights (FSDP2, DeepSpeed).
+    ``name``: "model" or "ref_model", for the messages. ``trained``: whether it is the one to train.
     """
     method, base = quantized_by(model), base_of(model)
     if method is None:

@@ -6,28 +6,13 @@ in `palu/eager.py`.
 """
 
 from palu.ops import twins as _twins  # noqa: F401  (registers kernels)
-from palu.ops.functional import (
-    adamw_,
-    cross_entropy_,
-    kl_div_,
-    linear_topk_mse,
-    linear_topk_unlikelihood,
-    prefix_mask,
-    topk_mse,
-    topk_unlikelihood,
-    weight_mean,
-)
-from palu.ops.library import extension_path
-
-__all__ = [
-    "adamw_",
-    "cross_entropy_",
-    "extension_path",
-    "kl_div_",
-    "linear_topk_mse",
-    "linear_topk_unlikelihood",
-    "prefix_mask",
-    "topk_mse",
-    "topk_unlikelihood",
-    "weight_mean",
-]
+from palu.ops.functional import adamw_ as adamw_
+from palu.ops.functional import cross_entropy_ as cross_entropy_
+from palu.ops.functional import kl_div_ as kl_div_
+from palu.ops.functional import linear_topk_mse as linear_topk_mse
+from palu.ops.functional import linear_topk_unlikelihood as linear_topk_unlikelihood
+from palu.ops.functional import prefix_mask as prefix_mask
+from palu.ops.functional import topk_mse as topk_mse
+from palu.ops.functional import topk_unlikelihood as topk_unlikelihood
+from palu.ops.functional import weight_mean as weight_mean
+from palu.ops.library import extension_path as extension_path

@@ -16,9 +16,11 @@ _ops = torch.ops.palu
 
 IMPLEMENTATIONS = ("auto", "gather", "dense")
 
+adamw_ = _ops.adamw_  # as it is: csrc/adamw.h has its contract, its twin in palu/eager.py the arguments
+
 
 def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
-    """Mark the onset tokens: the first `n` of every sensitive span.
+    """Mark the onset tokens: the first `n` of every sensitive span; True in the result [B, T], bool.
 
     A label is sensitive if it is a token id (not negative) other than `eos_token_id`; a span is a
     maximal run of neighbouring sensitive labels in a row (PALU, arXiv 2601.03190, temporal sparsity).
@@ -27,9 +29,6 @@ def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tens
         labels: [B, T] int64.
         n: tokens to mark per span; -1 marks all of them, 0 none.
         eos_token_id: a label that is never sensitive.
-
-    Returns:
-        [B, T] bool.
 
     Raises:
         TypeError: `labels` are not int64, or `n` or `eos_token_id` is no integer.
@@ -45,14 +44,13 @@ def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tens
 def topk_mse(logits: Tensor, index: Tensor, target: str | float = "global_mean") -> Tensor:
     """Compute the local entropy loss: the mean squared distance of the kept logits from a common target.
 
-    `loss[r] = (1/K) sum_k (logits[r, index[r, k]] - c[r])^2` (PALU, arXiv 2601.03190, L_local), where
-    `target` chooses c: "global_mean" (the row's mean over the vocabulary, gradient flows through it),
-    "global_mean_detached", "local_mean" (the mean of the kept logits) or a number.
+    `loss[r] = (1/K) sum_k (logits[r, index[r, k]] - c[r])^2` (PALU, arXiv 2601.03190, L_local).
 
     Args:
         logits: [R, V] float32, float64, bfloat16, or (not on a CPU) float16; any strides.
         index: [R, K] int32 or int64, each in [0, V); one that occurs twice counts twice.
-        target: what the kept logits are pulled towards.
+        target: what chooses c: "global_mean" (the row's mean over the vocabulary, gradient flows through it),
+            "global_mean_detached", "local_mean" (the mean of the kept logits) or a number.
 
     Returns:
         [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
@@ -88,26 +86,17 @@ def linear_topk_mse(
     give it in autocast's dtype if it is frozen.
 
     Args:
-        hidden: [R, d] float32, float64, bfloat16, or (not on a CPU) float16.
-        weight: [V, d], the dtype of `hidden`.
-        index: [R, K] int32 or int64, each in [0, V).
-        target: as in `topk_mse`.
-        bias: [V], the dtype of `hidden`.
+        hidden: [R, d], of a dtype as `topk_mse`'s logits; weight: [V, d] and bias: [V], of the same dtype.
+        index, target: as in `topk_mse`.
         weight_mean: [d], what `palu.ops.weight_mean(weight)` returns, computed here if not given. Pass
             it when the head is frozen, to save a pass over it. It must be the mean of `weight`:
             gradients through it go to `weight`, and none to this argument.
         impl: "gather" reads the K rows of `weight` that each row needs; "dense" forms the logits [R, V];
             "auto" takes the faster one (`palu.ops.functional.use_gather`).
 
-    Returns:
-        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError, ValueError, IndexError: as `topk_mse`; also for different dtypes and an unknown `impl`.
+    Returns and raises what `topk_mse` does; also for different dtypes and an unknown `impl`.
     """
-    hidden, weight, bias = _as_linear(
-        "palu::linear_topk_mse", hidden, weight, bias, {"index": index, "weight_mean": weight_mean}
-    )
+    hidden, weight, bias = _as_linear("palu::linear_topk_mse", hidden, weight, index, bias, weight_mean)
     name, constant = split_target(target)
     if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # the op's checks, on no rows: linear() would say less of what is wrong
@@ -129,17 +118,13 @@ def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tens
     has a row without a candidate: there is nothing to which the true token's mass could go.
 
     Args:
-        logits: [R, V] float32, float64, bfloat16, or (not on a CPU) float16; any strides.
+        logits: as in `topk_mse`.
         index: [R, K] int32 or int64, each in [0, V), K > 1. Column 0 holds the true tokens y, the others the
             candidates, such as those that the reference ranks highest. A candidate that is the true token is left out;
             another one that occurs twice counts twice.
         floor: in [0, 1).
 
-    Returns:
-        [R], float64 for float64 logits and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError, ValueError, IndexError: as `topk_mse`; also for K < 2 and a `floor` out of range.
+    Returns and raises what `topk_mse` does; also for K < 2 and a `floor` out of range.
     """
     check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
     _check("palu::topk_unlikelihood", index, logits, 1)
@@ -158,17 +143,10 @@ def linear_topk_unlikelihood(
 ) -> Tensor:
     """Compute `topk_unlikelihood` of the logits `hidden @ weight.T + bias`: K dot products a row, instead of V.
 
-    Args:
-        hidden, weight, bias, impl: as in `linear_topk_mse`, and so is what `torch.autocast` does.
-        index, floor: as in `topk_unlikelihood`.
-
-    Returns:
-        [R], float64 for float64 inputs and float32 otherwise; differentiable once, in reverse mode.
-
-    Raises:
-        TypeError, ValueError, IndexError: as these two.
+    `index` and `floor`, result and errors are as in `topk_unlikelihood`; the rest, and what `torch.autocast` does, as
+    in `linear_topk_mse`.
     """
-    hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, bias, {"index": index})
+    hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, index, bias)
     if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # as in linear_topk_mse
             _ops.linear_topk_unlikelihood(hidden[:0], weight, index[:0], bias, floor)
@@ -190,45 +168,16 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
     """Compute the KL divergence of each row [R]; `logits` [R, V] become its gradient times `row_weight` [R].
 
     With P = softmax(logits) and Q = softmax(ref_logits): KL(Q || P), or with `reverse` KL(P || Q).
-    `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: float64 for float64 logits, else float32.
+    `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: as in `cross_entropy_`.
     """
     return _ops.kl_div_(logits, ref_logits, row_weight, reverse)
-
-
-def adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    low_bits: Tensor | None,
-    clip_factor: Tensor | None,
-    step: int,
-    rate: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """Take a step of AdamW (arXiv 1711.05101) on one parameter, in place, in one pass.
-
-    `weight`, `grad` and the first moment `exp_avg`: of one shape, float32 or bfloat16; the second moment `exp_avg_sq`:
-    float32. `low_bits`: of a bfloat16 weight, the lower 16 of its float32 bits as int16 in the guise of bfloat16, 0
-    where they are 0. `clip_factor`: one float32 number, by which the gradient is multiplied; `step`: from 1. The
-    formula is in `csrc/adamw.h`.
-
-    Raises:
-        TypeError, ValueError: another dtype, shape or device; what is written is not contiguous; a step below 1.
-    """
-    tensors = weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor
-    _ops.adamw_(*tensors, step, rate, weight_decay, beta1, beta2, eps)
 
 
 @torch.library.custom_op("palu::checked_labels", mutates_args=())
 def checked_labels(labels: Tensor, vocab_size: int, sentinels: list[int]) -> Tensor:
     """Return a copy of labels [B, T] int64, each of which is a token id in [0, `vocab_size`) or one of the sentinels.
 
-    Raises:
-        ValueError: another label; on CUDA it is a device-side assertion.
+    Raises ValueError for another label; on CUDA it is a device-side assertion.
     """
     good = (labels >= 0) & (labels < vocab_size)
     for sentinel in sentinels:
@@ -242,32 +191,28 @@ def checked_labels(labels: Tensor, vocab_size: int, sentinels: list[int]) -> Ten
     return labels.clone()  # used, so that no compiler drops the check
 
 
-@checked_labels.register_fake
-def _(labels: Tensor, vocab_size: int, sentinels: list[int]) -> Tensor:
-    return torch.empty_like(labels)
+checked_labels.register_fake(lambda labels, vocab_size, sentinels: torch.empty_like(labels))
 
 
 def _as_linear(
-    who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: dict[str, Tensor | None]
+    who: str, hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check all tensors of a call, and cast those of the head as `F.linear` does under autocast."""
-    given = {"hidden": hidden, "weight": weight, **others, "bias": bias}
+    given = {"hidden": hidden, "weight": weight, "index": index, "weight_mean": mean, "bias": bias}
     check_tensors(who, **{name: tensor for name, tensor in given.items() if tensor is not None})
-    _check(who, others["index"], weight, 0)
+    _check(who, index, weight, 0)
     return _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
 
 
-def _check(who: str, index: Tensor | None, sized: Tensor, dim: int, name: str = "index") -> None:
+def _check(who: str, index: Tensor, sized: Tensor, dim: int, name: str = "index") -> None:
     """With PALU_CHECK=1, look at the values of an index, or of labels, into a dimension of a matrix."""
-    if CHECK and index is not None and sized.dim() == 2:
+    if CHECK and sized.dim() == 2:
         check_values(who, name, index, sized.shape[dim])
 
 
 def _gathers(impl: str, hidden: Tensor, weight: Tensor, index: Tensor) -> bool:
     """Decide as `use_gather`; True, too, where the op is to report tensors of another rank."""
-    if not hidden.dim() == index.dim() == weight.dim() == 2:
-        return True
-    return use_gather(impl, index, weight)
+    return not hidden.dim() == index.dim() == weight.dim() == 2 or use_gather(impl, index, weight)
 
 
 def weight_mean(weight: Tensor) -> Tensor:
@@ -287,15 +232,9 @@ def use_gather(impl: str, index: Tensor, weight: Tensor, *, beside_dense: bool =
     near R K = 5 V. On a GPU it compares the bytes of R K rows of the head with what the product takes: the bytes of
     the head, or more than :meth:`palu.ops.gpu.Gpu.balance` rows' operations. That is arithmetic, not yet measured.
 
-    Args:
-        impl: "auto", "gather" or "dense".
-        index: [R, K].
-        weight: [V, d], on its device and in the product's dtype.
-        beside_dense: other rows go through a dense product anyway. On a GPU a few more cost their operations alone.
-        trained: whether the head has a gradient, which would then have two parts.
-
-    Raises:
-        ValueError: unknown `impl`.
+    `index`: [R, K]; `weight`: [V, d], on its device and in the product's dtype. `beside_dense`: other rows go through a
+    dense product anyway. On a GPU a few more cost their operations alone. `trained`: whether the head has a gradient,
+    which would then have two parts.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -326,11 +265,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def split_target(target: str | float) -> tuple[str, float]:
-    """Split a target, one of TARGETS or a number, into the ops' two arguments: its name and a constant.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Split a target into the ops' two arguments, its name and a constant; ValueError if it is no target."""
     if isinstance(target, str) and target in TARGETS:
         return target, 0.0
     if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):

@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,6 +84,19 @@ def check_tensors(who: str, **tensors: Tensor) -> None:
             raise ValueError(f"{who}: {name} is on {tensor.device} but {there}; move it there")
 
 
+@cache
+def _argument_names(op: str) -> list[str]:
+    return [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
+
+def checked_tensors(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among an op's arguments, by their names, if :func:`check_tensors` finds no fault."""
+    given = {**dict(zip(_argument_names(op), args, strict=False)), **kwargs}
+    tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+    check_tensors(f"palu::{op}", **tensors)
+    return tensors
+
+
 def check_values(who: str, name: str, index: Tensor, vocab_size: int) -> None:
     """Raise IndexError where an index or a label [R, ...] is out of range: the first one is named."""
     if len(bad := ((index < 0) | (index >= vocab_size)).nonzero()):
@@ -97,11 +111,8 @@ def check_values(who: str, name: str, index: Tensor, vocab_size: int) -> None:
 
 
 def _register_fake(op: str, fake: Callable[..., Any]) -> None:
-    names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
-
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        check_tensors(f"palu::{op}", **{name: t for name, t in given.items() if isinstance(t, Tensor)})
+        checked_tensors(op, args, kwargs)
         return fake(*args, **kwargs)
 
     torch.library.register_fake(f"palu::{op}", checked)
@@ -112,10 +123,6 @@ def _losses_and(rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(shape, dtype=dtype)
 
 
-def _losses(_: Tensor, __: Tensor, row_weight: Tensor, *___: float) -> Tensor:
-    return torch.empty_like(row_weight, memory_format=torch.contiguous_format)
-
-
 _register_fake("prefix_mask", lambda labels, *_, **__: labels.new_empty(labels.shape, dtype=torch.bool))
 for _op in ("topk_mse", "topk_unlikelihood"):
     _register_fake(_op, lambda logits, index, *_: _losses_and(logits, index.shape))
@@ -124,7 +131,7 @@ _register_fake("linear_topk_mse_frozen", lambda hidden, *_: _losses_and(hidden, 
 for _op in ("topk_backward", "linear_topk_backward", "adamw_"):
     _register_fake(_op, lambda *_: None)
 for _op in ("cross_entropy_", "kl_div_"):
-    _register_fake(_op, _losses)
+    _register_fake(_op, lambda logits, of, row_weight, *_: row_weight.new_empty(row_weight.shape))
 
 
 # Autograd: what the forward pass returns beside the losses is kept for the backward pass, and has no gradient.
@@ -141,7 +148,7 @@ def first_order_only(who: str, instead: str) -> None:
 
 def _register_autograd(op: str, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """Register a formula; `backward` returns the first gradients, and the other arguments get none."""
-    twin, arguments = op.removesuffix("_frozen"), len(getattr(_ops, op).default._schema.arguments)
+    twin, arguments = op.removesuffix("_frozen"), len(_argument_names(op))
 
     def first_order(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only(f"palu::{twin}", f"palu.eager.{twin}")

@@ -26,30 +26,26 @@ class Check:
     dtype: str
     error: float  # largest difference to the twin in float64, as a share of its largest value
     passed: bool
-    problem: str = ""  # the exception, where the op raised one
+    problem: str  # the exception, where the op raised one
 
 
 def check_ops(device: torch.device) -> Iterator[Check]:
-    """Run every op, forward and backward, on seeded random inputs beside its twin in float64 on the CPU.
-
-    A device without float64 runs them in float32 alone.
-    """
+    """Run every op, forward and backward, on seeded random inputs beside its twin in float64 on the CPU."""
     for dtype, tolerance in TOLERANCES.items():
         if dtype == torch.float64 and not _has_float64(device):
             continue
         for name, inputs in _calls().items():
             if name == "adamw_" and dtype == torch.float64:  # which no weight is trained in
                 continue
-            told = str(dtype).removeprefix("torch.")
+            error, problem = float("nan"), ""
             try:
                 ours = _results(ops, name, inputs, device, dtype)
                 twins = _results(eager, name, inputs, torch.device("cpu"), torch.float64)
                 error = max(_difference(mine.cpu(), twin) for mine, twin in zip(ours, twins, strict=True))
-            except Exception as problem:  # whatever it is, it is the finding
-                text = str(problem).strip().partition("\n")[0]
-                yield Check(name, str(device), told, float("nan"), False, f"{type(problem).__name__}: {text}")
-            else:
-                yield Check(name, str(device), told, error, error <= tolerance)
+            except Exception as raised:  # whatever it is, it is the finding
+                text = str(raised).strip().partition("\n")[0]
+                problem = f"{type(raised).__name__}: {text}"
+            yield Check(name, str(device), str(dtype).removeprefix("torch."), error, error <= tolerance, problem)
 
 
 def _has_float64(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palu import eager
 from palu.eager import acc_dtype
-from palu.ops.library import NATIVE_DEVICES, check_tensors, check_values, no_native_kernels
+from palu.ops.library import NATIVE_DEVICES, check_values, checked_tensors, no_native_kernels
 
 _ops = torch.ops.palu
 _library = torch.library.Library("palu", "IMPL")  # the kernels go with it
@@ -26,12 +26,10 @@ _warned: set[str] = set()  # kinds of device
 
 
 def _register(op: str, twin: Callable[..., Any]) -> None:
-    names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
     check = getattr(_ops, f"_check_{op}")
 
     def kernel(*args: Any) -> Any:
-        given = {name: t for name, t in zip(names, args, strict=False) if isinstance(t, Tensor)}
-        check_tensors(f"palu::{op}", **given)
+        given = checked_tensors(op, args, {})
         check(*args)
         if "index" in given:
             logits = given.get("logits", given.get("grad_logits"))
@@ -55,21 +53,16 @@ def _topk_mse(logits: Tensor, index: Tensor, target: str, constant: float) -> tu
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Slopes are kept in this dtype: logits in a half type would not do.
-    dtype = acc_dtype(hidden.dtype)
+    dtype = acc_dtype(hidden.dtype)  # in which slopes are kept: logits in a half type would not do
     return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-_register("prefix_mask", eager.prefix_mask)
+for _op in ("prefix_mask", "topk_backward", "linear_topk_backward", "cross_entropy_", "kl_div_", "adamw_"):
+    _register(_op, getattr(eager, _op))
 _register("topk_mse", _topk_mse)
 _register("topk_unlikelihood", eager.topk_unlikelihood_and_slope)
-_register("topk_backward", eager.topk_backward)
 _register("linear_topk_mse", lambda h, w, index, b, mean, *of: _topk_mse(_logits(h, w, b), index, *of))
 _register(
     "linear_topk_unlikelihood",
     lambda h, w, index, b, floor: eager.topk_unlikelihood_and_slope(_logits(h, w, b), index, floor),
 )
-_register("linear_topk_backward", eager.linear_topk_backward)
-_register("cross_entropy_", eager.cross_entropy_)
-_register("kl_div_", eager.kl_div_)
-_register("adamw_", eager.adamw_)

@@ -33,8 +33,7 @@ uintptr_t place_of(const void* pc) {  // as addr2line wants it
 }  // namespace
 
 void report(const std::string& kind, const void* pc, const std::string& details) {
-  Violation& violation = violations[{kind, place_of(pc)}];
-  if (!violation.count++) violation.what = details;
+  violations.emplace(std::pair(kind, place_of(pc)), details);
 }
 
 Cell* new_cells(size_t count) {
@@ -201,7 +200,6 @@ void emu_begin(int order, uint64_t seed, unsigned preempt) {
   }
   emu::buffers.clear();
   emu::violations.clear();
-  emu::launches.clear();
   emu::aborted = false;
   emu::order = order;
   emu::preempt = preempt;
@@ -229,17 +227,15 @@ void emu_buffer(const char* name, void* base, int64_t element, int64_t rows, int
                           initialised != 0, emu::new_cells(elements), elements * element, 0, 0, 0, 0, 0});
 }
 
-// One line each: "violation" kind, count, place for addr2line, details; "launch"; "buffer" name, bytes
-// read, bytes written, of how many elements they are, and in how many accesses.
+// One line each: "violation" kind, place for addr2line, details; "buffer" name, bytes read, bytes written, of how many
+// elements they are, and in how many accesses.
 const char* emu_report() {
   static std::string all;
   all.clear();
-  for (const auto& [key, violation] : emu::violations) {
-    all += emu::format("violation\t%s\t%ld\t%#lx\t", key.first.c_str(), static_cast<long>(violation.count),
-                       static_cast<unsigned long>(key.second)) +
-           violation.what + "\n";
+  for (const auto& [key, details] : emu::violations) {
+    const auto place = static_cast<unsigned long>(key.second);
+    all += emu::format("violation\t%s\t%#lx\t", key.first.c_str(), place) + details + "\n";
   }
-  for (const auto& launch : emu::launches) all += "launch\t" + launch + "\n";
   for (const auto& b : emu::buffers) {
     all += emu::format("buffer\t%s\t%ld\t%ld\t%ld\t%ld\t%ld\n", b.name.c_str(), static_cast<long>(b.read_bytes),
                        static_cast<long>(b.write_bytes), static_cast<long>(b.read_cells),

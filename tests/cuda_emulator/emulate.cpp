@@ -321,13 +321,15 @@ void set_shared_limit(size_t bytes) {
 void launch(const char* kernel, const Config& wanted, void (*body)(const void*), const void* arguments, size_t size) {
   const dim3 grid = wanted.grid, block = wanted.block;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  launches.push_back(format("%s grid %u,%u,%u block %u,%u,%u shared %zu cluster %u", kernel, grid.x, grid.y, grid.z,
-                            block.x, block.y, block.z, wanted.shared, wanted.cluster));
   const bool right = grid.x >= 1 && grid.x <= 0x7FFFFFFFu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
                      grid.z <= 65535 && threads >= 1 && threads <= 1024 && wanted.shared <= shared_limit &&
                      wanted.cluster >= 1 && wanted.cluster <= largest_cluster && grid.x % wanted.cluster == 0;
   shared_limit = kSharedDefault;
-  if (!right) report("launch", nullptr, "CUDA would refuse: " + launches.back());
+  if (!right) {
+    report("launch", nullptr,
+           format("CUDA would refuse: %s grid %u,%u,%u block %u,%u,%u shared %zu cluster %u", kernel, grid.x, grid.y,
+                  grid.z, block.x, block.y, block.z, wanted.shared, wanted.cluster));
+  }
   if (!right || aborted) return;
 
   config = wanted;

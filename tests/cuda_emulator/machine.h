@@ -27,12 +27,7 @@ constexpr unsigned char kPoison = 0xFF;  // NaN as a float, -1 as an integer
 
 // ---- what is reported ----
 
-struct Violation {
-  std::string what;  // the first one's details
-  int64_t count = 0;
-};
-inline std::map<std::pair<std::string, uintptr_t>, Violation> violations;  // by kind and place
-inline std::vector<std::string> launches;
+inline std::map<std::pair<std::string, uintptr_t>, std::string> violations;  // by kind and place: the first's details
 inline bool aborted = false;  // as a CUDA context after a failed assertion: no launch runs any more
 
 std::string format(const char* text, ...);

@@ -73,10 +73,10 @@ class Placed:
 
 @dataclass
 class Phase:
-    """One call of a launcher."""
+    """One call of a launcher: the members of its struct are the case's buffers, their strides, and numbers."""
 
     launcher: str
-    arguments: dict[str, Any]  # the members of its struct: numbers, Placed, or None
+    numbers: dict[str, Any]  # for this and other launchers; what has none is 0
     writes: list[str]  # the names of the tensors that it may write to
     fresh: list[str] = field(default_factory=list)  # of these, what must not be read before it is written
 
@@ -137,9 +137,8 @@ class Outcome:
 
 @cache
 def read_structs() -> dict[str, type[ctypes.Structure]]:
-    """Read from the headers the struct that each launcher in launch.h takes, by the launcher's name."""
-    texts = compiler.read_sources()
-    text = re.sub(r"//.*", "", texts["csrc/prefix_mask.h"] + texts["csrc/cuda/launch.h"])
+    """Read from launch.h the struct that each launcher takes, by the launcher's name."""
+    text = re.sub(r"//.*", "", compiler.read_sources()["csrc/cuda/launch.h"])
     c_types: dict[str, Any] = {"bool": ctypes.c_bool, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
     c_types |= {"Dtype": ctypes.c_int, "Center": ctypes.c_int}
     structs = {}
@@ -177,9 +176,9 @@ class Machine:
                 placed.reset()
             for phase in case.phases:
                 self._begin(case, phase, schedule, seed)
-                self._call(phase)
+                self._call(case, phase)
                 lines = [line.split("\t") for line in self.library.emu_report().decode().splitlines()]
-                for kind, _, place, details in (rest for name, *rest in lines if name == "violation"):
+                for kind, place, details in (rest for name, *rest in lines if name == "violation"):
                     if kind == "assertion" and case.must_assert:
                         assertions += 1
                     else:
@@ -218,14 +217,12 @@ class Machine:
                 int(placed.name not in phase.fresh),
             )
 
-    def _call(self, phase: Phase) -> None:
+    def _call(self, case: Case, phase: Phase) -> None:
         struct = read_structs()[phase.launcher]
-        members = [name for name, *_ in struct._fields_]
-        if sorted(members) != sorted(phase.arguments):
-            given = ", ".join(phase.arguments)
-            raise TypeError(f"{phase.launcher} takes {', '.join(members)}; given: {given}")
-        values = {name: v.pointer if isinstance(v, Placed) else v for name, v in phase.arguments.items()}
-        p = struct(**{name: value for name, value in values.items() if value is not None})
+        values = dict(phase.numbers)
+        for placed in case.buffers:
+            values |= {placed.name: placed.pointer, f"{placed.name}_stride": placed.stride}
+        p = struct(**{name: values[name] for name, *_ in struct._fields_ if name in values})
         function = getattr(self.library, f"palu_{phase.launcher}")
         function.restype = ctypes.c_bool
         if not function(ctypes.byref(p), ctypes.c_int64(ctypes.sizeof(p))):

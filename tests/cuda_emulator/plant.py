@@ -37,12 +37,6 @@ def _text(marked: str) -> str:
     return "\n".join(line[2:] for line in marked.splitlines())
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError, with what would do, unless a fault has this name."""
-    if name not in faults():
-        raise ValueError(f"{name!r} is no fault; there are\n  " + "\n  ".join(faults()))
-
-
 def run(name: str, folder: Path) -> tuple[str, list[Finding]]:
     """Compile the kernels with one fault, for float32 alone, and run its case.
 

@@ -1,7 +1,7 @@
 """Gather what the cases came to, and print it."""
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ class Done:
     text: str  # its sizes, dtypes and layout
     outcomes: list[Outcome] = field(default_factory=list)  # one for each architecture
     instances: dict[int, dict[str, bool]] = field(default_factory=dict)  # by architecture: was it launched?
-    seconds: float = 0.0  # of a processor
 
     @property
     def op(self) -> str:
@@ -33,7 +32,6 @@ class Report:
     def __init__(self, architectures: list[int]) -> None:
         self.architectures = architectures
         self.cases: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.errors: dict[tuple[str, str], dict[str, float]] = {}  # by op and tensor, then dtype
         self.launched: dict[int, dict[str, bool]] = {architecture: {} for architecture in architectures}
         # By op, kind and place: the first one, its case, and how many there are.
@@ -43,7 +41,6 @@ class Report:
     def add(self, done: Done) -> None:
         """Add what a case came to."""
         self.cases[done.op] += 1
-        self.seconds[done.op] += done.seconds
         if done.name.startswith(plant.PREFIX) and done.text:
             self.faults.append(f"{done.name.removeprefix(plant.PREFIX)}: {done.text}")
         for outcome in done.outcomes:
@@ -60,8 +57,7 @@ class Report:
 
     def text(self, complete: bool) -> str:
         """Return the tables and the findings. `complete`: every instance of a kernel must have been launched."""
-        lines = [f"\n{'op':26}{'cases':>7}{'CPU s':>7}"]
-        lines += [f"{op:26}{count:7}{self.seconds[op]:7.1f}" for op, count in self.cases.items()]
+        lines = [f"\n{'op':26}{'cases':>7}", *(f"{op:26}{count:7}" for op, count in self.cases.items())]
         if self.errors:
             lines.append("\nLargest errors, in units of what cannot be helped (README.md):")
         for (op, tensor), by_dtype in sorted(self.errors.items()):

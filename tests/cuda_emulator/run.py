@@ -39,14 +39,8 @@ def start(build: Path, libraries: dict[int, Path]) -> None:
     machines.update({architecture: Machine(path, architecture) for architecture, path in libraries.items()})
 
 
-def processor_seconds() -> float:
-    """Return the time that this process and its compilers have had a processor for."""
-    return sum(os.times()[:4])
-
-
 def run(name: str) -> Done:
     """Run a case on every architecture, or a planted fault."""
-    began = processor_seconds()
     done = Done(name, cases.seed_of(name), "")
     try:
         if name.startswith(plant.PREFIX):
@@ -59,7 +53,6 @@ def run(name: str) -> Done:
             done.instances = {architecture: machine.instances() for architecture, machine in machines.items()}
     except Exception:
         done.outcomes = [Outcome([Finding("error", "", min(machines), traceback.format_exc())])]
-    done.seconds = processor_seconds() - began
     return done
 
 
@@ -95,11 +88,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers and cases at a time")
     parser.add_argument("--build", type=Path, default=compiler.ROOT / "build" / "cuda_emulator", help="a folder")
     options = parser.parse_args()
-    try:
-        if options.case:
-            (plant if options.case.startswith(plant.PREFIX) else cases).check_name(options.case)
-    except ValueError as error:
-        parser.error(str(error))
+    if options.case:
+        op, _, case = options.case.partition("/")
+        if f"{op}/" != plant.PREFIX and op not in cases.OPS:
+            parser.error(f"--case: no op is called {op!r}; there are {', '.join(cases.OPS)}, and 'fault'")
+        known = list(cases.fixed_names(op) if op in cases.OPS else plant.faults())
+        if options.case not in known and not (op in cases.OPS and case.isdecimal()):
+            parser.error(f"--case: {options.case!r} is none: use OP/SEED, or one of\n  " + "\n  ".join(known))
     for part in filter(None, options.only.split(",")):
         if part != "fault" and not any(part in op for op in cases.OPS):
             parser.error(f"--only: no op has {part!r} in its name; there are {', '.join(cases.OPS)}, and 'fault'")

@@ -1,5 +1,5 @@
 // The launchers of csrc/cuda/launch.h as C functions, for ctypes. machine.py reads the members of their structs from
-// the headers; each function returns whether the struct has the size that was expected, and else does nothing.
+// it; each function returns whether the struct has the size that was expected, and else does nothing.
 #include "launch.h"
 
 namespace palu::cuda {

@@ -158,14 +158,3 @@ def textbook(case: Case, rows_per_chunk: int = 10**6, factor: float = 1.0) -> tu
         if part.requires_grad:
             part.backward(retain_graph=True)
     return (case.row_weight * losses).sum().detach(), losses.detach()
-
-
-def assert_equal_textbook(case: Case, rows_per_chunk: int = 10**6, factor: float = 1.0) -> None:
-    """In float64, where both err by no more than rounding."""
-    expected = case.to(torch.float64)
-    results = zip(case.run(rows_per_chunk, factor), textbook(expected, factor=factor), strict=True)
-    for ours, theirs in results:
-        assert_near(ours, theirs, 1e-12)
-    for ours, theirs in zip(case.leaves, expected.leaves, strict=True):
-        if ours is not None:
-            assert_near(ours.grad, theirs.grad, 1e-12)

@@ -12,20 +12,13 @@ from accelerate import Accelerator
 from helpers import textbook
 from helpers.benchmark_data import quick_tofu
 from helpers.refusals import assert_refused
-from helpers.runs import assert_same_run, live_bytes, live_tensors, unlearn
+from helpers.runs import assert_same_run, live_tensors, unlearn
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import changed, forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from palu.config import UnlearnConfig
-from palu.data.examples import load_forget
-from palu.data.packing import forget_items
 from palu.methods.palu import PaluMethod
-from palu.models.lora import UnsupportedModelError
-from palu.models.root import ModelRoot
-from palu.ref_model.anchors import AnchorPrompts
-from palu.ref_model.precompute import precompute_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
@@ -176,18 +169,6 @@ def test_the_head_is_shared_and_no_base_weight_is_ever_copied() -> None:
     assert steps == [3] * 6
 
 
-def test_no_second_model_exists() -> None:
-    accelerator = Accelerator()
-    model = tiny_lora(trained=True).to(accelerator.device)
-    items = forget_items(load_forget(forget_rows(), None, max_length=1024).examples, 2, None)
-    before = live_bytes()
-    config, prompts = UnlearnConfig(local_loss="topk_mse", top_k=4), AnchorPrompts([], set(), 0)
-    cache, head = precompute_reference(ModelRoot(model), items, prompts, config, accelerator, own=True)
-    held = live_bytes() - before
-    assert head is not None
-    assert held == sum(t.numel() * 4 for parts in cache.outputs for t in parts.values())
-
-
 # --- What comes out ---
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
@@ -273,15 +254,6 @@ def test_embeddings_of_their_own_may_be_trained(settings: dict[str, Any]) -> Non
     moved = changed(model, before)
     assert all(".lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in moved)
     assert any("embed_tokens" in name for name in moved)
-
-
-def test_other_adapters_than_lora() -> None:
-    model = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    message = "{} has an adapter of PEFT type PROMPT_TUNING"
-    assert_refused(model, UnsupportedModelError, message.format("model"))
-    assert_refused(tiny_llama(), UnsupportedModelError, message.format("ref_model"), ref_model=model)
-    with pytest.raises(UnsupportedModelError, match=message.format("model")):
-        quick_tofu(model, byte_level(CHATML, bos=False))
 
 
 def test_several_adapters() -> None:

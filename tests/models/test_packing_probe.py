@@ -131,8 +131,8 @@ MODELS = [
 ]
 SUPPORTED = [kind for kind in MODELS if not kind.refused]
 REFUSED = [kind for kind in MODELS if kind.refused]
-# Of each kind of attention and head, one that is also run in float32 and bfloat16.
-FLOATS = ("Llama", "Mistral, sliding window", "Gemma 2", "Gemma 3 (text)", "OLMo 3", "Qwen3-MoE", "Granite", "NanoChat")
+# Of each kind of attention and head, one that is also run in bfloat16.
+HALVES = ("Llama", "Mistral, sliding window", "Gemma 2", "Gemma 3 (text)", "OLMo 3", "Qwen3-MoE", "Granite", "NanoChat")
 ANCHORED = ("Llama", "Qwen3", "Mistral, sliding window", "Gemma 2", "Phi", "OLMo 2", "GPT-2")
 BY_TITLE = {kind.title: kind for kind in MODELS}
 
@@ -226,15 +226,7 @@ def test_ten_steps_equal_a_plain_loop(kind: Kind) -> None:
         textbook.assert_unlearn_equals(model, tolerance=1e-9, tokenizer=tokenizer, **terms)
 
 
-# Two ways to one gradient round differently, by a share d of its root mean square. Adam's first step is g / |g|, so the
-# elements that lie nearer to 0 than that go anywhere, and the steps differ by about sqrt(1.6 d) if g is normally
-# distributed. Above, d may be 2e-5: that is 0.6 %, and ten steps lead further apart.
-@pytest.mark.parametrize("name", FLOATS)
-def test_ten_steps_equal_a_plain_loop_in_float32(name: str) -> None:
-    textbook.assert_unlearn_equals(BY_TITLE[name].build(), tolerance=0.03, local_loss="topk_mse")
-
-
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", HALVES)
 def test_packed_examples_in_bfloat16(name: str) -> None:
     assert_close(*together_and_apart(BY_TITLE[name].build().bfloat16()), 0.03)
 

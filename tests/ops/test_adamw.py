@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from helpers.adamw_cases import NUMBERS, adamw, join, split
 from helpers.compare import compare
+from helpers.op_calls import memory
 from helpers.op_cases import Draw
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,11 +31,6 @@ def arguments(case: Any, device: torch.device) -> dict[str, Any]:
         return whole[3 : 3 + t.numel()].view(t.shape).copy_(t)
 
     return {name: placed(t) for name, t in given.items()}
-
-
-def bits(a: dict[str, Any]) -> dict[str, Tensor]:
-    """Copies of all tensors, as bytes."""
-    return {n: t.detach().clone().reshape(-1).view(torch.uint8) for n, t in a.items() if isinstance(t, Tensor)}
 
 
 @pytest.mark.parametrize("module", [ops, eager], ids=["op", "twin"])
@@ -64,10 +60,10 @@ def test_bad_arguments_are_named_and_nothing_changes(device: torch.device) -> No
     ]
     for name, value, error in bad:
         a = arguments(case, device) | {name: value}
-        before = bits(a)
+        before = {n: memory(t) for n, t in a.items() if isinstance(t, Tensor)}
         with pytest.raises(error, match=name):
             ops.adamw_(**a)
-        assert all(torch.equal(t, before[n]) for n, t in bits(a).items()), name
+        assert all(torch.equal(memory(a[n]), bytes_) for n, bytes_ in before.items()), name
 
 
 def test_opcheck(device: torch.device) -> None:

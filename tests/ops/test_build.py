@@ -57,12 +57,6 @@ def run(folder: Path, script: str = USE, *, works: bool = True, **changes: str) 
     return out.strip(), err
 
 
-def use(folder: Path, **changes: str) -> tuple[Path, str]:
-    """The extension that is loaded, and what was said on stderr."""
-    out, err = run(folder, **changes)
-    return Path(out), err
-
-
 def no_ops(folder: Path, script: str = "import palu.ops", **changes: str) -> str:
     """The one error where the ops cannot be had."""
     _, err = run(folder, script, works=False, **changes)
@@ -166,24 +160,25 @@ def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> 
     assert ("cu" if _build.with_cuda() else "_cpu_") in path.stem
 
     built = path.stat().st_mtime_ns
-    again, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
-    assert again == path and path.stat().st_mtime_ns == built and "compiling" not in stderr
+    again, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    assert again == str(path) and path.stat().st_mtime_ns == built and "compiling" not in stderr
 
 
 def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> None:
     """Runs after the build just in time, and says why it does not use the prebuilt module."""
     broken = without_prebuilt / "palu" / "_C.so"
     broken.write_bytes(b"not a library")
-    path, stderr = use(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    path, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
     broken.unlink()
-    assert path.is_relative_to(jit_cache)
+    assert Path(path).is_relative_to(jit_cache)
     assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
 
 
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
     error = no_ops(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="no-such-c++")
     assert "prebuilt: no module palu._C is installed" in error
-    assert "just in time: no C++ compiler: 'no-such-c++' is not on PATH" in error
+    told = "no C++ compiler: 'no-such-c++' is not on PATH (CXX names another: a command, no arguments)"
+    assert f"just in time: {told}" in error
 
 
 def test_a_wait_for_another_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,11 +242,7 @@ def test_a_compiler_that_does_not_work(tmp_path: Path) -> None:
     broken = tmp_path / "broken-c++"
     broken.write_text('#!/bin/sh\necho "broken: cannot compile" >&2\n[ "$1" = -v ] || exit 1\n')
     broken.chmod(0o755)
-    for compiler, told in (
-        (str(broken), "broken: cannot compile"),
-        ("c++ -w", "no C++ compiler: 'c++ -w' is not on PATH (CXX names another: a command, no arguments)"),
-    ):
-        assert told in no_ops(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=compiler)
+    assert "broken: cannot compile" in no_ops(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path / "builds"), CXX=str(broken))
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
@@ -282,8 +273,8 @@ def test_cmake(tmp_path: Path) -> None:
     commands = {entry["file"]: entry["command"] for entry in json.loads((build / "compile_commands.json").read_text())}
     assert set(commands) == set(_build.sources())
     assert all("-fopenmp" in command for file, command in commands.items() if file.endswith(".cpp"))
-    path, _ = use(tmp_path)
-    assert path.parent == package
+    path, _ = run(tmp_path)
+    assert Path(path).parent == package
 
 
 def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -311,12 +302,6 @@ def test_cuda_is_built_without_a_visible_gpu(monkeypatch: pytest.MonkeyPatch, tm
     assert _build.visible_architectures() == "7.5;9.0" and "_cu130_sm75_90_" in _build.jit_name()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not _build.with_cuda()
-
-
-def test_flags() -> None:
-    flags = _build.CXX_FLAGS + _build.NVCC_FLAGS
-    assert "-fopenmp" in _build.CXX_FLAGS
-    assert not any(flag.startswith(("-std", "-march")) for flag in flags)
 
 
 def test_sanitized_build_is_one_of_its_own() -> None:

@@ -61,9 +61,6 @@ def loss_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tup
     return loss.detach(), *torch.autograd.grad(loss, leaves, upstream)
 
 
-# ------------------------------------------------------------------------------- losses of kept logits
-
-
 def test_a_check_before_the_gpu_names_what_is_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """PALU_CHECK=1: without it labels are an error of torch's, and on a GPU both are an assertion."""
     monkeypatch.setattr(functional, "CHECK", True)
@@ -80,16 +77,6 @@ def test_a_check_before_the_gpu_names_what_is_out_of_range(monkeypatch: pytest.M
     with pytest.raises(IndexError, match=r"^palu::cross_entropy_: labels\[1\] = -1 is out of range"):
         ops.cross_entropy_(logits, torch.tensor([0, -1]), torch.ones(2))
     palu.topk_mse(logits, index.clamp(max=8))
-
-
-def test_no_graph_without_a_gradient(device: torch.device) -> None:
-    logits, index = torch.randn(ROWS, VOCAB, device=device), indices(device)
-    assert not palu.topk_mse(logits, index).requires_grad
-    for _, slope in (
-        raw.topk_mse(logits.requires_grad_(), index, "global_mean", 0.0),
-        raw.topk_unlikelihood(logits, index, 0.0),
-    ):
-        assert not slope.requires_grad
 
 
 def test_same_bits_every_time(device: torch.device) -> None:
@@ -252,22 +239,6 @@ def test_neither_rows_nor_candidates(device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------- autograd
-
-
-# Without "global_mean_detached", whose gradient is by definition not the loss's derivative.
-@pytest.mark.parametrize("target", ["global_mean", "local_mean", 0.5, "unlikelihood"])
-def test_gradcheck(device: torch.device, target: str | float) -> None:
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
-
-    index = torch.randint(0, 9, (3, 4), device=device)
-    of_logits, of_hidden, setting = palu.topk_mse, palu.linear_topk_mse, target
-    if target == "unlikelihood":
-        index[0, 2], index[1, 2], index[2] = index[0, 0], index[1, 1], index[2, 0]
-        of_logits, of_hidden, setting = palu.topk_unlikelihood, palu.linear_topk_unlikelihood, 0.0
-    assert torch.autograd.gradcheck(lambda z: of_logits(z, index, setting), leaf(3, 9))
-    leaves = leaf(3, 5), leaf(9, 5), leaf(9)
-    assert torch.autograd.gradcheck(lambda h, w, b: of_hidden(h, w, index, setting, b, impl="gather"), leaves)
 
 
 def op_samples(device: torch.device, dtype: torch.dtype, grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:

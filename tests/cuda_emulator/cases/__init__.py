@@ -64,12 +64,3 @@ def make(name: str) -> Case:
         return OPS[op].make(draw)
     of = getattr(torch, dtype[0]) if dtype else None
     return OPS[op].make(draw, **OPS[op].fixed(of or torch.int64)[case], **({"dtype": of} if of else {}))
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError, with what would do, unless a case has this name."""
-    op, _, case = name.partition("/")
-    if op not in OPS:
-        raise ValueError(f"no op is called {op!r}; there are {', '.join(OPS)}")
-    if not case.isdecimal() and name not in fixed_names(op):
-        raise ValueError(f"{name!r} is no case: use {op}/SEED, or one of\n  " + "\n  ".join(fixed_names(op)))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from helpers import adamw_cases, op_cases
 from helpers.op_cases import DTYPES, Draw, OpCase
-from machine import Case, Output, Phase, Placed, read_structs
+from machine import Case, Output, Phase, Placed
 
 from palu.eager import acc_dtype
 
@@ -47,9 +47,9 @@ def prefix_mask(draw: Draw, *, place: str | None = None, **sizes: Any) -> Case:
         placed = Placed("labels", labels, stride=length + draw.one(0, 1, 5))
         strides = placed.stride, 1
     mask = Placed("mask", None, (batch, length), torch.bool)
-    call = {"labels": placed, "batch_stride": strides[0], "token_stride": strides[1], "mask": mask}
-    call |= {"batch": batch, "length": length, "n": n, "eos": -1 if eos is None else eos}
-    return of_case(case, {"labels": placed, "mask": mask}, [Phase("prefix_mask", call, ["mask"], ["mask"])], place)
+    numbers = {"batch": batch, "length": length, "n": n, "eos": -1 if eos is None else eos}
+    numbers |= {"batch_stride": strides[0], "token_stride": strides[1]}
+    return of_case(case, {"labels": placed, "mask": mask}, [Phase("prefix_mask", numbers, ["mask"], ["mask"])], place)
 
 
 def _center(target: str | float) -> dict[str, Any]:
@@ -78,14 +78,11 @@ def topk_mse(draw: Draw, *, lead: int | None = None, pad: int | None = None, edg
         "slope": Placed("slope", None, (rows, k), acc),
         "grad_logits": gradient,
     }
-    both = {"dtype": DTYPES.index(z.dtype), "index64": at.dtype == torch.int64, "rows": rows, "vocab_size": vocabulary}
-    both |= {"k": k, "index": places["index"], "slope": places["slope"]}
-    forward = both | {"logits": logits, "logits_stride": logits.stride, "loss": places["loss"]} | _center(target)
-    backward = both | {"grad": places["grad"], "grad_logits": gradient, "grad_logits_stride": gradient.stride}
-    backward |= {"through_mean": target == "global_mean"}
+    numbers: dict[str, Any] = {"dtype": DTYPES.index(z.dtype), "index64": at.dtype == torch.int64, "rows": rows}
+    numbers |= {"vocab_size": vocabulary, "k": k, "through_mean": target == "global_mean"} | _center(target)
     phases = [
-        Phase("topk_mse", forward, ["loss", "slope"], ["loss", "slope", "grad_logits"]),
-        Phase("topk_backward", backward, ["grad_logits"], ["grad_logits"]),
+        Phase("topk_mse", numbers, ["loss", "slope"], ["loss", "slope", "grad_logits"]),
+        Phase("topk_backward", numbers, ["grad_logits"], ["grad_logits"]),
     ]
     return of_case(case, places, phases, f"logits {logits.place()}, gradient {gradient.place()}")
 
@@ -112,12 +109,8 @@ def linear_topk(
     """
     case = op_cases.linear_topk(draw, op, **sizes)
     a, dtype, acc = case.inputs, case.dtype, acc_dtype(case.dtype)
-    (rows, size), (vocabulary, _), k, target = (
-        a["hidden"].shape,
-        a["weight"].shape,
-        a["index"].shape[1],
-        a.get("target"),
-    )
+    (rows, size), (vocabulary, _), k = a["hidden"].shape, a["weight"].shape, a["index"].shape[1]
+    target = a.get("target")
     of_hidden, of_weight, of_bias = (a[f"grad_{name}"] is not None for name in ("hidden", "weight", "bias"))
     setting: dict[str, Any] = {"floor": a["floor"]} if target is None else _center(target)
     through, is_global = target == "global_mean", setting.get("center") == 0
@@ -151,20 +144,14 @@ def linear_topk(
     places |= {name: Placed(name, None, shape, of) for name, (shape, of, is_there) in scratch.items() if is_there}
     numbers: dict[str, Any] = {"dtype": DTYPES.index(dtype), "index64": a["index"].dtype == torch.int64, "rows": rows}
     numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | setting
-    numbers |= {f"{name}_stride": p.stride for name, p in places.items() if p is not None}
-
-    def phase(launcher: str, writes: list[str], fresh: list[str]) -> Phase:
-        members = [name for name, *_ in read_structs()[launcher]._fields_]
-        return Phase(launcher, {name: places.get(name, numbers.get(name, 0)) for name in members}, writes, fresh)
-
-    phases = [] if only else [phase(op, ["loss", "slope"], ["loss", "slope"])]
+    phases = [] if only else [Phase(op, numbers, ["loss", "slope"], ["loss", "slope"])]
     if through:
-        phases.append(phase("linear_mean_shift", ["shift"], ["shift"]))
+        phases.append(Phase("linear_mean_shift", numbers, ["shift"], ["shift"]))
     if of_hidden:
-        phases.append(phase("linear_grad_hidden", ["partial", "grad_hidden"], ["partial"]))
+        phases.append(Phase("linear_grad_hidden", numbers, ["partial", "grad_hidden"], ["partial"]))
     if of_weight or of_bias:
         written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
-        phases.append(phase("linear_grad_weight", written, ["offsets", "mean_row"]))
+        phases.append(Phase("linear_grad_weight", numbers, written, ["offsets", "mean_row"]))
     made = of_case(case, places, phases, f"weight +{leads['weight']} stride {strides['weight']}")
     made.outputs = [o for o in made.outputs if not only or o.placed.name != "slope"]
     return made
@@ -194,9 +181,8 @@ def softmax_loss(
         "row_weight": Placed("row_weight", case.inputs["row_weight"]),
         "loss": Placed("loss", None, (rows,), acc_dtype(z.dtype)),
     }
-    call: dict[str, Any] = {"dtype": DTYPES.index(z.dtype), "logits_stride": logits.stride}
-    call |= {"rows": rows, "vocab_size": vocabulary}
-    call |= {"reverse": case.inputs["reverse"]} if op == "kl_div_" else {}
+    numbers = {"dtype": DTYPES.index(z.dtype), "rows": rows, "vocab_size": vocabulary}
+    numbers["reverse"] = case.inputs.get("reverse", False)
     text = f"logits {logits.place()}"
     if op == "cross_entropy_":
         places["labels"] = Placed("labels", case.inputs["labels"])
@@ -206,9 +192,9 @@ def softmax_loss(
         apart = layout(draw, vocabulary, (at + 1) % (16 // logits.element), None)
         ref_layout: dict[str, Any] = {"lead": at, "stride": logits.stride} if together else apart
         ref = Placed("ref_logits", case.inputs["ref_logits"], **ref_layout)
-        places["ref_logits"], call["ref_logits_stride"] = ref, ref.stride
+        places["ref_logits"] = ref
         text += f", ref {ref.place()}"
-    made = of_case(case, places, [Phase(op, call | places, ["logits", "loss"], ["loss"])], text)
+    made = of_case(case, places, [Phase(op, numbers, ["logits", "loss"], ["loss"])], text)
     made.largest_cluster = largest_cluster
     return made
 
@@ -237,15 +223,15 @@ def adamw(draw: Draw, *, lead: int | None = None, **sizes: Any) -> Case:
     places = {name: None if t is None else Placed(name, t, lead=lead * (name == "weight")) for name, t in given.items()}
     step, rate, decay, beta1, beta2, eps = (case.inputs[name] for name in adamw_cases.NUMBERS)
     unbias = (1 - beta2**step) ** 0.5
-    call: dict[str, Any] = {"dtype": DTYPES.index(case.dtype), "size": weight.numel(), "kept": 1 - rate * decay}
-    call |= {
+    numbers = {"dtype": DTYPES.index(case.dtype), "size": weight.numel(), "kept": 1 - rate * decay}
+    numbers |= {
         "step_size": rate * unbias / (1 - beta1**step),
         "one_minus_beta1": 1 - beta1,
         "one_minus_beta2": 1 - beta2,
         "eps": eps * unbias,
     }
     written = ["weight", "low_bits", "exp_avg", "exp_avg_sq"]
-    made = of_case(case, places, [Phase("adamw_", call | places, written)], f"weight +{lead}")
+    made = of_case(case, places, [Phase("adamw_", numbers, written)], f"weight +{lead}")
     if low_bits is not None:
         whole: Any = Joined(places["weight"], places["low_bits"])  # type: ignore[arg-type]
         made.outputs = [replace(o, placed=whole) if o.placed.name == "weight" else o for o in made.outputs]

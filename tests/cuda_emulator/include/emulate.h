@@ -19,9 +19,6 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
 
 // ---- built-in types and variables ----
@@ -33,18 +30,10 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Set whenever a fiber is entered.
 extern uint3 threadIdx, blockIdx;
@@ -148,22 +137,8 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T x, int lanes, int = 32, emu::Where where = emu::Where::current()) {
   return __shfl_sync(mask, x, emu::lane() ^ lanes, 32, where);
 }
-template <typename T>  // below lane 0 and past lane 31 a thread keeps its own value
-T __shfl_up_sync(unsigned mask, T x, unsigned by, int = 32, emu::Where where = emu::Where::current()) {
-  return __shfl_sync(mask, x, emu::lane() >= by ? emu::lane() - by : emu::lane(), 32, where);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T x, unsigned by, int = 32, emu::Where where = emu::Where::current()) {
-  return __shfl_sync(mask, x, emu::lane() + by < 32 ? emu::lane() + by : emu::lane(), 32, where);
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate, emu::Where where = emu::Where::current()) {
   return emu::ballot(mask, predicate, where);
-}
-inline int __any_sync(unsigned mask, int predicate, emu::Where where = emu::Where::current()) {
-  return emu::ballot(mask, predicate, where) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, emu::Where where = emu::Where::current()) {
-  return emu::ballot(mask, !predicate, where) == 0;
 }
 
 // ---- atomics: access() may let other threads run, nothing after it does ----
@@ -178,17 +153,12 @@ inline int __all_sync(unsigned mask, int predicate, emu::Where where = emu::Wher
   }
 EMU_ATOMIC(atomicOr, old | x)
 EMU_ATOMIC(atomicAnd, old& x)
-EMU_ATOMIC(atomicAdd, old + x)
-EMU_ATOMIC(atomicMax, old < x ? x : old)
-EMU_ATOMIC(atomicMin, x < old ? x : old)
-EMU_ATOMIC(atomicExch, x)
 #undef EMU_ATOMIC
 
 // ---- integers and bits ----
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline double __hiloint2double(int high, int low) {
@@ -196,10 +166,6 @@ inline double __hiloint2double(int high, int low) {
 }
 inline int __double2hiint(double x) { return static_cast<int>(std::bit_cast<uint64_t>(x) >> 32); }
 inline int __double2loint(double x) { return static_cast<int>(std::bit_cast<uint64_t>(x)); }
-template <typename T>
-T __ldg(const T* at) {
-  return *at;
-}
 
 // ---- 16-bit floats, rounded to nearest even ----
 
@@ -301,7 +267,7 @@ cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   union {
