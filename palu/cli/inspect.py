@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import palu
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_model, load_tokenizer, position_limit
-from palu.cli.options import NAME, check_files, option
+from palu.cli.options import check_files, option
 from palu.settings import RunSettings
 from palu.writable import check_file
 
@@ -19,40 +18,35 @@ if TYPE_CHECKING:
     from palu.data.examples import Examples
     from palu.report.token_roles import Token
 
-SHOWN = 10
+SHOWN = 10  # rows, unless --rows names others
 
 
 def inspect(
     forget: shared.Forget,
-    model: Annotated[str | None, option("The model, of which the tokenizer is loaded.", NAME)] = None,
+    model: shared.OptionalName = None,
     tokenizer: shared.Tokenizer = None,
-    n: Annotated[int, option("Onset length; -1: the whole span.")] = -1,
-    max_length: Annotated[int, option("Tokens per example, the rest is cut.")] = RunSettings.max_length,
+    n: int = -1,
+    max_length: int = RunSettings.max_length,
     chat_template_kwargs: shared.TemplateKwargs = None,
-    rows: Annotated[
-        str | None,
-        option(f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
-    ] = None,
-    annotate: Annotated[
-        str | None,
-        option(
-            "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
-            "regex:PATTERN or whole (answers). Guesses: look at them first.",
-            "HOW",
-        ),
-    ] = None,
+    rows: str | None = None,
+    annotate: Annotated[str | None, option("HOW")] = None,
     device: shared.Device = None,
-    write: Annotated[
-        Path | None,
-        option(
-            "Write the rows with their spans, those found and those of the column secret, to be corrected by hand "
-            "(JSONL).",
-            "FILE",
-        ),
-    ] = None,
-    html: Annotated[Path | None, option("Write one self-contained HTML file, not to the terminal.", "FILE")] = None,
+    write: shared.OptionalFile = None,
+    html: shared.OptionalFile = None,
 ) -> None:
-    """Show what `palu unlearn` would touch: the role of every token of the forget set."""
+    """Show what `palu unlearn` would touch: the role of every token of the forget set.
+
+    Args:
+        model: The model, of which the tokenizer is loaded.
+        n: Onset length; -1: the whole span.
+        max_length: Tokens per example, the rest is cut.
+        rows: Rows to show, from 0: 0-9,17 or all. [default: the first 10; in HTML all]
+        annotate: Find the spans of rows that have none: contrast (the model itself tells which words carry the memory),
+            regex:PATTERN or whole (answers). Guesses: look at them first.
+        write: Write the rows with their spans, those found and those of the column secret, to be corrected by hand
+            (JSONL).
+        html: Write one self-contained HTML file, not to the terminal.
+    """
     wanted = None if rows in (None, "all") else _parse_rows(str(rows))
     if device is not None and annotate is None:
         raise ValueError("--device was given without --annotate, which may run a model; leave it out")

@@ -22,7 +22,7 @@ from palu.cli.models import (
     load_tokenizer,
     position_limit,
 )
-from palu.cli.options import FILES, NAME, check_files, given_by, option
+from palu.cli.options import check_files, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
@@ -32,89 +32,60 @@ from palu.writable import check_folder, check_folders
 if TYPE_CHECKING:
     from palu.models.lora import CausalLM
 
-LORA = "LoRA"
-_lora_option = functools.partial(option, rich_help_panel=LORA)
+_lora = functools.partial(typer.Option, rich_help_panel="LoRA")
 
 
 @with_settings
 def unlearn(
     ctx: typer.Context,
-    model: Annotated[str, option("The model: a folder, or a name on the hub.", NAME)],
+    model: shared.Name,
     forget: shared.Forget,
-    output: Annotated[
-        Path,
-        option(
-            "Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ "
-            "(report.html and the records, which contain the forgotten text).",
-            "DIR",
-        ),
-    ],
+    output: shared.Folder,
     settings: dict[str, Any],
-    retain: Annotated[
-        str,
-        option(
-            "What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; "
-            "auto: these answers alone; none: nothing.",
-            "FILE|auto|none",
-        ),
-    ] = "auto",
-    recipe: Annotated[
-        Literal["paper"] | None,
-        option("Settings by one word; paper: the published loss. Flags come after it."),
-    ] = None,
-    eval_rows: Annotated[
-        Path | None,
-        option(
-            "Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows takes "
-            f"them {FILES}.",
-            "FILE",
-        ),
-    ] = None,
-    ref_model: Annotated[str | None, option("The frozen reference, if it is not the model as it is now.", NAME)] = None,
+    retain: Annotated[str, option("FILE|auto|none")] = "auto",
+    recipe: Literal["paper"] | None = None,
+    eval_rows: shared.OptionalFile = None,
+    ref_model: shared.OptionalName = None,
     tokenizer: shared.Tokenizer = None,
-    dtype: Annotated[
-        shared.DtypeName,
-        option(
-            "Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of "
-            "weights that an adapter leaves as they are."
-        ),
-    ] = "auto",
+    dtype: shared.DtypeName = "auto",
     device: shared.Device = None,
-    mixed_precision: Annotated[
-        Literal["no", "bf16"] | None,
-        option("Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]"),
-    ] = None,
-    quantize: Annotated[
-        shared.Bits | None,
-        option(
-            "Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs "
-            "--lora or an adapter."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Start again where --output holds an earlier run, of which palu's files are deleted."
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print how it came out as one JSON object on stdout, and all else on stderr."),
-    ] = False,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train a new LoRA adapter, not the model.", rich_help_panel=LORA)
-    ] = False,
-    lora_rank: Annotated[int, _lora_option("Rank of the adapter.", min=1)] = 8,
-    lora_alpha: Annotated[float, _lora_option("Its scale is alpha / rank.")] = 16,
-    lora_dropout: Annotated[float, _lora_option("Dropout before the adapter.", min=0, max=1)] = 0.0,
-    lora_target: Annotated[
-        str, _lora_option("The layers that get it: all-linear (of the body), or names with commas between them.")
-    ] = "all-linear",
+    mixed_precision: Literal["no", "bf16"] | None = None,
+    quantize: shared.Bits | None = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    lora: Annotated[bool, _lora("--lora")] = False,
+    lora_rank: Annotated[int, _lora(min=1)] = 8,
+    lora_alpha: Annotated[float, _lora()] = 16,
+    lora_dropout: Annotated[float, _lora(min=0, max=1)] = 0.0,
+    lora_target: Annotated[str, _lora()] = "all-linear",
 ) -> None:
     """Make a model forget the spans of the forget set, and write it to a folder.
 
     Ctrl-C or SIGTERM ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
     processes: accelerate launch -m palu unlearn ...
+
+    Args:
+        model: The model: a folder, or a name on the hub.
+        output: Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ (report.html
+            and the records, which contain the forgotten text).
+        retain: What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; auto:
+            these answers alone; none: nothing.
+        recipe: Settings by one word; paper: the published loss. Flags come after it.
+        eval_rows: Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows
+            takes them (JSONL, JSON, CSV, TSV or Parquet).
+        ref_model: The frozen reference, if it is not the model as it is now.
+        dtype: Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of weights
+            that an adapter leaves as they are.
+        mixed_precision: Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]
+        quantize: Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs --lora
+            or an adapter.
+        overwrite: Start again where --output holds an earlier run, of which palu's files are deleted.
+        as_json: Print how it came out as one JSON object on stdout, and all else on stderr.
+        lora: Train a new LoRA adapter, not the model.
+        lora_rank: Rank of the adapter.
+        lora_alpha: Its scale is alpha / rank.
+        lora_dropout: Dropout before the adapter.
+        lora_target: The layers that get it: all-linear (of the body), or names with commas between them.
     """
     stdout = sys.stdout
     if as_json:
