@@ -61,7 +61,7 @@ def audit(
     from palu.attacks.secrets import AuditData
     from palu.report.layout import MODEL, PRIVATE, RECORD
     from palu.report.reading import read_run
-    from palu.report.render import write_card, write_report
+    from palu.report.write import write_card, write_report
 
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again

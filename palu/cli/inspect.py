@@ -91,7 +91,7 @@ def inspect(
             raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
         numbered = [(row, tokens) for row, tokens in numbered if row in wanted]
     if html is not None:
-        from palu.report.render import write_roles
+        from palu.report.write import write_roles
 
         write_roles(html, forget.name, numbered, summary)
         print(f"{summary}\nwrote {html}")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import palu
 from palu.data.examples import load_forget
-from palu.report.render import write_roles
+from palu.report.write import write_roles
 from palu.report.token_roles import ROLES, Token, count_roles, legend_text, roles_text, token_roles
 
 ROWS: list[dict[str, Any]] = [
