@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import stat
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command import done, one_model_at_a_time, palu_command, read, refusal, write_input
-from helpers.planted import FORGET, RETAIN, tokenizer
-from helpers.tiny import overfit, tiny_llama
-from transformers import LlamaForCausalLM
+from helpers.planted import FORGET, RETAIN, never_saw, original, tokenizer
 
 import palu
-from palu.data.examples import load_retain
 from palu.report import audited
-
-
-@cache
-def never_saw() -> LlamaForCausalLM:
-    return tiny_llama(vocab_size=len(tokenizer()), max_position_embeddings=512)
-
-
-@cache
-def original() -> LlamaForCausalLM:
-    model = copy.deepcopy(never_saw())
-    examples = load_retain(FORGET + RETAIN, tokenizer(), max_length=512).examples
-    overfit(model, [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples], 90)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.benchmark_data import small_muse_news
-from helpers.command import done, palu_command, read, read_rows, refusal, write_rows
+from helpers.command import done, read, read_rows, write_rows
 from helpers.planted import FORGET, RETAIN, tokenizer
 from helpers.tiny import same_weights, weights
 from transformers import AutoModelForCausalLM
@@ -46,16 +46,6 @@ def test_muse_news(folder: Path, tmp_path: Path) -> None:
     assert results["palu"]["benchmark"] == "MUSE-News" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
     done(*common, "--retain-results", output, "--output", tmp_path / "again.json")
     assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
-
-
-def test_results_lie_beside_the_records_of_the_run(arguments: list[Any], tofu: list[Any], out: Path) -> None:
-    done(*arguments, "--lora", "--epochs", 1)
-    told = f"--model {out} is the folder of a run; give its model, {out / 'model'}"
-    assert refusal(palu_command(*tofu, "--model", out)) == told
-    done(*tofu, "--model", out / "model")
-    assert read(out / "private" / "evaluation-tofu-forget01.json")["palu"]["benchmark"] == "TOFU"
-    done("report", out)
-    assert "TOFU forget01 from" in (out / "private" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_history_has_the_means_of_own_questions(
