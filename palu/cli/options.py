@@ -16,7 +16,6 @@ from palu.report.layout import MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
-FILES = "(JSONL, JSON, CSV, TSV or Parquet)"  # of rows
 
 
 class SectionedCommand(TyperCommand):
@@ -148,7 +147,9 @@ Name = Annotated[str, option(NAME)]
 OptionalName = Annotated[str | None, option(NAME)]
 OptionalFile = Annotated[Path | None, option("FILE")]
 Folder = Annotated[Path, option("DIR")]
-Forget = Annotated[Path, option("FILE", f"The forget set: rows with a secret or spans {FILES}.")]
+Forget = Annotated[
+    Path, option("FILE", "The forget set: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).")
+]
 Tokenizer = Annotated[str | None, option(NAME, "The tokenizer, if it is not the model's.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName, option(help="Of the weights; auto: as they are stored.")]

@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from palu.cli import models
 from palu.cli import options as shared
-from palu.cli.models import (
-    check_names,
-    choose_device,
-    import_peft,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    position_limit,
-)
 from palu.cli.options import check_files, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
@@ -92,7 +84,7 @@ def unlearn(
         ctx.with_resource(redirect_stdout(sys.stderr))
     if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and given_by(ctx, n) != "DEFAULT"]):
         raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
-    if not lora and not is_adapter(model):
+    if not lora and not models.is_adapter(model):
         if quantize is not None:
             raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
         if dtype == "float16":
@@ -116,17 +108,16 @@ def unlearn(
             raise ValueError(f"{file} lies in {subject}, of which --overwrite deletes it; copy it elsewhere")
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
-    implied: dict[str, Any] = {
-        "checkpoint_dir": str(private / layout.CHECKPOINTS),
-        "logging_dir": str(private / layout.LOGS),
-    }
-    implied |= {"lambda_retain": 0.0} if retain == "none" else {}
+    folders = {"checkpoint_dir": layout.CHECKPOINTS, "logging_dir": layout.LOGS}
+    implied: dict[str, Any] = {setting: str(private / name) for setting, name in folders.items()}
+    if retain == "none":
+        implied["lambda_retain"] = 0.0
     config = UnlearnConfig().with_recipe(recipe).replace(**implied | settings)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         check_output(output, overwrite, settings)
         check_folder(output, subject)
         check_folders(config.folders)
-    check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
+    models.check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
     from accelerate import Accelerator
 
@@ -143,17 +134,14 @@ def unlearn(
     if not config.progress:
         hide_progress_bars()
     if device is not None:
-        choose_device(device)
+        models.choose_device(device)
     # Complaints about the data come before a large model is loaded. What is loaded here is what the run takes.
-    tokens = load_tokenizer(tokenizer or model)
-    limits = [position_limit(name, config.max_length) for name in (model, ref_model)]
+    tokens = models.load_tokenizer(tokenizer or model)
+    limits = [models.position_limit(name, config.max_length) for name in (model, ref_model)]
     positions = min([limit for limit in limits if limit is not None], default=None)
     config = config.replace(max_length=positions or config.max_length)
-    rendering: dict[str, Any] = {
-        "max_length": config.max_length,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        "warn": True,
-    }
+    template = {"chat_template_kwargs": config.chat_template_kwargs}
+    rendering: dict[str, Any] = {"max_length": config.max_length, "warn": True, **template}
     cut = config.allow_cut_spans
     forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
@@ -161,13 +149,13 @@ def unlearn(
         check_disjoint(forget_set.hashes, retain_set.hashes)
     evaluate = None
     if eval_rows is not None:
-        evaluate = question_metrics(QuestionRows(eval_rows, tokens, config.chat_template_kwargs))
+        evaluate = question_metrics(QuestionRows(eval_rows, tokens, **template))
     processes = Accelerator()
     if dtype == "float16" and processes.device.type == "cpu":
         raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
     empty = loaded_on_main_alone(processes) and not processes.is_main_process
-    trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
-    reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize, empty=empty)
+    trained = models.load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
+    reference = None if ref_model is None else models.load_model(ref_model, dtype, quantize=quantize, empty=empty)
     if lora:
         trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
 
@@ -200,19 +188,15 @@ def unlearn(
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if "checkpoint_dir" not in settings:
             layout.delete_files(output, layout.files_of_run(output, layout.CHECKPOINT_FILES))
-        summary = read_run(private)[1]
+        summary, written = read_run(private)[1], output / layout.MODEL
         print(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
-            f"examples in {summary['seconds']:.0f} s; wrote {output / layout.MODEL}, to be looked at in {report}"
+            f"examples in {summary['seconds']:.0f} s; wrote {written}, to be looked at in {report}"
         )
         print(last_lines(summary["outcome"]))
         if as_json:
             shown = {name: summary[name] for name in ("steps", "epochs", "ended_by", "seconds", "outcome")}
-            shown |= {
-                "verdict": verdict(summary["outcome"]),
-                "model": str(output / layout.MODEL),
-                "report": str(report),
-            }
+            shown |= {"verdict": verdict(summary["outcome"]), "model": str(written), "report": str(report)}
             print(json.dumps(shown, ensure_ascii=False), file=stdout)
 
 
@@ -231,7 +215,7 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
 
     if is_peft(model):
         raise ValueError("--model holds an adapter already, which is trained as it is; leave --lora out")
-    peft = import_peft("--lora adds an adapter")
+    peft = models.import_peft("--lora adds an adapter")
     set_seed(seed)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
