@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -54,6 +54,7 @@ SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
 MAX_NEW_TOKENS = 64
 
 Span = tuple[int, int]  # [start, end) in tokens
+Pair = tuple[str, str]  # (question, answer)
 
 
 class Recorder:
@@ -110,13 +111,19 @@ class Recorder:
         eos = None if tokenizer is None else tokenizer.eos_token_id
         # Indices are those of self.forget and self.retain.
         self.secrets = [(i, span) for i, example in enumerate(self.forget) for span in token_spans(example, eos)]
-        self.asked = _evenly(list(dict.fromkeys(i for i, _ in self.secrets)), ASKED)
-        self.samples = {"forget": _evenly(self.asked, SAMPLES), "retain": _evenly(range(len(self.retain)), SAMPLES)}
-        self.questions = {
-            "forget": load_questions(forget_set.source, "forget"),
-            "retain": load_questions(retain_set.source, "retain"),
+        self.rows = {
+            "forget": self._rows(self.forget, load_questions(forget_set.source, "forget")),
+            "retain": self._rows(self.retain, load_questions(retain_set.source, "retain")),
         }
-        self.paraphrases = self._paraphrases(forget_set.source)
+        self.prompts: dict[str, list[tuple[int, str, Example]]] = {"asked": [], "retain": [], "paraphrased": []}
+        if tokenizer is not None:
+            asked = _evenly(list(dict.fromkeys(i for i, _ in self.secrets)), ASKED)
+            sampled = _evenly(range(len(self.retain)), SAMPLES)
+            self.prompts = {
+                "asked": [(i, self.rows["forget"][i]["question"], self.forget[i]) for i in asked],
+                "retain": [(i, self.rows["retain"][i]["question"], self.retain[i]) for i in sampled],
+                "paraphrased": self._paraphrases(forget_set.source, tokenizer, asked),
+            }
         self.marked = list(load_marked_texts(forget_set.source))
         self.marked += [self._text(i, span) for i, span in self.secrets if self.forget[i].offsets is None]
         self.general: Sequence[Example] = []  # the model's own answers before the run
@@ -142,13 +149,9 @@ class Recorder:
         if not self.active:
             return None
         before, after = self.before, self._look(model, "after")
-        rows = {"forget": self._rows("forget", self.forget), "retain": self._rows("retain", self.retain)}
+        rows, is_text = self.rows, self.tokenizer is not None
         secrets = [
-            {
-                **rows["forget"][i],
-                "text": None if self.tokenizer is None else self._text(i, span),
-                "tokens": span[1] - span[0],
-            }
+            rows["forget"][i] | {"text": self._text(i, span) if is_text else None, "tokens": span[1] - span[0]}
             for i, span in self.secrets
         ]
         roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length)
@@ -177,9 +180,8 @@ class Recorder:
         (private_folder(Path(output) / PRIVATE) / RECORD).write_text(text + "\n", encoding="utf-8")
         return record
 
-    def _rows(self, side: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    def _rows(self, examples: Sequence[Example], asked: Mapping[int, str]) -> list[dict[str, Any]]:
         """Return each row's number, and the user's question; of tokenised rows the prompt as the model reads it."""
-        asked = self.questions[side]
         return [
             {"row": e.row, "question": asked[e.row] if e.row in asked else _decode(self.tokenizer, prompt_of(e))}
             for e in examples
@@ -193,17 +195,16 @@ class Recorder:
         base = base_of(model)
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
-        asked = GENERAL + len(self.asked) + len(self.samples["retain"]) + len(self.paraphrases)
-        work = len(names) + (0 if self.tokenizer is None else asked)
+        work = len(names) + (0 if self.tokenizer is None else GENERAL + sum(map(len, self.prompts.values())))
         with on_device(model, self.device):
             with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
                 scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
-                general, answers, said = self._ask(base, bar)
+                general, said = self._ask(base, bar)
             weights = fingerprint_model(model)
         return {
             "secrets": [
                 span_score(self.forget[i], scores[i], span)
-                | {how: told(self._text(i, span), pairs.get(i, [])) for how, pairs in said.items()}
+                | {how: told(self._text(i, span), said[how].get(i, [])) for how in ("asked", "paraphrased")}
                 for i, span in self.secrets
             ],
             "retained": [
@@ -211,46 +212,35 @@ class Recorder:
                 for score in scores[len(self.forget) :]
             ],
             "general": general,
-            "answers": answers,
+            "answers": {
+                "forget": {i: pairs[0][1] for i, pairs in _evenly(list(said["asked"].items()), SAMPLES)},
+                "retain": {i: pairs[0][1] for i, pairs in said["retain"].items()},
+            },
             "weights": weights,
         }
 
-    def _ask(self, base: PreTrainedModel, bar: tqdm) -> tuple[float | None, dict[str, Any], dict[str, Any]]:
-        """Have a model answer: (general, answers by side and index, (question, answer) pairs by forget row's index)."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return None, {"forget": {}, "retain": {}}, {"asked": {}, "paraphrased": {}}
-        self.general = self.general or self._own_answers(base, tokenizer)
+    def _ask(self, base: PreTrainedModel, bar: tqdm) -> tuple[float | None, dict[str, dict[int, list[Pair]]]]:
+        """Have a model answer: (how much of its own answers is left, what it said to each kind of prompt by index)."""
+        said: dict[str, dict[int, list[Pair]]] = {how: defaultdict(list) for how in self.prompts}
+        if self.tokenizer is None:
+            return None, said
+        self.general = self.general or self._own_answers(base, self.tokenizer)
         names = [f"general question {example.row}" for example in self.general]
         own = token_scores(base, self.general, names, batch_tokens=BATCH_TOKENS, bar=bar)
         settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
+        for how, prompts in self.prompts.items():
+            answers = generate_answers(base, self.tokenizer, [example for _, _, example in prompts], **settings)
+            for (i, question, _), answer in zip(prompts, answers, strict=True):
+                said[how][i].append((question, answer.text))
+        return mean(float(score.correct.float().mean()) for score in own) if own else None, said
 
-        def answer(examples: Sequence[Example]) -> list[str]:
-            return [one.text for one in generate_answers(base, tokenizer, examples, **settings)]
-
-        asked = [self.forget[i] for i in self.asked]
-        forget = dict(zip(self.asked, answer(asked), strict=True))
-        sampled = self.samples["retain"]
-        retain = dict(zip(sampled, answer([self.retain[i] for i in sampled]), strict=True))
-        paraphrased = defaultdict(list)
-        texts = answer([example for _, _, example in self.paraphrases])
-        for (i, question, _), text in zip(self.paraphrases, texts, strict=True):
-            paraphrased[i].append((question, text))
-        pairs = zip(self._rows("forget", asked), forget.items(), strict=True)
-        return (
-            mean(float(score.correct.float().mean()) for score in own) if own else None,
-            {"forget": {i: forget[i] for i in self.samples["forget"]}, "retain": retain},
-            {"asked": {i: [(row["question"], text)] for row, (i, text) in pairs}, "paraphrased": paraphrased},
-        )
-
-    def _paraphrases(self, forget: Any) -> list[tuple[int, str, Example]]:
+    def _paraphrases(
+        self, forget: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[int]
+    ) -> list[tuple[int, str, Example]]:
         """Tokenise the paraphrases of the rows that are asked: (index, question, example)."""
-        if self.tokenizer is None:
-            return []
-        index = {self.forget[i].row: i for i in self.asked}
+        index = {self.forget[i].row: i for i in asked}
         rows = [one for one in paraphrased_rows(forget, "forget") if one[0] in index]
-        named = ((where, columns) for _, where, columns in rows)
-        examples = answer_examples(named, self.tokenizer, **self.template)
+        examples = answer_examples(((where, columns) for _, where, columns in rows), tokenizer, **self.template)
         return [
             (index[row], conversation_of(columns, where)[0][-2]["content"], example)
             for (row, where, columns), example in zip(rows, examples, strict=True)
@@ -288,8 +278,8 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
     }
 
 
-def told(text: str, asked: Sequence[tuple[str, str]]) -> bool | None:
-    """Whether one of (question, answer) pairs tells a text; None where there is none whose question does not."""
+def told(text: str, asked: Sequence[Pair]) -> bool | None:
+    """Whether an answer tells a text; None where there is none whose question does not."""
     answers = [answer for question, answer in asked if text and not stands_in(text, question)]
     return any(stands_in(text, answer) for answer in answers) if answers else None
 
