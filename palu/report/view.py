@@ -132,7 +132,9 @@ def page(folder: Path, *, redact: bool) -> Json:
         record["data"]["forget"] |= {"file": None, "tokens_sha256": None}
     hide = Redaction(hidden)
     found, config, model = outcome(record), summary["config"], record["model"]
-    objective = config["objective"]
+    objective, titles = config["objective"], words.SERIES
+    if "local_loss" in config:
+        titles = titles | {"local": words.LOCAL[config["local_loss"]]}
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     retained = sorted(record["retained"], key=lambda r: r["after"]["probability"] - r["before"]["probability"])
     # What a model makes of a secret may give it away in other words.
@@ -161,7 +163,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "evaluations": evaluated,
         "metrics": _metric_table(evaluated, hide),
         "questions": asked,
-        "charts": charts(history, summary["evaluation_before"], words.series(config), hide),
+        "charts": charts(history, summary["evaluation_before"], titles, hide),
         "history": _table(history),
     }
 

@@ -82,11 +82,6 @@ METRICS = {
 }
 
 
-def series(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the titles of the history's figures."""
-    return SERIES | {"local": LOCAL[settings["local_loss"]]} if "local_loss" in settings else SERIES
-
-
 def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
     """Say what to do about a run's outcome; nothing where all is well.
 
