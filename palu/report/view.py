@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,6 +15,7 @@ from palu.methods import METHODS
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
+from palu.report.token_roles import Token, count_roles, runs
 from palu.settings import EVAL_PREFIX
 
 INTACT = 0.8  # of the words of the model's own answers to general questions, at least so many are its likeliest still
@@ -205,19 +205,16 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
 
 def _example(one: Json, hide: Redaction, redact: bool) -> Json:
     """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
-    runs, start = [], 0
-    spans = hide.spans("".join(piece for piece, _ in one["tokens"]))  # one may begin in one run, and end in another
-    for role, tokens in groupby(one["tokens"], key=lambda token: token[1]):
-        pieces = [piece for piece, _ in tokens]
+    tokens, shown, start = [Token(*token) for token in one["tokens"]], [], 0
+    spans = hide.spans("".join(token.piece for token in tokens))  # one may begin in one run, and end in another
+    for role, pieces in runs(tokens):
         text = "".join(pieces)
         if role in ("onset", "redundant"):
-            runs += [(words.MASK if redact else piece, role) for piece in pieces if piece]
+            shown += [(words.MASK if redact else piece, role) for piece in pieces]
         else:
-            runs.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
+            shown.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
         start += len(text)
-    roles = [role for _, role in one["tokens"]]
-    counts = {role: roles.count(role) for role in ("onset", "redundant", "ordinary")}
-    return {"row": one["row"], "question": one["question"], "runs": runs, "counts": counts}
+    return {"row": one["row"], "question": one["question"], "runs": shown, "counts": count_roles([tokens])}
 
 
 def _metric_table(evaluated: Sequence[Json], hide: Redaction) -> list[Json]:
