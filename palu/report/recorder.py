@@ -99,7 +99,7 @@ class Recorder:
         self.config = self.config.replace(max_length=fit_max_length(self.config.max_length, model))
         self.template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
         rendering = {"max_length": self.config.max_length, **self.template}
-        cut = {"allow_cut_spans": self.config.allow_cut_spans, "positions": max_positions(model)}
+        cut: dict[str, Any] = {"allow_cut_spans": self.config.allow_cut_spans, "positions": max_positions(model)}
         forget_set = load_forget(forget, tokenizer, **cut, **rendering)
         retain_set = load_retain([] if retain is None else retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.

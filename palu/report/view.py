@@ -205,7 +205,8 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
 
 def _example(one: Json, hide: Redaction, redact: bool) -> Json:
     """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
-    tokens, shown, start = [Token(*token) for token in one["tokens"]], [], 0
+    tokens, start = [Token(*token) for token in one["tokens"]], 0
+    shown: list[tuple[str, str]] = []
     spans = hide.spans("".join(token.piece for token in tokens))  # one may begin in one run, and end in another
     for role, pieces in runs(tokens):
         text = "".join(pieces)
