@@ -93,7 +93,7 @@ def choose_device(name: str | None) -> Any:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises OSError or ValueError where there is none."""
+    """Load a tokenizer."""
     from transformers import AutoTokenizer
 
     path = os.path.expanduser(name)
@@ -116,8 +116,6 @@ def load_model(
     ``quantize``: by bitsandbytes, all but the head; 4-bit as in QLoRA (NF4, double quantisation).
     ``empty``: without weights (they are on the meta device), since another process loads them. An adapter's folder,
     and a model whose configuration does not say its dtype, are loaded nevertheless.
-    Raises OSError or ValueError where there is none or a file is damaged, ImportError where an adapter needs PEFT, or
-    quantisation bitsandbytes.
     """
     import torch
     from transformers import AutoModelForCausalLM
