@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from functools import partial
 
 # A logger, and what stands in the message that is left out.
 NOISE = {
@@ -19,8 +20,12 @@ NOISE = {
 def silence_noise() -> None:
     """Leave out the messages in NOISE, and a warning of transformers at what PEFT reads."""
     for name, text in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(name).addFilter(partial(_is_other, text))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _is_other(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
 
 
 def hide_progress_bars() -> None:
