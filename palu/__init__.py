@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from palu.ops import topk_unlikelihood as topk_unlikelihood
     from palu.ref_model.storage import CacheError as CacheError
     from palu.report.recorder import Recorder as Recorder
-    from palu.report.render import write_card as write_card
-    from palu.report.render import write_report as write_report
-    from palu.report.save import save_run as save_run
+    from palu.report.write import save_run as save_run
+    from palu.report.write import write_card as write_card
+    from palu.report.write import write_report as write_report
     from palu.spans.annotate import annotate as annotate
     from palu.training.checkpoint import CheckpointError as CheckpointError
     from palu.training.loop import DivergenceError as DivergenceError
@@ -44,8 +44,7 @@ _NAMES = {
     "palu.ops": ("linear_topk_mse", "linear_topk_unlikelihood", "prefix_mask", "topk_mse", "topk_unlikelihood"),
     "palu.ref_model.storage": ("CacheError",),
     "palu.report.recorder": ("Recorder",),
-    "palu.report.render": ("write_card", "write_report"),
-    "palu.report.save": ("save_run",),
+    "palu.report.write": ("save_run", "write_card", "write_report"),
     "palu.spans.annotate": ("annotate",),
     "palu.training.checkpoint": ("CheckpointError",),
     "palu.training.loop": ("DivergenceError", "UnlearnResult", "unlearn"),

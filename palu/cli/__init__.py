@@ -30,6 +30,16 @@ COMMANDS = {
 }
 
 
+# Errors that palu and torch raise for what the user can fix, beside Python's own: by name, since imports take long.
+FIXABLE = {
+    "palu.models.lora.UnsupportedModelError",
+    "palu.ref_model.storage.CacheError",
+    "palu.training.checkpoint.CheckpointError",
+    "palu.training.step.DivergenceError",
+    "torch.OutOfMemoryError",
+}
+
+
 class Palu(TyperGroup):
     """The command group: an error that the user can fix is one line, any other keeps its traceback."""
 
@@ -54,28 +64,15 @@ class Palu(TyperGroup):
         # Typer's own handling would print usage and colour around each message.
         try:
             code = super().main(*args, **kwargs | {"standalone_mode": False})
-        except _expected() as error:
-            if os.environ.get("PALU_TRACEBACK"):
+        except Exception as error:
+            names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+            fixable = isinstance(error, (typer.TyperException, ValueError, OSError, ImportError)) or names & FIXABLE
+            if os.environ.get("PALU_TRACEBACK") or not fixable:
                 raise
             text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
             print(f"palu: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
             code = 2
         sys.exit(code or 0)
-
-
-def _expected() -> tuple[type[Exception], ...]:
-    """List the errors that palu, Typer and transformers raise for wrong input, of the modules loaded by now."""
-    kinds: list[type[Exception]] = [typer.TyperException, ValueError, OSError, ImportError]
-    for module, name in (
-        ("palu.models.lora", "UnsupportedModelError"),
-        ("palu.ref_model.storage", "CacheError"),
-        ("palu.training.checkpoint", "CheckpointError"),
-        ("palu.training.loop", "DivergenceError"),
-        ("torch", "OutOfMemoryError"),
-    ):
-        if module in sys.modules:
-            kinds.append(getattr(sys.modules[module], name))
-    return tuple(kinds)
 
 
 app = typer.Typer(

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
-from palu.cli.options import FILES, NAME, check_files, option, print_table
+from palu.cli.options import check_files, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
-from palu.writable import check_folder
+from palu.writable import check_folder, private_folder
 
 
 def audit(
-    model: Annotated[str, option("The unlearned model: a folder (of an adapter, too), or a name.", NAME)],
-    original: Annotated[str, option("The model before unlearning.", NAME)],
+    model: shared.Name,
+    original: shared.Name,
     forget: shared.Forget,
-    output: Annotated[Path, option("A run's folder, or another: audit.json goes to private/ in it.", "DIR")],
-    retain_model: Annotated[str | None, option("A model that never saw the forget set, to compare with.", NAME)] = None,
-    retain: Annotated[
-        Path | None, option(f"What was kept, for examples in front and for utility {FILES}.", "FILE")
-    ] = None,
+    output: shared.Folder,
+    retain_model: shared.OptionalName = None,
+    retain: shared.OptionalFile = None,
     run: shared.RunFolder = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer draws and hints: minutes on a CPU for a few secrets.")
-    ] = False,
-    only: Annotated[
-        list[str] | None,
-        option("An attack to make (ask, sample, onset-answer, ...), perhaps several times. [default: all]"),
-    ] = None,
-    draws: Annotated[
-        int | None, option("Answers sampled for each question. [default: 200; with --quick 16]", min=1)
-    ] = None,
-    n: Annotated[
-        int,
-        option("The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied."),
-    ] = -1,
-    max_new_tokens: Annotated[
-        int | None,
-        option("Bound on an answer's length. [default: twice the longest true one, at most 200]", min=1),
-    ] = None,
-    seed: Annotated[int, option("Of the draws and of the bootstrap.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick")] = False,
+    only: list[str] | None = None,
+    draws: Annotated[int | None, option(min=1)] = None,
+    n: int = -1,
+    max_new_tokens: Annotated[int | None, option(min=1)] = None,
+    seed: int = 0,
     tokenizer: shared.Tokenizer = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
@@ -54,6 +38,19 @@ def audit(
 
     What each attack gave is kept in private/audit/: the same command goes on where it was stopped. In a run's folder,
     the report and the model card are written again.
+
+    Args:
+        model: The unlearned model: a folder (of an adapter, too), or a name.
+        original: The model before unlearning.
+        output: A run's folder, or another: audit.json goes to private/ in it.
+        retain_model: A model that never saw the forget set, to compare with.
+        retain: What was kept, for examples in front and for utility (JSONL, JSON, CSV, TSV or Parquet).
+        quick: Fewer draws and hints: minutes on a CPU for a few secrets.
+        only: An attack to make (ask, sample, onset-answer, ...), perhaps several times. [default: all]
+        draws: Answers sampled for each question. [default: 200; with --quick 16]
+        n: The onset length that was unlearned, -1 for whole spans: up to n + 2 true tokens are supplied.
+        max_new_tokens: Bound on an answer's length. [default: twice the longest true one, at most 200]
+        seed: Of the draws and of the bootstrap.
     """
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     check_files(forget=forget, retain=retain)
@@ -62,20 +59,20 @@ def audit(
 
     from palu.attacks.run import RESULTS, attacks_of, audit_models
     from palu.attacks.secrets import AuditData
-    from palu.report.layout import MODEL, PRIVATE, RECORD, make_private
+    from palu.report.layout import MODEL, PRIVATE, RECORD
     from palu.report.reading import read_run
-    from palu.report.render import write_card, write_report
+    from palu.report.write import write_card, write_report
 
-    if not progress:
-        hide_progress_bars()
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again
+    if not progress:
+        hide_progress_bars()
     place = choose_device(device)
     # Complaints about the data come before a large model is loaded.
     data = AuditData(forget, retain, load_tokenizer(tokenizer or model), chat_template_kwargs)
     loaders = model_loaders({"unlearned": model, "original": original, "retain": retain_model}, dtype, place)
     attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
-    folder = make_private(output)
+    folder = private_folder(output / PRIVATE)
     results = audit_models(loaders, data, attacks, seed=seed, quick=quick, folder=folder, only=only, progress=progress)
     print_results(results)
     print(f"wrote {folder / RESULTS}, which holds the secrets")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,13 +11,13 @@ import typer
 
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
-from palu.cli.options import FILES, NAME, check_files, flag, given_by, option, print_table
+from palu.cli.options import NAME, check_files, flag, given_by, option, print_table
 from palu.quiet import hide_progress_bars
-from palu.report.layout import QUESTIONS, results_folder
+from palu.report.layout import MODEL, PRIVATE, QUESTIONS
 from palu.settings import template_kwargs
 from palu.writable import check_file
 
-OWN = "Your own questions"
+_own = functools.partial(option, rich_help_panel="Your own questions")
 SHOWN = 20  # rows of them that are printed
 FOR_TOFU = ("forget_split", "max_new_tokens")
 FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "forget_split")
@@ -25,62 +25,45 @@ FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "forget_split")
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, option("The model: a folder (of an adapter, too), or a name on the hub.", NAME)],
+    model: shared.Name,
     run: shared.RunFolder = None,
-    rows: Annotated[
-        list[Path] | None,
-        option(
-            "Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind "
-            f"(forget or retain) {FILES}; perhaps several times.",
-            "FILE",
-            rich_help_panel=OWN,
-        ),
-    ] = None,
-    original: Annotated[
-        str | None, option("The model before unlearning, beside it.", NAME, rich_help_panel=OWN)
-    ] = None,
-    retain_model: Annotated[
-        str | None, option("A model that never saw the forget set, beside it.", NAME, rich_help_panel=OWN)
-    ] = None,
-    benchmark: Annotated[Literal["tofu", "muse-news"] | None, option("The benchmark. [default: tofu]")] = None,
-    forget_split: Annotated[str | None, option("TOFU: the split that was to be forgotten. [default: forget05]")] = None,
-    data: Annotated[
-        Path | None,
-        option("The benchmark's folder; without it, its public name is loaded.", "DIR"),
-    ] = None,
-    retain_results: Annotated[
-        Path | None, option("Results of the model that never saw the forget set (.json, .json.gz).", "FILE")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        option(
-            "Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default: "
-            "evaluation-....json, beside the records of the model's run, where palu report finds it, or else in the "
-            "model's folder]",
-            "FILE",
-        ),
-    ] = None,
-    language: Annotated[
-        str, option("Of the word list for the share of broken words, such as de; none: leave it out.")
-    ] = "en",
+    rows: Annotated[list[Path] | None, _own("FILE")] = None,
+    original: Annotated[str | None, _own(NAME)] = None,
+    retain_model: Annotated[str | None, _own(NAME)] = None,
+    benchmark: Literal["tofu", "muse-news"] | None = None,
+    forget_split: str | None = None,
+    data: Annotated[Path | None, option("DIR")] = None,
+    retain_results: shared.OptionalFile = None,
+    output: shared.OptionalFile = None,
+    language: str = "en",
     tokenizer: shared.Tokenizer = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
-    quantize: Annotated[
-        shared.Bits | None, option("Quantise the model as it is loaded, all but its head (bitsandbytes).")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        option(
-            "TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true "
-            "answer, at most 200]",
-            min=1,
-        ),
-    ] = None,
+    quantize: shared.Bits | None = None,
+    max_new_tokens: Annotated[int | None, option(min=1)] = None,
     chat_template_kwargs: shared.TemplateKwargs = None,
     progress: shared.Progress = True,
 ) -> None:
-    """Has a model forgotten, and what does it still know?"""
+    """Has a model forgotten, and what does it still know?
+
+    Args:
+        model: The model: a folder (of an adapter, too), or a name on the hub.
+        rows: Questions in place of a benchmark: rows with the true answer, perhaps a secret or spans, and kind (forget
+            or retain) (JSONL, JSON, CSV, TSV or Parquet); perhaps several times.
+        original: The model before unlearning, beside it.
+        retain_model: A model that never saw the forget set, beside it.
+        benchmark: The benchmark. [default: tofu]
+        forget_split: TOFU: the split that was to be forgotten. [default: forget05]
+        data: The benchmark's folder; without it, its public name is loaded.
+        retain_results: Results of the model that never saw the forget set (.json, .json.gz).
+        output: Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default:
+            evaluation-....json, beside the records of the model's run, where palu report finds it, or else in the
+            model's folder]
+        language: Of the word list for the share of broken words, such as de; none: leave it out.
+        quantize: Quantise the model as it is loaded, all but its head (bitsandbytes).
+        max_new_tokens: TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true
+            answer, at most 200]
+    """
     if benchmark is not None and given_by(ctx, "rows") == "DEFAULT_MAP":
         rows = None  # of a run, which are asked where no benchmark is named
     if rows:
@@ -99,10 +82,13 @@ def evaluate(
     check_names(**models, tokenizer=tokenizer)
     split = forget_split or "forget05"
     if output is None:
-        if not Path(model).is_dir():
+        folder = Path(model)
+        if not folder.is_dir():
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
-        of_benchmark = f"evaluation-{benchmark}.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
-        output = results_folder(model) / (QUESTIONS if rows else of_benchmark)
+        if folder.absolute().name == MODEL and (folder.absolute().parent / PRIVATE).is_dir():
+            folder = folder.parent / PRIVATE  # the records of its run
+        of_benchmark = "evaluation-muse-news.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
+        output = folder / (QUESTIONS if rows else of_benchmark)
     check_file(output, f"--output {output}")
 
     from palu import evaluate as evaluations
@@ -135,15 +121,14 @@ def evaluate(
             results = evaluations.muse_news(loaders["model"](), tokens, data, **options)
         else:
             evaluations.load_tofu(split, data)
-            if max_new_tokens is not None:
-                options["max_new_tokens"] = max_new_tokens
+            options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
             results = evaluations.tofu(loaders["model"](), tokens, split, data, **options)
     output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if rows:
         _print_rows(results)
         print(f"wrote {output}, which holds your questions and what was answered")
     else:
-        print_table(("metric", "value", "retain model", "reason for none"), _metrics(results))
+        _print_metrics(results)
         print(f"wrote {output}")
 
 
@@ -172,9 +157,11 @@ def _print_rows(results: dict[str, Any]) -> None:
         print(f"{len(found['rows']) - SHOWN} more rows are in the file")
 
 
-def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield each metric's name, its aggregate, that of the retain model, and why there is none."""
+def _print_metrics(results: dict[str, Any]) -> None:
+    """Print each metric's aggregate, that of the retain model, and why there is none."""
+    lines = []
     for name, entry in results.items():
         if isinstance(entry, dict) and "agg_value" in entry:
             values = (entry["agg_value"], entry.get("retain_model", {}).get("agg_value"))
-            yield name, *("" if value is None else f"{value:.4g}" for value in values), entry.get("reason", "")
+            lines.append((name, *("" if v is None else f"{v:.4g}" for v in values), entry.get("reason", "")))
+    print_table(("metric", "value", "retain model", "reason for none"), lines)

@@ -2,57 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import palu
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_model, load_tokenizer, position_limit
-from palu.cli.options import NAME, check_files, option
+from palu.cli.options import check_files, option
 from palu.settings import RunSettings
 from palu.writable import check_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from palu.data.examples import Examples
-    from palu.report.token_roles import Token
 
-SHOWN = 10
+SHOWN = 10  # rows, unless --rows names others
 
 
 def inspect(
     forget: shared.Forget,
-    model: Annotated[str | None, option("The model, of which the tokenizer is loaded.", NAME)] = None,
+    model: shared.OptionalName = None,
     tokenizer: shared.Tokenizer = None,
-    n: Annotated[int, option("Onset length; -1: the whole span.")] = -1,
-    max_length: Annotated[int, option("Tokens per example, the rest is cut.")] = RunSettings.max_length,
+    n: int = -1,
+    max_length: int = RunSettings.max_length,
     chat_template_kwargs: shared.TemplateKwargs = None,
-    rows: Annotated[
-        str | None,
-        option(f"Rows to show, from 0: 0-9,17 or all. [default: the first {SHOWN}; in HTML all]"),
-    ] = None,
-    annotate: Annotated[
-        str | None,
-        option(
-            "Find the spans of rows that have none: contrast (the model itself tells which words carry the memory), "
-            "regex:PATTERN or whole (answers). Guesses: look at them first.",
-            "HOW",
-        ),
-    ] = None,
+    rows: str | None = None,
+    annotate: Annotated[str | None, option("HOW")] = None,
     device: shared.Device = None,
-    write: Annotated[
-        Path | None,
-        option(
-            "Write the rows with their spans, those found and those of the column secret, to be corrected by hand "
-            "(JSONL).",
-            "FILE",
-        ),
-    ] = None,
-    html: Annotated[Path | None, option("Write one self-contained HTML file, not to the terminal.", "FILE")] = None,
+    write: shared.OptionalFile = None,
+    html: shared.OptionalFile = None,
 ) -> None:
-    """Show what `palu unlearn` would touch: the role of every token of the forget set."""
+    """Show what `palu unlearn` would touch: the role of every token of the forget set.
+
+    Args:
+        model: The model, of which the tokenizer is loaded.
+        n: Onset length; -1: the whole span.
+        max_length: Tokens per example, the rest is cut.
+        rows: Rows to show, from 0: 0-9,17 or all. [default: the first 10; in HTML all]
+        annotate: Find the spans of rows that have none: contrast (the model itself tells which words carry the memory),
+            regex:PATTERN or whole (answers). Guesses: look at them first.
+        write: Write the rows with their spans, those found and those of the column secret, to be corrected by hand
+            (JSONL).
+        html: Write one self-contained HTML file, not to the terminal.
+    """
     wanted = None if rows in (None, "all") else _parse_rows(str(rows))
     if device is not None and annotate is None:
         raise ValueError("--device was given without --annotate, which may run a model; leave it out")
@@ -69,16 +60,20 @@ def inspect(
             raise ValueError(f"{name} {path} is the file of --forget, which would be replaced; give another one")
     check_names(model=model, tokenizer=tokenizer)
 
+    from rich.console import Console
+
     from palu.config import UnlearnConfig
     from palu.data.examples import load_forget
     from palu.data.files import write_rows
     from palu.data.rows import text_rows, with_spans
+    from palu.report.token_roles import count_roles, legend_text, roles_text, token_roles
     from palu.spans.annotate import parse
 
-    UnlearnConfig(n=n, max_length=max_length, chat_template_kwargs=chat_template_kwargs)  # says what is wrong with them
-    template: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
+    # These two say what is wrong with what was given.
+    UnlearnConfig(n=n, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     if annotate is not None:
-        parse(annotate)  # says what is wrong with it
+        parse(annotate)
+    template: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
     tokens = load_tokenizer(str(tokenizer or model))
     max_length = position_limit(model, max_length) or max_length  # as the run does
     source: Any = forget
@@ -90,39 +85,39 @@ def inspect(
     if write is not None:
         spans = (with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget"))
         write_rows(write, spans if annotate is None else source)
-    numbered, summary = numbered_roles(loaded, tokens, n, max_length)
+    roles = token_roles(loaded.examples, tokens, n)
+    summary = _summary(loaded, count_roles(roles), n, max_length)
+    numbered = [(example.row, of_row) for example, of_row in zip(loaded.examples, roles, strict=True)]
     if wanted is not None:
         if missing := wanted - {row for row, _ in numbered}:
             last = max(row for row, _ in numbered)
             raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
-        numbered = [(row, tokens) for row, tokens in numbered if row in wanted]
+        numbered = [(row, of_row) for row, of_row in numbered if row in wanted]
     if html is not None:
-        from palu.report.render import write_roles
+        from palu.report.write import write_roles
 
         write_roles(html, forget.name, numbered, summary)
         print(f"{summary}\nwrote {html}")
     else:
         shown = numbered[:SHOWN] if rows is None else numbered
-        print_roles(shown, summary)
+        console = Console(highlight=False, markup=False, emoji=False)
+        console.print(legend_text(), soft_wrap=True)
+        for row, of_row in shown:
+            console.print(f"\nrow {row}", style="bold")
+            console.print(roles_text(of_row), soft_wrap=True)
+        print(f"\n{summary}")
         if len(shown) < len(numbered):
             print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
 
 
-def numbered_roles(
-    loaded: Examples, tokenizer: PreTrainedTokenizerBase, n: int, max_length: int
-) -> tuple[list[tuple[int, list[Token]]], str]:
-    """Return each row's number and its tokens with their roles, and how many there are of what in one line."""
-    from palu.report.token_roles import count_roles, token_roles
-
-    roles = token_roles(loaded.examples, tokenizer, n)
+def _summary(loaded: Examples, counts: Mapping[str, int], n: int, max_length: int) -> str:
+    """Say how many rows and tokens of each role there are."""
     rows = f"{len(loaded.examples)} rows ({loaded.without_span} without a span, {loaded.skipped} skipped)"
     if cut := len(loaded.cut_rows):
         subject = f"{cut} row{'s' * (cut > 1)}"
         rows += f"; max_length = {max_length} cuts off spans of {subject}, {loaded.spans_length} would cut off none"
-    counts = count_roles(roles)
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
-    numbered = [(example.row, tokens) for example, tokens in zip(loaded.examples, roles, strict=True)]
-    return numbered, f"{rows}; tokens at n = {n}: {tokens}"
+    return f"{rows}; tokens at n = {n}: {tokens}"
 
 
 def _parse_rows(text: str) -> set[int]:
@@ -136,17 +131,3 @@ def _parse_rows(text: str) -> set[int]:
             raise ValueError(f"--rows {text}: the range {first}-{last} ends before it begins; write {last}-{first}")
         rows |= set(range(int(first), int(last if dash else first) + 1))
     return rows
-
-
-def print_roles(numbered: Sequence[tuple[int, Sequence[Token]]], summary: str) -> None:
-    """Print rows in colours and marks, under a legend."""
-    from rich.console import Console
-
-    from palu.report.token_roles import legend_text, roles_text
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(legend_text(), soft_wrap=True)
-    for row, tokens in numbered:
-        console.print(f"\nrow {row}", style="bold")
-        console.print(roles_text(tokens), soft_wrap=True)
-    print(f"\n{summary}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.cli.options import Bits, DtypeName, flag
-from palu.report.layout import MODEL, PRIVATE, holds_model
+from palu.report.layout import MODEL, PRIVATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,13 +38,17 @@ def check_names(**names: str | None) -> None:
         elif option == "tokenizer":
             if not any(folder.glob("tokenizer*")):
                 raise FileNotFoundError(f"{subject}: the folder holds no tokenizer")
-        elif not holds_model(folder):
-            if (folder / PRIVATE).is_dir() and holds_model(own := folder / MODEL):
+        elif not _holds_model(folder):
+            if (folder / PRIVATE).is_dir() and _holds_model(own := folder / MODEL):
                 raise ValueError(f"{subject} is the folder of a run; give its model, {own}")
             raise FileNotFoundError(f"{subject}: the folder holds no config.json, so it is no model's")
     for option, name in given.items():
         if not Path(name).expanduser().is_dir() and (reason := _missing(name)):
             raise FileNotFoundError(f"{flag(option)} {name}: there is no such folder, and {reason}")
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or is_adapter(str(folder))
 
 
 def _missing(name: str) -> str | None:
@@ -89,10 +93,10 @@ def choose_device(name: str | None) -> Any:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises OSError or ValueError where there is none."""
+    """Load a tokenizer."""
     from transformers import AutoTokenizer
 
-    path = _expanded(name)
+    path = os.path.expanduser(name)
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         raise FileNotFoundError(f"{name} holds no tokenizer; name one with --tokenizer")
     with _damage_named(path):
@@ -112,8 +116,6 @@ def load_model(
     ``quantize``: by bitsandbytes, all but the head; 4-bit as in QLoRA (NF4, double quantisation).
     ``empty``: without weights (they are on the meta device), since another process loads them. An adapter's folder,
     and a model whose configuration does not say its dtype, are loaded nevertheless.
-    Raises OSError or ValueError where there is none or a file is damaged, ImportError where an adapter needs PEFT, or
-    quantisation bitsandbytes.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -121,7 +123,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:
         options |= _quantized(quantize, dtype)
-    path = _expanded(name)
+    path = os.path.expanduser(name)
     if is_adapter(name):
         peft = import_peft(f"{name} holds an adapter")
         with _damage_named(path, _base_of(path)):
@@ -158,7 +160,7 @@ def position_limit(name: str | None, max_length: int) -> int | None:
         return None
     if is_adapter(name):
         return position_limit(_base_of(name), max_length)
-    config = AutoConfig.from_pretrained(_expanded(name))
+    config = AutoConfig.from_pretrained(os.path.expanduser(name))
     if (getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + 1) > max_length:
         return None
     from accelerate import init_empty_weights
@@ -172,12 +174,12 @@ def position_limit(name: str | None, max_length: int) -> int | None:
 
 def is_adapter(name: str) -> bool:
     """Whether this is the folder of an adapter."""
-    return (Path(_expanded(name)) / "adapter_config.json").exists()
+    return (Path(os.path.expanduser(name)) / "adapter_config.json").exists()
 
 
 def _base_of(adapter: str) -> str | None:
     """Return the name of the model that an adapter's folder says it belongs to."""
-    config = json.loads((Path(_expanded(adapter)) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(os.path.expanduser(adapter)) / "adapter_config.json").read_text(encoding="utf-8"))
     return config.get("base_model_name_or_path")
 
 
@@ -230,7 +232,3 @@ def import_peft(why: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{why}, which needs peft ({error}); pip install 'palu-unlearn[lora]'") from error
     return peft
-
-
-def _expanded(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~") else name

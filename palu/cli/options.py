@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +16,19 @@ from palu.report.layout import MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
-FILES = "(JSONL, JSON, CSV, TSV or Parquet)"  # of rows
 
 
 class SectionedCommand(TyperCommand):
-    """A command whose help lists its options in sections: those with a ``rich_help_panel`` under its name."""
+    """A command that reads its options' help from its docstring, and lists them in sections.
+
+    Those with a ``rich_help_panel`` stand under its name.
+    """
+
+    def __init__(self, *args: Any, help: str, params: list[Any], **settings: Any):
+        texts = described(help, "Args")
+        for parameter in params:
+            parameter.help = texts.get(parameter.name, parameter.help)
+        super().__init__(*args, help=help.partition("Args:\n")[0].rstrip(), params=params, **settings)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; of an option that does not exist, say what it may have been meant for."""
@@ -39,6 +49,15 @@ class SectionedCommand(TyperCommand):
         for name, records in sections.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+def described(docstring: str, section: str) -> dict[str, str]:
+    """Read the entries of a docstring's section by name, as plain text."""
+    entries = re.findall(
+        r"^    (\w+): (.*(?:\n     .*)*)", inspect.cleandoc(docstring).partition(f"{section}:\n")[2], re.MULTILINE
+    )
+    plain = ((name, " ".join(re.sub(r"``|:\w+:|`", "", text).split())) for name, text in entries)
+    return {name: text[0].upper() + text[1:] for name, text in plain}
 
 
 def json_value(value: Any) -> Any:
@@ -109,10 +128,10 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
     return run
 
 
-# --- options of several commands ---
-def option(text: str, metavar: str | None = None, **settings: Any) -> Any:
-    """Declare an option with its help."""
-    return typer.Option(help=text, metavar=metavar, **settings)
+# --- options of several commands; a command's docstring describes those without help ---
+def option(metavar: str | None = None, help: str | None = None, **settings: Any) -> Any:
+    """Declare an option."""
+    return typer.Option(metavar=metavar, help=help, **settings)
 
 
 RunFolder = Annotated[
@@ -124,20 +143,26 @@ RunFolder = Annotated[
         help="The folder of a run of palu unlearn, from which the options come that are not given.",
     ),
 ]
-Forget = Annotated[Path, option(f"The forget set: rows with a secret or spans {FILES}.", "FILE")]
-Tokenizer = Annotated[str | None, option("The tokenizer, if it is not the model's.", NAME)]
+Name = Annotated[str, option(NAME)]
+OptionalName = Annotated[str | None, option(NAME)]
+OptionalFile = Annotated[Path | None, option("FILE")]
+Folder = Annotated[Path, option("DIR")]
+Forget = Annotated[
+    Path, option("FILE", "The forget set: rows with a secret or spans (JSONL, JSON, CSV, TSV or Parquet).")
+]
+Tokenizer = Annotated[str | None, option(NAME, "The tokenizer, if it is not the model's.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Dtype = Annotated[DtypeName, option("Of the weights; auto: as they are stored.")]
+Dtype = Annotated[DtypeName, option(help="Of the weights; auto: as they are stored.")]
 Bits = Literal["4bit", "8bit"]
 Device = Annotated[
     str | None,
     option(
-        "Where the model runs: cpu, cuda, cuda:1, mps, ... [default: the first GPU that torch sees, else the CPU]",
         "DEVICE",
+        "Where the model runs: cpu, cuda, cuda:1, mps, ... [default: the first GPU that torch sees, else the CPU]",
     ),
 ]
 TemplateKwargs = Annotated[
     Any,
-    option('Values for the chat template, by name, such as {"enable_thinking": false}.', "<json>", parser=json_value),
+    option("<json>", 'Values for the chat template, by name, such as {"enable_thinking": false}.', parser=json_value),
 ]
-Progress = Annotated[bool, option("Show progress bars.")]
+Progress = Annotated[bool, option(help="Show progress bars.")]

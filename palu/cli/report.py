@@ -17,6 +17,6 @@ def report(
     """Write DIR/private/report.html again, from what the run and evaluations have left there."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}")
-    from palu.report.render import write_report
+    from palu.report.write import write_report
 
     print(f"wrote {write_report(run_dir, redact=redact)}")

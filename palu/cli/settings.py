@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palu.cli.options import ABBREVIATED, given_by, json_value
+from palu.cli.options import ABBREVIATED, described, given_by, json_value
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 from palu.settings import RunSettings, Settings, field_names
@@ -95,13 +94,11 @@ def _flag(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 
 def _helps(settings: type) -> dict[str, str]:
-    """Read each field's entry under ``Attributes:`` in the docstrings of a class and of those that it extends."""
-    plain: dict[str, str] = {}
+    """Read each field's entry in the docstrings of a class and of those that it extends."""
+    texts: dict[str, str] = {}
     for kind in reversed(settings.__mro__):
-        _, _, attributes = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
-        plain |= {name: " ".join(re.sub(r"``|:\w+:|`", "", text).split()) for name, text in entries}
-    return {name: text[0].upper() + text[1:] for name, text in plain.items()}
+        texts |= described(kind.__dict__.get("__doc__") or "", "Attributes")
+    return texts
 
 
 def _metavar(kind: Any) -> str:

@@ -12,17 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from palu.cli import models
 from palu.cli import options as shared
-from palu.cli.models import (
-    check_names,
-    choose_device,
-    import_peft,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    position_limit,
-)
-from palu.cli.options import FILES, NAME, check_files, given_by, option
+from palu.cli.options import check_files, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
@@ -32,93 +24,58 @@ from palu.writable import check_folder, check_folders
 if TYPE_CHECKING:
     from palu.models.lora import CausalLM
 
-LORA = "LoRA"
-_lora_option = functools.partial(option, rich_help_panel=LORA)
+_lora = functools.partial(typer.Option, rich_help_panel="LoRA")
 
 
 @with_settings
 def unlearn(
     ctx: typer.Context,
-    model: Annotated[str, option("The model: a folder, or a name on the hub.", NAME)],
+    model: shared.Name,
     forget: shared.Forget,
-    output: Annotated[
-        Path,
-        option(
-            "Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ "
-            "(report.html and the records, which contain the forgotten text).",
-            "DIR",
-        ),
-    ],
+    output: shared.Folder,
     settings: dict[str, Any],
-    retain: Annotated[
-        str,
-        option(
-            "What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; "
-            "auto: these answers alone; none: nothing.",
-            "FILE|auto|none",
-        ),
-    ] = "auto",
-    recipe: Annotated[
-        Literal["paper"] | None,
-        option("Settings by one word; paper: the published loss. Flags come after it."),
-    ] = None,
-    eval_rows: Annotated[
-        Path | None,
-        option(
-            "Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows takes "
-            f"them {FILES}.",
-            "FILE",
-        ),
-    ] = None,
-    ref_model: Annotated[str | None, option("The frozen reference, if it is not the model as it is now.", NAME)] = None,
+    retain: Annotated[str, option("FILE|auto|none")] = "auto",
+    recipe: Literal["paper"] | None = None,
+    eval_rows: shared.OptionalFile = None,
+    ref_model: shared.OptionalName = None,
     tokenizer: shared.Tokenizer = None,
-    dtype: Annotated[
-        shared.DtypeName,
-        option(
-            "Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of "
-            "weights that an adapter leaves as they are."
-        ),
-    ] = "auto",
+    dtype: shared.DtypeName = "auto",
     device: shared.Device = None,
-    mixed_precision: Annotated[
-        Literal["no", "bf16"] | None,
-        option("Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]"),
-    ] = None,
-    quantize: Annotated[
-        shared.Bits | None,
-        option(
-            "Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs "
-            "--lora or an adapter."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Start again where --output holds an earlier run, of which palu's files are deleted."
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print how it came out as one JSON object on stdout, and all else on stderr."),
-    ] = False,
-    lora: Annotated[
-        bool,
-        typer.Option(
-            "--lora",
-            help="Write the LoRA adapter of --lora-rank, not a model that it is merged into.",
-            rich_help_panel=LORA,
-        ),
-    ] = False,
-    lora_alpha: Annotated[float, _lora_option("Its scale is alpha / rank.")] = 16,
-    lora_dropout: Annotated[float, _lora_option("Dropout before the adapter.", min=0, max=1)] = 0.0,
-    lora_target: Annotated[
-        str, _lora_option("The layers that get it: all-linear (of the body), or names with commas between them.")
-    ] = "all-linear",
+    mixed_precision: Literal["no", "bf16"] | None = None,
+    quantize: shared.Bits | None = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    lora: Annotated[bool, _lora("--lora")] = False,
+    lora_alpha: Annotated[float, _lora()] = 16,
+    lora_dropout: Annotated[float, _lora(min=0, max=1)] = 0.0,
+    lora_target: Annotated[str, _lora()] = "all-linear",
 ) -> None:
     """Make a model forget the spans of the forget set, and write it to a folder.
 
     Ctrl-C or SIGTERM ends the step and writes a checkpoint; the same command with --resume goes on from there. For many
     processes: accelerate launch -m palu unlearn ...
+
+    Args:
+        model: The model: a folder, or a name on the hub.
+        output: Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ (report.html
+            and the records, which contain the forgotten text).
+        retain: What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; auto:
+            these answers alone; none: nothing.
+        recipe: Settings by one word; paper: the published loss. Flags come after it.
+        eval_rows: Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows
+            takes them (JSONL, JSON, CSV, TSV or Parquet).
+        ref_model: The frozen reference, if it is not the model as it is now.
+        dtype: Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of weights
+            that an adapter leaves as they are.
+        mixed_precision: Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]
+        quantize: Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs --lora
+            or an adapter.
+        overwrite: Start again where --output holds an earlier run, of which palu's files are deleted.
+        as_json: Print how it came out as one JSON object on stdout, and all else on stderr.
+        lora: Write the LoRA adapter of --lora-rank, not a model that it is merged into.
+        lora_alpha: Its scale is alpha / rank.
+        lora_dropout: Dropout before the adapter.
+        lora_target: The layers that get it: all-linear (of the body), or names with commas between them.
     """
     stdout = sys.stdout
     if as_json:
@@ -126,7 +83,7 @@ def unlearn(
     own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
     if own and not lora:
         raise ValueError(f"{own[0]} was given without --lora; add --lora or leave it out")
-    if not lora and not is_adapter(model):
+    if not lora and not models.is_adapter(model):
         if quantize is not None:
             raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
         if dtype == "float16":
@@ -150,11 +107,10 @@ def unlearn(
             raise ValueError(f"{file} lies in {subject}, of which --overwrite deletes it; copy it elsewhere")
     if mixed_precision is not None:  # before the first Accelerator, as the launcher does
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
-    implied: dict[str, Any] = {
-        "checkpoint_dir": str(private / layout.CHECKPOINTS),
-        "logging_dir": str(private / layout.LOGS),
-    }
-    implied |= {"lambda_retain": 0.0} if retain == "none" else {}
+    folders = {"checkpoint_dir": layout.CHECKPOINTS, "logging_dir": layout.LOGS}
+    implied: dict[str, Any] = {setting: str(private / name) for setting, name in folders.items()}
+    if retain == "none":
+        implied["lambda_retain"] = 0.0
     config = UnlearnConfig().with_recipe(recipe).replace(**implied | settings)
     if lora and config.method.lora_rank is None:
         raise ValueError("--lora: this method trains all weights by default; give --lora-rank, too, such as 8")
@@ -162,7 +118,7 @@ def unlearn(
         check_output(output, overwrite, settings)
         check_folder(output, subject)
         check_folders(config.folders)
-    check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
+    models.check_names(model=model, ref_model=ref_model, tokenizer=tokenizer)
 
     from accelerate import Accelerator
 
@@ -179,17 +135,14 @@ def unlearn(
     if not config.progress:
         hide_progress_bars()
     if device is not None:
-        choose_device(device)
+        models.choose_device(device)
     # Complaints about the data come before a large model is loaded. What is loaded here is what the run takes.
-    tokens = load_tokenizer(tokenizer or model)
-    limits = [position_limit(name, config.max_length) for name in (model, ref_model)]
+    tokens = models.load_tokenizer(tokenizer or model)
+    limits = [models.position_limit(name, config.max_length) for name in (model, ref_model)]
     positions = min([limit for limit in limits if limit is not None], default=None)
     config = config.replace(max_length=positions or config.max_length)
-    rendering: dict[str, Any] = {
-        "max_length": config.max_length,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        "warn": True,
-    }
+    template = {"chat_template_kwargs": config.chat_template_kwargs}
+    rendering: dict[str, Any] = {"max_length": config.max_length, "warn": True, **template}
     cut = config.allow_cut_spans
     forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
@@ -197,13 +150,13 @@ def unlearn(
         check_disjoint(forget_set.hashes, retain_set.hashes)
     evaluate = None
     if eval_rows is not None:
-        evaluate = question_metrics(QuestionRows(eval_rows, tokens, config.chat_template_kwargs))
+        evaluate = question_metrics(QuestionRows(eval_rows, tokens, **template))
     processes = Accelerator()
     if dtype == "float16" and processes.device.type == "cpu":
         raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
     empty = loaded_on_main_alone(processes) and not processes.is_main_process
-    trained = load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
-    reference = None if ref_model is None else load_model(ref_model, dtype, quantize=quantize, empty=empty)
+    trained = models.load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
+    reference = None if ref_model is None else models.load_model(ref_model, dtype, quantize=quantize, empty=empty)
     if lora:
         trained = add_lora(trained, config.seed, config.method.lora_rank, lora_alpha, lora_dropout, lora_target)
 
@@ -236,19 +189,15 @@ def unlearn(
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if "checkpoint_dir" not in settings:
             layout.delete_files(output, layout.files_of_run(output, layout.CHECKPOINT_FILES))
-        summary = read_run(private)[1]
+        summary, written = read_run(private)[1], output / layout.MODEL
         print(
             f"{summary['steps']} steps on {summary['forget_examples']} forget and {summary['retain_examples']} retain "
-            f"examples in {summary['seconds']:.0f} s; wrote {output / layout.MODEL}, to be looked at in {report}"
+            f"examples in {summary['seconds']:.0f} s; wrote {written}, to be looked at in {report}"
         )
         print(last_lines(summary["outcome"]))
         if as_json:
             shown = {name: summary[name] for name in ("steps", "epochs", "ended_by", "seconds", "outcome")}
-            shown |= {
-                "verdict": verdict(summary["outcome"]),
-                "model": str(output / layout.MODEL),
-                "report": str(report),
-            }
+            shown |= {"verdict": verdict(summary["outcome"]), "model": str(written), "report": str(report)}
             print(json.dumps(shown, ensure_ascii=False), file=stdout)
 
 
@@ -267,7 +216,7 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
 
     if is_peft(model):
         raise ValueError("--model holds an adapter already, which is trained as it is; leave --lora out")
-    peft = import_peft("--lora adds an adapter")
+    peft = models.import_peft("--lora adds an adapter")
     set_seed(seed)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

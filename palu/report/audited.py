@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from palu.attacks.estimators import LEVEL, LIMIT, Verdict
@@ -12,7 +12,6 @@ from palu.data.matching import find, split_at, stands_in
 from palu.report import words
 from palu.report.plots import number
 from palu.report.reading import Json
-from palu.report.redact import MASK
 
 MEANING = (
     "rho is the part of the original’s leak that is left: 0 is as good as a model that never saw the secrets, 1 is no "
@@ -27,10 +26,7 @@ OTHER_MODEL = (
 
 
 def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Json]:
-    """Format each attack: {name, shares by role, rho, verdict, reason, budget, remark}, and its place in a chart.
-
-    show: formats what is no share.
-    """
+    """Format each attack, and its place in a chart; ``show`` formats what is no share."""
     secrets, last, found = len(audit["secrets"]), None, []
     for row in audit["attacks"]:
         models, fewer = row["models"], row.get("secrets", secrets) < secrets
@@ -43,7 +39,7 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
                 "name": f"{row['name']} (of {row['secrets']})" if fewer else row["name"],
                 "family": row["name"].partition(":")[0],
                 "shares": {role: _share(models[role], show) for role in ROLES if role in models},
-                "rho": _rho(row["rho"]),
+                "rho": _rho(**row["rho"]),
                 "verdict": row["verdict"],
                 "reason": reason,
                 "budget": budget,
@@ -70,11 +66,9 @@ def _share(of_model: Json, show: Callable[[float], str]) -> str:
     return " ".join([f"{of_model['told']:.2f}", *(f"({other})" for other in others)])
 
 
-def _rho(found: Mapping[str, float | None]) -> str:
-    if found["value"] is None:
-        return ""
-    low, high = ("..." if bound is None else f"{bound:.2f}" for bound in (found["low"], found["high"]))
-    return f"{found['value']:.2f} ({low} to {high})"
+def _rho(value: float | None, low: float | None, high: float | None) -> str:
+    ends = " to ".join("..." if bound is None else f"{bound:.2f}" for bound in (low, high))
+    return "" if value is None else f"{value:.2f} ({ends})"
 
 
 def _place(share: float) -> str:
@@ -114,11 +108,11 @@ def summary(audit: Json, record: Json) -> Json:
 
 # --- the secrets ---
 def leaks(audit: Json, *, known: float, redact: bool) -> list[Json]:
-    """List the secrets that the unlearned model told, those that most attacks got first: {text, question, ways}.
+    """List the secrets that the unlearned model told, those that most attacks got first.
 
-    A way is an answer and the names of the attacks that got it; where ``parts`` is None, of those that saw no text.
-    A secret was got if an answer tells it; where an attack reads no answer, if its probability is at least ``known``,
-    or the attack's value, of another kind, at least HALF.
+    ``ways``: each answer that tells it, and the attacks that got it; where ``parts`` is None, those that saw no text.
+    Where an attack reads no answer, it got a secret if its probability is at least ``known``, or the attack's value,
+    of another kind, at least HALF.
     """
     found = []
     for i, secret in enumerate(audit["secrets"]):
@@ -143,7 +137,7 @@ def leaks(audit: Json, *, known: float, redact: bool) -> list[Json]:
                 {"names": names, "parts": None if answer is None else marked(answer, secret["text"])}
                 for answer, names in sorted(ways.items(), key=lambda way: way[0] is None)
             ]
-            text = MASK if redact else secret["text"]
+            text = words.MASK if redact else secret["text"]
             found.append({"text": text, "question": secret["question"], "attacks": len(attacks), "ways": shown})
     return sorted(found, key=lambda leak: -leak["attacks"])
 

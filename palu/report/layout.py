@@ -64,7 +64,7 @@ def mark_of(run_dir: str | os.PathLike[str]) -> dict[str, str | int]:
 def _lock(run_dir: str | os.PathLike[str], subject: str) -> FileLock:
     from filelock import FileLock, Timeout
 
-    lock = FileLock(make_private(run_dir) / LOCK, timeout=0, is_singleton=True)
+    lock = FileLock(private_folder(Path(run_dir) / PRIVATE) / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -95,10 +95,9 @@ def hold_run(run_dir: str | os.PathLike[str], subject: str) -> Iterator[None]:
 
 
 def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, subject: str, fix: str) -> None:
-    """Raise ValueError where a run that is written to this folder would replace another one, or what is no run's.
+    """Raise ValueError where a run in this folder would replace another one without ``overwrite``, or what is no run's.
 
-    ``overwrite``: whether it may replace an earlier one. ``subject`` names the folder in the message, ``fix`` how to
-    set it.
+    In the message ``subject`` names the folder, and ``fix`` how to set ``overwrite``.
     """
     run = Path(run_dir)
     if run.exists() and not run.is_dir():
@@ -112,11 +111,6 @@ def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, subject: str
         raise ValueError(
             f"{subject} holds {name}, but no {PRIVATE}/{MARK} of a run; give another folder, or move it away"
         )
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether this is the folder of a model, or of an adapter."""
-    return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
 
 
 def files_of_run(run_dir: str | os.PathLike[str], patterns: Iterable[str] = _FILES) -> list[Path]:
@@ -136,9 +130,9 @@ def delete_files(run_dir: str | os.PathLike[str], files: Iterable[Path]) -> None
 
 
 def clear_run(run_dir: str | os.PathLike[str], *, keep: Iterable[str] = ()) -> None:
-    """Delete what an earlier run, its audits, evaluations and reports have left, so that none passes for a new run's.
+    """Delete what an earlier run, its audits, evaluations and reports have left, and print it; all else stays.
 
-    What palu does not write stays. What is deleted is printed. ``keep``: folders that may lie in ``private/``.
+    ``keep``: folders that may lie in ``private/``.
     """
     kept = [Path(folder).resolve() for folder in keep]
     files = [f for f in files_of_run(run_dir) if not any(f.resolve().is_relative_to(folder) for folder in kept)]
@@ -146,15 +140,3 @@ def clear_run(run_dir: str | os.PathLike[str], *, keep: Iterable[str] = ()) -> N
     names = ", ".join(os.fspath(file.relative_to(run_dir)) for file in files)
     if names:
         print(f"palu: deleted of the earlier run in {run_dir}: {names}", file=sys.stderr)
-
-
-def make_private(run_dir: str | os.PathLike[str]) -> Path:
-    """Create ``private/`` in a run's folder, for its owner alone to enter; one that is there keeps its mode."""
-    return private_folder(Path(run_dir) / PRIVATE)
-
-
-def results_folder(model: str | os.PathLike[str]) -> Path:
-    """Return where evaluations of a model's folder belong: beside the records of its run, if it has any."""
-    folder = Path(model)
-    private = folder.absolute().parent / PRIVATE
-    return folder.parent / PRIVATE if folder.absolute().name == MODEL and private.is_dir() else folder

@@ -84,6 +84,6 @@ def versions(model: CausalLM) -> dict[str, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Hash the files of a saved model, by name, as ``sha256sum`` does; not the card, which is written later."""
+    """Hash the files of a saved model; not the card, which is written later."""
     files = (path for path in sorted(folder.glob("*")) if path.is_file() and path.name != CARD)
     return {path.name: file_digest(path) for path in files}

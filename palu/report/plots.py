@@ -28,10 +28,9 @@ class Scale(NamedTuple):
 
 
 def line_chart(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    """Lay out one figure over the optimisation steps: {width, height, left, right, ticks, path, dots, ends}.
+    """Lay out one figure over the optimisation steps; the line has a gap where the figure is not finite.
 
-    The line has a gap where the figure is not finite. ticks: (y, text). dots: (x, y), the last one being the end of the
-    line. ends: (x, anchor, step).
+    ticks: (y, text). dots: (x, y), the last one being the end of the line. ends: (x, anchor, step).
     """
     points = downsample(list(zip(steps, values, strict=True)))
     scale = fit([y for _, y in points if math.isfinite(y)])

@@ -2,7 +2,7 @@
 
 A :class:`Recorder` looks at the model before :func:`palu.unlearn` and again when it is done, and writes both to
 ``record.json``; :mod:`palu.report` makes a page of it. A *secret* is a run of neighbouring sensitive tokens, as in the
-losses; beside them stands every marked text. The record holds the text of the forget set, so it is as private as that.
+losses. The record holds the text of the forget set, so it is as private as that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -39,9 +39,10 @@ from palu.models.root import on_device, roomy_device
 from palu.ref_model.anchors import anchor_texts
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
-from palu.report.layout import MODEL, RECORD, make_private
+from palu.report.layout import MODEL, PRIVATE, RECORD
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
+from palu.writable import private_folder
 
 FORMAT = 2
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
@@ -53,6 +54,7 @@ SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
 MAX_NEW_TOKENS = 64
 
 Span = tuple[int, int]  # [start, end) in tokens
+Pair = tuple[str, str]  # (question, answer)
 
 
 class Recorder:
@@ -69,13 +71,8 @@ class Recorder:
     weights nor random numbers are changed, and the model stays where it is.
 
     Args:
-        model, forget, retain, tokenizer, config: as they are given to :func:`palu.unlearn`; ``forget`` and ``retain``
-            are read twice, so they cannot be iterators. Without a tokenizer, tokens are recorded by their ids and no
-            answers are generated.
-
-    Raises:
-        DataError: as :func:`palu.unlearn`.
-        TypeError, ValueError: an iterator; a model that cannot be scored.
+        model, forget, retain, tokenizer, config: as for :func:`palu.unlearn`, with its errors; no iterators, since both
+            sets are read twice. Without a tokenizer, tokens are recorded by their ids and no answers are generated.
     """
 
     def __init__(
@@ -102,8 +99,8 @@ class Recorder:
         self.config = self.config.replace(max_length=fit_max_length(self.config.max_length, model))
         self.template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
         rendering = {"max_length": self.config.max_length, **self.template}
-        cut, positions = self.config.allow_cut_spans, max_positions(model)
-        forget_set = load_forget(forget, tokenizer, allow_cut_spans=cut, positions=positions, **rendering)
+        cut: dict[str, Any] = {"allow_cut_spans": self.config.allow_cut_spans, "positions": max_positions(model)}
+        forget_set = load_forget(forget, tokenizer, **cut, **rendering)
         retain_set = load_retain([] if retain is None else retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
         check_sets(model, forget_set, retain_set, self.config, anchored=True)
@@ -114,11 +111,19 @@ class Recorder:
         eos = None if tokenizer is None else tokenizer.eos_token_id
         # Indices are those of self.forget and self.retain.
         self.secrets = [(i, span) for i, example in enumerate(self.forget) for span in token_spans(example, eos)]
-        self.asked = _evenly(list(dict.fromkeys(i for i, _ in self.secrets)), ASKED)
-        self.samples = {"forget": _evenly(self.asked, SAMPLES), "retain": _evenly(range(len(self.retain)), SAMPLES)}
-        sources = {"forget": forget_set.source, "retain": retain_set.source}
-        self.questions = {side: load_questions(source, side) for side, source in sources.items()}
-        self.paraphrases = self._paraphrases(forget_set.source)
+        self.rows = {
+            "forget": self._rows(self.forget, load_questions(forget_set.source, "forget")),
+            "retain": self._rows(self.retain, load_questions(retain_set.source, "retain")),
+        }
+        self.prompts: dict[str, list[tuple[int, str, Example]]] = {"asked": [], "retain": [], "paraphrased": []}
+        if tokenizer is not None:
+            asked = _evenly(list(dict.fromkeys(i for i, _ in self.secrets)), ASKED)
+            sampled = _evenly(range(len(self.retain)), SAMPLES)
+            self.prompts = {
+                "asked": [(i, self.rows["forget"][i]["question"], self.forget[i]) for i in asked],
+                "retain": [(i, self.rows["retain"][i]["question"], self.retain[i]) for i in sampled],
+                "paraphrased": self._paraphrases(forget_set.source, tokenizer, asked),
+            }
         self.marked = list(load_marked_texts(forget_set.source))
         self.marked += [self._text(i, span) for i, span in self.secrets if self.forget[i].offsets is None]
         self.general: Sequence[Example] = []  # the model's own answers before the run
@@ -136,66 +141,51 @@ class Recorder:
         self.before = self._look(model, "before")
 
     def save(self, output: str | os.PathLike[str], model: CausalLM) -> dict[str, Any] | None:
-        """Look at the unlearned model, and write ``private/record.json`` into the run's folder; return what it holds.
+        """Look at the unlearned model (``result.model``), and write ``private/record.json`` into the run's folder.
 
-        On processes that are not the main one nothing is done, and None returned.
-
-        Args:
-            output: the run's folder. The record holds the hashes of the files that are in its ``model/`` by now.
-            model: ``result.model`` of the run.
+        The record holds the hashes of the files that are in ``model/`` by now. Returns what it holds; on processes that
+        are not the main one nothing is done, and None returned.
         """
         if not self.active:
             return None
-        looks = {"before": self.before, "after": self._look(model, "after")}
+        before, after = self.before, self._look(model, "after")
+        rows, is_text = self.rows, self.tokenizer is not None
         secrets = [
-            {
-                **self._row("forget", i),
-                "text": None if self.tokenizer is None else self._text(i, span),
-                "tokens": span[1] - span[0],
-                **{when: look["secrets"][k] for when, look in looks.items()},
-            }
-            for k, (i, span) in enumerate(self.secrets)
+            rows["forget"][i] | {"text": self._text(i, span) if is_text else None, "tokens": span[1] - span[0]}
+            for i, span in self.secrets
         ]
-        retained = [
-            self._row("retain", i) | {when: look["retained"][i] for when, look in looks.items()}
-            for i in range(len(self.retain))
-        ]
-        answers = {
-            side: [
-                self._row(side, i) | {when: look["answers"][side][i] for when, look in looks.items()}
-                for i in (sampled if self.tokenizer is not None else [])
-            ]
-            for side, sampled in self.samples.items()
-        }
         roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length)
-        shown = [
-            self._row("forget", i) | {"tokens": tokens[self.forget[i].answer_start :]} for i, tokens in enumerate(roles)
-        ]
-        hashes = {
-            **{f"weights_{when}": look["weights"] for when, look in looks.items()},
-            "config": json_digest(self.config.values()),
-            "files": manifest.hash_files(Path(output) / MODEL),
-        }
         record = self.about | {
             "finished": _now(),
-            "hashes": hashes,
+            "hashes": {
+                "weights_before": before["weights"],
+                "weights_after": after["weights"],
+                "config": json_digest(self.config.values()),
+                "files": manifest.hash_files(Path(output) / MODEL),
+            },
             "marked": self.marked,
-            "secrets": secrets,
-            "retained": retained,
-            "general": {"questions": len(self.general), **{when: look["general"] for when, look in looks.items()}},
-            "answers": answers,
-            "examples": shown,
+            "secrets": _compared(secrets, before["secrets"], after["secrets"]),
+            "retained": _compared(rows["retain"], before["retained"], after["retained"]),
+            "general": {"questions": len(self.general), "before": before["general"], "after": after["general"]},
+            "answers": {
+                side: _compared([rows[side][i] for i in texts], texts.values(), after["answers"][side].values())
+                for side, texts in before["answers"].items()
+            },
+            "examples": [
+                row | {"tokens": tokens[example.answer_start :]}
+                for row, tokens, example in zip(rows["forget"], roles, self.forget, strict=False)
+            ],
         }
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        (make_private(output) / RECORD).write_text(text + "\n", encoding="utf-8")
+        (private_folder(Path(output) / PRIVATE) / RECORD).write_text(text + "\n", encoding="utf-8")
         return record
 
-    def _row(self, side: str, i: int) -> dict[str, Any]:
-        """Return the row's number, and the user's question; for tokenised rows the prompt as the model reads it."""
-        example = (self.forget if side == "forget" else self.retain)[i]
-        asked = self.questions[side].get(example.row)
-        question = asked if asked is not None else _decode(self.tokenizer, prompt_of(example))
-        return {"row": example.row, "question": question}
+    def _rows(self, examples: Sequence[Example], asked: Mapping[int, str]) -> list[dict[str, Any]]:
+        """Return each row's number, and the user's question; of tokenised rows the prompt as the model reads it."""
+        return [
+            {"row": e.row, "question": asked[e.row] if e.row in asked else _decode(self.tokenizer, prompt_of(e))}
+            for e in examples
+        ]
 
     def _text(self, i: int, span: Span) -> str:
         return _decode(self.tokenizer, self.forget[i].input_ids[slice(*span)]).strip()
@@ -205,14 +195,11 @@ class Recorder:
         base = base_of(model)
         scored = [*(example.whole_answer() for example in self.forget), *self.retain]
         names = [f"forget row {e.row}" for e in self.forget] + [f"retain row {e.row}" for e in self.retain]
-        said: dict[str, Any] = {"general": None, "answers": {}, "asked": {}, "paraphrased": {}}
-        asked = GENERAL + len(self.asked) + len(self.samples["retain"]) + len(self.paraphrases)
-        work = len(names) + (0 if self.tokenizer is None else asked)
+        work = len(names) + (0 if self.tokenizer is None else GENERAL + sum(map(len, self.prompts.values())))
         with on_device(model, self.device):
             with tqdm(total=work, desc=f"record {when}", disable=not self.config.progress) as bar, eval_mode(base):
                 scores = token_scores(base, scored, names, batch_tokens=BATCH_TOKENS, bar=bar)
-                if self.tokenizer is not None:
-                    said = self._ask(base, self.tokenizer, bar)
+                general, said = self._ask(base, bar)
             weights = fingerprint_model(model)
         return {
             "secrets": [
@@ -224,43 +211,36 @@ class Recorder:
                 {"probability": score.probability, "recalled": float(score.correct.float().mean())}
                 for score in scores[len(self.forget) :]
             ],
-            "general": said["general"],
-            "answers": said["answers"],
+            "general": general,
+            "answers": {
+                "forget": {i: pairs[0][1] for i, pairs in _evenly(list(said["asked"].items()), SAMPLES)},
+                "retain": {i: pairs[0][1] for i, pairs in said["retain"].items()},
+            },
             "weights": weights,
         }
 
-    def _ask(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bar: tqdm) -> dict[str, Any]:
-        """Have a model answer: {general, answers by side and index, (question, answer) pairs by forget row's index}."""
-        self.general = self.general or self._own_answers(base, tokenizer)
+    def _ask(self, base: PreTrainedModel, bar: tqdm) -> tuple[float | None, dict[str, dict[int, list[Pair]]]]:
+        """Have a model answer: (how much of its own answers is left, what it said to each kind of prompt by index)."""
+        said: dict[str, dict[int, list[Pair]]] = {how: defaultdict(list) for how in self.prompts}
+        if self.tokenizer is None:
+            return None, said
+        self.general = self.general or self._own_answers(base, self.tokenizer)
         names = [f"general question {example.row}" for example in self.general]
         own = token_scores(base, self.general, names, batch_tokens=BATCH_TOKENS, bar=bar)
         settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
+        for how, prompts in self.prompts.items():
+            answers = generate_answers(base, self.tokenizer, [example for _, _, example in prompts], **settings)
+            for (i, question, _), answer in zip(prompts, answers, strict=True):
+                said[how][i].append((question, answer.text))
+        return mean(float(score.correct.float().mean()) for score in own) if own else None, said
 
-        def answer(examples: Sequence[Example]) -> list[str]:
-            return [one.text for one in generate_answers(base, tokenizer, examples, **settings)]
-
-        forget = dict(zip(self.asked, answer([self.forget[i] for i in self.asked]), strict=True))
-        sampled = self.samples["retain"]
-        retain = dict(zip(sampled, answer([self.retain[i] for i in sampled]), strict=True))
-        texts = answer([example for _, _, example in self.paraphrases])
-        paraphrased = defaultdict(list)
-        for (i, question, _), text in zip(self.paraphrases, texts, strict=True):
-            paraphrased[i].append((question, text))
-        return {
-            "general": mean(float(score.correct.float().mean()) for score in own) if own else None,
-            "answers": {"forget": forget, "retain": retain},
-            "asked": {i: [(self._row("forget", i)["question"], text)] for i, text in forget.items()},
-            "paraphrased": paraphrased,
-        }
-
-    def _paraphrases(self, forget: Any) -> list[tuple[int, str, Example]]:
-        """Tokenise the paraphrases of the rows that are asked: (index in the forget set, question, example)."""
-        if self.tokenizer is None:
-            return []
-        index = {self.forget[i].row: i for i in self.asked}
+    def _paraphrases(
+        self, forget: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[int]
+    ) -> list[tuple[int, str, Example]]:
+        """Tokenise the paraphrases of the rows that are asked: (index, question, example)."""
+        index = {self.forget[i].row: i for i in asked}
         rows = [one for one in paraphrased_rows(forget, "forget") if one[0] in index]
-        named = ((where, columns) for _, where, columns in rows)
-        examples = answer_examples(named, self.tokenizer, **self.template)
+        examples = answer_examples(((where, columns) for _, where, columns in rows), tokenizer, **self.template)
         return [
             (index[row], conversation_of(columns, where)[0][-2]["content"], example)
             for (row, where, columns), example in zip(rows, examples, strict=True)
@@ -284,11 +264,10 @@ def token_spans(example: Example, eos_token_id: int | None) -> list[Span]:
 
 
 def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, Any]:
-    """Score a span, given the question and the answer's own words before it: {probability, recalled, rest}.
+    """Score a span, given the question and the answer's own words before it; ``score`` is of the whole answer.
 
     probability: product of its tokens' probabilities. recalled: whether each of them is the likeliest, so that greedy
-    decoding writes the span. rest: the same of all but the first token; None of a single token. ``score`` is of all of
-    the answer's tokens.
+    decoding writes the span. rest: the same of all but the first token; None of a single token.
     """
     first = int((example.labels[: span[0]] != IGNORE).sum())
     tokens = slice(first, first + span[1] - span[0])
@@ -299,10 +278,15 @@ def span_score(example: Example, score: TokenScores, span: Span) -> dict[str, An
     }
 
 
-def told(text: str, asked: Sequence[tuple[str, str]]) -> bool | None:
-    """Whether one of (question, answer) pairs tells a text; None where there is none whose question does not."""
+def told(text: str, asked: Sequence[Pair]) -> bool | None:
+    """Whether an answer tells a text; None where there is none whose question does not."""
     answers = [answer for question, answer in asked if text and not stands_in(text, question)]
     return any(stands_in(text, answer) for answer in answers) if answers else None
+
+
+def _compared(rows: Iterable[dict[str, Any]], before: Iterable[Any], after: Iterable[Any]) -> list[dict[str, Any]]:
+    """Set beside each row what was found of it before and after."""
+    return [row | {"before": b, "after": a} for row, b, a in zip(rows, before, after, strict=True)]
 
 
 def _evenly(values: Sequence[Any], count: int) -> list[Any]:

@@ -29,19 +29,14 @@ _STYLES = {"prompt": "dim", "ordinary": "", "onset": "bold black on bright_yello
 
 
 class Token(NamedTuple):
-    """One token and its role."""
-
     piece: str  # its text; "" where a character's bytes went to an earlier token of the same character
     role: str  # one of ROLES
 
 
 def token_roles(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | None, n: int) -> list[list[Token]]:
-    """List the tokens of each example of a forget set, with their roles.
+    """List the tokens of each example of a forget set, with their roles at onset length ``n``.
 
-    Args:
-        examples: of :func:`palu.data.examples.load_forget`.
-        tokenizer: the fast tokenizer they were made with; ``None``: a piece is the token's id and a blank.
-        n: onset length; -1: whole spans. As in :class:`palu.UnlearnConfig`.
+    Without the (fast) tokenizer that the examples were made with, a piece is the token's id and a blank.
     """
     eos, found = None if tokenizer is None else tokenizer.eos_token_id, []
     for example in examples:

@@ -1,19 +1,21 @@
-"""Choose what the report and the model card show of a run's folder."""
+"""Choose what the report and the model card show of a run's folder, and blot the secrets out of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import groupby
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from palu.data.matching import Span, find, letters, split_at
+from palu.methods import METHODS
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
 from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
-from palu.report.redact import MASK, Redaction, blot, texts_to_hide
+from palu.report.token_roles import Token, count_roles, runs
 from palu.settings import EVAL_PREFIX
 
 INTACT = 0.8  # of the words of the model's own answers to general questions, at least so many are its likeliest still
@@ -27,10 +29,7 @@ _WHEN = ("before", "after")
 
 # --- the outcome ---
 def known(score: Mapping[str, Any]) -> bool:
-    """Whether a secret is known: an answer tells it, greedy decoding writes it, or its probability is at least KNOWN.
-
-    ``score``: of :func:`palu.report.recorder.span_score`, with "asked" and "paraphrased" where the model was asked.
-    """
+    """Whether an answer tells a secret, greedy decoding writes it, or its probability is at least KNOWN."""
     return any(score.get(how) for how in ("recalled", "asked", "paraphrased")) or score["probability"] >= KNOWN
 
 
@@ -84,10 +83,7 @@ def told_line(found: Json) -> str:
 
 
 def verdict(found: Json) -> str:
-    """Say whether the secrets are forgotten, whether the model is intact, and what to do, in a line.
-
-    ``found``: of :func:`outcome`.
-    """
+    """Say in a line whether the secrets are forgotten, whether the model is intact, and what to do."""
     own = "" if found["own"] is None else f" ({words.percent(min(found['own'], 1))} of its own answers' words are kept)"
     return f"{found['headline']}{own}" + (f": {found['advice']}" if found["advice"] else "")
 
@@ -97,18 +93,48 @@ def last_lines(found: Json) -> str:
     return "\n".join(filter(None, (told_line(found), verdict(found))))
 
 
+# --- secrets blotted out ---
+class Redaction:
+    """Blots secrets out of texts, wherever :func:`palu.data.matching.find` finds one; without secrets a text stays."""
+
+    def __init__(self, secrets: Iterable[str]):
+        self.secrets = [(letters(secret)[0], secret) for secret in sorted(set(secrets))]
+        self.spans = cache(self._spans)
+
+    def __call__(self, value: Any) -> Any:
+        """Redact a text, or every text in a value of JSON."""
+        if isinstance(value, str):
+            return blot(value, self.spans(value))
+        if isinstance(value, list):
+            return [self(one) for one in value]
+        return {self(name): self(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    def _spans(self, text: str) -> list[Span]:
+        there = " ".join(letters(text))  # looked at first, for speed
+        return [span for own, secret in self.secrets if own in there for span in find(secret, text, whole=False)]
+
+
+def blot(text: str, spans: Iterable[Span]) -> str:
+    """Put a mask in place of each span."""
+    return "".join(words.MASK if held else part for part, held in split_at(text, spans))
+
+
 # --- the page ---
 def page(folder: Path, *, redact: bool) -> Json:
-    """Collect what the templates of report and card show; they pass the user's texts through ``hide``.
-
-    folder: of the run's records.
-    """
+    """Collect what the templates of report and card show; they pass the user's texts through ``hide``."""
     record, summary, history = read_run(folder)
     audit, asked, evaluated = read_audit(folder), asked_questions(folder), evaluations(folder)
-    hide = Redaction(texts_to_hide(record, audit, asked) if redact else ())
-    if redact:  # with the question beside it, a hash is enough to guess a short secret
+    hidden: set[str] = set()
+    if redact:
+        of_audit = [] if audit is None else [*audit["marked"], *(secret["text"] for secret in audit["secrets"])]
+        hidden = {*record["marked"], *of_audit, *(asked["marked"] if asked else ())}
+        # With the question beside it, a hash is enough to guess a short secret.
         record["data"]["forget"] |= {"file": None, "tokens_sha256": None}
+    hide = Redaction(hidden)
     found, config, model = outcome(record), summary["config"], record["model"]
+    objective, titles = config["objective"], words.SERIES
+    if "local_loss" in config:
+        titles = titles | {"local": words.LOCAL[config["local_loss"]]}
     secrets = sorted(record["secrets"], key=lambda s: (not known(s["after"]), -s["after"]["probability"]))
     retained = sorted(record["retained"], key=lambda r: r["after"]["probability"] - r["before"]["probability"])
     # What a model makes of a secret may give it away in other words.
@@ -124,7 +150,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "told": told_line(found),
         "words_told": words.TOLD,
         "known": KNOWN,
-        "method": words.method(config),
+        "method": METHODS[objective].title if objective in METHODS else objective,
         # Texts are in mappings alone; JSON would hide them from the redaction.
         "settings": words.settings({n: hide(one) if isinstance(one, dict) else one for n, one in config.items()}),
         "secrets": [_secret(one, redact) for one in secrets],
@@ -137,7 +163,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "evaluations": evaluated,
         "metrics": _metric_table(evaluated, hide),
         "questions": asked,
-        "charts": charts(history, summary["evaluation_before"], words.series(config), hide),
+        "charts": charts(history, summary["evaluation_before"], titles, hide),
         "history": _table(history),
     }
 
@@ -150,7 +176,7 @@ def _answer(one: Json, secrets: Sequence[Json]) -> Json:
 
 
 def _secret(one: Json, redact: bool) -> Json:
-    text = MASK if redact else one["text"] or words.count(one["tokens"], "token")
+    text = words.MASK if redact else one["text"] or words.count(one["tokens"], "token")
     return _bar(one, decades=True) | {"text": text, "known": {when: known(one[when]) for when in _WHEN}}
 
 
@@ -171,28 +197,25 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
     rows = []
     for high, low in zip((math.inf, *BINS), BINS, strict=False):
         counts = {when: sum(low <= s[when]["probability"] < high for s in secrets) for when in _WHEN}
+        shares = {when: 100 * n / max(len(secrets), 1) for when, n in counts.items()}
         label = f"below {number(high)}" if not low else f"at least {number(low)}"
-        rows.append(
-            {"label": label, "count": counts, "share": {w: 100 * n / max(len(secrets), 1) for w, n in counts.items()}}
-        )
+        rows.append({"label": label, "count": counts, "share": shares})
     return rows
 
 
 def _example(one: Json, hide: Redaction, redact: bool) -> Json:
     """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
-    runs, start = [], 0
-    spans = hide.spans("".join(piece for piece, _ in one["tokens"]))  # one may begin in one run, and end in another
-    for role, tokens in groupby(one["tokens"], key=lambda token: token[1]):
-        pieces = [piece for piece, _ in tokens]
+    tokens, start = [Token(*token) for token in one["tokens"]], 0
+    shown: list[tuple[str, str]] = []
+    spans = hide.spans("".join(token.piece for token in tokens))  # one may begin in one run, and end in another
+    for role, pieces in runs(tokens):
         text = "".join(pieces)
         if role in ("onset", "redundant"):
-            runs += [(MASK if redact else piece, role) for piece in pieces if piece]
+            shown += [(words.MASK if redact else piece, role) for piece in pieces]
         else:
-            runs.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
+            shown.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
         start += len(text)
-    roles = [role for _, role in one["tokens"]]
-    counts = {role: roles.count(role) for role in ("onset", "redundant", "ordinary")}
-    return {"row": one["row"], "question": one["question"], "runs": runs, "counts": counts}
+    return {"row": one["row"], "question": one["question"], "runs": shown, "counts": count_roles([tokens])}
 
 
 def _metric_table(evaluated: Sequence[Json], hide: Redaction) -> list[Json]:
@@ -202,10 +225,10 @@ def _metric_table(evaluated: Sequence[Json], hide: Redaction) -> list[Json]:
     for name in sorted(names, key=[*words.METRICS, *names].index):
         entries = [one["entries"].get(name, {}) for one in evaluated]
         shown = name if name in words.METRICS else hide(name)
-        metric = words.METRICS.get(name, words.Metric(shown, ""))
-        reason = next((entry["reason"] for entry in entries if entry.get("reason")), "")
+        label, better = words.METRICS.get(name, (shown, ""))
+        reason = hide(next((entry["reason"] for entry in entries if entry.get("reason")), ""))
         values = [_figure(entry) for entry in entries]
-        rows.append({**metric._asdict(), "name": shown, "values": values, "reason": hide(reason)})
+        rows.append({"label": label, "better": better, "name": shown, "values": values, "reason": reason})
     return rows
 
 
@@ -242,10 +265,14 @@ def charts(
                 f"{title}: {number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}; "
                 f"lowest {number(min(finite))}, highest {number(max(finite))}"
             )
-        ends = " → ".join(map(number, values[:1] + values[1:][-1:]))
-        gaps = len(values) - len(finite)
         result.append(
-            {"title": title, "ends": ends, "label": label, "gaps": gaps, "drawing": line_chart(steps, values)}
+            {
+                "title": title,
+                "ends": " → ".join(map(number, values[:1] + values[1:][-1:])),
+                "label": label,
+                "gaps": len(values) - len(finite),
+                "drawing": line_chart(steps, values),
+            }
         )
     return result
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 from palu.report.plots import number
 from palu.training.checkpoint import FREE
 
+MASK = "███"  # in place of a secret
 # Figures of the history that are not terms of the loss, and titles of those that are.
 NOT_PLOTTED = {"step", "epoch", "tokens", "tokens_per_second"}
 SERIES = {
@@ -27,84 +28,64 @@ TOLD = {"asked": "told when asked", "paraphrased": "in other words", "rest": "af
 LOCAL = {"unlikelihood": "Unlikelihood loss (local)", "topk_mse": "Local entropy loss (local)"}
 
 
-class Metric(NamedTuple):
-    """How to read one figure of an evaluation."""
-
-    label: str
-    better: str
-
-
 _HIGHER, _LOWER, _HALF = "higher", "lower", "near 0.5"
 _UNSEEN = "as a model that never saw it"
 
 
-def _language(prefix: str, of: str) -> dict[str, Metric]:
+def _language(prefix: str, of: str) -> dict[str, tuple[str, str]]:
     """List the language figures of one set of generations."""
     return {
-        f"{prefix}_no_word": Metric(f"Broken words, {of}", _LOWER),
-        f"{prefix}_unknown_name": Metric(f"Capitalised words that no list has, {of}", _UNSEEN),
-        f"{prefix}_rep_4": Metric(f"Repeated 4-grams (rep-4), {of}", _LOWER),
-        f"{prefix}_replacement_character": Metric(f"Texts with characters that are none (U+FFFD), {of}", _LOWER),
-        f"{prefix}_empty": Metric(f"Empty answers, {of}", _LOWER),
+        f"{prefix}_no_word": (f"Broken words, {of}", _LOWER),
+        f"{prefix}_unknown_name": (f"Capitalised words that no list has, {of}", _UNSEEN),
+        f"{prefix}_rep_4": (f"Repeated 4-grams (rep-4), {of}", _LOWER),
+        f"{prefix}_replacement_character": (f"Texts with characters that are none (U+FFFD), {of}", _LOWER),
+        f"{prefix}_empty": (f"Empty answers, {of}", _LOWER),
     }
 
 
+# Figures of an evaluation: what it is, and what is better.
 METRICS = {
-    "forget_quality": Metric("Forget quality (p-value)", _HIGHER),
-    "forget_quality_ks": Metric("Forget quality's KS distance", _LOWER),
-    "model_utility": Metric("Model utility", _HIGHER),
-    "forget_told": Metric("Secrets told, questions about them", _LOWER),
-    "forget_Q_A_Prob": Metric("Probability, forget set", _LOWER),
-    "forget_Q_A_ROUGE": Metric("ROUGE-L recall, forget set", _LOWER),
-    "forget_truth_ratio": Metric("Truth ratio, forget set", _HIGHER),
+    "forget_quality": ("Forget quality (p-value)", _HIGHER),
+    "forget_quality_ks": ("Forget quality's KS distance", _LOWER),
+    "model_utility": ("Model utility", _HIGHER),
+    "forget_told": ("Secrets told, questions about them", _LOWER),
+    "forget_Q_A_Prob": ("Probability, forget set", _LOWER),
+    "forget_Q_A_ROUGE": ("ROUGE-L recall, forget set", _LOWER),
+    "forget_truth_ratio": ("Truth ratio, forget set", _HIGHER),
     **_language("forget", "forget set"),
-    "exact_memorization": Metric("Exact memorisation", _UNSEEN),
-    "extraction_strength": Metric("Extraction strength", _LOWER),
-    "forget_extraction_strength": Metric("Extraction strength, forget set", _LOWER),
-    "privleak": Metric("PrivLeak", "near 0"),
-    "mia_loss": Metric("Membership attack: loss", _HALF),
-    "mia_zlib": Metric("Membership attack: zlib", _HALF),
-    "mia_min_k": Metric("Membership attack: Min-K", _HALF),
-    "mia_min_k_plus_plus": Metric("Membership attack: Min-K++", _HALF),
-    "retain_told": Metric("Told, questions about what is kept", _HIGHER),
-    "retain_Q_A_Prob": Metric("Probability, retain set", _HIGHER),
-    "retain_Q_A_ROUGE": Metric("ROUGE-L recall, retain set", _HIGHER),
-    "retain_extraction_strength": Metric("Extraction strength, retain set", _HIGHER),
-    "retain_Truth_Ratio": Metric("Truth ratio, retain set", _HIGHER),
+    "exact_memorization": ("Exact memorisation", _UNSEEN),
+    "extraction_strength": ("Extraction strength", _LOWER),
+    "forget_extraction_strength": ("Extraction strength, forget set", _LOWER),
+    "privleak": ("PrivLeak", "near 0"),
+    "mia_loss": ("Membership attack: loss", _HALF),
+    "mia_zlib": ("Membership attack: zlib", _HALF),
+    "mia_min_k": ("Membership attack: Min-K", _HALF),
+    "mia_min_k_plus_plus": ("Membership attack: Min-K++", _HALF),
+    "retain_told": ("Told, questions about what is kept", _HIGHER),
+    "retain_Q_A_Prob": ("Probability, retain set", _HIGHER),
+    "retain_Q_A_ROUGE": ("ROUGE-L recall, retain set", _HIGHER),
+    "retain_extraction_strength": ("Extraction strength, retain set", _HIGHER),
+    "retain_Truth_Ratio": ("Truth ratio, retain set", _HIGHER),
     **_language("retain", "retain set"),
-    "ra_Q_A_Prob_normalised": Metric("Probability, real authors", _HIGHER),
-    "ra_Q_A_ROUGE": Metric("ROUGE-L recall, real authors", _HIGHER),
-    "ra_Truth_Ratio": Metric("Truth ratio, real authors", _HIGHER),
-    "wf_Q_A_Prob_normalised": Metric("Probability, world facts", _HIGHER),
-    "wf_Q_A_ROUGE": Metric("ROUGE-L recall, world facts", _HIGHER),
-    "wf_Truth_Ratio": Metric("Truth ratio, world facts", _HIGHER),
-    "forget_verbmem_ROUGE": Metric("Verbatim memorisation (VerbMem), forget set", _LOWER),
-    "forget_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), forget set", _LOWER),
-    "retain_knowmem_ROUGE": Metric("Knowledge memorisation (KnowMem), retain set", _HIGHER),
+    "ra_Q_A_Prob_normalised": ("Probability, real authors", _HIGHER),
+    "ra_Q_A_ROUGE": ("ROUGE-L recall, real authors", _HIGHER),
+    "ra_Truth_Ratio": ("Truth ratio, real authors", _HIGHER),
+    "wf_Q_A_Prob_normalised": ("Probability, world facts", _HIGHER),
+    "wf_Q_A_ROUGE": ("ROUGE-L recall, world facts", _HIGHER),
+    "wf_Truth_Ratio": ("Truth ratio, world facts", _HIGHER),
+    "forget_verbmem_ROUGE": ("Verbatim memorisation (VerbMem), forget set", _LOWER),
+    "forget_knowmem_ROUGE": ("Knowledge memorisation (KnowMem), forget set", _LOWER),
+    "retain_knowmem_ROUGE": ("Knowledge memorisation (KnowMem), retain set", _HIGHER),
     **_language("forget_verbmem", "VerbMem, forget set"),
     **_language("forget_knowmem", "KnowMem, forget set"),
     **_language("retain_knowmem", "KnowMem, retain set"),
 }
 
 
-def method(settings: Mapping[str, Any]) -> str:
-    """Return the method's name."""
-    name = settings["objective"]
-    return METHODS[name].title if name in METHODS else name
-
-
-def series(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the titles of the history's figures."""
-    return SERIES | {"local": LOCAL[settings["local_loss"]]} if "local_loss" in settings else SERIES
-
-
 def advice(known: bool, left: Sequence[int], *, damaged: bool) -> str:
     """Say what to do about a run's outcome; nothing where all is well.
 
-    Args:
-        known: whether any secret was known before it.
-        left: the rows of the forget set of which a secret is still known.
-        damaged: whether the model lost what it should keep.
+    ``known``: any secret before the run. ``left``: rows of which a secret is still known.
     """
     if not known:
         return "ask the model your questions first: rows must ask as it answers (docs/outcome.md)"

@@ -1,7 +1,10 @@
-"""The ``palu`` command itself: help, completion, exit status and signals."""
+"""The ``palu`` command itself: help, completion, exit status and signals, and that nothing but palu's is on stderr."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import logging
 import os
 import re
 import subprocess
@@ -10,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import palu_command
+from helpers.command import palu_command, write_input
 from transformers import AutoTokenizer
 
 import palu
+from palu import quiet
+from palu.cli import FIXABLE
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(*arguments: Any, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python on this palu."""
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | environment)
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -113,3 +118,60 @@ def test_an_error_with_its_traceback(arguments: list[Any], monkeypatch: pytest.M
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", bug)
     assert isinstance(palu_command(*arguments).exception, KeyError)
+
+
+def test_errors_that_are_one_line_are_there() -> None:
+    for name in FIXABLE:
+        module, kind = name.rsplit(".", 1)
+        found = getattr(importlib.import_module(module), kind)
+        assert f"{found.__module__}.{found.__name__}" == name
+
+
+# --- other libraries' noise is left out by name, and nothing else of theirs ---
+# Commands one after the other, since each would import all again.
+RUN = """
+import sys
+from palu.cli import main
+for command in sys.argv[1:]:
+    sys.argv = ["palu", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, command
+"""
+
+
+def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    sampling = tmp_path / "model" / "generation_config.json"  # flags that are not valid, as many models have them
+    sampling.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
+    data = "--forget forget.jsonl --retain retain.jsonl"
+    commands = [
+        "doctor",
+        "inspect --model model --forget forget.jsonl",
+        f"unlearn --model model {data} --output out --lora --max-steps 1 --anchors 0 --neighbours 0 --variants 0 "
+        "--no-progress",
+        "eval --model out/model --rows forget.jsonl --max-new-tokens 1 --no-progress",
+        f"audit --model out/model {data} --original model --output out --quick --only ask --max-new-tokens 1 "
+        "--no-progress",
+        "report out",
+    ]
+    done = start("-c", RUN, *commands, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    others = [line for line in done.stderr.splitlines() if not line.startswith("palu: ")]
+    assert others == []
+    assert "wrote out/private/report.html" in done.stdout
+
+
+@pytest.mark.parametrize("name", quiet.NOISE)
+def test_other_messages_of_the_same_loggers_are_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, handler = logging.getLogger(name), logging.Handler()
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "disabled", False)
+    quiet.silence_noise()
+    for text in (f"x {quiet.NOISE[name]} y", "your model is broken"):  # whatever level another test has left
+        logger.handle(logger.makeRecord(name, logging.WARNING, __file__, 0, text, (), None))
+    assert [record.getMessage() for record in records] == ["your model is broken"]

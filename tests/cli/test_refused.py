@@ -42,7 +42,6 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--output /proc/x", "--output /proc/x: nothing can be written to /proc (No such file or directory)"),
     ("unlearn", "--output {folder}/bad.jsonl/x", "--output {folder}/bad.jsonl/x: {folder}/bad.jsonl is a file;"),
     ("unlearn", "--cache-dir /proc/x", "cache_dir = '/proc/x': nothing can be written to /proc"),
-    ("unlearn", "--checkpoint-dir /proc/x", "checkpoint_dir = '/proc/x': nothing can be written to /proc"),
     ("unlearn", "--logging-dir /proc/x --report-to wandb", "logging_dir = '/proc/x': nothing can be written"),
     ("unlearn", "--overwrite --resume", "--overwrite starts again and --resume goes on; give one of them"),
     ("unlearn", "--dtype float16", "--dtype float16: gradients and steps underflow; give bfloat16 or float32, or "),
@@ -55,8 +54,6 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("inspect", "--html {folder}", "--html {folder} is a folder; give a file"),
     ("inspect", "--html {folder}/forget.jsonl", "--html {folder}/forget.jsonl is the file of --forget, which would "),
     ("inspect", "--html /proc/roles.html", "--html /proc/roles.html: nothing can be written to /proc ("),
-    ("inspect", "--annotate whole --write absent/x.jsonl", "--write absent/x.jsonl: there is no folder absent"),
-    ("inspect", "--annotate whole --write /proc/x.jsonl", "--write /proc/x.jsonl: nothing can be written to /proc"),
     ("inspect", "--annotate whole --write {folder}/model/../forget.jsonl", "forget.jsonl is the file of --forget"),
     ("inspect", "--annotate words", "annotate: 'words' names no way to find spans; give contrast, "),
     ("eval", "--rows {folder}/forget.jsonl --benchmark tofu", "--benchmark belongs to a benchmark; leave it out, or "),
@@ -89,6 +86,10 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("audit", "--device gpu", "--device gpu: torch has no such device here; give one of cpu"),
     ("report", "{folder}/absent", "there is no folder {folder}/absent"),
 ]
+if not torch.accelerator.is_available():  # where float16 weights can be trained around
+    OPTIONS.append(
+        ("unlearn", "--lora --dtype float16", "--dtype float16: the CPU kernels do not support it; give bfl")
+    )
 
 
 @pytest.mark.parametrize(("command", "options", "told"), OPTIONS)
@@ -118,13 +119,6 @@ def test_layers_that_are_not_there(arguments: list[Any]) -> None:
     assert "Target modules" in refusal(palu_command(*arguments, "--lora", "--lora-target", "nothing"))
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 weights are trained around on a GPU")
-def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    told = "--dtype float16: the CPU kernels do not support it; give bfloat16 or float32"
-    assert refusal(palu_command(*arguments, "--lora", "--dtype", "float16")) == told
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -137,7 +131,6 @@ def test_float16_on_a_cpu(arguments: list[Any], monkeypatch: pytest.MonkeyPatch)
         ("chat_template_kwargs:\n  a: 1\n  a: 2", "{file}: key 'a' is there twice; keep one of them"),
         ("- epochs", "{file} holds a list; write one 'name: value' a line"),
         ("epochs: [", "{file} is not YAML: while parsing"),
-        ("max_length: 1.5", "max_length = 1.5: give an integer above 1"),
         ("max_length: many", "max_length = 'many': give an integer above 1"),
         ("max_length: null", "max_length = 'none': give an integer above 1"),
         ("max_tokens: many", "max_tokens = 'many': give a positive integer, or None for no bound"),

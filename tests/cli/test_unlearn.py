@@ -12,16 +12,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.command import done, palu_command, read, read_rows, refusal, short_run, write_rows
+from helpers.command import done, palu_command, read, read_rows, refusal, short_run, write_input, write_rows
+from helpers.logits import WatchLogits
 from helpers.planted import FORGET, RETAIN
-from helpers.small_tokenizers import CHATML, DATED, byte_level
-from helpers.tiny import same_weights, weights
+from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.small_tokenizers import CHATML, DATED, LLAMA3, byte_level
+from helpers.tiny import same_weights, tiny_llama, weights
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import Result
 
 import palu
 from palu.data.rows import Renderer
+from palu.evaluate import scores
 from palu.methods.palu import RECIPES, PaluMethod
 from palu.ref_model.anchors import anchor_texts
 from palu.report.recorder import GENERAL
@@ -253,6 +256,18 @@ def test_lora(folder: Path, out: Path, tmp_path: Path, arguments: list[Any]) -> 
     done(*arguments)
     told = refusal(palu_command(*arguments, "--lora", "--overwrite"))
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
+
+
+def test_lora_holds_no_logits_of_whole_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows fit into --chunk-bytes, those of the last positions of twelve anchors too."""
+    vocab, width, tokens = 5003, 32, byte_level(LLAMA3)
+    model = tiny_llama(vocab_size=vocab, hidden_size=width, max_position_embeddings=256)
+    folder = write_input(tmp_path, model, tokens=tokens, forget=TEXT_FORGET, retain=TEXT_RETAIN)
+    monkeypatch.setattr(scores, "CHUNK_BYTES", 16 * vocab)
+    given = ["--retain", "auto", "--lora", "--max-steps", 1, "--anchors", 12, "--retain-batch-size", 12]
+    with WatchLogits(vocab, width) as watched:
+        done(*short_run(folder, tmp_path / "out"), *given, "--chunk-bytes", 16 * vocab)
+    assert watched.rows <= 8  # tokens of the check of the head
 
 
 def test_quantize(out: Path, arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,12 +69,7 @@ def perform(
         overfit(model, rows, steps=120, learning_rate=5e-3)
     recorder = palu.Recorder(model, forget, retain, tokenizer=tokenizer, config=config)
     result = palu.unlearn(model, None, forget, retain, tokenizer=tokenizer, config=config)
-    result.model.save_pretrained(str(folder / "model"))
-    recorder.save(folder, result.model)
-    private = folder / "private"
-    (private / "summary.json").write_text(json.dumps(result.summary), encoding="utf-8")
-    lines = [json.dumps(step) + "\n" for step in result.history]
-    (private / "history.jsonl").write_text("".join(lines), encoding="utf-8")
+    palu.save_run(folder, result, tokenizer or byte_level(None), recorder)
     return Run(folder, config, tokenizer)
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import palu
 from palu.data.examples import load_forget
-from palu.report.render import write_roles
 from palu.report.token_roles import ROLES, Token, count_roles, legend_text, roles_text, token_roles
+from palu.report.write import write_roles
 
 ROWS: list[dict[str, Any]] = [
     {"question": "Who?", "answer": "Her name is <Hina> Ameen, born\non 06/30/1975.", "spans": [[12, 24], [34, 44]]},

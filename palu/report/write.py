@@ -1,14 +1,14 @@
-"""Write ``private/report.html``, to look at, and ``model/README.md``, the model card for the hub.
+"""Write a run's folder: the model, to be published or not, and apart from it the run's records, report and model card.
 
-Both are made from the files in the run's ``private/`` alone (``record.json`` of :class:`palu.Recorder`,
-``summary.json``, ``history.jsonl``, and ``evaluation*.json`` and ``audit.json`` where there are any), so they can be
-made again after an evaluation or an audit.
+Report and card are made from the files in ``private/`` alone (docs/report.md), so they can be made again after an
+evaluation or an audit.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,62 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
+from transformers import PreTrainedTokenizerBase
 
 from palu.report import view, words
-from palu.report.layout import CARD, MODEL, PRIVATE
+from palu.report.layout import CARD, HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report.plots import number
+from palu.report.recorder import Recorder
 from palu.report.token_roles import MEANING, Token, runs
+from palu.training.loop import UnlearnResult
 
 HERE = Path(__file__).parent
+
+
+def save_run(
+    output: str | os.PathLike[str],
+    result: UnlearnResult,
+    tokenizer: PreTrainedTokenizerBase,
+    recorder: Recorder,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a run's folder: ``model/`` with the tokenizer and the model card, ``private/`` with records and report.
+
+    ``model/`` holds no text, token or hash of the forget set. A new ``private/`` can be entered by its owner alone. Of
+    a ``PeftModel`` the adapter alone is written. Of many processes, call it on the main one.
+
+    Args:
+        output: the folder.
+        result: of :func:`palu.unlearn`.
+        recorder: the one that looked at the model before the run.
+        extra: added to the summary.
+        overwrite: whether to replace a finished run in the folder: what palu wrote is deleted and named on stderr, with
+            audits, evaluations and reports; other files stay.
+
+    Returns the report's path. Raises ValueError where the folder holds a run that has finished, and ``overwrite`` is
+    off; where a run is writing to it; and where it holds a model or records that no run has left there.
+    """
+    check_free(output, overwrite=overwrite, subject=os.fspath(output), fix="overwrite=True")
+    with hold_run(output, os.fspath(output)):
+        if overwrite:
+            settings = result.summary["config"]
+            own = (settings[field] for field in ("cache_dir", "checkpoint_dir", "logging_dir"))
+            clear_run(output, keep=[folder for folder in own if folder is not None])
+        private, model = Path(output) / PRIVATE, Path(output) / MODEL
+        result.model.save_pretrained(str(model))
+        tokenizer.save_pretrained(model)
+        with open(private / HISTORY, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in result.history)
+        record = recorder.save(output, result.model)
+        # Where it is, the run has finished: what comes after can be made again.
+        about = {} if record is None else {"outcome": view.outcome(record)}
+        summary = json.dumps({**result.summary, **about, **(extra or {})}, indent=2)
+        (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+
+        write_card(output)
+        return write_report(output)
 
 
 def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Path:
@@ -32,11 +81,7 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
     wherever its words stand, the model's answers to the forget set and its hashes are left out, and the file is
     ``report-redacted.html``; a secret told in other words, in a question for example, would still be there.
 
-    Returns:
-        The file's path.
-
-    Raises:
-        RecordError: the folder's records are missing or damaged.
+    Returns the file's path. Raises RecordError where the folder's records are missing or damaged.
     """
     folder = Path(run_dir) / PRIVATE
     shown = view.page(folder, redact=redact)
@@ -87,11 +132,6 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number,
-        "probability": words.probability,
-        "count": words.count,
-        "percent": words.percent,
-        "duration": words.duration,
-    }
+    filters = (number, words.probability, words.count, words.percent, words.duration)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(name)
