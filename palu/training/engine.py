@@ -43,9 +43,8 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
     for name in config.trackers:  # accelerate would leave it out
         if name not in available:
             raise ImportError(f"report_to = {config.report_to!r} needs {name}, which is not here; pip install {name}")
-    accelerator = Accelerator(
-        log_with=list(config.trackers), project_config=ProjectConfiguration(logging_dir=config.logging_dir)
-    )
+    project = ProjectConfiguration(logging_dir=config.logging_dir)
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=project)
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if kind not in SUPPORTED:
         raise ValueError(f"accelerate's {kind.value} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")

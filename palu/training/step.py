@@ -134,10 +134,9 @@ def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:
     """Give the optimizer a learning rate, as if the run had begun with it."""
     schedule: Any = scheduler
-    schedule.base_lrs = [rate] * len(schedule.base_lrs)
-    schedule._last_lr = [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    for group, now in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-        group["initial_lr"], group["lr"] = rate, now
+    (factor,) = schedule.lr_lambdas
+    schedule.base_lrs, schedule._last_lr = [rate], [rate * factor(schedule.last_epoch)]
+    optimizer.param_groups[0] |= {"initial_lr": rate, "lr": schedule._last_lr[0]}
 
 
 def forward_backward(

@@ -175,8 +175,7 @@ class PaluTrainer(Trainer):
         self.history = self._history_of(resume_from_checkpoint)
         self.logged, self.done = len(self.history), []
         # transformers 5 is renaming gradient checkpointing to activation checkpointing.
-        name = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
-        checkpointed = getattr(self.args, f"{name}_checkpointing")
+        checkpointed = getattr(self.args, "activation_checkpointing", self.args.gradient_checkpointing)
         with (
             method_in_forward(self.model, self.method),
             inputs_require_grad(base_of(self.model)) if checkpointed else nullcontext(),
