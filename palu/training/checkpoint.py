@@ -115,7 +115,7 @@ class Checkpoints:
                 saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
-        load_state(optimizer, states, scheduler.get_last_lr()[0], len(about["history"]))
+        load_state(optimizer, states, float(scheduler.get_last_lr()[0]), len(about["history"]))
         own = self.accelerator.process_index
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
