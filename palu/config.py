@@ -31,16 +31,16 @@ class UnlearnConfig(RunSettings):
 
     def __init__(self, objective: str | type[Method] = "palu", **settings: Any):
         method = find_method(objective)
+        object.__setattr__(self, "objective", objective)
         own = {name: settings.pop(name) for name in field_names(method.Settings) if name in settings}
         for name in settings.keys() - set(field_names(RunSettings)):
             if not (readers := readers_of(name)):
                 known = ["objective", *field_names(RunSettings), *field_names(method.Settings)]
                 raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
             raise ValueError(
-                f"{name} = {settings[name]!r}: objective = {name_of(objective)!r} does not read it "
+                f"{name} = {settings[name]!r}: objective = {self.name!r} does not read it "
                 f"({', '.join(readers)} would); leave it out"
             )
-        object.__setattr__(self, "objective", objective)
         super().__init__(method=method.Settings(**own), **settings)
 
     def replace(self, **overrides: Any) -> UnlearnConfig:
@@ -68,8 +68,9 @@ class UnlearnConfig(RunSettings):
 
     @property
     def name(self) -> str:
-        """The objective's name."""
-        return name_of(self.objective)
+        """The objective's name; of a class that is not in METHODS, its module and name."""
+        given = self.objective
+        return given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
 
     @property
     def onset_length(self) -> int:
@@ -94,11 +95,6 @@ def find_method(objective: Any) -> type[Method]:
     if not isinstance(objective, str) or objective not in METHODS:
         raise ValueError(f"objective = {objective!r}: give one of {', '.join(METHODS)}, or a class of method")
     return METHODS[objective]
-
-
-def name_of(objective: str | type[Method]) -> str:
-    """Return the name of a method; of a class that is not in METHODS, its module and name."""
-    return objective if isinstance(objective, str) else f"{objective.__module__}.{objective.__qualname__}"
 
 
 def readers_of(name: str) -> list[str]:

@@ -21,13 +21,7 @@ _NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conver
 
 
 def setting(default: Any, valid: Callable[[Any], bool], rule: str, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a field of :class:`Settings`.
-
-    Args:
-        valid: whether a value can be used.
-        rule: what the error says otherwise.
-        choices: the valid values, where there are a few.
-    """
+    """Declare a field of :class:`Settings`; ``rule``: what the error says of a value that is not valid."""
     return dataclasses.field(default=default, metadata={"valid": valid, "rule": rule, "choices": choices})
 
 
@@ -60,10 +54,10 @@ def count(default: int | None, none: str = "", *, zero: bool = False) -> Any:
     )
 
 
-def folder(default: str | None = None) -> Any:
+def folder() -> Any:
     """Declare a field that holds a folder's path, or None."""
     rule = "give a folder's path as a string, or None"
-    return setting(default, lambda value: value is None or (isinstance(value, str) and value != ""), rule)
+    return setting(None, lambda value: value is None or (isinstance(value, str) and value != ""), rule)
 
 
 def is_int(value: Any) -> bool:
@@ -124,12 +118,7 @@ def field_values(settings: Settings) -> dict[str, Any]:
 
 
 def _has_trackers(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and all(name in TRACKERS for name in split_names(value)))
-
-
-def split_names(value: str | None) -> tuple[str, ...]:
-    """Split names with commas between them."""
-    return () if value is None else tuple(name.strip() for name in value.split(","))
+    return value is None or (isinstance(value, str) and all(name.strip() in TRACKERS for name in value.split(",")))
 
 
 @dataclass(frozen=True)
@@ -252,4 +241,4 @@ class RunSettings(Settings):
     @property
     def trackers(self) -> tuple[str, ...]:
         """The names in ``report_to``."""
-        return split_names(self.report_to)
+        return () if self.report_to is None else tuple(name.strip() for name in self.report_to.split(","))

@@ -31,7 +31,7 @@ MARK, LOCK = "run.json", "run.lock"
 
 # Patterns of all files that palu writes into a run's folder, but for the mark and the lock.
 _HEX, _STEP = "[0-9a-f]" * 16, "[0-9]" * 8
-_PROJECT = os.environ.get("WANDB_PROJECT", "palu")  # as in palu.training.trackers
+_PROJECT = os.environ.get("WANDB_PROJECT", "palu")  # as in palu.training.engine
 _CHECKPOINTS = (
     *(f"step-{_STEP}.safetensors", f"unfinished/step-{_STEP}.safetensors"),
     *(f"reference-{_HEX}.{end}" for end in ("safetensors", "*.partial", "*.lock")),

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,10 +35,7 @@ _WITHOUT_ARGUMENTS = {TrainerCallback, ExportableState, PrinterCallback}
 
 
 def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> None:
-    """Raise TypeError or ValueError where callbacks or an evaluation cannot be called; warn of what never is.
-
-    See :func:`palu.unlearn` for the arguments.
-    """
+    """Raise TypeError or ValueError where callbacks or an evaluation cannot be called; warn of what never is."""
     if evaluate is not None and not callable(evaluate):
         raise TypeError(
             f"evaluate is a {type(evaluate).__name__}; give a function that takes the model and returns numbers by name"
@@ -66,20 +62,7 @@ def check_callbacks(callbacks: Any, evaluate: Any, config: UnlearnConfig) -> Non
 
 
 class TrainingEvents:
-    """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for.
-
-    As a context it begins the run, and ends it with a last evaluation and checkpoint.
-
-    Args:
-        run: restored from its newest checkpoint, if it is resumed.
-        callbacks, evaluate: as :func:`check_callbacks` accepts them.
-        tokenizer: what callbacks get as ``processing_class``.
-        progress: show a progress bar.
-
-    Attributes:
-        ended_by: what ended the run before its last step: ``"callback"``, or ``"forgotten"`` (see
-            :func:`palu.training.step.enough_forgotten`); else None.
-    """
+    """Calls the callbacks of one run as ``transformers.Trainer`` does, and does what they ask for."""
 
     def __init__(
         self,
@@ -116,26 +99,22 @@ class TrainingEvents:
         own = set().union(*map(_overridden, callbacks)) & EVENTS
         self.used_events = set().union(*gather_values(own, run.accelerator))  # by a callback of any process
         self.last_saved = run.checkpoints.saved  # step of the last checkpoint that on_save was called for
-        self.ended_by = run.checkpoints.ended_by
+        self.ended_by = run.checkpoints.ended_by  # "callback" or "forgotten"
         self.bar = tqdm(total=run.total_steps, initial=len(run.history), desc="unlearn", disable=not progress)
         self.clock = time.perf_counter()
 
-    def __enter__(self) -> TrainingEvents:
-        """Begin the run with an evaluation, or resume it with one where that is still due."""
-        self._call("on_train_begin")
-        self._do_requests()
-        self.clock = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    @contextmanager
+    def around_run(self) -> Iterator[None]:
+        """Begin the run with an evaluation, where that is still due; end it with one, and with a checkpoint."""
         try:
-            if kind is None:
-                self._evaluate()
-                self.checkpoints.save(self.history)
-                self._call_on_save()
-                self._call("on_train_end")
+            self.call("on_train_begin")
+            self._do_requests()
+            self.clock = time.perf_counter()
+            yield
+            self._evaluate()
+            self.checkpoints.save(self.history)
+            self._call_on_save()
+            self.call("on_train_end")
         finally:
             self.bar.close()
 
@@ -144,14 +123,10 @@ class TrainingEvents:
         """Optimisation steps that the run still has."""
         return 0 if self.ended_by else self.run.total_steps - len(self.history)
 
-    def begin_epoch(self) -> None:
-        """Begin an epoch, or what is left of it."""
-        self._call("on_epoch_begin")
-
     def begin_step(self) -> None:
         """Begin an optimisation step."""
         self.control.should_evaluate = self.control.should_save = False
-        self._call("on_step_begin")
+        self.call("on_step_begin")
 
     def end_step(self) -> None:
         """End the step whose record is the last of the history: log it, evaluate and write a checkpoint where due."""
@@ -162,8 +137,8 @@ class TrainingEvents:
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.run.root.terms})
         self.state.global_step = len(self.history)
         self.state.epoch = len(self.history) / len(self.run.loader)
-        self._call("on_step_end")
-        self._call("on_log", logs=dict(self.history[-1]))
+        self.call("on_step_end")
+        self.call("on_log", logs=dict(self.history[-1]))
         self._do_requests()
         self.checkpoints.after_step(self.history)
         self._call_on_save()
@@ -171,7 +146,7 @@ class TrainingEvents:
 
     def end_epoch(self) -> None:
         """End an epoch, and the run where it has forgotten enough."""
-        self._call("on_epoch_end")
+        self.call("on_epoch_end")
         self._do_requests()
         if self.steps_left and enough_forgotten(self.history, len(self.run.loader), self.run.root):
             self.ended_by = "forgotten"
@@ -192,7 +167,7 @@ class TrainingEvents:
         """Call ``on_save`` where a checkpoint was written since the last call."""
         if self.checkpoints.saved > self.last_saved:
             self.last_saved = self.checkpoints.saved
-            self._call("on_save")
+            self.call("on_save")
 
     def _evaluate(self) -> None:
         """Evaluate after the last step, if that was not done; the metrics join its record, or are those before all."""
@@ -205,7 +180,7 @@ class TrainingEvents:
         metrics = gather_values(metrics, self.accelerator)[0]
         record |= metrics
         self.accelerator.log(metrics, step=len(self.history))
-        self._call("on_evaluate", metrics=dict(metrics))
+        self.call("on_evaluate", metrics=dict(metrics))
 
     def _metrics(self, evaluate: Evaluate) -> dict[str, float]:
         """Call the evaluation on the model as it is outside training; after it, all goes on as if it had not been."""
@@ -228,7 +203,7 @@ class TrainingEvents:
                 raise TypeError(f"evaluate returned {name!r}: {value!r}; return a number for each name") from None
         return metrics
 
-    def _call(self, event: str, **given: Any) -> None:
+    def call(self, event: str, **given: Any) -> None:
         """Call an event of all callbacks; what one asks for on any process, it has asked for on all."""
         if event not in self.used_events:
             return

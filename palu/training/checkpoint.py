@@ -1,8 +1,8 @@
 """Checkpoints: a run that was killed at any moment resumes as if it had not been.
 
 What differs from step to step is the trainable weights, AdamW's state, torch's random numbers and the history; the
-place in the data and the schedule follow from the history, and frozen weights from the
-starting model, which is loaded again. A folder of checkpoints holds, as safetensors with JSON in their headers::
+place in the data follows from the history, and frozen weights from the starting model, which is loaded again. A folder
+of checkpoints holds, as safetensors with JSON in their headers::
 
     reference-KEY.safetensors    what the reference gave (:mod:`palu.ref_model.storage`), unless cache_dir keeps it
     step-00000050.safetensors    the run after 50 steps; the last two are kept, and a third while it is written
@@ -22,10 +22,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -52,10 +52,7 @@ FREE = {"cache_dir", "checkpoint_dir", "checkpoint_minutes", "checkpoint_steps",
 FREE |= {"eval_steps", "progress", "report_to", "logging_dir"}
 
 # The handlers that a run takes the place of: Python's own, and the command's.
-_USUAL: dict[int, tuple[Any, ...]] = {
-    signal.SIGINT: (signal.default_int_handler,),
-    signal.SIGTERM: (signal.SIG_DFL, exit_on_sigterm),
-}
+_USUAL = {signal.SIGINT: (signal.default_int_handler,), signal.SIGTERM: (signal.SIG_DFL, exit_on_sigterm)}
 
 History = list[dict[str, float]]
 
@@ -67,20 +64,13 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run. Without ``config.checkpoint_dir`` nothing is kept and no method does anything.
 
-    As a context it makes Ctrl-C and SIGTERM wait for the end of the step; call :meth:`restore` first.
-
-    Args:
-        config: ``checkpoint_dir``, ``checkpoint_minutes``, ``checkpoint_steps`` and ``resume``.
-        accelerator: its main process writes, all processes read.
-        run: what :func:`describe_run` says of it.
-
-    Raises:
-        CheckpointError: the folder holds checkpoints and ``resume`` is off; or the newest one is damaged, foreign or
-            another run's.
+    ``run``: what :func:`describe_run` says of it. Raises CheckpointError where the folder holds checkpoints and
+    ``resume`` is off, or the newest one is damaged, foreign or another run's.
     """
 
     def __init__(self, config: UnlearnConfig, accelerator: Accelerator, run: dict[str, Any]):
         self.accelerator, self.run = accelerator, run
+        self.reference_key: str = run.get("reference", "")  # of the reference cache; empty: nothing is kept on disk
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.stopped_by: int | None = None  # the signal that came
@@ -104,11 +94,6 @@ class Checkpoints:
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
 
-    @property
-    def reference_key(self) -> str:
-        """The key of the reference cache; empty where nothing is kept on disk."""
-        return self.run.get("reference", "")
-
     def restore(
         self,
         model: CausalLM,
@@ -130,7 +115,7 @@ class Checkpoints:
                 saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
-        load_state(optimizer, states, scheduler.get_last_lr(), len(about["history"]))
+        load_state(optimizer, states, float(scheduler.get_last_lr()[0]), len(about["history"]))
         own = self.accelerator.process_index
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
@@ -183,23 +168,21 @@ class Checkpoints:
         self.saved, self.written = len(history), time.monotonic()
         self._tidy()
 
-    def __enter__(self) -> Checkpoints:
-        """Handle the signals that else would end the run wherever it happens to be, unless the user handles them."""
-        self.handlers: dict[int, Any] = {}
+    @contextmanager
+    def signals_deferred(self) -> Iterator[None]:
+        """Make Ctrl-C and SIGTERM wait for the end of the step, unless the user handles them."""
+        handlers: dict[int, Any] = {}
         if self.folder is not None and threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in _USUAL}
-            self.handlers = {number: handler for number, handler in found.items() if handler in _USUAL[number]}
-        for number in self.handlers:
+            handlers = {number: handler for number, handler in found.items() if handler in _USUAL[number]}
+        for number in handlers:
             signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if kind is None:  # it came after the last step
-            self._stop_if_asked()
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self._stop_if_asked()  # by a signal that came after the last step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Half an optimizer step is no state to keep: the step ends first, unless the user insists by Ctrl-C. A second

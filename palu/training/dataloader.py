@@ -137,12 +137,7 @@ def cut(part: Part, tokens: Sequence[int], retain_tokens: Sequence[int], most: i
     """Cut a micro-batch into parts of at most ``most`` tokens, or of one longer example; at least one part.
 
     The longest come first, each into the first part with room for it; in its part an example keeps its place.
-
-    Args:
-        part: see :data:`Part`.
-        tokens: of each forget item and anchor.
-        retain_tokens: of each retain item.
-        most: an idle part's one token is not counted.
+    ``tokens``: of each forget item and anchor. An idle part's one token is not counted.
     """
     sizes = [*(tokens[i] for i in part[0]), *(retain_tokens[i] for i in part[1])]
     bins: list[list[int]] = []
@@ -173,11 +168,7 @@ def collate(
 ) -> Batch:
     """Pack forget items (or anchors) and retain items into one sequence, with the rows of one role side by side.
 
-    Args:
-        items: forget items and anchors, at least one.
-        retain: retain items.
-        outputs: the reference fields of each of the items.
-        examples: how many of the items count as examples; ``None``: all.
+    ``outputs``: the reference fields of each of ``items``; ``examples``: how many of these count; ``None``: all.
     """
     packed = pack([*items, *retain])
     rows = packed_rows([*items, *retain])

@@ -38,6 +38,8 @@ class RunData:
     retain: Items
     anchor_prompts: AnchorPrompts
     longest: int  # tokens of the longest text of the run
+    device: torch.device
+    mixed_precision: str  # accelerate's
     counts: dict[str, int]  # examples and tokens, for the summary
 
     def fingerprints(self, model: CausalLM, ref_model: CausalLM | None) -> Fingerprints:
@@ -73,13 +75,8 @@ def prepare_run(
 ) -> RunData:
     """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
-    Args:
-        device, mixed_precision: of the run.
-        processes: how many take part in it.
-        sharded, empty: see :func:`palu.models.checks.check_models`.
-
-    Raises:
-        DataError, ValueError, TypeError: something does not fit. Nothing has been changed then.
+    ``sharded`` and ``empty``: see :func:`palu.models.checks.check_models`. Raises DataError, ValueError or TypeError
+    where something does not fit; nothing has been changed then.
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
@@ -124,7 +121,7 @@ def prepare_run(
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(config, forget_items, kept_items, anchor_prompts, longest, counts)
+    return RunData(config, forget_items, kept_items, anchor_prompts, longest, device, mixed_precision, counts)
 
 
 def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool) -> None:
@@ -148,23 +145,16 @@ def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: Unle
                 )
 
 
-def check_forward_passes(
-    root: ModelRoot,
-    reference: ModelRoot,
-    data: RunData,
-    device: torch.device,
-    mixed_precision: str,
-) -> None:
+def check_forward_passes(root: ModelRoot, reference: ModelRoot, data: RunData) -> None:
     """Raise ValueError or UnsupportedModelError where a model's passes are not what the losses take them for.
 
-    ``root`` holds the model to train, ``reference`` the reference, perhaps the same one; ``device`` and
-    ``mixed_precision`` (accelerate's) are the run's. All processes must call it: each runs the same passes.
+    ``root`` holds the model to train, ``reference`` the reference, perhaps the same one. All processes must call it.
     """
 
     def check(name: str, model: CausalLM) -> None:
         check_linear_head(model, data.forget[0].input_ids)
         if name == "model" or data.config.reference.fields:  # else a reference does not run
-            check_packing(name, model, device, mixed_precision, longest=data.longest)
+            check_packing(name, model, data.device, data.mixed_precision, longest=data.longest)
 
     root.run(lambda: check("model", root.model))
     if reference is not root:

@@ -1,4 +1,4 @@
-"""accelerate's engines: which ones a run can use, and how a model that they shard comes back whole.
+"""accelerate's engines and trackers: which ones a run can use, and how a model that they shard comes back whole.
 
 DDP trains the model itself. FSDP2 and DeepSpeed's ZeRO shard the model that they are given over the processes, so they
 are given a copy of it. The model itself gets the trained weights when the run has ended. Under FSDP2 it has none until
@@ -10,24 +10,26 @@ processes. Engines average gradients over processes, so each process multiplies 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
-from torch import nn
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, ProjectConfiguration, fsdp2_prepare_model
 
 from palu.config import UnlearnConfig
 from palu.distributed import ProcessError, full_tensor
 from palu.models.lora import CausalLM, base_of
 from palu.models.root import ModelRoot, share_weights
 from palu.ref_model.storage import CacheError
-from palu.training.trackers import tracker_arguments
 
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, *SHARDED)
 
 
 def start_engine(config: UnlearnConfig) -> Accelerator:
@@ -37,9 +39,14 @@ def start_engine(config: UnlearnConfig) -> Accelerator:
         ValueError: its configuration cannot be followed exactly; the message names the key and the fix.
         ImportError: a tracker's package is missing.
     """
-    accelerator = Accelerator(**tracker_arguments(config))
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in config.trackers:  # accelerate would leave it out
+        if name not in available:
+            raise ImportError(f"report_to = {config.report_to!r} needs {name}, which is not here; pip install {name}")
+    project = ProjectConfiguration(logging_dir=config.logging_dir)
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=project)
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
-    if kind not in WHOLE + SHARDED:
+    if kind not in SUPPORTED:
         raise ValueError(f"accelerate's {kind.value} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError("tensor, context and sequence parallelism are not supported; leave out parallelism_config")
@@ -170,11 +177,17 @@ def reference_root(ref_model: CausalLM, accelerator: Accelerator) -> ModelRoot:
     return root
 
 
-def grad_sync(method: nn.Module, accelerator: Accelerator, last: bool) -> AbstractContextManager[None]:
-    """Sum the gradients over the processes after a step's ``last`` micro-batch, and after no other one.
-
-    DeepSpeed clips and takes its step within the backward pass of the last one; if a gradient is not finite it takes
-    none.
-    """
-    accelerator.sync_gradients = last
-    return nullcontext() if last else accelerator.no_sync(method)
+@contextmanager
+def tracking(accelerator: Accelerator, config: UnlearnConfig) -> Iterator[None]:
+    """Open the trackers of ``config.report_to`` within the block, for ``accelerator.log``; close them in any case."""
+    if config.trackers and accelerator.is_main_process:
+        Path(config.logging_dir).mkdir(parents=True, exist_ok=True)
+    # TensorBoard takes no mappings.
+    settings = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in config.values().items()}
+    accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "palu"), settings, {"wandb": {"dir": config.logging_dir}})
+    try:
+        yield
+    finally:
+        # Not end_training, which would end the process group, too: it is not ours.
+        for tracker in accelerator.trackers:
+            tracker.finish()

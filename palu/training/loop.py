@@ -34,12 +34,12 @@ from palu.training.engine import (
     loaded_on_main_alone,
     reference_root,
     start_engine,
+    tracking,
     training_copy,
     weights_back_if_refused,
 )
 from palu.training.optimizer import check_optimizer, make_optimizer
 from palu.training.step import DivergenceError, Run, ending, losses_text, train_step
-from palu.training.trackers import tracking
 from palu.writable import check_folders
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
@@ -76,31 +76,24 @@ def unlearn(
     Args:
         model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states (scaled
             or capped, too) and whose attention keeps packed examples apart (docs/models.md); or a ``peft.PeftModel`` of
-            one with a LoRA adapter, of which only the adapter is trained, and whose base bitsandbytes may have
-            quantised.
+            one, perhaps quantised by bitsandbytes, of which only the LoRA adapter is trained.
         ref_model: the frozen reference; ``None``: ``model`` as it is now, without a second copy of its body; for a
-            ``PeftModel`` the model without its adapter. So the KL takes back what an adapter has learnt before; to keep
-            that, merge the adapter and add a new one first.
+            ``PeftModel`` the model without its adapter: the KL takes back what an adapter has learnt before.
         forget: examples with ``secret`` or ``spans``: a path to JSONL, JSON, CSV, TSV or Parquet, a list of dicts, a
             ``datasets.Dataset``, a ``pandas.DataFrame``, or tokenised tensors; see :mod:`palu.data`; or what
             :func:`palu.data.load_forget` made of them. An example without a span is held by the KL alone.
         retain: examples to keep by cross-entropy, in the same forms. Beside them, or for ``None`` alone, PALU keeps by
-            the KL what the reference itself answers to everyday prompts and to questions like those to be forgotten
-            (:mod:`palu.ref_model.anchors`; ``anchors`` and ``neighbours`` in the settings). ``[]``, and for another
-            objective ``None``: nothing, which needs ``lambda_retain=0``.
+            the KL what the reference itself answers (:mod:`palu.ref_model.anchors`). ``[]``, and for another objective
+            ``None``: nothing, which needs ``lambda_retain=0``.
         tokenizer: a fast tokenizer; not needed for tokenised input, but for anchors.
         config: the settings; ``overrides`` replace single fields of it.
         recipe: ``"paper"``: the published loss (on the first three tokens of a span, K = 5000, without the reference's
             own answers). It replaces settings of ``config``, and ``overrides`` replace the recipe's.
-        evaluate: a function of the model that returns numbers by name, called before the first step, every
-            ``eval_steps`` steps and at the end. It gets the model in evaluation mode, without gradients, and all
-            processes call it; the numbers of the main one count. They join the step's record, as ``eval_<name>``, and
-            before the first step ``summary["evaluation_before"]``. The steps are the same, bit by bit, as without it.
-        callbacks: instances of ``transformers.TrainerCallback``. Their methods are called as ``transformers.Trainer``
-            does, on all processes, with ``config`` as ``args``: ``on_train_begin``, ``on_epoch_begin``,
-            ``on_step_begin``, ``on_step_end``, ``on_log`` (the step's record), ``on_evaluate`` (metrics), ``on_save``
-            (a checkpoint was written), ``on_epoch_end``, ``on_train_end``. ``control.should_training_stop`` ends the
-            run after the step, ``should_evaluate`` and ``should_save`` evaluate and write a checkpoint.
+        evaluate: a function of the model, in evaluation mode and without gradients, that returns numbers by name. It is
+            called before the first step (``summary["evaluation_before"]``), every ``eval_steps`` steps and at the end
+            (``eval_<name>`` in the step's record), and changes no bit of the run.
+        callbacks: instances of ``transformers.TrainerCallback``, called as ``transformers.Trainer`` does, but with
+            ``config`` as ``args``. docs/unlearn.md says which events come, and what ``control`` may ask for.
 
     Returns:
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
@@ -180,7 +173,7 @@ def train(
     with weights_back_if_refused(model, trained, accelerator):
         reference = root if ref_model is None else reference_root(ref_model, accelerator)
         with raise_on_all_ranks(accelerator):
-            check_forward_passes(root, reference, data, accelerator.device, accelerator.mixed_precision)
+            check_forward_passes(root, reference, data)
         # The reference runs once; then at most its head is needed.
         cache, root.ref_head = precompute_reference(
             reference,
@@ -200,10 +193,11 @@ def train(
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
-        with checkpoints:  # Ctrl-C waits for the end of a step
-            with TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress) as events:
+        with checkpoints.signals_deferred():  # Ctrl-C waits for the end of a step
+            events = TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress)
+            with events.around_run():
                 for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
-                    events.begin_epoch()
+                    events.call("on_epoch_begin")
                     for batches in islice(loader, events.steps_left):
                         events.begin_step()
                         history.append(train_step(run, batches, epoch))

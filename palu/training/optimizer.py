@@ -47,14 +47,8 @@ def make_optimizer(
     low = any(p.dtype == torch.bfloat16 for p in trained)
     if low and accelerator.distributed_type != DistributedType.DEEPSPEED:
         return BFloat16AdamW(trained, rate, config.weight_decay, config.seed)
-    return torch.optim.AdamW(
-        trained,
-        rate,
-        BETAS,
-        EPS,
-        config.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
+    fused = accelerator.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(trained, rate, BETAS, EPS, config.weight_decay, fused=fused)
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
@@ -123,10 +117,7 @@ def clip_gradients(run: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Clip the gradients of a step to a 2-norm; return the norm before, scalar, on the accelerator's device.
 
     :class:`BFloat16AdamW` multiplies by the factor as it reads them, so that they are not written once more.
-
-    Args:
-        run: a :class:`palu.training.step.Run`.
-        parameters: those that are trained.
+    ``run``: a :class:`palu.training.step.Run`.
     """
     accelerator, most = run.accelerator, run.config.max_grad_norm
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # accelerate's wrapper holds it
@@ -145,24 +136,23 @@ def _adamw_8bit(
 ) -> torch.optim.Optimizer:
     """Make torchao's AdamW with 8-bit moments; in bfloat16 all processes round the same way, and a resumed run, too."""
     optimizer = _import_torchao().AdamW8bit(trained, rate, BETAS, EPS, config.weight_decay, bf16_stochastic_round=True)
-    drawing, rates = ExitStack(), [rate]
+    drawing = ExitStack()
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rates[:] = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:  # a number for schedules and checkpoints, a tensor for torchao
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)
-            group["steps"] += 1
+        nonlocal rate
+        (group,) = optimizer.param_groups
+        rate = group["lr"]
+        group["lr"] = torch.tensor(rate, dtype=torch.float32)  # for torchao; for schedules and checkpoints a number
+        group["steps"] += 1
         # Random numbers of its own: the model's dropout differs between processes.
         drawing.enter_context(torch.random.fork_rng([device] if device.type != "cpu" else [], device_type="cuda"))
-        torch.manual_seed(int(digest([config.seed, optimizer.param_groups[0]["steps"]])[:8], 16))  # a CPU takes 32 bits
+        torch.manual_seed(int(digest([config.seed, group["steps"]])[:8], 16))  # a CPU takes 32 bits
 
     def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         drawing.close()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
 
-    (group,) = optimizer.param_groups
-    group |= {"lr": rate, "steps": 0}
+    optimizer.param_groups[0] |= {"lr": rate, "steps": 0}
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     return optimizer
@@ -205,26 +195,21 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
 
 
 def load_state(
-    optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rates: Sequence[Any], steps: int
+    optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rate: float, steps: int
 ) -> None:
-    """Restore an optimizer of :func:`make_optimizer`.
+    """Restore an optimizer of :func:`make_optimizer` after some steps.
 
-    Args:
-        states: :func:`state_of` each parameter, in the optimizer's order; empty for one that no gradient has reached.
-        rates: the learning rate of each group.
-        steps: how many were taken.
+    ``states``: :func:`state_of` each parameter, in the optimizer's order; empty for one that no gradient has reached.
     """
-    remaining = iter(states)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-        if "steps" in group:
-            group["steps"] = steps
-        for p in group["params"]:
-            # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
-            state = _joined(next(remaining), p.dtype)
-            for name, value in state.items():
-                on_host = name == "step" and not group.get("fused")
-                optimizer.state[p][name] = value if on_host else value.to(p.device)
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    if "steps" in group:
+        group["steps"] = steps
+    for p, state in zip(group["params"], states, strict=True):
+        # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
+        for name, value in _joined(state, p.dtype).items():
+            on_host = name == "step" and not group.get("fused")
+            optimizer.state[p][name] = value if on_host else value.to(p.device)
 
 
 def _joined(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

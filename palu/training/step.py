@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from palu.methods.base import Losses, MethodSettings
 from palu.models.lora import CausalLM
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
-from palu.training.engine import copy_weights_back, grad_sync
+from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
 FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
@@ -133,28 +134,21 @@ def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:
     """Give the optimizer a learning rate, as if the run had begun with it."""
     schedule: Any = scheduler
-    schedule.base_lrs = [rate] * len(schedule.base_lrs)
-    schedule._last_lr = [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    for group, now in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-        group["initial_lr"], group["lr"] = rate, now
+    (factor,) = schedule.lr_lambdas
+    schedule.base_lrs, schedule._last_lr = [rate], [rate * factor(schedule.last_epoch)]
+    optimizer.param_groups[0] |= {"initial_lr": rate, "lr": schedule._last_lr[0]}
 
 
 def forward_backward(
-    module: nn.Module,
-    batch: Batch,
-    counts: Tensor,
-    accelerator: Accelerator,
-    *,
-    last: bool,
+    module: nn.Module, batch: Batch, counts: Tensor, accelerator: Accelerator, *, last: bool
 ) -> Losses:
-    """Run forward and backward of a micro-batch.
+    """Run forward and backward of a micro-batch; after the step's ``last`` one the engine sums the gradients.
 
-    Args:
-        module: gives the losses of a batch; wrapped by the engine, which sums the gradients over the processes.
-        counts: of the whole step; see :meth:`palu.methods.Method.batch_losses`.
-        last: whether this is the step's last micro-batch, after which gradients are summed.
+    ``counts``: of the whole step; see :meth:`palu.methods.Method.batch_losses`.
     """
-    with grad_sync(module, accelerator, last=last):
+    # DeepSpeed clips and takes its step within the last backward pass; if a gradient is not finite it takes none.
+    accelerator.sync_gradients = last
+    with nullcontext() if last else accelerator.no_sync(module):
         with accelerator.autocast():
             losses: Losses = module(batch.to(accelerator.device), counts)
         # Data-parallel engines average gradients over processes; the loss wants their sum.
@@ -173,17 +167,8 @@ def step_figures(
     """Gather a step's figures from all processes, in the one read-back from the accelerator that a step costs.
 
     It comes before the optimizer's step, behind which the host then has the record, the next batch and its launches.
-
-    Args:
-        batches, outputs: this process's micro-batches and their losses.
-        grad_norm: scalar, the same on all processes.
-        history: of the steps before.
-
-    Returns:
-        step, loss, the method's terms, tokens, grad_norm, and onset_probability where it can end the run.
-
-    Raises:
-        DivergenceError: one of them is not finite.
+    They are step, loss, the method's terms, tokens, grad_norm, and onset_probability where it can end the run. Raises
+    DivergenceError where one of them is not finite.
     """
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
     tokens = to_device([sum(sum(batch.packed.sequence_lengths) for batch in batches)], accelerator).to(sums.dtype)

@@ -74,18 +74,7 @@ PARTS = "parts"  # of a micro-batch, each a Batch, in what the data loader yield
 
 
 class PaluTrainer(Trainer):
-    """``transformers.Trainer`` that makes a model forget the spans of a forget set (PALU, arXiv 2601.03190)::
-
-        trainer = palu.PaluTrainer(
-            model,
-            TrainingArguments("out", learning_rate=1e-5, num_train_epochs=8, per_device_train_batch_size=8),
-            forget="forget.jsonl",
-            retain="retain.jsonl",
-            processing_class=tokenizer,
-            config=palu.UnlearnConfig(probability_floor=0.01, lambda_kl=2.0),
-        )
-        trainer.train()
-        trainer.save_model()  # the plain model
+    """``transformers.Trainer`` that makes a model forget the spans of a forget set (docs/trainer.md shows a script).
 
     ``args`` owns the optimisation, ``config`` the loss; a setting of ``config`` that ``args`` decides is refused unless
     it is the default. Trainer's own defaults are others than palu's: three epochs, a learning rate of 5e-5 that falls
@@ -128,17 +117,22 @@ class PaluTrainer(Trainer):
         **kwargs: Any,
     ):
         args, config = args or TrainingArguments("tmp_trainer"), config or UnlearnConfig()
-        check_arguments(args, config, kwargs)
-        tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        check_dtype(model, kwargs)
+        check_arguments(model, args, config, kwargs)
         check_folders(config.folders)
+        config = config.replace(
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),  # at least
+            lora_rank=None,  # the model is trained as it is given
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
         data = prepare_run(
             model,
             ref_model,
             forget,
             retain,
-            tokenizer,
-            _with_args(config, args),
+            processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None,
+            config,
             device=args.device,
             mixed_precision=args.mixed_precision,
             processes=args.world_size,
@@ -147,7 +141,7 @@ class PaluTrainer(Trainer):
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)
-        check_forward_passes(root, reference, data, args.device, args.mixed_precision)
+        check_forward_passes(root, reference, data)
 
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.data = data
@@ -168,7 +162,8 @@ class PaluTrainer(Trainer):
         self.logged = 0  # records of the history that have been
         self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
         self.norm: Any = None  # of this step's gradients, before they were clipped
-        self.accelerator.clip_grad_norm_ = functools.partial(self._clip, self.accelerator.clip_grad_norm_)
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self.clip_and_keep_norm
         self.add_callback(RecordStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +178,7 @@ class PaluTrainer(Trainer):
         self.history = self._history_of(resume_from_checkpoint)
         self.logged, self.done = len(self.history), []
         # transformers 5 is renaming gradient checkpointing to activation checkpointing.
-        name = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
-        checkpointed = getattr(self.args, f"{name}_checkpointing")
+        checkpointed = getattr(self.args, "activation_checkpointing", self.args.gradient_checkpointing)
         with (
             method_in_forward(self.model, self.method),
             inputs_require_grad(base_of(self.model)) if checkpointed else nullcontext(),
@@ -246,9 +240,9 @@ class PaluTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
-    def _clip(self, clip: Any, *args: Any, **kwargs: Any) -> Any:
+    def clip_and_keep_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Clip as Trainer asks for it, and keep the norm."""
-        self.norm = clip(*args, **kwargs)
+        self.norm = self._clip(*args, **kwargs)
         return self.norm
 
     def record_step(self) -> None:
@@ -285,17 +279,6 @@ class PaluTrainer(Trainer):
         return state["history"]
 
 
-def _with_args(config: UnlearnConfig, args: TrainingArguments) -> UnlearnConfig:
-    """Return the settings with Trainer's batch sizes and at least its epochs, for the model as it is given."""
-    return config.replace(
-        batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),
-        lora_rank=None,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )
-
-
 class RecordStep(TrainerCallback):
     """Has a trainer record each step when its gradients have been clipped, before the optimizer takes it."""
 
@@ -303,7 +286,6 @@ class RecordStep(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Record the step."""
         self.trainer.record_step()
 
 
@@ -347,17 +329,7 @@ def method_in_forward(model: Any, method: Method) -> Iterator[None]:
                 del model.forward
 
 
-def check_dtype(model: CausalLM, others: dict[str, Any]) -> None:
-    """Raise ValueError where Trainer's own optimizer would round away the steps of bfloat16 weights."""
-    own = others.get("optimizers", (None, None))[0] is None and others.get("optimizer_cls_and_kwargs") is None
-    if own and any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "the model's trainable weights are in bfloat16, in which Trainer's optimizers round most steps away; load "
-            "it with dtype=torch.float32 and set bf16=True, or pass optimizers=(one with Kahan summation, None)"
-        )
-
-
-def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict[str, Any]) -> None:
+def check_arguments(model: CausalLM, args: TrainingArguments, config: UnlearnConfig, others: dict[str, Any]) -> None:
     """Raise ValueError or TypeError where two settings contradict each other, or one cannot have its effect."""
     defaults = UnlearnConfig()
     for field, argument in TRAINERS.items():
@@ -385,4 +357,10 @@ def check_arguments(args: TrainingArguments, config: UnlearnConfig, others: dict
         raise ValueError(
             f"this process has {args.n_gpu} GPUs, among which Trainer would divide a batch; start a process for each "
             "with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES"
+        )
+    own = others.get("optimizers", (None, None))[0] is None and others.get("optimizer_cls_and_kwargs") is None
+    if own and any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "the model's trainable weights are in bfloat16, in which Trainer's optimizers round most steps away; load "
+            "it with dtype=torch.float32 and set bf16=True, or pass optimizers=(one with Kahan summation, None)"
         )

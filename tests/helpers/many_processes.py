@@ -3,6 +3,7 @@
 accelerate offers FSDP2 and DeepSpeed to GPUs only. On a CPU its state is told otherwise; all that follows is real.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -12,7 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from helpers import runs
 from helpers.command import palu_command, write_input
 from helpers.runs import TEXT_FORGET, TEXT_RETAIN
+from helpers.scenarios import Scenario, with_lora
 from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import forget_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
@@ -35,17 +36,14 @@ from palu.training.checkpoint import Checkpoints
 PROCESSES = 2
 TOKENIZER = byte_level(LLAMA3)
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp2": FSDP2,
     # As accelerate's fsdp_cpu_ram_efficient_loading: the first process loads the weights, and the others none.
     "fsdp2_main": FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-    },
+    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 
 
@@ -56,24 +54,16 @@ def make_llama(**config: Any) -> LlamaForCausalLM:
         return tiny_llama(**config)
 
 
-def tiny_lora(dropout: float = 0.0) -> peft.PeftModel:
-    """A tiny Llama with an adapter on every linear layer but the head."""
-    model = make_llama()
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
-    return peft.get_peft_model(model, config)
-
-
-# name -> (model, reference, settings)
-CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, Any]]] = {
-    "untied": (lambda: make_llama(tie_word_embeddings=False), None, {}),
-    "tied": (make_llama, lambda: make_llama(seed=3), {"gradient_checkpointing": True}),
-    "lora": (tiny_lora, None, {}),
-    "npo": (make_llama, None, {"objective": "npo", "learning_rate": 3e-4}),
-    "undial": (make_llama, None, {"objective": "undial"}),
+untied = functools.partial(make_llama, tie_word_embeddings=False)
+CASES = {
+    "untied": Scenario(untied),
+    "tied": Scenario(make_llama, {"gradient_checkpointing": True}, lambda: make_llama(seed=3)),
+    "lora": Scenario(lambda: with_lora(make_llama())),
+    "npo": Scenario(make_llama, {"objective": "npo", "learning_rate": 3e-4}),
+    "undial": Scenario(make_llama, {"objective": "undial"}),
     # In float64, where nothing but an unequal weight of unequal shares can make a difference.
-    "anchors": (
+    "anchors": Scenario(
         lambda: make_llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, dtype=torch.float64),
-        None,
         {
             "forget": TEXT_FORGET * 3,
             "retain": TEXT_RETAIN,
@@ -86,15 +76,13 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, An
         },
     ),
     # A KL near 0 is rounding here, which the default's weight would show in the gradient's norm.
-    "bfloat16": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {"lambda_kl": 4.0}),
+    "bfloat16": Scenario(lambda: untied(dtype=torch.bfloat16), {"lambda_kl": 4.0}),
     # In mixed precision (PRECISION).
-    "mixed": (lambda: make_llama(dtype=torch.bfloat16, tie_word_embeddings=False), None, {}),
-    "8-bit": (
-        lambda: make_llama(dtype=torch.bfloat16, hidden_size=64, attention_dropout=0.1),
-        None,
-        {"optimizer": "adamw_8bit"},
+    "mixed": Scenario(lambda: untied(dtype=torch.bfloat16)),
+    "8-bit": Scenario(
+        lambda: make_llama(dtype=torch.bfloat16, hidden_size=64, attention_dropout=0.1), {"optimizer": "adamw_8bit"}
     ),
-    "max_tokens": (lambda: make_llama(tie_word_embeddings=False), None, {"max_tokens": 30}),
+    "max_tokens": Scenario(untied, {"max_tokens": 30}),
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
@@ -114,8 +102,8 @@ def unlearn(model: Any, ref_model: Any = None, forget: Any = None, **settings: A
 
 def run(case: str) -> palu.UnlearnResult:
     """A case's run on one process, or on this one of many."""
-    model, reference, settings = CASES[case]
-    return unlearn(model(), reference() if reference else None, **settings)
+    build, settings, reference, _ = CASES[case]
+    return unlearn(build(), reference() if reference else None, **settings)
 
 
 def start(engine: str, precision: str = "no") -> None:
@@ -272,7 +260,7 @@ def main(folder: Path) -> None:
             digest(weights(run("8-bit").model)) if engine == "ddp" else complaint(lambda: run("8-bit"))
         )
         if engine in ("ddp", "fsdp2"):
-            model = (lambda: tiny_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
+            model = (lambda: with_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")
             outcome[f"{engine}.callbacks"] = with_callbacks(rank)
             outcome[f"{engine}.resumed"] = resumed(model, folder / f"checkpoints_{engine}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+import pytest
 import torch
 from helpers.runs import ENTROPY
 from helpers.small_tokenizers import byte_level
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 import palu
 from palu.training.trainer import TRAINERS
 
+ON_CPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="bits are promised on a CPU")
 STEPS = 9
 SETTINGS: dict[str, Any] = {
     "epochs": 3,
@@ -25,9 +27,8 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler": "constant",
     "progress": False,
 }
-# What Trainer would do otherwise: its optimizer rounds in its own way, and it reports.
+# Trainer has other defaults. Its optimizer is torch's fused AdamW, as ours for float32.
 ARGUMENTS: dict[str, Any] = {
-    "optim": "adamw_torch_fused",
     "seed": 0,
     "report_to": "none",
     "save_strategy": "no",
@@ -48,10 +49,15 @@ def frozen_head(**config: Any) -> Any:
     return model
 
 
-def with_lora() -> Any:
-    model = tiny_llama()
+def with_lora(model: Any = None, dropout: float = 0.0) -> Any:
+    model = tiny_llama() if model is None else model
     torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    return peft.get_peft_model(model, config)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: from then on, nothing reaches the disk."""
 
 
 class Scenario(NamedTuple):
@@ -118,6 +124,7 @@ SCENARIOS: dict[str, Scenario] = {
     "local entropy": Scenario(settings=ENTROPY),
     "own head": Scenario(lambda: tiny_llama(tie_word_embeddings=False), {"kl_direction": "forward", "n": 1}),
     "frozen head": Scenario(frozen_head, {"lr_scheduler": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1}),
+    "max_steps": Scenario(settings={"epochs": 1, "max_steps": STEPS, "lr_scheduler": "cosine"}),
     "reference": Scenario(
         settings={"lr_scheduler": "linear", "warmup_steps": 1, "seed": 5}, ref_model=lambda: tiny_llama(seed=1)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from helpers import runs
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
-from palu.training.optimizer import BFloat16AdamW, check_optimizer, load_state, make_optimizer, state_of
+from palu.training.optimizer import check_optimizer, load_state, make_optimizer, state_of
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
 
@@ -29,10 +31,10 @@ def bf16_llama() -> LlamaForCausalLM:
     return tiny_llama(dtype=torch.bfloat16, initializer_range=0.05)
 
 
-def unlearn(model: Any, **settings: Any) -> palu.UnlearnResult:
-    defaults = {"learning_rate": RATE, "epochs": 10, "batch_size": 4, "progress": False, "lora_rank": None}
-    settings = defaults | {"probability_floor": 0.0} | settings  # else a run ends when all is below the floor
-    return palu.unlearn(model, None, forget_rows(), retain_rows(), **settings)
+# With a floor a run would end when all is below it.
+unlearn = functools.partial(
+    runs.unlearn, learning_rate=RATE, epochs=10, local_loss="unlikelihood", probability_floor=0.0
+)
 
 
 def change(model: LlamaForCausalLM, start: dict[str, Tensor]) -> Tensor:
@@ -128,14 +130,8 @@ def test_weights_whose_gradient_is_zero_stay_as_they_are() -> None:
     assert same_weights(nn.ParameterDict({"weight": parameter}), before)
 
 
-def test_float32_weights_have_torchs_optimizer() -> None:
-    for model, kind in ((tiny_llama(), torch.optim.AdamW), (bf16_llama(), BFloat16AdamW)):
-        assert type(make_optimizer(model.parameters(), UnlearnConfig(), Accelerator())) is kind
-
-
 # --- 8-bit moments: some shapes alone, since torchao compiles its step for each of them ---
-def eight_bit(model: Any, **settings: Any) -> palu.UnlearnResult:
-    return unlearn(model, **{"optimizer": "adamw_8bit"} | settings)
+eight_bit = functools.partial(unlearn, optimizer="adamw_8bit")
 
 
 def large(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
@@ -232,7 +228,7 @@ def test_state_of_weights_in_two_dtypes_is_restored() -> None:
         moments | {"low_bits": torch.bfloat16},
         moments | {"exp_avg": torch.float32},
     ]
-    load_state(restored, states, [1e-2], 3)
+    load_state(restored, states, 1e-2, 3)
     for number in range(3, 6):
         step(whole, optimizer, number)
         step(again, restored, number)

@@ -5,18 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
-from helpers.scenarios import SCENARIOS, STEPS, assert_same, kept, loop_result, step
+from helpers.scenarios import ON_CPU, SCENARIOS, STEPS, assert_same, kept, loop_result, step
 from helpers.tiny import tiny_llama
 
 from palu.methods.palu import PaluMethod
 from palu.ref_model import precompute
 from palu.training import checkpoint
 
-pytestmark = [
-    pytest.mark.skipif(Accelerator().device.type != "cpu", reason="bits are promised on a CPU"),
-    pytest.mark.usefixtures("in_the_foreground"),
-]
+pytestmark = [ON_CPU, pytest.mark.usefixtures("in_the_foreground")]
 unlearn = SCENARIOS["tied"].loop
 
 

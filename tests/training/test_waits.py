@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,45 +21,33 @@ READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "
 OPS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique_dim"}
 
 
-class Waits:
-    """Lists what in the block would wait for a GPU: functions of tensors, and ops that torch calls itself."""
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """List what in the block would wait for a GPU: functions of tensors, and ops that torch calls itself."""
+    found: list[str] = []
+    inside = False
 
-    def __init__(self) -> None:
-        self.found: list[str] = []
-        self.inside = False
-        waits = self
-
-        class Functions(TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                name = getattr(func, "__name__", "")
-                if name in READS:
-                    waits.found.append(name)
-                    waits.inside = True  # what it calls is a part of it
-                    with torch._C.DisableTorchFunction():
-                        result = func(*args, **(kwargs or {}))
-                    waits.inside = False
-                    return result
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal inside
+            if (name := getattr(func, "__name__", "")) not in READS:
                 return func(*args, **(kwargs or {}))
+            found.append(name)
+            inside = True  # what it calls is a part of it
+            with torch._C.DisableTorchFunction():
+                result = func(*args, **(kwargs or {}))
+            inside = False
+            return result
 
-        class Ops(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                masked = str(func) == "aten.index.Tensor" and any(
-                    i is not None and i.dtype == torch.bool for i in args[1]
-                )
-                if not waits.inside and (masked or str(func).rpartition(".")[0] in OPS):
-                    waits.found.append(str(func))
-                return func(*args, **(kwargs or {}))
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            masked = str(func) == "aten.index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if not inside and (masked or str(func).rpartition(".")[0] in OPS):
+                found.append(str(func))
+            return func(*args, **(kwargs or {}))
 
-        self.modes: tuple[Any, ...] = Functions(), Ops()
-
-    def __enter__(self) -> list[str]:
-        for mode in self.modes:
-            mode.__enter__()
-        return self.found
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+    with Functions(), Ops():
+        yield found
 
 
 def test_what_is_counted() -> None:
@@ -74,10 +63,10 @@ def test_what_is_counted() -> None:
         lambda: torch.equal(tensor, tensor),
     ]
     for call in calls:
-        with Waits() as found:
+        with waits() as found:
             call()
         assert found, call
-    with Waits() as found:
+    with waits() as found:
         torch.stack([tensor * 2, tensor + 1]).sum(0).clamp(max=1)
     assert not found
 
@@ -90,7 +79,7 @@ def test_a_step_waits_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     step = loop.train_step
 
     def watched(*given: Any) -> dict[str, float]:
-        with Waits() as found:
+        with waits() as found:
             record = step(*given)
         counted.append([name for name in found if name != "__int__"])  # of the steps taken, which is on the host
         return record
