@@ -13,7 +13,8 @@ from palu.config import UnlearnConfig, readers_of
 from palu.data.packing import Batch
 from palu.methods import METHODS
 from palu.methods.base import MethodSettings, Shares
-from palu.methods.baseline import Baseline, GradientDifference
+from palu.methods.baseline import Baseline
+from palu.methods.gradient_ascent import GradientDifference
 from palu.settings import field_names, positive
 
 

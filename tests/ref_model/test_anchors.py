@@ -129,7 +129,7 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
     model.generation_config.repetition_penalty = 5.0
     settings, before = model.generation_config, weights(model)
     model.train()
-    items = generate_anchors(writer(model), prompts)
+    items = generate_anchors(writer(model), [], prompts)
     assert model.training and model.generation_config is settings and same_weights(model, before)
     model.eval()
     expected = [greedy(model, prompt.tolist(), prompts.stop_ids) for prompt in prompts.prompts]
@@ -150,10 +150,10 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
     prompts = prompts_and_stops()
-    whole = generate_anchors(writer(), prompts)
+    whole = generate_anchors(writer(), [], prompts)
     starts = sorted(int(item.rows[0]) + 1 for item in whole)
     limit = starts[-1]  # the longest prompt has no room for an answer
-    items = generate_anchors(writer(), prompts._replace(max_length=limit))
+    items = generate_anchors(writer(), [], prompts._replace(max_length=limit))
     fitting = [item for item in whole if item.rows[0] + 1 < limit]
     assert 0 < len(items) == len(fitting) < len(whole)
     for item, full in zip(items, fitting, strict=True):

@@ -167,7 +167,7 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     own, prompts = writer(), encode_anchor_prompts(forget, None, TOKENIZER, config, 1)
     state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
-        generate_neighbours(own, prompts, seed)
+        generate_neighbours(own, [], prompts, seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written[0] == written[1] != written[2] and len(written[0]) == 12
 
