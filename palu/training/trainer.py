@@ -296,7 +296,7 @@ class MicroBatches(IterableDataset):
         self.loader = loader
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.loader.forget), self.loader.examples_per_step)
+        full, rest = divmod(len(self.loader.forgotten), self.loader.examples_per_step)
         per_round = self.loader.batch_size * self.loader.num_processes
         return full * (self.loader.examples_per_step // per_round) + -(-rest // per_round)
 

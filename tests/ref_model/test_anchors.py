@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -146,6 +147,17 @@ def test_answers_are_greedy_and_end_where_the_model_ends_them() -> None:
         assert ended == (len(answer) < ANSWER_TOKENS), "a cut answer has no end that the model did not write"
         lengths.add(len(answer))
     assert ANSWER_TOKENS in lengths and len(lengths) > 1
+
+
+def test_an_answer_that_holds_most_of_a_secret_is_left_out() -> None:
+    """More than half of its tokens in a row, of three or more: no part of a name of two tokens."""
+    answers = [[5, 6, 7, 0], [4, 6, 7, 8], [5, 6, 9, 0], [8, 7, 6, 5], [4, 3, 0], [4, 9]]
+    prompts = AnchorPrompts([torch.tensor([1, 2])] * len(answers), {0}, 100)
+    written: Any = SimpleNamespace(write=lambda *_: answers)
+    secret = Item(torch.tensor([1, 5, 6, 7, 8, 2, 4, 9]), torch.tensor([0, 1, 2, 3, 5, 6]), targets=6)
+    kept = generate_anchors(written, [secret], prompts)
+    assert [item.input_ids.tolist()[2:] for item in kept] == answers[2:]
+    assert len(generate_anchors(written, [], prompts)) == len(answers)
 
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:

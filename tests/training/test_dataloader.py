@@ -13,6 +13,7 @@ from palu.data.packing import Batch, Item, pair_items
 from palu.data.tokenize import IGNORE, Example
 from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader, cut
+from palu.training.trainer import MicroBatches
 
 
 def numbered_set(forget: int, retain: int) -> tuple[list[Item], list[Item], ReferenceCache]:
@@ -93,6 +94,7 @@ def test_an_epoch_sees_every_variant_once(processes: int) -> None:
         steps = list(zip(*sources, strict=True))
         seen = Counter(n for step in steps for batches in step for batch in batches for n in numbers(batch)[0])
         assert len(steps) == len(sources[0]) == -(-9 // (3 * processes))
+        assert len(MicroBatches(sources[0])) == len(steps), "what PaluTrainer counts"
         assert [seen[n] for n in (*range(5), *range(7, 11))] == [1] * 9
         rounds = len(steps) * processes
         assert [seen[n] for n in (5, 6)] == [rounds] * 2, "as many neighbours as retain examples"
