@@ -6,7 +6,6 @@ import copy
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -78,8 +77,6 @@ class Relearn(Attack):
             return f"the model is quantised, by {method}, and such weights are not trained"
         if is_peft(model):
             return "the model has a LoRA adapter; merge it into the weights, which are trained"
-        if self.trained == "lora" and find_spec("peft") is None:
-            return "it needs peft; pip install 'palu-unlearn[lora]'"
         if self.rows == "retain" and not data.retain:
             return "there are no retain rows to train on"
         if not self._lesson(data)[1]:

@@ -125,7 +125,8 @@ def load_model(
         options |= _quantized(quantize, dtype)
     path = os.path.expanduser(name)
     if is_adapter(name):
-        peft = import_peft(f"{name} holds an adapter")
+        import peft
+
         with _damage_named(path, _base_of(path)):
             return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
     if empty:
@@ -223,12 +224,3 @@ def _quantized(bits: Bits, dtype: DtypeName) -> dict[str, Any]:
     device = PartialState().device
     # PEFT takes a map with a CPU in it for offloading.
     return {"quantization_config": config} | ({} if device.type == "cpu" else {"device_map": {"": device}})
-
-
-def import_peft(why: str) -> Any:
-    """Import ``peft``, or raise an ImportError that says why it is needed and how to get it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"{why}, which needs peft ({error}); pip install 'palu-unlearn[lora]'") from error
-    return peft

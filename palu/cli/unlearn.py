@@ -210,13 +210,13 @@ def _absolute(name: str, value: Any) -> Any:
 
 def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:
     """Add a new LoRA adapter to the model: the same one for the same seed, so that a resumed run starts from it."""
+    import peft
     from accelerate.utils import set_seed
 
     from palu.models.lora import is_peft
 
     if is_peft(model):
         raise ValueError("--model holds an adapter already, which is trained as it is; leave --lora out")
-    peft = models.import_peft("--lora adds an adapter")
     set_seed(seed)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

@@ -116,13 +116,11 @@ def test_the_loss_is_the_models_own_and_its_logits_come_in_chunks(monkeypatch: p
     assert torch.allclose(gradient, torch.autograd.grad(expected, model.model.norm.weight)[0], rtol=1e-4, atol=1e-7)
 
 
-def test_what_it_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_lacks_is_said() -> None:
     def skip_reason(of: AuditData, trained: Any) -> str | None:
         return Relearn(TOKENS, trained, "forget", 1, 1, 1e-3, 0).skip_reason(of, original())
 
     assert skip_reason(AuditData(FORGET[:1], None, tokenizer()), "weights") == (
         "no secret is left to ask for that the texts trained on do not tell; give more forget rows"
     )
-    monkeypatch.setattr("palu.attacks.relearn.find_spec", lambda name: None)
-    assert skip_reason(data(), "lora") == "it needs peft; pip install 'palu-unlearn[lora]'"
     assert skip_reason(data(), "weights") is None
