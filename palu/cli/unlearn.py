@@ -220,7 +220,7 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
         target_modules=target if target == "all-linear" else [name.strip() for name in target.split(",")],
     )
