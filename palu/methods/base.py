@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from palu.data.packing import Batch, Items
+from palu.data.packing import Batch, Items, Packed
 from palu.data.tokenize import Example
 from palu.eager import acc_dtype
 from palu.losses import CrossEntropyTerm, Term, fused_linear_losses
@@ -159,6 +159,10 @@ class Method(ModelRoot):
         """
         raise NotImplementedError
 
+    def hidden_states(self, packed: Packed) -> Tensor:
+        """Run the body over a packed row; return the last states [T, d]."""
+        return body_of(self.model)(**packed.inputs()).last_hidden_state[0]
+
     def forward(self, work: Batch | Callable[[], Any], *counts: Tensor) -> Any:
         """Compute :meth:`batch_losses`; or call a function, for :meth:`run`."""
         return self.batch_losses(work, *counts) if isinstance(work, Batch) else super().forward(work)
@@ -169,8 +173,7 @@ class Method(ModelRoot):
         ``counts``: int64 [4], the fields of :class:`palu.data.packing.Counts` summed over the whole optimisation step,
         by which the sums over this micro-batch are divided; a 0 counts as 1.
         """
-        states = body_of(self.model)(**batch.packed.inputs()).last_hidden_state[0]
-        hidden, head = states.index_select(0, batch.rows), head_of(self.model)
+        hidden, head = self.hidden_states(batch.packed).index_select(0, batch.rows), head_of(self.model)
         shares = Shares(*counts.clamp(min=1).to(acc_dtype(hidden.dtype)).reciprocal())
         terms = self.compute_losses(hidden, head, batch, shares)
         figures = dict.fromkeys(self.terms, shares.targets.new_zeros(()))
