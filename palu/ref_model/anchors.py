@@ -203,7 +203,7 @@ def _answer(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts
     to forget, and the KL would keep it.
     """
     prompts, stop_ids, max_length, neighbours = anchor_prompts
-    runs = target_runs(items)
+    runs = target_runs(items, ANSWER_TOKENS) if prompts else set()
     lengths = {len(run) for run in runs}
     found = []
     for prompt, answer in zip(prompts, writer.write(prompts, stop_ids, "anchors", ANSWER_TOKENS), strict=True):

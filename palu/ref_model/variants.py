@@ -90,13 +90,13 @@ def span_rows(item: Item) -> list[Tensor]:
     return list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist())) if len(rows) else []
 
 
-def target_runs(items: Sequence[Item]) -> set[tuple[int, ...]]:
-    """List each run of more than half of a span's targets, for spans of three or more."""
+def target_runs(items: Sequence[Item], longest: int) -> set[tuple[int, ...]]:
+    """List each run of more than half of a span's targets, for spans of three or more; none of over ``longest``."""
     runs = set()
     for item in items:
         for rows in span_rows(item):
             tokens, most = item.input_ids[rows + 1].tolist(), len(rows) // 2 + 1
-            if len(tokens) > 2:
+            if len(tokens) > 2 and most <= longest:
                 runs |= {tuple(tokens[i : i + most]) for i in range(len(tokens) - most + 1)}
     return runs
 

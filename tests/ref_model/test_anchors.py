@@ -29,6 +29,7 @@ from palu.models.generation import encode_prompts
 from palu.ref_model import precompute
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, anchor_texts, generate_anchors
 from palu.ref_model.storage import ReferenceCache
+from palu.ref_model.variants import target_runs
 from palu.training.checkpoint import CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 
@@ -158,6 +159,13 @@ def test_an_answer_that_holds_most_of_a_secret_is_left_out() -> None:
     kept = generate_anchors(written, [secret], prompts)
     assert [item.input_ids.tolist()[2:] for item in kept] == answers[2:]
     assert len(generate_anchors(written, [], prompts)) == len(answers)
+
+
+def test_a_long_span_has_no_run_that_an_answer_could_hold() -> None:
+    """A document's would take memory by the square of its length."""
+    spans = [Item(torch.arange(1 + count), torch.arange(count), targets=count) for count in (9, 10)]
+    assert target_runs(spans[:1], 5) == {tuple(range(first, first + 5)) for first in range(1, 6)}
+    assert target_runs(spans, 5) == target_runs(spans[:1], 5)
 
 
 def test_max_length_cuts_answers_and_leaves_out_what_it_cuts_off() -> None:
