@@ -63,6 +63,12 @@ def bf16_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_autocast_does_not_round_the_figures(bf16_autocast: None) -> None:
+    """The loss is the weighted sum of its terms to float32's precision, not to bfloat16's."""
+    (record, *_) = unlearn(tiny_llama(), epochs=1, gamma=1.0, lambda_kl=0.0, lambda_retain=2.0).history
+    assert record["loss"] == pytest.approx(record["local"] + 2 * record["retain"], rel=1e-5)
+
+
 def test_same_seed_same_bits() -> None:
     """Also the order of the data and the dropout."""
 
