@@ -306,7 +306,7 @@ def markdown(table: list[dict[str, Any]], utility: float) -> str:
     for row in table:
         name = LABELS.get(row["method"], row["method"][0].upper() + row["method"][1:])
         name += " *" if row["model_utility"] < KEEPS * utility else ""
-        rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
+        rate = rate_text(row["learning_rate"]) if "learning_rate" in row else ""
         rows.append([name, rate, *("" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values())])
     return markdown_table(["", "learning_rate", *COLUMNS], rows, texts=2)
 

@@ -77,6 +77,13 @@ def test_each_method_shows_its_best_setting_that_keeps_the_utility() -> None:
     assert lines[4].startswith("| PALU | 2e-05 | 0.3 |")
 
 
+def test_a_method_with_its_own_rate_is_in_the_table() -> None:
+    row = {"method": "palu", "learning_rate": _tofu.read_rate("own"), "model_utility": 0.5}
+    table = _tofu.markdown([dict.fromkeys(_tofu.COLUMNS.values()) | row], utility=0.5)
+    assert table.splitlines()[-1].startswith("| PALU | own |")
+    assert [_tofu.rate_text(_tofu.read_rate(text)) for text in ("own", "5e-05")] == ["own", "5e-05"]
+
+
 def test_a_figure_that_is_missing_stays_missing() -> None:
     rows = [run("original", 1e-9, 0.4), run("npo", 0.1, 0.4, 1e-5) | {"privleak": None}]
     row = bench_tofu.chosen(rows, utility=0.4)[1]
