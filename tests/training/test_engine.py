@@ -211,7 +211,7 @@ os._exit(0)
 def test_long_work_of_one_process_is_waited_for(tmp_path: Path) -> None:
     """Longer than a collective would wait: the control shows that it would not."""
     (tmp_path / "patience.py").write_text(PATIENCE)
-    said = launch(str(tmp_path / "patience.py")).splitlines()
+    said = launch(str(tmp_path / "patience.py"))  # two processes may write into one line
     assert said.count("annotated") == PROCESSES
     assert "a collective gave up on process 1" in said
 
