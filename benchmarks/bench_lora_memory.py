@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from typing import Any
 
 import torch
 from _measure import DEVICE, peak, report, reset_peak, status
@@ -45,10 +44,7 @@ def main() -> None:
 def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, object]:
     """Unlearn for a few steps in this process; returns its row of the table."""
     secrets, kept, _ = read_questions()
-    loaded, tokenizer = load_packaged("smollm2")
-    model = loaded if mode == "full" else with_lora(loaded, rank)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    del loaded
+    model, tokenizer = load_packaged("smollm2")
     reset_peak()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else status("VmRSS")
     clock = time.perf_counter()
@@ -64,25 +60,18 @@ def measure(mode: str, checkpointing: bool, steps: int, rank: int) -> dict[str, 
         retain_batch_size=6,
         gradient_accumulation_steps=1,
         anchors=0,
+        lora_rank=rank if mode == "lora" else None,
         gradient_checkpointing=checkpointing,
         progress=False,
     )
     return {
         "mode": mode,
         "checkpointing": checkpointing,
-        "trainable": trainable,
         "tokens": result.history[-1]["tokens"],
         "before_gib": round(before / 2**30, 3),
         "peak_gib": round(peak() / 2**30, 3),
         "seconds": round(time.perf_counter() - clock, 1),
     }
-
-
-def with_lora(model: Any, rank: int) -> Any:
-    """Put a LoRA adapter on every linear layer but the head."""
-    import peft  # here, so that the full run does without it
-
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 if __name__ == "__main__":

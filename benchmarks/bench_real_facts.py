@@ -17,7 +17,7 @@ with ``--part choose``, on six relations, and reported with ``--part report``, o
 
     make models
     python benchmarks/bench_real_facts.py --model qwen2.5 --seeds 0 1 2 --settings '{"learning_rate": 1e-5}'
-    python benchmarks/bench_real_facts.py --model gemma3 --part report --method npo --precision lora
+    python benchmarks/bench_real_facts.py --model gemma3 --part report --method npo --settings '{"lambda_retain": 0}'
 
 ``--known`` only prints how many facts of each relation a model answers right.
 """
@@ -39,7 +39,6 @@ import transformers
 from _measure import peak, report, reset_peak
 from _methods import METHODS
 from _models import Loaded, Row, general_questions
-from bench_lora_memory import with_lora
 from scipy.stats import binomtest
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,7 +79,6 @@ PRECISIONS = {
     "mixed": Precision(torch.float32, mixed_precision="bf16"),
     "bfloat16": Precision(torch.bfloat16),
     "bfloat16_8bit": Precision(torch.bfloat16, optimizer="adamw_8bit"),
-    "lora": Precision(torch.float32),
 }
 
 
@@ -280,8 +278,6 @@ def main() -> None:
         if runs:  # the last one has forgotten
             del model
             model, tokenizer = load(args)
-        if args.precision == "lora":
-            model = with_lora(model, 8)
         runs.append(run(args, (model, tokenizer), before, seed))
         print(json.dumps(runs[-1]), flush=True)
     figures = ("seed", "steps", "seconds", "peak_gib", "nll_before", "nll_after")

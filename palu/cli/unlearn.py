@@ -46,7 +46,6 @@ def unlearn(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     lora: Annotated[bool, _lora("--lora")] = False,
-    lora_rank: Annotated[int, _lora(min=1)] = 8,
     lora_alpha: Annotated[float, _lora()] = 16,
     lora_dropout: Annotated[float, _lora(min=0, max=1)] = 0.0,
     lora_target: Annotated[str, _lora()] = "all-linear",
@@ -73,8 +72,7 @@ def unlearn(
             or an adapter.
         overwrite: Start again where --output holds an earlier run, of which palu's files are deleted.
         as_json: Print how it came out as one JSON object on stdout, and all else on stderr.
-        lora: Train a new LoRA adapter, not the model.
-        lora_rank: Rank of the adapter.
+        lora: Write the LoRA adapter of --lora-rank, not a model that it is merged into.
         lora_alpha: Its scale is alpha / rank.
         lora_dropout: Dropout before the adapter.
         lora_target: The layers that get it: all-linear (of the body), or names with commas between them.
@@ -82,8 +80,9 @@ def unlearn(
     stdout = sys.stdout
     if as_json:
         ctx.with_resource(redirect_stdout(sys.stderr))
-    if not lora and (alone := [n for n in ctx.params if n.startswith("lora_") and given_by(ctx, n) != "DEFAULT"]):
-        raise ValueError(f"{alone[0]} was given without --lora; add --lora or leave it out")
+    own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
+    if own and not lora:
+        raise ValueError(f"{own[0]} was given without --lora; add --lora or leave it out")
     if not lora and not models.is_adapter(model):
         if quantize is not None:
             raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
@@ -113,6 +112,8 @@ def unlearn(
     if retain == "none":
         implied["lambda_retain"] = 0.0
     config = UnlearnConfig().with_recipe(recipe).replace(**implied | settings)
+    if lora and config.method.lora_rank is None:
+        raise ValueError("--lora: this method trains all weights by default; give --lora-rank, too, such as 8")
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         check_output(output, overwrite, settings)
         check_folder(output, subject)
@@ -157,7 +158,7 @@ def unlearn(
     trained = models.load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
     reference = None if ref_model is None else models.load_model(ref_model, dtype, quantize=quantize, empty=empty)
     if lora:
-        trained = add_lora(trained, config.seed, lora_rank, lora_alpha, lora_dropout, lora_target)
+        trained = add_lora(trained, config.seed, config.method.lora_rank, lora_alpha, lora_dropout, lora_target)
 
     with raise_on_all_ranks(processes):
         if processes.is_main_process:

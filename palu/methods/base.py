@@ -16,7 +16,7 @@ from palu.losses import CrossEntropyTerm, Term, fused_linear_losses
 from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM
 from palu.models.root import ModelRoot
-from palu.settings import RunSettings, Settings, not_negative
+from palu.settings import RunSettings, Settings, count, not_negative
 
 Role: TypeAlias = Literal["targets", "others", "retain"]  # of the rows of a batch
 ROLES: tuple[Role, ...] = ("targets", "others", "retain")
@@ -30,10 +30,14 @@ class MethodSettings(Settings):
         gamma: weight of the loss on the forget set (PALU: of the local loss). A term of weight 0 is not computed, and
             stands as 0 in the history.
         lambda_retain: weight of the cross-entropy on the retain set.
+        lora_rank: rank of the LoRA adapter that is trained in place of the weights, on every linear layer of the body,
+            and merged into them at the end. ``None``: the weights themselves are trained. Of a ``peft.PeftModel`` its
+            own adapter is.
     """
 
     gamma: float = not_negative(1.0)
     lambda_retain: float = not_negative(1.0)
+    lora_rank: int | None = count(None, "all weights")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimisation steps that a run takes, where its settings say nothing: 8 passes."""

@@ -48,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "anchors": 0,
         "neighbours": 0,
         "variants": 0,
+        "lora_rank": None,
     },
 }
 
@@ -96,6 +97,7 @@ class PaluSettings(MethodSettings):
         -1, lambda value: is_int(value) and (value == -1 or value > 0), "give a positive integer, or -1 for whole spans"
     )
     top_k: int = count(50)
+    lora_rank: int | None = count(8, "all weights")
     target: str | float = setting(
         "global_mean",
         lambda value: value in TARGETS if isinstance(value, str) else is_number(value),

@@ -1,6 +1,6 @@
-"""LoRA adapters of PEFT: reach through a ``PeftModel``, switch its adapter off, and check which adapters are accepted.
+"""LoRA adapters of PEFT: add one for a run, reach through a ``PeftModel``, switch its adapter off, check what it is.
 
-PEFT is not needed, and not imported, for models without an adapter.
+PEFT is not imported for models that neither have nor get an adapter.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from itertools import chain, permutations
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from palu.quiet import silence_noise
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,6 +53,46 @@ def original_name(name: str) -> str | None:
     if re.search(_OF_ADAPTER, name):
         return None
     return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+
+@contextmanager
+def added_adapter(model: CausalLM, rank: int | None, seed: int) -> Iterator[CausalLM]:
+    """Yield the model with a new LoRA adapter, which is merged into its weights at the end of the block.
+
+    The adapter is on every linear layer of the body whose weight requires a gradient. A model that has an adapter, and
+    one for which ``rank`` is None, is yielded as it is.
+
+    Args:
+        seed: draws the adapter's first weights: the same ones, so that a resumed run starts from them.
+    """
+    base: Any = model
+    if rank is None or is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
+        yield model
+        return
+    silence_noise()
+    import peft
+
+    head = base.get_output_embeddings()
+    flags = [(p, p.requires_grad) for p in base.parameters()]
+    layers = [
+        name
+        for name, layer in base.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and layer.weight.requires_grad
+    ]
+    if not layers:
+        raise ValueError(f"lora_rank = {rank}: no linear layer of the model requires a gradient; give lora_rank=None")
+    with torch.random.fork_rng({p.device for p, _ in flags if p.device.type == "cuda"}):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=layers)
+        adapted: Any = peft.get_peft_model(base, config).train(base.training)
+    try:
+        yield adapted
+    finally:
+        trained = any(p.is_meta or bool(p.any()) for name, p in adapted.named_parameters() if "lora_B" in name)
+        adapted.merge_and_unload() if trained else adapted.unload()  # which leaves every bit as it was
+        vars(base).pop("peft_config", None)
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,13 @@ from palu.config import UnlearnConfig
 from palu.distributed import raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
-from palu.models.lora import CausalLM, base_of, inputs_require_grad
+from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad
 from palu.models.quantized import check_mergeable
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
 from palu.training.checkpoint import open_checkpoints
-from palu.training.datasets import check_forward_passes, prepare_run
+from palu.training.datasets import RunData, check_forward_passes, prepare_run
 from palu.training.engine import (
     SHARDED,
     keep_dtypes,
@@ -138,6 +139,27 @@ def unlearn(
         check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
+    with added_adapter(model, config.method.lora_rank, config.seed) as adapted:
+        result = train(adapted, ref_model, data, tokenizer, accelerator, evaluate, callbacks)
+    if adapted is not model:  # it has been merged
+        result = dataclasses.replace(result, model=model)
+    if config.progress and accelerator.is_main_process:
+        wrote = result.summary["neighbours"] if retain is None and config.reference.neighbours else None
+        print(ending(result.history, result.summary["ended_by"], config.method, neighbours=wrote), file=sys.stderr)
+    return result
+
+
+def train(
+    model: CausalLM,
+    ref_model: CausalLM | None,
+    data: RunData,
+    tokenizer: PreTrainedTokenizerBase | None,
+    accelerator: Accelerator,
+    evaluate: Evaluate | None,
+    callbacks: Sequence[TrainerCallback],
+) -> UnlearnResult:
+    """Train the model on what :func:`palu.training.datasets.prepare_run` has made; see :func:`unlearn`."""
+    config = data.config
     checkpoints = open_checkpoints(model, ref_model, data, accelerator)
 
     progress = config.progress and accelerator.is_main_process
@@ -186,10 +208,6 @@ def unlearn(
                     if events.ended_by:
                         break
             run.give_weights_back()
-
-    if progress:
-        wrote = cache.neighbours if retain is None and config.reference.neighbours else None
-        print(ending(history, events.ended_by, config.method, neighbours=wrote), file=sys.stderr)
 
     summary = {
         **data.counts,

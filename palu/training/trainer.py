@@ -84,7 +84,8 @@ class PaluTrainer(Trainer):
     reference cache and the history.
 
     Args:
-        model, ref_model, forget, retain: as for :func:`palu.unlearn`. Without a
+        model, ref_model, forget, retain: as for :func:`palu.unlearn`, but that the model is trained as it is: the
+            adapter that ``palu.unlearn`` adds by default is to be added before (``peft.get_peft_model``). Without a
             ``ref_model``, the reference is the ``model`` as it is now: to resume, pass the starting model again, not a
             checkpoint's.
         args: Trainer's; ``None``: its defaults.
@@ -122,6 +123,7 @@ class PaluTrainer(Trainer):
             batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             epochs=args.max_steps if args.max_steps > 0 else max(math.ceil(args.num_train_epochs), 1),  # at least
+            lora_rank=None,  # the model is trained as it is given
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         data = prepare_run(
@@ -333,6 +335,10 @@ def check_arguments(model: CausalLM, args: TrainingArguments, config: UnlearnCon
     for field, argument in TRAINERS.items():
         if (value := getattr(config, field)) != getattr(defaults, field):
             raise ValueError(f"{field} = {value!r}: PaluTrainer goes by Trainer's {argument}; leave it out of config")
+    if (rank := config.method.lora_rank) not in (None, type(config.method)().lora_rank):
+        raise ValueError(
+            f"lora_rank = {rank}: PaluTrainer trains the model as it is; give a peft.PeftModel, and leave it out"
+        )
     if config.merge_adapter:
         raise ValueError(
             "merge_adapter = True: PaluTrainer leaves the adapter in; call merge_and_unload() of the trained model"

@@ -24,7 +24,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--recipe papers", "'papers'"),
     ("unlearn", "--lr 1e-4", "No such option: --lr (Possible options: --learning-rate)"),
     ("unlearn", "--nonsense", "No such option: --nonsense"),
-    ("unlearn", "--lora-rank 4", "lora_rank was given without --lora; add --lora or leave it out"),
+    ("unlearn", "--lora-alpha 4", "lora_alpha was given without --lora; add --lora or leave it out"),
     ("unlearn", "--model a/b/c", "--model a/b/c: there is no such folder"),
     ("unlearn", "--model {folder}", "--model {folder}: the folder holds no config.json, so it is no model's"),
     ("unlearn", "--model no,model", "--model no,model: there is no such folder, and it cannot be a name on the hub"),

@@ -29,6 +29,6 @@ def unlearn(
     model: Any = None, ref_model: Any = None, forget: Any = TEXT_FORGET, retain: Any = None, **settings: Any
 ) -> palu.UnlearnResult:
     model = llama() if model is None else model
-    given: dict[str, Any] = {"tokenizer": TOKENIZER, "max_length": 200, "progress": False}
+    given: dict[str, Any] = {"tokenizer": TOKENIZER, "max_length": 200, "progress": False, "lora_rank": None}
     given |= {"epochs": 1, "batch_size": 2, "learning_rate": 1e-3}
     return palu.unlearn(model, ref_model, forget, retain, **given | settings)

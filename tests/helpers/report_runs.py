@@ -38,6 +38,7 @@ CONFIG = palu.UnlearnConfig(
     lambda_kl=1.0,
     neighbours=0,
     variants=0,
+    lora_rank=None,
     progress=False,
 )
 

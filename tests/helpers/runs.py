@@ -28,7 +28,9 @@ def unlearn(
 ) -> palu.UnlearnResult:
     """palu.unlearn with settings that suit tiny models; a device's own unless the test says otherwise."""
     other = settings.get("objective", "palu") in METHODS.keys() - {"palu"} or "local_loss" in settings
-    defaults = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "progress": False} | ({} if other else ENTROPY)
+    defaults = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "progress": False, "lora_rank": None} | (
+        {} if other else ENTROPY
+    )
     settings = defaults | settings
     forget = forget_rows() if forget is None else forget
     retain = retain_rows() if retain is None else retain

@@ -81,7 +81,8 @@ class Scenario(NamedTuple):
     def loop(self, model: Any = None, **more: Any) -> palu.UnlearnResult:
         """Run it by palu.unlearn; ``more``: arguments that come before the scenario's own."""
         model = self.build() if model is None else model
-        return palu.unlearn(model, **self.given | SETTINGS | endless(self.settings | more))
+        weights: dict[str, Any] = {"lora_rank": None}  # as PaluTrainer trains them
+        return palu.unlearn(model, **self.given | SETTINGS | weights | endless(self.settings | more))
 
     def trainer(self, folder: Path, *, resume: bool | None = None, **more: Any) -> palu.PaluTrainer:
         """Run it by PaluTrainer; ``more``: further arguments of Trainer."""

@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": LEARNING_RATE,
 }
 SETTINGS |= {"epochs": STEPS, "n": 2, "gamma": 1.3, "lambda_kl": 0.7, "lambda_retain": 0.5}
-SETTINGS |= {"progress": False}
+SETTINGS |= {"progress": False, "lora_rank": None}
 ANCHORS = 4  # all of them in each step
 END_IDS = {SPECIAL.index("<|end_of_text|>"), SPECIAL.index("<|eot_id|>")}  # of Llama 3's answers
 

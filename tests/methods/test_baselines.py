@@ -91,7 +91,7 @@ def unlearn(objective: str, model: LlamaForCausalLM, ref_model: Any = None, **se
     """palu.unlearn on the method's examples, each step over all of them unless the settings say otherwise."""
     forget, tokenizer = (TEXT, BYTE_LEVEL) if objective == "dpo" else (example_rows(), None)
     given = {"forget": forget, "retain": retain_rows(8), "tokenizer": tokenizer, "epochs": 1, "batch_size": 8}
-    given |= {"learning_rate": 1e-3, "progress": False} | settings
+    given |= {"learning_rate": 1e-3, "progress": False, "lora_rank": None} | settings
     return palu.unlearn(model, ref_model, objective=objective, **given)
 
 

@@ -25,7 +25,7 @@ LONG = [{"question": "Who wrote it?", "answer": ANSWER, "spans": [[0, 12]]}]
 CUT = [{"question": "Who wrote it?", "answer": "The cat sat. " * 30 + "Ada did.", "spans": [[390, 393]]}]
 KEPT = [LONG[0] | {"question": "Who was it?"}]
 TOKENIZER = byte_level(CHATML, bos=False)
-SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "progress": False}
+SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "progress": False, "lora_rank": None}
 
 
 def small(kind: str = "GPT2", **more: Any) -> Any:

@@ -38,7 +38,7 @@ RUN_AGAIN = "delete it to have the reference run again"
 
 
 def unlearn(model: Any = None, ref_model: Any = None, **settings: Any) -> palu.UnlearnResult:
-    given = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False} | settings
+    given = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "progress": False, "lora_rank": None} | settings
     return palu.unlearn(model or tiny_llama(), ref_model, forget_rows(), retain_rows(), **given)
 
 
