@@ -144,12 +144,16 @@ def _answer_rows(example: Example) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Examples laid end to end in one sequence of T tokens, positions restarting at each."""
+    """Examples laid end to end in one sequence of T tokens, positions restarting at each.
+
+    Where they share a prefix it comes once, before all of them, and each goes on from it with a token of its own.
+    """
 
     input_ids: Tensor  # int64 [1, T]
     position_ids: Tensor  # int64 [1, T]
-    cu_seq_lens: Tensor  # int32 [examples + 1]: where each example begins, and T
-    sequence_lengths: tuple[int, ...]
+    cu_seq_lens: Tensor  # int32 [sequences + 1]: where each begins, and T
+    sequence_lengths: tuple[int, ...]  # of the shared prefix, if there is one, and of what each example has beside it
+    prefix: int = 0  # tokens of the shared prefix
 
     def to(self, device: torch.device) -> Packed:
         """Copy it to a device; copies from pinned memory do not block."""
@@ -167,24 +171,63 @@ class Packed:
             "max_length_q": longest,
             "max_length_k": longest,
             "sequence_lengths": self.sequence_lengths,
-        }
+        } | ({"shared_prefix": self.prefix} if self.prefix else {})
+
+    def rows(self, items: Sequence[Item]) -> list[Tensor]:
+        """Return each item's rows as positions of the packed sequence, for the items that were packed."""
+        starts = iter([*accumulate(self.sequence_lengths, initial=0)][bool(self.prefix) :])
+        rows = []
+        for item in items:
+            found, begin = item.rows.clone(), 0  # of an example in the item
+            for length in _lengths(item):
+                start = next(starts) - self.prefix
+                within = (item.rows >= begin) & (item.rows < begin + length)
+                place = item.rows - begin
+                found[within] = torch.where(place < self.prefix, place, start + place)[within]
+                begin += length
+            rows.append(found)
+        return rows
 
 
-def pack(items: Sequence[Item]) -> Packed:
-    """Pack examples end to end."""
-    lengths = tuple(length for item in items for length in item.lengths or (len(item.input_ids),))
+def pack(items: Sequence[Item], *, share_prefix: bool = False) -> Packed:
+    """Pack examples end to end.
+
+    ``share_prefix``: the tokens with which all of them begin come once, such as a chat template's system prompt; see
+    :func:`palu.models.attention.shares_prefix`.
+    """
+    parts = [part for item in items for part in item.input_ids.split(_lengths(item))]
+    prefix = _common_prefix(parts) if share_prefix else 0
+    if prefix:
+        parts = [parts[0][:prefix], *(part[prefix:] for part in parts)]
+    lengths = tuple(map(len, parts))
+    positions = [torch.arange(length) + prefix * (number > 0) for number, length in enumerate(lengths)]
     return Packed(
-        torch.cat([item.input_ids for item in items])[None],
-        torch.cat([torch.arange(length) for length in lengths])[None],
+        torch.cat(parts)[None],
+        torch.cat(positions)[None],
         torch.tensor((0, *accumulate(lengths)), dtype=torch.int32),
         lengths,
+        prefix,
     )
 
 
-def packed_rows(items: Sequence[Item]) -> list[Tensor]:
-    """Return each item's rows as positions of the packed sequence."""
-    starts = accumulate((len(item.input_ids) for item in items), initial=0)
-    return [item.rows + start for item, start in zip(items, starts, strict=False)]  # a start too many
+def split_roles(parts: Sequence[Tensor], items: Sequence[Item]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split what stands for each item's rows, such as their labels, into that of its targets and of its others."""
+    by_item = list(zip(parts, items, strict=True))
+    return [part[: item.targets] for part, item in by_item], [part[item.targets :] for part, item in by_item]
+
+
+def _lengths(item: Item) -> list[int]:
+    """Return the lengths of the examples in an item."""
+    return list(item.lengths) or [len(item.input_ids)]
+
+
+def _common_prefix(examples: Sequence[Tensor]) -> int:
+    """Count the tokens with which all examples begin, but for the last one of each; 0 for a single one."""
+    shortest = min(map(len, examples)) - 1
+    if len(examples) == 1:
+        return 0
+    same = torch.stack([example[:shortest] for example in examples]).eq(examples[0][:shortest]).all(0)
+    return int(same.cumprod(0).sum())
 
 
 class Counts(NamedTuple):

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.files import DataError
-from palu.data.packing import Item, pack, packed_rows, retain_items
+from palu.data.packing import Item, pack, retain_items
 from palu.data.tokenize import IGNORE, Example, check_tokenizer
 from palu.evaluate import metrics
-from palu.models.attention import use_packed_attention
+from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing, check_vocabulary
 from palu.models.generation import batches_by_length
 from palu.models.head import body_of, head_of, map_logits
@@ -165,8 +165,9 @@ def fingerprint(
 
 def states_and_labels(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     """Compute the last hidden states [n, d] of the rows that predict a labelled token; return these tokens [n], too."""
-    states = body_of(model)(**pack(items).to(model.device).inputs()).last_hidden_state[0]
-    rows, labels = torch.cat(packed_rows(items)), torch.cat([item.labels for item in items])
+    packed = pack(items, share_prefix=shares_prefix(model))
+    states = body_of(model)(**packed.to(model.device).inputs()).last_hidden_state[0]
+    rows, labels = torch.cat(packed.rows(items)), torch.cat([item.labels for item in items])
     return states.index_select(0, rows.to(model.device)), labels.to(model.device)
 
 

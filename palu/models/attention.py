@@ -2,8 +2,9 @@
 
 transformers' own SDPA path masks a packed sequence with a dense block-causal mask: correct, but every token is
 multiplied with every other. Registered here as ``"palu_packed"``: torch's variable-length FlashAttention for half
-types on CUDA, one causal call per example on a CPU, with the layer's sliding window where it has one. Under autocast
-on a CPU short examples attend in float32, which is faster there than bfloat16. Elsewhere (float32 on CUDA, where a
+types on CUDA, one causal call per example on a CPU, with the layer's sliding window where it has one. On a CPU examples
+may share a prefix, which then runs once. Under autocast on a CPU short examples attend in float32, which is faster
+there than bfloat16. Elsewhere (float32 on CUDA, where a
 call per example would cost more in launches than it saves) and for models set to another implementation, transformers'
 own path stays.
 """
@@ -52,6 +53,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sequence_lengths: tuple[int, ...],
+    shared_prefix: int = 0,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each example; a token sees itself and the ``sliding_window - 1`` tokens before it.
@@ -65,12 +67,16 @@ def packed_attention(
         sliding_window: in tokens; None: the example's beginning is the border.
         cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
         max_length_q, sequence_lengths: the longest example's length, and that of each; they add up to T.
+        shared_prefix: tokens of the first sequence, on which all others go on (on a CPU alone); 0: there is none.
     """
     masked = attention_mask is not None and sliding_window is None
     if masked or other.get("dropout") or any(other.get(name) is not None for name in _OTHER_SCORES):
         if attention_mask is None:
-            blocks = [_band(length, sliding_window, query.device) for length in sequence_lengths]
+            blocks = [_band(length, length, sliding_window, query.device) for length in sequence_lengths]
             attention_mask = torch.block_diag(*blocks).bool()[None, None]
+            if shared_prefix:
+                shown = [_band(t, shared_prefix + t, sliding_window, query.device) for t in sequence_lengths[1:]]
+                attention_mask[..., shared_prefix:, :shared_prefix] = torch.cat(shown)[:, :shared_prefix]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
     if query.is_cuda:
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
@@ -86,26 +92,29 @@ def packed_attention(
     halves = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # which autocast leaves alone
     in_float32 = halves and max_length_q <= FLOAT32_TOKENS
     qkv = [x.float() if in_float32 else x for x in (query, key, value)]
-    parts = (x.split(sequence_lengths, dim=2) for x in qkv)
+    queries, *seen = (list(x.split(sequence_lengths, dim=2)) for x in qkv)
+    if shared_prefix:
+        seen = [[x[0], *(torch.cat([x[0], own], dim=2) for own in x[1:])] for x in seen]
     with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
         examples = [
-            F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **_mask(q, sliding_window))
-            for q, k, v in zip(*parts, strict=True)
+            F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **_mask(q, k, sliding_window))
+            for q, k, v in zip(queries, *seen, strict=True)
         ]
     return torch.cat(examples, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _mask(query: Tensor, window: int | None) -> dict[str, Any]:
-    """Return SDPA's arguments for an example: a mask only where the window binds."""
-    length = query.shape[2]
-    binds = window is not None and length > window
-    return {"attn_mask": _band(length, window, query.device)} if binds else {"is_causal": True}
+def _mask(query: Tensor, key: Tensor, window: int | None) -> dict[str, Any]:
+    """Return SDPA's arguments for an example: a mask only where the window binds, or a prefix is not its own."""
+    length, seen = query.shape[2], key.shape[2]
+    if length == seen and (window is None or window >= length):
+        return {"is_causal": True}
+    return {"attn_mask": _band(length, seen, window, query.device)}
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Mark which tokens (columns) each token of an example sees: bool [length, length]."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
+def _band(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """Mark which tokens (columns) each of the last ``length`` of ``seen`` sees: bool [length, seen]."""
+    causal = torch.ones(length, seen, dtype=torch.bool, device=device).tril(seen - length)
+    return causal if window is None else causal.triu(seen - length + 1 - window)
 
 
 def _mask_of_model(*, local_size: int | None = None, use_vmap: bool = False, **arguments: Any) -> Any:
@@ -132,6 +141,14 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
     now = model.config._attn_implementation
     with _attention(model, now if not served or now != "sdpa" else PLAIN if plain else MASKED):
         yield
+
+
+def shares_prefix(model: PreTrainedModel) -> bool:
+    """Whether examples may share a prefix with :func:`use_packed_attention`: on a CPU, where no mask is needed."""
+    if model.device.type != "cpu":
+        return False
+    with use_packed_attention(model):
+        return model.config._attn_implementation == PLAIN
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.data.packing import Item, Packed, pack
+from palu.data.packing import Item, pack
 from palu.data.tokenize import check_tokenizer
-from palu.models.attention import use_packed_attention
+from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM, UnsupportedModelError, base_of, check_adapter, check_trainable, is_peft
@@ -171,19 +171,22 @@ def check_packing(
 ) -> None:
     """Raise UnsupportedModelError or ValueError where packed examples do not give what separate passes give.
 
-    Two examples of random tokens go through the body in one sequence, with the run's attention, device and precision,
-    and each one alone with the model's own attention. The model's modes, attention and device stay as they were, and so
-    do the random numbers. Only the forward pass is compared.
+    Two examples of random tokens, which begin alike, go through the body in one sequence, with the run's attention,
+    device and precision, and each one alone with the model's own attention. The model's modes, attention and device
+    stay as they were, and so do the random numbers. Only the forward pass is compared.
 
     ``name``: "model" or "ref_model", for the message. ``device``: the run's; the model is moved there and back.
     ``longest``: tokens of the run's longest text.
     """
     base = base_of(model)
-    *lengths, border = choose_probe(base.config.get_text_config(), longest)
+    *lengths, bound = choose_probe(base.config.get_text_config(), longest)
     generator = torch.Generator().manual_seed(0)
     vocab_size = head_of(base).weight.shape[0]
     ids = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
-    packed = pack([Item(i, i[:0]) for i in ids]).to(device)
+    alike = lengths[0] // 2
+    ids[1][:alike] = ids[0][:alike]
+    borders = 0, alike, bound  # where the second one's states are looked at
+    items = [Item(i, torch.arange(len(i))) for i in ids]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if half is None and torch.is_autocast_enabled(device.type):  # the caller's
         half = torch.get_autocast_dtype(device.type)
@@ -200,8 +203,8 @@ def check_packing(
         own = base.config._attn_implementation
         with use_packed_attention(base, mixed_precision):
             switched = base.config._attn_implementation != own
-            wrong = _packing_error(body, packed, alone, border, dtype)
-        mendable = wrong and switched and not _packing_error(body, packed, alone, border, dtype)
+            wrong = _packing_error(body, items, alone, borders, dtype, share_prefix=shares_prefix(base))
+        mendable = wrong and switched and not _packing_error(body, items, alone, borders, dtype)
     if not wrong:
         return
     kind = type(base).__name__
@@ -217,11 +220,19 @@ def check_packing(
 
 
 def _packing_error(
-    body: torch.nn.Module, packed: Packed, alone: list[torch.Tensor], border: int, dtype: torch.dtype
+    body: torch.nn.Module,
+    items: list[Item],
+    alone: list[torch.Tensor],
+    borders: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    share_prefix: bool = False,
 ) -> str:
     """Say how the packed sequence's hidden states differ from those of the examples alone; "" where they do not."""
+    packed, device = pack(items, share_prefix=share_prefix), alone[0].device
     try:
-        together = body(**packed.inputs()).last_hidden_state[0].split([len(states) for states in alone])
+        states = body(**packed.to(device).inputs()).last_hidden_state[0]
+        together = [states[rows.to(device)] for rows in packed.rows(items)]
     except (NotImplementedError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     first, second = (
@@ -229,9 +240,9 @@ def _packing_error(
     )
     # What a convolution or a recurrent state carries across a border fades, and a window binds from its width on.
     # Means, since in a mixture of experts rounding may send single tokens to another expert.
-    parts = [first, second[:8], second[border:]]
+    parts = [first, *(second[i : i + 8] for i in borders[:-1]), second[borders[-1] :]]
     difference = float(torch.stack([part.mean() for part in parts if len(part)]).max())
-    tolerance = _tolerance(dtype, packed.input_ids.device)
+    tolerance = _tolerance(dtype, device)
     if not difference > tolerance:  # NaN weights pass: the first step reports them
         return ""
     name = str(dtype).removeprefix("torch.")

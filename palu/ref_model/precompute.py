@@ -21,10 +21,10 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Item, Items, pack, packed_rows
+from palu.data.packing import Item, Items, pack, split_roles
 from palu.distributed import autocast, gather_values, raise_on_all_ranks
 from palu.methods.base import RefField, RefRows
-from palu.models.attention import use_packed_attention
+from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.generation import eval_mode
 from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM, base_of, without_adapter
@@ -179,11 +179,13 @@ def _run(
     with tqdm(total=len(items) + len(anchors), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
-            packed, rows = pack(own).to(device), packed_rows(own)
-            states, ids = body(**packed.inputs()).last_hidden_state[0], packed.input_ids[0]
-            targets = torch.cat([part[: item.targets] for part, item in zip(rows, own, strict=True)]).to(device)
-            others = torch.cat([part[item.targets :] for part, item in zip(rows, own, strict=True)]).to(device)
-            looked_at = RefRows(states[targets], states[others], ids[targets + 1], ids[others + 1])
+            packed = pack(own, share_prefix=shares_prefix(base_of(model)))
+            states = body(**packed.to(device).inputs()).last_hidden_state[0]
+            rows, labels = packed.rows(own), [item.labels for item in own]
+            targets, others = (torch.cat(part).to(device) for part in split_roles(rows, own))
+            looked_at = RefRows(
+                states[targets], states[others], *(torch.cat(part).to(device) for part in split_roles(labels, own))
+            )
             # ZeRO-3 drops a head that is tied to the embeddings after their pass, so it is asked for again.
             outputs = compute(looked_at, head_of(model)) if compute is not None else {}
             for rank, group in enumerate(passes):

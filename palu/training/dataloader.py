@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Counts, Item, Items, pack, packed_rows
+from palu.data.packing import Batch, Counts, Item, Items, pack, split_roles
 from palu.ref_model.storage import ReferenceCache
 
 # What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
@@ -40,6 +40,7 @@ class UnlearnDataLoader:
         process_index: int = 0,
         num_processes: int = 1,
         pin_memory: bool = False,
+        share_prefix: bool = False,
     ):
         self.forget, self.retain, self.cache = forget, retain, cache
         self.max_tokens = config.max_tokens
@@ -52,7 +53,7 @@ class UnlearnDataLoader:
         self.retain_batch_size = beside if retain else 0
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
-        self.pin_memory = pin_memory
+        self.pin_memory, self.share_prefix = pin_memory, share_prefix
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
         # Neighbours come first among the anchors, then variants.
@@ -124,7 +125,7 @@ class UnlearnDataLoader:
         items = [self.forget[i] if i < forget else anchors[i - forget] for i in chosen]
         kept = [self.retain[i] for i in retain]
         if items:
-            batch = collate(items, kept, [self.cache.outputs[i] for i in chosen])
+            batch = collate(items, kept, [self.cache.outputs[i] for i in chosen], share_prefix=self.share_prefix)
         else:  # nothing is left for this process, or for this part: it runs one token, which has no part in the loss
             idle = self.forget[0]
             token = Item(idle.input_ids[:1], idle.rows[:0])
@@ -165,18 +166,20 @@ def collate(
     outputs: Sequence[dict[str, Tensor]],
     *,
     examples: int | None = None,
+    share_prefix: bool = False,
 ) -> Batch:
     """Pack forget items (or anchors) and retain items into one sequence, with the rows of one role side by side.
 
     ``outputs``: the reference fields of each of ``items``; ``examples``: how many of these count; ``None``: all.
+    ``share_prefix``: see :func:`palu.data.packing.pack`.
     """
-    packed = pack([*items, *retain])
-    rows = packed_rows([*items, *retain])
+    packed = pack([*items, *retain], share_prefix=share_prefix)
+    rows = packed.rows([*items, *retain])
     own, whose = rows[: len(items)], [torch.full_like(item.rows, i) for i, item in enumerate(items)]
 
     def targets_first(parts: Sequence[Tensor]) -> list[Tensor]:
-        by_item = list(zip(parts, items, strict=True))
-        return [part[: item.targets] for part, item in by_item] + [part[item.targets :] for part, item in by_item]
+        targets, others = split_roles(parts, items)
+        return targets + others
 
     return Batch(
         packed,

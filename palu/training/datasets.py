@@ -18,9 +18,10 @@ from palu.data.packing import Items, retain_items
 from palu.data.rows import iterate_rows, load_marked_texts, text_rows
 from palu.data.tokenize import Example
 from palu.methods.base import ForgetSet
+from palu.models.attention import shares_prefix
 from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.head import head_of
-from palu.models.lora import CausalLM
+from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
@@ -46,8 +47,8 @@ class RunData:
         """Return the fingerprints of what the run starts from."""
         return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts)
 
-    def loader(self, cache: ReferenceCache, accelerator: Accelerator) -> UnlearnDataLoader:
-        """Return the data loader of this process."""
+    def loader(self, cache: ReferenceCache, accelerator: Accelerator, model: CausalLM) -> UnlearnDataLoader:
+        """Return the data loader of this process, for the model as it is trained."""
         return UnlearnDataLoader(
             self.forget,
             self.retain,
@@ -56,6 +57,7 @@ class RunData:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            share_prefix=shares_prefix(base_of(model)),
         )
 
 

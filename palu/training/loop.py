@@ -188,7 +188,7 @@ def train(
     del reference
     set_seed(config.seed, device_specific=True)
     with training_mode(trained, config, accelerator), tracking(accelerator, config):
-        loader = data.loader(cache, accelerator)
+        loader = data.loader(cache, accelerator, trained)
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler)

@@ -157,7 +157,7 @@ class PaluTrainer(Trainer):
             file=open_cache_file(data.config, self.reference_key),
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
-        self.steps_per_epoch = len(data.loader(self.cache, self.accelerator))
+        self.steps_per_epoch = len(data.loader(self.cache, self.accelerator, self.model))
         self.history: list[dict[str, float]] = []
         self.logged = 0  # records of the history that have been
         self.done: list[tuple[Batch, Losses]] = []  # the micro-batches of this step
@@ -187,7 +187,7 @@ class PaluTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the micro-batches of an epoch, in the order of :class:`palu.training.dataloader.UnlearnDataLoader`."""
-        loader = self.data.loader(self.cache, self.accelerator)
+        loader = self.data.loader(self.cache, self.accelerator, self.model)
         loader.skip_epochs(len(self.history) // len(loader))  # what was seen of the epoch after these, Trainer skips
         # A generator of its own, so that it draws none of the model's random numbers.
         return DataLoader(MicroBatches(loader), None, generator=torch.Generator())
