@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.ops import prefix_mask
+
+LEAST_SHARED = 8  # tokens; a mask for each example costs more than fewer save
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,16 @@ def _answer_rows(example: Example) -> Tensor:
 class Packed:
     """Examples laid end to end in one sequence of T tokens, positions restarting at each.
 
-    Where they share a prefix it comes once, before all of them, and each goes on from it with a token of its own.
+    What an example has in common with the beginning of one of them, the leader, may be left out of it: it goes on from
+    the leader's first tokens.
     """
 
     input_ids: Tensor  # int64 [1, T]
     position_ids: Tensor  # int64 [1, T]
-    cu_seq_lens: Tensor  # int32 [sequences + 1]: where each begins, and T
-    sequence_lengths: tuple[int, ...]  # of the shared prefix, if there is one, and of what each example has beside it
-    prefix: int = 0  # tokens of the shared prefix
+    cu_seq_lens: Tensor  # int32 [examples + 1]: where each example begins, and T
+    sequence_lengths: tuple[int, ...]  # of each example, but for what it shares
+    shared_lengths: tuple[int, ...]  # of the leader's beginning, from which each example goes on; 0: it shares nothing
+    leader: int = 0  # its number
 
     def to(self, device: torch.device) -> Packed:
         """Copy it to a device; copies from pinned memory do not block."""
@@ -171,43 +176,59 @@ class Packed:
             "max_length_q": longest,
             "max_length_k": longest,
             "sequence_lengths": self.sequence_lengths,
-        } | ({"shared_prefix": self.prefix} if self.prefix else {})
+            "shared_lengths": self.shared_lengths,
+            "leader": self.leader,
+        }
 
     def rows(self, items: Sequence[Item]) -> list[Tensor]:
         """Return each item's rows as positions of the packed sequence, for the items that were packed."""
-        starts = iter([*accumulate(self.sequence_lengths, initial=0)][bool(self.prefix) :])
-        rows = []
+        starts = [*accumulate(self.sequence_lengths, initial=0)]
+        numbers = iter(range(len(self.sequence_lengths)))
+        found = []
         for item in items:
-            found, begin = item.rows.clone(), 0  # of an example in the item
+            rows, begin = item.rows.clone(), 0  # of an example in the item
             for length in _lengths(item):
-                start = next(starts) - self.prefix
-                within = (item.rows >= begin) & (item.rows < begin + length)
-                place = item.rows - begin
-                found[within] = torch.where(place < self.prefix, place, start + place)[within]
+                number = next(numbers)
+                place, shared = item.rows - begin, self.shared_lengths[number]
+                there = torch.where(place < shared, starts[self.leader] + place, starts[number] + place - shared)
+                rows = torch.where((place >= 0) & (place < length), there, rows)
                 begin += length
-            rows.append(found)
-        return rows
+            found.append(rows)
+        return found
 
 
 def pack(items: Sequence[Item], *, share_prefix: bool = False) -> Packed:
     """Pack examples end to end.
 
-    ``share_prefix``: the tokens with which all of them begin come once, such as a chat template's system prompt; see
-    :func:`palu.models.attention.shares_prefix`.
+    ``share_prefix``: what they have in common with the beginning of one of them comes once, such as a chat template's
+    system prompt; see :func:`palu.models.attention.shares_prefix`.
     """
-    parts = [part for item in items for part in item.input_ids.split(_lengths(item))]
-    prefix = _common_prefix(parts) if share_prefix else 0
-    if prefix:
-        parts = [parts[0][:prefix], *(part[prefix:] for part in parts)]
+    examples = [part for item in items for part in item.input_ids.split(_lengths(item))]
+    leader, shared = _common_beginnings(examples) if share_prefix else (0, [0] * len(examples))
+    parts = [example[skip:] for example, skip in zip(examples, shared, strict=True)]
     lengths = tuple(map(len, parts))
-    positions = [torch.arange(length) + prefix * (number > 0) for number, length in enumerate(lengths)]
     return Packed(
         torch.cat(parts)[None],
-        torch.cat(positions)[None],
+        torch.cat([torch.arange(skip, len(example)) for example, skip in zip(examples, shared, strict=True)])[None],
         torch.tensor((0, *accumulate(lengths)), dtype=torch.int32),
         lengths,
-        prefix,
+        tuple(shared),
+        leader,
     )
+
+
+def _common_beginnings(examples: Sequence[Tensor]) -> tuple[int, list[int]]:
+    """Choose the example whose beginning the others share most of; return how many of its tokens each one shares.
+
+    Each keeps a token of its own, and the chosen one all; fewer than LEAST_SHARED are not shared.
+    """
+    padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
+    places, lengths = torch.arange(padded.shape[1]), torch.tensor([len(example) for example in examples])
+    own = places < lengths[:, None] - 1
+    common = torch.stack([((padded == one) & own).cumprod(1).sum(1) for one in padded])  # [leader, example]
+    common = common.fill_diagonal_(0).where(common >= LEAST_SHARED, 0)
+    leader = int(common.sum(1).argmax())
+    return leader, common[leader].tolist()
 
 
 def split_roles(parts: Sequence[Tensor], items: Sequence[Item]) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,10 +3,9 @@
 transformers' own SDPA path masks a packed sequence with a dense block-causal mask: correct, but every token is
 multiplied with every other. Registered here as ``"palu_packed"``: torch's variable-length FlashAttention for half
 types on CUDA, one causal call per example on a CPU, with the layer's sliding window where it has one. On a CPU examples
-may share a prefix, which then runs once. Under autocast on a CPU short examples attend in float32, which is faster
-there than bfloat16. Elsewhere (float32 on CUDA, where a
-call per example would cost more in launches than it saves) and for models set to another implementation, transformers'
-own path stays.
+that begin alike may share that part, which then runs once. Under autocast on a CPU short examples attend in float32,
+which is faster there than bfloat16. Elsewhere (float32 on CUDA, where a call per example would cost more in launches
+than it saves) and for models set to another implementation, transformers' own path stays.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ def packed_attention(
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sequence_lengths: tuple[int, ...],
-    shared_prefix: int = 0,
+    shared_lengths: tuple[int, ...],
+    leader: int,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each example; a token sees itself and the ``sliding_window - 1`` tokens before it.
@@ -67,16 +68,18 @@ def packed_attention(
         sliding_window: in tokens; None: the example's beginning is the border.
         cu_seq_lens_q: [examples + 1], int32, where each example begins and the last ends.
         max_length_q, sequence_lengths: the longest example's length, and that of each; they add up to T.
-        shared_prefix: tokens of the first sequence, on which all others go on (on a CPU alone); 0: there is none.
+        shared_lengths, leader: how many of the first tokens of the leader each example goes on from, in place of
+            tokens of its own; other than 0 on a CPU alone.
     """
     masked = attention_mask is not None and sliding_window is None
     if masked or other.get("dropout") or any(other.get(name) is not None for name in _OTHER_SCORES):
         if attention_mask is None:
             blocks = [_band(length, length, sliding_window, query.device) for length in sequence_lengths]
             attention_mask = torch.block_diag(*blocks).bool()[None, None]
-            if shared_prefix:
-                shown = [_band(t, shared_prefix + t, sliding_window, query.device) for t in sequence_lengths[1:]]
-                attention_mask[..., shared_prefix:, :shared_prefix] = torch.cat(shown)[:, :shared_prefix]
+            starts = [*accumulate(sequence_lengths, initial=0)]
+            for start, length, shared in zip(starts, sequence_lengths, shared_lengths, strict=False):
+                seen = _band(length, shared + length, sliding_window, query.device)[:, :shared]
+                attention_mask[..., start : start + length, starts[leader] : starts[leader] + shared] |= seen
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
     if query.is_cuda:
         if torch.is_autocast_enabled("cuda"):  # rotary embeddings are computed in float32
@@ -92,19 +95,21 @@ def packed_attention(
     halves = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # which autocast leaves alone
     in_float32 = halves and max_length_q <= FLOAT32_TOKENS
     qkv = [x.float() if in_float32 else x for x in (query, key, value)]
-    queries, *seen = (list(x.split(sequence_lengths, dim=2)) for x in qkv)
-    if shared_prefix:
-        seen = [[x[0], *(torch.cat([x[0], own], dim=2) for own in x[1:])] for x in seen]
+    queries, *parts = (x.split(sequence_lengths, dim=2) for x in qkv)
+    keys, values = (
+        [torch.cat([x[leader][:, :, :n], own], dim=2) if n else own for own, n in zip(x, shared_lengths, strict=True)]
+        for x in parts
+    )
     with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
         examples = [
             F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **_mask(q, k, sliding_window))
-            for q, k, v in zip(queries, *seen, strict=True)
+            for q, k, v in zip(queries, keys, values, strict=True)
         ]
     return torch.cat(examples, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _mask(query: Tensor, key: Tensor, window: int | None) -> dict[str, Any]:
-    """Return SDPA's arguments for an example: a mask only where the window binds, or a prefix is not its own."""
+    """Return SDPA's arguments for an example: a mask only where the window binds, or it goes on from the leader."""
     length, seen = query.shape[2], key.shape[2]
     if length == seen and (window is None or window >= length):
         return {"is_causal": True}
@@ -144,7 +149,7 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
 
 
 def shares_prefix(model: PreTrainedModel) -> bool:
-    """Whether examples may share a prefix with :func:`use_packed_attention`: on a CPU, where no mask is needed."""
+    """Whether :func:`use_packed_attention` lets examples share a beginning: on a CPU, without transformers' masks."""
     if model.device.type != "cpu":
         return False
     with use_packed_attention(model):

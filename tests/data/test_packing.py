@@ -35,6 +35,38 @@ def test_pack_restarts_positions() -> None:
     assert packed.inputs()["max_length_q"] == max(lengths)
 
 
+def test_what_examples_begin_with_comes_once() -> None:
+    """The leader is the one with which the others have most in common; each keeps a token of its own."""
+    system, other = list(range(100, 112)), list(range(200, 230))
+    ids = [[*other, 1], [*system, 1, 2, 3], [*system, 1, 2, 4, 5], system, [*system[:7], 9, 9], [*other[:9], 7]]
+    items = [Item(torch.tensor(i), torch.arange(len(i) - 1, -1, -1)) for i in ids]
+    packed = pack(items, share_prefix=True)
+    assert packed.leader == 1
+    assert packed.shared_lengths == (0, 0, 14, 11, 0, 0)  # seven are too few
+    assert packed.sequence_lengths == tuple(len(i) - n for i, n in zip(ids, packed.shared_lengths, strict=True))
+    assert packed.cu_seq_lens.diff().tolist() == list(packed.sequence_lengths)
+    for item, rows in zip(items, packed.rows(items), strict=True):
+        assert torch.equal(packed.input_ids[0, rows], item.input_ids[item.rows])
+        assert torch.equal(packed.position_ids[0, rows], item.rows)
+    for few in (items[:1], items[:2], [Item(items[0].input_ids[:1], items[0].rows[:0]), items[1]]):
+        assert not any(pack(few, share_prefix=True).shared_lengths)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_rows_of_packed_pairs(share: bool) -> None:
+    """Of both answers of a pair, which have their question in common."""
+    question = torch.arange(20)
+    answers = [torch.arange(50, 57), torch.arange(70, 73), torch.arange(90, 99)]
+    texts = [torch.cat([question, answer]) for answer in answers]
+    pair = Item(torch.cat(texts[:2]), torch.tensor([22, 3, 27, 48]), 2, (27, 23))
+    items = [Item(texts[2], torch.tensor([1, 25])), pair]
+    packed = pack(items, share_prefix=share)
+    assert packed.shared_lengths == ((0, 20, 20) if share else (0, 0, 0))
+    for item, rows in zip(items, packed.rows(items), strict=True):
+        assert torch.equal(packed.input_ids[0, rows], item.input_ids[item.rows])
+    assert packed.position_ids[0, packed.rows(items)[1]].tolist() == [22, 3, 0, 21]
+
+
 def naive_roles(labels: list[int], n: int, eos: int | None) -> tuple[list[int], list[int]]:
     """(onset, ordinary) rows: position t - 1 predicts token t."""
     onset, ordinary, place = [], [], 0

@@ -7,8 +7,8 @@ from helpers.tiny import VOCAB, retain_rows, tiny_llama
 from torch import Tensor
 
 from palu.data.examples import load_retain
-from palu.data.packing import Item, pack, retain_items
-from palu.models.attention import FLOAT32_TOKENS, packed_attention, use_packed_attention
+from palu.data.packing import Item, Packed, pack, retain_items
+from palu.models.attention import FLOAT32_TOKENS, packed_attention, shares_prefix, use_packed_attention
 from palu.models.head import body_of
 
 
@@ -70,6 +70,47 @@ def test_packed_attention_keeps_the_window(device: torch.device, dtype: torch.dt
         assert (one - other).norm() <= tolerance * largest
 
 
+@pytest.mark.parametrize("served", [True, False], ids=["palu", "with a bias"])
+@pytest.mark.parametrize("window", [None, 1, 8, 15])
+def test_examples_go_on_from_a_shared_beginning(window: int | None, served: bool) -> None:
+    """As if each had the tokens itself: output and gradients, in float64."""
+    torch.manual_seed(0)
+    system = torch.arange(100, 112)
+    ids = [torch.arange(5), *(torch.cat([system[:n], torch.arange(m)]) for n, m in ((12, 6), (12, 2), (9, 4)))]
+    ids[2][-1] = 50
+    items = [Item(i, torch.arange(len(i))) for i in ids]
+    shared, apart = pack(items, share_prefix=True), pack(items)
+    assert shared.shared_lengths == (0, 0, 13, 9) and shared.leader == 1
+    rows = torch.cat(shared.rows(items))
+    module, length = torch.nn.Identity(), shared.input_ids.shape[1]
+    q, k, v = (torch.randn(1, heads, length, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    upstream = torch.randn(1, len(rows), 4, 16, dtype=torch.float64)
+    bias = torch.randn(1, 4, len(rows), len(rows), dtype=torch.float64)
+    small = torch.zeros(1, 4, length, length, dtype=torch.float64)
+    small[..., rows[:, None], rows] = bias
+    # A score of two tokens that several examples share is one and the same.
+    bias = small[..., rows[:, None], rows]
+
+    def run(packed: Packed, where: Tensor | slice, **more: Tensor) -> list[Tensor]:
+        given = [x[:, :, where] for x in (q, k, v)]
+        if "position_bias" in more:  # transformers' attention repeats no heads for a bias
+            module.num_key_value_groups = 2
+        out, _ = packed_attention(module, *given, None, scaling=0.3, sliding_window=window, **packed.inputs(), **more)
+        out = out[:, rows] if isinstance(where, slice) else out
+        return [out, *torch.autograd.grad((out * upstream).sum(), (q, k, v))]
+
+    ours = run(shared, slice(None), **({} if served else {"position_bias": small}))
+    theirs = run(apart, rows, **({} if served else {"position_bias": bias}))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_which_models_share_a_beginning() -> None:
+    assert shares_prefix(tiny_llama(attention="sdpa"))
+    assert not shares_prefix(tiny_llama(attention="eager"))
+    assert not shares_prefix(tiny_llama(attention_dropout=0.1))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_palus_attention_does_not_know_is_left_to_transformers(window: int | None) -> None:
     torch.manual_seed(0)
@@ -117,6 +158,8 @@ def test_short_examples_attend_in_float32_under_autocast(longest: int, in_float3
         "cu_seq_lens_q": torch.tensor([0, longest, longest + 5], dtype=torch.int32),
         "max_length_q": longest,
         "sequence_lengths": lengths,
+        "shared_lengths": (0, 0),
+        "leader": 0,
     }
 
     def run(autocast: bool) -> list[Tensor]:

@@ -24,7 +24,7 @@ from palu.data.packing import pack, retain_items
 from palu.evaluate.scores import check_model
 from palu.losses import CrossEntropyTerm, fused_linear_losses
 from palu.models import attention as packed
-from palu.models.attention import use_packed_attention
+from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.checks import check_packing, choose_probe
 from palu.models.head import body_of, head_of
 from palu.models.lora import UnsupportedModelError
@@ -142,11 +142,12 @@ def title(kind: Kind) -> str:
 
 
 def rows(role: int | None = None, count: int = 2) -> list[Row]:
-    """Texts of 20 and more tokens. ``role``: the label of the answer's second half; None: its token ids."""
+    """Texts of 20 and more tokens, ten of them the same. ``role``: of the answer's second half; None: its token ids."""
     generator = torch.Generator().manual_seed(3 if role is None else 4)  # no text is both forgotten and kept
+    beginning = torch.randint(VOCAB, (10,), generator=generator)
     found = []
     for length in range(20, 20 + 7 * count, 7):
-        ids = torch.randint(VOCAB, (length,), generator=generator).tolist()
+        ids = [*beginning.tolist(), *torch.randint(VOCAB, (length - 10,), generator=generator).tolist()]
         rest = ids[length // 2 :] if role is None else [role] * (length - length // 2)
         found.append({"input_ids": ids, "labels": [-100] * 3 + ids[3 : length // 2] + rest})
     return found
@@ -168,9 +169,9 @@ def together_and_apart(model: PreTrainedModel) -> tuple[list[Tensor], list[Tenso
     examples = load_retain(rows(), None, max_length=100).examples
     items = retain_items(examples)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    batch = pack(items)
-    starts = batch.cu_seq_lens.tolist()
-    at = torch.cat([item.rows + start for item, start in zip(items, starts[:-1], strict=True)])
+    batch = pack(items, share_prefix=shares_prefix(model))
+    assert any(batch.shared_lengths) == shares_prefix(model)
+    at = torch.cat(batch.rows(items))
     labels = torch.cat([item.labels for item in items])
     with use_packed_attention(model):
         hidden = body_of(model)(**batch.inputs()).last_hidden_state[0][at]
