@@ -25,7 +25,7 @@ from palu.config import UnlearnConfig
 from palu.data.packing import Batch, anchor_item, retain_items
 from palu.methods.base import ForgetSet
 from palu.methods.palu import RECIPES, PaluMethod
-from palu.models.attention import use_packed_attention
+from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.head import Head, body_of, head_of
 from palu.ref_model.precompute import compute_outputs
 from palu.ref_model.storage import ReferenceCache
@@ -94,7 +94,9 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
     config = published if arguments.loss == "paper" else UnlearnConfig(**sizes)
     vocab_size = model.config.vocab_size
     retain_size = arguments.retain_batch_size or arguments.batch_size
-    batches = make_batches(vocab_size, arguments.batches, arguments.batch_size, retain_size, arguments.seed)
+    batches = make_batches(
+        vocab_size, arguments.batches, arguments.batch_size, retain_size, arguments.seed, arguments.system
+    )
 
     ref_model = frozen_copy(twin, noise=0.02) if perturbed else model
     pinned = device.type == "cuda"
@@ -109,7 +111,8 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
             anchors = ReferenceCache(anchors=kept, neighbours=len(kept))
             cache = compute_outputs(ref_model, items, config, Accelerator(), anchors)
             beside = retain_items([] if kept else retain)
-            loaders.append(UnlearnDataLoader(items, beside, cache, config, pin_memory=pinned))
+            loading = {"pin_memory": pinned, "share_prefix": shares_prefix(ref_model)}
+            loaders.append(UnlearnDataLoader(items, beside, cache, config, **loading))
             parts = [collate(forget), collate(retain)]
             if pinned:
                 parts = [{name: value.pin_memory() for name, value in part.items()} for part in parts]

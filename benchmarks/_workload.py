@@ -78,9 +78,12 @@ def drawn_lengths(part: str, count: int, rng: random.Random) -> Iterator[Lengths
 
 
 def make_batches(
-    vocab_size: int, batches: int, forget: int, retain: int, seed: int
+    vocab_size: int, batches: int, forget: int, retain: int, seed: int, system: int = 0
 ) -> list[tuple[list[Example], list[Example]]]:
-    """Make batches of forget and retain examples. The last token of each answer, vocab_size - 1, ends the sequence."""
+    """Make batches of forget and retain examples. The last token of each answer, vocab_size - 1, ends the sequence.
+
+    ``system``: tokens with which all of them begin, before their prompts.
+    """
     rng = random.Random(seed)
     tokens = torch.Generator().manual_seed(seed)
     sizes = {"forget": forget, "retain": retain}
@@ -89,6 +92,7 @@ def make_batches(
         for prompt, answer, spans in drawn_lengths(part, size * batches, rng):
             ids = torch.randint(vocab_size - 1, (prompt + answer,), generator=tokens)
             ids[-1] = vocab_size - 1
+            ids, prompt = torch.cat([torch.arange(system), ids]), system + prompt
             labels = ids.clone() if part == "retain" else torch.full_like(ids, ORDINARY)
             labels[:prompt] = IGNORE
             for start, end in spans:

@@ -145,6 +145,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--impl", default=",".join(CANDIDATES), help="some of the candidates, separated by commas")
     add("--batch-size", type=int, default=8, help="forget examples")
     add("--retain-batch-size", type=int, default=None, help="default: --batch-size")
+    add("--system", type=int, default=0, help="tokens of a system prompt, with which all examples begin")
     add("--loss", choices=("default", "paper"), default="default", help="of palu; the published one is the paper's")
     add("--top-k", type=int, default=5000, help="of the paper's loss")
     add("--n", type=int, default=3, help="of the paper's loss")
