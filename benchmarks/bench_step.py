@@ -90,7 +90,7 @@ def floors(setup: Setup) -> dict[str, float]:
             *batch.reference.values(),
         ]
         copied = sum(tensor.nbytes for tensor in tensors)
-        parts = budget(setup.model, sum(batch.packed.sequence_lengths), batch.counts, copied, dtype)
+        parts = budget(setup.model, batch.packed.tokens, batch.counts, copied, dtype)
         found.append({row["part"]: row["floor_ms"] for row in budget_rows(parts, gpu, dtype)})
     mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
     section = mean["head: products"] + mean["head: reference of the KL"] + mean["losses"]

@@ -23,7 +23,7 @@ def test_layouts_of_labels_and_rows() -> None:
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
     ends = []
     for forget in (views, {"input_ids": ids, "labels": labels}):
-        function, arguments = unlearn(forget=forget)
+        function, arguments = unlearn(forget=forget, lora_rank=None)
         function(**arguments)
         ends.append(weights(arguments["model"]))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -160,6 +160,11 @@ class Packed:
     shared_lengths: tuple[int, ...]  # of the leader's beginning, from which each example goes on; 0: it shares nothing
     leader: int = 0  # its number
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the examples; what they share counts for each."""
+        return sum(self.sequence_lengths) + sum(self.shared_lengths)
+
     def to(self, device: torch.device) -> Packed:
         """Copy it to a device; copies from pinned memory do not block."""
         return _map(lambda tensor: tensor.to(device, non_blocking=True), self)

@@ -171,7 +171,7 @@ def step_figures(
     DivergenceError where one of them is not finite.
     """
     sums = torch.stack([torch.cat([losses.total.detach()[None], losses.terms]) for losses in outputs]).sum(0)
-    tokens = to_device([sum(sum(batch.packed.sequence_lengths) for batch in batches)], accelerator).to(sums.dtype)
+    tokens = to_device([sum(batch.packed.tokens for batch in batches)], accelerator).to(sums.dtype)
     names = ["loss", *method.terms, "tokens", "grad_norm"]
     figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
     highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]

@@ -56,7 +56,7 @@ def test_the_originals_answers_are_asked_once(monkeypatch: pytest.MonkeyPatch, t
         return {question: Generation("yes", True) for question in questions}
 
     monkeypatch.setattr(bench, "ask", ask)
-    for precision in ("float32", "lora", "bfloat16"):  # the adapter is put on later
+    for precision in ("float32", "mixed", "bfloat16"):  # the products' dtype is the run's
         answers = bench.answers_before(tmp_path, precision, tiny_llama(), byte_level(), ["a", "b"])
         assert answers == {"a": Generation("yes", True), "b": Generation("yes", True)}
     assert asked == [["a", "b"]] * 2

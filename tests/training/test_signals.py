@@ -102,7 +102,7 @@ def test_ctrl_c_before_the_first_step_and_without_a_folder(tmp_path: Path, monke
         pressing(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             unlearn(model)
-    monkeypatch.setattr(precompute, "pack", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(precompute, "pack", lambda *args, **more: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         unlearn(checkpoint_dir=str(tmp_path))
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
