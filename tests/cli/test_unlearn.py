@@ -209,10 +209,8 @@ def test_each_choice_of_weights_and_optimizer(
     assert used == [(precision, optimizer, dtype)]
     model = load(folder / "model", dtype=dtype)
     before = weights(model)
-    trained = out / "model"
-    model = (
-        PeftModel.from_pretrained(model, trained).merge_and_unload() if options.endswith("--lora") else load(trained)
-    )
+    adapted = options.endswith("--lora")
+    model = PeftModel.from_pretrained(model, out / "model").merge_and_unload() if adapted else load(out / "model")
     assert model.dtype == dtype and not same_weights(model, before)
 
 

@@ -217,9 +217,8 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
     try:
         example = load_forget(source, tok, max_length=10**6).examples[0]
     except DataError as error:
-        if question.strip() or "nothing stands before" not in str(
-            error
-        ):  # a span that is the text's first token, and no other
+        # A span that is the text's first token, and no other.
+        if question.strip() or "nothing stands before" not in str(error):
             raise
         return
 
