@@ -109,7 +109,9 @@ def test_a_secret_in_a_text_is_refused(file: str, run: Path, hub: Hub) -> None:
     line = next(i for i, one in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if secret in one)
     arguments = ["push", run, "me/forgot", "--send", "--changed"]
     said = refusal(palu_command(*arguments))
-    assert said.startswith(f"a secret stands in what would be sent ({file}, line {line}: of forget row {row} (line 2)); ")
+    assert said.startswith(
+        f"a secret stands in what would be sent ({file}, line {line}: of forget row {row} (line 2)); "
+    )
     assert secret.casefold() not in said.casefold() and hub.requests == []
     shown = done(*arguments, "--checked", file).stdout
     assert [line.split()[-1] for line in shown.splitlines() if line.startswith(file)] == ["you"]
@@ -124,10 +126,10 @@ def test_where_else_secrets_are_looked_for_and_where_not(run: Path, hub: Hub) ->
     (run / "model" / "data.bin").write_bytes(b"\0" + SECRETS[1].encode())
     done("push", run, "me/x", "--changed", "--checked", "README.md", "--checked", "config.json")
 
-    audit = {"format": AUDIT_FORMAT, "marked": ["unlearning"], "secrets": []}
+    audit = {"format": AUDIT_FORMAT, "marked": ["Text Generation"], "secrets": []}
     (run / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
     said = refusal(palu_command("push", run, "me/x", "--changed"))
-    assert "README.md, line 4: of audit.json; " in said, "a tag"
+    assert "(README.md, line 3: of audit.json)" in said, "in the metadata"
 
 
 def test_many_places_are_counted(run: Path) -> None:
@@ -242,7 +244,9 @@ def test_nobody_and_a_reader_may_not_write(
     monkeypatch.setenv("HF_TOKEN", READER)
     assert sent(finished["whole"]).startswith("the hub refuses me/forgot: you may not write there; ")
     monkeypatch.delenv("HF_TOKEN")
-    assert sent(finished["whole"]).startswith("the hub refuses me/forgot: it does not know you; log in by hf auth login")
+    assert sent(finished["whole"]).startswith(
+        "the hub refuses me/forgot: it does not know you; log in by hf auth login"
+    )
     assert hub.repos == {}
 
 

@@ -40,8 +40,9 @@ class Hub(ThreadingHTTPServer):
             there = name in self.repos
             self.repos.setdefault(name, {"private": asked["visibility"] == "private", "files": {}, "commits": []})
             return 409 if there else 200, {"url": f"{self.url}/{name}"}
-        name, _, call = path.removeprefix("/api/models/").partition("/preupload/main")
-        name, _, commit = name.partition("/commit/main")
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if name not in self.repos:
+            return 404, {"error": "Repository not found"}
         repo = self.repos[name]
         if method == "GET":
             names = [{"rfilename": file} for file in repo["files"]]
