@@ -102,8 +102,8 @@ def _send(files: Mapping[str, Path], name: str, *, public: bool) -> str:
         repo = api.create_repo(name, private=not public, exist_ok=True)
         about = api.model_info(repo.repo_id)
         if about.private == public:
-            there, flag = ("private", "--private") if about.private else ("public", "--public")
-            raise ValueError(f"{repo.repo_id} is there already, and {there}; give {flag}, or another name")
+            it_is = "private" if about.private else "public"
+            raise ValueError(f"{repo.repo_id} is there already, and {it_is}; give --{it_is}, or another name")
         # Weights in other parts than today's would be loaded in their place.
         there = {file.rfilename for file in about.siblings or ()} - files.keys()
         old = sorted(file for file in there if any(fnmatch(file, pattern) for pattern in MODEL_FILES))

@@ -15,8 +15,10 @@ from palu.report.reading import asked_questions, marked_texts, read_audit, read_
 from palu.report.write import write_card
 
 # Vocabularies have words of every kind in them, and names of weights have numbers.
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
-_UNREAD = (*VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
+_UNREAD = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"),
+    *("*.safetensors", "*.safetensors.index.json"),
+)
 
 
 class Place(NamedTuple):
