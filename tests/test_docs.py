@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.command import write_rows
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
@@ -23,6 +24,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+import palu
 from palu.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,12 +112,18 @@ def test_examples_run(page: Path, folder: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_links_lead_to_files_and_each_result_is_cited() -> None:
     cited = set()
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]:
+    others = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")
+    for page in [*PAGES, *(ROOT / name for name in others)]:
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
         files = {(page.parent / link).resolve() for link in links if "://" not in link}
         assert not [(page.name, file) for file in files if not file.exists()]
         cited |= files
     assert {path for path in (ROOT / "benchmarks" / "results").iterdir() if path not in cited} == set()
+
+
+def test_the_citation_names_the_version() -> None:
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["version"] == palu.__version__
 
 
 def test_contributing_lists_the_folders_and_the_layers() -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
         "Write DIR/private/report.html again, from what runs and evaluations have left there.",
         "report.report",
     ),
+    "push": ("Send an unlearned model to the Hugging Face hub, and nothing else of its run.", "push.push"),
     "doctor": ("Tell which native ops are loaded and what serves each device; try every op.", "doctor.doctor"),
 }
 

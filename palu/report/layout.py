@@ -37,7 +37,7 @@ _CHECKPOINTS = (
     *(f"reference-{_HEX}.{end}" for end in ("safetensors", "*.partial", "*.lock")),
 )
 CHECKPOINT_FILES = tuple(f"{PRIVATE}/{CHECKPOINTS}/{name}" for name in _CHECKPOINTS)
-_MODEL_FILES = (
+MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors", CARD),
     *("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -49,7 +49,7 @@ _PRIVATE_FILES = (
     *(f"{path}{end}" for path in ("audit.json", f"{AUDIT}/*-{_HEX}.json") for end in ("", ".partial")),
     *(f"{LOGS}/{_PROJECT}/**/events.out.tfevents.*", f"{LOGS}/{_PROJECT}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
 )
-_FILES = (*CHECKPOINT_FILES, *(f"{MODEL}/{n}" for n in _MODEL_FILES), *(f"{PRIVATE}/{n}" for n in _PRIVATE_FILES))
+_FILES = (*CHECKPOINT_FILES, *(f"{MODEL}/{n}" for n in MODEL_FILES), *(f"{PRIVATE}/{n}" for n in _PRIVATE_FILES))
 
 
 def mark_of(run_dir: str | os.PathLike[str]) -> dict[str, str | int]:
@@ -92,6 +92,18 @@ def hold_run(run_dir: str | os.PathLike[str], subject: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_finished(run_dir: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a folder is no run's, or its run has not finished."""
+    run = Path(run_dir)
+    if not mark_of(run):
+        own = mark_of(run.parent) and run.name == MODEL
+        fix = f"give the run's folder, {run.parent}" if own else "give the folder that palu unlearn wrote"
+        raise ValueError(f"{run} is not the folder of a run; {fix}")
+    _lock(run, str(run)).release()
+    if not (run / PRIVATE / SUMMARY).exists():
+        raise ValueError(f"the run in {run} has not finished; go on with it by palu unlearn ... --resume")
 
 
 def check_free(run_dir: str | os.PathLike[str], *, overwrite: bool, subject: str, fix: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from palu.data.tokenize import Example
 from palu.hashing import file_digest, json_digest
@@ -28,7 +30,7 @@ def describe_model(model: CausalLM) -> dict[str, Any]:
     parameters = list(model.parameters())
     return {
         "name": (name if folder is None else folder.name) or None,
-        "on_the_hub": name.count("/") == 1 and not Path(name).exists(),
+        "on_the_hub": _is_hub_name(name) and not Path(name).exists(),
         "license": None if folder is None else _license(folder / CARD),
         "type": type(base).__name__,
         "adapter": is_peft(model),
@@ -36,6 +38,14 @@ def describe_model(model: CausalLM) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name  # one without an owner may be anything
 
 
 def _license(card: Path) -> str | None:
@@ -84,6 +94,6 @@ def versions(model: CausalLM) -> dict[str, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Hash the files of a saved model; not the card, which is written later."""
-    files = (path for path in sorted(folder.glob("*")) if path.is_file() and path.name != CARD)
-    return {path.name: file_digest(path) for path in files}
+    """Hash the files of a saved model by their names in its folder; not the card, which is written later."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: file_digest(path) for name, path in files.items() if name != CARD}

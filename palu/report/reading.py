@@ -98,12 +98,20 @@ def evaluations(folder: Path) -> list[Json]:
 
 
 def asked_questions(folder: Path) -> Json | None:
-    """Read the table of an evaluation on one's own questions, and what is marked in it; None: there is none."""
+    """Read the table of an evaluation on one's own questions, and the row of each marked text; None: there is none."""
     path = folder / QUESTIONS
     if not path.exists():
         return None
     try:
         results = load_results(path)
-        return table_of(results) | {"marked": [text for row in results["palu"]["rows"] for text in row["marked"]]}
+        rows = enumerate(results["palu"]["rows"])
+        marked = {text: f"evaluation row {i}" for i, row in rows for text in row["marked"]}
+        return table_of(results) | {"marked": marked}
     except (ValueError, KeyError) as error:
         raise RecordError(f"{path}: it does not hold what palu eval --rows wrote ({error}); evaluate again") from error
+
+
+def marked_texts(record: Json, audit: Json | None, asked: Json | None) -> dict[str, str]:
+    """Return every text that a run's sets mark, its audit's and its evaluation's too, with the row or file it is in."""
+    of_audit = [] if audit is None else [*audit["marked"], *(secret["text"] for secret in audit["secrets"])]
+    return dict.fromkeys(of_audit, RESULTS) | (asked["marked"] if asked else {}) | record["marked"]

@@ -44,7 +44,7 @@ from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
 from palu.writable import private_folder
 
-FORMAT = 2
+FORMAT = 3
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
 SHOWN_ROWS = 400  # of the forget set, the first ones, whose token roles are recorded
 GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to unless it asks for all
@@ -124,8 +124,10 @@ class Recorder:
                 "retain": [(i, self.rows["retain"][i]["question"], self.retain[i]) for i in sampled],
                 "paraphrased": self._paraphrases(forget_set.source, tokenizer, asked),
             }
-        self.marked = list(load_marked_texts(forget_set.source))
-        self.marked += [self._text(i, span) for i, span in self.secrets if self.forget[i].offsets is None]
+        self.marked = load_marked_texts(forget_set.source)
+        for i, span in self.secrets:
+            if self.forget[i].offsets is None:
+                self.marked.setdefault(self._text(i, span), f"forget row {self.forget[i].row}")
         self.general: Sequence[Example] = []  # the model's own answers before the run
         self.about = {
             "format": FORMAT,

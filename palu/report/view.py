@@ -14,7 +14,7 @@ from palu.data.matching import Span, find, letters, split_at
 from palu.methods import METHODS
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, asked_questions, evaluations, read_audit, read_run
+from palu.report.reading import Json, asked_questions, evaluations, marked_texts, read_audit, read_run
 from palu.report.token_roles import Token, count_roles, runs
 from palu.settings import EVAL_PREFIX
 
@@ -124,10 +124,9 @@ def page(folder: Path, *, redact: bool) -> Json:
     """Collect what the templates of report and card show; they pass the user's texts through ``hide``."""
     record, summary, history = read_run(folder)
     audit, asked, evaluated = read_audit(folder), asked_questions(folder), evaluations(folder)
-    hidden: set[str] = set()
+    hidden: Mapping[str, str] = {}
     if redact:
-        of_audit = [] if audit is None else [*audit["marked"], *(secret["text"] for secret in audit["secrets"])]
-        hidden = {*record["marked"], *of_audit, *(asked["marked"] if asked else ())}
+        hidden = marked_texts(record, audit, asked)
         # With the question beside it, a hash is enough to guess a short secret.
         record["data"]["forget"] |= {"file": None, "tokens_sha256": None}
     hide = Redaction(hidden)

@@ -36,7 +36,7 @@ def test_help_imports_nothing_slow() -> None:
     code = """
 import sys
 from palu.cli import app
-for command in ([], ["inspect"], ["eval"], ["audit"], ["report"], ["doctor"]):
+for command in ([], ["inspect"], ["eval"], ["audit"], ["report"], ["push"], ["doctor"]):
     try:
         app([*command, "--help"], prog_name="palu")
     except SystemExit as end:
@@ -46,7 +46,7 @@ assert not slow, slow
 """
     said = start("-c", code)
     assert said.returncode == 0, said.stderr
-    for command in ("", " inspect", " eval", " audit", " report", " doctor"):
+    for command in ("", " inspect", " eval", " audit", " report", " push", " doctor"):
         assert f"Usage: palu{command} [OPTIONS]" in said.stdout
 
 
@@ -155,6 +155,7 @@ def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
         f"audit --model out/model {data} --original model --output out --quick --only ask --max-new-tokens 1 "
         "--no-progress",
         "report out",
+        "push out me/out",
     ]
     done = start("-c", RUN, *commands, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

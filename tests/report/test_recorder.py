@@ -19,6 +19,7 @@ from palu import Recorder, UnlearnConfig
 from palu.data.tokenize import IGNORE, Example
 from palu.hashing import json_digest
 from palu.report import recorder, view
+from palu.report.manifest import describe_model, hash_files
 from palu.report.recorder import token_spans
 
 QUIET = UnlearnConfig(progress=False)
@@ -123,6 +124,31 @@ def test_model_and_data_are_named_and_hashed(run: Run, tmp_path: Path) -> None:
     assert (data["file"], data["file_sha256"]) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
     assert data["tokens_sha256"] == found["data"]["forget"]["tokens_sha256"]
     assert data["tokens_sha256"] != found["data"]["retain"]["tokens_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_the_hub"),
+    [
+        ("meta-llama/Llama-3.2-1B", True),
+        ("./llama", False),
+        ("../llama", False),
+        ("a/b/c", False),
+        ("my model/x", False),
+        ("gpt2", False),
+        ("", False),
+    ],
+)
+def test_a_name_is_of_the_hub_only_if_it_may_be_one(name: str, on_the_hub: bool) -> None:
+    model = tiny_llama()
+    model.name_or_path = name
+    assert describe_model(model)["on_the_hub"] is on_the_hub
+
+
+def test_files_are_hashed_by_their_names_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tool.jinja", "config.json", "README.md"):
+        (tmp_path / name).touch()
+    assert [*hash_files(tmp_path)] == ["additional_chat_templates/tool.jinja", "config.json"]
 
 
 def test_looking_changes_neither_the_model_nor_the_random_numbers(run: Run) -> None:

@@ -250,7 +250,7 @@ def test_a_broken_folder_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"history\.jsonl is missing"):
         write_card(folder)
     change(folder, lambda found: found.update(format=99))
-    with pytest.raises(RecordError, match="has format 99, and this palu reads 2"):
+    with pytest.raises(RecordError, match="has format 99, and this palu reads 3"):
         write_report(folder)
 
 
