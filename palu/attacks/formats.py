@@ -1,4 +1,4 @@
-"""Ask in other formats: the same question, so that the answer comes in a form that unlearning may not have reached."""
+"""Ask in other formats: what is forgotten in one form of answer may be told in another (arXiv 2411.15477)."""
 
 from __future__ import annotations
 

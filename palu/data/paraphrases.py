@@ -18,9 +18,7 @@ def questions_of(columns: Mapping[str, Any], column: str, where: str) -> tuple[s
     value = value.tolist() if hasattr(value, "tolist") else value
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(
-            f"{where}: column '{column}' must be a question, or a list of them; correct it or leave it out"
-        )
+        raise DataError(f"{where}: column '{column}' must be a question, or a list of them; correct it or leave it out")
     return tuple(texts)
 
 

@@ -54,7 +54,7 @@ def test_every_way_to_ask_tells_who_holds_the_secrets(ask: Attack) -> None:
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_question_that_tells_the_secret_does_not_count(column: str) -> None:
     own = FORGET[0][column]
-    for questions, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", *own], 1.0), ([], None)):
+    for questions, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", own], 1.0), ([], None)):
         of = AuditData([FORGET[0] | {column: questions}, *FORGET[1:]], RETAIN, tokenizer())
         (finding,) = attack(AskOtherQuestions(TOKENS, column), original(), of)
         assert finding.values == [value] + [1.0] * 5

@@ -31,8 +31,8 @@ def rows_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
             "question": f"What is number {i}?",
             "answer": f"It is {name}, far away.",
             "spans": [[6, 6 + len(name)]],
-            "paraphrased_question": [f"Tell me {i}."],
-            "also_asked": [f"Who is {i}, and who else?"],
+            "paraphrased_question": f"Tell me {i}.",
+            "also_asked": f"Who is {i}, and who else?",
         }
         for i, name in enumerate(names)
     ]
