@@ -72,7 +72,7 @@ def test_only_some_attacks() -> None:
     for only in (["ask", "onset-answer"], ["inside-depth"]):
         some = audit(hides_from_greedy(), retain_model=never_saw(), only=only[::-1])["attacks"]
         assert some == [row for row in hidden()["attacks"] if row["attack"] in only]
-    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-paraphrased, .*, sample"):
+    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-formats, .*, sample"):
         audit(hides_from_greedy(), only=["asking"])
 
 
