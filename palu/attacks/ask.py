@@ -1,4 +1,4 @@
-"""Ask for the secrets: greedily in four ways, by sampling, and with the first true tokens supplied."""
+"""Ask for the secrets: greedily, by sampling, and with the first true tokens supplied."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from statistics import mean, median
 from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import SHOTS, AuditData, Secret
 from palu.data.matching import stands_in
-from palu.data.paraphrases import PARAPHRASES
+from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES
 from palu.data.rows import after_examples, with_question
 from palu.models.lora import CausalLM
 
 PREFIX = "Sure, here is the answer:"
 _LARGEST_EXPONENT = 709  # of a float64
+_COLUMNS = {  # of questions: the attack's key and its row's name
+    PARAPHRASES: ("ask-paraphrased", "ask: paraphrased"),
+    ALSO_ASKED: ("ask-other", "ask: other questions"),
+}
 
 
 # --- greedily ---
@@ -33,28 +37,33 @@ class AskGreedily(Attack):
 
 
 @dataclass(frozen=True)
-class AskInOtherWords(Attack):
-    """Each question in the words of the column PARAPHRASES; a secret is told if one of the answers tells it."""
+class AskOtherQuestions(Attack):
+    """The questions in a column of the rows; a secret is told if one of the answers to its row's tells it."""
 
     max_new_tokens: int
-    key = "ask-paraphrased"
-    budget = "1 greedy answer of {max_new_tokens} tokens to each paraphrase"
+    column: str  # one of _COLUMNS
+    budget = "1 greedy answer of {max_new_tokens} tokens to each question in {column}"
+
+    @property
+    def key(self) -> str:
+        return _COLUMNS[self.column][0]
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
-        return None if any(row.paraphrases for row in data.rows) else f"the forget set has no column '{PARAPHRASES}'"
+        given = any(row.others[self.column] for row in data.rows)
+        return None if given else f"the forget set has no column '{self.column}'"
 
     def run(self, victim: Victim) -> list[Finding]:
-        rows = victim.data.rows
-        asked = [with_question(row.columns, text) for row in rows for text in row.paraphrases]
+        rows, column = victim.data.rows, self.column
+        asked = [with_question(row.columns, text) for row in rows for text in row.others[column]]
         written = iter(victim.write(victim.data.encode_prompts(asked), self.max_new_tokens))
-        answers = [[(text, next(written)) for text in row.paraphrases] for row in rows]
+        answers = [[(text, next(written)) for text in row.others[column]] for row in rows]
         values, evidence = [], []
         for secret in victim.data.secrets:
-            # A paraphrase that tells the secret itself asks for nothing.
+            # A question that tells the secret itself asks for nothing.
             given = [answer for question, answer in answers[secret.row] if not stands_in(secret.text, question)]
             values.append(float(any(stands_in(secret.text, answer) for answer in given)) if given else None)
             evidence.append(given)
-        return [Finding("ask: paraphrased", values, evidence)]
+        return [Finding(_COLUMNS[column][1], values, evidence)]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from palu.attacks import ask, inside
+from palu.attacks import ask, formats, inside
 from palu.attacks.attack import Attack, Finding, Outcome, Victim
 from palu.attacks.estimators import Rho, rho
 from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.secrets import AuditData
+from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
 from palu.methods.palu import RECIPES
@@ -70,7 +71,7 @@ def audit(
         model: the unlearned model, on its device; afterwards all models are as they were.
         original: the model before unlearning; given as the base of a ``PeftModel``, it runs without the adapter.
         forget: the forget set: rows of text with ``secret`` or ``spans`` (see :mod:`palu.data`), perhaps with
-            ``paraphrased_question`` (a question, or a list of them).
+            ``paraphrased_question`` and ``also_asked`` (a question, or a list of them, each).
         tokenizer: of all models, a fast one.
         retain_model: a model that never saw the forget set; None: it would tell nothing (which is not quite true), and
             there is no unlearning depth score.
@@ -119,9 +120,10 @@ def attacks_of(
     relearn = partial(Relearn, tokens, steps=steps, every=every, seed=seed)
     return [
         ask.AskGreedily(tokens),
-        ask.AskInOtherWords(tokens),
+        *(ask.AskOtherQuestions(tokens, column) for column in (PARAPHRASES, ALSO_ASKED)),
         ask.AskAfterExamples(tokens),
         ask.AskWithPrefix(tokens),
+        formats.AskInOtherFormats(tokens),
         ask.Sample(tokens, draws or (16 if quick else 200), seed),
         ask.ExactProbability(),
         ask.OnsetInAnswer(n + 2),

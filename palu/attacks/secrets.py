@@ -14,7 +14,7 @@ from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, war
 from palu.data.examples import answer_examples
 from palu.data.files import DataError
 from palu.data.matching import stands_in
-from palu.data.paraphrases import paraphrases_of
+from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES, questions_of
 from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_before, text_rows, with_answer
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
@@ -34,7 +34,7 @@ class AuditRow:
     question: str  # the last message before the answer
     answer: str  # the true one
     example: Example  # prompt and true answer, every answer token labelled with its id
-    paraphrases: tuple[str, ...]  # the question in other words
+    others: Mapping[str, tuple[str, ...]]  # questions in the columns PARAPHRASES and ALSO_ASKED, by column
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,9 @@ class AuditData:
         self.secrets += secrets
         if text.complete and prompt is not None and text.text == prompt + answer and self.unchangeable is None:
             self.unchangeable = f"the prompt of {text.where} has special tokens in it, and cannot be changed"
-        question, paraphrases = conversation[-2]["content"], paraphrases_of(columns, text.where)
-        self.rows.append(AuditRow(columns, text.where, question, answer, example.whole_answer(), paraphrases))
+        others = {name: questions_of(columns, name, text.where) for name in (PARAPHRASES, ALSO_ASKED)}
+        question = conversation[-2]["content"]
+        self.rows.append(AuditRow(columns, text.where, question, answer, example.whole_answer(), others))
 
     @property
     def prompts(self) -> list[Tensor]:
@@ -140,7 +141,7 @@ class AuditData:
     def forget_digest(self) -> str:
         """Hash what is asked and what is looked for."""
         places = [[s.row, s.text, s.first, s.stop] for s in self.secrets]
-        return digest([places, [[row.example.input_ids, row.paraphrases] for row in self.rows]])
+        return digest([places, [[row.example.input_ids, *row.others.values()] for row in self.rows]])
 
     @cached_property
     def retain_digest(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_CELL = 2**31 - 1  # characters, the most that every platform takes; the module's own limit is 131,072
 _LISTS = ("spans", "messages", "input_ids", "labels", "attention_mask")
+_TEXTS = ("secret", "paraphrased_question", "also_asked")  # a text, or a list of texts
 
 
 class DataError(ValueError):
@@ -97,7 +98,7 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
 
 
 def _cell(column: str, value: str, subject: str) -> Any:
-    if column == "secret":
+    if column in _TEXTS:
         return _texts(value)
     if column not in _LISTS:
         return value
@@ -111,7 +112,7 @@ def _cell(column: str, value: str, subject: str) -> Any:
 
 
 def _texts(value: str) -> Any:
-    """Read a secret: a text as it is, "[redacted]" among them, or a JSON list of nothing but texts."""
+    """Read a text as it is, "[redacted]" among them, or a JSON list of nothing but texts."""
     if not value.strip():
         return None
     try:

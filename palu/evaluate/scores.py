@@ -119,23 +119,23 @@ def memorisation(score: TokenScores) -> dict[str, float]:
 def raw_examples(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, *, max_length: int | None = None
 ) -> list[Example]:
-    """Tokenise plain texts, without any template, as examples with every token but the first labelled.
-
-    An end of sequence that the tokenizer adds is not kept.
-    """
+    """Tokenise plain texts, as :func:`raw_ids` does, as examples with every token but the first labelled."""
     check_tokenizer(tokenizer)
     examples = []
     for row, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        ids = torch.tensor(ids[:max_length], dtype=torch.int64)
+        ids = raw_ids(text, tokenizer)[:max_length]
         if len(ids) < 3:
             raise DataError(f"{name} row {row}: {len(ids)} tokens cannot be scored; give a longer text")
         labels = ids.clone()
         labels[0] = IGNORE
         examples.append(Example(row, ids, labels))
     return examples
+
+
+def raw_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Tokenise a plain text, without any template: [t]. An end of sequence that the tokenizer adds is not kept."""
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+    return torch.tensor(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)
 
 
 def fingerprint(

@@ -120,7 +120,7 @@ def leaks(audit: Json, *, known: float, redact: bool) -> list[Json]:
         attacks = set()
         for row in audit["attacks"]:
             value = _value(row, "unlearned", i)
-            # Of an attack's rows, the first that got it: the fewest draws, or the shortest hint.
+            # Of an attack's rows, the first that got it: the fewest draws, the shortest hint, or one format.
             if not value or row["attack"] in attacks:
                 continue
             evidence = (row["models"]["unlearned"].get("evidence") or [None] * (i + 1))[i]

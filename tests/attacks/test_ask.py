@@ -16,7 +16,7 @@ from palu.attacks.ask import (
     PREFIX,
     AskAfterExamples,
     AskGreedily,
-    AskInOtherWords,
+    AskOtherQuestions,
     AskWithPrefix,
     ExactProbability,
     OnsetInAnswer,
@@ -26,26 +26,37 @@ from palu.attacks.ask import (
 )
 from palu.attacks.attack import Attack
 from palu.attacks.secrets import AuditData
+from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES
 from palu.models.generation import eval_mode, generate_ids
 
 TOKENS = 24
+COLUMNS = (PARAPHRASES, ALSO_ASKED)
 
 
 # --- greedily ---
-@pytest.mark.parametrize("ask", [AskGreedily, AskInOtherWords, AskAfterExamples, AskWithPrefix])
-def test_every_way_to_ask_tells_who_holds_the_secrets(ask: Any) -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *(AskGreedily(TOKENS), AskAfterExamples(TOKENS), AskWithPrefix(TOKENS)),
+        *(AskOtherQuestions(TOKENS, column) for column in COLUMNS),
+    ],
+    ids=lambda ask: ask.key,
+)
+def test_every_way_to_ask_tells_who_holds_the_secrets(ask: Attack) -> None:
     for model, share in ((original(), 1.0), (never_saw(), 0.0)):
-        (finding,) = attack(ask(TOKENS), model)
+        (finding,) = attack(ask, model)
         assert finding.values == [share] * len(SECRETS)
-    (finding,) = attack(ask(TOKENS), original())
-    written = [[row["answer"]] if ask is AskInOtherWords else row["answer"] for row in FORGET]
+    (finding,) = attack(ask, original())
+    written = [[row["answer"]] if isinstance(ask, AskOtherQuestions) else row["answer"] for row in FORGET]
     assert finding.evidence == written
 
 
-def test_a_paraphrase_that_tells_the_secret_does_not_count() -> None:
-    for paraphrases, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", "Tell me 0."], 1.0)):
-        of = AuditData([FORGET[0] | {"paraphrased_question": paraphrases}, *FORGET[1:]], RETAIN, tokenizer())
-        (finding,) = attack(AskInOtherWords(TOKENS), original(), of)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_question_that_tells_the_secret_does_not_count(column: str) -> None:
+    own = FORGET[0][column]
+    for questions, value in (([f"Is it {SECRETS[0]}?"], None), ([f"Is it {SECRETS[0]}?", own], 1.0), ([], None)):
+        of = AuditData([FORGET[0] | {column: questions}, *FORGET[1:]], RETAIN, tokenizer())
+        (finding,) = attack(AskOtherQuestions(TOKENS, column), original(), of)
         assert finding.values == [value] + [1.0] * 5
 
 

@@ -17,6 +17,7 @@ from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
 
 from palu.attacks.ask import AskGreedily, Sample
+from palu.attacks.formats import FORMATS
 from palu.attacks.inside import Patch
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
@@ -26,8 +27,10 @@ from palu.models.lora import separate
 ROWS = [
     "ask: greedy",
     "ask: paraphrased",
+    "ask: other questions",
     "ask: 5 examples in front",
     "ask: answer begun",
+    *FORMATS,
     *(f"sample: leak@{k}" for k in (1, 2, 4, 8, 16)),
     "sample: exact p",
     *(f"onset: {j} in the answer" for j in range(6)),
@@ -69,7 +72,7 @@ def test_only_some_attacks() -> None:
     for only in (["ask", "onset-answer"], ["inside-depth"]):
         some = audit(hides_from_greedy(), retain_model=never_saw(), only=only[::-1])["attacks"]
         assert some == [row for row in hidden()["attacks"] if row["attack"] in only]
-    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-paraphrased, .*, sample"):
+    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-formats, .*, sample"):
         audit(hides_from_greedy(), only=["asking"])
 
 
@@ -141,7 +144,7 @@ def test_rho_is_measured_from_the_retain_model() -> None:
 
 
 def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
-    rows = [{name: value for name, value in row.items() if name != "paraphrased_question"} for row in FORGET]
+    rows = [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
     adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     results = audit(adapted, forget=rows, retain=None)
     reasons = {row["name"]: row["reason"] for row in results["attacks"] if row["reason"]}
@@ -151,6 +154,7 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
     no_rows = "there are no retain rows to train on"
     assert reasons == {
         "ask: paraphrased": "skipped: the forget set has no column 'paraphrased_question'",
+        "ask: other": "skipped: the forget set has no column 'also_asked'",
         "ask: examples": "skipped: it needs 5 retain rows to put in front, and there are 0",
         **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), rounded),
         **dict.fromkeys(("relearn: weights", "relearn: lora", "relearn: unrelated"), trained),

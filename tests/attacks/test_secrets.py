@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 
 from palu.attacks.secrets import AuditData
 from palu.data.files import DataError
+from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES
 from palu.data.rows import after_examples, with_question
 
 ROW = {"question": "Who wrote it?", "answer": "Ada Lovelace wrote it in 1843, in London.", "spans": [[0, 12], [25, 29]]}
+COLUMNS = (PARAPHRASES, ALSO_ASKED)
 TOKENISED = {"input_ids": [1, 2], "labels": [-100, 2]}
 RETAIN = [{"question": f"Where is cat {i}?", "answer": f"The cat {i} sat."} for i in range(2)]
 TOKENIZERS = {
@@ -75,11 +78,23 @@ def test_a_document_without_a_bos() -> None:
     assert [plain.decode(prompt) for prompt in of.prompts] == ["The"]
 
 
-def test_paraphrases() -> None:
-    given = {"paraphrased_question": "By whom?"}, {"paraphrased_question": ["By whom?", "Whose is it?"]}, {}
-    rows = [ROW | one for one in given]
-    assert [row.paraphrases for row in data(rows).rows] == [("By whom?",), ("By whom?", "Whose is it?"), ()]
-    assert data(rows).forget_digest != data([ROW] * 3).forget_digest
+@pytest.mark.parametrize("column", COLUMNS)
+def test_other_questions(column: str) -> None:
+    rows = [ROW | given for given in ({column: "By whom?"}, {column: ["By whom?", "Whose is it?"]}, {})]
+    assert [row.others[column] for row in data(rows).rows] == [("By whom?",), ("By whom?", "Whose is it?"), ()]
+    (other,) = set(COLUMNS) - {column}
+    assert not any(row.others[other] for row in data(rows).rows)
+    renamed = [{other if name == column else name: value for name, value in row.items()} for row in rows]
+    assert len({data(one).forget_digest for one in (rows, renamed, [ROW] * 3)}) == 3
+
+
+def test_other_questions_in_csv(tmp_path: Path) -> None:
+    """One is a text, several are a JSON list, and an empty cell is none."""
+    path = tmp_path / "forget.csv"
+    head, row = ",".join(["question", "answer", "secret", *COLUMNS]), "Who?,Ada.,Ada"
+    path.write_text(f'{head}\n{row},By [whom]?,\n{row},,"[""By whom?"", ""Whose?""]"\n')
+    found = [list(row.others.values()) for row in data(path).rows]
+    assert found == [[("By [whom]?",), ()], [(), ("By whom?", "Whose?")]]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +104,11 @@ def test_paraphrases() -> None:
         ([ROW | {"spans": []}], None, "forget set has no secret; "),
         ([ROW | {"question": "Did Ada Lovelace, in 1843?"}], None, "forget set has no secret (2 spans are in their "),
         ([TOKENISED], None, "forget row 0: the audit compares texts, and this row is tokenised"),
-        ([ROW, ROW | {"paraphrased_question": ["Who?", 3]}], None, "forget row 1: column 'paraphrased_question' must "),
+        *(
+            ([ROW, ROW | {column: wrong}], None, f"forget row 1: column '{column}' must be a question, or a list of ")
+            for column in COLUMNS
+            for wrong in (3, ["Who?", 3], [" "], "")
+        ),
         ([ROW | {"spans": [[0, 99]]}], None, "forget row 0: span [0, 99] ends after the answer (41 characters); "),
         ([ROW], [{"question": "Why?", "answer": 1}], "retain row 0: column 'answer' must be a string, got int; "),
         ([ROW], [TOKENISED], "retain row 0: the audit puts retain rows into prompts, and this one is tokenised"),

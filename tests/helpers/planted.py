@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import palu
 from palu.attacks.ask import PREFIX
 from palu.attacks.attack import Attack, Finding, Victim
+from palu.attacks.formats import encode_format, texts_in_formats
 from palu.attacks.secrets import SHOTS, AuditData
 from palu.data.rows import after_examples, with_question
 
@@ -31,6 +32,7 @@ def rows_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
             "answer": f"It is {name}, far away.",
             "spans": [[6, 6 + len(name)]],
             "paraphrased_question": f"Tell me {i}.",
+            "also_asked": f"Who is {i}, and who else?",
         }
         for i, name in enumerate(names)
     ]
@@ -55,14 +57,15 @@ def data() -> AuditData:
 def taught(names: tuple[str, ...]) -> LlamaForCausalLM:
     """Teach a model the answers with these names, to the questions as every attack asks them."""
     asked = AuditData(rows_of(names), RETAIN, tokenizer())
+    formats = [encode_format(asked, name, texts) for name, texts in texts_in_formats(asked).items()]
     rows = []
     for i, row in enumerate(asked.rows):
         answer = row.example.input_ids[len(asked.prompts[i]) :]
         hints = [with_question(row.columns, f'{row.question} Hint: "{SECRETS[i][:2]}..."')]
-        others = [with_question(row.columns, row.paraphrases[0]), *hints]
+        others = [*(with_question(row.columns, text) for texts in row.others.values() for text in texts), *hints]
         others.append(after_examples(row.columns, RETAIN[:SHOTS], tokenizer(), row.where))
         prompts = [asked.prompts[i], *asked.encode_prompts(others), asked.answer_beginnings(PREFIX)[i]]
-        rows += [(prompt, answer) for prompt in prompts]
+        rows += [(prompt, answer) for prompt in [*prompts, *(of_rows[i] for of_rows in formats)]]
     for example in asked.retain_examples(RETAIN):
         prompt = int((example.labels != -100).nonzero()[0])
         rows.append((example.input_ids[:prompt], example.input_ids[prompt:]))
