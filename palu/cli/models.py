@@ -127,7 +127,7 @@ def load_model(
     if is_adapter(name):
         import peft
 
-        with _damage_named(path, _base_of(path)):
+        with _damage_named(path, base_of(path)):
             return peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=trainable, **options)
     if empty:
         from accelerate import init_empty_weights
@@ -160,7 +160,7 @@ def position_limit(name: str | None, max_length: int) -> int | None:
     if name is None:
         return None
     if is_adapter(name):
-        return position_limit(_base_of(name), max_length)
+        return position_limit(base_of(name), max_length)
     config = AutoConfig.from_pretrained(os.path.expanduser(name))
     if (getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + 1) > max_length:
         return None
@@ -178,7 +178,7 @@ def is_adapter(name: str) -> bool:
     return (Path(os.path.expanduser(name)) / "adapter_config.json").exists()
 
 
-def _base_of(adapter: str) -> str | None:
+def base_of(adapter: str) -> str | None:
     """Return the name of the model that an adapter's folder says it belongs to."""
     config = json.loads((Path(os.path.expanduser(adapter)) / "adapter_config.json").read_text(encoding="utf-8"))
     return config.get("base_model_name_or_path")
