@@ -181,13 +181,14 @@ def _print_tasks(folder: Path, model: str, tokenizer: str | None, tag: str) -> N
     """Print where the tasks of lm-eval are, and how to run them."""
     names = {"pretrained": model}
     if is_adapter(model):
-        names = {"pretrained": str(base_of(model)), "peft": model}
+        names = {"pretrained": str(base_of(model)), "peft": model, "tokenizer": model}
     if tokenizer is not None:
         names["tokenizer"] = tokenizer
     settings = names | {"add_bos_token": "False", "softmax_dtype": "float32"}
     arguments = ",".join(f"{name}={value}" for name, value in settings.items())
-    print(f"wrote {folder}, which holds the questions and the true answers; run its tasks without --apply_chat_template:")
-    print(f"lm_eval run --model hf --model_args {shlex.quote(arguments)} --include_path {folder} --tasks {tag}")
+    command = ["lm_eval", "run", "--model", "hf", "--model_args", arguments]
+    print(f"wrote {folder}, which holds the questions and the secrets; run its tasks without --apply_chat_template:")
+    print(shlex.join([*command, "--include_path", str(folder), "--tasks", tag]))
 
 
 def _print_rows(results: dict[str, Any]) -> None:

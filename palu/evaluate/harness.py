@@ -3,8 +3,9 @@
 :func:`write_question_tasks` and :func:`write_tofu_tasks` write a folder of tasks. The other public functions are called
 by lm-eval, through the folder's ``utils.py``; the figures' formulas are thus palu's own.
 
-lm-eval is given texts and makes the tokens itself. So the texts here are those of palu's tokens, with all special tokens
-in them, and each is tried: with ``add_bos_token=False`` and without ``--apply_chat_template`` its tokens are palu's.
+lm-eval is given texts and makes the tokens itself. So the texts here are those of palu's tokens, with all special
+tokens in them, and each is tried: with ``add_bos_token=False`` and without ``--apply_chat_template`` its tokens are
+palu's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import stat
 import sys
 from pathlib import Path
@@ -222,7 +221,7 @@ def test_kinds_without_rows_and_secrets(folder: Path, tmp_path: Path) -> None:
     assert '"max_gen_toks": 7' in answers and "told" not in answers
     first, second = result.stdout.splitlines()
     assert first == (
-        f"wrote {written}, which holds the questions and the true answers; run its tasks without --apply_chat_template:"
+        f"wrote {written}, which holds the questions and the secrets; run its tasks without --apply_chat_template:"
     )
     arguments = f"pretrained={folder / 'model'},tokenizer={folder / 'model'},add_bos_token=False,softmax_dtype=float32"
     assert second == (
@@ -250,12 +249,12 @@ def test_tokens_that_are_parts_of_a_character(tmp_path: Path) -> None:
 def test_tokens_that_no_text_gives(tmp_path: Path) -> None:
     doubles = byte_level(normalizer=normalizers.Replace("z", "zz"))
     rows = [ROWS[0], {"question": "What is a zebra?", "answer": "It ran."}]
-    with pytest.raises(DataError, match="^evaluation row 1: the tokenizer does not read .* lm-eval is given texts; "):
+    with pytest.raises(DataError, match=r"^evaluation row 1: the tokenizer does not read .* lm-eval is given texts; "):
         harness.write_question_tasks(QuestionRows(rows, doubles), tmp_path / "tasks")
     assert not (tmp_path / "tasks").exists()
 
 
 def test_a_row_without_a_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": "\n\n", "completion": "It ran."}]
-    with pytest.raises(DataError, match="^evaluation row 0: nothing but blanks stands before the answer; lm-eval needs"):
+    with pytest.raises(DataError, match=r"^evaluation row 0: nothing but blanks stands before the answer; "):
         harness.write_question_tasks(QuestionRows(rows, byte_level(bos=False)), tmp_path / "tasks")
