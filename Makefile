@@ -28,7 +28,8 @@ DIST ?= dist
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# lm-eval's figures from the tasks that palu writes for it, beside palu's own. From then on "make test" compares them, too.
+# Installs lm-eval, and compares its figures from the tasks that palu writes for it with palu's own; from then on
+# "make test" does so, too.
 lm-eval: $(VENV)/ready
 	$(BIN)/pip install --quiet --editable '.[lm-eval]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/evaluate/test_harness.py

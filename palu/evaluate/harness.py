@@ -177,12 +177,12 @@ def _write(folder: Path, tag: str, tasks: Iterable[_Task]) -> None:
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the text of which these are the tokens, special ones included; None: none was found."""
     text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    special = "|".join(re.escape(one.content) for one in tokenizer.added_tokens_decoder.values() if one.special)
+    if tokenizer.encode(text, add_special_tokens=False) == ids:
+        return text
     # Some tokenizers (Llama 2's) put a blank after each special token, and write it when they decode.
-    for candidate in (text, re.sub(rf"({special}) ", r"\1", text)):
-        if tokenizer.encode(candidate, add_special_tokens=False) == ids:
-            return candidate
-    return None
+    special = "|".join(re.escape(one.content) for one in tokenizer.added_tokens_decoder.values() if one.special)
+    text = re.sub(rf"({special}) ", r"\1", text)
+    return text if tokenizer.encode(text, add_special_tokens=False) == ids else None
 
 
 def _checked_text(ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> str:

@@ -26,7 +26,6 @@ TOKENIZERS = {
     "template without the BOS that the tokenizer adds": lambda: byte_level(CHATML),
     "template with BOS": lambda: byte_level(LLAMA3),
     "no template": byte_level,
-    "sentencepiece": sentencepiece,
     "sentencepiece, EOS added": lambda: sentencepiece(eos=True),
     "sentencepiece, a blank after every special token": lambda: sentencepiece(CHATML, metaspace=False),
 }
