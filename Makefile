@@ -1,4 +1,4 @@
-# make test | demo | models | lint | wheel | cuda-check | cuda-emulate | sanitize | torture.
+# make test | lm-eval | demo | models | lint | wheel | cuda-check | cuda-emulate | sanitize | torture.
 # Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
@@ -22,11 +22,17 @@ CUDA ?= 13.0.*
 # Where "make wheel" puts the wheel.
 DIST ?= dist
 
-.PHONY: test demo models lint format wheel cuda-check cuda-emulate sanitize torture clean
+.PHONY: test lm-eval demo models lint format wheel cuda-check cuda-emulate sanitize torture clean
 
 # Files of tests are shared out among WORKERS processes of one thread each: most of a test's time is Python.
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# Installs lm-eval, and compares its figures from the tasks that palu writes for it with palu's own; from then on
+# "make test" does so, too.
+lm-eval: $(VENV)/ready
+	$(BIN)/pip install --quiet --editable '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/evaluate/test_harness.py
 
 demo: $(VENV)/ready
 	$(BIN)/python -m palu.demo --output runs/demo --overwrite

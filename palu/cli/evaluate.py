@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from palu.cli import options as shared
-from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
+from palu.cli.models import base_name, check_names, choose_device, is_adapter, load_tokenizer, model_loaders
 from palu.cli.options import NAME, check_files, flag, given_by, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.report.layout import MODEL, PRIVATE, QUESTIONS
 from palu.settings import template_kwargs
-from palu.writable import check_file
+from palu.writable import check_file, check_folder
+
+if TYPE_CHECKING:
+    from palu.evaluate.questions import QuestionRows
 
 _own = functools.partial(option, rich_help_panel="Your own questions")
 SHOWN = 20  # rows of them that are printed
 FOR_TOFU = ("forget_split", "max_new_tokens")
 FOR_BENCHMARKS = ("benchmark", "data", "retain_results", "forget_split")
+FOR_A_MODEL = ("original", "retain_model", "retain_results", "output", "language", "dtype", "device", "quantize")
 
 
 def evaluate(
@@ -35,6 +40,7 @@ def evaluate(
     data: Annotated[Path | None, option("DIR")] = None,
     retain_results: shared.OptionalFile = None,
     output: shared.OptionalFile = None,
+    write_lm_eval: Annotated[Path | None, option("DIR")] = None,
     language: str = "en",
     tokenizer: shared.Tokenizer = None,
     dtype: shared.Dtype = "auto",
@@ -59,6 +65,8 @@ def evaluate(
         output: Where the results go, in open-unlearning's form; they hold the benchmark's texts. [default:
             evaluation-....json, beside the records of the model's run, where palu report finds it, or else in the
             model's folder]
+        write_lm_eval: Evaluate nothing; write the questions, or TOFU's truth ratios, to this new folder as tasks for
+            lm-eval (EleutherAI's lm-evaluation-harness). It holds the secrets.
         language: Of the word list for the share of broken words, such as de; none: leave it out.
         quantize: Quantise the model as it is loaded, all but its head (bitsandbytes).
         max_new_tokens: TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true
@@ -78,9 +86,32 @@ def evaluate(
     check_files(retain_results=retain_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
+    split = forget_split or "forget05"
+    if write_lm_eval is not None:
+        _refuse(ctx, FOR_A_MODEL, "belongs to an evaluation, and --write-lm-eval makes none; leave it out")
+        if not rows:
+            _refuse(ctx, ("max_new_tokens",), "bounds answers, and the tasks of TOFU generate none; leave it out")
+        if benchmark == "muse-news":
+            raise ValueError("--write-lm-eval has no tasks for MUSE-News; give --rows or --benchmark tofu")
+        check_names(model=model, tokenizer=tokenizer)
+        check_folder(write_lm_eval, subject := f"--write-lm-eval {write_lm_eval}")
+        if write_lm_eval.is_dir() and any(write_lm_eval.iterdir()):
+            raise ValueError(f"{subject} is not empty; give a new folder")
+
+        from palu.evaluate import harness, load_tofu
+
+        tokens = load_tokenizer(tokenizer or model)
+        if rows:
+            asked = _question_rows(rows, tokens, chat_template_kwargs)
+            for one in harness.write_question_tasks(asked, write_lm_eval, max_new_tokens=max_new_tokens):
+                print(f"left out {one}")
+        else:
+            sets = load_tofu(split, data)
+            harness.write_tofu_tasks(sets, tokens, write_lm_eval, chat_template_kwargs=chat_template_kwargs)
+        _print_tasks(write_lm_eval, model, tokenizer, "palu_questions" if rows else "palu_tofu")
+        return
     models = {"model": model} | ({"original": original, "retain_model": retain_model} if rows else {})
     check_names(**models, tokenizer=tokenizer)
-    split = forget_split or "forget05"
     if output is None:
         folder = Path(model)
         if not folder.is_dir():
@@ -92,9 +123,8 @@ def evaluate(
     check_file(output, f"--output {output}")
 
     from palu import evaluate as evaluations
-    from palu.data.rows import iterate_rows
     from palu.evaluate.language import WordList
-    from palu.evaluate.questions import QuestionRows, evaluate_models
+    from palu.evaluate.questions import evaluate_models
 
     if not progress:
         hide_progress_bars()
@@ -103,9 +133,7 @@ def evaluate(
     tokens = load_tokenizer(tokenizer or model)
     # Complaints about the data come before a large model is loaded.
     if rows:
-        # A single file is read by QuestionRows itself, whose complaints name it.
-        read = rows[0] if len(rows) == 1 else [row for file in rows for *_, row in iterate_rows(file, "evaluation")]
-        asked = QuestionRows(read, tokens, chat_template_kwargs)
+        asked = _question_rows(rows, tokens, chat_template_kwargs)
         results = evaluate_models(loaders, asked, max_new_tokens=max_new_tokens, progress=progress)
     else:
         options: dict[str, Any] = {
@@ -137,6 +165,30 @@ def _refuse(ctx: typer.Context, options: tuple[str, ...], why: str) -> None:
     for name in options:
         if given_by(ctx, name) == "COMMANDLINE":
             raise ValueError(f"{flag(name)} {why}")
+
+
+def _question_rows(files: list[Path], tokenizer: Any, chat_template_kwargs: Any) -> QuestionRows:
+    """Read and tokenise the questions of all files."""
+    from palu.data.rows import iterate_rows
+    from palu.evaluate.questions import QuestionRows
+
+    # A single file is read by QuestionRows itself, whose complaints name it.
+    read = files[0] if len(files) == 1 else [row for file in files for *_, row in iterate_rows(file, "evaluation")]
+    return QuestionRows(read, tokenizer, chat_template_kwargs)
+
+
+def _print_tasks(folder: Path, model: str, tokenizer: str | None, tag: str) -> None:
+    """Print where the tasks of lm-eval are, and how to run them."""
+    names = {"pretrained": model}
+    if is_adapter(model):
+        names = {"pretrained": str(base_name(model)), "peft": model, "tokenizer": model}
+    if tokenizer is not None:
+        names["tokenizer"] = tokenizer
+    settings = names | {"add_bos_token": "False", "softmax_dtype": "float32"}
+    arguments = ",".join(f"{name}={value}" for name, value in settings.items())
+    command = ["lm_eval", "run", "--model", "hf", "--model_args", arguments]
+    print(f"wrote {folder}, which holds the questions and the secrets; run its tasks without --apply_chat_template:")
+    print(shlex.join([*command, "--include_path", str(folder), "--tasks", tag]))
 
 
 def _print_rows(results: dict[str, Any]) -> None:

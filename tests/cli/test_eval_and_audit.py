@@ -50,6 +50,14 @@ def test_muse_news(folder: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
 
 
+def test_an_adapter_in_lm_eval(folder: Path, tmp_path: Path) -> None:
+    model, adapter, tasks = folder / "model", folder / "adapter", tmp_path / "my tasks"
+    given = ["--rows", folder / "retain.jsonl", "--tokenizer", model, "--write-lm-eval", tasks]
+    command = done("eval", "--model", adapter, *given).stdout.splitlines()[-1]
+    assert f" --model_args pretrained={model},peft={adapter},tokenizer={model},add_bos_token=False," in command
+    assert command.endswith(f" --include_path '{tasks}' --tasks palu_questions")
+
+
 def test_the_history_has_the_means_of_own_questions(
     folder: Path, arguments: list[Any], out: Path, tmp_path: Path
 ) -> None:
