@@ -73,6 +73,8 @@ def unlearn(
 ) -> UnlearnResult:
     """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
 
+    By default a LoRA adapter is trained, and merged into the model's weights at the end (``lora_rank``).
+
     Args:
         model: a ``LlamaForCausalLM``, or a causal LM whose logits are a linear head of its last hidden states (scaled
             or capped, too) and whose attention keeps packed examples apart (docs/models.md); or a ``peft.PeftModel`` of
