@@ -67,18 +67,16 @@ Count = tuple[int, int]  # so many of so many
 
 @dataclass(frozen=True)
 class Precision:
-    """In what the weights are held and multiplied, and what steps them."""
+    """In what the weights are held and multiplied."""
 
     dtype: torch.dtype
     mixed_precision: str = "no"
-    optimizer: str = "adamw"
 
 
 PRECISIONS = {
     "float32": Precision(torch.float32),
     "mixed": Precision(torch.float32, mixed_precision="bf16"),
     "bfloat16": Precision(torch.bfloat16),
-    "bfloat16_8bit": Precision(torch.bfloat16, optimizer="adamw_8bit"),
 }
 
 
@@ -181,7 +179,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     figures[BEFORE["paraphrased"]] = len(right(in_other_words, before)), len(in_other_words)
     figures[BEFORE["after one token"]], nll_before = attacked(model, data, texts)
 
-    settings = METHODS[args.method] | {"optimizer": PRECISIONS[args.precision].optimizer} | args.settings
+    settings = METHODS[args.method] | args.settings
     reset_peak()
     clock = time.perf_counter()
     result = palu.unlearn(

@@ -127,8 +127,6 @@ class RunSettings(Settings):
 
     Attributes:
         method: the settings of the method, an instance of its ``Settings``.
-        optimizer: ``"adamw"``; beside bfloat16 weights it keeps the rest of their float32 bits. ``"adamw_8bit"``: its
-            moments take a byte each, and bfloat16 weights are rounded at random (needs torchao; see docs/memory.md).
         learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes a third off
             the loss, to first order: ``loss / (3 ||gradient||_1)``, since AdamW first moves every weight by the rate.
         weight_decay: AdamW's decoupled weight decay.
@@ -179,7 +177,6 @@ class RunSettings(Settings):
 
     method: Any = None
 
-    optimizer: str = choice("adamw", ("adamw", "adamw_8bit"))
     learning_rate: float | None = positive(None, "one from the first gradient")
     weight_decay: float = not_negative(0.0)
     warmup_steps: int = count(0, zero=True)

@@ -43,7 +43,7 @@ from palu.models.lora import CausalLM
 from palu.ref_model.storage import map_file, reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
-from palu.training.optimizer import load_state, state_of
+from palu.training.optimizer import load_state
 
 FORMAT = 5
 KEPT = 2
@@ -115,7 +115,7 @@ class Checkpoints:
                 saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
-        load_state(optimizer, states, float(scheduler.get_last_lr()[0]), len(about["history"]))
+        load_state(optimizer, states, float(scheduler.get_last_lr()[0]))
         own = self.accelerator.process_index
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
@@ -150,7 +150,7 @@ class Checkpoints:
             tensors["rng.cuda"] = self._of_all(torch.cuda.get_rng_state(self.accelerator.device))
         for name, parameter in _trainable(self.model).items():
             parts = {f"model.{name}": parameter.detach()}
-            parts |= {f"adamw.{name}.{key}": part for key, part in state_of(self.optimizer, parameter).items()}
+            parts |= {f"adamw.{name}.{key}": part for key, part in self.optimizer.state.get(parameter, {}).items()}
             for key, part in parts.items():
                 full = full_tensor(part)  # all processes take part, and the main one keeps it
                 if self.accelerator.is_main_process:

@@ -1,20 +1,16 @@
-"""AdamW for the weights as they are loaded: torch's for float32, ours for bfloat16; or with 8-bit moments.
+"""AdamW for the weights as they are loaded: torch's for float32, ours for bfloat16.
 
 Near 0.02 neighbouring bfloat16 values lie 1.2e-4 apart, so that plain AdamW rounds a step of 1e-5 away. Neighbouring
 values differ by up to 0.8 %, so that a second moment in bfloat16 never decays by a thousandth, either.
 :class:`BFloat16AdamW` is AdamW on float32 weights and second moments: a bfloat16 weight is the upper half of a float32
 one, rounded, and the lower half is kept beside it. Bytes for each trained weight, gradient and states included: 16 in
 float32, 12 in bfloat16.
-
-``adamw_8bit`` is torchao's AdamW, whose moments take a byte each. Its bfloat16 weights are rounded up or down at
-random, so that they are right on average, and nothing need be kept: 6 bytes for each trained weight, 10 in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,12 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from palu.config import UnlearnConfig
 from palu.distributed import full_tensor, shard_like
-from palu.hashing import digest
 from palu.ops import adamw_
-from palu.training.engine import SHARDED
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
-EIGHT_BIT = "adamw_8bit"
 
 
 def make_optimizer(
@@ -42,8 +35,6 @@ def make_optimizer(
     """
     trained = [p for p in parameters if p.requires_grad]
     rate = config.learning_rate or 0.0  # 0: chosen in the first step
-    if config.optimizer == EIGHT_BIT:
-        return _adamw_8bit(trained, rate, config, accelerator.device)
     low = any(p.dtype == torch.bfloat16 for p in trained)
     if low and accelerator.distributed_type != DistributedType.DEEPSPEED:
         return BFloat16AdamW(trained, rate, config.weight_decay, config.seed)
@@ -131,96 +122,23 @@ def clip_gradients(run: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
     return full_tensor(found)
 
 
-def _adamw_8bit(
-    trained: list[nn.Parameter], rate: float, config: UnlearnConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """Make torchao's AdamW with 8-bit moments; in bfloat16 all processes round the same way, and a resumed run, too."""
-    optimizer = _import_torchao().AdamW8bit(trained, rate, BETAS, EPS, config.weight_decay, bf16_stochastic_round=True)
-    drawing = ExitStack()
-
-    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        nonlocal rate
-        (group,) = optimizer.param_groups
-        rate = group["lr"]
-        group["lr"] = torch.tensor(rate, dtype=torch.float32)  # for torchao; for schedules and checkpoints a number
-        group["steps"] += 1
-        # Random numbers of its own: the model's dropout differs between processes.
-        drawing.enter_context(torch.random.fork_rng([device] if device.type != "cpu" else [], device_type="cuda"))
-        torch.manual_seed(int(digest([config.seed, group["steps"]])[:8], 16))  # a CPU takes 32 bits
-
-    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        drawing.close()
-        optimizer.param_groups[0]["lr"] = rate
-
-    optimizer.param_groups[0] |= {"lr": rate, "steps": 0}
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-    return optimizer
-
-
 def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
-    """Raise ValueError where the optimizer could not do what is asked of it, ImportError without its package."""
+    """Raise ValueError where the optimizer could not do what is asked of it."""
     if config.learning_rate is None and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
         )
-    if config.optimizer == EIGHT_BIT:
-        if accelerator.distributed_type in SHARDED:
-            raise ValueError(
-                f"optimizer = {EIGHT_BIT!r}: not supported under {accelerator.distributed_type.value}, which shards "
-                "the weights; use DDP or one process, or optimizer = 'adamw'"
-            )
-        _import_torchao()
 
 
-def _import_torchao() -> Any:
-    try:
-        import torchao.optim
-    except ImportError as error:
-        raise ImportError(
-            f"optimizer = {EIGHT_BIT!r} needs torchao ({error}); pip install 'palu-unlearn[8bit]'"
-        ) from error
-    return torchao.optim
+def load_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rate: float) -> None:
+    """Restore an optimizer of :func:`make_optimizer`.
 
-
-def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return what the optimizer keeps of a parameter; of 8-bit moments the codes, and a scale for each 256 of them."""
-    state: dict[str, Tensor] = {}
-    for name, value in optimizer.state.get(parameter, {}).items():
-        if hasattr(value, "codes"):
-            state |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
-        else:
-            state[name] = value
-    return state
-
-
-def load_state(
-    optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rate: float, steps: int
-) -> None:
-    """Restore an optimizer of :func:`make_optimizer` after some steps.
-
-    ``states``: :func:`state_of` each parameter, in the optimizer's order; empty for one that no gradient has reached.
+    ``states``: of each parameter, in the optimizer's order; empty for one that no gradient has reached.
     """
     (group,) = optimizer.param_groups
     group["lr"] = rate
-    if "steps" in group:
-        group["steps"] = steps
     for p, state in zip(group["params"], states, strict=True):
         # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
-        for name, value in _joined(state, p.dtype).items():
+        for name, value in state.items():
             on_host = name == "step" and not group.get("fused")
             optimizer.state[p][name] = value if on_host else value.to(p.device)
-
-
-def _joined(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """Put the parts of 8-bit moments together again."""
-    joined: dict[str, Any] = {name: value for name, value in state.items() if "." not in name}
-    for name in (name.removesuffix(".codes") for name in state if name.endswith(".codes")):
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
-        signed, block = name == "exp_avg", codes.numel() // scale.numel()
-        joined[name] = OptimState8bit.zeros(codes.shape, signed, block, codes.device, dtype)
-        joined[name].codes.copy_(codes)
-        joined[name].scale.copy_(scale)
-    return joined

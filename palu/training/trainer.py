@@ -39,7 +39,6 @@ from palu.writable import check_folders
 
 # Fields of UnlearnConfig that Trainer has arguments for: those decide.
 TRAINERS = {
-    "optimizer": "optim",
     "learning_rate": "learning_rate",
     "weight_decay": "weight_decay",
     "warmup_steps": "warmup_steps",

@@ -177,7 +177,6 @@ def test_values_for_the_chat_template(
         ("--dtype float32 --mixed-precision bf16", torch.float32, "bf16", "AdamW"),
         ("--dtype bfloat16", torch.bfloat16, "no", "AdamW"),
         ("--dtype bfloat16 --lora-rank none", torch.bfloat16, "no", "BFloat16AdamW"),
-        ("--dtype bfloat16 --lora-rank none --optimizer adamw_8bit", torch.bfloat16, "no", "AdamW8bit"),
         ("--dtype bfloat16 --lora", torch.bfloat16, "no", "AdamW"),
     ],
 )

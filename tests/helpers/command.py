@@ -26,7 +26,7 @@ def palu_command(*arguments: Any, **environment: str) -> Result:
 def done(*arguments: Any) -> Result:
     """A command that succeeds."""
     result = palu_command(*arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, f"{result.output}{result.exception!r}"
     return result
 
 

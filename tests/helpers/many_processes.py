@@ -29,7 +29,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import palu
-from palu.hashing import digest
 from palu.training import checkpoint
 from palu.training.checkpoint import Checkpoints
 
@@ -79,9 +78,6 @@ CASES = {
     "bfloat16": Scenario(lambda: untied(dtype=torch.bfloat16), {"lambda_kl": 4.0}),
     # In mixed precision (PRECISION).
     "mixed": Scenario(lambda: untied(dtype=torch.bfloat16)),
-    "8-bit": Scenario(
-        lambda: make_llama(dtype=torch.bfloat16, hidden_size=64, attention_dropout=0.1), {"optimizer": "adamw_8bit"}
-    ),
     "max_tokens": Scenario(untied, {"max_tokens": 30}),
 }
 PRECISION = {"mixed": "bf16"}
@@ -256,9 +252,6 @@ def main(folder: Path) -> None:
         if engine == "fsdp2_main":
             continue
         outcome[f"{engine}.divergence"] = diverging()
-        outcome[f"{engine}.8-bit"] = (
-            digest(weights(run("8-bit").model)) if engine == "ddp" else complaint(lambda: run("8-bit"))
-        )
         if engine in ("ddp", "fsdp2"):
             model = (lambda: with_lora(dropout=0.2)) if engine == "ddp" else (lambda: tiny_llama(dtype=torch.bfloat16))
             outcome[f"{engine}.checkpoints by time"] = by_the_clock(rank, folder / f"clock_{engine}")

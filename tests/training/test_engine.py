@@ -146,20 +146,6 @@ def test_checkpoints(engine: str, what: str, expected: Any, outcomes: Outcomes) 
     assert [result[f"{engine}.{what}"] for result in outcomes[1]] == [expected] * PROCESSES
 
 
-def test_8_bit_moments_under_ddp(outcomes: Outcomes) -> None:
-    """All processes round to the same weights, though their dropout differs; engines that shard are refused."""
-    first, second = (result["ddp.8-bit"] for result in outcomes[1])
-    assert first == second
-    refused = {name: said for name, said in outcomes[1][0].items() if name.endswith(".8-bit") and name != "ddp.8-bit"}
-    assert "fsdp2.8-bit" in refused
-    for said in refused.values():
-        assert re.fullmatch(
-            r"ValueError: optimizer = 'adamw_8bit': not supported under (FSDP|DEEPSPEED), which shards the weights; "
-            "use DDP or one process, or optimizer = 'adamw'",
-            said,
-        )
-
-
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_callback_of_one_process_ends_the_run_of_all(engine: str, outcomes: Outcomes) -> None:
     """By an evaluation that generates on the sharded model, whose figures are the main process's; or by its error."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from helpers import runs
 from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM, TrainingArguments
@@ -22,7 +20,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
-from palu.training.optimizer import check_optimizer, load_state, make_optimizer, state_of
+from palu.training.optimizer import check_optimizer, load_state, make_optimizer
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
 
@@ -130,79 +128,6 @@ def test_weights_whose_gradient_is_zero_stay_as_they_are() -> None:
     assert same_weights(nn.ParameterDict({"weight": parameter}), before)
 
 
-# --- 8-bit moments: some shapes alone, since torchao compiles its step for each of them ---
-eight_bit = functools.partial(unlearn, optimizer="adamw_8bit")
-
-
-def large(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """Its matrices have the 4096 elements from which on moments are in 8 bits."""
-    return tiny_llama(dtype=dtype, initializer_range=0.05, hidden_size=64, intermediate_size=128)
-
-
-def test_8_bit_moments_train_as_float32_ones_do(tmp_path: Path) -> None:
-    """Rounded at random, the weights have float32's update on average; a resumed run ends with the same bits."""
-    start = weights(large())
-    exact = unlearn(large().float())
-    full = change(exact.model, start)
-    folder = tmp_path / "checkpoints"
-    low = eight_bit(large(), checkpoint_dir=str(folder), checkpoint_steps=7)
-    ours = change(low.model, start)
-    assert low.model.dtype == torch.bfloat16
-    assert float(ours @ full / full.square().sum()) == pytest.approx(1, abs=0.1)
-    assert cosine(ours, full) > 0.4
-    for record, expected in zip(low.history, exact.history, strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=0.02)
-        assert record["learning_rate"] == RATE
-
-    with safe_open(folder / "step-00000020.safetensors", "pt") as file:
-        kept = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    matrix = "adamw.model.layers.0.mlp.up_proj.weight"
-    codes = {kept[f"{matrix}.{moment}.codes"] for moment in ("exp_avg", "exp_avg_sq")}
-    assert codes == {"U8"} and f"{matrix}.exp_avg" not in kept
-    (folder / "step-00000020.safetensors").unlink()
-    resumed = large()
-    eight_bit(resumed, checkpoint_dir=str(folder), resume=True)
-    assert same_weights(resumed, weights(low.model))
-
-    # Other random numbers are not touched, and the seed decides.
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    parameter = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
-    rounded = []
-    for seed in (0, 0, 1):
-        parameter.data = torch.ones_like(parameter)
-        config = UnlearnConfig(optimizer="adamw_8bit", learning_rate=RATE, seed=seed)
-        optimizer = make_optimizer([parameter], config, Accelerator())
-        parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        rounded.append(parameter.detach().clone())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
-    before = parameter.detach().clone()
-    parameter.data = torch.ones_like(parameter)
-    optimizer.step()
-    assert not torch.equal(parameter, before), "each step rounds in its own way"
-
-
-def test_8_bit_moments_keep_weight_decay_in_bfloat16() -> None:
-    parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    config = UnlearnConfig(optimizer="adamw_8bit", learning_rate=1e-3, weight_decay=0.1)
-    optimizer = make_optimizer([parameter], config, Accelerator())
-    for _ in range(100):
-        parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    assert float(parameter.detach().float().mean()) == pytest.approx((1 - 1e-4) ** 100, abs=5e-4)
-
-
-def test_without_torchao_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(
-        ImportError, match=r"optimizer = 'adamw_8bit' needs torchao .*; pip install 'palu-unlearn\[8bit\]'$"
-    ):
-        eight_bit(bf16_llama())
-
-
 def test_state_of_weights_in_two_dtypes_is_restored() -> None:
     """Each in its own dtype; a float32 weight beside a bfloat16 one has no further bits."""
     config, accelerator = UnlearnConfig(learning_rate=1e-2), Accelerator()
@@ -222,13 +147,13 @@ def test_state_of_weights_in_two_dtypes_is_restored() -> None:
         step(whole, optimizer, number)
     again = [nn.Parameter(p.detach().clone()) for p in whole]
     restored = make_optimizer(again, config, accelerator)
-    states = [{name: value.clone() for name, value in state_of(optimizer, p).items()} for p in whole]
+    states = [{name: value.clone() for name, value in optimizer.state[p].items()} for p in whole]
     moments = {"step": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
     assert [{name: value.dtype for name, value in state.items()} for state in states] == [
         moments | {"low_bits": torch.bfloat16},
         moments | {"exp_avg": torch.float32},
     ]
-    load_state(restored, states, 1e-2, 3)
+    load_state(restored, states, 1e-2)
     for number in range(3, 6):
         step(whole, optimizer, number)
         step(again, restored, number)
@@ -259,11 +184,10 @@ def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
     ("dtype", "settings"),
     [
         (torch.float64, {}),
-        (torch.float64, {"optimizer": "adamw_8bit"}),
         (torch.float64, {"batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.1}),
         (torch.float64, {"max_grad_norm": 1e-3}),
         (torch.bfloat16, {}),
-        (torch.bfloat16, {"optimizer": "adamw_8bit", "max_grad_norm": 1e-3}),
+        (torch.bfloat16, {"max_grad_norm": 1e-3}),
     ],
     ids=str,
 )

@@ -151,7 +151,7 @@ def test_divergence(tmp_path: Path) -> None:
 
 
 # --- What is refused ---
-OTHER: dict[str, Any] = {"optimizer": "adamw_8bit", "lr_scheduler": "cosine", "gradient_checkpointing": True}
+OTHER: dict[str, Any] = {"lr_scheduler": "cosine", "gradient_checkpointing": True}
 OTHER |= {"progress": False, "checkpoint_dir": "x", "logging_dir": "x", "report_to": "wandb"}
 NEED_A_FOLDER = {"checkpoint_minutes", "checkpoint_steps", "resume"}  # which is refused first
 
