@@ -247,15 +247,6 @@ def _lengths(item: Item) -> list[int]:
     return list(item.lengths) or [len(item.input_ids)]
 
 
-def _common_prefix(examples: Sequence[Tensor]) -> int:
-    """Count the tokens with which all examples begin, but for the last one of each; 0 for a single one."""
-    shortest = min(map(len, examples)) - 1
-    if len(examples) == 1:
-        return 0
-    same = torch.stack([example[:shortest] for example in examples]).eq(examples[0][:shortest]).all(0)
-    return int(same.cumprod(0).sum())
-
-
 class Counts(NamedTuple):
     """How many rows and examples a micro-batch has, or a whole optimisation step: the denominators of all means."""
 
