@@ -61,6 +61,17 @@ def test_hostile_text_stays_text(folder: Path) -> None:
 
 
 # --- what is shown ---
+def test_what_was_trained(folder: Path) -> None:
+    """A merged adapter is named, and all weights are not said to be trained; an adapter of the model's own is not."""
+    summary, record = read(folder, "summary.json"), read(folder)
+    trained = f"({record['model']['trainable']:,} trained)"
+    assert "LoRA" not in asked(folder, summary) and trained in Page(write_report(folder)).text
+    assert "A LoRA adapter of rank 8 was trained, and merged into the weights" in asked(folder, summary, lora_rank=8)
+    assert trained not in Page(write_report(folder)).text
+    change(folder, lambda found: found["model"].update(adapter=True))
+    assert "LoRA" not in asked(folder, summary, lora_rank=8) and trained in Page(write_report(folder)).text
+
+
 def test_redaction_leaves_no_secret(folder: Path) -> None:
     path = write_report(folder, redact=True)
     assert path.name == "report-redacted.html"
