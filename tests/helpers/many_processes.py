@@ -58,6 +58,7 @@ CASES = {
     "untied": Scenario(untied),
     "tied": Scenario(make_llama, {"gradient_checkpointing": True}, lambda: make_llama(seed=3)),
     "lora": Scenario(lambda: with_lora(make_llama())),
+    "added adapter": Scenario(untied, {"lora_rank": 4}),  # merged at the end, as by default
     "npo": Scenario(make_llama, {"objective": "npo", "learning_rate": 3e-4}),
     "undial": Scenario(make_llama, {"objective": "undial"}),
     # In float64, where nothing but an unequal weight of unequal shares can make a difference.
@@ -82,11 +83,11 @@ CASES = {
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "anchors", "npo", "bfloat16", "max_tokens"),
-    "fsdp2": ("untied", "tied", "lora", "anchors", "undial", "bfloat16", "mixed", "max_tokens"),
-    "fsdp2_main": ("untied", "tied", "lora"),
+    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens"),
+    "fsdp2": ("untied", "tied", "lora", "added adapter", "anchors", "undial", "bfloat16", "mixed", "max_tokens"),
+    "fsdp2_main": ("untied", "tied", "lora", "added adapter"),
     "zero2": ("untied", "tied", "max_tokens"),
-    "zero3": ("untied", "tied", "lora"),
+    "zero3": ("untied", "tied", "lora", "added adapter"),
 }
 
 
