@@ -111,7 +111,7 @@ def unlearn(
         OSError: ``cache_dir``, ``checkpoint_dir`` or ``logging_dir`` cannot be written to.
         CacheError: there is no room for the reference's outputs in ``cache_dir``, or what is there cannot be used.
         CheckpointError: a checkpoint cannot be written, or is not one of this run.
-        ImportError: the package of a tracker or of the optimizer is missing.
+        ImportError: the package of a tracker is missing.
         Exception: what a callback or ``evaluate`` raises. The model has the weights of the last step then, and where
             there is ``checkpoint_dir``, a checkpoint of it was written.
     """
