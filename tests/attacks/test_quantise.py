@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from helpers.planted import attack, data, never_saw, original, tokenizer
 from helpers.tiny import same_weights, tiny_llama, weights
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palu.attacks.quantise import NF4_LEVELS, SCHEMES, Quantise, round_int4, round_int8, round_nf4, rounded
@@ -69,6 +73,33 @@ def test_only_the_linear_layers_of_the_body_are_rounded(scheme: str, dtype: torc
     with pytest.raises(KeyboardInterrupt), rounded(model, scheme):
         raise KeyboardInterrupt
     assert same_weights(model, before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["down_proj"]}], ids=str)
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_is_merged_before_rounding_or_stays_as_it_is_on_a_rounded_base(
+    settings: dict[str, Any], merge: bool
+) -> None:
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
+    adapted = get_peft_model(tiny_llama(), config)
+    for name, p in adapted.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            p.data.mul_(1.5)  # begins as the base has it
+    before, ids = weights(adapted), torch.arange(12)[None]
+    expected = copy.deepcopy(adapted)
+    if merge:
+        expected = expected.merge_and_unload()
+    for name, p in expected.named_parameters():
+        layer = expected.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, torch.nn.Linear) and not any(x in name for x in ("lora_", "modules_to_save", "lm_head")):
+            p.data = round_int4(p.data)
+
+    with torch.no_grad(), rounded(adapted, "int4", merge=merge):
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert same_weights(adapted, before) and not adapted.get_model_status().merged_adapters
+    with pytest.raises(KeyboardInterrupt), rounded(adapted, "int4", merge=merge):
+        raise KeyboardInterrupt
+    assert same_weights(adapted, before) and not adapted.get_model_status().merged_adapters
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
