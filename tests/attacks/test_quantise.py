@@ -123,3 +123,7 @@ def test_what_cannot_be_rounded_is_said() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
     reason = Quantise("int8", 24, 4).skip_reason(data(), gpt2)
     assert reason == "GPT2LMHeadModel has no torch.nn.Linear in its body"
+    quantised = tiny_llama()
+    quantised.is_quantized, quantised.quantization_method = True, "bitsandbytes"
+    reason = Quantise("int8", 24, 4).skip_reason(data(), quantised)
+    assert reason == "the model is quantised already, by bitsandbytes, and every other row is of it in this form"
