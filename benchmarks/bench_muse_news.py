@@ -183,8 +183,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def evaluate(loaded: Loaded, retain: Any) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
         with fast_products(DEVICE):
-            return palu.evaluate.muse_news(
-                *loaded, data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
+            return palu.evaluate.muse(
+                *loaded, data=data.evaluated, retain_results=retain, verbmem_tokens=preset.verbmem_tokens
             )
 
     def unlearned(method: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.benchmark_data import small_muse_news, small_tofu
+from helpers.benchmark_data import small_muse, small_tofu
 from helpers.refusals import Call, Cases, refused, text, unlearn, words
 from helpers.tiny import VOCAB, forget_rows, retain_rows, tiny_llama
 from torch import Tensor, nn
@@ -75,14 +75,14 @@ def config(**settings: Any) -> Call:
     return palu.UnlearnConfig, settings
 
 
-def muse_news(**changed: Any) -> Call:
+def muse(**changed: Any) -> Call:
     model = tiny_llama(vocab_size=len(words()), max_position_embeddings=512)
-    given = {"model": model, "tokenizer": words(), "data": small_muse_news(), "progress": False}
-    return palu.evaluate.muse_news, given | changed
+    given = {"model": model, "tokenizer": words(), "data": small_muse(), "progress": False}
+    return palu.evaluate.muse, given | changed
 
 
 def tofu(**changed: Any) -> Call:
-    return palu.evaluate.tofu, muse_news(**{"data": small_tofu(), "max_new_tokens": 4} | changed)[1]
+    return palu.evaluate.tofu, muse(**{"data": small_tofu(), "max_new_tokens": 4} | changed)[1]
 
 
 def questions(model: Any, original: Any) -> Call:
@@ -220,10 +220,10 @@ BAD: Cases = {
     "results that are none": (lambda: tofu(retain_results={"loss": 1.0}), ValueError, "these are no results: a mapping of metrics to {agg_value, value_by_index} is needed, as palu.evaluate returns it and open-unlearning logs it"),
     "a language without a word list": (lambda: tofu(language="ja"), ValueError, "there is no word list for language 'ja'; give one of ar, bg, bn, ca, cs, da, de, el, en, es, fa, fi, fil, fr, he, hi, hu, id, is, it, lt, lv, mk, ms, nb, nl, pl, pt, ro, ru, sh, sk, sl, sv, ta, tr, uk, ur, vi, or None to leave the share of words out"),
     "a tokenizer's name to evaluate with": (lambda: tofu(tokenizer="gpt2"), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
-    "a tokenizer's name with a chat template's values": (lambda: muse_news(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
+    "a tokenizer's name with a chat template's values": (lambda: muse(tokenizer="gpt2", chat_template_kwargs={"a": 1}), TypeError, "tokenizer is a str; load it with AutoTokenizer.from_pretrained"),
     "a model without a head to evaluate": (lambda: tofu(model=LlamaModel(tiny_llama().config)), UnsupportedModelError, f"model is a LlamaModel, {CAUSAL}"),
-    "a model to evaluate in part elsewhere": (lambda: muse_news(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
-    "a set to evaluate that is missing": (lambda: muse_news(data={}), DataError, "verbmem_forget set is missing or empty; use the sets of MUSE-News"),
+    "a model to evaluate in part elsewhere": (lambda: muse(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
+    "a set to evaluate that is missing": (lambda: muse(data={}), DataError, "verbmem_forget set is missing or empty; use the sets of MUSE"),
 }  # fmt: skip
 
 

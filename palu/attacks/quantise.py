@@ -9,13 +9,12 @@ from statistics import mean
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.data.tokenize import IGNORE, Example
 from palu.models.head import body_of
-from palu.models.lora import CausalLM, is_peft
+from palu.models.lora import CausalLM, unmerged_layers
 from palu.models.quantized import quantized_by
 from palu.ref_model.anchors import ANSWER_TOKENS, anchor_texts
 
@@ -33,6 +32,9 @@ BROKEN = 0.5  # a model that keeps less than this share of its utility when it i
 @dataclass(frozen=True)
 class Quantise(Attack):
     """Ask greedily after rounding to the nearest: the weights of linear layers, head and embeddings left alone.
+
+    A model with an adapter is asked twice: after the adapter is merged and the sum rounded, and with the adapter as it
+    is on a rounded base (as QLoRA serves it).
 
     Utility is the mean probability (exp of minus the mean NLL) of the answers of ``utility_rows`` retain rows; without
     retain rows, of what the model itself answers to as many everyday prompts before it is rounded.
@@ -52,11 +54,9 @@ class Quantise(Attack):
         return f"linear layers rounded to {SCHEMES[self.scheme][0]}; 1 greedy answer of {self.max_new_tokens} tokens"
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
-        if is_peft(model):
-            return "the model has a LoRA adapter, which is not rounded on its own; merge it into the weights"
         if method := quantized_by(model):
-            return f"the model is quantised already, by {method}"
-        if not _linear_weights(model):
+            return f"the model is quantised already, by {method}, and every other row is of it in this form"
+        if not _linear_layers(model):
             return f"{type(model).__name__} has no torch.nn.Linear in its body"
         return None
 
@@ -67,11 +67,14 @@ class Quantise(Attack):
         def utility() -> float:
             return mean(score.probability for score in victim.scores(examples, names))
 
-        figures = {"utility unrounded": utility()}
-        with rounded(victim.model, self.scheme):
-            figures["utility"] = utility()
-            finding = victim.ask(f"quantise: {self.scheme}", victim.data.prompts, self.max_new_tokens)
-        return [replace(finding, figures=figures)]
+        unrounded, name, findings = utility(), f"quantise: {self.scheme}", []
+        apart = {f"{name}, adapter merged": True, f"{name}, under the adapter": False}
+        for row, merge in (apart if unmerged_layers(body_of(victim.model)) else {name: True}).items():
+            with rounded(victim.model, self.scheme, merge=merge):
+                figures = {"utility unrounded": unrounded, "utility": utility()}
+                finding = victim.ask(row, victim.data.prompts, self.max_new_tokens)
+            findings.append(replace(finding, figures=figures))
+        return findings
 
     def _utility_examples(self, victim: Victim) -> list[Example]:
         data, count = victim.data, self.utility_rows
@@ -85,28 +88,41 @@ class Quantise(Attack):
         return examples
 
 
-def _linear_weights(model: CausalLM) -> list[Tensor]:
-    """List the weights of the linear layers of a model's body, shared ones once."""
-    layers = [module for module in body_of(model).modules() if isinstance(module, nn.Linear)]
-    return list(dict.fromkeys(layer.weight for layer in layers))
+def _linear_layers(model: CausalLM, *, merged: bool = True) -> list[nn.Linear]:
+    """List the linear layers of a model's body, without a LoRA adapter's factors.
+
+    Layers that the adapter replaces whole (``modules_to_save``) are the model's own once it is ``merged``.
+    """
+    of_adapter = (".lora_",) if merged else (".lora_", ".modules_to_save.")
+    linear = [(f".{path}", layer) for path, layer in body_of(model).named_modules() if isinstance(layer, nn.Linear)]
+    return [layer for path, layer in linear if not any(part in path for part in of_adapter)]
 
 
 @contextmanager
-def rounded(model: PreTrainedModel, scheme: str) -> Iterator[None]:
+def rounded(model: CausalLM, scheme: str, *, merge: bool = True) -> Iterator[None]:
     """Round the weights of a model's linear layers within the block; afterwards they are bit by bit as before.
 
     A copy of the weights is kept in the host's memory meanwhile.
+
+    Args:
+        merge: round what a LoRA adapter makes of them, as if it had been merged; else it stays apart, and unrounded.
     """
     _, function = SCHEMES[scheme]
-    weights = [weight.detach() for weight in _linear_weights(model)]
-    kept = [weight.to("cpu", copy=True) for weight in weights]
+    layers, adapted = _linear_layers(model, merged=merge), unmerged_layers(body_of(model)) if merge else []
+    # By parameter, since PEFT may give one other data; biases, too, to which an adapter may add.
+    kept = {p: p.detach().to("cpu", copy=True) for layer in layers for p in layer.parameters(recurse=False)}
     try:
-        for weight in weights:
-            weight.copy_(function(weight.float()))
+        for layer in adapted:
+            layer.merge()
+        for weight in dict.fromkeys(layer.weight for layer in layers):  # shared ones once
+            weight.detach().copy_(function(weight.detach().float()))
         yield
     finally:
-        for weight, before in zip(weights, kept, strict=True):
-            weight.copy_(before)
+        for layer in adapted:
+            if layer.merged:
+                layer.unmerge()
+        for p, before in kept.items():
+            p.detach().copy_(before)
 
 
 def round_int8(weight: Tensor) -> Tensor:

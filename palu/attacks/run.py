@@ -235,11 +235,16 @@ def _write(path: Path, value: Any) -> None:
 def _compare(described: dict[str, Any], outcomes: Mapping[str, Outcome], seed: int) -> list[dict[str, Any]]:
     """Make the rows of the table: one for each finding of an attack, or one that says why it was not made."""
     reasons = {role: outcome for role, outcome in outcomes.items() if isinstance(outcome, str)}
+    found = {role: outcome for role, outcome in outcomes.items() if not isinstance(outcome, str)}
     if reasons:
         of_all = len(set(reasons.values())) == 1 and len(reasons) == len(outcomes)
         reason = "; ".join(set(reasons.values()) if of_all else (f"{role}: {why}" for role, why in reasons.items()))
         return [{"name": described["attack"].replace("-", ": ", 1), **described, **_skipped(reason)}]
-    by_row = [dict(zip(outcomes, findings, strict=True)) for findings in zip(*outcomes.values(), strict=True)]
+    # Rounding has two rows for a model with an adapter: beside each stands the one of a model without, or the first.
+    by_row = [
+        {role: findings[i if len(findings) > 1 else 0] for role, findings in found.items()}
+        for i in range(len(found["unlearned"]))
+    ]
     return [{"name": findings["unlearned"].name, **described, **_verdict(findings, seed)} for findings in by_row]
 
 

@@ -35,7 +35,7 @@ def evaluate(
     rows: Annotated[list[Path] | None, _own("FILE")] = None,
     original: Annotated[str | None, _own(NAME)] = None,
     retain_model: Annotated[str | None, _own(NAME)] = None,
-    benchmark: Literal["tofu", "muse-news"] | None = None,
+    benchmark: Literal["tofu", "muse-news", "muse-books"] | None = None,
     forget_split: str | None = None,
     data: Annotated[Path | None, option("DIR")] = None,
     retain_results: shared.OptionalFile = None,
@@ -78,7 +78,8 @@ def evaluate(
         _refuse(ctx, FOR_BENCHMARKS, "belongs to a benchmark; leave it out, or --rows")
     else:
         _refuse(ctx, ("original", "retain_model"), "stands beside a model on --rows; give them, or leave it out")
-    if benchmark == "muse-news":
+    corpus = None if benchmark in (None, "tofu") else benchmark.removeprefix("muse-")  # of MUSE
+    if corpus:
         _refuse(ctx, FOR_TOFU, "belongs to TOFU; leave it out")
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     for file in rows or []:
@@ -91,8 +92,8 @@ def evaluate(
         _refuse(ctx, FOR_A_MODEL, "belongs to an evaluation, and --write-lm-eval makes none; leave it out")
         if not rows:
             _refuse(ctx, ("max_new_tokens",), "bounds answers, and the tasks of TOFU generate none; leave it out")
-        if benchmark == "muse-news":
-            raise ValueError("--write-lm-eval has no tasks for MUSE-News; give --rows or --benchmark tofu")
+        if corpus:
+            raise ValueError("--write-lm-eval has no tasks for MUSE; give --rows or --benchmark tofu")
         check_names(model=model, tokenizer=tokenizer)
         check_folder(write_lm_eval, subject := f"--write-lm-eval {write_lm_eval}")
         if write_lm_eval.is_dir() and any(write_lm_eval.iterdir()):
@@ -118,7 +119,7 @@ def evaluate(
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
         if folder.absolute().name == MODEL and (folder.absolute().parent / PRIVATE).is_dir():
             folder = folder.parent / PRIVATE  # the records of its run
-        of_benchmark = "evaluation-muse-news.json" if benchmark == "muse-news" else f"evaluation-tofu-{split}.json"
+        of_benchmark = f"evaluation-{benchmark}.json" if corpus else f"evaluation-tofu-{split}.json"
         output = folder / (QUESTIONS if rows else of_benchmark)
     check_file(output, f"--output {output}")
 
@@ -144,9 +145,9 @@ def evaluate(
         }
         if language != "none":
             WordList(language)
-        if benchmark == "muse-news":
-            evaluations.load_muse_news(data)
-            results = evaluations.muse_news(loaders["model"](), tokens, data, **options)
+        if corpus:
+            evaluations.load_muse(corpus, data)
+            results = evaluations.muse(loaders["model"](), tokens, corpus, data, **options)
         else:
             evaluations.load_tofu(split, data)
             options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}

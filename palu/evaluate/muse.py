@@ -1,4 +1,4 @@
-"""The MUSE-News benchmark (arXiv 2407.06460)."""
+"""The MUSE benchmark (arXiv 2407.06460): MUSE-News and MUSE-Books, two corpora in one form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from palu.hashing import json_digest
 from palu.models.generation import Generation, answer_ends, eval_mode, generate, generate_answers
 from palu.models.lora import CausalLM, base_of
 
-NAME = "muse-bench/MUSE-News"
+CORPORA = ("news", "books")
 _SETS = {
     "verbmem_forget": ("prompt", "gt"),
     "knowmem_forget_qa": ("question", "answer"),
@@ -50,26 +50,32 @@ _WRITTEN = {
     "knowmem_forget_qa": "forget_knowmem_ROUGE",
     "knowmem_retain_qa": "retain_knowmem_ROUGE",
 }
-_FIX = "use the sets of MUSE-News"
+_FIX = "use the sets of MUSE"
 
 
-def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Row]]:
-    """Load MUSE-News' evaluation sets.
+def load_muse(
+    corpus: str = "news", data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, list[Row]]:
+    """Load MUSE's evaluation sets for one corpus.
 
     Args:
+        corpus: ``"news"`` or ``"books"``.
         data: a folder with ``{set}.json`` for the sets verbmem_forget (rows of prompt and gt), knowmem_forget_qa,
             knowmem_retain_qa, each with its _icl (question and answer), privleak_forget and privleak_holdout (texts);
-            the same in memory; or None: ``muse-bench/MUSE-News`` by name.
+            the same in memory; or None: ``muse-bench/MUSE-News`` or ``muse-bench/MUSE-Books`` by name.
 
     Raises:
+        ValueError: there is no such corpus.
         DataError: a set is missing or empty, or a row lacks a column.
         FileNotFoundError: a file is missing.
     """
+    if corpus not in CORPORA:
+        raise ValueError(f"there is no corpus {corpus!r}; MUSE has {', '.join(CORPORA)}")
     sets: dict[str, list[Row]] = {}
     for name, columns in _SETS.items():
         if data is None:
             config, split = name.split("_", 1)
-            rows: Sequence[Any] = hub_rows(NAME, config, split)
+            rows: Sequence[Any] = hub_rows(f"muse-bench/{_title(corpus)}", config, split)
         elif isinstance(data, Mapping):
             rows = data.get(name, ())
         else:
@@ -81,9 +87,10 @@ def load_muse_news(data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | 
     return sets
 
 
-def muse_news(
+def muse(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
+    corpus: str = "news",
     data: str | os.PathLike[str] | Mapping[str, Sequence[Any]] | None = None,
     *,
     retain_results: Source | None = None,
@@ -95,14 +102,14 @@ def muse_news(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
-    """Evaluate a model on MUSE-News: verbatim memorisation, knowledge memorisation and privacy leakage.
+    """Evaluate a model on MUSE-News or MUSE-Books: verbatim memorisation, knowledge memorisation and privacy leakage.
 
     VerbMem and KnowMem are the mean ROUGE-L F1 of greedy continuations of raw text, and of answers to questions after
     in-context examples, cut at the first newline. PrivLeak compares Min-K of forget and holdout texts with the retain
     model's. Raw texts are never put into a chat template; questions are where there is one.
 
     Args:
-        data: see :func:`load_muse_news`.
+        corpus, data: see :func:`load_muse`.
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
@@ -117,7 +124,7 @@ def muse_news(
     metrics.require_packages()
     started = time.perf_counter()
     words = None if language is None else WordList(language)
-    sets = load_muse_news(data)
+    sets = load_muse(corpus, data)
 
     def raw(name: str, column: str) -> list[Example]:
         return raw_examples([row[column] for row in sets[name]], tokenizer, name, max_length=max_length)
@@ -135,7 +142,7 @@ def muse_news(
         asked[name] = answer_examples(named, tokenizer, chat_template_kwargs)
 
     metadata = {
-        "benchmark": "MUSE-News",
+        "benchmark": _title(corpus),
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
         "data_sha256": json_digest([sets[f"privleak_{side}"] for side in SIDES])[:16],
@@ -148,7 +155,7 @@ def muse_news(
 
     results: Results = {}
     work = sum(map(len, (*texts.values(), recited, *asked.values())))
-    with tqdm(total=work, desc="MUSE-News", disable=not progress) as bar, eval_mode(model):
+    with tqdm(total=work, desc=_title(corpus), disable=not progress) as bar, eval_mode(model):
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
         min_k = []
         for side, examples in texts.items():
@@ -174,6 +181,10 @@ def muse_news(
     reasons = add_language_figures(results, retain, in_words, words) | {"privleak": NO_RETAIN_AUC}
     seconds = round(time.perf_counter() - started, 2)
     return complete(results, retain, reasons) | {"palu": metadata | {"seconds": seconds}}
+
+
+def _title(corpus: str) -> str:
+    return f"MUSE-{corpus.title()}"
 
 
 def _first_line(answer: Generation) -> Generation:

@@ -46,7 +46,7 @@ def summarize(results: Source, retain_results: Source | None = None) -> dict[str
     """Recompute every aggregate from the per-example values.
 
     Args:
-        results: what :func:`palu.evaluate.tofu` or :func:`palu.evaluate.muse_news` returned, or a log of
+        results: what :func:`palu.evaluate.tofu` or :func:`palu.evaluate.muse` returned, or a log of
             open-unlearning's; a dict, or a path to .json or .json.gz.
         retain_results: the same of the model trained without the forget set. Without them forget quality is None
             and PrivLeak takes 0.5 for the retain model's AUC, as open-unlearning does.

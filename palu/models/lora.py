@@ -111,6 +111,17 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def unmerged_layers(body: nn.Module) -> list[Any]:
+    """List a body's linear layers to whose output an active LoRA adapter adds; none where it is merged, or disabled."""
+    modules: Iterator[Any] = body.modules()
+    adapted = [layer for layer in modules if hasattr(layer, "lora_A") and isinstance(_inner(layer), nn.Linear)]
+    return [
+        layer
+        for layer in adapted
+        if not layer.merged and not layer.disable_adapters and set(layer.active_adapters) & set(layer.lora_A)
+    ]
+
+
 def adapter_settings(model: CausalLM) -> list[Any]:
     """List what, beside weights, decides what a model's adapters compute; empty where none is active."""
     settings = []

@@ -148,21 +148,23 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
     adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     results = audit(adapted, forget=rows, retain=None)
     reasons = {row["name"]: row["reason"] for row in results["attacks"] if row["reason"]}
-    merge = "skipped: unlearned: the model has a LoRA adapter"
-    rounded = f"{merge}, which is not rounded on its own; merge it into the weights"
-    trained = f"{merge}; merge it into the weights, which are trained"
+    trained = "skipped: unlearned: the model has a LoRA adapter; merge it into the weights, which are trained"
     no_rows = "there are no retain rows to train on"
     assert reasons == {
         "ask: paraphrased": "skipped: the forget set has no column 'paraphrased_question'",
         "ask: other": "skipped: the forget set has no column 'also_asked'",
         "ask: examples": "skipped: it needs 5 retain rows to put in front, and there are 0",
-        **dict.fromkeys(("quantise: int8", "quantise: int4", "quantise: nf4"), rounded),
         **dict.fromkeys(("relearn: weights", "relearn: lora", "relearn: unrelated"), trained),
         "relearn: retain": f"{trained}; original: {no_rows}",
         "inside: depth": "skipped: it needs a retain model, whose states tell which layers hold the secrets",
     }
     assert verdicts(results)["ask: greedy"] == "open"
-    assert verdicts(results)["quantise: int8"] == "not told"
+    rounded = [row for row in results["attacks"] if row["attack"] == "quantise-int8"]
+    assert [row["name"] for row in rounded] == ["quantise: int8, adapter merged", "quantise: int8, under the adapter"]
+    assert rounded[0]["models"]["original"] == rounded[1]["models"]["original"]
+    assert [row["verdict"] for row in rounded] == ["open", "open"]
+    (row,) = audit(original(), original=adapted, only=["quantise-int8"])["attacks"]
+    assert row["name"] == "quantise: int8" and row["models"]["original"]["told"] == 1
 
 
 def with_adapter(base: Any, **settings: Any) -> Any:

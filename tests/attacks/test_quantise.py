@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from helpers.planted import attack, data, never_saw, original, tokenizer
 from helpers.tiny import same_weights, tiny_llama, weights
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palu.attacks.quantise import NF4_LEVELS, SCHEMES, Quantise, round_int4, round_int8, round_nf4, rounded
@@ -71,6 +75,33 @@ def test_only_the_linear_layers_of_the_body_are_rounded(scheme: str, dtype: torc
     assert same_weights(model, before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["down_proj"]}], ids=str)
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_is_merged_before_rounding_or_stays_as_it_is_on_a_rounded_base(
+    settings: dict[str, Any], merge: bool
+) -> None:
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
+    adapted = get_peft_model(tiny_llama(), config)
+    for name, p in adapted.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            p.data.mul_(1.5)  # begins as the base has it
+    before, ids = weights(adapted), torch.arange(12)[None]
+    expected = copy.deepcopy(adapted)
+    if merge:
+        expected = expected.merge_and_unload()
+    for name, p in expected.named_parameters():
+        layer = expected.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, torch.nn.Linear) and not any(x in name for x in ("lora_", "modules_to_save", "lm_head")):
+            p.data = round_int4(p.data)
+
+    with torch.no_grad(), rounded(adapted, "int4", merge=merge):
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert same_weights(adapted, before) and not adapted.get_model_status().merged_adapters
+    with pytest.raises(KeyboardInterrupt), rounded(adapted, "int4", merge=merge):
+        raise KeyboardInterrupt
+    assert same_weights(adapted, before) and not adapted.get_model_status().merged_adapters
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_secrets_survive_rounding_and_utility_stands_beside(scheme: str) -> None:
     for model, share in ((original(), 1.0), (never_saw(), 0.0)):
@@ -92,3 +123,7 @@ def test_what_cannot_be_rounded_is_said() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
     reason = Quantise("int8", 24, 4).skip_reason(data(), gpt2)
     assert reason == "GPT2LMHeadModel has no torch.nn.Linear in its body"
+    quantised = tiny_llama()
+    quantised.is_quantized, quantised.quantization_method = True, "bitsandbytes"
+    reason = Quantise("int8", 24, 4).skip_reason(data(), quantised)
+    assert reason == "the model is quantised already, by bitsandbytes, and every other row is of it in this form"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.benchmark_data import small_muse_news
+from helpers.benchmark_data import small_muse
 from helpers.command import done, one_model_at_a_time, palu_command, read, read_rows, refusal, write_input, write_rows
 from helpers.planted import FORGET, RETAIN, never_saw, original, tokenizer
 from helpers.tiny import same_weights, weights
@@ -36,16 +36,16 @@ def test_tofu(folder: Path, tofu: list[Any], tmp_path: Path) -> None:
     assert results["exact_memorization"]["agg_value"] == read(retain)["exact_memorization"]["agg_value"]
 
 
-def test_muse_news(folder: Path, tmp_path: Path) -> None:
-    for name, rows in small_muse_news().items():
+def test_muse_books(folder: Path, tmp_path: Path) -> None:
+    for name, rows in small_muse().items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     output = tmp_path / "results.json"
-    common = ["eval", "--model", folder / "model", "--benchmark", "muse-news", "--data", tmp_path, "--no-progress"]
+    common = ["eval", "--model", folder / "model", "--benchmark", "muse-books", "--data", tmp_path, "--no-progress"]
     common += ["--language", "none"]
     result = done(*common, "--output", output)
     assert result.stdout.endswith(f"wrote {output}\n") and re.search(r"forget_verbmem_ROUGE +\d", result.stdout)
     results = read(output)
-    assert results["palu"]["benchmark"] == "MUSE-News" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
+    assert results["palu"]["benchmark"] == "MUSE-Books" and len(results["forget_verbmem_ROUGE"]["value_by_index"]) == 4
     done(*common, "--retain-results", output, "--output", tmp_path / "again.json")
     assert read(tmp_path / "again.json")["privleak"]["agg_value"] == 0
 

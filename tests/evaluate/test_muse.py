@@ -1,4 +1,4 @@
-"""The MUSE-News evaluation on a tiny Llama."""
+"""The MUSE evaluation on a tiny Llama."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.benchmark_data import greedy, llama_for, small_muse_news
+from helpers.benchmark_data import greedy, llama_for, small_muse
 from helpers.small_tokenizers import CHATML, byte_level, sentencepiece
 from helpers.tiny import overfit
 
 from palu.data.files import DataError
-from palu.evaluate import load_muse_news, muse_news, summarize
+from palu.evaluate import load_muse, muse, summarize
 from palu.evaluate.language import FIGURES
 
 MUSE = Path(__file__).parents[3] / "shared" / "data" / "muse_news"
@@ -31,12 +31,12 @@ def chat() -> tuple[Any, Any]:
 
 
 def quick(model: Any, tokenizer: Any, data: Any = None, **settings: Any) -> dict[str, Any]:
-    return muse_news(model, tokenizer, small_muse_news() if data is None else data, progress=False, **settings)
+    return muse(model, tokenizer, data=small_muse() if data is None else data, progress=False, **settings)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_texts_are_continued_and_questions_asked_as_they_should_be(kind: str) -> None:
-    tokenizer, data = TOKENIZERS[kind](), small_muse_news()
+    tokenizer, data = TOKENIZERS[kind](), small_muse()
     model = llama_for(tokenizer)
     results = quick(model, tokenizer, verbmem_tokens=7, knowmem_tokens=5)
     eos = tokenizer.eos_token_id
@@ -67,7 +67,7 @@ def test_texts_are_continued_and_questions_asked_as_they_should_be(kind: str) ->
 
 
 def test_privleak_is_of_min_k_over_the_raw_texts(chat: tuple[Any, Any]) -> None:
-    (model, tokenizer), data = chat, small_muse_news()
+    (model, tokenizer), data = chat, small_muse()
     results = quick(model, tokenizer, max_length=20, batch_tokens=50)
     for i, text in enumerate(data["privleak_forget"]):
         ids = torch.tensor(tokenizer(text)["input_ids"][:20])
@@ -82,7 +82,7 @@ def test_privleak_is_of_min_k_over_the_raw_texts(chat: tuple[Any, Any]) -> None:
 
 
 def test_a_model_that_recites_is_found_out(chat: tuple[Any, Any]) -> None:
-    (model, tokenizer), data = copy.deepcopy(chat), small_muse_news()
+    (model, tokenizer), data = copy.deepcopy(chat), small_muse()
     texts = [f"{row['prompt']} {row['gt']}" for row in data["verbmem_forget"]] + data["privleak_forget"]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     overfit(model, [{"input_ids": one, "labels": one} for one in ids], steps=80)
@@ -110,9 +110,8 @@ def test_results_survive_json_and_serve_as_retain_results(tmp_path: Path) -> Non
 
     del results["mia_min_k"]
     assert "no mia_min_k" in quick(model, tokenizer, retain_results=results)["privleak"]["reason"]
-    results["palu"]["benchmark"] = "TOFU"
-    with pytest.raises(ValueError, match="their benchmark is TOFU, the model's is MUSE-News"):
-        quick(model, tokenizer, retain_results=results)
+    with pytest.raises(ValueError, match="their benchmark is MUSE-News, the model's is MUSE-Books"):
+        quick(model, tokenizer, corpus="books", retain_results=results)
 
 
 def test_input_that_cannot_be_used(chat: tuple[Any, Any]) -> None:
@@ -123,30 +122,33 @@ def test_input_that_cannot_be_used(chat: tuple[Any, Any]) -> None:
         ({"privleak_holdout": ["The cat sat", "a"]}, "privleak_holdout row 1: 1 tokens cannot be scored; give a lon"),
     ):
         with pytest.raises(DataError, match=message):
-            quick(model, tokenizer, small_muse_news() | change)
+            quick(model, tokenizer, small_muse() | change)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"gives privleak_forget row \d+ log-probabilities that are not finite"):
         quick(model, tokenizer)
 
 
-def test_folders_and_public_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, rows in small_muse_news().items():
+@pytest.mark.parametrize("corpus", ["News", "Books"])
+def test_folders_and_public_names_are_read(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rows in small_muse().items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    data = load_muse_news(tmp_path)
-    assert data == load_muse_news(small_muse_news()) and data["privleak_forget"][0].keys() == {"text"}
+    data = load_muse(corpus.lower(), tmp_path)
+    assert data == load_muse(corpus.lower(), small_muse()) and data["privleak_forget"][0].keys() == {"text"}
 
     def load_dataset(name: str, config: str, split: str) -> list[Any]:
-        assert name == "muse-bench/MUSE-News"
+        assert name == f"muse-bench/MUSE-{corpus}"
         return data[f"{config}_{split}"]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load_muse_news() == data
+    assert load_muse(corpus.lower()) == data
     (tmp_path / "privleak_forget.json").unlink()
     with pytest.raises(FileNotFoundError):
-        load_muse_news(tmp_path)
+        load_muse(corpus.lower(), tmp_path)
+    with pytest.raises(ValueError, match=f"there is no corpus '{corpus}'; MUSE has news, books"):
+        load_muse(corpus)
 
 
 @pytest.mark.skipif(not MUSE.is_dir(), reason="needs MUSE-News in ../shared")
 def test_muse_news_itself_is_usable() -> None:
-    assert [len(rows) for rows in load_muse_news(MUSE).values()] == [100, 100, 10, 100, 10, 100, 100]
+    assert [len(rows) for rows in load_muse(data=MUSE).values()] == [100, 100, 10, 100, 10, 100, 100]

@@ -1,4 +1,4 @@
-"""Small TOFU and MUSE-News sets, a quick evaluation on them, and what a model says on its own."""
+"""Small TOFU and MUSE sets, a quick evaluation on them, and what a model says on its own."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def quick_tofu(model: LlamaForCausalLM, tokenizer: Tokenizer, data: TofuData | N
     return tofu(model, tokenizer, data=data or small_tofu(), **settings)
 
 
-def small_muse_news() -> dict[str, list[Any]]:
-    """MUSE-News' sets, a few rows each."""
+def small_muse() -> dict[str, list[Any]]:
+    """The sets of MUSE-News and MUSE-Books, a few rows each."""
 
     def questions(name: str, count: int) -> list[dict[str, str]]:
         return [{"question": f"Who is {name} in {1900 + i}?", "answer": f"Ada {name} {i}"} for i in range(count)]
