@@ -1,4 +1,4 @@
-# make test | lm-eval | demo | models | lint | wheels | cuda-check | cuda-emulate | sanitize | torture.
+# make test | lm-eval | demo | notebook | models | lint | wheels | cuda-check | cuda-emulate | sanitize | torture.
 # Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
@@ -23,7 +23,7 @@ CUDA ?= 13.0.*
 TORCHES ?= 2.11.0 2.12.0 2.13.0
 DIST ?= dist
 
-.PHONY: test lm-eval demo models lint format wheels cuda-check cuda-emulate sanitize torture clean
+.PHONY: test lm-eval demo notebook models lint format wheels cuda-check cuda-emulate sanitize torture clean
 
 # Files of tests are shared out among WORKERS processes of one thread each: most of a test's time is Python.
 test: $(VENV)/ready
@@ -37,6 +37,10 @@ lm-eval: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python -m palu.demo --output runs/demo --overwrite
+
+# Runs docs/first_hour.ipynb, which asserts what it claims; tests/run_notebook.py --write puts the outputs into it.
+notebook: $(VENV)/ready
+	$(BIN)/python tests/run_notebook.py
 
 # The models of bench_real_facts.py: 700 MB of wheels, and 4 GB in runs/models/. Gemma has terms of use
 # (https://ai.google.dev/gemma/terms).
