@@ -1,4 +1,4 @@
-# make test | lm-eval | demo | models | lint | wheel | cuda-check | cuda-emulate | sanitize | torture.
+# make test | lm-eval | demo | notebook | models | lint | wheels | cuda-check | cuda-emulate | sanitize | torture.
 # Each creates its environment first.
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
@@ -19,10 +19,11 @@ MODEL ?= demo
 # Where "make cuda-check" installs nvcc, and which.
 NVCC ?= .nvcc
 CUDA ?= 13.0.*
-# Where "make wheel" puts the wheel.
+# For which torch "make wheels" builds (PyPI's builds for CUDA have gigabytes each), and where it puts the wheels.
+TORCHES ?= 2.11.0 2.12.0 2.13.0
 DIST ?= dist
 
-.PHONY: test lm-eval demo models lint format wheel cuda-check cuda-emulate sanitize torture clean
+.PHONY: test lm-eval demo notebook models lint format wheels cuda-check cuda-emulate sanitize torture clean
 
 # Files of tests are shared out among WORKERS processes of one thread each: most of a test's time is Python.
 test: $(VENV)/ready
@@ -36,6 +37,10 @@ lm-eval: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python -m palu.demo --output runs/demo --overwrite
+
+# Runs docs/first_hour.ipynb, which asserts what it claims; tests/run_notebook.py --write puts the outputs into it.
+notebook: $(VENV)/ready
+	$(BIN)/python tests/run_notebook.py
 
 # The models of bench_real_facts.py: 700 MB of wheels, and 4 GB in runs/models/. Gemma has terms of use
 # (https://ai.google.dev/gemma/terms).
@@ -58,10 +63,10 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# A wheel with the native ops in it, for this platform, Python and torch: to be installed where there is no compiler.
-wheel: $(VENV)/ready
-	rm -rf build/lib.* # else modules that are no more would be in it
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
+# For each torch a wheel with the native ops in it, for this platform and Python, tried where there is no compiler
+# (docs/packaging.md).
+wheels:
+	for torch in $(TORCHES); do bash tests/wheel.sh $(PYTHON) "$$torch" '$(DIST)' || exit 1; done
 
 # Compiles every .cu file with nvcc, from a folder of its own, and prints registers, spills and loops of each kernel;
 # needs neither a GPU nor a CUDA build of torch.

@@ -49,6 +49,32 @@ def with_cuda() -> bool:
     return torch.version.cuda is not None and home is not None and Path(home, "bin", "nvcc").exists()
 
 
+def torch_release() -> str:
+    """Return the release of torch that is installed, such as "2.13": within it, an extension goes on working."""
+    import torch
+
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def torch_tag() -> str:
+    """Name the torch and the kernels of a build, such as "torch2.13cpu" or "torch2.13cu130"."""
+    import torch
+
+    return f"torch{torch_release()}" + (f"cu{torch.version.cuda}".replace(".", "") if with_cuda() else "cpu")
+
+
+def check_wheel() -> None:
+    """Raise ImportError where palu was installed for another torch.
+
+    It might load all the same: torch 2.13 loads a build for 2.12, and takes its CPU kernels for CUDA's.
+    """
+    for folder in _PACKAGE.parent.glob("palu_unlearn-*+torch*c*.dist-info"):
+        version = folder.stem.partition("-")[2]
+        built_for = version.partition("+torch")[2].partition("c")[0]
+        if built_for != torch_release():
+            raise ImportError(f"palu-unlearn {version} is for torch {built_for}, and torch {torch_release()} is here")
+
+
 def sources() -> list[str]:
     """Return the paths of the files to compile."""
     return _files("*.cpp", "*.cu")

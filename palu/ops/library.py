@@ -25,6 +25,7 @@ def _load() -> str:
         prebuilt = "no module palu._C is installed"
     else:
         try:
+            _build.check_wheel()
             return str(importlib.import_module("palu._C").__file__)
         except ImportError as error:
             prebuilt = f"palu._C does not load, most likely because it was built for another torch: {error}"

@@ -1,5 +1,9 @@
-"""Every way to get the extension: wheel, CMake, just in time; and the one error when there is none."""
+"""Every way to get the extension: wheel, CMake, just in time; and the one error when there is none.
 
+`make wheels` builds and tries a wheel for each torch, with all that the wheel requires.
+"""
+
+import importlib.metadata
 import json
 import os
 import shutil
@@ -94,16 +98,14 @@ def copy_without_prebuilt(package: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with this one's torch, and what `make wheel` makes of a clean copy of the checkout."""
+    """A fresh environment with this one's torch, and the wheel that pip makes of a clean copy of the checkout."""
     source, dist, fresh = (tmp_path_factory.mktemp(name) for name in ("source", "dist", "fresh"))
     copy_without_prebuilt(ROOT / "palu", source)
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, source)
-    # This environment serves, whatever it is; make is told that it is up to date.
-    venv = sys.prefix
-    command = ["make", "-o", f"{venv}/ready", f"VENV={venv}", f"DIST={dist}", "wheel"]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), "."]
     subprocess.run(command, cwd=source, env=environment(), check=True)
     (wheel,) = dist.glob("palu_unlearn-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(fresh)], check=True)
@@ -129,8 +131,11 @@ def without_prebuilt(installed: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_pip_install(installed: Path, tmp_path: Path) -> None:
-    """It serves without a compiler: nothing is on PATH."""
+    """It names its torch, and serves without a compiler: nothing is on PATH."""
     package = packages(installed) / "palu"
+    (wheel,) = importlib.metadata.distributions(path=[str(package.parent)], name="palu-unlearn")
+    assert wheel.version.endswith(f"+{_build.torch_tag()}")
+    assert [name for name in wheel.requires or [] if name.startswith("torch")] == [f"torch=={_build.torch_release()}.*"]
     for source in (ROOT / "csrc").rglob("*.*"):
         assert (package / "csrc" / source.relative_to(ROOT / "csrc")).is_file()
     assert (package / "py.typed").is_file()
@@ -169,9 +174,17 @@ def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> 
     broken = without_prebuilt / "palu" / "_C.so"
     broken.write_bytes(b"not a library")
     path, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
-    broken.unlink()
     assert Path(path).is_relative_to(jit_cache)
     assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
+
+    # One for another torch is not even loaded: it might load, and crash.
+    wheel = without_prebuilt / "palu_unlearn-0.1.0+torch2.0cu130.dist-info"
+    wheel.mkdir()
+    _, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    wheel.rmdir()
+    broken.unlink()
+    told = f"palu-unlearn 0.1.0+torch2.0cu130 is for torch 2.0, and torch {_build.torch_release()} is here; compiling"
+    assert told in stderr
 
 
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
