@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from palu import layout
 from palu.cli import models
 from palu.cli import options as shared
 from palu.cli.options import check_files, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
-from palu.report import layout
 from palu.writable import check_folder, check_folders
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from palu.attacks.run import FORMAT as AUDIT_FORMAT
 from palu.attacks.run import RESULTS
 from palu.evaluate.questions import OTHERS, table_of
 from palu.evaluate.rows import load_results
-from palu.report.layout import HISTORY, QUESTIONS, RECORD, SUMMARY
+from palu.layout import HISTORY, QUESTIONS, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]

@@ -31,6 +31,7 @@ from palu.data.rows import conversation_of, load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
+from palu.layout import MODEL, PRIVATE, RECORD
 from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.generation import eval_mode, generate_answers, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
@@ -39,7 +40,6 @@ from palu.models.root import on_device, roomy_device
 from palu.ref_model.anchors import anchor_texts
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
-from palu.report.layout import MODEL, PRIVATE, RECORD
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
 from palu.writable import private_folder

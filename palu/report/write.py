@@ -18,8 +18,8 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
+from palu.layout import CARD, HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report import view, words
-from palu.report.layout import CARD, HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report.plots import number
 from palu.report.recorder import Recorder
 from palu.report.token_roles import MEANING, Token, runs
