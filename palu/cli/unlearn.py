@@ -30,10 +30,11 @@ _lora = functools.partial(typer.Option, rich_help_panel="LoRA")
 @with_settings
 def unlearn(
     ctx: typer.Context,
+    *,
+    model: shared.OptionalName = None,
     forget: shared.Forget,
     output: shared.Folder,
     settings: dict[str, Any],
-    model: shared.OptionalName = None,
     after: Annotated[Path | None, option("RUN")] = None,
     retain: Annotated[str, option("FILE|auto|none")] = "auto",
     recipe: Literal["paper"] | None = None,

@@ -37,7 +37,8 @@ def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
 
 def read_ledger(folder: Path) -> list[Json]:
     """Read the requests that the run in this folder and those before it have met, the oldest first."""
-    return _parse(folder / LEDGER, _text(folder / LEDGER, _RESTORE))["requests"]
+    path = folder / LEDGER
+    return _parse(path, _text(path, _RESTORE))["requests"] if path.exists() else []
 
 
 def _text(path: Path, create: str, fix: str = _RESTORE) -> str:

@@ -38,8 +38,8 @@ def outcome(record: Json) -> Json:
     secrets, retained = record["secrets"], record["retained"]
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
-    now = max((s["request"] for s in secrets), default=1)
-    earlier = [s for s in secrets if s["request"] < now]
+    of_request = [s.get("request", 1) for s in secrets]
+    earlier = [s for s, number in zip(secrets, of_request, strict=True) if number < max(of_request)]
     again = [s for s in earlier if known(s["after"])]
     left += (back := [s for s in again if not known(s["before"])])
     before += back

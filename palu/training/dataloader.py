@@ -127,21 +127,16 @@ class UnlearnDataLoader:
     def _draw(self) -> Iterator[list[Part]]:
         """Draw an epoch: for each step, (forget items and anchors, retain items) of all micro-batches, by number."""
         order = torch.randperm(len(self.forgotten), generator=self.generator)
-        per_round = self.batch_size * self.num_processes
-        steps = [
-            step.tensor_split(-(-len(step) // per_round) * self.num_processes)
-            for step in self.forgotten[order].split(self.examples_per_step)
-        ]
-        returned = iter(torch.tensor(self.returned, dtype=torch.int64).tensor_split(sum(map(len, steps))))
-        for step in steps:
+        returned = torch.tensor(self.returned, dtype=torch.int64).tensor_split(len(self))
+        for step, beside in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
+            parts = -(-len(step) // (self.batch_size * self.num_processes)) * self.num_processes
             yield [
                 (
-                    chosen.tolist()
-                    + next(returned).tolist()
+                    [*chosen.tolist(), *earlier.tolist()]
                     + [len(self.forget) + next(order) for order, count in self.anchor_orders for _ in range(count)],
                     [next(self.retain_order) for _ in range(self.retain_batch_size)],
                 )
-                for chosen in step
+                for chosen, earlier in zip(step.tensor_split(parts), beside.tensor_split(parts), strict=True)
             ]
 
     def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:
