@@ -111,7 +111,7 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
     given, config = summary.get("arguments", {}), summary["config"]
     values = {
         "model": str(run / MODEL),
-        "original": given.get("original") or given.get("model"),
+        "original": given.get("original" if given.get("after") else "model"),
         "tokenizer": given.get("tokenizer"),
         "forget": str(private / FORGET) if (private / FORGET).is_file() else None,
         "retain": None if given.get("retain") in ("auto", "none") else given.get("retain"),

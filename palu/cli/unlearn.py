@@ -147,12 +147,10 @@ def unlearn(
     from palu.training.engine import loaded_on_main_alone
     from palu.training.requests import read_earlier
 
-    if after is not None and os.environ.get("RANK", "0") == "0":
-        read_earlier(after)  # complains before a model is loaded
     original = None
     if after is not None:
         there = read_run(after / layout.PRIVATE)[1].get("arguments", {})
-        original = there.get("original") or there.get("model")
+        original = there.get("original" if there.get("after") else "model")
     if not config.progress:
         hide_progress_bars()
     if device is not None:
@@ -169,6 +167,10 @@ def unlearn(
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
     if retain_set is not None:
         check_disjoint(forget_set.hashes, retain_set.hashes)
+    if after is not None and os.environ.get("RANK", "0") == "0":
+        earlier_set = read_earlier(after).load(tokens, allow_cut_spans=cut, positions=positions, **rendering)
+        if retain_set is not None:
+            check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
     evaluate = None
     if eval_rows is not None:
         evaluate = question_metrics(QuestionRows(eval_rows, tokens, **template))

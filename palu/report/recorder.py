@@ -115,7 +115,7 @@ class Recorder:
             forget_set = load_forget([json.loads(line) for line in self.lines], tokenizer, **cut, **rendering)
         retain_set = load_retain([] if retain is None else retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
-        check_sets(model, forget_set, retain_set, self.config, anchored=True)
+        check_sets(model, own, retain_set, self.config, anchored=True)
         check_linear_head(model, forget_set.examples[0].input_ids)
         longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
@@ -141,10 +141,14 @@ class Recorder:
             if self.forget[i].offsets is None:
                 self.marked.setdefault(self._text(i, span), f"forget row {self.forget[i].row}")
         self.general: Sequence[Example] = []  # the model's own answers before the run
+        described = manifest.describe_model(model)
+        if after is not None:  # where it came from in the first place
+            first = json.loads((Path(after) / PRIVATE / RECORD).read_text(encoding="utf-8"))["model"]
+            described |= {name: first[name] for name in ("name", "on_the_hub", "license")}
         self.about = {
             "format": FORMAT,
             "started": _now(),
-            "model": manifest.describe_model(model),
+            "model": described,
             "device": manifest.describe_device(self.device),
             "versions": manifest.versions(model),
             "data": {

@@ -112,8 +112,7 @@ class UnlearnDataLoader:
         """
         parts = cut((list(self.earlier), []), self.tokens, [], self.max_tokens or TOKENS_PER_CHECK)
         for first in range(0, len(parts), self.num_processes):
-            idle: Part = ([], [])
-            chosen, _ = next(iter(parts[first : first + self.num_processes][self.process_index :]), idle)
+            chosen = next((chosen for chosen, _ in parts[first : first + self.num_processes][self.process_index :]), [])
             yield chosen, self._load(chosen, [], targets_alone=True)
 
     def _cut(self, beside: Sequence[Part]) -> list[Part]:

@@ -81,8 +81,8 @@ def prepare_run(
     """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
     ``sharded`` and ``empty``: see :func:`palu.models.checks.check_models`; a process that is ``empty`` leaves it to the
-    others to check that the model is the one that ``earlier`` left. Raises DataError, ValueError or TypeError
-    where something does not fit; nothing has been changed then.
+    others to check that the model is the one that ``earlier`` left. Raises DataError, ValueError or TypeError where
+    something does not fit; nothing has been changed then.
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))

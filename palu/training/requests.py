@@ -34,7 +34,7 @@ class Earlier:
     rows: list[dict[str, Any]]  # the newest request's first
 
     def check(self, model: CausalLM, config: UnlearnConfig) -> None:
-        """Raise ValueError where the model, without an adapter, is not the one that the run left, or settings miss."""
+        """Raise ValueError where the model, without its adapter, is another one, or the settings will not do."""
         if config.method.ends_below is None:
             raise ValueError(
                 'after: only local_loss = "unlikelihood" with a probability_floor above 0 tells whether earlier '

@@ -149,6 +149,7 @@ def test_ledger_and_rows_need_no_earlier_folder(first: Path, second: Path, tmp_p
     )
     assert now["highest"] == max(s["after"]["probability"] for s in record["secrets"] if s["request"] == 1)
     assert record["data"]["forget"]["examples"] == 2
+    assert record["model"]["name"] == private(first, "record.json")["model"]["name"], "not that of the folder before"
 
 
 # --- what is refused ---
