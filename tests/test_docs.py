@@ -69,6 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_rows(folder / "forget.jsonl", FORGET)
+    write_rows(folder / "second.jsonl", QUESTIONS[:1])
     write_rows(folder / "unmarked.jsonl", [{name: row[name] for name in ("question", "answer")} for row in FORGET])
     write_rows(folder / "retain.jsonl", RETAIN)
     write_rows(folder / "questions.jsonl", QUESTIONS)

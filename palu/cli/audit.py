@@ -59,7 +59,7 @@ def audit(
 
     from palu.attacks.run import RESULTS, attacks_of, audit_models
     from palu.attacks.secrets import AuditData
-    from palu.report.layout import MODEL, PRIVATE, RECORD
+    from palu.layout import MODEL, PRIVATE, RECORD
     from palu.report.reading import read_run
     from palu.report.write import write_card, write_report
 

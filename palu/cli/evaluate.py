@@ -13,8 +13,8 @@ import typer
 from palu.cli import options as shared
 from palu.cli.models import base_name, check_names, choose_device, is_adapter, load_tokenizer, model_loaders
 from palu.cli.options import NAME, check_files, flag, given_by, option, print_table
+from palu.layout import MODEL, PRIVATE, QUESTIONS
 from palu.quiet import hide_progress_bars
-from palu.report.layout import MODEL, PRIVATE, QUESTIONS
 from palu.settings import template_kwargs
 from palu.writable import check_file, check_folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.cli.options import Bits, DtypeName, flag
-from palu.report.layout import MODEL, PRIVATE
+from palu.layout import MODEL, PRIVATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

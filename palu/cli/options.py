@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from palu.report.layout import MODEL, PRIVATE
+from palu.layout import FORGET, MODEL, PRIVATE
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
@@ -104,24 +104,26 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
         return run
     from palu.hashing import file_digest
     from palu.report.reading import read_run
+    from palu.training.requests import read_requests
 
     private = run / PRIVATE
     record, summary, _ = read_run(private)
     given, config = summary.get("arguments", {}), summary["config"]
     values = {
         "model": str(run / MODEL),
-        "original": given.get("model"),
+        "original": given.get("original" if given.get("after") else "model"),
         "tokenizer": given.get("tokenizer"),
-        "forget": given.get("forget"),
+        "forget": str(private / FORGET) if (private / FORGET).is_file() else None,
         "retain": None if given.get("retain") in ("auto", "none") else given.get("retain"),
         "output": str(run) if ctx.info_name == "audit" else None,
         "n": config.get("n"),
         "chat_template_kwargs": config.get("chat_template_kwargs"),
     }
-    for name in ("forget", "retain"):
-        file, digest = values[name], record["data"][name].get("file_sha256")
-        if file is not None and Path(file).is_file() and digest not in (None, file_digest(Path(file))):
-            raise ValueError(f"{file} has changed since the run in {run}; restore it, or give --{name}")
+    if values["forget"] is not None:
+        read_requests(private)  # complains where they have changed
+    retain, digest = values["retain"], record["data"]["retain"].get("file_sha256")
+    if retain is not None and Path(retain).is_file() and digest not in (None, file_digest(Path(retain))):
+        raise ValueError(f"{retain} has changed since the run in {run}; restore it, or give --retain")
     asked = [given["eval_rows"]] if given.get("eval_rows") else [values["forget"], values["retain"]]
     values["rows"] = [file for file in asked if file is not None] or None
     ctx.default_map = {name: value for name, value in values.items() if value is not None}

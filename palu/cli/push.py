@@ -11,7 +11,7 @@ import typer
 
 from palu.cli.models import base_name, is_adapter
 from palu.cli.options import option, print_table
-from palu.report.layout import MODEL, MODEL_FILES, PRIVATE
+from palu.layout import MODEL, MODEL_FILES, PRIVATE
 from palu.version import __version__
 
 if TYPE_CHECKING:

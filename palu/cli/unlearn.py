@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from palu import layout
 from palu.cli import models
 from palu.cli import options as shared
 from palu.cli.options import check_files, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
-from palu.report import layout
 from palu.writable import check_folder, check_folders
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ _lora = functools.partial(typer.Option, rich_help_panel="LoRA")
 @with_settings
 def unlearn(
     ctx: typer.Context,
-    model: shared.Name,
+    *,
+    model: shared.OptionalName = None,
     forget: shared.Forget,
     output: shared.Folder,
     settings: dict[str, Any],
+    after: Annotated[Path | None, option("RUN")] = None,
     retain: Annotated[str, option("FILE|auto|none")] = "auto",
     recipe: Literal["paper"] | None = None,
     eval_rows: shared.OptionalFile = None,
@@ -56,7 +58,8 @@ def unlearn(
     processes: accelerate launch -m palu unlearn ...
 
     Args:
-        model: The model: a folder, or a name on the hub.
+        model: The model: a folder, or a name on the hub. [default: that of --after]
+        after: The folder of a finished run, from whose model this one goes on; what was forgotten there stays so.
         output: Folder for model/ (with its tokenizer and card; it can be published as it is) and private/ (report.html
             and the records, which contain the forgotten text).
         retain: What to keep: a file of rows, beside the model's own answers to everyday and to similar questions; auto:
@@ -80,6 +83,15 @@ def unlearn(
     stdout = sys.stdout
     if as_json:
         ctx.with_resource(redirect_stdout(sys.stderr))
+    if after is not None:
+        left = after / layout.MODEL
+        if model is not None and Path(model).expanduser().resolve() != left.resolve():
+            raise ValueError(f"--model {model} is not the model of --after {after}; leave it out")
+        if ref_model is not None:
+            raise ValueError(f"--ref-model {ref_model}: with --after the reference is that run's model; leave it out")
+        model = str(left)
+    if model is None:
+        raise ValueError("give --model, or --after and a run's folder to go on from its model")
     own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
     if own and not lora:
         raise ValueError(f"{own[0]} was given without --lora; add --lora or leave it out")
@@ -115,6 +127,8 @@ def unlearn(
     if lora and config.method.lora_rank is None:
         raise ValueError("--lora: this method trains all weights by default; give --lora-rank, too, such as 8")
     if os.environ.get("RANK", "0") == "0":  # the process that writes
+        if after is not None:
+            layout.check_finished(after)
         check_output(output, overwrite, settings)
         check_folder(output, subject)
         check_folders(config.folders)
@@ -131,7 +145,12 @@ def unlearn(
     from palu.report.view import last_lines, verdict
     from palu.training.callbacks import LossLines
     from palu.training.engine import loaded_on_main_alone
+    from palu.training.requests import read_earlier
 
+    original = None
+    if after is not None:
+        there = read_run(after / layout.PRIVATE)[1].get("arguments", {})
+        original = there.get("original" if there.get("after") else "model")
     if not config.progress:
         hide_progress_bars()
     if device is not None:
@@ -148,6 +167,10 @@ def unlearn(
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
     if retain_set is not None:
         check_disjoint(forget_set.hashes, retain_set.hashes)
+    if after is not None and os.environ.get("RANK", "0") == "0":
+        earlier_set = read_earlier(after).load(tokens, allow_cut_spans=cut, positions=positions, **rendering)
+        if retain_set is not None:
+            check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
     evaluate = None
     if eval_rows is not None:
         evaluate = question_metrics(QuestionRows(eval_rows, tokens, **template))
@@ -166,7 +189,7 @@ def unlearn(
             check_output(output, overwrite, settings)  # another run may have come and gone
             if overwrite:
                 layout.clear_run(output)
-    recorder = palu.Recorder(trained, forget_set, retain_set, tokenizer=tokens, config=config)
+    recorder = palu.Recorder(trained, forget_set, retain_set, tokenizer=tokens, config=config, after=after)
     try:
         result = palu.unlearn(
             trained,
@@ -175,6 +198,7 @@ def unlearn(
             retain_set,
             tokenizer=tokens,
             config=config,
+            after=after,
             evaluate=evaluate,
             callbacks=[] if config.progress else [LossLines()],
         )
@@ -185,7 +209,8 @@ def unlearn(
         raise
     processes.end_training()  # the others need not wait while the main process writes
     if processes.is_main_process:
-        arguments = {n: _absolute(n, value) for n, value in ctx.params.items() if n not in config.values()}
+        options = ctx.params | {"model": model, "original": original}
+        arguments = {n: _absolute(n, value) for n, value in options.items() if n not in config.values()}
         report = palu.save_run(output, result, tokens, recorder, {"arguments": arguments})
         if "checkpoint_dir" not in settings:
             layout.delete_files(output, layout.files_of_run(output, layout.CHECKPOINT_FILES))

@@ -48,7 +48,7 @@ def warn_of_repeats(found: RowHashes, name: str) -> None:
     warnings.warn(f"{name} set: {problem}, so that it weighs more: {named}; {fix}", stacklevel=2)
 
 
-def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
+def check_disjoint(forget: RowHashes, retain: RowHashes, name: str = "forget") -> None:
     """Raise DataError where a row is in both sets: a model cannot forget an answer and keep it."""
     first = forget.first_rows()
     both = [(first[one], row) for row, one in zip(retain.rows, retain.hashes, strict=True) if one in first]
@@ -56,7 +56,7 @@ def check_disjoint(forget: RowHashes, retain: RowHashes) -> None:
         return
     more = f" (and {len(both) - 1} more)" * (len(both) > 1)
     raise DataError(
-        f"forget row {both[0][0]} and retain row {both[0][1]} are the same, prompt and answer{more}: the model cannot "
+        f"{name} row {both[0][0]} and retain row {both[0][1]} are the same, prompt and answer{more}: the model cannot "
         "forget an answer and keep it; take the row out of one of the sets"
     )
 

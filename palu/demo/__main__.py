@@ -18,8 +18,8 @@ import transformers
 
 import palu
 from palu.data.files import write_rows
+from palu.layout import PRIVATE, check_free, clear_run, hold_run
 from palu.report import view
-from palu.report.layout import PRIVATE, check_free, clear_run, hold_run
 from palu.report.reading import read_run
 from palu.testbed.facts import RETAIN, UNLEARN, Answers, Facts, outcome_of, read_questions, retain_arguments
 from palu.testbed.smollm2 import load_taught, mixed_precision

@@ -123,7 +123,7 @@ class Losses(NamedTuple):
 
     total: Tensor  # the weighted sum of the terms
     terms: Tensor  # one figure per name in ``Method.terms``, divided by the counts given; 0 for one not computed
-    highest_probability: Tensor | None  # of a true token at a target row; None where the settings have no ends_below
+    of_targets: Tensor | None  # [targets]: -log(1 - p) of each true token; None where the settings have no ends_below
 
 
 class Method(ModelRoot):
@@ -186,10 +186,8 @@ class Method(ModelRoot):
         for name, term, weight in terms:
             if isinstance(term, Tensor):
                 total, figures[name] = total + weight * term, term.detach()
-        highest = None
-        if self.settings.ends_below is not None:
-            highest = -torch.cat([of_targets.new_zeros(1), of_targets]).max().neg().expm1().float()
-        return Losses(total, torch.stack(list(figures.values())), highest)
+        ends = self.settings.ends_below is not None
+        return Losses(total, torch.stack(list(figures.values())), of_targets if ends else None)
 
     def _row_losses(
         self,

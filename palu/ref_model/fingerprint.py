@@ -27,6 +27,7 @@ class Fingerprints:
     _forget: Sequence[Item]
     _retain: Sequence[Item]
     _anchor_prompts: AnchorPrompts | None = None
+    _earlier: Sequence[Item] = ()
 
     @cached_property
     def model(self) -> str:
@@ -54,6 +55,11 @@ class Fingerprints:
     @cached_property
     def retain(self) -> str:
         return digest(Items.of(self._retain).flat())
+
+    @cached_property
+    def earlier(self) -> str | None:
+        """The tokenised rows of earlier requests."""
+        return digest(Items.of(self._earlier).flat()) if self._earlier else None
 
     @cached_property
     def anchor_prompts(self) -> str | None:

@@ -43,6 +43,7 @@ def precompute_reference(
     accelerator: Accelerator,
     *,
     own: bool,
+    earlier: Sequence[Item] = (),
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
@@ -56,6 +57,7 @@ def precompute_reference(
         items: the forget set, as the method looks at it.
         anchor_prompts: what the reference answers.
         own: whether the reference is the model to train, which runs without its adapter, if it has one.
+        earlier: rows of earlier requests, whose fields it gives, too.
         file: where the outputs are kept; ``None``: in memory.
 
     Returns the outputs, and the head; None where the loss needs none, and where it is the model's own and stays frozen
@@ -73,7 +75,8 @@ def precompute_reference(
             neighbours = generate_neighbours(writer, items, anchor_prompts, config.seed)
             variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
             everyday = generate_anchors(writer, items, anchor_prompts)
-            anchors = ReferenceCache((), [*neighbours, *variants, *everyday], len(neighbours), len(variants))
+            written = [*neighbours, *variants, *everyday, *earlier]
+            anchors = ReferenceCache((), written, len(neighbours), len(variants), len(earlier))
             with (
                 eval_mode(base),
                 autocast(accelerator),

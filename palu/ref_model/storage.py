@@ -69,6 +69,7 @@ class ReferenceCache:
     anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
     neighbours: int = 0  # how many of the anchors, the first, answer questions like those of the forget set
     variants: int = 0  # how many after these are other ways to tell a secret
+    earlier: int = 0  # how many, the last, are no anchors but the rows of earlier requests
 
 
 # (which field, from which row on, the rows): puts them where they belong
@@ -101,7 +102,7 @@ class CacheFile:
         about = header["about"]
         anchors = [Item(torch.tensor(ids), torch.tensor(rows), targets) for ids, rows, targets in about["anchors"]]
         outputs = ReferenceOutputs(tensors, fields, items, anchors)
-        return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"])
+        return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"], about["earlier"])
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
@@ -144,7 +145,8 @@ class CacheFile:
             shape = [lengths[name], *like[name].shape[1:]]
             header[name] |= {"shape": shape, "data_offsets": [starts[name], end]}
         anchors = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in written.anchors]
-        about = {"anchors": anchors, "neighbours": written.neighbours, "variants": written.variants}
+        counts = {name: getattr(written, name) for name in ("neighbours", "variants", "earlier")}
+        about = {"anchors": anchors, **counts}
         own = {"key": self.key, "transformers": transformers.__version__, "about": about}
         header["__metadata__"] = {"palu": json.dumps(own)}
         text = json.dumps(header).encode()
@@ -209,6 +211,7 @@ def reference_key(config: UnlearnConfig, accelerator: Accelerator, fingerprints:
             "format": FORMAT,
             "reference": fingerprints.reference,
             "forget": fingerprints.forget,
+            "earlier": fingerprints.earlier,
             "anchor_prompts": fingerprints.anchor_prompts,
             "objective": config.name,
             "settings": json.dumps(config.reference.settings, sort_keys=True, default=float),

@@ -16,9 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from palu.data.tokenize import Example
 from palu.hashing import file_digest, json_digest
+from palu.layout import CARD
 from palu.models.lora import CausalLM, base_of, is_peft
 from palu.models.quantized import quantized_by
-from palu.report.layout import CARD
 from palu.version import __version__
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from palu.data.matching import find
 from palu.hashing import file_digest
-from palu.report.layout import CARD, MODEL, PRIVATE, check_finished
+from palu.layout import CARD, MODEL, PRIVATE, check_finished
 from palu.report.reading import asked_questions, marked_texts, read_audit, read_run
 from palu.report.write import write_card
 

@@ -11,7 +11,7 @@ from palu.attacks.run import FORMAT as AUDIT_FORMAT
 from palu.attacks.run import RESULTS
 from palu.evaluate.questions import OTHERS, table_of
 from palu.evaluate.rows import load_results
-from palu.report.layout import HISTORY, QUESTIONS, RECORD, SUMMARY
+from palu.layout import HISTORY, LEDGER, QUESTIONS, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]
@@ -33,6 +33,12 @@ def read_run(folder: Path) -> tuple[Json, Json, list[Json]]:
         )
     lines = _text(folder / HISTORY, "write the run's history beside its record").split("\n")
     return record, summary, [_parse(folder / HISTORY, line) for line in lines if line.strip()]
+
+
+def read_ledger(folder: Path) -> list[Json]:
+    """Read the requests that the run in this folder and those before it have met, the oldest first."""
+    path = folder / LEDGER
+    return _parse(path, _text(path, _RESTORE))["requests"] if path.exists() else []
 
 
 def _text(path: Path, create: str, fix: str = _RESTORE) -> str:

@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +31,7 @@ from palu.data.rows import conversation_of, load_marked_texts, load_questions
 from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
+from palu.layout import FORGET, MODEL, PRIVATE, RECORD
 from palu.models.checks import check_linear_head, check_models, check_packing
 from palu.models.generation import eval_mode, generate_answers, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
@@ -39,10 +40,10 @@ from palu.models.root import on_device, roomy_device
 from palu.ref_model.anchors import anchor_texts
 from palu.ref_model.fingerprint import fingerprint_model
 from palu.report import manifest
-from palu.report.layout import MODEL, PRIVATE, RECORD
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
-from palu.writable import private_folder
+from palu.training.requests import Request, lines_digest, read_earlier, row_lines
+from palu.writable import private_folder, write_private
 
 FORMAT = 3
 RETAIN_ROWS = 100  # of the retain set, evenly spaced, whose probability is recorded
@@ -71,8 +72,9 @@ class Recorder:
     weights nor random numbers are changed, and the model stays where it is.
 
     Args:
-        model, forget, retain, tokenizer, config: as for :func:`palu.unlearn`, with its errors; no iterators, since both
-            sets are read twice. Without a tokenizer, tokens are recorded by their ids and no answers are generated.
+        model, forget, retain, tokenizer, config, after: as for :func:`palu.unlearn`, with its errors; no iterators,
+            since both sets are read twice. Without a tokenizer, tokens are recorded by their ids and no answers are
+            generated. ``after``: the rows of earlier requests are recorded, too, and numbered after those of this one.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Recorder:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: UnlearnConfig | None = None,
+        after: str | os.PathLike[str] | None = None,
     ):
         self.config, self.tokenizer = config or UnlearnConfig(), tokenizer
         accelerator = Accelerator()
@@ -100,10 +103,19 @@ class Recorder:
         self.template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
         rendering = {"max_length": self.config.max_length, **self.template}
         cut: dict[str, Any] = {"allow_cut_spans": self.config.allow_cut_spans, "positions": max_positions(model)}
-        forget_set = load_forget(forget, tokenizer, **cut, **rendering)
+        forget_set = own = load_forget(forget, tokenizer, **cut, **rendering)
+        self.lines = row_lines(own.source)
+        self.requests: list[Request] = []  # the earlier ones
+        self.asked_now = len(self.lines)  # rows of this request, the first ones
+        if after is not None:
+            earlier = read_earlier(after)
+            earlier.check(model, self.config)
+            earlier.load(tokenizer, **cut, **rendering)  # with its errors
+            self.lines, self.requests = self.lines + row_lines(earlier.rows), earlier.requests
+            forget_set = load_forget([json.loads(line) for line in self.lines], tokenizer, **cut, **rendering)
         retain_set = load_retain([] if retain is None else retain, tokenizer, **rendering)
         # Whether it may do without a retain set is the run's to judge.
-        check_sets(model, forget_set, retain_set, self.config, anchored=True)
+        check_sets(model, own, retain_set, self.config, anchored=True)
         check_linear_head(model, forget_set.examples[0].input_ids)
         longest = max(len(example.input_ids) for example in chain(forget_set.examples, retain_set.examples))
         check_packing("model", model, self.device, longest=longest)  # it looks without mixed precision
@@ -129,14 +141,18 @@ class Recorder:
             if self.forget[i].offsets is None:
                 self.marked.setdefault(self._text(i, span), f"forget row {self.forget[i].row}")
         self.general: Sequence[Example] = []  # the model's own answers before the run
+        described = manifest.describe_model(model)
+        if after is not None:  # where it came from in the first place
+            first = json.loads((Path(after) / PRIVATE / RECORD).read_text(encoding="utf-8"))["model"]
+            described |= {name: first[name] for name in ("name", "on_the_hub", "license")}
         self.about = {
             "format": FORMAT,
             "started": _now(),
-            "model": manifest.describe_model(model),
+            "model": described,
             "device": manifest.describe_device(self.device),
             "versions": manifest.versions(model),
             "data": {
-                "forget": manifest.describe_data(forget_set.source, self.forget),
+                "forget": manifest.describe_data(own.source, own.examples),
                 "retain": manifest.describe_data(retain_set.source, retain_set.examples),
             },
         }
@@ -153,7 +169,9 @@ class Recorder:
         before, after = self.before, self._look(model, "after")
         rows, is_text = self.rows, self.tokenizer is not None
         secrets = [
-            rows["forget"][i] | {"text": self._text(i, span) if is_text else None, "tokens": span[1] - span[0]}
+            rows["forget"][i]
+            | {"text": self._text(i, span) if is_text else None, "tokens": span[1] - span[0]}
+            | {"request": self._request_of(self.forget[i].row)}
             for i, span in self.secrets
         ]
         roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length)
@@ -179,8 +197,27 @@ class Recorder:
             ],
         }
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        (private_folder(Path(output) / PRIVATE) / RECORD).write_text(text + "\n", encoding="utf-8")
+        private = private_folder(Path(output) / PRIVATE)
+        (private / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_private(private / FORGET, "".join(f"{line}\n" for line in self.lines))
         return record
+
+    def ledger(self, output: str | os.PathLike[str], record: dict[str, Any]) -> list[Request]:
+        """Return the earlier requests and this one, as they stand in the ledger of the run whose record this is."""
+        about = {
+            "number": len(self.requests) + 1,
+            "run": Path(output).resolve().name,
+            "finished": record["finished"],
+            "palu": record["versions"]["palu"],
+            "rows": self.asked_now,
+            "rows_sha256": lines_digest(self.lines[: self.asked_now]),
+        }
+        return [*self.requests, about | {name: record["hashes"][name] for name in ("weights_before", "weights_after")}]
+
+    def _request_of(self, row: int) -> int:
+        """Return the number, from 1, of the request that a row belongs to; those of the newest one come first."""
+        ends = accumulate([self.asked_now, *(request["rows"] for request in reversed(self.requests))])
+        return len(self.requests) + 1 - sum(end <= row for end in ends)
 
     def _rows(self, examples: Sequence[Example], asked: Mapping[int, str]) -> list[dict[str, Any]]:
         """Return each row's number, and the user's question; of tokenised rows the prompt as the model reads it."""

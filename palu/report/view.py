@@ -14,7 +14,7 @@ from palu.data.matching import Span, find, letters, split_at
 from palu.methods import METHODS
 from palu.report import audited, words
 from palu.report.plots import line_chart, number
-from palu.report.reading import Json, asked_questions, evaluations, marked_texts, read_audit, read_run
+from palu.report.reading import Json, asked_questions, evaluations, marked_texts, read_audit, read_ledger, read_run
 from palu.report.token_roles import Token, count_roles, runs
 from palu.settings import EVAL_PREFIX
 
@@ -38,6 +38,11 @@ def outcome(record: Json) -> Json:
     secrets, retained = record["secrets"], record["retained"]
     before = [s for s in secrets if known(s["before"])]
     left = [s for s in before if known(s["after"])]
+    of_request = [s.get("request", 1) for s in secrets]
+    earlier = [s for s, number in zip(secrets, of_request, strict=True) if number < max(of_request)]
+    again = [s for s in earlier if known(s["after"])]
+    left += (back := [s for s in again if not known(s["before"])])
+    before += back
     total, forgotten = len(before), len(before) - len(left)
     general = record["general"]
     own = general["after"] / general["before"] if general["before"] else None
@@ -50,6 +55,9 @@ def outcome(record: Json) -> Json:
         headline = f"{forgotten:,} of {words.count(total, 'secret')} forgotten, {len(left):,} still known"
     if own is not None:
         headline += ", and the model is damaged" if damaged else ", and the model is intact" if not left else ""
+    if earlier:
+        verb = "is" if len(again) < 2 else "are"
+        headline += f"; {len(again) or 'none'} of {words.count(len(earlier), 'earlier secret')} {verb} known"
     rows = sorted({s["row"] for s in left})
     return {
         "headline": headline,
@@ -67,6 +75,16 @@ def outcome(record: Json) -> Json:
         "kept": {when: fmean(r[when]["probability"] for r in retained) if retained else None for when in _WHEN},
         "recalled": {when: fmean(r[when]["recalled"] for r in retained) if retained else None for when in _WHEN},
     }
+
+
+def proven(requests: Sequence[Json], record: Json) -> list[Json]:
+    """Add to each request of a ledger what its last run found of its secrets, and what this one does: proof, now."""
+    found = []
+    for one in requests:
+        own = outcome(record | {"secrets": [s for s in record["secrets"] if s["request"] == one["number"]]})
+        now = {name: own[name] for name in ("secrets", "known", "told", "highest")}
+        found.append(one | {"proof": one.get("proof", now), "now": now})
+    return found
 
 
 def _told(secrets: Sequence[Json], how: str) -> dict[str, int]:
@@ -123,6 +141,7 @@ def blot(text: str, spans: Iterable[Span]) -> str:
 def page(folder: Path, *, redact: bool) -> Json:
     """Collect what the templates of report and card show; they pass the user's texts through ``hide``."""
     record, summary, history = read_run(folder)
+    requests = read_ledger(folder)
     audit, asked, evaluated = read_audit(folder), asked_questions(folder), evaluations(folder)
     hidden: Mapping[str, str] = {}
     if redact:
@@ -153,6 +172,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         # Texts are in mappings alone; JSON would hide them from the redaction.
         "settings": words.settings({n: hide(one) if isinstance(one, dict) else one for n, one in config.items()}),
         "secrets": [_secret(one, redact) for one in secrets],
+        "requests": [one | ({"rows_sha256": None} if redact else {}) for one in requests],
         "histogram": histogram(secrets),
         "retained": [_bar(one, decades=False) for one in retained],
         "answers": {"forget": forget, "retain": [_answer(one, ()) for one in record["answers"]["retain"]]},

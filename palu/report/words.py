@@ -22,6 +22,7 @@ SERIES = {
     "grad_norm": "Gradient norm, before clipping",
     "onset_probability": "Highest probability of an onset token",
     "learning_rate": "Learning rate",
+    "earlier": "Rows of earlier requests that take part",
 }
 # How a secret may be told, by its names in the record.
 TOLD = {"asked": "told when asked", "paraphrased": "in other words", "rest": "after its first token"}

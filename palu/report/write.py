@@ -18,12 +18,13 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
+from palu.layout import CARD, HISTORY, LEDGER, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report import view, words
-from palu.report.layout import CARD, HISTORY, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report.plots import number
 from palu.report.recorder import Recorder
 from palu.report.token_roles import MEANING, Token, runs
 from palu.training.loop import UnlearnResult
+from palu.writable import write_private
 
 HERE = Path(__file__).parent
 
@@ -66,7 +67,11 @@ def save_run(
             file.writelines(json.dumps(record) + "\n" for record in result.history)
         record = recorder.save(output, result.model)
         # Where it is, the run has finished: what comes after can be made again.
-        about = {} if record is None else {"outcome": view.outcome(record)}
+        about = {}
+        if record is not None:
+            about["outcome"] = view.outcome(record)
+            requests = view.proven(recorder.ledger(output, record), record)
+            write_private(private / LEDGER, json.dumps({"format": 1, "requests": requests}, indent=2) + "\n")
         summary = json.dumps({**result.summary, **about, **(extra or {})}, indent=2)
         (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
 

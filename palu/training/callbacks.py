@@ -22,7 +22,7 @@ from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
-from palu.training.step import Run, enough_forgotten, losses_text
+from palu.training.step import Run, check_earlier, enough_forgotten, losses_text
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
@@ -148,8 +148,10 @@ class TrainingEvents:
         """End an epoch, and the run where it has forgotten enough."""
         self.call("on_epoch_end")
         self._do_requests()
-        if self.steps_left and enough_forgotten(self.history, len(self.run.loader), self.run.root):
-            self.ended_by = "forgotten"
+        if self.steps_left:
+            earlier = check_earlier(self.run)
+            if enough_forgotten(self.history, len(self.run.loader), self.run.root, earlier):
+                self.ended_by = "forgotten"
 
     def _do_requests(self) -> None:
         """Evaluate where that is due; evaluate, end the run and write a checkpoint where a callback asked for it."""

@@ -76,6 +76,7 @@ class Checkpoints:
         self.stopped_by: int | None = None  # the signal that came
         self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
         self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
+        self.returned: list[int] = []  # rows of earlier requests that take part in this epoch, by the loader's number
         if self.folder is None:
             return
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -121,7 +122,7 @@ class Checkpoints:
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
         self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
-        self.evaluation_before = about.get("evaluation_before", {})
+        self.evaluation_before, self.returned = about.get("evaluation_before", {}), about.get("returned", [])
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
         return about["history"]
 
@@ -161,6 +162,7 @@ class Checkpoints:
             "scheduler": self.scheduler.state_dict(),
             "ended_by": self.ended_by,
             "evaluation_before": self.evaluation_before,
+            "returned": self.returned,
         }
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
@@ -307,6 +309,7 @@ def describe_run(
     sets = {
         "tokenised forget set": fingerprints.forget,
         "tokenised retain set": fingerprints.retain,
+        "choice of earlier requests": fingerprints.earlier,
         "choice of everyday prompts": fingerprints.anchor_prompts,
     }
     run = {"settings": settings, "models": models, "data": sets, "reference": key}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, zip_longest
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Counts, Item, Items, pack, split_roles
 from palu.ref_model.storage import ReferenceCache
+
+TOKENS_PER_CHECK = 4096  # of the rows of earlier requests that are looked at together
 
 # What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
 Part = tuple[list[int], list[int]]
@@ -24,7 +27,8 @@ class UnlearnDataLoader:
     neighbours, and half as many everyday answers (rounded up). All processes draw the same order from ``config.seed``
     and each takes its own part: what N processes see together in a step is what one process sees with ``batch_size``
     and ``retain_batch_size`` N times as large. The seed and the number of steps taken are all that decides what comes
-    next.
+    next, but for rows of earlier requests: those that are ``returned`` (by number; they are chosen between two epochs)
+    come beside the others, each once in an epoch.
 
     A micro-batch of more than ``config.max_tokens`` tokens is cut into several, of all processes in as many, some of
     which may be idle. Only how a step is cut changes, not what is in it.
@@ -44,9 +48,8 @@ class UnlearnDataLoader:
     ):
         self.forget, self.retain, self.cache = forget, retain, cache
         self.max_tokens = config.max_tokens
-        if self.max_tokens is not None:
-            self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]
-            self.retain_tokens = Items.of(retain).tokens.tolist()
+        self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]
+        self.retain_tokens = Items.of(retain).tokens.tolist()
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
         half = -(-beside // 2)
@@ -56,14 +59,18 @@ class UnlearnDataLoader:
         self.pin_memory, self.share_prefix = pin_memory, share_prefix
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
-        # Neighbours come first among the anchors, then variants.
+        # Neighbours come first among the anchors, then variants, and the rows of earlier requests last.
         neighbours, everyday = cache.neighbours, cache.neighbours + cache.variants
+        anchors = len(cache.anchors) - cache.earlier
         self.forgotten = torch.tensor([*range(len(forget)), *range(len(forget) + neighbours, len(forget) + everyday)])
         self.anchor_orders = [
             (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(draws, end - first))
-            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, len(cache.anchors), 2, half))
+            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, anchors, 2, half))
             if end > first
         ]
+        self.earlier = range(len(forget) + anchors, len(forget) + len(cache.anchors))
+        self.returned: list[int] = []
+        self.of_targets = {field.name for field in config.reference.fields if field.rows == "targets"}
         self.skipped = 0  # steps that the next iteration leaves out
 
     def __len__(self) -> int:
@@ -98,6 +105,16 @@ class UnlearnDataLoader:
             for _ in self._draw():
                 pass
 
+    def earlier_batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """Yield this process's share of the rows of earlier requests, by number and packed, with their targets alone.
+
+        Of all processes there are as many batches, some of which may be idle.
+        """
+        parts = cut((list(self.earlier), []), self.tokens, [], self.max_tokens or TOKENS_PER_CHECK)
+        for first in range(0, len(parts), self.num_processes):
+            chosen = next((chosen for chosen, _ in parts[first : first + self.num_processes][self.process_index :]), [])
+            yield chosen, self._load(chosen, [], targets_alone=True)
+
     def _cut(self, beside: Sequence[Part]) -> list[Part]:
         """Cut the micro-batches of all processes in a round into parts of max_tokens; return this process's."""
         if self.max_tokens is None:
@@ -109,23 +126,28 @@ class UnlearnDataLoader:
     def _draw(self) -> Iterator[list[Part]]:
         """Draw an epoch: for each step, (forget items and anchors, retain items) of all micro-batches, by number."""
         order = torch.randperm(len(self.forgotten), generator=self.generator)
-        for step in self.forgotten[order].split(self.examples_per_step):
-            rounds = -(-len(step) // (self.batch_size * self.num_processes))
+        returned = torch.tensor(self.returned, dtype=torch.int64).tensor_split(len(self))
+        for step, beside in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
+            parts = -(-len(step) // (self.batch_size * self.num_processes)) * self.num_processes
             yield [
                 (
-                    chosen.tolist()
+                    [*chosen.tolist(), *earlier.tolist()]
                     + [len(self.forget) + next(order) for order, count in self.anchor_orders for _ in range(count)],
                     [next(self.retain_order) for _ in range(self.retain_batch_size)],
                 )
-                for chosen in step.tensor_split(rounds * self.num_processes)
+                for chosen, earlier in zip(step.tensor_split(parts), beside.tensor_split(parts), strict=True)
             ]
 
-    def _load(self, chosen: list[int], retain: list[int]) -> Batch:
+    def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:
         forget, anchors = len(self.forget), self.cache.anchors
         items = [self.forget[i] if i < forget else anchors[i - forget] for i in chosen]
+        outputs = [self.cache.outputs[i] for i in chosen]
         kept = [self.retain[i] for i in retain]
+        if targets_alone:
+            items = [replace(item, rows=item.rows[: item.targets]) for item in items]
+            outputs = [{n: one if n in self.of_targets else one[:0] for n, one in out.items()} for out in outputs]
         if items:
-            batch = collate(items, kept, [self.cache.outputs[i] for i in chosen], share_prefix=self.share_prefix)
+            batch = collate(items, kept, outputs, share_prefix=self.share_prefix)
         else:  # nothing is left for this process, or for this part: it runs one token, which has no part in the loss
             idle = self.forget[0]
             token = Item(idle.input_ids[:1], idle.rows[:0])

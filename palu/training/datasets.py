@@ -28,6 +28,7 @@ from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_p
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
+from palu.training.requests import Earlier
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RunData:
     config: UnlearnConfig  # with a max_length for which the models have positions
     forget: Items
     retain: Items
+    earlier: Items  # the rows of earlier requests
     anchor_prompts: AnchorPrompts
     longest: int  # tokens of the longest text of the run
     device: torch.device
@@ -45,7 +47,7 @@ class RunData:
 
     def fingerprints(self, model: CausalLM, ref_model: CausalLM | None) -> Fingerprints:
         """Return the fingerprints of what the run starts from."""
-        return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts)
+        return Fingerprints(model, ref_model, self.forget, self.retain, self.anchor_prompts, self.earlier)
 
     def loader(self, cache: ReferenceCache, accelerator: Accelerator, model: CausalLM) -> UnlearnDataLoader:
         """Return the data loader of this process, for the model as it is trained."""
@@ -74,11 +76,13 @@ def prepare_run(
     processes: int,
     sharded: bool,
     empty: bool,
+    earlier: Earlier | None = None,
 ) -> RunData:
     """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
-    ``sharded`` and ``empty``: see :func:`palu.models.checks.check_models`. Raises DataError, ValueError or TypeError
-    where something does not fit; nothing has been changed then.
+    ``sharded`` and ``empty``: see :func:`palu.models.checks.check_models`; a process that is ``empty`` leaves it to the
+    others to check that the model is the one that ``earlier`` left. Raises DataError, ValueError or TypeError where
+    something does not fit; nothing has been changed then.
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
@@ -86,44 +90,50 @@ def prepare_run(
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
     }
-    forget_set = load_forget(
-        forget,
-        tokenizer,
-        allow_cut_spans=config.allow_cut_spans,
-        warn=True,
-        positions=max_positions(model),
-        **rendering,
-    )
+    cut: dict[str, Any] = {"allow_cut_spans": config.allow_cut_spans, "positions": max_positions(model)}
+    forget_set = load_forget(forget, tokenizer, warn=True, **cut, **rendering)
     # Rows that no term reads are not tokenised.
     read = retain if retain is not None and config.method.lambda_retain > 0 else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
+    marked, earlier_items = load_marked_texts(forget_set.source), Items()
+    eos_token_id = tokenizer.eos_token_id if tokenizer else None
+    if earlier is not None:
+        if ref_model is not None:
+            raise ValueError("after: the reference is the model as that run left it; leave ref_model out")
+        if not empty:
+            earlier.check(model, config)
+        earlier_set = earlier.load(tokenizer, **cut, **rendering)
+        check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
+        marked = {text: f"earlier {row}" for text, row in load_marked_texts(earlier.rows).items()} | marked
+        earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
     if retain_set.examples:
         answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
-        warn_of_told_secrets(load_marked_texts(forget_set.source).items(), answers)
+        warn_of_told_secrets(marked.items(), answers)
 
     def alternates() -> Sequence[Example]:
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)
 
-    eos_token_id = tokenizer.eos_token_id if tokenizer else None
     forget_items = config.method_class.make_items(ForgetSet(forget_set.examples, eos_token_id, alternates), config)
     kept_items = retain_items(retain_set.examples)
     texts = [min(len(prompt) + ANSWER_TOKENS, config.max_length) for prompt in anchor_prompts.prompts]
-    longest = max(forget_items.longest(), kept_items.longest(), *texts)
+    longest = max(forget_items.longest(), kept_items.longest(), earlier_items.longest(), *texts)
     counts = {
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
         "forget_spans_cut": len(forget_set.cut_rows),
         "forget_all_spans_cut": forget_set.all_spans_cut,
         "forget_skipped": forget_set.skipped,
+        "earlier_examples": len(earlier_items),
         "retain_examples": len(kept_items),
         "retain_skipped": retain_set.skipped,
         "onset_tokens": int(forget_items.targets.sum()),
         "ordinary_tokens": int(forget_items.others.sum()),
     }
-    return RunData(config, forget_items, kept_items, anchor_prompts, longest, device, mixed_precision, counts)
+    sets = forget_items, kept_items, earlier_items
+    return RunData(config, *sets, anchor_prompts, longest, device, mixed_precision, counts)
 
 
 def check_sets(model: CausalLM, forget: Examples, retain: Examples, config: UnlearnConfig, *, anchored: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
-from palu.distributed import raise_on_all_ranks
+from palu.distributed import compute_on_main, raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad
@@ -39,7 +40,8 @@ from palu.training.engine import (
     weights_back_if_refused,
 )
 from palu.training.optimizer import check_optimizer, make_optimizer
-from palu.training.step import DivergenceError, Run, ending, losses_text, train_step
+from palu.training.requests import read_earlier
+from palu.training.step import DivergenceError, Run, check_earlier, ending, losses_text, train_step
 from palu.writable import check_folders
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
@@ -69,6 +71,7 @@ def unlearn(
     recipe: str | None = None,
     evaluate: Evaluate | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    after: str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> UnlearnResult:
     """Make ``model`` forget the spans of the forget set (PALU, arXiv 2601.03190). The model is trained in place.
@@ -96,6 +99,9 @@ def unlearn(
             (``eval_<name>`` in the step's record), and changes no bit of the run.
         callbacks: instances of ``transformers.TrainerCallback``, called as ``transformers.Trainer`` does, but with
             ``config`` as ``args``. docs/unlearn.md says which events come, and what ``control`` may ask for.
+        after: the folder of a finished run (:func:`palu.save_run`) from whose model, which ``model`` must be, this one
+            goes on. What that run and those before it were asked to forget is looked at between epochs; where a token
+            has come back above the floor, its row takes part in the next one (``earlier`` in a record: how many do).
 
     Returns:
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
@@ -119,6 +125,7 @@ def unlearn(
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
     config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
     accelerator = start_engine(config)
+    earlier = None if after is None else compute_on_main(lambda: read_earlier(after), accelerator)
     # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.
     with raise_on_all_ranks(accelerator):
         check_callbacks(callbacks, evaluate, config)
@@ -136,6 +143,7 @@ def unlearn(
             processes=accelerator.num_processes,
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
+            earlier=earlier,
         )
         config = data.config
         check_optimizer(config, accelerator)
@@ -184,6 +192,7 @@ def train(
             config,
             accelerator,
             own=ref_model is None,
+            earlier=data.earlier,
             file=open_cache_file(config, checkpoints.reference_key),
             progress=progress,
         )
@@ -195,6 +204,9 @@ def train(
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler)
         run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
+        loader.returned = checkpoints.returned
+        if not history:
+            check_earlier(run)
         with checkpoints.signals_deferred():  # Ctrl-C waits for the end of a step
             events = TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress)
             with events.around_run():
@@ -215,7 +227,7 @@ def train(
         **data.counts,
         "neighbours": cache.neighbours,
         "variants": cache.variants,
-        "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants),
+        "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants - cache.earlier),
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Counts
-from palu.distributed import full_tensor
+from palu.distributed import autocast, full_tensor, gather_values
 from palu.eager import acc_dtype
 from palu.methods import Method
 from palu.methods.base import Losses, MethodSettings
-from palu.models.lora import CausalLM
+from palu.models.generation import eval_mode
+from palu.models.lora import CausalLM, base_of
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import copy_weights_back
@@ -98,9 +100,38 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
+    if run.loader.earlier:
+        record["earlier"] = len(run.loader.returned)
     run.scheduler.step()
     run.optimizer.zero_grad()
     return record
+
+
+@torch.no_grad()
+def check_earlier(run: Run) -> float:
+    """Choose the rows of earlier requests that take part in the next epoch; return their highest probability.
+
+    They are those with a token above the floor (its loss is 0 elsewhere). All processes must call it: each looks at a
+    share of the rows, and all choose the same ones.
+    """
+    loader, accelerator = run.loader, run.accelerator
+    if not loader.earlier:
+        return 0.0
+    ones = to_device([1] * len(Counts._fields), accelerator)
+
+    def highest_of(batch: Batch) -> list[float]:
+        losses: Any = run.root.batch_losses(batch, ones).of_targets
+        items = losses.new_zeros(len(batch.packed.sequence_lengths))
+        return (-items.scatter_reduce(0, batch.item, losses, "amax").neg().expm1()).tolist()
+
+    found: dict[int, float] = {}
+    with eval_mode(base_of(run.trained)), autocast(accelerator):
+        for numbers, batch in loader.earlier_batches():
+            on_device = batch.to(accelerator.device)
+            found |= zip(numbers, run.root.run(partial(highest_of, on_device)), strict=False)  # perhaps an idle one's
+    of_all = {number: p for part in gather_values(found, accelerator) for number, p in part.items()}
+    loader.returned = run.checkpoints.returned = sorted(number for number, p in of_all.items() if p > 0)
+    return max(of_all.values())
 
 
 def sum_counts(counts: Sequence[Counts], accelerator: Accelerator) -> Tensor:
@@ -174,10 +205,11 @@ def step_figures(
     tokens = to_device([sum(batch.packed.tokens for batch in batches)], accelerator).to(sums.dtype)
     names = ["loss", *method.terms, "tokens", "grad_norm"]
     figures = [*accelerator.reduce(torch.cat([sums, tokens]), "sum"), grad_norm]
-    highest = [losses.highest_probability for losses in outputs if losses.highest_probability is not None]
-    if highest:
+    of_targets = [losses.of_targets for losses in outputs if losses.of_targets is not None]
+    if of_targets:
         names.append("onset_probability")
-        figures.append(accelerator.gather(torch.stack(highest).max()).max())
+        highest = torch.cat([of_targets[0].new_zeros(1), *of_targets]).max()
+        figures.append(accelerator.gather(-highest.neg().expm1().float()).max())
     values = torch.stack([figure.float() for figure in figures]).tolist()
     record = {"step": len(history) + 1, **dict(zip(names, values, strict=True))}
     if not all(map(math.isfinite, values)):
@@ -185,16 +217,17 @@ def step_figures(
     return record
 
 
-def enough_forgotten(history: History, steps_per_epoch: int, method: Method) -> bool:
+def enough_forgotten(history: History, steps_per_epoch: int, method: Method, earlier: float = 0.0) -> bool:
     """Say after an epoch whether the run need not go on.
 
     It has forgotten when in two epochs running all probabilities stay below the method's ``ends_below`` (PALU: those
-    among the candidates).
+    among the candidates), and that of earlier requests (``earlier``, the highest) is below it, too.
     """
     limit = method.settings.ends_below
     two_epochs = history[-2 * steps_per_epoch :]
     return (
         limit is not None
+        and earlier < limit
         and len(history) >= 2 * steps_per_epoch
         and all(record["onset_probability"] < limit for record in two_epochs)
     )

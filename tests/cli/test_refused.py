@@ -28,6 +28,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--model a/b/c", "--model a/b/c: there is no such folder"),
     ("unlearn", "--model {folder}", "--model {folder}: the folder holds no config.json, so it is no model's"),
     ("unlearn", "--model no,model", "--model no,model: there is no such folder, and it cannot be a name on the hub"),
+    ("unlearn", "--after /x", "--model {folder}/model is not the model of --after /x; leave it out"),
     ("unlearn", "--tokenizer {folder}", "--tokenizer {folder}: the folder holds no tokenizer"),
     ("unlearn", "--forget {folder}", "--forget {folder}: there is no such file"),
     ("unlearn", "--retain absent.csv", "--retain absent.csv: there is no such file"),
@@ -119,6 +120,16 @@ def test_options_that_must_be_there(folder: Path) -> None:
     assert refusal(palu_command("inspect", "--forget", folder / "forget.jsonl")) == "give --model or --tokenizer"
     given = ["--forget", folder / "unmarked.jsonl", "--tokenizer", folder / "model", "--annotate", "contrast"]
     assert refusal(palu_command("inspect", *given)) == "--annotate contrast asks the model itself; give --model"
+
+
+def test_a_run_to_go_on_from(folder: Path, out: Path, tmp_path: Path) -> None:
+    given = ["unlearn", "--forget", folder / "forget.jsonl", "--output", out]
+    assert refusal(palu_command(*given)) == "give --model, or --after and a run's folder to go on from its model"
+    told = f"{tmp_path} is not the folder of a run; give the folder that palu unlearn wrote"
+    assert refusal(palu_command(*given, "--after", tmp_path)) == told
+    assert "with --after the reference is that run's model" in refusal(
+        palu_command(*given, "--after", tmp_path, "--ref-model", folder / "model")
+    )
 
 
 def test_layers_that_are_not_there(arguments: list[Any]) -> None:

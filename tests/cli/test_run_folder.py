@@ -25,6 +25,7 @@ from typer.testing import Result
 import palu
 import palu.demo.__main__ as demo
 from palu.methods.palu import PaluMethod
+from palu.report import recorder
 
 
 def fill(folder: Path, *names: str) -> list[Path]:
@@ -79,14 +80,45 @@ def test_an_evaluation_needs_no_more(finished: Path) -> None:
 
 def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, out)
-    path = out / "private" / "summary.json"
-    summary = read(path)
-    summary["arguments"]["forget"] = str(folder / "retain.jsonl")
-    path.write_text(json.dumps(summary), encoding="utf-8")
+    summary, rows = out / "private" / "summary.json", out / "private" / "forget.jsonl"
+    before = rows.read_text(encoding="utf-8")
+    rows.write_text(before.replace("It is", "It was", 1), encoding="utf-8")
+    for command in ("audit", "eval"):
+        assert f"{rows} and ledger.json are not as the run left them" in refusal(palu_command(command, out))
+    rows.write_text(before, encoding="utf-8")
+    changed = read(summary)
+    changed["arguments"]["retain"] = str(folder / "forget.jsonl")
+    summary.write_text(json.dumps(changed), encoding="utf-8")
     for command in ("audit", "eval"):
         told = refusal(palu_command(command, out))
-        assert told.endswith(f"has changed since the run in {out}; restore it, or give --forget")
+        assert told.endswith(f"has changed since the run in {out}; restore it, or give --retain")
     assert "is no folder of a recorded run" in refusal(palu_command("audit", tmp_path))
+
+
+def test_a_request_after_another_and_a_folder_that_was_moved(
+    finished: Path, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Report, audit and evaluation are of all requests, beside the model before all; no other folder need be there."""
+    monkeypatch.setattr(recorder, "MAX_NEW_TOKENS", 4)
+    rows = [row | {"question": f"Then, {row['question']}"} for row in FORGET[:2]]
+    forget = write_rows(tmp_path / "second.jsonl", rows)
+    earlier = shutil.copytree(finished, tmp_path / "first")
+    given = "--retain none --max-steps 2 --anchors 0 --neighbours 0 --variants 0 --no-progress"
+    told = done("unlearn", "--after", earlier, "--forget", forget, *given.split(), "--output", out)
+    assert "of 6 earlier secrets" in told.stdout
+    arguments = read(out / "private" / "summary.json")["arguments"]
+    assert arguments["model"] == str(earlier / "model") and arguments["original"] == str(folder / "model")
+    for gone in (forget, earlier):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    moved = out.rename(tmp_path / "moved")
+    done("audit", moved, "--only", "ask", "--quick", "--no-progress")
+    assert [secret["question"] for secret in read(moved / "private" / "audit.json")["secrets"]][1] == rows[1][
+        "question"
+    ]
+    done("eval", moved, "--no-progress")
+    asked = [row["question"] for row in read(moved / "private" / "evaluation-questions.json")["palu"]["rows"]]
+    assert asked == [row["question"] for row in (*rows, *FORGET)]
+    assert "Each request, how its own run met it" in (moved / "private" / "report.html").read_text(encoding="utf-8")
 
 
 # --- --overwrite ---
@@ -110,7 +142,10 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, argume
     result = done(*arguments, "--overwrite")
     assert all(path.read_text() == path.name for path in mine)
     names = {str(path.relative_to(out / "private")) for path in {*contents(out)} - {*mine} if "model" not in path.parts}
-    assert names == {*("history.jsonl", "summary.json", "record.json", "report.html", "run.json", "run.lock")}
+    assert names == {
+        *("history.jsonl", "summary.json", "record.json", "forget.jsonl", "ledger.json"),
+        *("report.html", "run.json", "run.lock"),
+    }
     assert not {*(out / "model").glob("adapter*")}, "it would pass for an adapter"
     deleted = old - {out / "private" / "run.json", out / "private" / "run.lock"}
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("palu: deleted ")]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -29,8 +30,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import palu
+from palu.ref_model.fingerprint import fingerprint_model
 from palu.training import checkpoint
 from palu.training.checkpoint import Checkpoints
+from palu.training.requests import lines_digest, row_lines
 
 PROCESSES = 2
 TOKENIZER = byte_level(LLAMA3)
@@ -80,14 +83,27 @@ CASES = {
     # In mixed precision (PRECISION).
     "mixed": Scenario(lambda: untied(dtype=torch.bfloat16)),
     "max_tokens": Scenario(untied, {"max_tokens": 30}),
+    # After a run that has left rows, of which some take part from the first epoch on.
+    "after": Scenario(untied, {"local_loss": "unlikelihood", "top_k": 20, "max_tokens": 60}),
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens"),
-    "fsdp2": ("untied", "tied", "lora", "added adapter", "anchors", "undial", "bfloat16", "mixed", "max_tokens"),
-    "fsdp2_main": ("untied", "tied", "lora", "added adapter"),
+    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens", "after"),
+    "fsdp2": (
+        "untied",
+        "tied",
+        "lora",
+        "added adapter",
+        "anchors",
+        "undial",
+        "bfloat16",
+        "mixed",
+        "max_tokens",
+        "after",
+    ),
+    "fsdp2_main": ("untied", "tied", "lora", "added adapter", "after"),
     "zero2": ("untied", "tied", "max_tokens"),
-    "zero3": ("untied", "tied", "lora", "added adapter"),
+    "zero3": ("untied", "tied", "lora", "added adapter", "after"),
 }
 
 
@@ -100,7 +116,22 @@ def unlearn(model: Any, ref_model: Any = None, forget: Any = None, **settings: A
 def run(case: str) -> palu.UnlearnResult:
     """A case's run on one process, or on this one of many."""
     build, settings, reference, _ = CASES[case]
-    return unlearn(build(), reference() if reference else None, **settings)
+    with TemporaryDirectory() as folder:
+        if case == "after":
+            settings = settings | {"after": finished_run(Path(folder))}
+        return unlearn(build(), reference() if reference else None, **settings)
+
+
+def finished_run(folder: Path) -> Path:
+    """What of a run's folder the next one reads, as if it had left the model that ``untied`` makes."""
+    lines = row_lines(forget_rows(5, seed=7))
+    left = fingerprint_model(tiny_llama(tie_word_embeddings=False))
+    request = {"number": 1, "rows": len(lines), "rows_sha256": lines_digest(lines), "weights_after": left}
+    texts = {"run.json": '{"palu": ""}', "summary.json": "", "forget.jsonl": "".join(f"{line}\n" for line in lines)}
+    (folder / "private").mkdir()
+    for name, text in (texts | {"ledger.json": json.dumps({"requests": [request]})}).items():
+        (folder / "private" / name).write_text(text)
+    return folder
 
 
 def start(engine: str, precision: str = "no") -> None:

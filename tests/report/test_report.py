@@ -130,6 +130,37 @@ def test_a_secret_told_in_other_words_remains() -> None:
     assert view.verdict(found).startswith("1 of 2 secrets forgotten, 1 still known: rows 4 remain")
 
 
+def test_requests_in_sequence(folder: Path) -> None:
+    """A request whose secret has come back is in the headline; the ledger's table says how each request stands."""
+    assert "how its own run met it" not in Page(write_report(folder)).text, "there is one request alone"
+    (first,) = read(folder, "ledger.json")["requests"]
+    assert first["proof"] == first["now"] and first["proof"]["known"] == {"before": len(FORGET), "after": 0}
+
+    def second(found: dict[str, Any]) -> None:
+        """The last two secrets are of an earlier request: unknown before this run, and one is known now."""
+        found["general"].update(before=None, after=None)
+        for secret in found["secrets"]:
+            secret["request"] = 2
+        for secret, after in zip(found["secrets"][-2:], (0.5, 1e-6), strict=True):
+            secret |= {"request": 1, "before": {"probability": 1e-5, "recalled": False, "asked": False}}
+            secret["after"] = {"probability": after, "recalled": False, "asked": after > 0.1}
+
+    change(folder, second)
+    record, count = read(folder), len(FORGET) - 2
+    headline = f"{count} of {count + 1} secrets forgotten, 1 still known; 1 of 2 earlier secrets is known"
+    assert view.outcome(record)["headline"] == headline and f"rows {count} remain" in view.verdict(view.outcome(record))
+    earlier = {"number": 1, "run": f"of {FORGET[0]['answer']}", "rows": 2, "rows_sha256": "ab" * 32, "finished": "then"}
+    proof = {"secrets": 2, "known": {"before": 2, "after": 0}, "told": {}, "highest": 0.004}
+    requests = view.proven([earlier | {"weights_after": "cd" * 32, "proof": proof}, first | {"number": 2}], record)
+    assert requests[0]["proof"] == proof and requests[0]["now"]["known"] == {"before": 0, "after": 1}
+    write(folder, {"format": 1, "requests": requests}, "ledger.json")
+    page = Page(write_report(folder)).text
+    assert "1 of 2" in page and "ab" * 32 in page and headline in page and earlier["run"] in page
+    redacted = Page(write_report(folder, redact=True)).text
+    assert "how its own run met it" in redacted and "cd" * 32 in redacted
+    assert "ab" * 32 not in redacted and FORGET[0]["answer"] not in redacted, "a hash tells a short secret"
+
+
 def test_what_was_asked_is_said(folder: Path) -> None:
     summary = read(folder, "summary.json")
     text = asked(folder, summary)

@@ -101,6 +101,38 @@ def test_an_epoch_sees_every_variant_once(processes: int) -> None:
         assert sum(seen[n] for n in (11, 12, 13)) == rounds, "half as many everyday answers"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("returned", [[8, 9, 11], [9], []])
+def test_earlier_rows_ride_along_and_are_looked_at(processes: int, returned: list[int]) -> None:
+    """Those that are back come once an epoch, in as many steps as without them; all are looked at, targets alone."""
+    forget, _, cache = numbered_set(7, 0)
+    others = [Item(torch.full((4 + i,), 7 + i), torch.arange(3 + i), targets=1 + i % 2) for i in range(5)]
+    outputs = [
+        {"index": torch.zeros(i.targets, 2).int(), "hidden": torch.zeros(len(i.rows) - i.targets, 3)} for i in others
+    ]
+    cache = ReferenceCache([*cache.outputs, *outputs], others, neighbours=1, earlier=4)
+    sources = [
+        UnlearnDataLoader(
+            forget, [], cache, UnlearnConfig(batch_size=2, max_tokens=12), process_index=i, num_processes=processes
+        )
+        for i in range(processes)
+    ]
+    assert {*sources[0].earlier} == {8, 9, 10, 11}
+    for source in sources:
+        source.returned = returned
+    for _ in range(2):
+        steps = list(zip(*sources, strict=True))
+        seen = Counter(n for step in steps for batches in step for batch in batches for n in numbers(batch)[0])
+        assert len(steps) == len(sources[0]) == -(-7 // (2 * processes))
+        assert {n: seen[n] for n in (*range(7), *range(8, 12)) if seen[n]} == dict.fromkeys([*range(7), *returned], 1)
+    looked_at = list(zip(*(source.earlier_batches() for source in sources), strict=True))
+    assert sorted(n for of_all in looked_at for chosen, _ in of_all for n in chosen) == [8, 9, 10, 11]
+    for chosen, batch in (one for of_all in looked_at for one in of_all):
+        assert numbers(batch)[0] == chosen and batch.packed.tokens <= 12
+        assert len(batch.rows) == batch.counts.targets == sum(others[n - 7].targets for n in chosen)
+        assert len(batch.reference["index"]) == len(batch.rows) and len(batch.reference["hidden"]) == 0
+
+
 def test_retain_examples_do_not_repeat_before_all_were_seen() -> None:
     source = loader(10, 7, batch_size=2, retain_batch_size=3)
     seen = [n for _ in range(7) for step in source for batch in step for n in numbers(batch)[1]]

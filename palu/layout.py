@@ -27,6 +27,7 @@ MODEL, PRIVATE = "model", "private"
 HISTORY, SUMMARY, RECORD, CARD = "history.jsonl", "summary.json", "record.json", "README.md"
 AUDIT, CHECKPOINTS, LOGS = "audit", "checkpoints", "logs"  # folders in private/
 QUESTIONS = "evaluation-questions.json"  # an evaluation on one's own questions
+FORGET, LEDGER = "forget.jsonl", "ledger.json"  # of all requests so far: their rows, and when each was met
 MARK, LOCK = "run.json", "run.lock"
 
 # Patterns of all files that palu writes into a run's folder, but for the mark and the lock.
@@ -44,7 +45,7 @@ MODEL_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
 _PRIVATE_FILES = (
-    *(HISTORY, SUMMARY, RECORD, "report.html", "report-redacted.html"),
+    *(HISTORY, SUMMARY, RECORD, FORGET, LEDGER, "report.html", "report-redacted.html"),
     *("evaluation*.json", "evaluation*.json.gz"),
     *(f"{path}{end}" for path in ("audit.json", f"{AUDIT}/*-{_HEX}.json") for end in ("", ".partial")),
     *(f"{LOGS}/{_PROJECT}/**/events.out.tfevents.*", f"{LOGS}/{_PROJECT}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
