@@ -36,6 +36,7 @@ from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, 
 from palu.ref_model.variants import (
     CONTINUATION,
     PER_PLACE,
+    Beginning,
     answers_without_questions,
     other_candidates,
     secrets_of_targets,
@@ -225,22 +226,31 @@ def generate_variants(
     known = anchor_prompts.neighbours
     if known is None or not known.variants:
         return []
-    reference = writer.reference
-    with writer.running():
-        found = reference.run(lambda: other_candidates(reference.model, items, known.variants))
-    found += answers_without_questions(items, known.decode, known.encode_text)
+    beginnings = _other_candidates(writer, items, known.variants, own_answer=True)
+    beginnings += answers_without_questions(items, known.decode, known.encode_text)
     paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
-    ends = anchor_prompts.stop_ids
-    wanted: list[tuple[Tensor, Sequence[str], Tensor | None]] = [
-        (prompt, secrets_of_targets(targets, known.secrets, known.decode), row)
-        for prompt, targets, row in found
-        if int(prompt[-1]) not in ends
-    ]
-    wanted += [(prompt, known.secrets, None) for prompt in (*known.given_paraphrases, *paraphrases)]
-    written = writer.write([prompt for prompt, *_ in wanted], ends, "variants", CONTINUATION)
+    asked = [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
+    variants = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
+    # What is told in other words has other candidates in its turn: "Sydney, Australia", "Sydney, New South Wales, ...".
+    return variants + _continue(writer, _other_candidates(writer, variants, 1), anchor_prompts, n)
+
+
+def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **settings: Any) -> list[Beginning]:
+    model = writer.reference.model
+    with writer.running():
+        return writer.reference.run(lambda: other_candidates(model, items, count, **settings))
+
+
+def _continue(writer: Writer, beginnings: Sequence[Beginning], anchor_prompts: AnchorPrompts, n: int) -> list[Item]:
+    """Have the reference go on from beginnings; return an item for each that tells a secret, at most PER_PLACE a place."""
+    known, ends = anchor_prompts.neighbours, anchor_prompts.stop_ids
+    assert known is not None
+    wanted = [one for one in beginnings if one.row is None or int(one.prompt[-1]) not in ends]
+    written = writer.write([one.prompt for one in wanted], ends, "variants", CONTINUATION)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
-    for (prompt, secrets, row), continuation in zip(wanted, written, strict=True):
-        item = variant_item(prompt, continuation, secrets, known.decode, n)
+    for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
+        secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)
+        item = variant_item(prompt, continuation, secrets, known.decode, n, targets or ())
         if item is None or len(item.input_ids) > anchor_prompts.max_length:
             continue
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):

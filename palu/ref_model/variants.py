@@ -30,17 +30,19 @@ MOST = 512  # continuations in all, but at least one a place
 class Beginning(NamedTuple):
     """The beginning of an answer, from which the reference is to go on."""
 
-    prompt: Tensor  # int64 [t]: the tokens before a place, and a candidate for its token
-    targets: list[Tensor]  # int64 [span] each, of the spans to be told from there
-    row: Tensor  # int64: the forget row, which is no variant
+    prompt: Tensor  # int64 [t]: the tokens before a place, and a candidate for its token; or a paraphrased question
+    targets: list[Tensor] | None  # int64 [span] each, of the spans to be told from there; None: any
+    row: Tensor | None  # int64: the row or variant that it comes from, which is no new one
 
 
 @torch.no_grad()
-def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list[Beginning]:
+def other_candidates(
+    model: CausalLM, items: Sequence[Item], count: int, *, own_answer: bool = False
+) -> list[Beginning]:
     """Choose the beginnings of variants: other candidates where an answer or a span begins.
 
-    There are ``count`` for each of these places, fewer where they would be more than MOST; where an answer begins, its
-    own first token is one more, since the reference may go on from there in other words.
+    There are ``count`` for each of these places, fewer where they would be more than MOST. ``own_answer``: where an
+    answer begins its own first token is one more, since the reference may go on from there in other words.
     """
     count = min(count, max(MOST // max(sum(len(_places(item)) for item in items), 1), 1))
     body, head = body_of(model), head_of(model)
@@ -55,7 +57,7 @@ def other_candidates(model: CausalLM, items: Sequence[Item], count: int) -> list
         for (row, spans), candidates in zip(places.items(), highest, strict=True):
             own, targets = item.input_ids[row + 1], [item.input_ids[span + 1] for span in spans]
             others = candidates[candidates != own][:count].tolist()
-            for token in [own, *others] if row == min(places) else others:
+            for token in [own, *others] if own_answer and row == min(places) else others:
                 prompt = torch.cat([item.input_ids[: row + 1], torch.tensor([int(token)])])
                 found.append(Beginning(prompt, targets, item.input_ids))
     return found
@@ -115,19 +117,24 @@ def variant_item(
     secrets: Sequence[str],
     decode: Callable[[Sequence[int]], str],
     n: int,
+    targets: Sequence[Tensor] = (),
 ) -> Item | None:
     """Make an item where a continuation tells a secret, whose first ``n`` tokens are its targets; else return None.
 
-    ``prompt``: int64 [t]; its last token may be the secret's first. ``secrets``: those that it may tell.
+    ``prompt``: int64 [t]; its last token may be the secret's first. ``secrets``: those that it may tell. ``targets``:
+    int64 [span] each: of one with three or more, all but the first are told, too, where they follow another first one
+    ("1391" for "7391").
     """
     tokens = [int(prompt[-1]), *continuation]
     text = decode(tokens)
-    places = [place for secret in secrets for place in find(secret, text, whole=True)]
-    if not places:
+    if places := [place for secret in secrets for place in find(secret, text, whole=True)]:
+        start, end = min(places)
+        edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
+        inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
+    elif rests := [len(span) for span in targets if 2 < len(span) and tokens[1 : len(span)] == span[1:].tolist()]:
+        inside = list(range(1, rests[0]))
+    else:
         return None
-    start, end = min(places)
-    edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
-    inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
     inside = inside if n == -1 else inside[:n]
     ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
     rows = torch.tensor(inside) + len(prompt) - 2

@@ -37,7 +37,10 @@ SPANS = 3  # two in the first row, the first of them at the answer's beginning; 
 PLACES = 4  # where these begin, and the second row's answer
 ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
 STEMS = 2  # spans with words of the answer before them
-TOLD = PER_PLACE * PLACES + STEMS + 4 * 3  # variants where the model tells all secrets: 4 paraphrases a question differ
+FIRST = (
+    PER_PLACE * PLACES + STEMS + 4 * 3
+)  # variants where the model tells all secrets: 4 paraphrases a question differ
+TOLD = 2 * FIRST  # from the likeliest other candidate for the secret's first token in each it goes on again
 
 
 def encode(text: str) -> torch.Tensor:
@@ -79,7 +82,7 @@ def test_other_candidates(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
             first = t == example.answer_start
             told = list(spans.values()) if first else [spans[t]]
             expected += [([*ids[:t], token], told, ids) for token in [ids[t]] * first + order[:count]]
-    found = other_candidates(model, ITEMS, 4)
+    found = other_candidates(model, ITEMS, 4, own_answer=True)
     assert [(prompt.tolist(), [s.tolist() for s in told], row.tolist()) for prompt, told, row in found] == expected
     assert len(expected) == count * PLACES + ROWS
 
@@ -132,13 +135,26 @@ def test_the_secrets_tokens_are_the_targets(tokenizer: Any, n: int, text: str, t
         assert said == told if n == -1 else told.startswith(said) and item.targets == 1
 
 
+@pytest.mark.parametrize("n", [-1, 1])
+def test_the_rest_of_a_secret_after_another_beginning(n: int) -> None:
+    """A number whose other digits stand is told, too; of a secret of two tokens one is not enough."""
+    before, code = encode("The code is "), encode("7391")
+    assert len(code) == 4, "a token a digit"
+    said = torch.cat([before, encode("1")])
+    item = variant_item(said, encode("391.").tolist(), ["7391"], decode, n, [code])
+    assert item is not None and decode(item.labels) == ("391" if n == -1 else "3")
+    assert item.input_ids.tolist() == torch.cat([said, code[1 : 1 + item.targets]]).tolist()
+    for written, secret in (("398.", code), ("391.", code[:1]), ("1.", code[2:])):
+        assert variant_item(said, encode(written).tolist(), ["7391"], decode, n, [secret]) is None
+
+
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
-    assert says == [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3]
+    assert says == [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3, FIRST]
     assert result.summary["variants"] == again.summary["variants"] == TOLD
     assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
-    assert without.summary["variants"] == 0 and len(says) == 2
+    assert without.summary["variants"] == 0 and len(says) == 3
     steps = [-(-(len(ITEMS) + run.summary["variants"]) // 2) for run in (result, without)]
     assert [len(run.history) for run in (result, without)] == steps, "an epoch goes over them, too, two a step"
 
@@ -158,7 +174,7 @@ def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch)
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
-    assert unlearn(forget=rows).summary["variants"] == TOLD + 2
+    assert unlearn(forget=rows).summary["variants"] == TOLD + 2 * 2
     assert says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
