@@ -169,7 +169,7 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("ended_by", "highest", "neighbours", "said"),
     [
-        ("forgotten", 0.03, 5, "palu: 3 steps; no token to be forgotten is above 0.1 among its candidates any more"),
+        ("forgotten", 0.03, 5, "palu: 3 steps; no token to be forgotten is above 0.2 among its candidates any more"),
         (
             None,
             0.34,
