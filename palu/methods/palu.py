@@ -129,7 +129,7 @@ class PaluSettings(MethodSettings):
 
     @property
     def ends_below(self) -> float | None:
-        """Ten times a small floor: a digit, of which there are ten, comes to rest near .15; at most .2, or the floor."""
+        """Ten times the floor, at most .2, or the floor: a digit, of which there are ten, comes to rest near .15."""
         if self.local_loss != "unlikelihood" or self.probability_floor == 0 or self.gamma == 0:
             return None
         return max(self.probability_floor, min(10 * self.probability_floor, 0.2))

@@ -132,7 +132,7 @@ def variant_item(
         start, end = min(places)
         edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
         inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
-    elif rests := [len(span) for span in targets if 2 < len(span) and tokens[1 : len(span)] == span[1:].tolist()]:
+    elif rests := [len(span) for span in targets if len(span) > 2 and tokens[1 : len(span)] == span[1:].tolist()]:
         inside = list(range(1, rests[0]))
     else:
         return None
