@@ -11,6 +11,7 @@ from torch import Tensor
 from palu.data.packing import Batch, Items, forget_items
 from palu.losses import KLTerm, LocalTerm, LocalUnlikelihoodTerm
 from palu.methods.base import (
+    FEWEST_STEPS,
     ForgetSet,
     Method,
     MethodSettings,
@@ -121,15 +122,17 @@ class PaluSettings(MethodSettings):
                 self.require(getattr(self, field) == default[field], field, rule)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the steps at most, where a run ends by itself: 16 passes over the forget set and variants, or 48."""
-        return super().total_steps(steps_per_epoch) if self.ends_below is None else max(16 * steps_per_epoch, 48)
+        """Return the steps at most: where a run ends by itself, 16 passes over the forget set and its variants."""
+        if self.ends_below is None:
+            return super().total_steps(steps_per_epoch)
+        return max(16 * steps_per_epoch, 2 * FEWEST_STEPS)
 
     @property
     def ends_below(self) -> float | None:
-        """Five times a small floor, since tokens come to rest near it; at most a tenth, or the floor itself."""
+        """Ten times the floor, at most .2, or the floor: a digit, of which there are ten, comes to rest near .15."""
         if self.local_loss != "unlikelihood" or self.probability_floor == 0 or self.gamma == 0:
             return None
-        return max(self.probability_floor, min(5 * self.probability_floor, 0.1))
+        return max(self.probability_floor, min(10 * self.probability_floor, 0.2))
 
 
 class PaluMethod(Method):

@@ -242,7 +242,7 @@ def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **setti
 
 
 def _continue(writer: Writer, beginnings: Sequence[Beginning], anchor_prompts: AnchorPrompts, n: int) -> list[Item]:
-    """Have the reference go on from beginnings; return an item for each that tells a secret, at most PER_PLACE a place."""
+    """Have the reference go on from beginnings; return items that tell a secret, at most PER_PLACE a place."""
     known, ends = anchor_prompts.neighbours, anchor_prompts.stop_ids
     assert known is not None
     wanted = [one for one in beginnings if one.row is None or int(one.prompt[-1]) not in ends]

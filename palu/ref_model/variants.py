@@ -5,7 +5,8 @@ city of", and says it there; or it begins its answer in other words, "Tokyo is".
 question greedily in its own words; at the first token of each answer and of each span it goes on from each of its
 likeliest other candidates; it goes on with the answer's words before each span where no question was asked; and it
 answers paraphrases of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a
-secret, the secret's tokens there are to be forgotten, too.
+secret, the secret's tokens there are to be forgotten, too; and from the likeliest other candidate for the first of them
+the reference goes on once more.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def variant_item(
         start, end = min(places)
         edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
         inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
-    elif rests := [len(span) for span in targets if 2 < len(span) and tokens[1 : len(span)] == span[1:].tolist()]:
+    elif rests := [len(span) for span in targets if len(span) > 2 and tokens[1 : len(span)] == span[1:].tolist()]:
         inside = list(range(1, rests[0]))
     else:
         return None

@@ -18,7 +18,7 @@ from palu.data.packing import Batch, Counts
 from palu.distributed import autocast, full_tensor, gather_values
 from palu.eager import acc_dtype
 from palu.methods import Method
-from palu.methods.base import Losses, MethodSettings
+from palu.methods.base import FEWEST_STEPS, Losses, MethodSettings
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.training.checkpoint import Checkpoints, History
@@ -221,14 +221,15 @@ def enough_forgotten(history: History, steps_per_epoch: int, method: Method, ear
     """Say after an epoch whether the run need not go on.
 
     It has forgotten when in two epochs running all probabilities stay below the method's ``ends_below`` (PALU: those
-    among the candidates), and that of earlier requests (``earlier``, the highest) is below it, too.
+    among the candidates), that of earlier requests (``earlier``, the highest) is below it, too, and FEWEST_STEPS have
+    been taken.
     """
     limit = method.settings.ends_below
     two_epochs = history[-2 * steps_per_epoch :]
     return (
         limit is not None
         and earlier < limit
-        and len(history) >= 2 * steps_per_epoch
+        and len(history) >= max(2 * steps_per_epoch, FEWEST_STEPS)
         and all(record["onset_probability"] < limit for record in two_epochs)
     )
 

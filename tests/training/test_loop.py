@@ -28,6 +28,7 @@ import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
+from palu.methods.base import FEWEST_STEPS
 from palu.methods.palu import PaluMethod
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import AnchorPrompts
@@ -151,7 +152,7 @@ def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dic
 
 
 def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
-    """That is, when every onset token stayed below a little more than the floor for two epochs."""
+    """That is, after the fewest steps, when every onset token stayed below ten times the floor for two epochs."""
     model = tiny_llama()
     model.load_state_dict(knowing)
     settings: dict[str, Any] = {"learning_rate": 3e-3, "lambda_kl": 4.0, "local_loss": "unlikelihood"}
@@ -163,13 +164,15 @@ def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
     records = [[r for r in result.history if r["epoch"] == epoch] for epoch in range(1, epochs + 1)]
     below = [max(r["onset_probability"] for r in epoch) < config.method.ends_below for epoch in records]
     assert not below[0], "it took more than one epoch"
-    assert [i + 1 for i in range(1, epochs) if below[i - 1] and below[i]] == [epochs], "and no sooner"
+    steps = [sum(map(len, records[: i + 1])) for i in range(epochs)]
+    ends = [below[i - 1] and below[i] and steps[i] >= FEWEST_STEPS for i in range(1, epochs)]
+    assert ends == [False] * (epochs - 2) + [True], "and no sooner"
 
 
 @pytest.mark.parametrize(
     ("ended_by", "highest", "neighbours", "said"),
     [
-        ("forgotten", 0.03, 5, "palu: 3 steps; no token to be forgotten is above 0.1 among its candidates any more"),
+        ("forgotten", 0.03, 5, "palu: 3 steps; no token to be forgotten is above 0.2 among its candidates any more"),
         (
             None,
             0.34,
@@ -188,10 +191,10 @@ def test_the_last_line(ended_by: str | None, highest: float, neighbours: int | N
 @pytest.mark.parametrize(
     ("settings", "epochs"),
     [
-        ({"probability_floor": 0.99}, 2),
-        ({"probability_floor": 0.99, "gamma": 0}, 3),  # nothing was to be forgotten
-        ({"probability_floor": 0.99, "max_steps": 3}, 2),
-        ({"objective": "npo"}, 3),
+        ({"probability_floor": 0.99, "batch_size": 1, "epochs": 7}, 6),  # eight steps an epoch
+        ({"probability_floor": 0.99, "batch_size": 1, "epochs": 7, "gamma": 0}, 7),  # nothing was to be forgotten
+        ({"probability_floor": 0.99}, 3),  # six steps
+        ({"objective": "npo", "batch_size": 1, "epochs": 7}, 7),
     ],
     ids=str,
 )
@@ -199,7 +202,7 @@ def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> Non
     own = {} if "objective" in settings else {"local_loss": "unlikelihood"}
     result = unlearn(tiny_llama(), **own | settings)
     assert result.summary["epochs"] == epochs
-    assert (result.summary["ended_by"] == "forgotten") == (epochs == 2 and "max_steps" not in settings)
+    assert (result.summary["ended_by"] == "forgotten") == (epochs == 6)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +216,8 @@ def test_when_a_run_ends_by_itself(settings: dict[str, Any], epochs: int) -> Non
     ],
 )
 def test_the_methods_epochs(settings: dict[str, Any], most: int) -> None:
-    assert UnlearnConfig(**settings).total_steps(5) == 5 * most
-    assert UnlearnConfig(**settings).total_steps(1) == (48 if most == 16 else most)
+    assert UnlearnConfig(**settings).total_steps(7) == 7 * most
+    assert UnlearnConfig(**settings).total_steps(1) == (2 * FEWEST_STEPS if most == 16 else most)
 
 
 @pytest.mark.parametrize(
