@@ -78,7 +78,7 @@ def test_killed_and_resumed(
 def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
     model = tiny_llama()
     overfit(model, forget_rows() + retain_rows())
-    settings = {"epochs": 40, "probability_floor": 0.1, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
+    settings = {"epochs": 60, "probability_floor": 0.1, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
     stopped = unlearn(copy.deepcopy(model), **settings)
     assert stopped.summary["ended_by"] == "forgotten"
     resumed = unlearn(copy.deepcopy(model), resume=True, **settings)

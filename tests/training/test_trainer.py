@@ -131,7 +131,7 @@ def test_max_steps_and_stopping_early(tmp_path: Path) -> None:
     one = make_trainer(tmp_path, arguments={"max_steps": 4})
     one.train()
     assert len(one.history) == 4
-    forgotten = make_trainer(tmp_path, config={"probability_floor": 0.01}, arguments={"num_train_epochs": 20})
+    forgotten = make_trainer(tmp_path, config={"probability_floor": 0.01}, arguments={"num_train_epochs": 40})
     forgotten.train()
     assert len(forgotten.history) == forgotten.state.global_step == FEWEST_STEPS
     assert 0 < max(record["onset_probability"] for record in forgotten.history) < 0.05
