@@ -16,6 +16,7 @@ from helpers.tiny import answer_probabilities, forget_rows, overfit, retain_rows
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import palu
+from palu.methods.base import FEWEST_STEPS
 from palu.training import checkpoint
 from palu.training.step import enough_forgotten
 
@@ -30,7 +31,7 @@ TELLING = [
     }
     for ids, labels in (row.values() for row in FIRST)
 ]
-CONFLICT = {"epochs": 24, "lambda_retain": 0.1}
+CONFLICT = {"epochs": 60, "lambda_retain": 0.1}
 SETTINGS: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 2, "lora_rank": None, "progress": False, "top_k": 20}
 
 
@@ -78,17 +79,19 @@ def test_what_comes_back_is_acted_on(first: Path, second: Path) -> None:
     assert stayed.max() < 0.3 < 0.7 < came_back.max()
     history = [json.loads(line) for line in (second / "private" / "history.jsonl").read_text().splitlines()]
     taking_part = [record["earlier"] for record in history]
-    assert 0 < taking_part[0] < taking_part[-1] == len(FIRST), "those whose tokens came back, and no others"
+    assert taking_part[0] < taking_part[-1] == len(FIRST), "those whose tokens came back, and no others"
     assert all(taking_part[i] == taking_part[i + 1] for i in range(0, len(history), 2)), "they change between epochs"
-    assert alone.summary["ended_by"] == "forgotten" and private(second, "summary.json")["ended_by"] is None
-    assert len(history) == 48 and "earlier" not in alone.history[0], "an epoch has as many steps as without them"
+    epochs = private(second, "summary.json")["epochs"]
+    assert len(history) == 2 * epochs and "earlier" not in alone.history[0], (
+        "an epoch has as many steps as without them"
+    )
 
 
 def test_a_run_does_not_end_while_an_earlier_request_is_back() -> None:
     method: Any = SimpleNamespace(settings=palu.UnlearnConfig().method)
-    history: Any = [{"onset_probability": 0.05}] * 4
-    assert enough_forgotten(history, 2, method) and enough_forgotten(history, 2, method, earlier=0.09)
-    assert not enough_forgotten(history, 2, method, earlier=0.11)
+    history: Any = [{"onset_probability": 0.05}] * FEWEST_STEPS
+    assert enough_forgotten(history, 2, method) and enough_forgotten(history, 2, method, earlier=0.19)
+    assert not enough_forgotten(history, 2, method, earlier=0.21)
 
 
 def test_resumed_bit_by_bit(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
