@@ -15,7 +15,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,8 +35,9 @@ from palu.data.ragged import RaggedSequence
 from palu.hashing import digest
 from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.shared import Pair, leave_alone, shared_pairs
 
-FORMAT = 5
+FORMAT = 6
 
 
 class CacheError(RuntimeError):
@@ -71,6 +72,11 @@ class ReferenceCache:
     variants: int = 0  # how many after these are other ways to tell a secret
     earlier: int = 0  # how many, the last, are no anchors but the rows of earlier requests
 
+    @property
+    def shared(self) -> frozenset[Pair]:
+        """What a secret may begin with that is left alone: see :mod:`palu.ref_model.shared`."""
+        return shared_pairs(self.anchors[: self.neighbours])
+
 
 # (which field, from which row on, the rows): puts them where they belong
 Write: TypeAlias = Callable[[str, int, Tensor], object]
@@ -101,8 +107,8 @@ class CacheFile:
             )
         about = header["about"]
         anchors = [Item(torch.tensor(ids), torch.tensor(rows), targets) for ids, rows, targets in about["anchors"]]
-        outputs = ReferenceOutputs(tensors, fields, items, anchors)
-        return ReferenceCache(outputs, anchors, about["neighbours"], about["variants"], about["earlier"])
+        cache = ReferenceCache((), anchors, about["neighbours"], about["variants"], about["earlier"])
+        return replace(cache, outputs=ReferenceOutputs(tensors, fields, leave_alone(items, cache.shared), anchors))
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:

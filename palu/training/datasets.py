@@ -26,6 +26,7 @@ from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
 from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.shared import leave_alone
 from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.requests import Earlier
@@ -52,7 +53,7 @@ class RunData:
     def loader(self, cache: ReferenceCache, accelerator: Accelerator, model: CausalLM) -> UnlearnDataLoader:
         """Return the data loader of this process, for the model as it is trained."""
         return UnlearnDataLoader(
-            self.forget,
+            leave_alone(self.forget, cache.shared),
             self.retain,
             cache,
             self.config,

@@ -19,12 +19,14 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
 from palu.config import UnlearnConfig
+from palu.data.packing import Items
 from palu.distributed import compute_on_main, raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad
 from palu.models.quantized import check_mergeable
 from palu.ref_model.precompute import precompute_reference
+from palu.ref_model.shared import left_alone
 from palu.ref_model.storage import open_cache_file
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
 from palu.training.checkpoint import open_checkpoints
@@ -225,6 +227,8 @@ def train(
 
     summary = {
         **data.counts,
+        "onset_tokens": int(Items.of(loader.forget).targets.sum()),
+        "shared_beginnings": left_alone(data.forget, cache.shared),
         "neighbours": cache.neighbours,
         "variants": cache.variants,
         "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants - cache.earlier),
