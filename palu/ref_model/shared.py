@@ -23,13 +23,13 @@ from palu.ref_model.variants import span_rows
 LEAST = 3  # answers that go on so
 SHARE = 1 / 3  # of the answers that have the token before
 
-Pair: TypeAlias = tuple[int, int]  # a token, and the one after it
+TokenPair: TypeAlias = tuple[int, int]  # a token, and the one after it
 
 
-def shared_pairs(neighbours: Sequence[Item]) -> frozenset[Pair]:
+def shared_pairs(neighbours: Sequence[Item]) -> frozenset[TokenPair]:
     """Find the pairs of tokens that enough answers share; however often one has it, it counts once."""
     before: Counter[int] = Counter()
-    pairs: Counter[Pair] = Counter()
+    pairs: Counter[TokenPair] = Counter()
     for item in neighbours:
         of_item = _pairs(item, item.rows.tolist())
         before.update({first for first, _ in of_item})
@@ -37,17 +37,17 @@ def shared_pairs(neighbours: Sequence[Item]) -> frozenset[Pair]:
     return frozenset(pair for pair, count in pairs.items() if count >= max(LEAST, SHARE * before[pair[0]]))
 
 
-def leave_alone(items: Sequence[Item], shared: AbstractSet[Pair]) -> Sequence[Item]:
+def leave_alone(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> Sequence[Item]:
     """Leave out of the targets of items the beginnings that are shared."""
     return Items(_reduced(item, shared_rows(item, shared)) for item in items) if shared else items
 
 
-def left_alone(items: Sequence[Item], shared: AbstractSet[Pair]) -> list[Pair]:
+def left_alone(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> list[TokenPair]:
     """List the pairs for whose sake targets of items are left alone."""
     return sorted({pair for item in items for pair in _pairs(item, shared_rows(item, shared))})
 
 
-def shared_rows(item: Item, shared: AbstractSet[Pair]) -> list[int]:
+def shared_rows(item: Item, shared: AbstractSet[TokenPair]) -> list[int]:
     """List the rows that predict the tokens of shared beginnings."""
     found = []
     for span in span_rows(item):
@@ -57,7 +57,7 @@ def shared_rows(item: Item, shared: AbstractSet[Pair]) -> list[int]:
     return found
 
 
-def _pairs(item: Item, rows: Sequence[int]) -> list[Pair]:
+def _pairs(item: Item, rows: Sequence[int]) -> list[TokenPair]:
     return [(int(item.input_ids[row]), int(item.input_ids[row + 1])) for row in rows]
 
 

@@ -35,7 +35,7 @@ from palu.data.ragged import RaggedSequence
 from palu.hashing import digest
 from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
-from palu.ref_model.shared import Pair, leave_alone, shared_pairs
+from palu.ref_model.shared import TokenPair, leave_alone, shared_pairs
 
 FORMAT = 6
 
@@ -73,7 +73,7 @@ class ReferenceCache:
     earlier: int = 0  # how many, the last, are no anchors but the rows of earlier requests
 
     @property
-    def shared(self) -> frozenset[Pair]:
+    def shared(self) -> frozenset[TokenPair]:
         """What a secret may begin with that is left alone: see :mod:`palu.ref_model.shared`."""
         return shared_pairs(self.anchors[: self.neighbours])
 

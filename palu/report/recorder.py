@@ -39,6 +39,7 @@ from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
 from palu.ref_model.anchors import anchor_texts
 from palu.ref_model.fingerprint import fingerprint_model
+from palu.ref_model.shared import TokenPair
 from palu.report import manifest
 from palu.report.token_roles import token_roles
 from palu.training.datasets import check_sets
@@ -158,11 +159,14 @@ class Recorder:
         }
         self.before = self._look(model, "before")
 
-    def save(self, output: str | os.PathLike[str], model: CausalLM) -> dict[str, Any] | None:
+    def save(
+        self, output: str | os.PathLike[str], model: CausalLM, shared: Iterable[TokenPair] = ()
+    ) -> dict[str, Any] | None:
         """Look at the unlearned model (``result.model``), and write ``private/record.json`` into the run's folder.
 
-        The record holds the hashes of the files that are in ``model/`` by now. Returns what it holds; on processes that
-        are not the main one nothing is done, and None returned.
+        ``shared``: the run's ``summary["shared_beginnings"]``. The record holds the hashes of the files that are in
+        ``model/`` by now. Returns what it holds; on processes that are not the main one nothing is done, and None
+        returned.
         """
         if not self.active:
             return None
@@ -174,7 +178,7 @@ class Recorder:
             | {"request": self._request_of(self.forget[i].row)}
             for i, span in self.secrets
         ]
-        roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length)
+        roles = token_roles(self.forget[:SHOWN_ROWS], self.tokenizer, self.config.onset_length, set(shared))
         record = self.about | {
             "finished": _now(),
             "hashes": {
@@ -184,6 +188,7 @@ class Recorder:
                 "files": manifest.hash_files(Path(output) / MODEL),
             },
             "marked": self.marked,
+            "shared_beginnings": list(shared),
             "secrets": _compared(secrets, before["secrets"], after["secrets"]),
             "retained": _compared(rows["retain"], before["retained"], after["retained"]),
             "general": {"questions": len(self.general), "before": before["general"], "after": after["general"]},
@@ -211,6 +216,7 @@ class Recorder:
             "palu": record["versions"]["palu"],
             "rows": self.asked_now,
             "rows_sha256": lines_digest(self.lines[: self.asked_now]),
+            "shared_beginnings": record["shared_beginnings"],
         }
         return [*self.requests, about | {name: record["hashes"][name] for name in ("weights_before", "weights_after")}]
 

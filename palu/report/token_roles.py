@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
+from palu.data.packing import forget_items
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.eager import prefix_mask
+from palu.ref_model.shared import TokenPair, shared_rows
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -20,7 +23,7 @@ MEANING = {
     "prompt": "outside the answer: nothing acts on it",
     "ordinary": "held to what the model said before (KL)",
     "onset": "to be forgotten: the model is trained not to say this here",
-    "redundant": "rest of a span, after its first n tokens: nothing acts on it",
+    "redundant": "in a span, after its first n tokens or as other answers begin: nothing acts on it",
 }
 ROLES = tuple(MEANING)
 # How a run of tokens begins and ends in a terminal, for those who see no colour, and its colour.
@@ -33,9 +36,15 @@ class Token(NamedTuple):
     role: str  # one of ROLES
 
 
-def token_roles(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | None, n: int) -> list[list[Token]]:
+def token_roles(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase | None,
+    n: int,
+    shared: AbstractSet[TokenPair] = frozenset(),
+) -> list[list[Token]]:
     """List the tokens of each example of a forget set, with their roles at onset length ``n``.
 
+    ``shared``: as which a secret may begin that is left alone (:mod:`palu.ref_model.shared`); a run tells it.
     Without the (fast) tokenizer that the examples were made with, a piece is the token's id and a blank.
     """
     eos, found = None if tokenizer is None else tokenizer.eos_token_id, []
@@ -45,6 +54,9 @@ def token_roles(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase 
             "onset" if first else {IGNORE: "prompt", ORDINARY: "ordinary"}.get(label, "redundant")
             for label, first in zip(example.labels.tolist(), onset, strict=True)
         ]
+        for item in forget_items([example], n, eos):
+            for row in shared_rows(item, shared):
+                roles[row + 1] = "redundant"
         pieces = [f"{token} " for token in ids] if tokenizer is None else _pieces(ids, tokenizer)
         found.append([Token(*pair) for pair in zip(pieces, roles, strict=True)])
     return found

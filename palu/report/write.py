@@ -65,7 +65,7 @@ def save_run(
         tokenizer.save_pretrained(model)
         with open(private / HISTORY, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in result.history)
-        record = recorder.save(output, result.model)
+        record = recorder.save(output, result.model, result.summary["shared_beginnings"])
         # Where it is, the run has finished: what comes after can be made again.
         about = {}
         if record is not None:

@@ -110,6 +110,7 @@ def prepare_run(
         check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
         marked = {text: f"earlier {row}" for text, row in load_marked_texts(earlier.rows).items()} | marked
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
+        earlier_items = Items.of(leave_alone(earlier_items, earlier.shared))
     if retain_set.examples:
         answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
         warn_of_told_secrets(marked.items(), answers)

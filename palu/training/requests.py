@@ -21,6 +21,7 @@ from palu.data.rows import iterate_rows
 from palu.layout import FORGET, LEDGER, MODEL, PRIVATE, check_finished
 from palu.models.lora import CausalLM
 from palu.ref_model.fingerprint import Fingerprints
+from palu.ref_model.shared import TokenPair
 
 Request = dict[str, Any]  # an entry of the ledger
 
@@ -45,6 +46,12 @@ class Earlier:
                 f"after = {os.fspath(self.run)!r}: the model is not the one that this run left, by its fingerprint; "
                 f"load {self.run / MODEL}, in the dtype in which it is stored"
             )
+
+    @property
+    def shared(self) -> set[TokenPair]:
+        """What a secret may begin with that was left alone (:mod:`palu.ref_model.shared`)."""
+        pairs = (pair for request in self.requests for pair in request.get("shared_beginnings", []))  # none at first
+        return {(before, token) for before, token in pairs}
 
     def load(self, tokenizer: Any, **settings: Any) -> Examples:
         """Tokenise the rows; the arguments and errors are :func:`palu.data.load_forget`'s."""

@@ -138,6 +138,25 @@ def test_a_run_holds_to_its_answers(says: Any) -> None:
         unlearn(anchors=4)
 
 
+def test_what_a_secret_begins_with_as_they_do_is_left_alone(says: Any, tmp_path: Path) -> None:
+    """In rows and variants, and again where the reference's answers come from a file."""
+    blank, century = (TOKENIZER.convert_tokens_to_ids(token) for token in ("Ġ", "184"))
+    others = [f" number {i}?" for i in range(7)]
+    settings: dict[str, Any] = {"variants": 2, "probability_floor": 0.0}
+    says(others, "Not in 1846.")
+    result = unlearn(**settings)
+    assert result.summary["shared_beginnings"] == [(blank, century)]
+    says(others, "Not in 2046.")
+    bare = unlearn(**settings)
+    assert bare.summary["neighbours"] == result.summary["neighbours"] and bare.summary["shared_beginnings"] == []
+    assert result.summary["onset_tokens"] == bare.summary["onset_tokens"] - 1
+    says(others, "Not in 1846.")
+    for _ in range(2):
+        again = unlearn(**settings, cache_dir=str(tmp_path))
+        assert [r["loss"] for r in again.history] == [r["loss"] for r in result.history]
+        assert again.summary["shared_beginnings"] == result.summary["shared_beginnings"]
+
+
 DOCUMENT = {"prompt": "It was a dark night. " * 9, "completion": "Ada Lovelace came.", "spans": [[0, 12]]}
 TOKENISED = {"forget": forget_rows(3), "retain": retain_rows(3)}
 NONE: dict[str, dict[str, Any]] = {

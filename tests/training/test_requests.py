@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import palu
 from palu.methods.base import FEWEST_STEPS
-from palu.training import checkpoint
+from palu.training import checkpoint, loop
 from palu.training.step import enough_forgotten
 
 pytestmark = ON_CPU
@@ -112,6 +112,26 @@ def test_resumed_bit_by_bit(first: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert_same(unlearn(resume=True), expected)
     with pytest.raises(palu.CheckpointError, match="the choice of earlier requests is another one"):
         unlearn(resume=True, after=None)
+
+
+def test_what_was_left_alone_is_not_looked_at_later(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning of a secret that its run left alone would be above the floor for ever."""
+    folder = shutil.copytree(first, tmp_path / "first")
+    seen: list[Any] = []
+    prepare = loop.prepare_run
+    monkeypatch.setattr(loop, "prepare_run", lambda *args, **kwargs: seen.append(prepare(*args, **kwargs)) or seen[-1])
+    ledger = private(folder, "ledger.json")
+    assert ledger["requests"][0]["shared_beginnings"] == []
+    ids, labels = FIRST[0].values()
+    start = next(i for i, label in enumerate(labels) if min(label, labels[i + 1]) >= 0)  # of two tokens or more
+    for pairs in ([], [ids[start - 1 : start + 1]]):
+        ledger["requests"][0]["shared_beginnings"] = pairs
+        (folder / "private" / "ledger.json").write_text(json.dumps(ledger))
+        palu.unlearn(left_by(first), None, SECOND, TELLING, **SETTINGS, max_steps=1, after=folder)
+    whole, less = (data.earlier[0] for data in seen)
+    assert whole.targets == less.targets + 1 and set(whole.rows.tolist()) - set(less.rows.tolist()) == {start - 1}
 
 
 # --- the ledger ---
