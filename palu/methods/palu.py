@@ -84,7 +84,8 @@ class PaluSettings(MethodSettings):
         neighbours: how many questions like each forget question, about other things, the reference writes and answers
             before training, for the KL to keep these answers (:mod:`palu.ref_model.neighbours`); some cannot be used.
             Fewer a row where that would make more than 512. 0 for rows without a question, for tokenised rows, and if
-            ``retain`` is ``[]`` or ``lambda_kl`` is 0.
+            ``retain`` is ``[]`` or ``lambda_kl`` is 0. What a secret begins with as these answers do is left alone
+            (:mod:`palu.ref_model.shared`).
         anchors: how many everyday prompts it answers, for the KL to keep these, too. ``None``: as many as the run can
             use, 64 at most; 0 if ``retain`` is ``[]``, or if there are retain examples but no tokenizer, or
             ``lambda_kl`` is 0.

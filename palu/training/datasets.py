@@ -53,7 +53,7 @@ class RunData:
     def loader(self, cache: ReferenceCache, accelerator: Accelerator, model: CausalLM) -> UnlearnDataLoader:
         """Return the data loader of this process, for the model as it is trained."""
         return UnlearnDataLoader(
-            leave_alone(self.forget, cache.shared),
+            self.forget,
             self.retain,
             cache,
             self.config,
