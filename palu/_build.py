@@ -21,8 +21,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 
 # No -std: torch passes the standard that its own headers need. Without -fopenmp,
-# at::parallel_for silently runs on one thread.
-CXX_FLAGS = ["-O3", "-fopenmp"]
+# at::parallel_for silently runs on one thread. -g0: Python's own flags may ask for debug symbols, most of the binary.
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp"]
 NVCC_FLAGS = ["-O3"]
 LINK_FLAGS = ["-fopenmp"]
 # Set by `make sanitize`: the CPU kernels with AddressSanitizer, UBSan and the standard library's assertions.
