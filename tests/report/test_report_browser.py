@@ -43,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def enlarged(run: Run, folder: Path, count: int) -> Path:
-    """A run's own examples, many times over, with 2000 steps, an evaluation, an audit and a secret still known."""
+    """A run's own examples, many times over: 2000 steps, an evaluation, an audit, a secret left, two requests."""
     copy_of(run, folder)
     write_audit(run, folder)
     record = read(folder)
@@ -53,6 +53,9 @@ def enlarged(run: Run, folder: Path, count: int) -> Path:
         example["tokens"] = example["tokens"] + [[f" word{i}", "ordinary"] for i in range(60)]
     record["secrets"][1]["after"] = {"probability": 0.3, "recalled": True}
     write(folder, record, "record.json")
+    ledger = read(folder, "ledger.json")
+    ledger["requests"].append(ledger["requests"][0] | {"number": 2, "run": "a-second-request"})
+    write(folder, ledger, "ledger.json")
     history = folder / "private" / "history.jsonl"
     steps = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
     many = [json.dumps(steps[i % len(steps)] | {"step": i + 1}) for i in range(2000)]
@@ -132,6 +135,7 @@ def test_it_opens_at_once_without_a_request_or_an_error_and_everything_is_there(
     assert len(lines) >= 5 and all(length > 100 for length in lines)  # drawn, and as wide as the chart
     assert sum(rows_of("#secrets")) == 6 + 400  # the histogram, then the secrets
     assert rows_of("#audit") == [len(ATTACKS), 5]
+    assert rows_of("#requests") == [2]
     assert (count_of("#roles .example"), count_of("#answers .pair")) == (400, 8 + 6)
     assert "FAIL" not in browser.execute_script("return document.body.innerText")
 
