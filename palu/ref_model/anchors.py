@@ -36,7 +36,6 @@ from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, 
 from palu.ref_model.variants import (
     CONTINUATION,
     PER_PLACE,
-    ROUNDS,
     Beginning,
     answers_without_questions,
     other_candidates,
@@ -231,12 +230,9 @@ def generate_variants(
     beginnings += answers_without_questions(items, known.decode, known.encode_text)
     paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
     asked = [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
-    variants = found = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
+    variants = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
     # What is told in other words has other candidates in its turn: "Sydney, Australia", "Sydney, New South Wales, ...".
-    for _ in range(ROUNDS):
-        found = _continue(writer, _other_candidates(writer, found, 1), anchor_prompts, n)
-        variants += found
-    return variants
+    return variants + _continue(writer, _other_candidates(writer, variants, 1), anchor_prompts, n)
 
 
 def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **settings: Any) -> list[Beginning]:

@@ -6,7 +6,7 @@ question greedily in its own words; at the first token of each answer and of eac
 likeliest other candidates; it goes on with the answer's words before each span where no question was asked; and it
 answers paraphrases of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a
 secret, the secret's tokens there are to be forgotten, too; and from the likeliest other candidate for the first of them
-the reference goes on once more, a few rounds long.
+the reference goes on once more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from palu.models.lora import CausalLM
 CONTINUATION = 20  # tokens that the reference goes on with
 PER_PLACE = 3  # variants, those of the likeliest candidates
 MOST = 512  # continuations in all, but at least one a place
-ROUNDS = 4  # in which it goes on from what it has told; each finds half of the one before, or less
 
 
 class Beginning(NamedTuple):

@@ -24,7 +24,6 @@ from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
 from palu.ref_model.variants import (
     CONTINUATION,
     PER_PLACE,
-    ROUNDS,
     answers_without_questions,
     other_candidates,
     secrets_of_targets,
@@ -41,7 +40,7 @@ STEMS = 2  # spans with words of the answer before them
 FIRST = (
     PER_PLACE * PLACES + STEMS + 4 * 3
 )  # variants where the model tells all secrets: 4 paraphrases a question differ
-TOLD = (1 + ROUNDS) * FIRST  # from the likeliest other candidate for the secret's first token in each it goes on again
+TOLD = 2 * FIRST  # from the likeliest other candidate for the secret's first token in each it goes on again
 
 
 def encode(text: str) -> torch.Tensor:
@@ -151,11 +150,11 @@ def test_the_rest_of_a_secret_after_another_beginning(n: int) -> None:
 
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
-    assert says == (asked := [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3, *[FIRST] * ROUNDS])
+    assert says == [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3, FIRST]
     assert result.summary["variants"] == again.summary["variants"] == TOLD
     assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
-    assert without.summary["variants"] == 0 and says == asked
+    assert without.summary["variants"] == 0 and len(says) == 3
     steps = [-(-(len(ITEMS) + run.summary["variants"]) // 2) for run in (result, without)]
     assert [len(run.history) for run in (result, without)] == steps, "an epoch goes over them, too, two a step"
 
@@ -175,7 +174,7 @@ def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch)
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
-    assert unlearn(forget=rows).summary["variants"] == TOLD + 2 * (1 + ROUNDS)
+    assert unlearn(forget=rows).summary["variants"] == TOLD + 2 * 2
     assert says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
@@ -198,7 +197,7 @@ def test_none_is_longer_than_max_length(says: list[int]) -> None:
     most = ITEMS.longest()
     found = [
         generate_variants(writer(), ITEMS, prompts._replace(max_length=length), n=-1, seed=0)
-        for length in (most + (1 + ROUNDS) * CONTINUATION, most)
+        for length in (most + CONTINUATION, most)
     ]
     assert 0 < len(found[1]) < len(found[0]) == TOLD
     assert max(len(item.input_ids) for item in found[1]) <= most
