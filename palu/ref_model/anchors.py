@@ -39,6 +39,7 @@ from palu.ref_model.variants import (
     Beginning,
     answers_without_questions,
     other_candidates,
+    questions,
     secrets_of_targets,
     target_runs,
     variant_item,
@@ -228,11 +229,25 @@ def generate_variants(
         return []
     beginnings = _other_candidates(writer, items, known.variants, own_answer=True)
     beginnings += answers_without_questions(items, known.decode, known.encode_text)
-    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
-    asked = [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
-    variants = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
+    variants = _continue(writer, [*beginnings, *_paraphrased(writer, known, seed)], anchor_prompts, n)
     # What is told in other words has other candidates in its turn: "Sydney, Australia", "Sydney, New South Wales, ...".
     return variants + _continue(writer, _other_candidates(writer, variants, 1), anchor_prompts, n)
+
+
+def generate_answers_that_tell(
+    writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, n: int, seed: int
+) -> list[Item]:
+    """Ask the model of a writer the items' questions and paraphrases; return its answers that tell a secret."""
+    known = anchor_prompts.neighbours
+    if known is None or not known.variants:
+        return []
+    return _continue(writer, [*questions(items), *_paraphrased(writer, known, seed)], anchor_prompts, n, ANSWER_TOKENS)
+
+
+def _paraphrased(writer: Writer, known: NeighbourPrompts, seed: int) -> list[Beginning]:
+    """List the rows' own paraphrases, and those that are written now."""
+    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
+    return [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
 
 
 def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **settings: Any) -> list[Beginning]:
@@ -241,12 +256,18 @@ def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **setti
         return writer.reference.run(lambda: other_candidates(model, items, count, **settings))
 
 
-def _continue(writer: Writer, beginnings: Sequence[Beginning], anchor_prompts: AnchorPrompts, n: int) -> list[Item]:
-    """Have the reference go on from beginnings; return items that tell a secret, at most PER_PLACE a place."""
+def _continue(
+    writer: Writer,
+    beginnings: Sequence[Beginning],
+    anchor_prompts: AnchorPrompts,
+    n: int,
+    max_new_tokens: int = CONTINUATION,
+) -> list[Item]:
+    """Have the writer's model go on from beginnings; return items that tell a secret, at most PER_PLACE a place."""
     known, ends = anchor_prompts.neighbours, anchor_prompts.stop_ids
     assert known is not None
     wanted = [one for one in beginnings if one.row is None or int(one.prompt[-1]) not in ends]
-    written = writer.write([one.prompt for one in wanted], ends, "variants", CONTINUATION)
+    written = writer.write([one.prompt for one in wanted], ends, "variants", max_new_tokens)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
         secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)

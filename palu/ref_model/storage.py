@@ -106,7 +106,7 @@ class CacheFile:
                 f"{transformers.__version__}; {fix}"
             )
         about = header["about"]
-        anchors = [Item(torch.tensor(ids), torch.tensor(rows), targets) for ids, rows, targets in about["anchors"]]
+        anchors = list(map(item_from_json, about["anchors"]))
         cache = ReferenceCache((), anchors, about["neighbours"], about["variants"], about["earlier"])
         return replace(cache, outputs=ReferenceOutputs(tensors, fields, leave_alone(items, cache.shared), anchors))
 
@@ -150,7 +150,7 @@ class CacheFile:
             starts[name], end = end, end + lengths[name] * row_bytes[name]
             shape = [lengths[name], *like[name].shape[1:]]
             header[name] |= {"shape": shape, "data_offsets": [starts[name], end]}
-        anchors = [(item.input_ids.tolist(), item.rows.tolist(), item.targets) for item in written.anchors]
+        anchors = list(map(item_to_json, written.anchors))
         counts = {name: getattr(written, name) for name in ("neighbours", "variants", "earlier")}
         about = {"anchors": anchors, **counts}
         own = {"key": self.key, "transformers": transformers.__version__, "about": about}
@@ -187,6 +187,17 @@ class CacheFile:
         return CacheError(
             f"{self.path} could not be written: {error}. Make room or repair the folder, or choose another one"
         )
+
+
+def item_to_json(item: Item) -> list[Any]:
+    """Return an item of one example for JSON."""
+    return [item.input_ids.tolist(), item.rows.tolist(), item.targets]
+
+
+def item_from_json(values: Sequence[Any]) -> Item:
+    """Return the item of :func:`item_to_json`."""
+    ids, rows, targets = values
+    return Item(torch.tensor(ids), torch.tensor(rows), targets)
 
 
 def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Tensor], Any]:

@@ -78,6 +78,15 @@ def answers_without_questions(
     return found[:MOST]
 
 
+def questions(items: Sequence[Item]) -> list[Beginning]:
+    """List the questions of items with a secret, whose answers begin with nothing yet; documents have none."""
+    found = []
+    for item in items:
+        if (spans := span_rows(item)) and (first := int(item.rows.min())) > 0:
+            found.append(Beginning(item.input_ids[: first + 1], [item.input_ids[span + 1] for span in spans], None))
+    return found
+
+
 def _places(item: Item) -> dict[int, list[Tensor]]:
     """Map the rows that predict an answer's first token and each span's to the rows of the spans told from there."""
     spans = span_rows(item)

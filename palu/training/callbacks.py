@@ -22,7 +22,8 @@ from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
-from palu.training.step import Run, check_earlier, enough_forgotten, losses_text
+from palu.training.asking import ask
+from palu.training.step import Run, check_watched, enough_forgotten, losses_text
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 
@@ -149,8 +150,8 @@ class TrainingEvents:
         self.call("on_epoch_end")
         self._do_requests()
         if self.steps_left:
-            earlier = check_earlier(self.run)
-            if enough_forgotten(self.history, len(self.run.loader), self.run.root, earlier):
+            watched = check_watched(self.run)
+            if enough_forgotten(self.history, len(self.run.loader), self.run.root, watched) and not ask(self.run):
                 self.ended_by = "forgotten"
 
     def _do_requests(self) -> None:

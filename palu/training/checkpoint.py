@@ -37,10 +37,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palu.config import UnlearnConfig
+from palu.data.packing import Item
 from palu.distributed import compute_on_main, full_tensor, raise_on_all_ranks, shard_like
 from palu.hashing import digest
 from palu.models.lora import CausalLM
-from palu.ref_model.storage import map_file, reference_key, sync
+from palu.ref_model.storage import item_from_json, item_to_json, map_file, reference_key, sync
 from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
 from palu.training.optimizer import load_state
@@ -76,7 +77,8 @@ class Checkpoints:
         self.stopped_by: int | None = None  # the signal that came
         self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
         self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
-        self.returned: list[int] = []  # rows of earlier requests that take part in this epoch, by the loader's number
+        self.returned: list[int] = []  # what of the watched takes part in this epoch, by the loader's number
+        self.told: list[Item] = []  # answers of the model that told a secret when it was asked
         if self.folder is None:
             return
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -123,6 +125,7 @@ class Checkpoints:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
         self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
         self.evaluation_before, self.returned = about.get("evaluation_before", {}), about.get("returned", [])
+        self.told = [item_from_json(one) for one in about.get("told", [])]
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
         return about["history"]
 
@@ -163,6 +166,7 @@ class Checkpoints:
             "ended_by": self.ended_by,
             "evaluation_before": self.evaluation_before,
             "returned": self.returned,
+            "told": [item_to_json(item) for item in self.told],
         }
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:

@@ -28,8 +28,8 @@ class UnlearnDataLoader:
     neighbours, and half as many everyday answers (rounded up). All processes draw the same order from ``config.seed``
     and each takes its own part: what N processes see together in a step is what one process sees with ``batch_size``
     and ``retain_batch_size`` N times as large. The seed and the number of steps taken are all that decides what comes
-    next, but for rows of earlier requests: those that are ``returned`` (by number; they are chosen between two epochs)
-    come beside the others, each once in an epoch.
+    next, but for what is ``watched``, rows of earlier requests and answers that came later (:meth:`watch`): those that
+    are ``returned`` (by number; they are chosen between two epochs) come beside the others, each once in an epoch.
 
     A micro-batch of more than ``config.max_tokens`` tokens is cut into several, of all processes in as many, some of
     which may be idle. Only how a step is cut changes, not what is in it.
@@ -71,6 +71,7 @@ class UnlearnDataLoader:
             if end > first
         ]
         self.earlier = range(len(forget) + anchors, len(forget) + len(cache.anchors))
+        self.later: list[tuple[Item, dict[str, Tensor]]] = []  # what was added after the cache, and its outputs
         self.returned: list[int] = []
         self.of_targets = {field.name for field in config.reference.fields if field.rows == "targets"}
         self.skipped = 0  # steps that the next iteration leaves out
@@ -107,12 +108,22 @@ class UnlearnDataLoader:
             for _ in self._draw():
                 pass
 
-    def earlier_batches(self) -> Iterator[tuple[list[int], Batch]]:
-        """Yield this process's share of the rows of earlier requests, by number and packed, with their targets alone.
+    def watch(self, items: Sequence[Item], outputs: Sequence[dict[str, Tensor]]) -> None:
+        """Watch more items without ordinary rows; ``outputs``: the reference fields of each."""
+        self.later += zip(items, outputs, strict=True)
+        self.tokens += [len(item.input_ids) for item in items]
+
+    @property
+    def watched(self) -> list[int]:
+        """What may come back, by number: rows of earlier requests, and what was added."""
+        return [*self.earlier, *range(self.earlier.stop, self.earlier.stop + len(self.later))]
+
+    def watched_batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """Yield this process's share of what is watched, by number and packed, with its targets alone.
 
         Of all processes there are as many batches, some of which may be idle.
         """
-        parts = cut((list(self.earlier), []), self.tokens, [], self.max_tokens or TOKENS_PER_CHECK)
+        parts = cut((self.watched, []), self.tokens, [], self.max_tokens or TOKENS_PER_CHECK)
         for first in range(0, len(parts), self.num_processes):
             chosen = next((chosen for chosen, _ in parts[first : first + self.num_processes][self.process_index :]), [])
             yield chosen, self._load(chosen, [], targets_alone=True)
@@ -141,9 +152,7 @@ class UnlearnDataLoader:
             ]
 
     def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:
-        forget, anchors = len(self.forget), self.cache.anchors
-        items = [self.forget[i] if i < forget else anchors[i - forget] for i in chosen]
-        outputs = [self.cache.outputs[i] for i in chosen]
+        items, outputs = map(list, zip(*map(self._find, chosen), strict=True)) if chosen else ([], [])
         kept = [self.retain[i] for i in retain]
         if targets_alone:
             items = [replace(item, rows=item.rows[: item.targets]) for item in items]
@@ -156,6 +165,14 @@ class UnlearnDataLoader:
             none = {name: output[:0] for name, output in self.cache.outputs[0].items()}
             batch = collate([token], kept, [none], examples=0)
         return batch.pin_memory() if self.pin_memory else batch
+
+    def _find(self, number: int) -> tuple[Item, dict[str, Tensor]]:
+        """Return a forget item or anchor and its reference fields."""
+        forget = len(self.forget)
+        if number >= self.earlier.stop:
+            return self.later[number - self.earlier.stop]
+        item = self.forget[number] if number < forget else self.cache.anchors[number - forget]
+        return item, self.cache.outputs[number]
 
 
 def cut(part: Part, tokens: Sequence[int], retain_tokens: Sequence[int], most: int) -> list[Part]:

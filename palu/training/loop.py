@@ -23,11 +23,12 @@ from palu.data.packing import Items
 from palu.distributed import compute_on_main, raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
-from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad
+from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad, is_peft
 from palu.models.quantized import check_mergeable
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.shared import left_alone
 from palu.ref_model.storage import open_cache_file
+from palu.training.asking import watch
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
 from palu.training.checkpoint import open_checkpoints
 from palu.training.datasets import RunData, check_forward_passes, prepare_run
@@ -43,7 +44,7 @@ from palu.training.engine import (
 )
 from palu.training.optimizer import check_optimizer, make_optimizer
 from palu.training.requests import read_earlier
-from palu.training.step import DivergenceError, Run, check_earlier, ending, losses_text, train_step
+from palu.training.step import DivergenceError, Run, check_watched, ending, losses_text, train_step
 from palu.writable import check_folders
 
 __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
@@ -205,10 +206,27 @@ def train(
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler)
-        run = Run(config, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history)
+        asked = data.anchor_prompts if ref_model is None and is_peft(model) else None
+        run = Run(
+            config,
+            accelerator,
+            model,
+            trained,
+            method,
+            root,
+            loader,
+            optimizer,
+            scheduler,
+            checkpoints,
+            history,
+            forget=data.forget,
+            asked=asked,
+        )
+        if checkpoints.told:
+            watch(run, checkpoints.told)
         loader.returned = checkpoints.returned
         if not history:
-            check_earlier(run)
+            check_watched(run)
         with checkpoints.signals_deferred():  # Ctrl-C waits for the end of a step
             events = TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress)
             with events.around_run():
@@ -231,6 +249,7 @@ def train(
         "shared_beginnings": left_alone(data.forget, cache.shared),
         "neighbours": cache.neighbours,
         "variants": cache.variants,
+        "told_when_asked": len(checkpoints.told),
         "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants - cache.earlier),
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),

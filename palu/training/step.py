@@ -14,13 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Counts
+from palu.data.packing import Batch, Counts, Item
 from palu.distributed import autocast, full_tensor, gather_values
 from palu.eager import acc_dtype
 from palu.methods import Method
 from palu.methods.base import FEWEST_STEPS, Losses, MethodSettings
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
+from palu.ref_model.anchors import AnchorPrompts
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.engine import copy_weights_back
@@ -61,6 +62,8 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints
     history: History  # a record for each step that was taken
+    forget: Sequence[Item]  # the forget set, as the method looks at it
+    asked: AnchorPrompts | None  # what else the model is asked before the run may end; None: it is not asked
 
     @property
     def total_steps(self) -> int:
@@ -101,21 +104,21 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
     if run.loader.earlier:
-        record["earlier"] = len(run.loader.returned)
+        record["earlier"] = sum(number in run.loader.earlier for number in run.loader.returned)
     run.scheduler.step()
     run.optimizer.zero_grad()
     return record
 
 
 @torch.no_grad()
-def check_earlier(run: Run) -> float:
-    """Choose the rows of earlier requests that take part in the next epoch; return their highest probability.
+def check_watched(run: Run) -> float:
+    """Choose what of the watched takes part in the next epoch; return the highest probability in all of it.
 
-    They are those with a token above the floor (its loss is 0 elsewhere). All processes must call it: each looks at a
-    share of the rows, and all choose the same ones.
+    It is what has a token above the floor (its loss is 0 elsewhere). All processes must call it: each looks at a share,
+    and all choose the same.
     """
     loader, accelerator = run.loader, run.accelerator
-    if not loader.earlier:
+    if not loader.watched:
         return 0.0
     ones = to_device([1] * len(Counts._fields), accelerator)
 
@@ -126,7 +129,7 @@ def check_earlier(run: Run) -> float:
 
     found: dict[int, float] = {}
     with eval_mode(base_of(run.trained)), autocast(accelerator):
-        for numbers, batch in loader.earlier_batches():
+        for numbers, batch in loader.watched_batches():
             on_device = batch.to(accelerator.device)
             found |= zip(numbers, run.root.run(partial(highest_of, on_device)), strict=False)  # perhaps an idle one's
     of_all = {number: p for part in gather_values(found, accelerator) for number, p in part.items()}
@@ -217,18 +220,17 @@ def step_figures(
     return record
 
 
-def enough_forgotten(history: History, steps_per_epoch: int, method: Method, earlier: float = 0.0) -> bool:
+def enough_forgotten(history: History, steps_per_epoch: int, method: Method, watched: float = 0.0) -> bool:
     """Say after an epoch whether the run need not go on.
 
     It has forgotten when in two epochs running all probabilities stay below the method's ``ends_below`` (PALU: those
-    among the candidates), that of earlier requests (``earlier``, the highest) is below it, too, and FEWEST_STEPS have
-    been taken.
+    among the candidates), that of what is ``watched`` (the highest) is below it, too, and FEWEST_STEPS have been taken.
     """
     limit = method.settings.ends_below
     two_epochs = history[-2 * steps_per_epoch :]
     return (
         limit is not None
-        and earlier < limit
+        and watched < limit
         and len(history) >= max(2 * steps_per_epoch, FEWEST_STEPS)
         and all(record["onset_probability"] < limit for record in two_epochs)
     )

@@ -125,7 +125,7 @@ def test_earlier_rows_ride_along_and_are_looked_at(processes: int, returned: lis
         seen = Counter(n for step in steps for batches in step for batch in batches for n in numbers(batch)[0])
         assert len(steps) == len(sources[0]) == -(-7 // (2 * processes))
         assert {n: seen[n] for n in (*range(7), *range(8, 12)) if seen[n]} == dict.fromkeys([*range(7), *returned], 1)
-    looked_at = list(zip(*(source.earlier_batches() for source in sources), strict=True))
+    looked_at = list(zip(*(source.watched_batches() for source in sources), strict=True))
     assert sorted(n for of_all in looked_at for chosen, _ in of_all for n in chosen) == [8, 9, 10, 11]
     for chosen, batch in (one for of_all in looked_at for one in of_all):
         assert numbers(batch)[0] == chosen and batch.packed.tokens <= 12

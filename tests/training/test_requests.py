@@ -90,8 +90,8 @@ def test_what_comes_back_is_acted_on(first: Path, second: Path) -> None:
 def test_a_run_does_not_end_while_an_earlier_request_is_back() -> None:
     method: Any = SimpleNamespace(settings=palu.UnlearnConfig().method)
     history: Any = [{"onset_probability": 0.05}] * FEWEST_STEPS
-    assert enough_forgotten(history, 2, method) and enough_forgotten(history, 2, method, earlier=0.19)
-    assert not enough_forgotten(history, 2, method, earlier=0.21)
+    assert enough_forgotten(history, 2, method) and enough_forgotten(history, 2, method, watched=0.19)
+    assert not enough_forgotten(history, 2, method, watched=0.21)
 
 
 def test_resumed_bit_by_bit(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""Ask before the end: what the model, as it is trained, still tells when it is asked is forgotten, too.
+
+The reference has found other ways to a secret before training (:mod:`palu.ref_model.variants`), but as these are
+closed the model finds more. So a run does not end by itself before the model has been asked each question, the rows'
+own paraphrases and those that it writes itself. An answer that tells a secret is watched from then on, as the rows of
+earlier requests are, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from palu.data.packing import Item
+from palu.distributed import autocast
+from palu.models.attention import use_own_attention
+from palu.models.generation import eval_mode
+from palu.models.lora import base_of, is_peft, without_adapter
+from palu.ref_model.anchors import Writer, generate_answers_that_tell
+from palu.ref_model.precompute import compute_outputs
+from palu.ref_model.shared import leave_alone
+from palu.ref_model.storage import ReferenceCache
+from palu.training.step import Run, check_watched
+
+
+def ask(run: Run) -> bool:
+    """Ask the model; return whether an answer that is not watched yet tells a secret. All processes must call it."""
+    if run.asked is None:
+        return False
+    base = base_of(run.root.model)
+    writer = Writer(run.root, run.accelerator, adapter=True, chunk_bytes=run.config.chunk_bytes)
+    with use_own_attention(base):
+        found = generate_answers_that_tell(writer, run.forget, run.asked, run.config.onset_length, run.config.seed)
+    known = {item.input_ids.numpy().tobytes() for item in run.checkpoints.told}
+    new = [item for item in found if item.input_ids.numpy().tobytes() not in known]
+    if new:
+        run.checkpoints.told += new
+        watch(run, new)
+        check_watched(run)
+    return bool(new)
+
+
+def watch(run: Run, items: Sequence[Item]) -> None:
+    """Watch answers that told a secret; the reference, which is the model without its adapter, gives their fields."""
+    model = run.root.model
+    assert is_peft(model)
+    told = leave_alone(items, run.loader.cache.shared)
+    with eval_mode(base_of(model)), autocast(run.accelerator), without_adapter(model):
+        cache = run.root.run(lambda: compute_outputs(model, [], run.config, run.accelerator, ReferenceCache((), told)))
+    run.loader.watch(told, cache.outputs)
