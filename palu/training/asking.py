@@ -18,7 +18,6 @@ from palu.models.lora import base_of, is_peft, without_adapter
 from palu.ref_model.anchors import Writer, generate_answers_that_tell
 from palu.ref_model.precompute import compute_outputs
 from palu.ref_model.shared import leave_alone
-from palu.ref_model.storage import ReferenceCache
 from palu.training.step import Run, check_watched
 
 
@@ -45,5 +44,5 @@ def watch(run: Run, items: Sequence[Item]) -> None:
     assert is_peft(model)
     told = leave_alone(items, run.loader.cache.shared)
     with eval_mode(base_of(model)), autocast(run.accelerator), without_adapter(model):
-        cache = run.root.run(lambda: compute_outputs(model, [], run.config, run.accelerator, ReferenceCache((), told)))
+        cache = run.root.run(lambda: compute_outputs(model, told, run.config, run.accelerator))
     run.loader.watch(told, cache.outputs)
