@@ -78,8 +78,12 @@ def test_what_has_a_token_above_the_floor_takes_part(
     returned: list[list[int]] = []
     check = asking.check_watched
     monkeypatch.setattr(asking, "check_watched", lambda run: check(run) + (returned.append(run.loader.returned) or 0))
-    tells.append([telling_item()])
-    unlearn(**SETTINGS | {"probability_floor": 0.002, "learning_rate": 1e-2, "epochs": 60})
+    told = telling_item()
+    with torch.no_grad():
+        likeliest = llama()(input_ids=told.input_ids[None, :-1]).logits[0, -1].argmax()
+    ids = torch.cat([told.input_ids[:-1], likeliest[None]])
+    tells.append([Item(ids, torch.tensor([len(ids) - 2]), 1)])
+    unlearn(**SETTINGS, probability_floor=0.01)
     (run,) = watched
     assert returned == [run.loader.watched] and len(run.loader.watched) == 1
 
