@@ -9,10 +9,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import palu
+from palu.data.packing import Item
 from palu.ref_model.fingerprint import fingerprint_model
-from palu.training import checkpoint
+from palu.training import asking, checkpoint, step
 from palu.training.checkpoint import Checkpoints
 from palu.training.requests import lines_digest, row_lines
 
@@ -85,10 +87,12 @@ CASES = {
     "max_tokens": Scenario(untied, {"max_tokens": 30}),
     # After a run that has left rows, of which some take part from the first epoch on.
     "after": Scenario(untied, {"local_loss": "unlikelihood", "top_k": 20, "max_tokens": 60}),
+    # It tells something when it is asked after the second epoch, and after each one from then on.
+    "asked": Scenario(untied, {"local_loss": "unlikelihood", "top_k": 20, "lora_rank": 4}),
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens", "after"),
+    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens", "after", "asked"),
     "fsdp2": (
         "untied",
         "tied",
@@ -100,10 +104,11 @@ RUNS = {
         "mixed",
         "max_tokens",
         "after",
+        "asked",
     ),
     "fsdp2_main": ("untied", "tied", "lora", "added adapter", "after"),
     "zero2": ("untied", "tied", "max_tokens"),
-    "zero3": ("untied", "tied", "lora", "added adapter", "after"),
+    "zero3": ("untied", "tied", "lora", "added adapter", "after", "asked"),
 }
 
 
@@ -116,9 +121,13 @@ def unlearn(model: Any, ref_model: Any = None, forget: Any = None, **settings: A
 def run(case: str) -> palu.UnlearnResult:
     """A case's run on one process, or on this one of many."""
     build, settings, reference, _ = CASES[case]
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
         if case == "after":
             settings = settings | {"after": finished_run(Path(folder))}
+        if case == "asked":
+            told = [[Item(torch.arange(i, i + 9), torch.tensor([6, 7]), 2)] for i in (20, 40, 60)]
+            stack.enter_context(mock.patch.object(asking, "generate_answers_that_tell", side_effect=told))
+            stack.enter_context(mock.patch.object(step, "FEWEST_STEPS", 2))
         return unlearn(build(), reference() if reference else None, **settings)
 
 
