@@ -110,8 +110,8 @@ def unlearn(
         :class:`UnlearnResult`. Each record of ``history`` holds step, epoch, loss, local, kl, retain (for another
         objective its own terms), grad_norm, learning_rate, tokens, tokens_per_second, and onset_probability, the
         highest, where the loss has a floor. A term of weight 0 is not computed: it is 0. ``summary["ended_by"]`` is
-        ``"forgotten"`` (:func:`palu.training.step.enough_forgotten`, :func:`palu.training.asking.ask`) or ``"callback"``
-        where that ended the run before its last step, else None.
+        ``"forgotten"`` (:func:`palu.training.step.enough_forgotten`, :func:`palu.training.asking.ask`) or
+        ``"callback"`` where that ended the run before its last step, else None.
 
     Raises:
         DataError: the data cannot be used; the message names the row and the fix.
