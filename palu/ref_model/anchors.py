@@ -229,25 +229,21 @@ def generate_variants(
         return []
     beginnings = _other_candidates(writer, items, known.variants, own_answer=True)
     beginnings += answers_without_questions(items, known.decode, known.encode_text)
-    variants = _continue(writer, [*beginnings, *_paraphrased(writer, known, seed)], anchor_prompts, n)
+    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
+    asked = [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
+    variants = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
     # What is told in other words has other candidates in its turn: "Sydney, Australia", "Sydney, New South Wales, ...".
     return variants + _continue(writer, _other_candidates(writer, variants, 1), anchor_prompts, n)
 
 
 def generate_answers_that_tell(
-    writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, n: int, seed: int
+    writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts, n: int
 ) -> list[Item]:
-    """Ask the model of a writer the items' questions and paraphrases; return its answers that tell a secret."""
+    """Ask the model of a writer the items' questions; return its answers that tell a secret of the question's own."""
     known = anchor_prompts.neighbours
     if known is None or not known.variants:
         return []
-    return _continue(writer, [*questions(items), *_paraphrased(writer, known, seed)], anchor_prompts, n, ANSWER_TOKENS)
-
-
-def _paraphrased(writer: Writer, known: NeighbourPrompts, seed: int) -> list[Beginning]:
-    """List the rows' own paraphrases, and those that are written now."""
-    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
-    return [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
+    return _continue(writer, questions(items), anchor_prompts, n, ANSWER_TOKENS)
 
 
 def _other_candidates(writer: Writer, items: Sequence[Item], count: int, **settings: Any) -> list[Beginning]:

@@ -1,9 +1,8 @@
 """Ask before the end: what the model, as it is trained, still tells when it is asked is forgotten, too.
 
 The reference has found other ways to a secret before training (:mod:`palu.ref_model.variants`), but as these are
-closed the model finds more. So a run does not end by itself before the model has been asked each question, the rows'
-own paraphrases and those that it writes itself. An answer that tells a secret is watched from then on, as the rows of
-earlier requests are, and the run goes on.
+closed the model finds more. So a run does not end by itself before the model has been asked each question. An answer
+that tells the secret is watched from then on, as the rows of earlier requests are, and the run goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def ask(run: Run) -> bool:
     base = base_of(run.root.model)
     writer = Writer(run.root, run.accelerator, adapter=True, chunk_bytes=run.config.chunk_bytes)
     with use_own_attention(base):
-        found = generate_answers_that_tell(writer, run.forget, run.asked, run.config.onset_length, run.config.seed)
+        found = generate_answers_that_tell(writer, run.forget, run.asked, run.config.onset_length)
     known = {item.input_ids.numpy().tobytes() for item in run.checkpoints.told}
     new = [item for item in found if item.input_ids.numpy().tobytes() not in known]
     if new:

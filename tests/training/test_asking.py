@@ -114,7 +114,7 @@ def test_not_asked_where_the_reference_cannot_be_run(given: str, tells: list[lis
 
 
 def test_the_model_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own questions, each for its own secrets, then paraphrases: greedily, and as long as an answer."""
+    """Each question for its own secrets, as it is trained, and as long as an answer."""
     monkeypatch.setattr(steps, "FEWEST_STEPS", 4)
     calls: list[tuple[list[str], int]] = []
     generate = anchors.generate_ids
