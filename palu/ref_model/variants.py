@@ -79,7 +79,7 @@ def answers_without_questions(
 
 
 def questions(items: Sequence[Item]) -> list[Beginning]:
-    """List the questions of items with a secret, whose answers begin with nothing yet; documents have none."""
+    """List the questions of items with a secret, to be answered from the beginning; documents have none."""
     found = []
     for item in items:
         if (spans := span_rows(item)) and (first := int(item.rows.min())) > 0:
