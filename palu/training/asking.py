@@ -43,5 +43,6 @@ def watch(run: Run, items: Sequence[Item]) -> None:
     assert is_peft(model)
     told = leave_alone(items, run.loader.cache.shared)
     with eval_mode(base_of(model)), autocast(run.accelerator), without_adapter(model):
-        cache = run.root.run(lambda: compute_outputs(model, told, run.config, run.accelerator))
-    run.loader.watch(told, cache.outputs)
+        # One at a time: a resumed run has them all at once, and must get the same bits.
+        caches = run.root.run(lambda: [compute_outputs(model, [one], run.config, run.accelerator) for one in told])
+    run.loader.watch(told, [cache.outputs[0] for cache in caches])
