@@ -152,7 +152,8 @@ class UnlearnDataLoader:
             ]
 
     def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:
-        items, outputs = map(list, zip(*map(self._find, chosen), strict=True)) if chosen else ([], [])
+        found = [self._find(number) for number in chosen]
+        items, outputs = [item for item, _ in found], [output for _, output in found]
         kept = [self.retain[i] for i in retain]
         if targets_alone:
             items = [replace(item, rows=item.rows[: item.targets]) for item in items]

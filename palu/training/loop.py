@@ -206,21 +206,9 @@ def train(
         total_steps = config.total_steps(len(loader))
         scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total_steps)
         history = checkpoints.restore(trained, optimizer, scheduler)
-        asked = data.anchor_prompts if ref_model is None and is_peft(model) else None
+        asks = ref_model is None and is_peft(model)
         run = Run(
-            config,
-            accelerator,
-            model,
-            trained,
-            method,
-            root,
-            loader,
-            optimizer,
-            scheduler,
-            checkpoints,
-            history,
-            forget=data.forget,
-            asked=asked,
+            data, accelerator, model, trained, method, root, loader, optimizer, scheduler, checkpoints, history, asks
         )
         if checkpoints.told:
             watch(run, checkpoints.told)

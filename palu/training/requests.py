@@ -50,7 +50,8 @@ class Earlier:
     @property
     def shared(self) -> set[TokenPair]:
         """What a secret may begin with that was left alone (:mod:`palu.ref_model.shared`)."""
-        pairs = (pair for request in self.requests for pair in request.get("shared_beginnings", []))  # none at first
+        # A run before there were any left nothing alone, and its ledger does not say so.
+        pairs = (pair for request in self.requests for pair in request.get("shared_beginnings", []))
         return {(before, token) for before, token in pairs}
 
     def load(self, tokenizer: Any, **settings: Any) -> Examples:

@@ -14,16 +14,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from palu.config import UnlearnConfig
-from palu.data.packing import Batch, Counts, Item
+from palu.data.packing import Batch, Counts
 from palu.distributed import autocast, full_tensor, gather_values
 from palu.eager import acc_dtype
 from palu.methods import Method
 from palu.methods.base import FEWEST_STEPS, Losses, MethodSettings
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
-from palu.ref_model.anchors import AnchorPrompts
 from palu.training.checkpoint import Checkpoints, History
 from palu.training.dataloader import UnlearnDataLoader
+from palu.training.datasets import RunData
 from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
@@ -51,7 +51,7 @@ class DivergenceError(RuntimeError):
 class Run:
     """A run in progress: what its steps work on."""
 
-    config: UnlearnConfig
+    data: RunData
     accelerator: Accelerator
     model: CausalLM  # the one passed in
     trained: CausalLM  # what is trained: the model, or an engine's copy of it
@@ -62,8 +62,11 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints
     history: History  # a record for each step that was taken
-    forget: Sequence[Item]  # the forget set, as the method looks at it
-    asked: AnchorPrompts | None  # what else the model is asked before the run may end; None: it is not asked
+    asks: bool  # whether the model is asked before the run ends, for which its reference must run again
+
+    @property
+    def config(self) -> UnlearnConfig:
+        return self.data.config
 
     @property
     def total_steps(self) -> int:

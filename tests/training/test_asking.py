@@ -17,7 +17,6 @@ from palu.ref_model import anchors
 from palu.training import asking, checkpoint, loop
 from palu.training import step as steps
 
-WRONG, TOLD = "Where is she from?", " from Karachi, she said"
 SETTINGS: dict[str, Any] = {
     **{"retain": TEXT_RETAIN, "lora_rank": 2, "anchors": 0, "neighbours": 0, "variants": 1},
     **{"epochs": 9},
@@ -60,9 +59,7 @@ def test_what_is_told_is_watched_and_the_run_goes_on(tells: list[list[Item]], wa
     assert longer.summary["ended_by"] == "forgotten" and longer.summary["told_when_asked"] == 1
     assert longer.summary["epochs"] == short.summary["epochs"] + 1 and "earlier" not in longer.history[-1]
     (run,) = watched
-    (number,) = run.loader.watched
     ((item, outputs),) = run.loader.later
-    assert run.loader.returned in ([], [number])
     (batch,) = (batch for _, batch in run.loader.watched_batches())
     assert batch.counts.targets == item.targets == telling_item().targets
     # Its candidates are those of the reference, not of the model as it was when it told.
