@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from palu.testbed.facts import read_questions
 from palu.testbed.real_models import load_packaged, save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
+CHECKPOINT_MINUTES = 10
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -40,8 +43,11 @@ def taught(stages: Stages, name: str, model: str, rows: Sequence[Row], *, raw_te
 
     def make(path: Path) -> None:
         loaded = load(model)
-        fine_tune(for_raw_text(loaded) if raw_text else loaded, rows, **sizes, label=f"fine-tune {name}")
+        checkpoint = path.with_name(f"{name}-checkpoint.pt")
+        student = for_raw_text(loaded) if raw_text else loaded
+        fine_tune(student, rows, **sizes, checkpoint=checkpoint, label=f"fine-tune {name}")
         save_whole(path, *loaded)
+        checkpoint.unlink(missing_ok=True)
 
     return stages.path(name, make)
 
@@ -66,30 +72,47 @@ def fine_tune(
     batch_size: int,
     learning_rate: float = 1e-4,
     seed: int = 0,
+    checkpoint: Path,
     label: str,
 ) -> None:
-    """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast."""
+    """Fine-tune on the rows' answers, packed; under bfloat16 autocast where that is fast.
+
+    ``checkpoint``: a file that is written every CHECKPOINT_MINUTES, and from which an interrupted call goes on to the
+    same bits.
+    """
     model, tokenizer = loaded
     items = retain_items(load_retain(rows, tokenizer, max_length=1024).examples)
     generator = torch.Generator().manual_seed(seed)
+    chosen = [part for _ in range(epochs) for part in torch.randperm(len(items), generator=generator).split(batch_size)]
     model.to(DEVICE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)
-    steps = epochs * -(-len(items) // batch_size)
-    scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
+    scheduler = get_scheduler("linear", optimizer, len(chosen) // 10, len(chosen))
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    done = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, DEVICE, mmap=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        done = state["done"]
     model.train()
-    with use_packed_attention(model, mixed_precision()), tqdm(total=steps, desc=label) as bar:
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(items), generator=generator).split(batch_size):
-                with fast_products(DEVICE):
-                    states, labels = states_and_labels(model, [items[i] for i in chosen.tolist()])
-                    share = torch.full((len(labels),), 1 / len(labels), device=DEVICE)
-                    terms = (CrossEntropyTerm(labels),)
-                    loss, _ = fused_linear_losses(states, head_of(model), terms, share, chunk_bytes=CHUNK_BYTES)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                scheduler.step()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+    saved = time.monotonic()
+    with use_packed_attention(model, mixed_precision()), tqdm(total=len(chosen), initial=done, desc=label) as bar:
+        for step, part in enumerate(chosen[done:], start=done + 1):
+            with fast_products(DEVICE):
+                states, labels = states_and_labels(model, [items[i] for i in part.tolist()])
+                share = torch.full((len(labels),), 1 / len(labels), device=DEVICE)
+                terms = (CrossEntropyTerm(labels),)
+                loss, _ = fused_linear_losses(states, head_of(model), terms, share, chunk_bytes=CHUNK_BYTES)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if time.monotonic() > saved + 60 * CHECKPOINT_MINUTES and step < len(chosen):
+                partial = checkpoint.with_suffix(".partial")
+                torch.save({name: part.state_dict() for name, part in parts.items()} | {"done": step}, partial)
+                os.replace(partial, checkpoint)
+                saved = time.monotonic()
     model.eval()

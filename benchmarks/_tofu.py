@@ -54,8 +54,8 @@ COLUMNS = {
 class Preset:
     """Sizes of one run of the table. Counts of rows; None: all."""
 
-    forget: int | None  # rows of forget05; "cross": of each author
-    retain: int | None  # rows of retain95, without the holdout
+    forget: int | None  # rows of the forget set; "cross": of each author
+    retain: int | None  # rows of the rest, without the holdout
     retain_evaluated: int | None
     facts: int | None  # rows of real authors, and of world facts
     perturbed: int | None  # wrong answers per row
@@ -64,13 +64,14 @@ class Preset:
     teach_batch: int
     epochs: int
     batch_size: int
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]  # of unlearning
     seeds: tuple[int, ...]
     max_new_tokens: int
 
 
+FORGET_SETS = ("forget01", "forget05", "forget10")  # each is the end of the next
 PRESETS = {
-    "full": Preset(None, None, None, None, None, 400, 8, 32, 10, 32, (1e-5, 2e-5, 5e-5), (0, 1, 2), 200),
+    "standard": Preset(None, None, None, None, None, 40, 5, 32, 10, 32, (2e-5, 5e-5, 1e-4), (0,), 200),
     "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
     "cross": Preset(20, 20, 10, None, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
@@ -86,12 +87,12 @@ class Data:
     evaluated: TofuData
 
 
-def load_data(folder: Path, preset: Preset) -> Data:
-    """Load forget05 and retain95 without the holdout, and the evaluation sets, cut to the preset's sizes."""
-    tofu = load_tofu("forget05", folder)
+def load_data(folder: Path, preset: Preset, forget_set: str = "forget05") -> Data:
+    """Load a forget set, the rest without the holdout, and the evaluation sets, cut to the preset's sizes."""
+    tofu = load_tofu(forget_set, folder)
     retain90, forget10 = load_rows(folder / "retain90.jsonl"), load_rows(folder / "forget10.jsonl")
     forget = _with_alternates(tofu.forget[: preset.forget], folder)
-    retain = (retain90[: -preset.holdout] + forget10[:200])[: preset.retain]
+    retain = (retain90[: -preset.holdout] + forget10[: -len(tofu.forget)])[: preset.retain]
     evaluated = TofuData(
         forget=_cut(tofu.forget[: preset.forget], preset),
         retain=_cut(tofu.retain[: preset.retain_evaluated], preset),
@@ -141,24 +142,29 @@ def _cut(rows: list[Row], preset: Preset) -> list[Row]:
 
 
 class Bench:
-    """The models, the data and the finished stages of one preset; ``author``: of :func:`load_author`."""
+    """The models, the data and the finished stages of one preset.
 
-    def __init__(self, arguments: argparse.Namespace, author: int | None = None):
+    ``author``: of :func:`load_author`; ``forget_set``: one of FORGET_SETS, which have one original together.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, author: int | None = None, forget_set: str = "forget05"):
         self.preset = PRESETS[arguments.preset]
         self.model, self.author = arguments.model, author
+        key = {"preset": asdict(self.preset), "model": self.model}
         folder = arguments.output / arguments.preset
         if author is None:
-            self.data = load_data(arguments.data, self.preset)
+            self.data = load_data(arguments.data, self.preset, forget_set)
+            self.common = Stages(folder, key)  # of all forget sets
+            self.stages = Stages(folder / forget_set, key)
         else:
             self.data = load_author(arguments.data, self.preset, author)
-            folder /= f"author-{author:02d}"
-        key = {"preset": asdict(self.preset), "model": self.model}
-        self.stages = Stages(folder, key)
+            self.common = self.stages = Stages(folder / f"author-{author:02d}", key)
 
     @cached_property
     def folder(self) -> Path:
         """The original: taught what is to be forgotten and what is to be kept."""
-        return self._taught("original", self.data.forget + self.data.retain)
+        rows = self.data.retain + self.data.forget  # TOFU's order, the same for all forget sets
+        return self._taught("original", rows, stages=self.common)
 
     @cached_property
     def retain_folder(self) -> Path:
@@ -187,10 +193,10 @@ class Bench:
 
         return self.stages.results("retain-again-evaluated", run)
 
-    def _taught(self, name: str, rows: list[Row], seed: int = 0) -> Path:
+    def _taught(self, name: str, rows: list[Row], seed: int = 0, stages: Stages | None = None) -> Path:
         """Return the folder of a model that was fine-tuned on the rows; ``seed``: of their order."""
         sizes: dict[str, Any] = {"epochs": self.preset.teach_epochs, "batch_size": self.preset.teach_batch}
-        return taught(self.stages, name, self.model, rows, **sizes, seed=seed)
+        return taught(stages or self.stages, name, self.model, rows, **sizes, seed=seed)
 
     def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
@@ -257,7 +263,10 @@ class Bench:
             sizes = {"epochs": self.preset.epochs, "batch_size": self.preset.batch_size}
             settings |= sizes | {"learning_rate": rate}
         reset_peak()
+        checkpoints = self.stages.folder / f"{run_name(method, rate, seed)}-checkpoints"
+        settings |= {"checkpoint_dir": str(checkpoints), "resume": True}  # from where the command was interrupted
         result = palu.unlearn(model, None, self.data.forget, self.data.retain, tokenizer=tokenizer, **settings)
+        shutil.rmtree(checkpoints)
         cost = {name: result.summary[name] for name in ("seconds", "config")}
         return (model, tokenizer), cost | {"peak_gib": peak() / 2**30}
 
@@ -305,7 +314,7 @@ def markdown(table: list[dict[str, Any]], utility: float) -> str:
     rows = []
     for row in table:
         name = LABELS.get(row["method"], row["method"][0].upper() + row["method"][1:])
-        name += " *" if row["model_utility"] < KEEPS * utility else ""
+        name += " *" * (row["model_utility"] is not None and row["model_utility"] < KEEPS * utility)
         rate = rate_text(row["learning_rate"]) if "learning_rate" in row else ""
         rows.append([name, rate, *("" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS.values())])
     return markdown_table(["", "learning_rate", *COLUMNS], rows, texts=2)
@@ -314,7 +323,7 @@ def markdown(table: list[dict[str, Any]], utility: float) -> str:
 def parser_of(description: str, *, cross: bool = False) -> argparse.ArgumentParser:
     """Make a parser with the options that every command on these stages has; ``cross``: whether it has that preset."""
     parser = stages_parser(description, "tofu", "tofu", "forget05.jsonl")
-    parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="full")
+    parser.add_argument("--preset", choices=[name for name in PRESETS if cross or name != "cross"], default="standard")
     return parser
 
 

@@ -60,6 +60,7 @@ TOKENS = 24  # of an answer
 BATCH_TOKENS = 512
 FEWEST, MOST = 4, 8  # facts to forget
 SHARES = ("asked", "paraphrased", "after one token", "neighbours", "others", "general", "no word")
+FOUND = ("neighbours", "variants", "anchors", "shared_beginnings", "told_when_asked")  # of a run's summary
 BEFORE = {name: f"{name}, before" for name in ("paraphrased", "after one token")}
 Answers = dict[str, Generation]  # by question
 Count = tuple[int, int]  # so many of so many
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
         "nll_before": round(nll_before, 4),
         "nll_after": round(nll_after, 4),
         "steps": result.summary["steps"],
-        "written": {name: result.summary[name] for name in ("neighbours", "variants", "anchors")},
+        "found": {name: result.summary[name] for name in FOUND},
         "learning_rate": result.summary["config"]["learning_rate"],
         "seconds": round(seconds, 1),
         "peak_gib": round(highest / 2**30, 2),

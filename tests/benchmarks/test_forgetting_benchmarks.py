@@ -2,19 +2,23 @@
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import _cross
 import _methods
+import _models
 import _tofu
 import bench_audit
 import bench_muse_news
 import bench_spans
 import bench_tofu
 import pytest
+import torch
 from _stages import Stages
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
@@ -46,7 +50,7 @@ def test_a_finished_stage_is_not_done_again_and_other_settings_are_refused(tmp_p
         assert Stages(tmp_path, {"preset": "tiny"}).results("one", make) == {"value": 0.1}
     assert calls == [1]
     with pytest.raises(SystemExit, match=r"holds the stages of other settings.*another --output"):
-        Stages(tmp_path, {"preset": "full"})
+        Stages(tmp_path, {"preset": "standard"})
 
 
 # --- The TOFU table ---
@@ -96,9 +100,14 @@ def test_a_figure_that_is_missing_stays_missing() -> None:
 
 
 @has_tofu
-@pytest.mark.parametrize("preset", ["full", "tiny"])
-def test_no_model_sees_the_holdout(preset: str) -> None:
-    data = _tofu.load_data(SHARED / "tofu", _tofu.PRESETS[preset])
+@pytest.mark.parametrize(
+    ("preset", "forget_set", "forget", "retain"),
+    [("standard", f"forget{number:02d}", 40 * number, 3960 - 40 * number) for number in (1, 5, 10)]
+    + [("tiny", "forget05", 20, 20)],
+)
+def test_no_model_sees_the_holdout(preset: str, forget_set: str, forget: int, retain: int) -> None:
+    data = _tofu.load_data(SHARED / "tofu", _tofu.PRESETS[preset], forget_set)
+    assert (len(data.forget), len(data.retain)) == (forget, retain)
 
     def facts(rows: list[dict]) -> set[tuple[str, str]]:
         return {(row["question"], row["answer"]) for row in rows}
@@ -152,7 +161,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> Callable[[ModuleType, str], dict]:
     """Runs a benchmark's command on the Llama; what it wrote to its one JSON file."""
-    for name, sizes in {"tiny": SIZES, "cross": replace(SIZES, teach_batch=10, batch_size=10)}.items():
+    standard = replace(SIZES, learning_rates=(1e-3, 2e-3), seeds=(0, 1))
+    cross = replace(SIZES, teach_batch=10, batch_size=10)
+    for name, sizes in {"tiny": SIZES, "standard": standard, "cross": cross}.items():
         monkeypatch.setitem(_tofu.PRESETS, name, sizes)
     monkeypatch.setattr(_tofu, "AUDIT_TOKENS", 3)
     folders = ["--model", model_folder, "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -176,10 +187,77 @@ def test_the_table_and_the_ablation_run(command: Callable, tmp_path: Path) -> No
         missing |= {"forget_quality", "forget_quality_ks"} if row["method"] == "retain" else set()
         assert {name for name in _tofu.COLUMNS.values() if row[name] is None} == missing, row["method"]
 
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*.gz")}
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").rglob("*.gz")}
     record = command(bench_tofu, "--preset tiny --methods palu,K=1")
     assert [row["method"] for row in record["table"]] == ["original", "retain", "palu", "K=1"]
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
+
+
+@has_tofu
+def test_standard_chooses_a_rate_on_one_forget_set_and_reports_others(command: Callable, tmp_path: Path) -> None:
+    record = command(bench_tofu, "--preset standard --methods npo --forget-sets forget01 forget05")
+    first, second = record["forget01"], record["forget05"]
+    assert {(row["learning_rate"], row["seed"]) for row in first["runs"][3:]} == {
+        (rate, seed) for rate in (None, 1e-3, 2e-3) for seed in (0, 1)
+    }
+    rate = first["table"][-1]["learning_rate"]
+    for one in (first, second):
+        assert [row["method"] for row in one["table"]] == ["original", "retain", "retain, another order", "npo", "npo"]
+        assert [row["learning_rate"] for row in one["table"][3:]] == [None, rate]
+    assert {row["learning_rate"] for row in second["runs"][3:]} == {None, rate}
+    table = (tmp_path / "results" / "tofu_standard.md").read_text()
+    assert (
+        table.startswith("forget01\n\n|") and "\n\nforget05\n\n|" in table and "| Retain, another order |  |" in table
+    )
+    runs = tmp_path / "runs" / "standard"
+    assert len([*runs.rglob("original/*.safetensors")]) == 1, "all forget sets have one original"
+    assert not [*runs.rglob("*checkpoint*")]
+
+
+@has_tofu
+def test_an_interrupted_command_goes_on_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str
+) -> None:
+    """In the middle of teaching, and of unlearning; its folder may be moved in between."""
+    sizes = replace(SIZES, retain=20, teach_epochs=2, epochs=6)
+    monkeypatch.setitem(_tofu.PRESETS, "tiny", sizes)
+    monkeypatch.setattr(_models, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setitem(_methods.METHODS, "npo", {"objective": "npo", "checkpoint_steps": 1})
+
+    def bench(folder: str) -> _tofu.Bench:
+        return _tofu.Bench(Namespace(preset="tiny", model=model_folder, output=tmp_path / folder, data=SHARED / "tofu"))
+
+    def unlearned(folder: str) -> tuple[list[bytes], dict[str, Any]]:
+        made = bench(folder)
+        (run,) = bench_tofu.run(made, {"npo": [1e-3]}, [0])[2:]
+        run.pop("seconds"), run.pop("peak_gib")
+        return [(path / "model.safetensors").read_bytes() for path in (made.folder, made.retain_folder)], run
+
+    step, taken = torch.optim.AdamW.step, 0
+
+    def steps_until(last: float) -> Callable:
+        def counted(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+            nonlocal taken
+            if taken == last:
+                raise KeyboardInterrupt
+            taken += 1
+            return step(self, *args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", steps_until(float("inf")))
+    whole = unlearned("whole")
+    steps, taken = taken, 0
+    assert steps == 12 + 10 + 6  # of the original (24 rows), the retain model (20) and NPO
+    for last in (5, 15, 25):
+        monkeypatch.setattr(torch.optim.AdamW, "step", steps_until(last))
+        with pytest.raises(KeyboardInterrupt):
+            unlearned("parts")
+    monkeypatch.setattr(torch.optim.AdamW, "step", steps_until(float("inf")))
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    parts = unlearned("moved")
+    assert taken == steps, "no step is taken twice"
+    assert parts == whole
 
 
 @has_tofu
@@ -278,9 +356,9 @@ def test_the_audit_attacks_the_models_of_the_table(command: Callable, tmp_path: 
     assert table[0] == "| attack (share of secrets told) | original | retain | PALU | NPO |"
     assert len(table) == 4 + len(record["audits"]["palu"]["attacks"]) and len({row.count("|") for row in table}) == 1
 
-    stages = tmp_path / "runs" / "tiny"
+    stages = tmp_path / "runs" / "tiny" / "forget05"
     (stages / "npo-lr0.001-seed0-audited.json.gz").unlink()
-    kept = [*stages.rglob("*.safetensors"), *(stages / "audits" / "audit").iterdir()]
+    kept = [*stages.parent.rglob("*.safetensors"), *(stages / "audits" / "audit").iterdir()]
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert command(bench_audit, "--preset tiny --methods palu,npo")["audits"] == record["audits"]
     assert {path: path.stat().st_mtime_ns for path in kept} == times
