@@ -1,10 +1,10 @@
-"""What attackers get out of unlearned models: the audit of PALU, three settings of it, NPO and TPO on TOFU.
+"""What attackers get out of unlearned models: the audit of PALU, as published, too, NPO and TPO on TOFU.
 
     python benchmarks/bench_audit.py --preset small                    # CPU; hours
 
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
-model, taught all but the forget set, and the original unlearned by each method with the preset's first learning rate
-and seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
+model, taught all but the forget set, and the original unlearned by each method with --learning-rate and the preset's
+first seed. Each is audited (--quick, 8 draws), its weights in bfloat16 where the device multiplies that fast, as such
 models are served. Under the attacks stand the shares of broken words in the greedy answers. Finished models and
 attacks are kept in --output, with what each model wrote: the same command goes on where it stopped. Writes
 audit_<preset>.json and .md to --results.
@@ -18,7 +18,7 @@ import torch
 from _measure import markdown_table
 from _methods import LABELS, named
 from _models import Row
-from _tofu import Bench, parse, parser_of, run_name, write
+from _tofu import Bench, parse, parser_of, rate_text, read_rate, run_name, write
 
 from palu.evaluate.language import WordList, keys, measure
 from palu.models.generation import Generation
@@ -31,9 +31,9 @@ LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
 
 
-def audited(bench: Bench, method: str) -> dict[str, Any]:
+def audited(bench: Bench, method: str, rate: float | None) -> dict[str, Any]:
     """Unlearn with a method, and audit the model; returns what :func:`palu.audit` does."""
-    rate, seed = bench.preset.learning_rates[0], bench.preset.seeds[0]
+    seed = bench.preset.seeds[0]
     folder = bench.unlearned_model(method, rate, seed)
     return bench.stages.results(f"{run_name(method, rate, seed)}-audited", lambda: bench.audit(folder, DTYPE))
 
@@ -92,12 +92,18 @@ def markdown(results: dict[str, dict[str, Any]], languages: dict[str, dict[str, 
 def main() -> None:
     parser = parser_of(str(__doc__))
     parser.add_argument("--methods", type=named, default=AUDITED, help=f"as of bench_tofu.py; default: {AUDITED}")
+    parser.add_argument("--learning-rate", type=read_rate, help="default: own, as of bench_tofu.py")
     arguments = parse(parser)
     bench = Bench(arguments)
-    results = {method: audited(bench, method) for method in arguments.methods}
+    results = {method: audited(bench, method, arguments.learning_rate) for method in arguments.methods}
     languages = {method: language(one, bench.data.forget) for method, one in results.items()}
     dtype = str(DTYPE).removeprefix("torch.")
-    details = {"dtype": dtype, "language": languages, "audits": {name: shortened(one) for name, one in results.items()}}
+    details = {
+        "dtype": dtype,
+        "learning_rate": rate_text(arguments.learning_rate),
+        "language": languages,
+        "audits": {name: shortened(one) for name, one in results.items()},
+    }
     write(arguments, "audit", markdown(results, languages), details)
 
 
