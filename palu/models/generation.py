@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.examples import answer_examples
 from palu.data.tokenize import Example
 from palu.models.positions import max_positions
 from palu.settings import RunSettings
 
+LIKELIEST = 256  # tokens that are sorted first, for top_p; to sort a whole vocabulary takes a CPU longer than the model
 DECODING_FACTOR = 8  # generation holds keys and values, not activations: this many times more tokens fit
 
 
@@ -110,6 +111,26 @@ def generate_answers(
     return generate(model, tokenizer, list(map(prompt_of, examples)), answer_ends(examples, tokenizer), **settings)
 
 
+class TopP(LogitsProcessor):
+    """Leave the likeliest tokens, of this probability together: transformers' ``TopPLogitsWarper``, but faster."""
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        p, found = scores.softmax(-1), torch.full_like(scores, -torch.inf)
+        rows = torch.arange(len(p), device=p.device)
+        for count in (min(LIKELIEST, p.shape[-1]), p.shape[-1]):
+            highest, tokens = p[rows].topk(count)
+            likelier = highest.cumsum(-1) - highest
+            kept = scores[rows].gather(-1, tokens).masked_fill(likelier >= self.top_p, -torch.inf)
+            found[rows] = found[rows].scatter(-1, tokens, kept)
+            rows = rows[likelier[:, -1] < self.top_p]  # which may need more tokens
+            if not len(rows):
+                break
+        return found
+
+
 @torch.no_grad()
 def generate_ids(
     model: PreTrainedModel,
@@ -145,7 +166,7 @@ def generate_ids(
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sample,
-        **({"temperature": 1.0, "top_k": 0, "top_p": top_p} if sample else {}),
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=sorted(stop_ids) or None,
@@ -168,6 +189,7 @@ def generate_ids(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=room,
+                logits_processor=[TopP(top_p)] if top_p < 1 else None,
                 synced_gpus=batches is not None,
             )
             for i, tokens in zip(group, output[:, width:].tolist(), strict=True):
