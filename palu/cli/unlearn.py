@@ -48,7 +48,7 @@ def unlearn(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     lora: Annotated[bool, _lora("--lora")] = False,
-    lora_alpha: Annotated[float, _lora()] = 16,
+    lora_alpha: Annotated[float | None, _lora()] = None,
     lora_dropout: Annotated[float, _lora(min=0, max=1)] = 0.0,
     lora_target: Annotated[str, _lora()] = "all-linear",
 ) -> None:
@@ -76,7 +76,7 @@ def unlearn(
         overwrite: Start again where --output holds an earlier run, of which palu's files are deleted.
         as_json: Print how it came out as one JSON object on stdout, and all else on stderr.
         lora: Write the LoRA adapter of --lora-rank, not a model that it is merged into.
-        lora_alpha: Its scale is alpha / rank.
+        lora_alpha: Its scale is alpha / rank. [default: the rank, as of the adapter that is merged]
         lora_dropout: Dropout before the adapter.
         lora_target: The layers that get it: all-linear (of the body), or names with commas between them.
     """
@@ -233,7 +233,7 @@ def _absolute(name: str, value: Any) -> Any:
     return os.path.abspath(value) if may_be_folder or is_file else value
 
 
-def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float, target: str) -> CausalLM:
+def add_lora(model: CausalLM, seed: int, rank: int, alpha: float | None, dropout: float, target: str) -> CausalLM:
     """Add a new LoRA adapter to the model: the same one for the same seed, so that a resumed run starts from it."""
     import peft
     from accelerate.utils import set_seed
@@ -246,7 +246,7 @@ def add_lora(model: CausalLM, seed: int, rank: int, alpha: float, dropout: float
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
         target_modules=target if target == "all-linear" else [name.strip() for name in target.split(",")],
     )

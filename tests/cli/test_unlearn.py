@@ -257,6 +257,14 @@ def test_lora(folder: Path, out: Path, tmp_path: Path, arguments: list[Any]) -> 
     assert told == "--model holds an adapter already, which is trained as it is; leave --lora out"
 
 
+def test_lora_writes_the_adapter_that_is_merged_by_default(
+    folder: Path, whole: tuple[Result, Path], out: Path, arguments: list[Any]
+) -> None:
+    done(*arguments, "--lora")
+    merged = PeftModel.from_pretrained(load(folder / "model"), out / "model").merge_and_unload()
+    assert same_weights(merged, weights(load(whole[1] / "model")))
+
+
 def test_lora_holds_no_logits_of_whole_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows fit into --chunk-bytes, those of the last positions of twelve anchors too."""
     vocab, width, tokens = 5003, 32, byte_level(LLAMA3)
