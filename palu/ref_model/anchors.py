@@ -9,7 +9,7 @@ model is asked every day.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -70,12 +70,15 @@ def encode_anchor_prompts(
     tokenizer: PreTrainedTokenizerBase | None,
     config: UnlearnConfig,
     processes: int,
+    *,
+    earlier: Iterable[str] = (),
 ) -> AnchorPrompts:
     """Choose and tokenise the prompts to which a run wants anchors: as many as the settings say.
 
     Everyday prompts are never more than the run draws. ``retain``: how many examples are to be kept; ``None``: the user
-    gave ``None``, and anchors must stand in for them. Raises DataError where there is no tokenizer for them, or it will
-    not do; ValueError where there are fewer prompts, or the KL has no weight.
+    gave ``None``, and anchors must stand in for them. ``earlier``: the secrets of earlier requests. Raises DataError
+    where there is no tokenizer for them, or it will not do; ValueError where there are fewer prompts, or the KL has no
+    weight.
     """
     texts, asked = anchor_texts(), config.reference.anchors
     holds = config.reference.head  # else there is no KL to keep the answers
@@ -86,7 +89,7 @@ def encode_anchor_prompts(
     wanted = config.reference.neighbours if possible and holds else 0
     if tokenizer is not None and (wanted or config.reference.variants):
         questions = list(load_questions(forget.source, "forget").values())
-        secrets = list(load_marked_texts(forget.source))
+        secrets = [*load_marked_texts(forget.source), *earlier]
         variants = config.reference.variants if secrets else 0
         rows = paraphrased_rows(forget.source, "forget") if variants else ()
         named = ((where, columns) for _, where, columns in rows)

@@ -116,9 +116,9 @@ def target_runs(items: Sequence[Item], longest: int) -> set[tuple[int, ...]]:
 def secrets_of_targets(
     targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> list[str]:
-    """Choose the secrets that begin as a span's targets do."""
-    begins = [decode(span.tolist()).strip() for span in targets]
-    return [one for one in secrets if any(one.startswith(begin) or begin.startswith(one) for begin in begins)]
+    """Choose the secrets of which a span's targets are a part; of an earlier request's the beginning may be missing."""
+    parts = [decode(span.tolist()).strip() for span in targets]
+    return [one for one in secrets if any(part in one or one in part for part in parts)]
 
 
 def variant_item(

@@ -21,13 +21,17 @@ from palu.training.step import Run, check_watched
 
 
 def ask(run: Run) -> bool:
-    """Ask the model; return whether an answer that is not watched yet tells a secret. All processes must call it."""
+    """Ask the model, what was forgotten earlier, too; return whether an answer tells a secret and is not watched yet.
+
+    All processes must call it.
+    """
     if not run.asks:
         return False
     base = base_of(run.root.model)
     writer = Writer(run.root, run.accelerator, adapter=True, chunk_bytes=run.config.chunk_bytes)
     with use_own_attention(base):
-        found = generate_answers_that_tell(writer, run.data.forget, run.data.anchor_prompts, run.config.onset_length)
+        asked = [*run.data.forget, *run.data.earlier]
+        found = generate_answers_that_tell(writer, asked, run.data.anchor_prompts, run.config.onset_length)
     known = {item.input_ids.numpy().tobytes() for item in run.checkpoints.told}
     new = [item for item in found if item.input_ids.numpy().tobytes() not in known]
     if new:

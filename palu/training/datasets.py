@@ -97,9 +97,10 @@ def prepare_run(
     read = retain if retain is not None and config.method.lambda_retain > 0 else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
-    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes)
+    marked, marked_earlier = (load_marked_texts(rows) for rows in (forget_set.source, earlier.rows if earlier else ()))
+    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes, earlier=marked_earlier)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
-    marked, earlier_items = load_marked_texts(forget_set.source), Items()
+    earlier_items = Items()
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
     if earlier is not None:
         if ref_model is not None:
@@ -108,7 +109,7 @@ def prepare_run(
             earlier.check(model, config)
         earlier_set = earlier.load(tokenizer, **cut, **rendering)
         check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
-        marked = {text: f"earlier {row}" for text, row in load_marked_texts(earlier.rows).items()} | marked
+        marked = {text: f"earlier {row}" for text, row in marked_earlier.items()} | marked
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
         earlier_items = Items.of(leave_alone(earlier_items, earlier.shared))
     if retain_set.examples:

@@ -106,7 +106,11 @@ def test_a_secret_is_looked_for_where_its_span_is() -> None:
     spans = [encode(" Ada"), encode(" 1843")]
     secrets = ["Ada Lovelace", "1843", "Karachi"]
     assert secrets_of_targets(spans, secrets, decode) == secrets[:2]
-    assert secrets_of_targets(spans[1:], secrets, decode) == ["1843"]
+    assert (
+        secrets_of_targets(spans[1:], secrets, decode)
+        == secrets_of_targets([encode("843")], secrets, decode)
+        == ["1843"]
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, sentencepiece()], ids=["byte", "sp"])

@@ -11,7 +11,9 @@ from helpers.anchor_runs import TOKENIZER, llama, unlearn
 from helpers.runs import TEXT_RETAIN
 from helpers.scenarios import assert_same, step
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import palu
 from palu.data.packing import Item
 from palu.ref_model import anchors
 from palu.training import asking, checkpoint, loop
@@ -131,3 +133,26 @@ def test_the_model_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, adapter = calls[0]
     assert "Who wrote the first program?" in prompts[0] and "Where was she born?" in prompts[1] and adapter > 0
     assert result.summary["told_when_asked"] == 2
+
+
+def test_what_was_forgotten_earlier_is_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "FEWEST_STEPS", 4)
+    earlier = [{"question": "Who is the mayor?", "answer": "The mayor is Sansom.", "secret": "Sansom"}]
+    given: dict[str, Any] = {"tokenizer": TOKENIZER, "config": palu.UnlearnConfig(max_length=200, progress=False)}
+    recorder = palu.Recorder(model := llama(), earlier, TEXT_RETAIN, **given)
+    palu.save_run(tmp_path / "first", unlearn(model, forget=earlier, **SETTINGS), TOKENIZER, recorder)
+    generate = anchors.generate_ids
+
+    def tell(model: Any, prompts: list[Tensor], *args: Any, **settings: Any) -> Any:
+        said = generate(model, prompts, *args, **settings)
+        if settings["max_new_tokens"] != anchors.ANSWER_TOKENS:
+            return said
+        told = TOKENIZER(" Sansom", add_special_tokens=False).input_ids
+        asked = ["Who is the mayor?" in TOKENIZER.decode(prompt) for prompt in prompts]
+        assert sum(asked) == 1
+        return [told if own else ids for own, ids in zip(asked, said, strict=True)]
+
+    monkeypatch.setattr(anchors, "generate_ids", tell)
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "model")
+    result = unlearn(left, after=tmp_path / "first", **SETTINGS)
+    assert result.summary["earlier_examples"] == result.summary["told_when_asked"] == 1
