@@ -27,7 +27,7 @@ from palu.training.datasets import RunData
 from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
-FIRST_STEP = 2 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
+FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
 
 
 class DivergenceError(RuntimeError):
