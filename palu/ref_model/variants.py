@@ -116,9 +116,13 @@ def target_runs(items: Sequence[Item], longest: int) -> set[tuple[int, ...]]:
 def secrets_of_targets(
     targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> list[str]:
-    """Choose the secrets of which a span's targets are a part; of an earlier request's the beginning may be missing."""
+    """Choose the secrets that begin as a span's targets do, or end so: of an earlier one a beginning was left alone."""
     parts = [decode(span.tolist()).strip() for span in targets]
-    return [one for one in secrets if any(part in one or one in part for part in parts)]
+    return [
+        one
+        for one in secrets
+        if any(one.startswith(part) or part.startswith(one) or one.endswith(part) for part in parts)
+    ]
 
 
 def variant_item(
