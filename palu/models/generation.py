@@ -19,7 +19,7 @@ from palu.data.tokenize import Example
 from palu.models.positions import max_positions
 from palu.settings import RunSettings
 
-LIKELIEST = 256  # tokens that are sorted first, for top_p; to sort a whole vocabulary takes a CPU longer than the model
+LIKELIEST = 256  # tokens that top_p sorts first: on a CPU, sorting a vocabulary takes longer than the forward pass
 DECODING_FACTOR = 8  # generation holds keys and values, not activations: this many times more tokens fit
 
 
