@@ -182,11 +182,11 @@ from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 from palu.distributed import compute_on_main
 
-accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
-print(compute_on_main(lambda: time.sleep(3) or "annotated", accelerator), flush=True)
+accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=10))])
+print(compute_on_main(lambda: time.sleep(12) or "annotated", accelerator), flush=True)
 try:
     if accelerator.is_main_process:
-        time.sleep(3)
+        time.sleep(12)
     accelerator.wait_for_everyone()
 except Exception as error:
     print("a collective gave up on process", accelerator.process_index, flush=True)
