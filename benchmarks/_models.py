@@ -83,10 +83,11 @@ def fine_tune(
     model, tokenizer = loaded
     items = retain_items(load_retain(rows, tokenizer, max_length=1024).examples)
     generator = torch.Generator().manual_seed(seed)
-    chosen = [part for _ in range(epochs) for part in torch.randperm(len(items), generator=generator).split(batch_size)]
+    orders = (torch.randperm(len(items), generator=generator) for _ in range(epochs))
+    batches = [batch.tolist() for order in orders for batch in order.split(batch_size)]
     model.to(DEVICE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, fused=True)
-    scheduler = get_scheduler("linear", optimizer, len(chosen) // 10, len(chosen))
+    scheduler = get_scheduler("linear", optimizer, len(batches) // 10, len(batches))
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done = 0
     if checkpoint.exists():
@@ -96,10 +97,10 @@ def fine_tune(
         done = state["done"]
     model.train()
     saved = time.monotonic()
-    with use_packed_attention(model, mixed_precision()), tqdm(total=len(chosen), initial=done, desc=label) as bar:
-        for step, part in enumerate(chosen[done:], start=done + 1):
+    with use_packed_attention(model, mixed_precision()), tqdm(total=len(batches), initial=done, desc=label) as bar:
+        for step, batch in enumerate(batches[done:], start=done + 1):
             with fast_products(DEVICE):
-                states, labels = states_and_labels(model, [items[i] for i in part.tolist()])
+                states, labels = states_and_labels(model, [items[i] for i in batch])
                 share = torch.full((len(labels),), 1 / len(labels), device=DEVICE)
                 terms = (CrossEntropyTerm(labels),)
                 loss, _ = fused_linear_losses(states, head_of(model), terms, share, chunk_bytes=CHUNK_BYTES)
@@ -110,7 +111,7 @@ def fine_tune(
             scheduler.step()
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if time.monotonic() > saved + 60 * CHECKPOINT_MINUTES and step < len(chosen):
+            if time.monotonic() > saved + 60 * CHECKPOINT_MINUTES and step < len(batches):
                 partial = checkpoint.with_suffix(".partial")
                 torch.save({name: part.state_dict() for name, part in parts.items()} | {"done": step}, partial)
                 os.replace(partial, checkpoint)

@@ -1,6 +1,6 @@
 """Forgetting and utility on TOFU of PALU, eight other methods and PALU's settings, on one model and one code path.
 
-    python benchmarks/bench_tofu.py --preset standard                  # the paper's table; two CPU cores: days
+    python benchmarks/bench_tofu.py --preset standard                  # the paper's table, not run yet: days
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
     python benchmarks/bench_tofu.py --preset tiny --methods ablation   # one setting of PALU changed at a time
@@ -11,10 +11,10 @@ moved; the same command goes on where it stopped, in the middle of teaching and 
 all are done it writes tofu_<preset>.json and .md to --results (and .png for "cross").
 
 "standard" teaches all of TOFU but the 40 last rows of retain90, which membership metrics need as a holdout: five epochs
-of batches of 32, as published, with a learning rate of 1e-4 (published: 1e-5 at seven to thirty times the width of
-SmolLM2). It reports each of --forget-sets. The first one is where the rate of each method is chosen: there it runs with
-its own ("own": what the run finds, and its default epochs and batches) and with the preset's; on the others with its
-own and with that.
+of batches of 32, as published, with a learning rate of 1e-4 (published: 1e-5 at seven times the width of SmolLM2). It
+reports each of --forget-sets. The first one is where the rate of each method is chosen: there it runs with its own
+("own": what the run finds, and its default epochs and batches) and with the preset's; on the others with its own and
+with that.
 
 The final weights are used, never a chosen epoch. Every method, PALU included, gets the same settings: the preset's
 learning rates and seeds, or those that are given; everything else is at its default. The table shows of each method the

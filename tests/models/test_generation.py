@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers.tiny import tiny_llama
+from tqdm.auto import tqdm
 from transformers import TopPLogitsWarper
 
 from palu.models import generation
@@ -21,3 +23,14 @@ def test_top_p_is_that_of_transformers(top_p: float, spread: float, dtype: torch
     torch.testing.assert_close(ours.sort(-1).values, theirs.sort(-1).values, rtol=0, atol=0)
     if dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_likeliest_token_alone_is_drawn_for_a_small_top_p() -> None:
+    model = tiny_llama()
+    given = {"pad": 0, "max_new_tokens": 8, "batch_tokens": 64, "bar": tqdm(disable=True)}
+    prompts = [torch.arange(1, 5), torch.arange(7, 20)]
+    with generation.eval_mode(model):
+        greedy = generation.generate_ids(model, prompts, set(), **given)
+        drawn = generation.generate_ids(model, prompts, set(), **given, sample=True, top_p=1e-6)
+        free = generation.generate_ids(model, prompts, set(), **given, sample=True)
+    assert drawn == greedy != free
