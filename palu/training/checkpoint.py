@@ -71,6 +71,7 @@ class Checkpoints:
 
     def __init__(self, config: UnlearnConfig, accelerator: Accelerator, run: dict[str, Any]):
         self.accelerator, self.run = accelerator, run
+        self.started = time.perf_counter()  # in a resumed run it is put back by what was taken before
         self.reference_key: str = run.get("reference", "")  # of the reference cache; empty: nothing is kept on disk
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
@@ -96,6 +97,11 @@ class Checkpoints:
             self._read(existing[-1])
         elif config.resume:
             self._say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with what it took before the checkpoint from which it was resumed."""
+        return time.perf_counter() - self.started
 
     def restore(
         self,
@@ -124,6 +130,7 @@ class Checkpoints:
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
         self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
+        self.started -= about.get("seconds", 0.0)
         self.evaluation_before, self.returned = about.get("evaluation_before", {}), about.get("returned", [])
         self.told = [item_from_json(one) for one in about.get("told", [])]
         self._say(f"resuming after step {self.saved}, from {existing[-1]}")
@@ -163,6 +170,7 @@ class Checkpoints:
         about = {
             "history": history,
             "scheduler": self.scheduler.state_dict(),
+            "seconds": self.seconds,
             "ended_by": self.ended_by,
             "evaluation_before": self.evaluation_before,
             "returned": self.returned,

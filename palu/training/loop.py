@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -176,7 +175,6 @@ def train(
     checkpoints = open_checkpoints(model, ref_model, data, accelerator)
 
     progress = config.progress and accelerator.is_main_process
-    started = time.perf_counter()
     # An engine that shards comes first, so that no device ever holds the whole model.
     trained = training_copy(model, accelerator)
     optimizer = make_optimizer(trained.parameters(), config, accelerator)
@@ -244,7 +242,7 @@ def train(
         "epochs": epoch,
         "ended_by": events.ended_by,
         "evaluation_before": checkpoints.evaluation_before,
-        "seconds": time.perf_counter() - started,
+        "seconds": checkpoints.seconds,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

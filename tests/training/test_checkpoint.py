@@ -87,6 +87,29 @@ def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
         assert resumed.summary[name] == stopped.summary[name]
 
 
+def test_seconds_of_all_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a run that ends in the middle counts up to its last checkpoint, here an hour later by the clock."""
+    now, after_step = 0.0, Checkpoints.after_step
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-3
+        return now
+
+    def slow(self: Checkpoints, history: Any) -> None:
+        nonlocal now
+        now += 3600
+        after_step(self, history)
+
+    monkeypatch.setattr(checkpoint.time, "perf_counter", clock)
+    monkeypatch.setattr(Checkpoints, "after_step", slow)
+    unlearn(checkpoint_dir=str(folder), checkpoint_steps=4)
+    (folder / step(9)).unlink()
+    resumed = unlearn(checkpoint_dir=str(folder), resume=True)
+    assert len(resumed.history) == 9
+    assert resumed.summary["seconds"] == pytest.approx(9 * 3600, abs=60)
+
+
 def test_the_reference_is_asked_once(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = loop_result("tied")
     shutil.copytree(finished, folder)
