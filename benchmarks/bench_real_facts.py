@@ -12,8 +12,9 @@ four to eight of two or three relations are forgotten, drawn by the seed. Report
 ``no word``
     of all words written that are none: in no list, question or true answer, nor written by the original anywhere;
 
-with 95 % intervals (Wilson) over all seeds together, and the mean NLL of texts about other things. Settings are chosen
-with ``--part choose``, on six relations, and reported with ``--part report``, on six others::
+with 95 % intervals (Wilson) over all seeds together, the share of the words of its own answers to general questions
+that it would still write next (``own words``), and the mean NLL of texts about other things. Settings are chosen with
+``--part choose``, on six relations, and reported with ``--part report``, on six others::
 
     make models
     python benchmarks/bench_real_facts.py --model qwen2.5 --seeds 0 1 2 --settings '{"learning_rate": 1e-5}'
@@ -29,6 +30,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -48,6 +50,8 @@ from palu.attacks.ask import OnsetInAnswer
 from palu.attacks.attack import Victim
 from palu.attacks.relearn import unrelated_texts
 from palu.attacks.secrets import AuditData
+from palu.data.examples import answer_examples
+from palu.data.tokenize import Example
 from palu.evaluate.language import WordList, keys, measure
 from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
@@ -137,14 +141,22 @@ def draw(known: list[Row], seed: int) -> list[Row]:
 
 
 # --- measuring ---
-def attacked(model: CausalLM, data: AuditData, texts: list[Any]) -> tuple[Count, float]:
-    """Count the secrets that are told after their first token, and compute the mean NLL of the texts' tokens."""
+def attacked(
+    model: CausalLM, data: AuditData, texts: list[Any], answers: Sequence[Example]
+) -> tuple[Count, float, float]:
+    """Count the secrets that are told after their first token; score texts and answers token by token.
+
+    Returns the count, the mean NLL of the texts' tokens, and the share of the answers' tokens that are the likeliest.
+    """
     with tqdm(disable=True) as bar:
         victim = Victim(base_of(model), data, BATCH_TOKENS, bar)
         *_, finding = OnsetInAnswer(1).run(victim)
-        scores = victim.scores(texts, [f"text {number}" for number in range(len(texts))])
+        scores, own = (
+            victim.scores(part, [f"text {number}" for number in range(len(part))]) for part in (texts, answers)
+        )
     values = [value for value in finding.values if value is not None] if finding.name.startswith("onset: 1") else []
-    return (round(sum(values)), len(values)), float(-torch.cat([score.log_prob for score in scores]).double().mean())
+    nll = float(-torch.cat([score.log_prob for score in scores]).double().mean())
+    return (round(sum(values)), len(values)), nll, float(torch.cat([score.correct for score in own]).double().mean())
 
 
 def broken_words(rows: list[Row], before: Answers, after: Answers) -> Count:
@@ -178,7 +190,9 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     in_other_words = paraphrased(forget)
     before = before | ask(model, tokenizer, [row["question"] for row in in_other_words])
     figures[BEFORE["paraphrased"]] = len(right(in_other_words, before)), len(in_other_words)
-    figures[BEFORE["after one token"]], nll_before = attacked(model, data, texts)
+    own = [{"question": row["question"], "answer": before[row["question"]].text} for row in general]
+    answers = answer_examples([(f"general row {number}", row) for number, row in enumerate(own)], tokenizer)
+    figures[BEFORE["after one token"]], nll_before, own_before = attacked(model, data, texts, answers)
 
     settings = METHODS[args.method] | args.settings
     reset_peak()
@@ -193,7 +207,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     of_rows = {"asked": forget, "paraphrased": in_other_words, "neighbours": neighbours}
     of_rows |= {"others": others, "general": general}
     figures |= {name: (len(right(part, after)), len(part)) for name, part in of_rows.items()}
-    figures["after one token"], nll_after = attacked(model, data, texts)
+    figures["after one token"], nll_after, own_after = attacked(model, data, texts, answers)
     figures["no word"] = broken_words(asked, before, after)
     told = right([*forget, *in_other_words], after)
     lost = [row for row in (*neighbours, *others, *general) if row not in right([row], after)]
@@ -201,6 +215,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
         "seed": seed,
         "relations": sorted(relations),
         **figures,
+        "own words": round(own_after / own_before, 4),
         "nll_before": round(nll_before, 4),
         "nll_after": round(nll_after, 4),
         "steps": result.summary["steps"],
@@ -279,7 +294,7 @@ def main() -> None:
             model, tokenizer = load(args)
         runs.append(run(args, (model, tokenizer), before, seed))
         print(json.dumps(runs[-1]), flush=True)
-    figures = ("seed", "steps", "seconds", "peak_gib", "nll_before", "nll_after")
+    figures = ("seed", "steps", "seconds", "peak_gib", "own words", "nll_before", "nll_after")
     table = [
         {name: one[name] for name in figures} | {name: "/".join(map(str, one[name])) for name in SHARES} for one in runs
     ]
