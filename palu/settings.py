@@ -127,16 +127,17 @@ class RunSettings(Settings):
 
     Attributes:
         method: the settings of the method, an instance of its ``Settings``.
-        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes a third off
-            the loss, to first order: ``loss / (3 ||gradient||_1)``, since AdamW first moves every weight by the rate.
+        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes two thirds
+            off the loss, to first order, or less where that would be more than a nat of the forget loss:
+            ``min(2/3, 1 / forget) loss / ||gradient||_1``, since AdamW first moves every weight by the rate.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
             ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
-        epochs: passes over the forget set (for PALU and its variants, too), at most: after 96 steps a run ends by
+        epochs: passes over the forget set (for PALU and its variants, too), at most: after 48 steps a run ends by
             itself where in two of them running no token to be forgotten is probable any more. ``None``: 16, and as many
-            as make 192 steps, for a method that gets there (PALU, but for its published loss), 8 for others.
+            as make 96 steps, for a method that gets there (PALU, but for its published loss), 8 for others.
         max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
             takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.

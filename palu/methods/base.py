@@ -20,7 +20,7 @@ from palu.settings import RunSettings, Settings, count, not_negative
 
 Role: TypeAlias = Literal["targets", "others", "retain"]  # of the rows of a batch
 ROLES: tuple[Role, ...] = ("targets", "others", "retain")
-FEWEST_STEPS = 96  # of a run that may end by itself: in later steps the KL brings back what the first ones took along
+FEWEST_STEPS = 48  # of a run that may end by itself: in later steps the KL brings back what the first ones took along
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class PaluSettings(MethodSettings):
                 self.require(getattr(self, field) == default[field], field, rule)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the most steps; if a run ends by itself, 16 passes over forget set and variants, but 192 at least."""
+        """Return the most steps; if a run ends by itself, 16 passes over forget set and variants, but 96 at least."""
         if self.ends_below is None:
             return super().total_steps(steps_per_epoch)
         return max(16 * steps_per_epoch, 2 * FEWEST_STEPS)

@@ -27,7 +27,9 @@ from palu.training.datasets import RunData
 from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
-FIRST_STEP = 1 / 3  # of the loss is what a rate that is not given takes off in the first step, to first order
+# What a rate that is not given takes off the loss in the first step, to first order: so large a part, but at most so
+# many nats off the forget loss. What is known by heart has a high one, and a rate that rose with it would break more.
+FIRST_STEP, MOST_NATS = 2 / 3, 1.0
 
 
 class DivergenceError(RuntimeError):
@@ -102,7 +104,9 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.give_weights_back()
         raise
     if slope:
-        set_rate(run.optimizer, run.scheduler, FIRST_STEP * abs(figures["loss"]) / slope)
+        forget = abs(figures[run.root.terms[0]])
+        share = FIRST_STEP if forget == 0 else min(FIRST_STEP, MOST_NATS / forget)
+        set_rate(run.optimizer, run.scheduler, share * abs(figures["loss"]) / slope)
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])

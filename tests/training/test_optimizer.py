@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from helpers import runs
-from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, weights
+from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM, TrainingArguments
@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
+from palu.training.loop import UnlearnResult
 from palu.training.optimizer import check_optimizer, load_state, make_optimizer
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
@@ -180,20 +181,8 @@ def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
 
 
 # --- The rate ---
-@pytest.mark.parametrize(
-    ("dtype", "settings"),
-    [
-        (torch.float64, {}),
-        (torch.float64, {"batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.1}),
-        (torch.float64, {"max_grad_norm": 1e-3}),
-        (torch.bfloat16, {}),
-        (torch.bfloat16, {"max_grad_norm": 1e-3}),
-    ],
-    ids=str,
-)
-def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    """A third of the loss over the gradient's 1-norm, whatever it is clipped to; a rate that is given wins."""
-    given = {"learning_rate": None, "lr_scheduler": "linear", "epochs": 3, "batch_size": 8} | settings
+def first_step(model: LlamaForCausalLM, **given: Any) -> tuple[UnlearnResult, float]:
+    """Unlearn; returns the result, and the 1-norm of the first gradient before clipping."""
     gradients: list[float] = []
 
     def keep(optimizer: Any, *_: Any) -> None:
@@ -202,18 +191,48 @@ def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: 
         gradients.append(clipped * norm)
 
     handle = register_optimizer_step_pre_hook(keep)
-    result = unlearn(tiny_llama(dtype=dtype), **given)
+    result = unlearn(model, learning_rate=None, **given)
     handle.remove()
-    first = result.history[0]
-    unclipped = gradients[0] * max(1, first["grad_norm"] / result.summary["config"]["max_grad_norm"])
-    rate = result.summary["config"]["learning_rate"]
-    assert rate == pytest.approx(first["loss"] / 3 / unclipped, rel=1e-3 if dtype == torch.float64 else 0.02)
+    return result, gradients[0] * max(1, result.history[0]["grad_norm"] / result.summary["config"]["max_grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float64, {}),
+        (torch.float64, {"gamma": 5.0, "lambda_retain": 2.0}),
+        (torch.float64, {"batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.1}),
+        (torch.float64, {"max_grad_norm": 1e-3}),
+        (torch.float64, {"gamma": 0.0}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"max_grad_norm": 1e-3}),
+    ],
+    ids=str,
+)
+def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Two thirds of the loss over the gradient's 1-norm before clipping; a rate that is given wins."""
+    given = {"lr_scheduler": "linear", "epochs": 3, "batch_size": 8} | settings
+    result, slope = first_step(tiny_llama(dtype=dtype), **given)
+    rate, first = result.summary["config"]["learning_rate"], result.history[0]
+    assert first["local"] < 1.5
+    assert rate == pytest.approx(2 / 3 * first["loss"] / slope, rel=1e-3 if dtype == torch.float64 else 0.02)
     steps = len(result.history)
     assert [r["learning_rate"] for r in result.history] == pytest.approx(
         [rate * (steps - i) / steps for i in range(steps)]
     )
     again = unlearn(tiny_llama(dtype=dtype), **given | {"learning_rate": rate})
     assert same_weights(again.model, weights(result.model))
+
+
+@pytest.mark.parametrize("weight", [1.0, 7.0])
+def test_the_rate_for_what_is_known_by_heart(weight: float) -> None:
+    """A nat of the forget loss, however the whole loss is weighted."""
+    model = tiny_llama(dtype=torch.float64)
+    overfit(model, forget_rows() + retain_rows())
+    result, slope = first_step(model, gamma=weight, lambda_kl=weight, lambda_retain=weight, max_steps=1)
+    first = result.history[0]
+    assert first["local"] > 2
+    assert result.summary["config"]["learning_rate"] == pytest.approx(first["loss"] / first["local"] / slope, rel=1e-3)
 
 
 def test_deepspeed_wants_a_rate() -> None:
