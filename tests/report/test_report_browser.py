@@ -118,8 +118,8 @@ def test_it_opens_at_once_without_a_request_or_an_error_and_everything_is_there(
     visit(report)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    # chrome: is the browser's own, of the tab that it began with.
-    assert [url for url in asked if not url.startswith(("data:", "chrome:"))] == [report.as_uri()]
+    # chrome: and chrome-untrusted: are the browser's own, of the tab that it began with.
+    assert [url for url in asked if not url.startswith(("data:", "chrome:", "chrome-untrusted:"))] == [report.as_uri()]
     assert browser.get_log("browser") == []
 
     def rows_of(section: str) -> list[int]:
