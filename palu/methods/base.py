@@ -45,6 +45,11 @@ class MethodSettings(Settings):
         return 8 * steps_per_epoch
 
     @property
+    def in_nats(self) -> bool:
+        """Whether the forget loss is in nats, as log-probabilities are."""
+        return True
+
+    @property
     def ends_below(self) -> float | None:
         """The probability below which all targets must stay for a run to end by itself; None: it does not.
 

@@ -129,6 +129,11 @@ class PaluSettings(MethodSettings):
         return max(16 * steps_per_epoch, 2 * FEWEST_STEPS)
 
     @property
+    def in_nats(self) -> bool:
+        """Whether the local loss is in nats: ``"topk_mse"`` is in squared logits."""
+        return self.local_loss == "unlikelihood"
+
+    @property
     def ends_below(self) -> float | None:
         """Ten times the floor, at most .2, or the floor: a digit, of which there are ten, comes to rest near .15."""
         if self.local_loss != "unlikelihood" or self.probability_floor == 0 or self.gamma == 0:

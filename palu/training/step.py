@@ -104,8 +104,8 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.give_weights_back()
         raise
     if slope:
-        forget = abs(figures[run.root.terms[0]])
-        share = FIRST_STEP if forget == 0 else min(FIRST_STEP, MOST_NATS / forget)
+        nats = abs(figures[run.root.terms[0]]) if run.config.method.in_nats else 0.0
+        share = min(FIRST_STEP, MOST_NATS / nats) if nats else FIRST_STEP
         set_rate(run.optimizer, run.scheduler, share * abs(figures["loss"]) / slope)
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}

@@ -224,15 +224,23 @@ def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: 
     assert same_weights(again.model, weights(result.model))
 
 
-@pytest.mark.parametrize("weight", [1.0, 7.0])
-def test_the_rate_for_what_is_known_by_heart(weight: float) -> None:
-    """A nat of the forget loss, however the whole loss is weighted."""
+@pytest.mark.parametrize(
+    ("settings", "in_nats"),
+    [
+        ({}, True),
+        ({"gamma": 7.0, "lambda_kl": 7.0, "lambda_retain": 7.0}, True),  # however the whole loss is weighted
+        ({"local_loss": "topk_mse", "probability_floor": 0.02}, False),
+    ],
+)
+def test_the_rate_for_what_is_known_by_heart(settings: dict[str, Any], in_nats: bool) -> None:
+    """A nat of the forget loss, where it is in nats."""
     model = tiny_llama(dtype=torch.float64)
     overfit(model, forget_rows() + retain_rows())
-    result, slope = first_step(model, gamma=weight, lambda_kl=weight, lambda_retain=weight, max_steps=1)
+    result, slope = first_step(model, max_steps=1, **settings)
     first = result.history[0]
     assert first["local"] > 2
-    assert result.summary["config"]["learning_rate"] == pytest.approx(first["loss"] / first["local"] / slope, rel=1e-3)
+    share = 1 / first["local"] if in_nats else 2 / 3
+    assert result.summary["config"]["learning_rate"] == pytest.approx(share * first["loss"] / slope, rel=1e-3)
 
 
 def test_deepspeed_wants_a_rate() -> None:
