@@ -27,9 +27,8 @@ from palu.training.datasets import RunData
 from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
-# What a rate that is not given takes off the loss in the first step, to first order: so large a part, but at most so
-# many nats off the forget loss. What is known by heart has a high one, and a rate that rose with it would break more.
-FIRST_STEP, MOST_NATS = 2 / 3, 1.0
+FIRST_STEP = 2 / 3  # of the loss is what the first step takes off, to first order, where no rate is given
+MOST_NATS = 1.0  # of the forget loss: it is high for what is known by heart, where a rate in proportion breaks more
 
 
 class DivergenceError(RuntimeError):
@@ -104,9 +103,7 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.give_weights_back()
         raise
     if slope:
-        nats = abs(figures[run.root.terms[0]]) if run.config.method.in_nats else 0.0
-        share = min(FIRST_STEP, MOST_NATS / nats) if nats else FIRST_STEP
-        set_rate(run.optimizer, run.scheduler, share * abs(figures["loss"]) / slope)
+        set_rate(run.optimizer, run.scheduler, first_step_share(figures, run.root) * abs(figures["loss"]) / slope)
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
@@ -170,6 +167,12 @@ def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, 1, dtype=acc_dtype(grad.dtype)) for grad in grads]
     return float(sum(full_tensor(norm) for norm in norms))  # one wait for the device
+
+
+def first_step_share(figures: Mapping[str, float], method: Method) -> float:
+    """Return what part of the loss the first step is to take off, to first order."""
+    nats = abs(figures[method.terms[0]]) if method.settings.in_nats else 0.0
+    return min(FIRST_STEP, MOST_NATS / nats) if nats else FIRST_STEP
 
 
 def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:

@@ -62,7 +62,8 @@ def record(folder: Path, name: str, forget: list[dict[str, Any]], retain: Any = 
 def contents(path: Path) -> str:
     """The file's text, its escapes undone, and what is left without the tags, in small letters; without hashes."""
     source = re.sub("[0-9a-f]{64}", "", path.read_text(encoding="utf-8"))
-    source = re.sub("(?=<[a-z/!])", "\0", source)  # a tag's "<" goes on with no text
+    if path.suffix == ".html":
+        source = re.sub("(?=<[a-z/!])", "\0", source)  # a tag's "<" goes on with no text
     return "\n".join([source, unescape(source), unescape(re.sub("<[^>]*>", "", source))]).casefold()
 
 
