@@ -74,7 +74,7 @@ cuda-check: $(VENV)/ready $(NVCC)/ready
 	PATH="$(abspath $(NVCC))/nvidia/cu13/bin:$$PATH" $(BIN)/python tests/cuda_check.py
 
 # Executes the CUDA kernels on an emulated GPU and compares them with their twins; needs g++, neither nvcc nor a GPU.
-cuda-emulate: CASES = 3
+cuda-emulate: CASES = 2
 cuda-emulate: $(VENV)/ready
 	$(BIN)/python tests/cuda_emulator/run.py --cases $(CASES) --seed $(SEED) --only '$(ONLY)'
 

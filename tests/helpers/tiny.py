@@ -70,11 +70,15 @@ def overfit(model: LlamaForCausalLM, rows: list[Row], steps: int = 60, learning_
     """Train a model until it knows every answer of the rows by heart."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
-    inputs, answers = padded(rows)
-    inputs, answers = {k: v.to(model.device) for k, v in inputs.items()}, answers.to(model.device)
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding in a batch
+    batches = [padded(rows[first : first + 12]) for first in range(0, len(rows), 12)]
+    tokens = sum(int((answers[:, 1:] != -100).sum()) for _, answers in batches)
     for _ in range(steps):
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten()).backward()
+        for inputs, answers in batches:
+            inputs, answers = {k: v.to(model.device) for k, v in inputs.items()}, answers.to(model.device)
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten(), reduction="sum")
+            (loss / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
