@@ -17,7 +17,7 @@ ABLATION: dict[str, Settings] = {
     "no-anchors": {"anchors": 0},
     "no-neighbours": {"neighbours": 0},
     "no-variants": {"variants": 0},
-    "K=1": {"top_k": 1},
+    "K=2": {"top_k": 2},
     "K=1000": {"top_k": 1000},
     "K=V": {"top_k": 10**9},
     "N=1": {"n": 1},

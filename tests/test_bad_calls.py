@@ -243,6 +243,7 @@ OBJECTIVES = "give one of palu, ga, gd, dpo, npo, simnpo, tpo, satimp, undial, o
 BAD_SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("n", (0, -2, 1.5, "3", None, True), "give a positive integer, or -1 for whole spans"),
     ("top_k", (0, -1, 5.0, "all", None, True), "give a positive integer"),
+    ("top_k", (1,), "the secret's own token may be the only candidate; give 2 or more"),
     ("target", ("mean", "", NAN, INF, None, True), "give one of global_mean, global_mean_detached, local_mean, or a finite number"),
     ("local_loss", ("entropy", None, 1), "give one of topk_mse, unlikelihood"),
     ("probability_floor", (-0.1, 1, NAN, "0.1", None, True), "give a number from 0 to below 1"),

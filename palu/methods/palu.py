@@ -116,6 +116,11 @@ class PaluSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(
+            self.local_loss != "unlikelihood" or self.top_k > 1,
+            "top_k",
+            "the secret's own token may be the only candidate; give 2 or more",
+        )
         default = {field: getattr(type(self), field) for fields in _READ_BY.values() for field in fields}
         for loss, fields in _READ_BY.items():
             for field in fields if loss != self.local_loss else ():

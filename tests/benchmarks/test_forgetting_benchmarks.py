@@ -33,7 +33,7 @@ has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One precision, and nothing that the model would first have to write; both are tested elsewhere."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    for settings in (_methods.METHODS["palu"], _methods.METHODS["K=1"], bench_muse_news.METHODS["palu-whole-texts"]):
+    for settings in (_methods.METHODS["palu"], _methods.METHODS["K=2"], bench_muse_news.METHODS["palu-whole-texts"]):
         for name in ("anchors", "neighbours", "variants"):
             monkeypatch.setitem(settings, name, 0)
 
@@ -188,8 +188,8 @@ def test_the_table_and_the_ablation_run(command: Callable, tmp_path: Path) -> No
         assert {name for name in _tofu.COLUMNS.values() if row[name] is None} == missing, row["method"]
 
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").rglob("*.gz")}
-    record = command(bench_tofu, "--preset tiny --methods palu,K=1")
-    assert [row["method"] for row in record["table"]] == ["original", "retain", "palu", "K=1"]
+    record = command(bench_tofu, "--preset tiny --methods palu,K=2")
+    assert [row["method"] for row in record["table"]] == ["original", "retain", "palu", "K=2"]
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
 
 
