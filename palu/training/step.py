@@ -94,7 +94,7 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
     counts = sum_counts([batch.counts for batch in batches], accelerator)
     outputs = [forward_backward(run.method, batch, counts, accelerator, last=batch is batches[-1]) for batch in batches]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]  # those that an engine has sharded
-    slope = None if run.rate else gradient_slope(parameters)
+    norm1 = None if run.rate else gradient_norm1(parameters)
     grad_norm = clip_gradients(run, parameters)
     try:
         figures = step_figures(batches, outputs, grad_norm, run.root, accelerator, run.history)
@@ -102,8 +102,11 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.optimizer.zero_grad()
         run.give_weights_back()
         raise
-    if slope:
-        set_rate(run.optimizer, run.scheduler, first_step_share(figures, run.root) * abs(figures["loss"]) / slope)
+    # Not from the retain loss alone, which says nothing of how fast the forget loss falls.
+    if norm1 and (figures[run.root.terms[0]] or not run.config.method.gamma):
+        set_rate(run.optimizer, run.scheduler, first_step_share(figures, run.root) * abs(figures["loss"]) / norm1)
+    if not run.rate:
+        run.optimizer.zero_grad()  # so that the optimizer does nothing: no moment changes
     run.optimizer.step()
     record: dict[str, float] = {"step": figures.pop("step"), "epoch": epoch, **figures}
     record["learning_rate"] = float(run.scheduler.get_last_lr()[0])
@@ -159,7 +162,7 @@ def losses_text(record: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in record.items() if name not in others)
 
 
-def gradient_slope(parameters: Sequence[nn.Parameter]) -> float:
+def gradient_norm1(parameters: Sequence[nn.Parameter]) -> float:
     """Return the 1-norm of the gradient. All processes must call it.
 
     AdamW's first step moves every weight by the rate, so to first order it takes rate times this off the loss.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from helpers import runs
+from helpers import runs, scenarios
 from helpers.tiny import forget_rows, overfit, retain_rows, same_weights, tiny_llama, weights
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -20,8 +19,9 @@ from transformers import LlamaForCausalLM, TrainingArguments
 import palu
 from palu.config import UnlearnConfig
 from palu.models.checks import check_models
+from palu.training import checkpoint
 from palu.training.loop import UnlearnResult
-from palu.training.optimizer import check_optimizer, load_state, make_optimizer
+from palu.training.optimizer import load_state, make_optimizer
 
 RATE = 1e-5  # a step that plain AdamW on bfloat16 mostly rounds away
 
@@ -212,10 +212,10 @@ def first_step(model: LlamaForCausalLM, **given: Any) -> tuple[UnlearnResult, fl
 def test_the_rate_follows_from_the_first_gradient(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """Two thirds of the loss over the gradient's 1-norm before clipping; a rate that is given wins."""
     given = {"lr_scheduler": "linear", "epochs": 3, "batch_size": 8} | settings
-    result, slope = first_step(tiny_llama(dtype=dtype), **given)
+    result, norm1 = first_step(tiny_llama(dtype=dtype), **given)
     rate, first = result.summary["config"]["learning_rate"], result.history[0]
     assert first["local"] < 1.5
-    assert rate == pytest.approx(2 / 3 * first["loss"] / slope, rel=1e-3 if dtype == torch.float64 else 0.02)
+    assert rate == pytest.approx(2 / 3 * first["loss"] / norm1, rel=1e-3 if dtype == torch.float64 else 0.02)
     steps = len(result.history)
     assert [r["learning_rate"] for r in result.history] == pytest.approx(
         [rate * (steps - i) / steps for i in range(steps)]
@@ -236,16 +236,40 @@ def test_the_rate_for_what_is_known_by_heart(settings: dict[str, Any], in_nats: 
     """A nat of the forget loss, where it is in nats."""
     model = tiny_llama(dtype=torch.float64)
     overfit(model, forget_rows() + retain_rows())
-    result, slope = first_step(model, max_steps=1, **settings)
+    result, norm1 = first_step(model, max_steps=1, **settings)
     first = result.history[0]
     assert first["local"] > 2
     share = 1 / first["local"] if in_nats else 2 / 3
-    assert result.summary["config"]["learning_rate"] == pytest.approx(share * first["loss"] / slope, rel=1e-3)
+    assert result.summary["config"]["learning_rate"] == pytest.approx(share * first["loss"] / norm1, rel=1e-3)
 
 
-def test_deepspeed_wants_a_rate() -> None:
-    """It gives no gradient away."""
-    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    check_optimizer(UnlearnConfig(learning_rate=1e-5), accelerator)
-    with pytest.raises(ValueError, match="learning_rate"):
-        check_optimizer(UnlearnConfig(), accelerator)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_is_taken_before_there_is_something_to_forget(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate comes from the first step with a forget loss, which is AdamW's first, also after a resume."""
+    start = tiny_llama(dtype=dtype)
+    overfit(start, forget_rows()[2:4] + retain_rows())
+    settings = {"learning_rate": None, "batch_size": 1, "probability_floor": 0.3, "max_steps": 6}
+
+    def run(**more: Any) -> UnlearnResult:
+        return unlearn(copy.deepcopy(start), **settings | more)
+
+    expected = run()
+    rates = [record["learning_rate"] for record in expected.history]
+    first = next(i for i, record in enumerate(expected.history) if record["local"] > 0)
+    assert 2 <= first < 5, "the test needs steps before, and some after"
+    assert all(record["retain"] > 0 for record in expected.history)
+    assert rates == [0] * first + [rates[-1]] * (6 - first) and rates[-1] > 0
+    before = weights(start)
+    assert same_weights(run(max_steps=first).model, before)
+    if dtype == torch.float32:
+        assert change(run(max_steps=first + 1).model, before).abs().max() == pytest.approx(rates[-1], rel=1e-3)
+
+    monkeypatch.setattr(checkpoint, "KEPT", 99)
+    folder = {"checkpoint_dir": str(tmp_path), "checkpoint_steps": 1}
+    run(**folder)
+    for last in (first + 1, first - 1):
+        for later in range(last + 1, 7):
+            (tmp_path / scenarios.step(later)).unlink(missing_ok=True)
+        scenarios.assert_same(run(**folder, resume=True), expected)
