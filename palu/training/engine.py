@@ -87,6 +87,10 @@ def _set_up_deepspeed(accelerator: Accelerator, config: UnlearnConfig) -> None:
             f"DeepSpeed is configured with gradient_clipping = {plugin.gradient_clipping} while max_grad_norm = "
             f"{config.max_grad_norm}; leave gradient_clipping out and pass max_grad_norm to palu.unlearn"
         )
+    if config.learning_rate is None:
+        raise ValueError(
+            "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
+        )
     # DeepSpeed only reckons its throughput from the batch size; how many micro-batches make a step, the loop says.
     plugin.deepspeed_config |= {
         "train_batch_size": config.batch_size * accelerator.num_processes,

@@ -41,7 +41,7 @@ from palu.training.engine import (
     training_copy,
     weights_back_if_refused,
 )
-from palu.training.optimizer import check_optimizer, make_optimizer
+from palu.training.optimizer import make_optimizer
 from palu.training.requests import read_earlier
 from palu.training.step import DivergenceError, Run, check_watched, ending, losses_text, train_step
 from palu.writable import check_folders
@@ -148,7 +148,6 @@ def unlearn(
             earlier=earlier,
         )
         config = data.config
-        check_optimizer(config, accelerator)
         if config.merge_adapter:
             check_mergeable(model)
     with added_adapter(model, config.method.lora_rank, config.seed) as adapted:

@@ -122,14 +122,6 @@ def clip_gradients(run: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
     return full_tensor(found)
 
 
-def check_optimizer(config: UnlearnConfig, accelerator: Accelerator) -> None:
-    """Raise ValueError where the optimizer could not do what is asked of it."""
-    if config.learning_rate is None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "learning_rate = None: DeepSpeed keeps the gradient to itself, from which the rate would follow; give one"
-        )
-
-
 def load_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rate: float) -> None:
     """Restore an optimizer of :func:`make_optimizer`.
 

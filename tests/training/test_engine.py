@@ -241,6 +241,7 @@ SEQUENCE = SimpleNamespace(tp_enabled=False, cp_enabled=False, sp_enabled=True)
         (DistributedType.DEEPSPEED, {"zero_stage": 0}, "zero_stage: 0 is not supported; set 1, 2 or 3, or use DDP"),
         (DistributedType.DEEPSPEED, {"zero3_init_flag": True}, "zero3_init_flag .* set it to false"),
         (DistributedType.DEEPSPEED, {"gradient_clipping": 0.5}, "= 0.5 while max_grad_norm = 1.0; leave gradient_clip"),
+        (DistributedType.DEEPSPEED, {}, "^learning_rate = None: DeepSpeed keeps the gradient to itself, .*; give one$"),
     ],
 )
 def test_engines_that_are_refused(
@@ -269,4 +270,4 @@ def test_shipped_configurations(name: str, kind: DistributedType, monkeypatch: p
         asked[key.removeprefix("fsdp_") if key != "fsdp_version" else key] = value
     accelerator = accelerator_of(kind, **asked)
     monkeypatch.setattr(engine_module, "Accelerator", lambda **_: accelerator)
-    assert engine_module.start_engine(UnlearnConfig()) is accelerator
+    assert engine_module.start_engine(UnlearnConfig(learning_rate=1e-5)) is accelerator
