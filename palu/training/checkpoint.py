@@ -121,7 +121,7 @@ class Checkpoints:
             for name, parameter in _trainable(model).items():
                 parameter.copy_(shard_like(parameter, tensors[f"model.{name}"]))
                 prefix = f"adamw.{name}."
-                saved = {key.removeprefix(prefix): tensors[key].clone() for key in tensors if key.startswith(prefix)}
+                saved = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
                 states.append({k: part if k == "step" else shard_like(parameter, part) for k, part in saved.items()})
         scheduler.load_state_dict(about["scheduler"])
         load_state(optimizer, states, float(scheduler.get_last_lr()[0]))

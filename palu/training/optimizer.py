@@ -125,12 +125,14 @@ def clip_gradients(run: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
 def load_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]], rate: float) -> None:
     """Restore an optimizer of :func:`make_optimizer`.
 
-    ``states``: of each parameter, in the optimizer's order; empty for one that no gradient has reached.
+    ``states``: of each parameter, in the optimizer's order; empty for one that no gradient has reached. Copied.
     """
     (group,) = optimizer.param_groups
     group["lr"] = rate
     for p, state in zip(group["params"], states, strict=True):
         # Not by load_state_dict, which would round float32 moments to the dtype of the weight.
         for name, value in state.items():
-            on_host = name == "step" and not group.get("fused")
-            optimizer.state[p][name] = value if on_host else value.to(p.device)
+            if name == "step":
+                optimizer.state[p][name] = value.to(p.device if group.get("fused") else "cpu", copy=True)
+            else:  # laid out as the weight is
+                optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -130,16 +130,19 @@ def test_weights_whose_gradient_is_zero_stay_as_they_are() -> None:
 
 
 def test_state_of_weights_in_two_dtypes_is_restored() -> None:
-    """Each in its own dtype; a float32 weight beside a bfloat16 one has no further bits."""
+    """Each in its own dtype, and from a file laid out as the weight, which may be transposed.
+
+    A float32 weight beside a bfloat16 one has no further bits.
+    """
     config, accelerator = UnlearnConfig(learning_rate=1e-2), Accelerator()
 
     def start() -> list[nn.Parameter]:
         torch.manual_seed(0)
-        return [nn.Parameter(torch.randn(5).to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+        return [nn.Parameter(torch.randn(3, 5).to(dtype).T) for dtype in (torch.bfloat16, torch.float32)]
 
     def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
         for parameter in parameters:
-            parameter.grad = torch.sin(torch.arange(5.0) + number).to(parameter.dtype)
+            parameter.grad = torch.sin(torch.arange(15.0).view(3, 5) + number).to(parameter.dtype).T
         optimizer.step()
 
     whole = start()
@@ -148,7 +151,7 @@ def test_state_of_weights_in_two_dtypes_is_restored() -> None:
         step(whole, optimizer, number)
     again = [nn.Parameter(p.detach().clone()) for p in whole]
     restored = make_optimizer(again, config, accelerator)
-    states = [{name: value.clone() for name, value in optimizer.state[p].items()} for p in whole]
+    states = [{name: value.contiguous().clone() for name, value in optimizer.state[p].items()} for p in whole]
     moments = {"step": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
     assert [{name: value.dtype for name, value in state.items()} for state in states] == [
         moments | {"low_bits": torch.bfloat16},
