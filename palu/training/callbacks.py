@@ -99,8 +99,7 @@ class TrainingEvents:
         )
         own = set().union(*map(_overridden, callbacks)) & EVENTS
         self.used_events = set().union(*gather_values(own, run.accelerator))  # by a callback of any process
-        self.last_saved = run.checkpoints.saved  # step of the last checkpoint that on_save was called for
-        self.ended_by = run.checkpoints.ended_by  # "callback" or "forgotten"
+        self.last_saved = run.checkpoints.saved  # what the last checkpoint held that on_save was called for
         self.bar = tqdm(total=run.total_steps, initial=len(run.history), desc="unlearn", disable=not progress)
         self.clock = time.perf_counter()
 
@@ -122,7 +121,12 @@ class TrainingEvents:
     @property
     def steps_left(self) -> int:
         """Optimisation steps that the run still has."""
-        return 0 if self.ended_by else self.run.total_steps - len(self.history)
+        return 0 if self.checkpoints.ended_by else self.run.total_steps - len(self.history)
+
+    def begin_epoch(self) -> None:
+        """Begin an epoch; what was done since the last one is no part of its first step."""
+        self.call("on_epoch_begin")
+        self.clock = time.perf_counter()
 
     def begin_step(self) -> None:
         """Begin an optimisation step."""
@@ -152,7 +156,7 @@ class TrainingEvents:
         if self.steps_left:
             watched = check_watched(self.run)
             if enough_forgotten(self.history, len(self.run.loader), self.run.root, watched) and not ask(self.run):
-                self.ended_by = "forgotten"
+                self.checkpoints.ended_by = "forgotten"
 
     def _do_requests(self) -> None:
         """Evaluate where that is due; evaluate, end the run and write a checkpoint where a callback asked for it."""
@@ -161,14 +165,14 @@ class TrainingEvents:
         if self.control.should_evaluate or taken == 0 or (every is not None and taken % every == 0):
             self._evaluate()
         if self.control.should_training_stop and taken and self.steps_left:
-            self.ended_by = self.checkpoints.ended_by = "callback"
+            self.checkpoints.ended_by = "callback"
         if save or self.control.should_save:
             self.checkpoints.save(self.history)
             self._call_on_save()
 
     def _call_on_save(self) -> None:
         """Call ``on_save`` where a checkpoint was written since the last call."""
-        if self.checkpoints.saved > self.last_saved:
+        if self.checkpoints.saved != self.last_saved:
             self.last_saved = self.checkpoints.saved
             self.call("on_save")
 

@@ -46,7 +46,7 @@ from palu.signals import TERMINATED, exit_on_sigterm
 from palu.training.datasets import RunData
 from palu.training.optimizer import load_state
 
-FORMAT = 5
+FORMAT = 6
 KEPT = 2
 # Settings that may change on resume: none of them has a part in the result.
 FREE = {"cache_dir", "checkpoint_dir", "checkpoint_minutes", "checkpoint_steps", "resume"}
@@ -76,7 +76,7 @@ class Checkpoints:
         self.minutes, self.every = config.checkpoint_minutes, config.checkpoint_steps
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.stopped_by: int | None = None  # the signal that came
-        self.ended_by: str | None = None  # what ended the run before its last step, if that is known after a step
+        self.ended_by: str | None = None  # what ended the run before its last step: "callback" or "forgotten"
         self.evaluation_before: dict[str, float] = {}  # the metrics before the first step
         self.returned: list[int] = []  # what of the watched takes part in this epoch, by the loader's number
         self.told: list[Item] = []  # answers of the model that told a secret when it was asked
@@ -111,7 +111,8 @@ class Checkpoints:
     ) -> History:
         """Restore the newest checkpoint; return its history, which is empty in a new run."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.saved, self.written = 0, time.monotonic()
+        self.saved: tuple[int, str | None] = (0, None)  # steps and end of the run, as the newest checkpoint has them
+        self.written = time.monotonic()
         if self.folder is None or not (existing := self._steps()):
             return []
         self._tidy()  # a kill may have come between writing and tidying
@@ -129,11 +130,11 @@ class Checkpoints:
         torch.set_rng_state(tensors["rng.cpu"][own].clone())
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), self.accelerator.device)
-        self.saved, self.ended_by = len(about["history"]), about.get("ended_by")
-        self.started -= about.get("seconds", 0.0)
-        self.evaluation_before, self.returned = about.get("evaluation_before", {}), about.get("returned", [])
-        self.told = [item_from_json(one) for one in about.get("told", [])]
-        self._say(f"resuming after step {self.saved}, from {existing[-1]}")
+        self.ended_by, self.evaluation_before = about["ended_by"], about["evaluation_before"]
+        self.returned, self.told = about["returned"], [item_from_json(one) for one in about["told"]]
+        self.started -= about["seconds"]
+        self.saved = (len(about["history"]), self.ended_by)
+        self._say(f"resuming after step {self.saved[0]}, from {existing[-1]}")
         return about["history"]
 
     def after_step(self, history: History) -> None:
@@ -153,8 +154,12 @@ class Checkpoints:
             self._stop_if_asked()
 
     def save(self, history: History) -> None:
-        """Write a checkpoint of the run after the last step of ``history``, unless there is one; drop older ones."""
-        if self.folder is None or len(history) == self.saved:
+        """Write a checkpoint of the run after the last step of ``history``, unless there is one; drop older ones.
+
+        One that was written before something ended the run after that step is replaced.
+        """
+        ended = (len(history), self.ended_by)
+        if self.folder is None or ended == self.saved:
             return
         tensors = {"rng.cpu": self._of_all(torch.get_rng_state())}
         if self.accelerator.device.type == "cuda":
@@ -179,7 +184,7 @@ class Checkpoints:
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 self._write(path, tensors, about)
-        self.saved, self.written = len(history), time.monotonic()
+        self.saved, self.written = ended, time.monotonic()
         self._tidy()
 
     @contextmanager
@@ -214,7 +219,7 @@ class Checkpoints:
     def _stop_if_asked(self) -> None:
         if self.stopped_by is None:
             return
-        self._say(f"stopped after step {self.saved}")
+        self._say(f"stopped after step {self.saved[0]}")
         if self.stopped_by == signal.SIGTERM:
             raise SystemExit(TERMINATED)
         raise KeyboardInterrupt(

@@ -221,10 +221,10 @@ def train(
                         events.begin_step()
                         history.append(train_step(run, batches, epoch))
                         events.end_step()  # logs it; an evaluation and a checkpoint, where due
-                        if events.ended_by:
+                        if checkpoints.ended_by:
                             break
                     events.end_epoch()
-                    if events.ended_by:
+                    if checkpoints.ended_by:
                         break
             run.give_weights_back()
 
@@ -239,7 +239,7 @@ def train(
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,
-        "ended_by": events.ended_by,
+        "ended_by": checkpoints.ended_by,
         "evaluation_before": checkpoints.evaluation_before,
         "seconds": checkpoints.seconds,
         "device": str(accelerator.device),

@@ -209,6 +209,16 @@ def test_a_callback_ends_the_run(event: str, step: int, steps: int, tmp_path: Pa
     assert resumed.summary["ended_by"] == ended.summary["ended_by"] == "callback"
 
 
+@ON_CPU
+def test_a_run_that_is_ended_after_its_checkpoint_is_resumed_as_ended(tmp_path: Path) -> None:
+    one, settings = Listener(), {"epochs": 4, "checkpoint_dir": str(tmp_path), "checkpoint_steps": 1}
+    ended = unlearn(tiny_llama(), **settings, callbacks=[asking("epoch_end", "should_training_stop", 4), one])
+    assert one.calls[-4:] == [("save", 4), ("epoch_end", 4), ("save", 4), ("train_end", 4)]
+    resumed = unlearn(tiny_llama(), **settings, resume=True)
+    assert_same(resumed, ended)
+    assert resumed.summary["ended_by"] == "callback"
+
+
 def test_asking_to_stop_after_the_last_step_changes_nothing() -> None:
     result = unlearn(tiny_llama(), max_steps=3, callbacks=[asking("step_end", "should_training_stop", 3)])
     assert result.summary["ended_by"] is None

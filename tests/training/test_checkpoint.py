@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from palu import CheckpointError
 from palu.ref_model import precompute
-from palu.training import checkpoint
+from palu.training import callbacks, checkpoint
 from palu.training.checkpoint import Checkpoints
 
 pytestmark = ON_CPU
@@ -75,14 +75,20 @@ def test_killed_and_resumed(
         assert told in capsys.readouterr().err
 
 
-def test_stopping_early_is_resumed_as_stopped(folder: Path) -> None:
+@pytest.mark.parametrize("every", [None, 1])
+def test_stopping_early_is_resumed_as_stopped(every: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is not asked once more."""
     model = tiny_llama()
     overfit(model, forget_rows() + retain_rows())
-    settings = {"epochs": 60, "probability_floor": 0.1, "learning_rate": 3e-3, "checkpoint_dir": str(folder)}
+    settings = {"epochs": 60, "probability_floor": 0.1, "learning_rate": 3e-3}
+    settings |= {"checkpoint_dir": str(folder), "checkpoint_steps": every}
+    asked = []
+    monkeypatch.setattr(callbacks, "ask", lambda run: bool(asked.append(run)))
     stopped = unlearn(copy.deepcopy(model), **settings)
-    assert stopped.summary["ended_by"] == "forgotten"
+    assert stopped.summary["ended_by"] == "forgotten" and len(asked) == 1
     resumed = unlearn(copy.deepcopy(model), resume=True, **settings)
     assert_same(resumed, stopped)
+    assert len(asked) == 1
     for name in ("epochs", "ended_by"):
         assert resumed.summary[name] == stopped.summary[name]
 
