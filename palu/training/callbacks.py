@@ -101,7 +101,7 @@ class TrainingEvents:
         self.used_events = set().union(*gather_values(own, run.accelerator))  # by a callback of any process
         self.last_saved = run.checkpoints.saved  # what the last checkpoint held that on_save was called for
         self.bar = tqdm(total=run.total_steps, initial=len(run.history), desc="unlearn", disable=not progress)
-        self.clock = time.perf_counter()
+        self.clock = 0.0  # from which the next step's seconds count
 
     @contextmanager
     def around_run(self) -> Iterator[None]:
@@ -109,7 +109,6 @@ class TrainingEvents:
         try:
             self.call("on_train_begin")
             self._do_requests()
-            self.clock = time.perf_counter()
             yield
             self._evaluate()
             self.checkpoints.save(self.history)

@@ -216,7 +216,7 @@ def train(
             events = TrainingEvents(run, callbacks, evaluate, tokenizer, progress=progress)
             with events.around_run():
                 for epoch in range(loader.skip(len(history)), -(-total_steps // len(loader)) + 1):
-                    events.call("on_epoch_begin")
+                    events.begin_epoch()
                     for batches in islice(loader, events.steps_left):
                         events.begin_step()
                         history.append(train_step(run, batches, epoch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,15 @@ def test_events_come_in_trainers_order(tmp_path: Path) -> None:
         ("evaluate", 4),
         ("train_end", 4),
     ]
+
+
+@pytest.mark.parametrize("event", ["train_begin", "epoch_begin", "step_end", "epoch_end"])
+def test_the_time_of_callbacks_is_no_steps(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes an hour."""
+    clock, hours = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
+    result = unlearn(tiny_llama(), callbacks=[at(event, lambda *_, **__: hours.append(1))])
+    assert hours and all(r["tokens"] / r["tokens_per_second"] < 1800 for r in result.history)
 
 
 def test_what_callbacks_are_given() -> None:
