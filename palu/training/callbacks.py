@@ -252,12 +252,23 @@ class TrainingEvents:
 
 
 class LossLines(TrainerCallback):
-    """Prints the losses of at most LINES steps, evenly apart; the last step is one of them."""
+    """Prints the losses of at most LINES steps, evenly apart, and of the last one."""
+
+    printed = 0  # the last of these steps
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         left, apart = state.max_steps - state.global_step, -(-state.max_steps // LINES)
-        if state.is_world_process_zero and left % apart == 0:
-            print(f"step {state.global_step} of {state.max_steps}: {losses_text(kwargs['logs'])}", flush=True)
+        if left % apart == 0:
+            self._print(state, kwargs["logs"])
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.printed != state.global_step:  # the run ended early
+            self._print(state, state.log_history[-1])
+
+    def _print(self, state: TrainerState, record: Mapping[str, float]) -> None:
+        self.printed = state.global_step
+        if state.is_world_process_zero:
+            print(f"step {state.global_step} of {state.max_steps}: {losses_text(record)}", flush=True)
 
 
 def _overridden(callback: TrainerCallback) -> set[str]:

@@ -56,6 +56,14 @@ def test_a_long_run_prints_few_lines_of_losses(capsys: pytest.CaptureFixture[str
     assert printed == [f"step {step} of 90: loss 0.25, eval_told 1" for step in range(3, 91, 3)]
 
 
+def test_the_last_step_of_a_run_that_ends_early_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for stop, printed in ((4, [2, 4]), (5, [2, 4, 5])):
+        stopping = asking("step_end", "should_training_stop", stop)
+        unlearn(tiny_llama(), max_steps=80, callbacks=[LossLines(), stopping])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines] == [f"step {number} of 80" for number in printed]
+
+
 class Listener(TrainerCallback):
     """Writes down each event, the step after which it came, and what it was given."""
 
