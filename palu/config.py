@@ -8,7 +8,7 @@ from typing import Any
 
 from palu.methods import METHODS, Method
 from palu.methods.base import Reference
-from palu.methods.palu import RECIPES
+from palu.methods.palu import RECIPES, PaluMethod
 from palu.settings import RunSettings, field_names, field_values
 
 
@@ -30,10 +30,12 @@ class UnlearnConfig(RunSettings):
     objective: str | type[Method] = "palu"
 
     def __init__(self, objective: str | type[Method] = "palu", **settings: Any):
+        self._given: frozenset[str]
         method = find_method(objective)
         object.__setattr__(self, "objective", objective)
         own = {name: settings.pop(name) for name in field_names(method.Settings) if name in settings}
-        for name in settings.keys() - set(field_names(RunSettings)):
+        object.__setattr__(self, "_given", frozenset(own))  # of the method's settings; for replace
+        for name in sorted(settings.keys() - set(field_names(RunSettings))):
             if not (readers := readers_of(name)):
                 known = ["objective", *field_names(RunSettings), *field_names(method.Settings)]
                 raise TypeError(f"{name!r} is no setting of palu.unlearn; the settings are {', '.join(sorted(known))}")
@@ -43,24 +45,21 @@ class UnlearnConfig(RunSettings):
             )
         super().__init__(method=method.Settings(**own), **settings)
 
-    def replace(self, **overrides: Any) -> UnlearnConfig:
-        """Return this configuration with some fields changed.
+    def replace(self, recipe: str | None = None, **overrides: Any) -> UnlearnConfig:
+        """Return this configuration with the settings of RECIPES[recipe], if one is given, and then the overrides.
 
-        With another ``objective``, its method has its own defaults, but for what this one's was given.
+        With another ``objective``, its method has its own defaults, but for what this one's was given. Raises
+        ValueError as :class:`UnlearnConfig` does, and where the recipe is none or not of this objective.
         """
-        own = field_values(self.method)
-        if find_method(overrides.get("objective", self.objective)) is not self.method_class:
-            default = field_values(self.method_class.Settings())
-            own = {name: value for name, value in own.items() if value != default[name]}
-        return UnlearnConfig(**{"objective": self.objective, **own, **field_values(self), **overrides})
-
-    def with_recipe(self, recipe: str | None) -> UnlearnConfig:
-        """Return this configuration with the settings of RECIPES[recipe]; None: as it is. Raises ValueError."""
-        if recipe is None:
-            return self
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe = {recipe!r}: give one of {', '.join(RECIPES)}, or None")
-        return self.replace(**RECIPES[recipe])
+        own = {name: value for name, value in field_values(self.method).items() if name in self._given}
+        fields = {"objective": self.objective, **own, **field_values(self)}
+        if recipe is not None:
+            if recipe not in RECIPES:
+                raise ValueError(f"recipe = {recipe!r}: give one of {', '.join(RECIPES)}, or None")
+            if not issubclass(find_method(overrides.get("objective", self.objective)), PaluMethod):
+                raise ValueError(f"recipe = {recipe!r} is of objective = 'palu'; leave one of them out")
+            fields |= RECIPES[recipe]
+        return UnlearnConfig(**fields | overrides)
 
     def values(self) -> dict[str, Any]:
         """Return every setting's value by its name; the objective by its name, too."""

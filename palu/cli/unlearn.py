@@ -123,7 +123,7 @@ def unlearn(
     implied: dict[str, Any] = {setting: str(private / name) for setting, name in folders.items()}
     if retain == "none":
         implied["lambda_retain"] = 0.0
-    config = UnlearnConfig().with_recipe(recipe).replace(**implied | settings)
+    config = UnlearnConfig().replace(recipe, **implied | settings)
     if lora and config.method.lora_rank is None:
         raise ValueError("--lora: this method trains all weights by default; give --lora-rank, too, such as 8")
     if os.environ.get("RANK", "0") == "0":  # the process that writes

@@ -125,7 +125,7 @@ def unlearn(
     """
     if not isinstance(config, UnlearnConfig | None):
         raise TypeError(f"config is a {type(config).__name__}; give a palu.UnlearnConfig, or its fields as arguments")
-    config = (config or UnlearnConfig()).with_recipe(recipe).replace(**overrides)
+    config = (config or UnlearnConfig()).replace(recipe, **overrides)
     accelerator = start_engine(config)
     earlier = None if after is None else compute_on_main(lambda: read_earlier(after), accelerator)
     # Text to tokens with roles. Every complaint about settings, models and data comes before anything is changed.

@@ -15,6 +15,7 @@ from palu.methods import METHODS
 from palu.methods.base import MethodSettings, Shares
 from palu.methods.baseline import Baseline
 from palu.methods.gradient_ascent import GradientDifference
+from palu.methods.palu import RECIPES
 from palu.settings import field_names, positive
 
 
@@ -48,8 +49,23 @@ def test_a_method_reads_no_setting_of_another(objective: str) -> None:
 def test_another_objective_takes_over_what_was_given() -> None:
     assert UnlearnConfig(gamma=3.0).replace(objective="simnpo").method.gamma == 3.0
     assert UnlearnConfig().replace(objective="simnpo").method.gamma == 0.125
+    assert UnlearnConfig().replace(objective="npo").method.lora_rank is None
+    assert UnlearnConfig(lora_rank=8).replace(epochs=3).replace(objective="npo").method.lora_rank == 8, "PALU's default"
     with pytest.raises(ValueError, match="n = 2: objective = 'npo' does not read it"):
         UnlearnConfig(n=2).replace(objective="npo")
+
+
+def test_a_recipe_is_of_palu() -> None:
+    class Own(METHODS["palu"]):
+        """A PALU of somebody else's."""
+
+    assert (
+        UnlearnConfig(Own).replace("paper", n=2).values() == UnlearnConfig(Own, **RECIPES["paper"] | {"n": 2}).values()
+    )
+    assert UnlearnConfig("npo").replace("paper", objective="palu") == UnlearnConfig(**RECIPES["paper"])
+    for config, given in ((UnlearnConfig("npo"), {}), (UnlearnConfig(), {"objective": "npo"})):
+        with pytest.raises(ValueError, match=r"^recipe = 'paper' is of objective = 'palu'; leave one of them out$"):
+            config.replace("paper", **given)
 
 
 def test_a_class_as_the_objective() -> None:
