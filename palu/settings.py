@@ -20,9 +20,18 @@ EVAL_PREFIX = "eval_"  # of the names of an evaluation's figures in a step's rec
 _NOT_FOR_TEMPLATES = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
 
 
-def setting(default: Any, valid: Callable[[Any], bool], rule: str, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a field of :class:`Settings`; ``rule``: what the error says of a value that is not valid."""
-    return dataclasses.field(default=default, metadata={"valid": valid, "rule": rule, "choices": choices})
+def setting(
+    default: Any, valid: Callable[[Any], bool], rule: str, choices: tuple[str, ...] = (), none: str = ""
+) -> Any:
+    """Declare a field of :class:`Settings`.
+
+    ``rule``: what the error says of a value that is not valid; ``none``: what None means, if it may be.
+    """
+    metadata: dict[str, Any] = {"valid": valid, "rule": rule, "choices": choices}
+    if none:
+        metadata["valid"] = lambda value: value is None or valid(value)
+        metadata["rule"] += f", or None for {none}"
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def choice(default: str, choices: tuple[str, ...]) -> Any:
@@ -37,8 +46,7 @@ def flag(default: bool) -> Any:
 
 def positive(default: float | None, none: str = "") -> Any:
     """Declare a field that holds a number above 0; ``none``: what None means, if it may be."""
-    rule = "give a positive number" + (f", or None for {none}" if none else "")
-    return setting(default, lambda value: (bool(none) and value is None) or (is_number(value) and value > 0), rule)
+    return setting(default, lambda value: is_number(value) and value > 0, "give a positive number", none=none)
 
 
 def not_negative(default: float) -> Any:
@@ -48,16 +56,14 @@ def not_negative(default: float) -> Any:
 
 def count(default: int | None, none: str = "", *, zero: bool = False) -> Any:
     """Declare a field that holds a positive integer, with ``zero`` also 0; ``none``: what None means, if it may be."""
-    rule = f"give {'0 or ' if zero else ''}a positive integer" + (f", or None for {none}" if none else "")
-    return setting(
-        default, lambda value: (bool(none) and value is None) or (is_int(value) and value >= (0 if zero else 1)), rule
-    )
+    rule = f"give {'0 or ' if zero else ''}a positive integer"
+    return setting(default, lambda value: is_int(value) and value >= (0 if zero else 1), rule, none=none)
 
 
-def folder() -> Any:
-    """Declare a field that holds a folder's path, or None."""
-    rule = "give a folder's path as a string, or None"
-    return setting(None, lambda value: value is None or (isinstance(value, str) and value != ""), rule)
+def folder(default: str | None, none: str = "") -> Any:
+    """Declare a field that holds a folder's path; ``none``: what None means, if it may be."""
+    rule = "give a folder's path as a string"
+    return setting(default, lambda value: isinstance(value, str) and value != "", rule, none=none)
 
 
 def is_int(value: Any) -> bool:
@@ -200,17 +206,17 @@ class RunSettings(Settings):
     gradient_checkpointing: bool = flag(False)
     merge_adapter: bool = flag(False)
     chunk_bytes: int = count(256 * 2**20)
-    cache_dir: str | None = folder()
-    checkpoint_dir: str | None = folder()
+    cache_dir: str | None = folder(None, "no folder")
+    checkpoint_dir: str | None = folder(None, "no folder")
     checkpoint_minutes: float = positive(10.0)
     checkpoint_steps: int | None = count(None, "checkpoint_minutes")
     resume: bool = flag(False)
     seed: int = setting(0, lambda value: is_int(value) and 0 <= value < 2**32, "give an integer in [0, 2**32)")
     progress: bool = flag(True)
     report_to: str | None = setting(
-        None, _has_trackers, f"give one of {', '.join(TRACKERS)}, both with a comma between them, or None"
+        None, _has_trackers, f"give one of {', '.join(TRACKERS)}, both with a comma between them", none="neither"
     )
-    logging_dir: str = setting("runs", lambda value: isinstance(value, str) and value != "", "give a folder's path")
+    logging_dir: str = folder("runs")
 
     def __post_init__(self) -> None:
         super().__post_init__()

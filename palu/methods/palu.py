@@ -110,9 +110,7 @@ class PaluSettings(MethodSettings):
     kl_rows: int | None = count(None, "all ordinary tokens")
     variants: int = count(10, zero=True)
     neighbours: int = count(24, zero=True)
-    anchors: int | None = setting(
-        None, lambda value: value is None or (is_int(value) and value >= 0), "give 0 or a positive integer, or None"
-    )
+    anchors: int | None = count(None, "as many as the run can use", zero=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
