@@ -7,6 +7,7 @@ papers leave a choice, it is that of open-unlearning.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,3 +57,8 @@ def true_logit(logits: Tensor, labels: Tensor) -> Tensor:
 def per_item(values: Tensor, item: Tensor, items: int) -> Tensor:
     """Sum the values [R] of each item: [items]. ``item``: [R], the item that each value belongs to."""
     return values.new_zeros(items).index_add(0, item, values)
+
+
+def item_means(values: Tensor, item: Tensor, items: int) -> Tensor:
+    """Average the values [R] of each item, as :func:`per_item` sums them: [items]; NaN for one without values."""
+    return per_item(values, item, items) / per_item(torch.ones_like(values), item, items)

@@ -23,7 +23,7 @@ from palu.methods.base import (
     WeightedTerm,
     retain_term,
 )
-from palu.models.head import Head, rows_per_chunk
+from palu.models.head import Head, map_logits
 from palu.ops import weight_mean
 from palu.settings import (
     KL_DIRECTIONS,
@@ -182,14 +182,14 @@ class PaluMethod(Method):
         if holds:
             fields.append(RefField("hidden", "others"))  # [ordinary, d]: the last hidden state
 
+        def candidates(logits: Tensor, labels: Tensor) -> Tensor:
+            index = logits.topk(min(own.top_k, logits.shape[-1]), sorted=False).indices.int()
+            return torch.cat([labels[:, None].int(), index], 1) if own.local_loss == "unlikelihood" else index
+
         def compute(rows: RefRows, head: Head) -> dict[str, Tensor]:
             outputs = {}
             if ranks:
-                k = min(own.top_k, head.weight.shape[0])
-                states = rows.targets.split(rows_per_chunk(head, config.chunk_bytes))
-                index = torch.cat([head.logits(chunk).topk(k, sorted=False).indices.int() for chunk in states])
-                true = rows.target_labels[:, None].to(index)
-                outputs["index"] = torch.cat([true, index], 1) if own.local_loss == "unlikelihood" else index
+                outputs["index"] = map_logits(candidates, rows.targets, head, rows.target_labels, config.chunk_bytes)
             if holds:
                 outputs["hidden"] = rows.others.to(_product_dtype(rows.others, head))
             return outputs

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from palu.data.packing import Batch
 from palu.methods.base import MethodSettings, Shares
-from palu.methods.baseline import Baseline, per_item, preference
+from palu.methods.baseline import Baseline, item_means, preference
 from palu.models.head import nll
 from palu.settings import is_number, not_negative, positive, setting
 
@@ -39,8 +38,5 @@ class SimNPO(Baseline):
 
     def forget_loss(self, logits: Tensor, batch: Batch, shares: Shares) -> Tensor:
         """Compute the preference against answers of a low mean NLL."""
-        loss = nll(logits, batch.labels[: len(logits)])
-        total, tokens = (
-            per_item(values, batch.item, batch.counts.examples) for values in (loss, torch.ones_like(loss))
-        )
-        return preference(total / tokens - self.settings.delta, self.settings.beta, shares)
+        mean = item_means(nll(logits, batch.labels[: len(logits)]), batch.item, batch.counts.examples)
+        return preference(mean - self.settings.delta, self.settings.beta, shares)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from palu.data.packing import Batch, Items, forget_items
 from palu.methods.base import ForgetSet, MethodSettings, Reference, RefField, RefRows, Shares
-from palu.methods.baseline import Baseline, per_item, preference, true_logit
+from palu.methods.baseline import Baseline, item_means, preference, true_logit
 from palu.models.head import Head, map_logits, nll
 from palu.settings import RunSettings, positive
 
@@ -53,9 +52,7 @@ class TPO(Baseline):
         """Compute the module's loss; examples without a sensitive token have only its second part."""
         targets, labels = batch.counts.targets, batch.labels[: len(logits)]
         gap = batch.reference["logit"] - true_logit(logits[:targets], labels[:targets])
-        total, tokens = (
-            per_item(values, batch.item[:targets], batch.counts.examples) for values in (gap, torch.ones_like(gap))
-        )
-        advantage = (total / tokens)[tokens > 0]  # not every example has a sensitive token
+        advantage = item_means(gap, batch.item[:targets], batch.counts.examples)
+        advantage = advantage[batch.item[:targets].unique()]  # not every example has a sensitive token
         of_others = nll(logits[targets:], labels[targets:]).sum() * shares.others
         return preference(advantage, self.settings.beta, shares) + of_others

@@ -126,7 +126,7 @@ def rows_per_chunk(head: Head, chunk_bytes: int) -> int:
 def map_logits(
     function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
 ) -> Tensor:
-    """Apply a function of logits [r, V] and labels [r] to chunks of the rows with hidden states [R, d]: [R]."""
+    """Apply a function of logits [r, V] and labels [r], to [r, ...], to chunks of rows with hidden states [R, d]."""
     rows = rows_per_chunk(head, chunk_bytes)
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat([function(head.logits(h), label) for h, label in chunks])
