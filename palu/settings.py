@@ -124,7 +124,7 @@ def field_values(settings: Settings) -> dict[str, Any]:
 
 
 def _has_trackers(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and all(name.strip() in TRACKERS for name in value.split(",")))
+    return isinstance(value, str) and all(name.strip() in TRACKERS for name in value.split(","))
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class RunSettings(Settings):
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in
             ``transformers.get_scheduler``.
         max_grad_norm: gradients are clipped to this 2-norm.
-        epochs: passes over the forget set (for PALU and its variants, too), at most: after 48 steps a run ends by
-            itself where in two of them running no token to be forgotten is probable any more. ``None``: 16, and as many
-            as make 96 steps, for a method that gets there (PALU, but for its published loss), 8 for others.
+        epochs: the most passes over the forget set. A run ends earlier, but not before 48 steps, once no secret token
+            was probable during two passes in a row. ``None``: for PALU 16 passes, or as many as make 96 steps if that
+            is more; for other methods, and for the published loss, 8.
         max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
             takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.

@@ -25,7 +25,10 @@ DECODING_FACTOR = 8  # generation holds keys and values, not activations: this m
 
 @contextmanager
 def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into evaluation mode and greedy decoding within the block; restore both afterwards."""
+    """Put the model into evaluation mode within the block.
+
+    Restore that, and its generation settings, which the block may change, afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
     settings = model.generation_config
     model.eval()

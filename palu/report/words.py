@@ -9,7 +9,7 @@ from typing import Any
 from palu.config import UnlearnConfig
 from palu.methods import METHODS
 from palu.report.plots import number
-from palu.training.checkpoint import FREE
+from palu.training.checkpoint import MAY_CHANGE_ON_RESUME
 
 MASK = "███"  # in place of a secret
 # Figures of the history that are not terms of the loss, and titles of those that are.
@@ -102,7 +102,7 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     defaults = UnlearnConfig(objective).values() if objective in METHODS else {}  # else of a class that is not here
     rows = []
     for name, value in config.items():
-        if name not in FREE:
+        if name not in MAY_CHANGE_ON_RESUME:
             default = "palu" if name == "objective" else defaults.get(name, value)
             rows.append((name, _shown(value), _shown(default), value != default))
     return rows

@@ -48,9 +48,9 @@ from palu.training.optimizer import load_state
 
 FORMAT = 6
 KEPT = 2
-# Settings that may change on resume: none of them has a part in the result.
-FREE = {"cache_dir", "checkpoint_dir", "checkpoint_minutes", "checkpoint_steps", "resume"}
-FREE |= {"eval_steps", "progress", "report_to", "logging_dir"}
+# None of these settings has a part in the result.
+MAY_CHANGE_ON_RESUME = {"cache_dir", "checkpoint_dir", "checkpoint_minutes", "checkpoint_steps", "resume"}
+MAY_CHANGE_ON_RESUME |= {"eval_steps", "progress", "report_to", "logging_dir"}
 
 # The handlers that a run takes the place of: Python's own, and the command's.
 _USUAL = {signal.SIGINT: (signal.default_int_handler,), signal.SIGTERM: (signal.SIG_DFL, exit_on_sigterm)}
@@ -312,7 +312,7 @@ def describe_run(
     key = reference_key(config, accelerator, fingerprints)
     if config.checkpoint_dir is None:
         return {"reference": key}
-    settings = {name: value for name, value in config.values().items() if name not in FREE}
+    settings = {name: value for name, value in config.values().items() if name not in MAY_CHANGE_ON_RESUME}
     settings |= {
         "mixed_precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
