@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -26,12 +26,13 @@ NF4_LEVELS = torch.tensor(
         *(0.079580314, 0.16093014, 0.24611226, 0.33791512, 0.44070974, 0.56261688, 0.72295666, 1.0),
     ]
 )
+LEAST_SHARE = 0.5  # of the weights: where less can be rounded, the answers would say nothing of a rounded model
 BROKEN = 0.5  # a model that keeps less than this share of its utility when it is rounded is broken, and tells nothing
 
 
 @dataclass(frozen=True)
 class Quantise(Attack):
-    """Ask greedily after rounding to the nearest: the weights of linear layers, head and embeddings left alone.
+    """Ask greedily after rounding to the nearest: the weights of linear layers and experts, not head and embeddings.
 
     A model with an adapter is asked twice: after the adapter is merged and the sum rounded, and with the adapter as it
     is on a rounded base (as QLoRA serves it).
@@ -56,8 +57,9 @@ class Quantise(Attack):
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
         if method := quantized_by(model):
             return f"the model is quantised already, by {method}, and every other row is of it in this form"
-        if not _linear_layers(model):
-            return f"{type(model).__name__} has no torch.nn.Linear in its body"
+        if (share := _linear_share(model)) < LEAST_SHARE:
+            where = "in torch.nn.Linear and in experts of transformers, which alone can be rounded"
+            return f"only {share:.0%} of the weights of {type(model).__name__} are {where}"
         return None
 
     def run(self, victim: Victim) -> list[Finding]:
@@ -88,19 +90,44 @@ class Quantise(Attack):
         return examples
 
 
-def _linear_layers(model: CausalLM, *, merged: bool = True) -> list[nn.Linear]:
-    """List the linear layers of a model's body, without a LoRA adapter's factors.
+def _linear_layers(model: CausalLM, *, merged: bool = True) -> list[nn.Module]:
+    """List the linear layers of a model's body, without a LoRA adapter's factors, and its experts.
 
     Layers that the adapter replaces whole (``modules_to_save``) are the model's own once it is ``merged``.
     """
     of_adapter = (".lora_",) if merged else (".lora_", ".modules_to_save.")
-    linear = [(f".{path}", layer) for path, layer in body_of(model).named_modules() if isinstance(layer, nn.Linear)]
-    return [layer for path, layer in linear if not any(part in path for part in of_adapter)]
+    modules = [(f".{path}", module) for path, module in body_of(model).named_modules() if _weights(module)]
+    return [module for path, module in modules if not any(part in path for part in of_adapter)]
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """List the weights of a linear layer [out, in], or of a mixture's experts [experts, out, in]; [] of others."""
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    # transformers says so of its experts, whose weights may be [experts, in, out].
+    stacked = hasattr(module, "is_transposed")
+    return [p for p in module.parameters(recurse=False) if p.ndim == 3] if stacked else []
+
+
+def _matrices(weight: Tensor, module: nn.Module) -> Iterable[Tensor]:
+    """Return a weight's matrices [out, in], as views: itself, or one for each expert."""
+    if weight.ndim == 2:
+        return [weight]
+    return weight.mT if module.is_transposed else weight
+
+
+def _linear_share(model: CausalLM) -> float:
+    """Compute which share of its body's weights, embeddings and a LoRA adapter's factors aside, linear layers hold."""
+    body = body_of(model)
+    embedded = {p for module in body.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    own = {p for path, p in body.named_parameters() if ".lora_" not in f".{path}"} - embedded
+    linear = {weight for layer in _linear_layers(model) for weight in _weights(layer)}
+    return sum(p.numel() for p in linear) / max(sum(p.numel() for p in own), 1)
 
 
 @contextmanager
 def rounded(model: CausalLM, scheme: str, *, merge: bool = True) -> Iterator[None]:
-    """Round the weights of a model's linear layers within the block; afterwards they are bit by bit as before.
+    """Round the weights of linear layers and experts within the block; afterwards they are bit by bit as before.
 
     A copy of the weights is kept in the host's memory meanwhile.
 
@@ -114,8 +141,10 @@ def rounded(model: CausalLM, scheme: str, *, merge: bool = True) -> Iterator[Non
     try:
         for layer in adapted:
             layer.merge()
-        for weight in dict.fromkeys(layer.weight for layer in layers):  # shared ones once
-            weight.detach().copy_(function(weight.detach().float()))
+        layer_of = {weight: layer for layer in layers for weight in _weights(layer)}  # shared ones once
+        for weight, layer in layer_of.items():
+            for matrix in _matrices(weight.detach(), layer):
+                matrix.copy_(function(matrix.float()))
         yield
     finally:
         for layer in adapted:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.planted import attack, data, never_saw, original, tokenizer
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
@@ -75,6 +76,23 @@ def test_only_the_linear_layers_of_the_body_are_rounded(scheme: str, dtype: torc
     assert same_weights(model, before)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])  # the weights of whose experts are [out, in] and [in, out]
+def test_the_stacked_experts_of_a_mixture_are_rounded_one_by_one(kind: str, scheme: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "num_local_experts": 3, "pad_token_id": 0}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes, **heads))
+    before, (_, function) = weights(model), SCHEMES[scheme]
+    with rounded(model, scheme):
+        after = weights(model)
+    for name in ("gate_up_proj", "down_proj"):
+        stack = f"model.layers.0.mlp.experts.{name}"
+        for expert, found in zip(before[stack], after[stack], strict=True):
+            expected = function(expert.T).T if kind == "GptOss" else function(expert)
+            assert torch.equal(found, expected) and not torch.equal(found, expert)
+    assert same_weights(model, before) and Quantise(scheme, 24, 4).skip_reason(data(), model) is None
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["down_proj"]}], ids=str)
 @pytest.mark.parametrize("merge", [True, False])
 def test_an_adapter_is_merged_before_rounding_or_stays_as_it_is_on_a_rounded_base(
@@ -122,7 +140,8 @@ def test_without_retain_rows_utility_is_of_the_models_own_answers() -> None:
 def test_what_cannot_be_rounded_is_said() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2))
     reason = Quantise("int8", 24, 4).skip_reason(data(), gpt2)
-    assert reason == "GPT2LMHeadModel has no torch.nn.Linear in its body"
+    where = "in torch.nn.Linear and in experts of transformers, which alone can be rounded"
+    assert reason == f"only 0% of the weights of GPT2LMHeadModel are {where}"
     quantised = tiny_llama()
     quantised.is_quantized, quantised.quantization_method = True, "bitsandbytes"
     reason = Quantise("int8", 24, 4).skip_reason(data(), quantised)
