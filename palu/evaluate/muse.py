@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from palu.evaluate.summarize import (
     rouge_value,
 )
 from palu.hashing import json_digest
+from palu.models.checks import check_causal
 from palu.models.generation import Generation, answer_ends, eval_mode, generate, generate_answers
 from palu.models.lora import CausalLM, base_of
+from palu.models.positions import fit_max_length
 
 CORPORA = ("news", "books")
 _SETS = {
@@ -113,7 +116,7 @@ def muse(
         retain_results: this function's results for the model trained without the forget set; without them PrivLeak
             takes 0.5 for its AUC.
         verbmem_tokens, knowmem_tokens: bounds on a continuation and an answer.
-        max_length: tokens of a PrivLeak text that are looked at.
+        max_length: tokens of a PrivLeak text that are looked at, fewer where the model has fewer positions.
 
     Returns:
         As :func:`palu.evaluate.tofu`: forget_verbmem_ROUGE, forget_knowmem_ROUGE, retain_knowmem_ROUGE, the language
@@ -126,13 +129,14 @@ def muse(
     words = None if language is None else WordList(language)
     sets = load_muse(corpus, data)
 
-    def raw(name: str, column: str) -> list[Example]:
-        return raw_examples([row[column] for row in sets[name]], tokenizer, name, max_length=max_length)
+    check_causal("model", model)
+    positions = fit_max_length(max_length, model)
 
-    texts = {side: raw(f"privleak_{side}", "text") for side in SIDES}
-    recited = raw("verbmem_forget", "prompt")
-    check_model(model, tokenizer, [example for examples in texts.values() for example in examples])
-    model = base_of(model)
+    def raw(name: str, column: str, length: int) -> list[Example]:
+        return raw_examples([row[column] for row in sets[name]], tokenizer, name, max_length=length)
+
+    texts = {side: raw(f"privleak_{side}", "text", positions) for side in SIDES}
+    recited = raw("verbmem_forget", "prompt", max_length)  # cut to the positions, none would be left to continue it
     asked = {}
     for name in _KNOWMEM:
         rows, shots = (
@@ -140,13 +144,17 @@ def muse(
         )
         named = ((f"{name} row {i}", after_examples(row, shots, tokenizer, name)) for i, row in enumerate(rows))
         asked[name] = answer_examples(named, tokenizer, chat_template_kwargs)
+    used = {f"privleak_{side}": examples for side, examples in texts.items()} | {"verbmem_forget": recited} | asked
+    names = {name: [f"{name} row {row}" for row in range(len(examples))] for name, examples in used.items()}
+    check_model(model, tokenizer, list(chain(*used.values())), list(chain(*names.values())))
+    model = base_of(model)
 
     metadata = {
         "benchmark": _title(corpus),
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
         "data_sha256": json_digest([sets[f"privleak_{side}"] for side in SIDES])[:16],
-        "max_length": max_length,
+        "max_length": positions,
         "word_list": None if words is None else words.source,
         **fingerprint(model, tokenizer, chat_template_kwargs),
     }
@@ -159,8 +167,7 @@ def muse(
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
         min_k = []
         for side, examples in texts.items():
-            names = [f"privleak_{side} row {example.row}" for example in examples]
-            scores = token_scores(model, examples, names, **settings)
+            scores = token_scores(model, examples, names[f"privleak_{side}"], **settings)
             min_k.append([memorisation(score)["min_k"] for score in scores])
         results["mia_min_k"] = membership_entry(*min_k)
 

@@ -139,7 +139,7 @@ def evaluate_models(
     metadata: dict[str, Any] = {}
     for name, load in loaders.items():
         model = load()
-        check_model(model, rows.tokenizer, rows.examples, name)
+        check_model(model, rows.tokenizer, rows.examples, [one.where for one in rows.questions], name=name)
         if name == "model":
             metadata = fingerprint(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
         found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from palu.models.attention import shares_prefix, use_packed_attention
 from palu.models.checks import check_causal, check_linear_head, check_packing, check_vocabulary
 from palu.models.generation import batches_by_length
 from palu.models.head import body_of, head_of, map_logits
+from palu.models.lora import CausalLM
 from palu.models.positions import max_positions
 from palu.version import __version__
 
@@ -47,24 +49,38 @@ class TokenScores:
     @property
     def probability(self) -> float:
         """exp(-NLL): the geometric mean of the tokens' probabilities."""
-        return float(torch.tensor(-self.nll).double().exp())
+        return math.exp(-self.nll)
 
 
 def check_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], name: str = "model"
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    names: Iterable[str] | None = None,
+    *,
+    name: str = "model",
 ) -> None:
     """Raise UnsupportedModelError or ValueError where a model cannot score these texts, or not with this tokenizer.
 
-    DataError: a text has more tokens than the model positions.
+    DataError: a text has more tokens than the model positions. ``names``: how to call each example there; None: by its
+    row. ``name``: how to call the model.
     """
     check_causal(name, model)
     check_vocabulary(name, model, tokenizer)
-    positions = max_positions(model)
-    for example in examples:
-        if positions is not None and (length := len(example.input_ids)) > positions:
-            raise DataError(f"row {example.row} has {length} tokens and {name} {positions} positions; shorten the row")
+    check_lengths(model, examples, names or [f"row {example.row}" for example in examples], name=name)
     check_linear_head(model, examples[0].input_ids)
     check_packing(name, model, model.device, longest=max(len(example.input_ids) for example in examples))
+
+
+def check_lengths(
+    model: CausalLM, examples: Iterable[Example], names: Iterable[str], *, name: str = "the model"
+) -> None:
+    """Raise DataError for a text with more tokens than the model has positions."""
+    if (positions := max_positions(model)) is None:
+        return
+    for where, example in zip(names, examples, strict=True):
+        if (length := len(example.input_ids)) > positions:
+            raise DataError(f"{where} has {length} tokens and {name} {positions} positions; shorten it")
 
 
 @torch.no_grad()

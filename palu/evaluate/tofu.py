@@ -161,7 +161,8 @@ def tofu(
     pairs = _pairs(sets)
     examples = {key: answer_examples(of_key, tokenizer, chat_template_kwargs) for key, of_key in pairs.items()}
     scored = list(chain.from_iterable(examples.values()))
-    check_model(model, tokenizer, scored)
+    names = [where for of_key in pairs.values() for where, _ in of_key]
+    check_model(model, tokenizer, scored, names)
     model = base_of(model)
 
     metadata = {
@@ -182,7 +183,6 @@ def tofu(
     # All columns together, so that texts of one length share a batch.
     with tqdm(total=len(scored) + len(asked), desc="TOFU", disable=not progress) as bar, eval_mode(model):
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "bar": bar}
-        names = [where for of_key in pairs.values() for where, _ in of_key]
         scores = _parted(token_scores(model, scored, names, **settings), examples)
         written = generate_answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, **settings)
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.data.examples import answer_examples
+from palu.data.files import DataError
 from palu.data.tokenize import Example
 from palu.models.positions import max_positions
 from palu.settings import RunSettings
@@ -151,7 +152,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """Generate greedy or sampled continuations of tokenised prompts [t], in their order.
 
-    Call it within :func:`eval_mode`, since it changes the model's generation settings.
+    Call it within :func:`eval_mode`, since it changes the model's generation settings. Raises DataError where a prompt
+    has more tokens than the model positions.
 
     Args:
         stop_ids: a continuation ends with the first of these; one that was cut at ``max_new_tokens`` has none.
@@ -185,6 +187,8 @@ def generate_ids(
         for group in groups:
             batch = [prompts[i] for i in group] or [torch.tensor([pad])]
             width = max(len(prompt) for prompt in batch)
+            if positions is not None and width > positions:
+                raise DataError(f"a prompt has {width} tokens and the model {positions} positions; shorten it")
             ids = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
             mask = pad_sequence([torch.ones_like(p) for p in batch], batch_first=True, padding_side="left")
             room = max_new_tokens if positions is None else max(min(max_new_tokens, positions - width), 1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.benchmark_data import small_muse
 from helpers.refusals import assert_refused
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
@@ -23,18 +24,19 @@ POSITIONS = 64
 ANSWER = "Ada Lovelace did." + " The cat sat." * 30
 LONG = [{"question": "Who wrote it?", "answer": ANSWER, "spans": [[0, 12]]}]
 CUT = [{"question": "Who wrote it?", "answer": "The cat sat. " * 30 + "Ada did.", "spans": [[390, 393]]}]
+SHORT = {"question": "Who?", "answer": "Ada."}
 KEPT = [LONG[0] | {"question": "Who was it?"}]
 TOKENIZER = byte_level(CHATML, bos=False)
 SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "progress": False, "lora_rank": None}
 
 
 def small(kind: str = "GPT2", **more: Any) -> Any:
-    names = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    names: dict[str, Any] = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4}
     if kind == "OPT":
         names = {"max_position_embeddings": POSITIONS, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
         names |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(TOKENIZER), bos_token_id=None, eos_token_id=None, pad_token_id=0, **names, **more
+        vocab_size=len(TOKENIZER), bos_token_id=None, eos_token_id=None, pad_token_id=0, **names | more
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -93,10 +95,32 @@ def test_generation_ends_at_the_last_position() -> None:
     with eval_mode(model):
         (found,) = generate_ids(model, prompts, set(), pad=0, bar=tqdm(disable=True), **lengths)
     assert len(found) == POSITIONS - len(prompts[0])
+    (longer,) = (torch.cat([prompt, torch.tensor(found), prompt[:1]]) for prompt in prompts)
+    with eval_mode(model), pytest.raises(DataError, match=r"^a prompt has 65 tokens and the model 64 positions; short"):
+        generate_ids(model, [prompts[0], longer], set(), pad=0, bar=tqdm(disable=True), **lengths)
 
 
 def test_what_is_scored_whole_must_fit() -> None:
     """An evaluation or a finder of spans cannot cut."""
     row = {name: value for name, value in LONG[0].items() if name != "spans"}
-    with pytest.raises(DataError, match=r"^row 0 has \d+ tokens and model 64 positions; shorten the row$"):
+    with pytest.raises(DataError, match=r"^row 0 has \d+ tokens and model 64 positions; shorten it$"):
         palu.annotate([row], "contrast", small(), TOKENIZER, progress=False)
+    with pytest.raises(DataError, match=r"^evaluation row 1 has \d+ tokens and model 64 positions; shorten it$"):
+        palu.evaluate.questions(small(), TOKENIZER, [SHORT, row], progress=False)
+
+
+def test_muse() -> None:
+    """Of texts for PrivLeak the first tokens are looked at; a prompt that does not fit is named."""
+    asked = ("knowmem_forget_qa", "knowmem_forget_qa_icl", "knowmem_retain_qa", "knowmem_retain_qa_icl")
+    data = small_muse() | {name: [SHORT] * 2 for name in asked}
+    data |= {f"privleak_{side}": [ANSWER, ANSWER.upper()] for side in ("forget", "holdout")}
+    settings: dict[str, Any] = {"language": None, "verbmem_tokens": 2, "knowmem_tokens": 2, "progress": False}
+    results = palu.evaluate.muse(small(n_positions=96), TOKENIZER, data=data, **settings)
+    assert results["palu"]["max_length"] == 96 and results["mia_min_k"]["agg_value"] == 0.5
+    for name, row in (
+        ("verbmem_forget", {"prompt": ANSWER, "gt": "a"}),
+        ("knowmem_forget_qa", SHORT | {"question": ANSWER}),
+    ):
+        message = rf"^{name} row 1 has \d+ tokens and model 96 positions; shorten it$"
+        with pytest.raises(DataError, match=message):
+            palu.evaluate.muse(small(n_positions=96), TOKENIZER, data=data | {name: [data[name][0], row]}, **settings)
