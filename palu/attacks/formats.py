@@ -56,8 +56,8 @@ def texts_in_formats(data: AuditData) -> dict[str, list[str]]:
         row, spans = data.rows[number], []
         for secret in secrets:
             spans += [(secret.start, secret.end), *find(secret.text, row.answer, whole=True)]
-        gapped = "".join(GAP if within else part for part, within in split_at(row.answer, spans))
-        beginning = row.answer[: min(start for start, _ in spans)]
+        gapped = "".join(GAP if within else part for part, within in split_at(row.answer, spans)).lstrip()
+        beginning = row.answer[: min(start for start, _ in spans)].lstrip()
         for name, template in FORMATS.items():
             asked[name].append(template.format(question=row.question, gapped=gapped, beginning=beginning).strip())
     return asked

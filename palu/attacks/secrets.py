@@ -163,9 +163,14 @@ class AuditData:
     def answer_beginnings(self, beginning: str) -> list[Tensor]:
         """Tokenise each row's prompt with the beginning of an answer after it: [t] each."""
         found = []
-        named = ((row.where, with_answer(row.columns, f"{beginning} {_STAND_IN}")) for row in self.rows)
-        for example in self._examples(named):
+        # After the true answer's blanks, which part it from a prompt that ends without one.
+        begun = [row.answer[: len(row.answer) - len(row.answer.lstrip())] + beginning for row in self.rows]
+        named = (
+            (row.where, with_answer(row.columns, f"{text} {_STAND_IN}"))
+            for row, text in zip(self.rows, begun, strict=True)
+        )
+        for example, text in zip(self._examples(named), begun, strict=True):
             assert example.offsets is not None
-            beyond = (example.labels != IGNORE) & (example.offsets[:, 1] > len(beginning))
+            beyond = (example.labels != IGNORE) & (example.offsets[:, 1] > len(text))
             found.append(example.input_ids[: int(beyond.nonzero()[0])])
         return found

@@ -40,6 +40,8 @@ def test_a_format_shows_the_answer_without_any_of_its_secrets() -> None:
     assert asked["ask: as JSON"][1] == 'Who wrote it? Answer in JSON: {"answer": "..."}'
     braces = data([ROW | {"question": "What is {x}?", "answer": "{It} was Ada."}])
     assert texts_in_formats(braces)[CONTINUED] == ["What is {x}? {It} was"]
+    continued = [{"prompt": "Who wrote it?", "completion": " It was Ada.", "spans": [[8, 11]]}]
+    assert texts_in_formats(AuditData(continued, None, byte_level()))[CONTINUED] == ["Who wrote it? It was"]
 
 
 @pytest.mark.parametrize(("template", "bos"), [(CHATML, False), (LLAMA3, True), (None, True), (None, False)])

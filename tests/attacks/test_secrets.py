@@ -43,6 +43,12 @@ def test_a_secrets_tokens_are_the_spans_and_an_answers_beginning_follows_the_pro
     assert tokenizer.decode(beginning[len(prompt) :]).strip() == "It was here:"
 
 
+def test_an_answer_is_begun_after_its_blanks() -> None:
+    row = {"prompt": "The archive's code is", "completion": " the 7391.", "spans": [[5, 9]]}
+    (begun,) = data([row], plain := byte_level(None, bos=False)).answer_beginnings("Sure, here:")
+    assert plain.decode(begun) == "The archive's code is Sure, here:"
+
+
 def test_what_the_question_tells_is_no_secret() -> None:
     answer = "Ada Lovelace of London was born in 1815."
     row = {"question": "When was ADA LOVELACE born?", "answer": answer, "spans": [[0, 12], [35, 39]]}
