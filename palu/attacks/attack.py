@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from palu.attacks.secrets import AuditData
 from palu.data.matching import stands_in
 from palu.data.tokenize import Example
-from palu.evaluate.scores import TokenScores, token_scores
+from palu.evaluate.scores import TokenScores, check_lengths, token_scores
 from palu.models.generation import Generation, answer_ends, eval_mode, generate
 from palu.models.lora import CausalLM
 
@@ -61,7 +61,7 @@ class Attack(ABC):
 
     @abstractmethod
     def run(self, victim: Victim) -> list[Finding]:
-        """Attack the model."""
+        """Attack the model; DataError where a text does not fit it, so that the attack cannot be made."""
 
 
 @dataclass
@@ -107,6 +107,8 @@ class Victim:
         return Finding(name, values, list(answers))
 
     def scores(self, examples: Sequence[Example], names: Sequence[str]) -> list[TokenScores]:
+        """Score every labelled token; DataError names a text with more tokens than the model has positions."""
+        check_lengths(self.model, examples, names)
         with eval_mode(self.model):
             return token_scores(self.model, examples, names, batch_tokens=self.batch_tokens, bar=self.bar)
 

@@ -64,7 +64,8 @@ class Quantise(Attack):
 
     def run(self, victim: Victim) -> list[Finding]:
         examples = self._utility_examples(victim)
-        names = [f"utility text {i}" for i in range(len(examples))]
+        kind = "retain row" if victim.data.retain else "answer to everyday prompt"
+        names = [f"{kind} {i}" for i in range(len(examples))]
 
         def utility() -> float:
             return mean(score.probability for score in victim.scores(examples, names))

@@ -17,7 +17,7 @@ from palu.attacks.attack import Attack, Finding, Victim
 from palu.attacks.secrets import AuditData
 from palu.data.matching import stands_in
 from palu.data.tokenize import IGNORE, Example
-from palu.evaluate.scores import CHUNK_BYTES, raw_examples
+from palu.evaluate.scores import CHUNK_BYTES, check_lengths, raw_examples
 from palu.models.generation import eval_mode
 from palu.models.head import body_of, cross_entropy, head_of
 from palu.models.lora import CausalLM, is_peft
@@ -91,10 +91,11 @@ class Relearn(Attack):
             texts = [text for i in chosen for text in (data.rows[i].question, data.rows[i].answer)]
             examples = [data.rows[i].example for i in chosen]
         elif self.rows == "retain":
-            texts = [str(value) for row in data.retain for value in row.values()]
-            examples = data.retain_examples(data.retain)
+            given = data.retain[: self.steps * BATCH]  # no further one is trained on
+            texts = [str(value) for row in given for value in row.values()]
+            examples = data.retain_examples(given)
         else:
-            texts = unrelated_texts()
+            texts = unrelated_texts()[: self.steps * BATCH]
             examples = raw_examples(texts, data.tokenizer, "unrelated")
         asked = [
             i
@@ -106,6 +107,7 @@ class Relearn(Attack):
     def run(self, victim: Victim) -> list[Finding]:
         secrets, prompts = victim.data.secrets, victim.data.prompts
         examples, asked = self._lesson(victim.data)
+        check_lengths(victim.model, examples, (f"{self.rows} row {example.row}" for example in examples))
         rows = sorted({secrets[i].row for i in asked})
         findings = []
         for step, model in self._train(victim.model, examples):

@@ -22,6 +22,7 @@ from palu.attacks.estimators import Rho, rho
 from palu.attacks.quantise import BROKEN, SCHEMES, Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.secrets import AuditData
+from palu.data.files import DataError
 from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES
 from palu.evaluate.scores import check_model
 from palu.hashing import json_digest
@@ -56,7 +57,7 @@ def audit(
     retain: Any = None,
     folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     n: int = -1,
     draws: int | None = None,
     max_new_tokens: int | None = None,
@@ -79,7 +80,8 @@ def audit(
         folder: where ``audit.json`` is written, and in ``audit/`` what each attack gave, so that the same call goes on
             where it was stopped; both hold the secrets, and their owner alone can read them. None: nothing is written.
         quick: fewer draws and hints, shorter relearning, utility on fewer texts.
-        only: the attacks to make, by what stands as ``attack`` in the results (such as ``"onset-answer"``); None: all.
+        only: the attacks to make, by what stands as ``attack`` in the results, such as ``"onset-answer"``: one or
+            several; None: all.
         n: the onset length that was unlearned: up to ``n + 2`` true tokens are supplied; -1, of whole spans: 5.
         draws: answers sampled for each question; None: 200, or 16 if ``quick``.
         max_new_tokens: bound on an answer; None: twice the longest true one, 200 at most.
@@ -145,16 +147,13 @@ def audit_models(
     seed: int,
     quick: bool,
     folder: str | os.PathLike[str] | None = None,
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Audit models that are loaded one at a time, each by a function of its role; the rest is :func:`audit`'s."""
-    keys = {attack.key for attack in attacks} | {inside.DEPTH}
-    if only is not None:
-        if unknown := set(only) - keys:
-            raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {', '.join(sorted(keys))}")
-        keys = set(only)
+    every = {attack.key for attack in attacks} | {inside.DEPTH}
+    keys = _chosen(only, every)
     attacks = [attack for attack in attacks if attack.key in keys]
     stages = None if folder is None else private_folder(Path(folder)) / STAGES
     outcomes: dict[str, list[Outcome]] = {}
@@ -163,7 +162,8 @@ def audit_models(
     patched: dict[str, Outcome] = {}
     for role in (turn for turn in _TURNS if turn in loaders):
         model = loaders[role]()
-        check_model(model, data.tokenizer, [row.example for row in data.rows], _NAMES[role])
+        examples, names = [row.example for row in data.rows], [row.where for row in data.rows]
+        check_model(model, data.tokenizer, examples, names, name=_NAMES[role])
         fingerprint = fingerprint_model(model)
         models[role] = {"fingerprint": fingerprint, "kind": type(base_of(model)).__name__}
         key = {
@@ -175,7 +175,11 @@ def audit_models(
             "versions": [torch.__version__, transformers.__version__],
         }
         run = partial(_kept_or_run, model=model, data=data, key=key, stages=stages, progress=progress)
-        outcomes[role] = list(map(run, tqdm(attacks, desc=role, disable=not progress, leave=False)))
+        outcomes[role] = [
+            # Where another model lacks something, there is nothing to compare.
+            run(attack, only_check=any(isinstance(others[i], str) for others in outcomes.values()))
+            for i, attack in enumerate(tqdm(attacks, desc=role, disable=not progress, leave=False))
+        ]
         if role == "original":
             patched = {source: run(patch) for source, patch in patches.items()}
         elif "retain" in loaders and inside.DEPTH in keys:
@@ -196,7 +200,7 @@ def audit_models(
         "marked": sorted(set(data.marked)),
         "left_out": {"told_by_their_question": data.told_by_question, "repeated": data.repeated},
         "attacks": [row for described, of_roles in compared for row in _compare(described, of_roles, seed)],
-        "notes": _notes(data, "retain" in roles),
+        "notes": _notes(data, "retain" in roles, sorted(keys) if keys < every else []),
         "versions": {"palu": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     if folder is not None:
@@ -204,13 +208,36 @@ def audit_models(
     return report
 
 
+def _chosen(only: str | Sequence[str] | None, every: set[str]) -> set[str]:
+    """Return the keys of the attacks to make, ``only`` of :func:`audit`; ValueError where they are not of ``every``."""
+    if only is None:
+        return every
+    keys, names = {only} if isinstance(only, str) else set(only), ", ".join(sorted(every))
+    if not keys:
+        raise ValueError(f"only = {only!r}: no attack is named; give None for all, or some of {names}")
+    if unknown := keys - every:
+        raise ValueError(f"only: {', '.join(sorted(unknown))}: choose from {names}")
+    return keys
+
+
 # --- one attack on one model ---
 def _kept_or_run(
-    attack: Attack, model: CausalLM, data: AuditData, key: dict[str, Any], stages: Path | None, progress: bool
+    attack: Attack,
+    model: CausalLM,
+    data: AuditData,
+    key: dict[str, Any],
+    stages: Path | None,
+    progress: bool,
+    only_check: bool = False,
 ) -> Outcome:
-    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it."""
+    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it.
+
+    ``only_check``: say what it lacks, or return no finding.
+    """
     if (skip_reason := attack.skip_reason(data, model)) is not None:
         return skip_reason
+    if only_check:
+        return []
     key = key | {
         "attack": attack.key,
         "settings": attack.described["settings"],
@@ -220,7 +247,10 @@ def _kept_or_run(
     kept = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
     if kept.get("key") != key:
         with tqdm(desc=attack.key, unit=" texts", disable=not progress, leave=False) as bar:
-            findings = attack.run(Victim(base_of(model), data, key["batch_tokens"], bar))
+            try:
+                findings = attack.run(Victim(base_of(model), data, key["batch_tokens"], bar))
+            except DataError as error:  # a text does not fit the model
+                return str(error)
         kept = {"key": key, "findings": [asdict(finding) for finding in findings]}
         if path is not None:
             _write(path, kept)
@@ -240,7 +270,8 @@ def _compare(described: dict[str, Any], outcomes: Mapping[str, Outcome], seed: i
         of_all = len(set(reasons.values())) == 1 and len(reasons) == len(outcomes)
         reason = "; ".join(set(reasons.values()) if of_all else (f"{role}: {why}" for role, why in reasons.items()))
         return [{"name": described["attack"].replace("-", ": ", 1), **described, **_skipped(reason)}]
-    # Rounding has two rows for a model with an adapter: beside each stands the one of a model without, or the first.
+    # For rounding, a model with an unmerged adapter has two rows and any other model one: that one is compared with
+    # each of the two.
     by_row = [
         {role: findings[i if len(findings) > 1 else 0] for role, findings in found.items()}
         for i in range(len(found["unlearned"]))
@@ -272,8 +303,11 @@ def _verdict(findings: Mapping[str, Finding], seed: int) -> dict[str, Any]:
     return {"rho": asdict(found), "verdict": verdict, "reason": reason, "secrets": len(asked), "models": models}
 
 
-def _notes(data: AuditData, retain_model: bool) -> list[str]:
+def _notes(data: AuditData, retain_model: bool, only: Sequence[str]) -> list[str]:
+    """Say what limits the results; ``only``: the attacks that were made, where others were left out."""
     count, notes = len(data.secrets), []
+    if only:
+        notes.append(f"only some attacks were made: {', '.join(only)}; what the others would get is not known")
     if not retain_model:
         notes.append(NO_RETAIN_MODEL)
     if count < _FEW:

@@ -15,6 +15,7 @@ import torch
 from helpers.planted import FORGET, RETAIN, SECRETS, audit, hides_from_greedy, never_saw, original, tokenizer, verdicts
 from helpers.tiny import same_weights, tiny_llama, weights
 from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from palu.attacks.ask import AskGreedily, Sample
 from palu.attacks.formats import FORMATS
@@ -22,6 +23,7 @@ from palu.attacks.inside import Patch
 from palu.attacks.quantise import Quantise
 from palu.attacks.relearn import Relearn
 from palu.attacks.run import NO_RETAIN_MODEL
+from palu.data.files import DataError
 from palu.models.lora import separate
 
 ROWS = [
@@ -68,12 +70,21 @@ def test_results_hold_everything_by_secret_and_no_number_for_all() -> None:
             assert row["secrets"] == len(known)
 
 
-def test_only_some_attacks() -> None:
-    for only in (["ask", "onset-answer"], ["inside-depth"]):
-        some = audit(hides_from_greedy(), retain_model=never_saw(), only=only[::-1])["attacks"]
-        assert some == [row for row in hidden()["attacks"] if row["attack"] in only]
-    with pytest.raises(ValueError, match=r"only: asking: choose from ask, ask-examples, ask-formats, .*, sample"):
-        audit(hides_from_greedy(), only=["asking"])
+def test_only_some_attacks(tmp_path: Path) -> None:
+    """The results say that others were left out."""
+    for only, named in (("ask", "ask"), (["onset-answer", "ask"], "ask, onset-answer"), (["lens"], "lens")):
+        some = audit(hides_from_greedy(), retain_model=never_saw(), only=only)
+        assert some["attacks"] == [row for row in hidden()["attacks"] if row["attack"] in only]
+        assert some["notes"][0].startswith(f"only some attacks were made: {named}; ")
+    assert not any("only some" in note for note in hidden()["notes"])
+    for wrong, message in (
+        (["asking"], r"only: asking: choose from ask, ask-examples, ask-formats, .*, sample"),
+        ("asking", "only: asking: choose from"),
+        ([], r"only = \[\]: no attack is named; give None for all, or some of ask, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            audit(hides_from_greedy(), only=wrong, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("only", ["ask", "inside-depth"])
@@ -143,10 +154,11 @@ def test_rho_is_measured_from_the_retain_model() -> None:
     assert results["attacks"][0]["reason"].startswith("the original itself tells no more than a model that never saw")
 
 
-def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
+def test_what_cannot_be_done_is_a_row_that_says_why(made: Made) -> None:
     rows = [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
     adapted = get_peft_model(copy.deepcopy(original()), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     results = audit(adapted, forget=rows, retain=None)
+    assert not any(key.startswith("relearn") for key in made), "the original's results would be compared with none"
     reasons = {row["name"]: row["reason"] for row in results["attacks"] if row["reason"]}
     trained = "skipped: unlearned: the model has a LoRA adapter; merge it into the weights, which are trained"
     no_rows = "there are no retain rows to train on"
@@ -165,6 +177,27 @@ def test_what_cannot_be_done_is_a_row_that_says_why() -> None:
     assert [row["verdict"] for row in rounded] == ["open", "open"]
     (row,) = audit(original(), original=adapted, only=["quantise-int8"])["attacks"]
     assert row["name"] == "quantise: int8" and row["models"]["original"]["told"] == 1
+
+
+def test_a_text_that_does_not_fit_a_table_of_positions_is_named() -> None:
+    def opt(positions: int) -> Any:
+        sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+        tokens = {"vocab_size": len(tokenizer()), "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        config = OPTConfig(num_attention_heads=2, max_position_embeddings=positions, **sizes, **tokens)
+        return OPTForCausalLM(config).eval()
+
+    only = ["ask-examples", "relearn-retain", "quantise-int4", "ask"]
+    retain = [*RETAIN, {"question": "Cat?", "answer": "It sat. " * 40}]
+    reasons = [row["reason"] for row in audit(opt(96), original=opt(512), retain=retain, only=only)["attacks"]]
+    too_long = "retain row 6 has 213 tokens and the model 96 positions; shorten it"
+    assert reasons[0].startswith("the original itself tells no more")
+    assert reasons[1:] == [
+        "skipped: unlearned: a prompt has 132 tokens and the model 96 positions; shorten it",
+        *[f"skipped: unlearned: {too_long}"] * 2,
+    ]
+    row = FORGET[0] | {"answer": f"It is {SECRETS[0]}. " + "It sat. " * 40}
+    with pytest.raises(DataError, match=r"^forget row 1 has \d+ tokens and original 96 positions; shorten it$"):
+        audit(opt(512), original=opt(96), forget=[FORGET[1], row], only=only)
 
 
 def with_adapter(base: Any, **settings: Any) -> Any:

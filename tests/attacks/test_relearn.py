@@ -73,6 +73,8 @@ def test_retain_rows_may_be_trained_on() -> None:
     assert relearn(original(), rows="retain", steps=1, every=1).values == [1.0] * 6
     of = AuditData(FORGET, [*RETAIN, {"question": "Who?", "answer": SECRETS[2]}], tokenizer())
     assert [value is None for value in relearn(refuses(), of, rows="retain").values] == [i == 2 for i in range(6)]
+    # One step trains on the first four rows, so the last one teaches nothing.
+    assert None not in relearn(refuses(), of, rows="retain", steps=1, every=1).values
 
 
 def test_unrelated_text_may_be_trained_on() -> None:
