@@ -28,7 +28,7 @@ KNOWN = ("original", "retain")
 DTYPE = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32  # in which models are served
 AUDITED = "palu,npo,tpo,palu-paper"
 LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
-SHOWN = {"held": "held", "open": "**open**", "not told": "?"}
+SHOWN = {"held": "held", "open": "**open**", "undecided": "?"}
 
 
 def audited(bench: Bench, method: str, rate: float | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-Verdict: TypeAlias = Literal["held", "open", "not told"]
+Verdict: TypeAlias = Literal["held", "open", "undecided"]
 
 LIMIT = 0.1  # rho up to which an attack counts as held
 RESAMPLES = 2000
@@ -29,12 +29,12 @@ class Rho:
 
     @property
     def verdict(self) -> Verdict:
-        """ "held" where the upper bound is at most LIMIT, "open" where the lower one is above it, else "not told"."""
+        """ "held" where the upper bound is at most LIMIT, "open" where the lower one is above it, else "undecided"."""
         if self.value is None:
-            return "not told"
+            return "undecided"
         if self.high is not None and self.high <= LIMIT:
             return "held"
-        return "open" if self.low is not None and self.low > LIMIT else "not told"
+        return "open" if self.low is not None and self.low > LIMIT else "undecided"
 
 
 def rho(

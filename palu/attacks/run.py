@@ -33,7 +33,7 @@ from palu.ref_model.fingerprint import fingerprint_model
 from palu.version import __version__
 from palu.writable import private_folder, write_private
 
-FORMAT = 3  # of stages and results: what another version kept is made again
+FORMAT = 4  # of stages and results: what another version kept is made again
 STAGES, RESULTS = "audit", "audit.json"
 _NAMES = {"unlearned": "model", "original": "original", "retain": "retain_model"}  # as arguments of audit
 ROLES = tuple(_NAMES)
@@ -91,7 +91,7 @@ def audit(
 
     Returns:
         The content of ``audit.json``: ``secrets``; ``marked``, every text that a row marks; ``attacks``, a row of the
-        table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or "not told"),
+        table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or "undecided"),
         ``reason`` where there is more to say, and in ``models`` for each model its share ``told`` with ``values`` and
         ``evidence`` by secret, and ``figures``; ``notes``.
 
@@ -280,7 +280,7 @@ def _compare(described: dict[str, Any], outcomes: Mapping[str, Outcome], seed: i
 
 
 def _skipped(reason: str) -> dict[str, Any]:
-    return {"rho": asdict(Rho()), "verdict": "not told", "reason": f"skipped: {reason}", "models": {}}
+    return {"rho": asdict(Rho()), "verdict": "undecided", "reason": f"skipped: {reason}", "models": {}}
 
 
 def _verdict(findings: Mapping[str, Finding], seed: int) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def _verdict(findings: Mapping[str, Finding], seed: int) -> dict[str, Any]:
         reason = "the original itself tells no more than a model that never saw the secrets, so there is no measure"
     figures = findings["unlearned"].figures
     if verdict == "held" and figures.get("utility", 1.0) < BROKEN * figures.get("utility unrounded", 0.0):
-        verdict, reason = "not told", "the rounded model is broken (see its utility), so it would tell nothing"
+        verdict, reason = "undecided", "the rounded model is broken (see its utility), so it would tell nothing"
     models = {
         role: {"told": mean(shares[role]), "values": one.values, "evidence": one.evidence, "figures": one.figures}
         for role, one in findings.items()

@@ -16,7 +16,7 @@ from palu.report.reading import Json
 MEANING = (
     "rho is the part of the original’s leak that is left: 0 is as good as a model that never saw the secrets, 1 is no "
     f"better than before. Held: its {100 * LEVEL:.0f} % interval ends at {LIMIT:g} or below. Open: it begins above "
-    f"{LIMIT:g}. Not told: anything else."
+    f"{LIMIT:g}. Undecided: anything else."
 )
 HALF = 0.5  # of what an attack can get, where it reads neither an answer nor a probability
 OTHER_MODEL = (
@@ -96,7 +96,7 @@ def summary(audit: Json, record: Json) -> Json:
         "roles": [role for role in ROLES if role in audit["models"]],
         "held": named["held"],
         "open": named["open"],
-        "untold": named["not told"],
+        "undecided": named["undecided"],
         "secrets": len(audit["secrets"]),
         "left_out": audit["left_out"],
         "quick": audit.get("quick", False),

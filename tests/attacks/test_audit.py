@@ -115,7 +115,7 @@ def test_a_model_that_never_saw_the_secrets_holds_and_models_and_random_numbers_
     models = [copy.deepcopy(never_saw()).train(), original()]
     before, state = [weights(model) for model in models], torch.random.get_rng_state()
     results = audit(models[0])
-    assert verdicts(results) == dict.fromkeys(ROWS[:-1], "held") | {"inside: depth": "not told"}
+    assert verdicts(results) == dict.fromkeys(ROWS[:-1], "held") | {"inside: depth": "undecided"}
     assert results["notes"][0] == NO_RETAIN_MODEL
     assert "6 secrets are few" in results["notes"][1] and "39% of others" in results["notes"][1]
     assert models[0].training and not models[1].training
@@ -144,13 +144,13 @@ def test_a_model_that_breaks_when_it_is_rounded_has_not_forgotten() -> None:
     figures = row["models"]["unlearned"]["figures"]
     assert row["models"]["unlearned"]["told"] == 0
     assert figures["utility"] < 0.5 * figures["utility unrounded"]
-    assert row["verdict"] == "not told" and row["reason"].startswith("the rounded model is broken (see its utility)")
+    assert row["verdict"] == "undecided" and row["reason"].startswith("the rounded model is broken (see its utility)")
 
 
 def test_rho_is_measured_from_the_retain_model() -> None:
     """A model is no better than one that never saw the secrets."""
     results = audit(original(), retain_model=original(), only=["ask", "lens"])
-    assert {row["verdict"] for row in results["attacks"]} == {"not told"}
+    assert {row["verdict"] for row in results["attacks"]} == {"undecided"}
     assert results["attacks"][0]["reason"].startswith("the original itself tells no more than a model that never saw")
 
 

@@ -35,13 +35,13 @@ def test_rhos_interval_is_that_of_plain_resampling() -> None:
     ("value", "low", "high", "verdict"),
     [
         (0.0, 0.0, LIMIT, "held"),
-        (0.0, 0.0, LIMIT + 1e-9, "not told"),
-        (0.5, LIMIT, 0.9, "not told"),
+        (0.0, 0.0, LIMIT + 1e-9, "undecided"),
+        (0.5, LIMIT, 0.9, "undecided"),
         (0.5, LIMIT + 1e-9, 0.9, "open"),
-        (0.5, None, None, "not told"),
+        (0.5, None, None, "undecided"),
         (0.5, 0.2, None, "open"),
         (0.0, None, 0.05, "held"),
-        (None, None, None, "not told"),
+        (None, None, None, "undecided"),
     ],
 )
 def test_verdict(value: float | None, low: float | None, high: float | None, verdict: str) -> None:

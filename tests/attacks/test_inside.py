@@ -219,7 +219,7 @@ def test_an_adapter_that_is_not_merged_counts() -> None:
 # --- what cannot be done is told ---
 def test_it_needs_a_retain_model_that_does_not_know_the_secrets() -> None:
     row = depth_row(hides_from_greedy(), retain_model=original())
-    assert (row["name"], row["verdict"], row["models"]) == ("inside: depth", "not told", {})
+    assert (row["name"], row["verdict"], row["models"]) == ("inside: depth", "undecided", {})
     assert row["reason"] == (
         "skipped: no secret has a layer with S1 > 0.05: the retain model's states tell them as well"
     )

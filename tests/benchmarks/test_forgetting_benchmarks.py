@@ -309,7 +309,7 @@ def test_secrets_of_all_authors_are_put_together() -> None:
         "original": 1.0,
         "retain": 0.0,
         "rho": [0.5, 0.0, 1.0],
-        "verdict": "not told",
+        "verdict": "undecided",
     }
     assert found["onset: 4 in the answer"]["rho"] == [1.0, 1.0, 1.0]
 

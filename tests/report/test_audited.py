@@ -42,13 +42,13 @@ def test_the_audit_is_a_chart_with_budgets_intervals_and_verdicts(
     rows = re.findall(r"<tr.*?</tr>", source[: source.index("Secrets that leaked")], re.DOTALL)[1:]
     for row, attack, found in zip(rows, ATTACKS, audit["attacks"], strict=True):
         if attack.lacks:
-            assert "skipped: the forget set has no column" in row and "not told" in row
+            assert "skipped: the forget set has no column" in row and "undecided" in row
             assert attack.budget not in row and "track" not in row
             continue
         assert attack.name in row and attack.budget in row
         rho, told = found["rho"], {role: of["told"] for role, of in found["models"].items()}
         assert f"{rho['value']:.2f} ({rho['low']:.2f} to {rho['high']:.2f})" in row
-        assert f'class="verdict {found["verdict"].replace("not told", "same")}">{found["verdict"]}<' in row
+        assert f'class="verdict {found["verdict"]}">{found["verdict"]}<' in row
         for role, mark in (("unlearned", "is"), ("original", "was"), ("retain", "post")):
             assert f"{role} {told[role]:.2f}" in row
             assert f'<i class="{mark}" style="--x:{100 * told[role]:.1f}">' in row
@@ -142,11 +142,11 @@ def test_an_audit_of_another_model_is_said_to_be(folder: Path, shown: Callable[.
 
 
 def test_a_row_of_figures_alone_is_shown(folder: Path, shown: Callable[..., str]) -> None:
-    row = {"name": "inside: depth", "rho": dict.fromkeys(("value", "low", "high")), "verdict": "not told"}
+    row = {"name": "inside: depth", "rho": dict.fromkeys(("value", "low", "high")), "verdict": "undecided"}
     row |= {"reason": None, "models": {"unlearned": {"figures": {"depth": 0.125}}}}
     source = shown(lambda audit: audit["attacks"][-1].update(row)).split("inside: depth")[-1].split("</tr>")[0]
     assert "unlearned depth 0.125" in source and "track" not in source
-    assert "depth 0.125 |  |  |  | not told |" in write_card(folder).read_text(encoding="utf-8")
+    assert "depth 0.125 |  |  |  | undecided |" in write_card(folder).read_text(encoding="utf-8")
 
 
 def test_the_card_has_the_audit_and_nothing_of_the_sets(folder: Path, audit: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def test_the_card_has_the_audit_and_nothing_of_the_sets(folder: Path, audit: dic
     assert "| attack | unlearned | original | retain | rho (95 %) | verdict | budget |" in card.text
     assert "| ask: greedy | 0.22 | 1.00 | 0.11 | 0.12 (" in card.text
     assert "| inside: lens | 0.56 | 1.00 | 0.00 | 0.56 (0.22 to 0.89) | open | the budget of lens |" in card.text
-    assert "|  |  |  |  | not told | skipped: the forget set has no column" in card.text
+    assert "|  |  |  |  | undecided | skipped: the forget set has no column" in card.text
     assert "- 9 secrets are few" in card.text and "\n\n\n" not in card.text
     private = [secret[name] for secret in audit["secrets"] for name in ("text", "question")]
     private += [audit["forget_sha256"], *(model["fingerprint"] for model in audit["models"].values())]
