@@ -19,7 +19,7 @@ from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.language import LANGUAGE, WordList, add_language_figures
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
-from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, raw_examples, token_scores
+from palu.evaluate.scores import BATCH_TOKENS, check_model, describe_model, memorisation, raw_examples, token_scores
 from palu.evaluate.summarize import (
     NO_RETAIN_AUC,
     SIDES,
@@ -156,7 +156,7 @@ def muse(
         "data_sha256": json_digest([sets[f"privleak_{side}"] for side in SIDES])[:16],
         "max_length": positions,
         "word_list": None if words is None else words.source,
-        **fingerprint(model, tokenizer, chat_template_kwargs),
+        **describe_model(model, tokenizer, chat_template_kwargs),
     }
     indices = {f"mia_min_k of the {side} set": set(map(str, range(len(texts[side])))) for side in SIDES}
     retain = load_retain_results(retain_results, metadata, indices)

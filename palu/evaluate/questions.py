@@ -19,7 +19,7 @@ from palu.data.secret import marked_spans, marked_texts
 from palu.data.tokenize import check_tokenizer
 from palu.evaluate import metrics
 from palu.evaluate.rows import Results
-from palu.evaluate.scores import BATCH_TOKENS, check_model, fingerprint, memorisation, token_scores
+from palu.evaluate.scores import BATCH_TOKENS, check_model, describe_model, memorisation, token_scores
 from palu.evaluate.summarize import OTHERS, complete, entry, rouge_value
 from palu.hashing import json_digest
 from palu.models.generation import bound_on_answers, eval_mode, generate_answers
@@ -141,7 +141,7 @@ def evaluate_models(
         model = load()
         check_model(model, rows.tokenizer, rows.examples, [one.where for one in rows.questions], name=name)
         if name == "model":
-            metadata = fingerprint(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
+            metadata = describe_model(base_of(model), rows.tokenizer, rows.chat_template_kwargs)
         found[name] = _evaluate(model, rows, tokens, batch_tokens, title=name, progress=progress)
         del model
     asked = [asdict(one) for one in rows.questions]

@@ -154,7 +154,7 @@ def raw_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)
 
 
-def fingerprint(
+def describe_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Describe what two models must share for their results to be compared, and the versions that made them."""

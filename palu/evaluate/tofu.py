@@ -18,7 +18,7 @@ from palu.data.files import DataError
 from palu.evaluate import metrics
 from palu.evaluate.language import LANGUAGE, WordList, add_language_figures
 from palu.evaluate.rows import Results, Row, hub_rows, load_rows, require
-from palu.evaluate.scores import BATCH_TOKENS, TokenScores, check_model, fingerprint, memorisation, token_scores
+from palu.evaluate.scores import BATCH_TOKENS, TokenScores, check_model, describe_model, memorisation, token_scores
 from palu.evaluate.summarize import (
     NO_RETAIN,
     NO_RETAIN_AUC,
@@ -172,7 +172,7 @@ def tofu(
         "data_sha256": json_digest([[row[column] for column in COLUMNS["forget"]] for row in sets["forget"]])[:16],
         "max_new_tokens": max_new_tokens,
         "word_list": None if words is None else words.source,
-        **fingerprint(model, tokenizer, chat_template_kwargs),
+        **describe_model(model, tokenizer, chat_template_kwargs),
     }
     compared = {"forget_truth_ratio": "forget", "mia_min_k of the holdout set": "holdout"}
     indices = {one: set(map(str, range(len(sets[name])))) for one, name in compared.items()}
