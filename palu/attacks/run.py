@@ -91,9 +91,9 @@ def audit(
 
     Returns:
         The content of ``audit.json``: ``secrets``; ``marked``, every text that a row marks; ``attacks``, a row of the
-        table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or "undecided"),
-        ``reason`` where there is more to say, and in ``models`` for each model its share ``told`` with ``values`` and
-        ``evidence`` by secret, and ``figures``; ``notes``.
+        table each, with ``budget``, ``rho`` (``value``, ``low``, ``high``), ``verdict`` ("held", "open" or
+        "undecided"), ``reason`` where there is more to say, and in ``models`` for each model its share ``told`` with
+        ``values`` and ``evidence`` by secret, and ``figures``; ``notes``.
 
     Raises:
         DataError: a row cannot be used, or there is no secret.
