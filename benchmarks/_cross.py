@@ -53,7 +53,7 @@ Run = dict[str, Any]
 def evaluated(bench: Bench, method: str, rate: float | None) -> Run:
     """Unlearn and evaluate; returns the summary, and the truth ratios of both models by row."""
     results = bench.unlearned(method, rate, SEED)
-    return taught(bench, results) | {
+    return forget_figures(bench, results) | {
         **summary(results, method=method, learning_rate=rate, seed=SEED),
         "original_utility": bench.original["model_utility"]["agg_value"],
         "language": {
@@ -81,7 +81,7 @@ def audited(bench: Bench, method: str, rate: float | None, only: Sequence[str]) 
     return bench.stages.results("-".join([run_name(method, rate, SEED), "audited", *wanted]), attack)
 
 
-def taught(bench: Bench, results: dict[str, Any]) -> Run:
+def forget_figures(bench: Bench, results: dict[str, Any]) -> Run:
     """Pick the forget quality from an evaluation, and the truth ratios of the model and of the retain model by row."""
     both = {"ratios": results, "retain_ratios": bench.retain}
     return {
@@ -114,8 +114,8 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
             "token_log_p": quartiles([audit["token_log_p"] for audit in audits]),
             "runs": [{name: run[name] for name in (*KEPT, "ratios")} for run in runs],
         }
-    originals = [taught(bench, bench.original) for bench in reporting]
-    again = [taught(bench, bench.retain_again) for bench in reporting]
+    originals = [forget_figures(bench, bench.original) for bench in reporting]
+    again = [forget_figures(bench, bench.retain_again) for bench in reporting]
     return {
         "authors": AUTHORS | {"choose": choosing_authors, "report": authors},
         "learning_rates": rates,

@@ -69,7 +69,6 @@ class Preset:
     max_new_tokens: int
 
 
-FORGET_SETS = ("forget01", "forget05", "forget10")  # each is the end of the next
 PRESETS = {
     "standard": Preset(None, None, None, None, None, 40, 5, 32, 10, 32, (2e-5, 5e-5, 1e-4), (0,), 200),
     "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
@@ -144,7 +143,7 @@ def _cut(rows: list[Row], preset: Preset) -> list[Row]:
 class Bench:
     """The models, the data and the finished stages of one preset.
 
-    ``author``: of :func:`load_author`; ``forget_set``: one of FORGET_SETS, which have one original together.
+    ``author``: of :func:`load_author`; ``forget_set``: one of SPLITS, which have one original together.
     """
 
     def __init__(self, arguments: argparse.Namespace, author: int | None = None, forget_set: str = "forget05"):

@@ -32,7 +32,6 @@ from typing import Any
 import _cross
 from _methods import METHODS, OBJECTIVE_METHODS, named
 from _tofu import (
-    FORGET_SETS,
     KEEPS,
     PRESETS,
     Bench,
@@ -45,6 +44,8 @@ from _tofu import (
     summary,
     write,
 )
+
+from palu.evaluate.tofu import SPLITS
 
 Rates = Sequence[float | None]
 
@@ -106,7 +107,7 @@ def main() -> None:
     add("--learning-rates", type=read_rate, nargs="+", help=rates_help)
     add("--seeds", **numbers, help="default: the preset's; cross has one")
     sets_help = "standard: those to report; the rate is chosen on the first"
-    add("--forget-sets", nargs="+", default=FORGET_SETS, choices=FORGET_SETS, help=sets_help)
+    add("--forget-sets", nargs="+", default=SPLITS, choices=SPLITS, help=sets_help)
     add("--authors", **numbers, **reported, help="cross: those to report")
     add("--choosing-authors", **numbers, **choosing, help="cross: those on which a learning rate is chosen")
     add("--attacks", **attacks, help="cross: those of the audit (onset-answer is always made); default: all")

@@ -28,6 +28,7 @@ from palu.data.matching import stands_in
 from palu.data.tokenize import Example
 from palu.evaluate import metrics
 from palu.evaluate.questions import KINDS, QuestionRows
+from palu.evaluate.rows import load_rows
 from palu.evaluate.summarize import rouge_value
 from palu.evaluate.tofu import COLUMNS, PREFIX, TofuData
 from palu.models.generation import Generation, answer_ends, bound_on_answers, prompt_of
@@ -244,8 +245,7 @@ def load(file: Path) -> dict[str, Any]:
     """Load a task's rows, as the split "test"."""
     from datasets import Dataset
 
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return {"test": Dataset.from_list([json.loads(line) for line in lines if line])}
+    return {"test": Dataset.from_list(load_rows(file))}
 
 
 def answer_figures(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
