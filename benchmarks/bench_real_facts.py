@@ -12,9 +12,10 @@ four to eight of two or three relations are forgotten, drawn by the seed. Report
 ``no word``
     of all words written that are none: in no list, question or true answer, nor written by the original anywhere;
 
-with 95 % intervals (Wilson) over all seeds together, the share of the words of its own answers to general questions
-that it would still write next (``own words``), and the mean NLL of texts about other things. Settings are chosen with
-``--part choose``, on six relations, and reported with ``--part report``, on six others::
+with 95 % intervals (Wilson) over all seeds together; ``own words``: of the tokens of its own earlier answers to general
+questions, the share that are still the likeliest, divided by that share before unlearning; and the mean NLL of texts
+about other things. Settings are chosen with ``--part choose``, on six relations, and reported with ``--part report``,
+on six others::
 
     make models
     python benchmarks/bench_real_facts.py --model qwen2.5 --seeds 0 1 2 --settings '{"learning_rate": 1e-5}'
@@ -31,7 +32,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -70,18 +71,11 @@ Answers = dict[str, Generation]  # by question
 Count = tuple[int, int]  # so many of so many
 
 
-@dataclass(frozen=True)
-class Precision:
-    """In what the weights are held and multiplied."""
-
-    dtype: torch.dtype
-    mixed_precision: str = "no"
-
-
+# In what the weights are held, and accelerate's mixed precision.
 PRECISIONS = {
-    "float32": Precision(torch.float32),
-    "mixed": Precision(torch.float32, mixed_precision="bf16"),
-    "bfloat16": Precision(torch.bfloat16),
+    "float32": (torch.float32, "no"),
+    "mixed": (torch.float32, "bf16"),
+    "bfloat16": (torch.bfloat16, "no"),
 }
 
 
@@ -103,7 +97,7 @@ def ask(model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
 
 def answers_before(folder: Path, precision: str, model: CausalLM, tokenizer: Any, questions: list[str]) -> Answers:
     """Read the original's answers from its folder, or ask and write them there."""
-    lesson = [str(PRECISIONS[precision].dtype), TOKENS, questions, torch.__version__, transformers.__version__]
+    lesson = [str(PRECISIONS[precision][0]), TOKENS, questions, torch.__version__, transformers.__version__]
     path = folder / f"answers-{json_digest(lesson)[:16]}.json"
     if not path.exists():
         answers = ask(model, tokenizer, questions)
@@ -121,16 +115,26 @@ def paraphrased(rows: list[Row]) -> list[Row]:
     return [row | {"question": question} for row in rows for question in row["paraphrased_question"]]
 
 
-def draw(known: list[Row], seed: int) -> list[Row]:
-    """Draw the facts to forget: at most half of those that are known of each of two or three relations.
+def by_relation(known: list[Row]) -> dict[str, list[Row]]:
+    """Group the facts that may be forgotten by relation.
 
     A fact with two right answers is none of them, since a row marks one and the other would stay.
     """
-    known = [fact for fact in known if len(fact["answers"]) == 1]
-    rng = random.Random(seed)
     of: dict[str, list[Row]] = {}
     for fact in known:
-        of.setdefault(fact["relation"], []).append(fact)
+        if len(fact["answers"]) == 1:
+            of.setdefault(fact["relation"], []).append(fact)
+    return of
+
+
+def forget_rows(facts: list[Row]) -> list[Row]:
+    """Return the rows that a run is given."""
+    return [{name: fact[name] for name in ("question", "answer", "secret")} for fact in facts]
+
+
+def draw(known: list[Row], seed: int) -> list[Row]:
+    """Draw the facts to forget: at most half of those that are known of each of two or three relations."""
+    rng, of = random.Random(seed), by_relation(known)
     enough = [name for name, facts in of.items() if len(facts) >= FEWEST]
     if len(enough) < 2:
         raise SystemExit(f"the model answers {FEWEST} facts right of only {' and '.join(enough) or 'no relation'}")
@@ -179,11 +183,7 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     relations = {fact["relation"] for fact in forget}
     neighbours = [fact for fact in known if fact["relation"] in relations and fact not in forget]
     others = [fact for fact in known if fact["relation"] not in relations]
-    secrets = [answer for fact in forget for answer in fact["answers"]]
-    general = [
-        row for row in right(general_rows(), before) if not any(is_told(text, secrets) for text in row["answers"])
-    ]
-    rows = [{name: fact[name] for name in ("question", "answer", "secret")} for fact in forget]
+    general, rows = general_known(before, forget), forget_rows(forget)
     data = AuditData(rows, None, tokenizer)
     texts = raw_examples(unrelated_texts(), tokenizer, "unrelated")
     figures: dict[str, Any] = {}
@@ -235,6 +235,12 @@ def general_rows() -> list[Row]:
     return [row for row in general_questions() if row["question"] not in facts]
 
 
+def general_known(before: Answers, forget: list[Row]) -> list[Row]:
+    """Pick the general questions that were answered right and whose answers tell nothing that is to be forgotten."""
+    secrets = [answer for fact in forget for answer in fact["answers"]]
+    return [row for row in right(general_rows(), before) if not any(is_told(text, secrets) for text in row["answers"])]
+
+
 def pooled(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Pool the counts of all seeds: a share each, with its 95 % interval; none for a count of nothing."""
     shares = {}
@@ -257,31 +263,41 @@ def known_table(facts: list[Row], before: Answers) -> list[dict[str, Any]]:
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Load the model in its precision; its folder is written where it is missing."""
     save_packaged(args.model, args.models / args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.models / args.model, dtype=PRECISIONS[args.precision].dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.models / args.model, dtype=PRECISIONS[args.precision][0])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, AutoTokenizer.from_pretrained(args.models / args.model)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser with the options that every command on these facts has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of the models")
-    parser.add_argument("--part", choices=("choose", "report"), default="choose", help="which relations")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws facts to forget")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--method", choices=METHODS, default="palu")
     parser.add_argument("--settings", type=json.loads, default={}, help="of palu.unlearn, as JSON")
-    parser.add_argument("--known", action="store_true", help="print what the model answers right, and end")
     parser.add_argument("--progress", action="store_true")
-    args = parser.parse_args()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[args.precision].mixed_precision
+    return parser
+
+
+def begin(args: argparse.Namespace, facts: list[Row]) -> tuple[Any, Any, Answers]:
+    """Load the model and its tokenizer, and have it answer the facts and the general questions."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[args.precision][1]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-    facts = [fact for fact in read_relations() if fact["part"] == args.part]
     model, tokenizer = load(args)
     questions = [row["question"] for row in (*facts, *general_rows())]
-    before = answers_before(args.models / args.model, args.precision, model, tokenizer, questions)
+    return model, tokenizer, answers_before(args.models / args.model, args.precision, model, tokenizer, questions)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--part", choices=("choose", "report"), default="choose", help="which relations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws facts to forget")
+    parser.add_argument("--method", choices=METHODS, default="palu")
+    parser.add_argument("--known", action="store_true", help="print what the model answers right, and end")
+    args = parser.parse_args()
+    facts = [fact for fact in read_relations() if fact["part"] == args.part]
+    model, tokenizer, before = begin(args, facts)
     device = model.device
     details = {name: getattr(args, name) for name in ("model", "part", "precision", "method", "settings")}
     if args.known:

@@ -20,9 +20,7 @@ fifth of the rows)::
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import shutil
 import time
@@ -31,10 +29,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import transformers
-from _measure import markdown_table, report
+from _measure import report
 from _models import Row
-from bench_real_facts import BATCH_TOKENS, PRECISIONS, answers_before, ask, general_rows, load, paraphrased, right
+from bench_real_facts import (
+    BATCH_TOKENS,
+    ask,
+    begin,
+    by_relation,
+    forget_rows,
+    general_known,
+    load,
+    paraphrased,
+    parser_of,
+    right,
+)
 from tqdm import tqdm
 
 import palu
@@ -42,21 +50,13 @@ from palu.attacks.attack import Victim
 from palu.attacks.relearn import Relearn
 from palu.attacks.run import attacks_of
 from palu.attacks.secrets import AuditData
-from palu.testbed.facts import is_told, read_relations
-from palu.testbed.real_models import MODELS
+from palu.testbed.facts import read_relations
 
 
 def draw(known: list[Row], requests: int, facts: int, seed: int) -> list[list[Row]]:
-    """Draw the facts of each request, relation by relation in turns: at most half of those known of a relation.
-
-    A fact with two right answers is none of them, since a row marks one and the other would stay.
-    """
+    """Draw the facts of each request, relation by relation in turns: at most half of those known of a relation."""
     rng = random.Random(seed)
-    of: dict[str, list[Row]] = {}
-    for fact in known:
-        if len(fact["answers"]) == 1:
-            of.setdefault(fact["relation"], []).append(fact)
-    pools = [rng.sample(facts_of, k=len(facts_of) // 2) for facts_of in of.values()]
+    pools = [rng.sample(facts_of, k=len(facts_of) // 2) for facts_of in by_relation(known).values()]
     drawn = [fact for fact in chain(*zip_longest(*pools)) if fact is not None]
     if len(drawn) < requests * facts:
         raise SystemExit(f"the model knows {len(drawn)} facts to draw; give fewer --requests or --facts")
@@ -91,46 +91,31 @@ def relearnt(model: Any, data: AuditData) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of the models")
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--facts", type=int, default=4, help="of a request")
     parser.add_argument("--seed", type=int, default=0, help="draws the facts, and is the runs'")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of palu.unlearn, as JSON")
-    parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[args.precision].mixed_precision
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-    model, tokenizer = load(args)
     facts = read_relations()
-    questions = [row["question"] for row in (*facts, *general_rows())]
-    before = answers_before(args.models / args.model, args.precision, model, tokenizer, questions)
+    model, tokenizer, before = begin(args, facts)
     known = right(facts, before)
     requests = draw(known, args.requests, args.facts, args.seed)
     drawn = list(chain(*requests))
     kept = [fact for fact in known if fact not in drawn]
-    secrets = [answer for fact in drawn for answer in fact["answers"]]
-    general = [r for r in right(general_rows(), before) if not any(is_told(text, secrets) for text in r["answers"])]
-
-    def rows_of(facts: list[Row]) -> list[Row]:
-        return [{name: fact[name] for name in ("question", "answer", "secret")} for fact in facts]
+    general = general_known(before, drawn)
 
     def run(name: str, facts: list[Row], folder: Path, after: Path | None, so_far: list[Row]) -> dict[str, Any]:
         """Forget facts, write the run to the folder, and measure."""
         config = palu.UnlearnConfig(seed=args.seed, progress=args.progress).replace(**args.settings)
         given: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "after": after}
-        recorder = palu.Recorder(model, rows_of(facts), None, **given)
+        recorder = palu.Recorder(model, forget_rows(facts), None, **given)
         clock = time.perf_counter()
-        result = palu.unlearn(model, None, rows_of(facts), None, **given)
+        result = palu.unlearn(model, None, forget_rows(facts), None, **given)
         seconds = time.perf_counter() - clock
         palu.save_run(folder, result, tokenizer, recorder)
         row: dict[str, Any] = {"request": name, **counts(model, tokenizer, so_far, kept, general)}
         row["relearnt"] = (
-            relearnt(model, AuditData(rows_of(drawn), None, tokenizer)) if len(so_far) == len(drawn) else ""
+            relearnt(model, AuditData(forget_rows(drawn), None, tokenizer)) if len(so_far) == len(drawn) else ""
         )
         row |= {"earlier": max(record.get("earlier", 0) for record in result.history)}
         row |= {"steps": len(result.history), "seconds": round(seconds, 1)}
@@ -149,8 +134,6 @@ def main() -> None:
         del model
         model, _ = load(args)
         table.append(run("at once", drawn, Path(folder, "at-once"), None, drawn))
-    names = list(table[0])
-    print(markdown_table(names, ([row[name] for name in names] for row in table)))
     details = {name: getattr(args, name) for name in ("model", "precision", "seed", "settings")}
     report("requests", table, device, details | {"facts": [[fact["question"] for fact in one] for one in requests]})
 
