@@ -130,12 +130,12 @@ def muse(
     sets = load_muse(corpus, data)
 
     check_causal("model", model)
-    positions = fit_max_length(max_length, model)
+    fitting = fit_max_length(max_length, model)
 
     def raw(name: str, column: str, length: int) -> list[Example]:
         return raw_examples([row[column] for row in sets[name]], tokenizer, name, max_length=length)
 
-    texts = {side: raw(f"privleak_{side}", "text", positions) for side in SIDES}
+    texts = {side: raw(f"privleak_{side}", "text", fitting) for side in SIDES}
     recited = raw("verbmem_forget", "prompt", max_length)  # cut to the positions, none would be left to continue it
     asked = {}
     for name in _KNOWMEM:
@@ -154,7 +154,7 @@ def muse(
         "split": None,
         "examples": {name: len(rows) for name, rows in sets.items()},
         "data_sha256": json_digest([sets[f"privleak_{side}"] for side in SIDES])[:16],
-        "max_length": positions,
+        "max_length": fitting,
         "word_list": None if words is None else words.source,
         **describe_model(model, tokenizer, chat_template_kwargs),
     }
