@@ -9,7 +9,7 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* $(addprefix tests/cuda_emulator/,*
 # What "make sanitize" runs; one failing case again: make sanitize SEED=... CASES=1
 CASES ?= 10000
 SEED ?= 0
-# Of "make test".
+# How many pytest processes "make test" starts.
 WORKERS ?= 2
 # Of "make cuda-emulate": parts of the names of ops, with commas between. CASES are its random cases of each op.
 ONLY ?=
@@ -104,5 +104,6 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -c 'import palu.ops'
 	touch $@
 
+# Of runs/ only what the demo and the torture left: the other runs there, and models, are the user's.
 clean:
-	rm -rf $(VENV) $(NVCC) build runs
+	rm -rf $(VENV) $(NVCC) build dist runs/demo runs/demo.log runs/torture
