@@ -37,8 +37,8 @@ def _load() -> str:
             "palu's native ops are not available.\n"
             f"  prebuilt: {prebuilt}\n"
             f"  just in time: {error}\n"
-            "Install a C++ compiler (and nvcc for CUDA), or build the module where there is one: "
-            "pip install --no-build-isolation palu-unlearn"
+            "Install a C++ compiler (and nvcc for CUDA), or build the module where there is one: run "
+            "`pip install --no-build-isolation .` in palu's checkout, or `make wheels` for other machines"
         ) from error
 
 
@@ -59,7 +59,7 @@ def no_native_kernels(kind: str) -> str:
     return (
         "palu's native ops were built without CUDA, where nvcc was not found: plain PyTorch stands in on cuda devices, "
         f"which is slower. Install the CUDA toolkit {torch.version.cuda}, and where palu's ops are prebuilt install "
-        "palu again (pip install --no-build-isolation)"
+        "palu again (pip install --no-build-isolation . in its checkout)"
     )
 
 
