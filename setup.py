@@ -44,7 +44,6 @@ def extension() -> dict[str, Any]:
         # setuptools wants paths relative to setup.py.
         [os.path.relpath(path, ROOT) for path in _build.sources()],
         depends=[os.path.relpath(path, ROOT) for path in _build.headers()],
-        include_dirs=_build.include_dirs(),
         extra_compile_args={"cxx": _build.CXX_FLAGS, "nvcc": _build.NVCC_FLAGS},
         extra_link_args=_build.LINK_FLAGS,
     )

@@ -91,13 +91,6 @@ def _files(*patterns: str) -> list[str]:
     return [str(path) for path in sorted(found)]
 
 
-def include_dirs() -> list[str]:
-    """Return the include directories beyond torch's own."""
-    import pybind11
-
-    return [str(CSRC), pybind11.get_include()]
-
-
 def prepare_environment(architectures: str = DEFAULT_CUDA_ARCHITECTURES) -> None:
     """Set what torch's build tools read from the environment, where the user has not."""
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
@@ -163,7 +156,6 @@ def jit() -> str:
             extra_cflags=CXX_FLAGS,
             extra_cuda_cflags=NVCC_FLAGS,
             extra_ldflags=LINK_FLAGS,
-            extra_include_paths=include_dirs(),
             build_directory=str(directory),
         )
     return str(module.__file__)
@@ -210,7 +202,7 @@ def cmake_settings() -> str:
         libraries += ["c10_cuda", "torch_cuda", "cudart"]
     settings = {
         "PALU_SOURCES": sources(),
-        "PALU_INCLUDE_DIRS": [*include_dirs(), *cpp_extension.include_paths(device), sysconfig.get_paths()["include"]],
+        "PALU_INCLUDE_DIRS": [*cpp_extension.include_paths(device), sysconfig.get_paths()["include"]],
         "PALU_LIBRARY_DIRS": cpp_extension.library_paths(device),
         "PALU_LIBRARIES": libraries,
         "PALU_CXX_FLAGS": CXX_FLAGS,

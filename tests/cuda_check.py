@@ -115,7 +115,6 @@ def common_flags() -> list[str]:
     """Return what both compilers get."""
     # torch's CPU wheel has c10's CUDA headers, but for the one that its build generates: this does without it.
     flags = ["-std=c++" + _build.cxx_standard(), "-DC10_USING_CUSTOM_GENERATED_MACROS"]
-    flags += [f"-I{path}" for path in _build.include_dirs()]
     for path in [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]:
         flags += ["-isystem", path]
     return flags

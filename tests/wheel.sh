@@ -5,7 +5,7 @@ set -euo pipefail
 env=$(mktemp --directory)
 trap 'rm -rf "$env"' EXIT
 "$1" -m venv "$env"
-"$env/bin/pip" install --quiet "torch==$2" ninja pybind11 'setuptools>=77'
+"$env/bin/pip" install --quiet "torch==$2" ninja 'setuptools>=77'
 rm -rf build/lib.* # else modules that are no more would be in it
 "$env/bin/pip" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$env/wheel" .
 "$env/bin/pip" install --quiet "$env"/wheel/*.whl

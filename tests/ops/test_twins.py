@@ -27,8 +27,7 @@ import sys
 from torch.utils import cpp_extension
 from palu import _build
 _build.prepare_environment()
-options = {"extra_cflags": ["-O0"], "extra_include_paths": _build.include_dirs()}
-cpp_extension.load("_C", [str(_build.CSRC / "ops.cpp")], build_directory=sys.argv[1], **options)
+cpp_extension.load("_C", [str(_build.CSRC / "ops.cpp")], build_directory=sys.argv[1], extra_cflags=["-O0"])
 """
 RUN = """
 import sys, torch, palu
