@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <optional>
 #include <string_view>
@@ -12,6 +13,10 @@
 
 namespace palu {
 namespace {
+
+// Read from the file, before it is loaded, by palu/_build.py.
+[[gnu::used]] constexpr char kBuiltFor[] =
+    "palu was built for torch " C10_STRINGIZE(TORCH_VERSION_MAJOR) "." C10_STRINGIZE(TORCH_VERSION_MINOR);
 
 constexpr const char* kDifferentiable[] = {"topk_mse",
                                            "topk_unlikelihood",

@@ -63,16 +63,15 @@ def torch_tag() -> str:
     return f"torch{torch_release()}" + (f"cu{torch.version.cuda}".replace(".", "") if with_cuda() else "cpu")
 
 
-def check_wheel() -> None:
-    """Raise ImportError where palu was installed for another torch.
+def check_built_for(module: Path) -> None:
+    """Raise ImportError where a prebuilt module is for another torch, which it names (`csrc/ops.cpp`).
 
     It might load all the same: torch 2.13 loads a build for 2.12, and takes its CPU kernels for CUDA's.
     """
-    for folder in _PACKAGE.parent.glob("palu_unlearn-*+torch*c*.dist-info"):
-        version = folder.stem.partition("-")[2]
-        built_for = version.partition("+torch")[2].partition("c")[0]
-        if built_for != torch_release():
-            raise ImportError(f"palu-unlearn {version} is for torch {built_for}, and torch {torch_release()} is here")
+    named = re.search(rb"palu was built for torch ([0-9.]+)\0", module.read_bytes())
+    built_for = named[1].decode() if named else "an unknown version"
+    if built_for != torch_release():
+        raise ImportError(f"{module} is for torch {built_for}, and torch {torch_release()} is here")
 
 
 def sources() -> list[str]:

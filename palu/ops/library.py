@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from palu.eager import acc_dtype
 
 
 def _load() -> str:
-    if importlib.util.find_spec("palu._C") is None:
+    found = importlib.util.find_spec("palu._C")
+    if found is None or found.origin is None:
         prebuilt = "no module palu._C is installed"
     else:
         try:
-            _build.check_wheel()
+            _build.check_built_for(Path(found.origin))
             return str(importlib.import_module("palu._C").__file__)
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             prebuilt = f"palu._C does not load, most likely because it was built for another torch: {error}"
             warnings.warn(f"{prebuilt}; compiling just in time", RuntimeWarning, stacklevel=2)
     try:

@@ -121,11 +121,6 @@ def packages(venv: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def jit_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("torch_extensions"))
-
-
-@pytest.fixture(scope="session")
 def without_prebuilt(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_without_prebuilt(packages(installed) / "palu", tmp_path_factory.mktemp("without_prebuilt"))
 
@@ -152,39 +147,52 @@ def test_pip_install(installed: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_jit_of_an_installed_package(without_prebuilt: Path, jit_cache: str) -> None:
-    """Processes that start together share one build, and later ones reuse it."""
-    together = [start(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache) for _ in range(2)]
+def test_jit_of_an_installed_package(build: str, without_prebuilt: Path, tmp_path: Path) -> None:
+    """Processes that start together share one build, and later ones reuse it; the sources are the package's own."""
+    together = [start(without_prebuilt, build, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
     outputs = [process.communicate() for process in together]
     assert all(process.returncode == 0 for process in together), outputs
     paths = {out.strip() for out, _ in outputs}
     assert sum("compiling" in err for _, err in outputs) == 1
     path = Path(paths.pop())
-    assert not paths and path.is_relative_to(jit_cache)
+    assert not paths and path.is_relative_to(tmp_path)
     assert torch.__version__.partition("+")[0].replace(".", "_") in path.stem
     assert ("cu" if _build.with_cuda() else "_cpu_") in path.stem
 
     built = path.stat().st_mtime_ns
-    again, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
+    again, stderr = run(without_prebuilt, build, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert again == str(path) and path.stat().st_mtime_ns == built and "compiling" not in stderr
 
+    sources, _ = run(without_prebuilt, "from palu import _build; print(*_build.sources(), sep='\\n')")
+    csrc = without_prebuilt / "palu" / "csrc"
+    assert {Path(name).relative_to(csrc) for name in sources.splitlines()} == {
+        Path(name).relative_to(_build.CSRC) for name in _build.sources()
+    }
 
-def test_prebuilt_that_does_not_load(without_prebuilt: Path, jit_cache: str) -> None:
-    """Runs after the build just in time, and says why it does not use the prebuilt module."""
-    broken = without_prebuilt / "palu" / "_C.so"
-    broken.write_bytes(b"not a library")
-    path, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
-    assert Path(path).is_relative_to(jit_cache)
-    assert "RuntimeWarning: palu._C does not load, most likely because it was built for another torch" in stderr
 
-    # One for another torch is not even loaded: it might load, and crash.
-    wheel = without_prebuilt / "palu_unlearn-0.1.0+torch2.0cu130.dist-info"
-    wheel.mkdir()
-    _, stderr = run(without_prebuilt, TORCH_EXTENSIONS_DIR=jit_cache)
-    wheel.rmdir()
-    broken.unlink()
-    told = f"palu-unlearn 0.1.0+torch2.0cu130 is for torch 2.0, and torch {_build.torch_release()} is here; compiling"
-    assert told in stderr
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"not ours", "_C.so is for torch an unknown version, and torch {here} is here"),
+        # Not even loaded: it might load, and crash.
+        (b"palu was built for torch 2.0\0", "_C.so is for torch 2.0, and torch {here} is here"),
+        (b"palu was built for torch {here}\0", "file too short"),
+    ],
+    ids=["unknown", "another torch", "broken"],
+)
+def test_prebuilt_that_does_not_load(without_prebuilt: Path, tmp_path: Path, content: bytes, told: str) -> None:
+    """It is said why the prebuilt module is not used, and a build just in time is tried."""
+    here = _build.torch_release()
+    module = without_prebuilt / "palu" / "_C.so"
+    module.write_bytes(content.replace(b"{here}", here.encode()))
+    try:
+        error = no_ops(without_prebuilt, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-c++")
+    finally:
+        module.unlink()
+    (prebuilt,) = (line for line in error.splitlines() if line.startswith("  prebuilt: "))
+    assert prebuilt.startswith("  prebuilt: palu._C does not load, most likely because it was built for another torch: ")
+    assert told.format(here=here) in prebuilt
+    assert "just in time: no C++ compiler: 'no-such-c++'" in error
 
 
 def test_neither_prebuilt_nor_compiler(without_prebuilt: Path, tmp_path: Path) -> None:
@@ -259,8 +267,8 @@ def test_a_compiler_that_does_not_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
-def test_clang(jit_cache: str) -> None:
-    run(ROOT, TORCH_EXTENSIONS_DIR=jit_cache, CXX="clang++")
+def test_clang(tmp_path: Path) -> None:
+    run(ROOT, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="clang++")
 
 
 def test_ninja_that_is_not_on_the_path(build: str, tmp_path: Path) -> None:
