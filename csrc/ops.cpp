@@ -86,41 +86,34 @@ TORCH_LIBRARY(palu, m) {
       "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? low_bits,"
       " Tensor? clip_factor, int step, float rate, float weight_decay, float beta1, float beta2, float eps) -> ()");
 
-  // The argument checks alone, for kernels that are not written in C++: the arguments are the op's.
-  using Optional = std::optional<at::Tensor>;
+  // The argument checks alone, for kernels that are not written in C++: the arguments are the op's, in its order.
+  using at::Tensor;
+  using Optional = std::optional<Tensor>;
+  // A schema of its own has what torch cannot infer: a default, which the dispatcher does not pass on.
   m.def("_check_prefix_mask(Tensor labels, int n, int? eos_token_id=None) -> ()",
-        [](const at::Tensor& labels, int64_t n, std::optional<int64_t>) { palu::check_prefix_mask(labels, n); });
-  m.def("_check_topk_mse(Tensor logits, Tensor index, str target, float constant) -> ()",
-        [](const at::Tensor& logits, const at::Tensor& index, std::string_view target, double) {
-          palu::check_topk_mse(logits, index, target);
+        [](const Tensor& labels, int64_t n, std::optional<int64_t>) { palu::check_prefix_mask(labels, n); });
+  m.def("_check_topk_mse", [](const Tensor& logits, const Tensor& index, std::string_view target, double) {
+    palu::check_topk_mse(logits, index, target);
+  });
+  m.def("_check_topk_unlikelihood", palu::check_topk_unlikelihood);
+  m.def("_check_topk_backward",
+        [](const Tensor& grad, const Tensor& slope, const Tensor& index, bool, const Tensor& grad_logits) {
+          palu::check_topk_backward(grad, slope, index, grad_logits);
         });
-  m.def("_check_topk_unlikelihood(Tensor logits, Tensor index, float floor) -> ()", palu::check_topk_unlikelihood);
-  m.def("_check_topk_backward(Tensor grad, Tensor slope, Tensor index, bool through_mean, Tensor grad_logits) -> ()",
-        [](const at::Tensor& grad, const at::Tensor& slope, const at::Tensor& index, bool,
-           const at::Tensor& grad_logits) { palu::check_topk_backward(grad, slope, index, grad_logits); });
-  m.def(
-      "_check_linear_topk_mse(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, Tensor? weight_mean,"
-      " str target, float constant) -> ()",
-      [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& index, const Optional& bias,
-         const Optional& weight_mean, std::string_view target,
-         double) { palu::check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target); });
-  m.def("_check_linear_topk_unlikelihood(Tensor hidden, Tensor weight, Tensor index, Tensor? bias, float floor) -> ()",
-        palu::check_linear_topk_unlikelihood);
-  m.def(
-      "_check_linear_topk_backward(Tensor grad, Tensor slope, Tensor hidden, Tensor weight, Tensor index,"
-      " Tensor? weight_mean, bool through_mean, Tensor? grad_hidden, Tensor? grad_weight, Tensor? grad_bias) -> ()",
-      palu::check_linear_topk_backward);
-  m.def("_check_cross_entropy_(Tensor logits, Tensor labels, Tensor row_weight) -> ()", palu::check_cross_entropy_);
-  m.def("_check_kl_div_(Tensor logits, Tensor ref_logits, Tensor row_weight, bool reverse) -> ()",
-        [](const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& row_weight, bool) {
-          palu::check_kl_div_(logits, ref_logits, row_weight);
-        });
-  m.def(
-      "_check_adamw_(Tensor weight, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor? low_bits,"
-      " Tensor? clip_factor, int step, float rate, float weight_decay, float beta1, float beta2, float eps) -> ()",
-      [](const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-         const Optional& low_bits, const Optional& clip_factor, int64_t step, double, double, double, double,
-         double) { palu::check_adamw_(weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor, step); });
+  m.def("_check_linear_topk_mse",
+        [](const Tensor& hidden, const Tensor& weight, const Tensor& index, const Optional& bias,
+           const Optional& weight_mean, std::string_view target,
+           double) { palu::check_linear_topk_mse(hidden, weight, index, bias, weight_mean, target); });
+  m.def("_check_linear_topk_unlikelihood", palu::check_linear_topk_unlikelihood);
+  m.def("_check_linear_topk_backward", palu::check_linear_topk_backward);
+  m.def("_check_cross_entropy_", palu::check_cross_entropy_);
+  m.def("_check_kl_div_", [](const Tensor& logits, const Tensor& ref_logits, const Tensor& row_weight, bool) {
+    palu::check_kl_div_(logits, ref_logits, row_weight);
+  });
+  m.def("_check_adamw_",
+        [](const Tensor& weight, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+           const Optional& low_bits, const Optional& clip_factor, int64_t step, double, double, double, double,
+           double) { palu::check_adamw_(weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor, step); });
 }
 
 TORCH_LIBRARY_IMPL(palu, FuncTorchDynamicLayerFrontMode, m) { palu::register_for_all<&palu::refuse_transform>(m); }
