@@ -147,7 +147,7 @@ inline Center check_topk_mse(const at::Tensor& logits, const at::Tensor& index, 
 }
 
 inline void check_floor(const char* op, double floor) {
-  TORCH_CHECK_VALUE(floor >= 0 && floor < 1, op, ": floor must be in [0, 1), got ", floor);
+  TORCH_CHECK_VALUE(floor >= 0 && floor < 1, op, ": floor must be in [0, 1), got ", std::to_string(floor));
 }
 
 // What unlikelihood among candidates asks beyond the other checks.

@@ -124,11 +124,12 @@ def topk_unlikelihood(logits: Tensor, index: Tensor, floor: float = 0.0) -> Tens
             another one that occurs twice counts twice.
         floor: in [0, 1).
 
-    Returns and raises what `topk_mse` does; also for K < 2 and a `floor` out of range.
+    Returns and raises what `topk_mse` does; also for K < 2, and for a `floor` out of range (ValueError) or that is no
+    number (TypeError).
     """
     check_tensors("palu::topk_unlikelihood", logits=logits, index=index)
     _check("palu::topk_unlikelihood", index, logits, 1)
-    loss, _ = _ops.topk_unlikelihood(logits, index, floor)
+    loss, _ = _ops.topk_unlikelihood(logits, index, _floor("palu::topk_unlikelihood", floor))
     return loss
 
 
@@ -147,6 +148,7 @@ def linear_topk_unlikelihood(
     in `linear_topk_mse`.
     """
     hidden, weight, bias = _as_linear("palu::linear_topk_unlikelihood", hidden, weight, index, bias)
+    floor = _floor("palu::linear_topk_unlikelihood", floor)
     if not _gathers(impl, hidden, weight, index):
         with torch.no_grad():  # as in linear_topk_mse
             _ops.linear_topk_unlikelihood(hidden[:0], weight, index[:0], bias, floor)
@@ -271,3 +273,10 @@ def split_target(target: str | float) -> tuple[str, float]:
     if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
         raise ValueError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}, or a finite number")
     return "constant", float(target)
+
+
+def _floor(who: str, floor: float) -> float:
+    """Return a floor as the ops take it; TypeError if it is no number. They look at its range themselves."""
+    if isinstance(floor, bool) or not isinstance(floor, Real):
+        raise TypeError(f"{who}: floor must be a number in [0, 1), got {floor!r}")
+    return float(floor)

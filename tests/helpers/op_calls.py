@@ -252,6 +252,7 @@ SHAPES |= dict.fromkeys(("hidden", "grad_hidden"), "RH") | dict.fromkeys(("weigh
 SHAPES |= dict.fromkeys(("labels", "row_weight", "grad"), "R") | dict.fromkeys(("bias", "grad_bias"), "V")
 SHAPES["weight_mean"] = "H"
 BAD_FLOORS = (1.0, -0.5, math.nan)
+NO_FLOORS = ("0.1", None, [0.1], 1j, True)
 BAD_IMPLS = ("", "Dense", None)
 BAD_TARGETS = ("mean", "constant", "", "GLOBAL_MEAN", None, [1.0], 1j, math.nan, True)
 SETTINGS: dict[str, list[tuple[str, tuple[Any, ...], type[Exception]]]] = {
@@ -262,8 +263,12 @@ SETTINGS: dict[str, list[tuple[str, tuple[Any, ...], type[Exception]]]] = {
     ],
     "topk_mse": [("target", BAD_TARGETS, ValueError)],
     "linear_topk_mse": [("target", BAD_TARGETS, ValueError), ("impl", BAD_IMPLS, ValueError)],
-    "topk_unlikelihood": [("floor", BAD_FLOORS, ValueError)],
-    "linear_topk_unlikelihood": [("floor", BAD_FLOORS, ValueError), ("impl", BAD_IMPLS, ValueError)],
+    "topk_unlikelihood": [("floor", BAD_FLOORS, ValueError), ("floor", NO_FLOORS, TypeError)],
+    "linear_topk_unlikelihood": [
+        ("floor", BAD_FLOORS, ValueError),
+        ("floor", NO_FLOORS, TypeError),
+        ("impl", BAD_IMPLS, ValueError),
+    ],
 }
 
 
