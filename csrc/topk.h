@@ -29,7 +29,7 @@
 //   dL/dz[r,v] = sum_{k: i_rk = v} g[r,k] + s[r]
 //
 //   s[r] = -(1/V) sum_k g[r,k] for the target global_mean, where dc/dz[r,v] = 1/V for every v, else 0. (local_mean: the
-//   slopes sum to zero, so that nothing flows through the mean.)
+//   slopes sum to zero, so that nothing flows through the mean.) The kernels call it grad_through_mean.
 //
 // An index that occurs twice in a row counts twice.
 //

@@ -65,9 +65,9 @@ A finish_mse(A* slope /* [K] */, int64_t k, Center center, A c) {
   return loss;
 }
 
-// s = -(1/V) sum_k g[k], for g = grad * slope.
+// s of topk.h: -(1/V) sum_k g[k], for g = grad * slope.
 template <typename A>
-A mean_share(const A* slope /* [K] */, int64_t k, A grad, int64_t vocab_size) {
+A grad_through_mean(const A* slope /* [K] */, int64_t k, A grad, int64_t vocab_size) {
   return static_cast<A>(-static_cast<double>(grad) * sum(slope, k) / vocab_size);
 }
 

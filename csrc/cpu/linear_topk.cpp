@@ -135,7 +135,8 @@ void linear_topk_unlikelihood(const LinearTopk<P>& p, double floor) {
 // multiplied and added while it is in the cache, so each is read once for both.
 //
 // The pairs are cut into slices, each with sums of its own, which are added up in order: how many depends on the sizes
-// alone, and so do the bits. There are K/64 at most, so that the sums are few beside the rows.
+// alone, and so do the bits. There are K/64, rounded up to a power of two, and 64 at most, so that the sums are few
+// beside the rows.
 template <typename P>
 void linear_topk_mse_frozen(const LinearTopk<P>& p, Center center, double constant, bool through_mean,
                             typename P::A* grad_hidden /* [R,d], contiguous */) {
@@ -171,7 +172,8 @@ void linear_topk_mse_frozen(const LinearTopk<P>& p, Center center, double consta
       std::copy_n(sums + r * d, d, out);
       for (int64_t s = 1; s < slices; ++s) add_scaled(out, A(1), sums + (s * rows + r) * d, d);
       if (through_mean)
-        add_scaled(out, static_cast<A>(p.vocab_size) * mean_share(slope, k, A(1), p.vocab_size), p.weight_mean, d);
+        add_scaled(out, static_cast<A>(p.vocab_size) * grad_through_mean(slope, k, A(1), p.vocab_size), p.weight_mean,
+                   d);
     }
   });
 }
@@ -193,9 +195,9 @@ template <typename P>
 void linear_topk_backward(const LinearTopkBackward<P>& p) {
   using A = typename P::A;
   const int64_t rows = p.rows, d = p.hidden_size, k = p.k;
-  std::vector<A> share(rows);
+  std::vector<A> grads_through_mean(rows);
   for (int64_t r = 0; p.through_mean && r < rows; ++r)
-    share[r] = mean_share(p.slope + r * k, k, p.grad[r], p.vocab_size);
+    grads_through_mean[r] = grad_through_mean(p.slope + r * k, k, p.grad[r], p.vocab_size);
 
   if (p.grad_hidden) {
     const at::Tensor sums = at::zeros({rows, d}, at::CppTypeToScalarType<A>::value);
@@ -213,7 +215,8 @@ void linear_topk_backward(const LinearTopkBackward<P>& p) {
       });
       for (int64_t r = 0; r < rows; ++r) {
         if (p.through_mean)
-          add_scaled(out + r * d + first, static_cast<A>(p.vocab_size) * share[r], p.weight_mean + first, width);
+          add_scaled(out + r * d + first, static_cast<A>(p.vocab_size) * grads_through_mean[r], p.weight_mean + first,
+                     width);
         add_rounded(p.grad_hidden + r * p.grad_hidden_stride + first, out + r * d + first, width);
       }
     });
@@ -221,11 +224,11 @@ void linear_topk_backward(const LinearTopkBackward<P>& p) {
 
   if (p.grad_weight || p.grad_bias) {
     // What every vocabulary entry receives through the mean.
-    std::vector<A> common(d);
+    std::vector<A> common_row(d);
     double common_bias = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      if (p.grad_weight) add_scaled(common.data(), share[r], p.hidden + r * d, d);
-      common_bias += share[r];
+      if (p.grad_weight) add_scaled(common_row.data(), grads_through_mean[r], p.hidden + r * d, d);
+      common_bias += grads_through_mean[r];
     }
     at::parallel_for(0, p.vocab_size, row_grain(d), [&](int64_t begin, int64_t end) {
       std::vector<A> sums(d);
@@ -233,7 +236,7 @@ void linear_topk_backward(const LinearTopkBackward<P>& p) {
         const int64_t first = v == 0 ? 0 : p.group_end[v - 1], last = p.group_end[v];
         if (first == last && !p.through_mean) continue;
         A bias_sum = static_cast<A>(common_bias);
-        if (p.grad_weight) std::copy(common.begin(), common.end(), sums.begin());
+        if (p.grad_weight) std::copy(common_row.begin(), common_row.end(), sums.begin());
         for (int64_t n = first; n < last; ++n) {
           const int64_t i = p.order[n], r = i / k;
           const A g = p.grad[r] * p.slope[i];

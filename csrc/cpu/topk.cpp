@@ -75,7 +75,6 @@ void topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Te
         // Duplicates add up in A: in place where the output has that dtype, else in a row of scratch.
         std::vector<A> scratch(std::is_same_v<T, A> ? 0 : vocab_size);
         for (int64_t r = begin; r < end; ++r) {
-          const A share = through_mean ? mean_share(slopes + r * k, k, grads[r], vocab_size) : A(0);
           T* out = grad_logits.mutable_data_ptr<T>() + r * grad_logits.stride(0);
           A* sums;
           if constexpr (std::is_same_v<T, A>) {
@@ -83,7 +82,8 @@ void topk_backward(const at::Tensor& grad, const at::Tensor& slope, const at::Te
           } else {
             sums = scratch.data();
           }
-          std::fill_n(sums, vocab_size, share);
+          std::fill_n(sums, vocab_size,
+                      through_mean ? grad_through_mean(slopes + r * k, k, grads[r], vocab_size) : A(0));
           for (int64_t n = r * k; n < (r + 1) * k; ++n) sums[entry[n]] += grads[r] * slopes[n];
           if constexpr (!std::is_same_v<T, A>) round_to(out, sums, vocab_size);
         }

@@ -27,7 +27,7 @@ __global__ __launch_bounds__(kAdamWThreads) void adamw_kernel(T* __restrict__ we
                                                               T* __restrict__ exp_avg,                // [n]
                                                               float* __restrict__ exp_avg_sq,         // [n]
                                                               const float* __restrict__ clip_factor,  // [1] or null
-                                                              int64_t packs, float step_size, float kept,
+                                                              int64_t packs, float step_size, float decay_factor,
                                                               float one_minus_beta1, float one_minus_beta2, float eps) {
   const int64_t pack = static_cast<int64_t>(blockIdx.x) * kAdamWThreads + threadIdx.x;
   if (pack >= packs) return;
@@ -42,7 +42,7 @@ __global__ __launch_bounds__(kAdamWThreads) void adamw_kernel(T* __restrict__ we
     const float gradient = clip * to_acc(g.x[n]), before = to_acc(m.x[n]);
     m.x[n] = from_acc<T>(before + one_minus_beta1 * (gradient - before));
     v.x[n] += one_minus_beta2 * (gradient * gradient - v.x[n]);
-    const float moved = kept * join(w.x[n], low.x[n]) - step_size * (to_acc(m.x[n]) / (sqrtf(v.x[n]) + eps));
+    const float moved = decay_factor * join(w.x[n], low.x[n]) - step_size * (to_acc(m.x[n]) / (sqrtf(v.x[n]) + eps));
     split(moved, w.x[n], low.x[n]);
   }
   reinterpret_cast<Pack<T, kWidth>*>(weight)[pack] = w;
@@ -62,7 +62,7 @@ void launch(const AdamW& p, cudaStream_t stream) {
     adamw_kernel<T, kWidth><<<blocks_for(packs, kAdamWThreads), kAdamWThreads, 0, stream>>>(
         static_cast<T*>(p.weight), static_cast<int16_t*>(p.low_bits), static_cast<const T*>(p.grad),
         static_cast<T*>(p.exp_avg), static_cast<float*>(p.exp_avg_sq), static_cast<const float*>(p.clip_factor), packs,
-        static_cast<float>(p.step_size), static_cast<float>(p.kept), static_cast<float>(p.one_minus_beta1),
+        static_cast<float>(p.step_size), static_cast<float>(p.decay_factor), static_cast<float>(p.one_minus_beta1),
         static_cast<float>(p.one_minus_beta2), static_cast<float>(p.eps));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

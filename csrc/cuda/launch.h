@@ -83,16 +83,16 @@ void linear_topk_unlikelihood(const LinearTopk& p, cudaStream_t stream);
 struct LinearTopkBackward {
   Dtype dtype;
   bool index64;
-  const void* grad;   // A [R], contiguous
-  const void* slope;  // A [R,K], contiguous
-  void* shift;        // A [R], or null: the gradient does not flow through the mean
+  const void* grad;         // A [R], contiguous
+  const void* slope;        // A [R,K], contiguous
+  void* grad_through_mean;  // A [R], or null: the gradient does not flow through the mean
   int64_t rows, vocab_size, hidden_size, k;
 
   // linear_grad_hidden only
   const void* weight;  // T [V,d]
   int64_t weight_stride;
   const void* index;        // I [R,K], contiguous
-  const void* weight_mean;  // A [d], contiguous; read with shift only
+  const void* weight_mean;  // A [d], contiguous; read with grad_through_mean only
   void* partial;            // A [slices,R,d], scratch
   void* grad_hidden;        // T [R,d]
   int64_t grad_hidden_stride;
@@ -102,14 +102,15 @@ struct LinearTopkBackward {
   const void* sorted_index;     // I [R*K], index.flatten() in ascending order
   const int64_t* sorted_order;  // [R*K], where each stood before a stable sort
   int64_t* offsets;             // [V+1], scratch
-  void* mean_row;               // A [d], scratch, or null where shift or grad_weight is
+  void* common_row;             // A [d], scratch, or null where grad_through_mean or grad_weight is
   void* grad_weight;            // T [V,d], or null: not asked for
   int64_t grad_weight_stride;
   void* grad_bias;  // T [V], contiguous, or null: not asked for
 };
 
-// shift[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r. Before the others.
-void linear_mean_shift(const LinearTopkBackward& p, cudaStream_t stream);
+// grad_through_mean[r] = s[r] = -(1/V) sum_k g[r,k]: what the global mean passes to every logit of row r. Before the
+// others.
+void linear_grad_through_mean(const LinearTopkBackward& p, cudaStream_t stream);
 
 // grad_hidden[r] += sum_k g[r,k] weight[i_rk] + V s[r] weight_mean
 void linear_grad_hidden(const LinearTopkBackward& p, cudaStream_t stream);
@@ -155,7 +156,7 @@ struct AdamW {
   const void* clip_factor;  // float [1], or null: 1
   int64_t size;
   double step_size;                         // rate sqrt(1 - beta2^t) / (1 - beta1^t)
-  double kept;                              // 1 - rate weight_decay
+  double decay_factor;                      // 1 - rate weight_decay
   double one_minus_beta1, one_minus_beta2;  // in float32 beta2 itself would leave four digits of it
   double eps;                               // times sqrt(1 - beta2^t)
 };

@@ -7,19 +7,19 @@
 namespace palu::cuda {
 namespace {
 
-// shift[r] = -(1/V) sum_k g[r,k], with g[r,k] = grad[r] slope[r,k]; a block per row.
+// grad_through_mean[r] = -(1/V) sum_k g[r,k], with g[r,k] = grad[r] slope[r,k]; a block per row.
 template <typename A>
-__global__ __launch_bounds__(kThreads) void mean_shift_kernel(const A* __restrict__ grad,   // [R]
-                                                              const A* __restrict__ slope,  // [R,K]
-                                                              A* __restrict__ shift,        // [R]
-                                                              int64_t vocab_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void grad_through_mean_kernel(const A* __restrict__ grad,         // [R]
+                                                                     const A* __restrict__ slope,        // [R,K]
+                                                                     A* __restrict__ grad_through_mean,  // [R]
+                                                                     int64_t vocab_size, int64_t k) {
   slope += blockIdx.x * k;
   A sum = 0;
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < k; j += kThreads) sum += slope[j];
   sum = block_reduce(sum, A(0), Sum());
   if (threadIdx.x == 0) {
-    shift[blockIdx.x] = -grad[blockIdx.x] * sum / static_cast<A>(vocab_size);
+    grad_through_mean[blockIdx.x] = -grad[blockIdx.x] * sum / static_cast<A>(vocab_size);
   }
 }
 
@@ -80,34 +80,34 @@ __global__ __launch_bounds__(kThreads, 4) void grad_hidden_slice_kernel(const Ac
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void grad_hidden_kernel(
-    const Acc<T>* __restrict__ partial,      // [slices,R,d]
-    const Acc<T>* __restrict__ weight_mean,  // [d]; read with shift only
-    const Acc<T>* __restrict__ shift,        // [R] or null
-    T* __restrict__ grad_hidden,             // [R,d]
+    const Acc<T>* __restrict__ partial,            // [slices,R,d]
+    const Acc<T>* __restrict__ weight_mean,        // [d]; read with grad_through_mean only
+    const Acc<T>* __restrict__ grad_through_mean,  // [R] or null
+    T* __restrict__ grad_hidden,                   // [R,d]
     int64_t grad_hidden_stride, int64_t rows, int64_t slices, int64_t vocab_size, int64_t hidden_size) {
   using A = Acc<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows * hidden_size) return;
   const int64_t r = i / hidden_size, column = i % hidden_size;
-  A sum = shift ? static_cast<A>(vocab_size) * shift[r] * weight_mean[column] : A(0);
+  A sum = grad_through_mean ? static_cast<A>(vocab_size) * grad_through_mean[r] * weight_mean[column] : A(0);
 #pragma unroll 8
   for (int64_t s = 0; s < slices; ++s) sum += partial[s * rows * hidden_size + i];
   T& out = grad_hidden[r * grad_hidden_stride + column];
   out = from_acc<T>(to_acc(out) + sum);
 }
 
-// mean_row = sum_r shift[r] hidden[r], which every row of grad_weight receives; a thread per column.
+// common_row = sum_r grad_through_mean[r] hidden[r], which every row of grad_weight receives; a thread per column.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void mean_row_kernel(const T* __restrict__ hidden,      // [R,d]
-                                                            const Acc<T>* __restrict__ shift,  // [R]
-                                                            Acc<T>* __restrict__ mean_row,     // [d]
-                                                            int64_t rows, int64_t hidden_size) {
+__global__ __launch_bounds__(kThreads) void common_row_kernel(const T* __restrict__ hidden,                  // [R,d]
+                                                              const Acc<T>* __restrict__ grad_through_mean,  // [R]
+                                                              Acc<T>* __restrict__ common_row,               // [d]
+                                                              int64_t rows, int64_t hidden_size) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (column >= hidden_size) return;
   Acc<T> sum = 0;
 #pragma unroll 8
-  for (int64_t r = 0; r < rows; ++r) sum += shift[r] * to_acc(hidden[r * hidden_size + column]);
-  mean_row[column] = sum;
+  for (int64_t r = 0; r < rows; ++r) sum += grad_through_mean[r] * to_acc(hidden[r * hidden_size + column]);
+  common_row[column] = sum;
 }
 
 // offsets[v] = how many of the sorted indices are below v: entry v's own are offsets[v] .. offsets[v+1].
@@ -129,26 +129,26 @@ __global__ __launch_bounds__(kThreads) void offsets_kernel(const I* __restrict__
   offsets[v] = low;
 }
 
-// A block per vocabulary entry: adds its own terms in the order (r,k), then the mean row.
+// A block per vocabulary entry: adds its own terms in the order (r,k), then the common row.
 template <typename T, int kWidth>
 __global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __restrict__ grad,           // [R]
                                                                const Acc<T>* __restrict__ slope,          // [R,K]
                                                                const T* __restrict__ hidden,              // [R,d]
                                                                const int64_t* __restrict__ sorted_order,  // [R*K]
                                                                const int64_t* __restrict__ offsets,       // [V+1]
-                                                               const Acc<T>* __restrict__ mean_row,       // [d] or null
+                                                               const Acc<T>* __restrict__ common_row,     // [d] or null
                                                                T* __restrict__ grad_weight,               // [V,d]
                                                                int64_t grad_weight_stride, int64_t hidden_size,
                                                                int64_t k) {
   using A = Acc<T>;
   const int64_t v = blockIdx.x;
   const int64_t begin = offsets[v], end = offsets[v + 1];
-  if (begin == end && !mean_row) return;
+  if (begin == end && !common_row) return;
   auto* out = reinterpret_cast<Pack<T, kWidth>*>(grad_weight + v * grad_weight_stride);
   for (int64_t pack = threadIdx.x; pack < hidden_size / kWidth; pack += kThreads) {
     Pack<T, kWidth> buffer = out[pack];
     Pack<A, kWidth> sum{};
-    if (mean_row) sum = load_pack<kWidth>(mean_row, pack);
+    if (common_row) sum = load_pack<kWidth>(common_row, pack);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t pair = sorted_order[p], r = pair / k;
       const A g = grad[r] * slope[pair];
@@ -164,17 +164,18 @@ __global__ __launch_bounds__(kThreads) void grad_weight_kernel(const Acc<T>* __r
 
 // A thread per vocabulary entry, as above for the bias.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __restrict__ grad,           // [R]
-                                                             const Acc<T>* __restrict__ slope,          // [R,K]
-                                                             const int64_t* __restrict__ sorted_order,  // [R*K]
-                                                             const int64_t* __restrict__ offsets,       // [V+1]
-                                                             const Acc<T>* __restrict__ shift,          // [R] or null
-                                                             T* __restrict__ grad_bias,                 // [V]
-                                                             int64_t rows, int64_t vocab_size, int64_t k) {
+__global__ __launch_bounds__(kThreads) void grad_bias_kernel(
+    const Acc<T>* __restrict__ grad,               // [R]
+    const Acc<T>* __restrict__ slope,              // [R,K]
+    const int64_t* __restrict__ sorted_order,      // [R*K]
+    const int64_t* __restrict__ offsets,           // [V+1]
+    const Acc<T>* __restrict__ grad_through_mean,  // [R] or null
+    T* __restrict__ grad_bias,                     // [V]
+    int64_t rows, int64_t vocab_size, int64_t k) {
   using A = Acc<T>;
   A sum = 0;
-  if (shift) {
-    for (int64_t r = threadIdx.x; r < rows; r += kThreads) sum += shift[r];
+  if (grad_through_mean) {
+    for (int64_t r = threadIdx.x; r < rows; r += kThreads) sum += grad_through_mean[r];
     sum = block_reduce(sum, A(0), Sum());
   }
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -188,12 +189,13 @@ __global__ __launch_bounds__(kThreads) void grad_bias_kernel(const Acc<T>* __res
 
 }  // namespace
 
-void linear_mean_shift(const LinearTopkBackward& p, cudaStream_t stream) {
+void linear_grad_through_mean(const LinearTopkBackward& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   dispatch(p.dtype, [&](auto t) {
     using A = Acc<decltype(t)>;
-    mean_shift_kernel<A><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
-        static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<A*>(p.shift), p.vocab_size, p.k);
+    grad_through_mean_kernel<A><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
+        static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<A*>(p.grad_through_mean),
+        p.vocab_size, p.k);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -222,8 +224,9 @@ void linear_grad_hidden(const LinearTopkBackward& p, cudaStream_t stream) {
       });
     });
     grad_hidden_kernel<T><<<blocks_for(p.rows * p.hidden_size, kThreads), kThreads, 0, stream>>>(
-        static_cast<const A*>(p.partial), static_cast<const A*>(p.weight_mean), static_cast<const A*>(p.shift),
-        static_cast<T*>(p.grad_hidden), p.grad_hidden_stride, p.rows, slices, p.vocab_size, p.hidden_size);
+        static_cast<const A*>(p.partial), static_cast<const A*>(p.weight_mean),
+        static_cast<const A*>(p.grad_through_mean), static_cast<T*>(p.grad_hidden), p.grad_hidden_stride, p.rows,
+        slices, p.vocab_size, p.hidden_size);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -240,10 +243,10 @@ void linear_grad_weight(const LinearTopkBackward& p, cudaStream_t stream) {
     using T = decltype(t);
     using A = Acc<T>;
     if (p.grad_weight && p.hidden_size > 0) {
-      if (p.shift) {
-        mean_row_kernel<T><<<blocks_for(p.hidden_size, kThreads), kThreads, 0, stream>>>(
-            static_cast<const T*>(p.hidden), static_cast<const A*>(p.shift), static_cast<A*>(p.mean_row), p.rows,
-            p.hidden_size);
+      if (p.grad_through_mean) {
+        common_row_kernel<T><<<blocks_for(p.hidden_size, kThreads), kThreads, 0, stream>>>(
+            static_cast<const T*>(p.hidden), static_cast<const A*>(p.grad_through_mean), static_cast<A*>(p.common_row),
+            p.rows, p.hidden_size);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       }
       const bool packed = is_packed<T>(p.hidden, p.hidden_size, p.hidden_size) &&
@@ -251,7 +254,7 @@ void linear_grad_weight(const LinearTopkBackward& p, cudaStream_t stream) {
       dispatch_width<T>(packed, [&](auto width) {
         grad_weight_kernel<T, decltype(width)::value><<<static_cast<unsigned>(p.vocab_size), kThreads, 0, stream>>>(
             static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), static_cast<const T*>(p.hidden),
-            p.sorted_order, p.offsets, p.shift ? static_cast<const A*>(p.mean_row) : nullptr,
+            p.sorted_order, p.offsets, p.grad_through_mean ? static_cast<const A*>(p.common_row) : nullptr,
             static_cast<T*>(p.grad_weight), p.grad_weight_stride, p.hidden_size, p.k);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
@@ -259,7 +262,7 @@ void linear_grad_weight(const LinearTopkBackward& p, cudaStream_t stream) {
     if (p.grad_bias) {
       grad_bias_kernel<T><<<blocks_for(p.vocab_size, kThreads), kThreads, 0, stream>>>(
           static_cast<const A*>(p.grad), static_cast<const A*>(p.slope), p.sorted_order, p.offsets,
-          static_cast<const A*>(p.shift), static_cast<T*>(p.grad_bias), p.rows, p.vocab_size, p.k);
+          static_cast<const A*>(p.grad_through_mean), static_cast<T*>(p.grad_bias), p.rows, p.vocab_size, p.k);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });

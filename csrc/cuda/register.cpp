@@ -185,11 +185,11 @@ void linear_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const
   p.hidden_size = d;
   p.k = k;
 
-  at::Tensor shift;
+  at::Tensor grad_through_mean;
   if (through_mean) {
-    shift = at::empty({rows}, acc_options(hidden));
-    p.shift = shift.mutable_data_ptr();
-    cuda::linear_mean_shift(p, device.stream);
+    grad_through_mean = at::empty({rows}, acc_options(hidden));
+    p.grad_through_mean = grad_through_mean.mutable_data_ptr();
+    cuda::linear_grad_through_mean(p, device.stream);
   }
   if (grad_hidden) {
     const at::Tensor w = with_unit_stride(weight);
@@ -211,13 +211,13 @@ void linear_topk_backward(const at::Tensor& grad, const at::Tensor& slope, const
     // Stable, so that the terms of an entry are added in the order (r,k).
     const auto [sorted_index, sorted_order] = at::sort(i.flatten(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
     at::Tensor offsets = at::empty({vocab_size + 1}, i.options().dtype(at::kLong));
-    std::optional<at::Tensor> mean_row;
-    if (grad_weight && through_mean) mean_row = at::empty({d}, acc_options(hidden));
+    std::optional<at::Tensor> common_row;
+    if (grad_weight && through_mean) common_row = at::empty({d}, acc_options(hidden));
     p.hidden = h.const_data_ptr();
     p.sorted_index = sorted_index.const_data_ptr();
     p.sorted_order = sorted_order.const_data_ptr<int64_t>();
     p.offsets = offsets.mutable_data_ptr<int64_t>();
-    p.mean_row = buffer_or_null(mean_row);
+    p.common_row = buffer_or_null(common_row);
     p.grad_weight = buffer_or_null(grad_weight);
     p.grad_weight_stride = grad_weight ? grad_weight->stride(0) : 0;
     p.grad_bias = buffer_or_null(grad_bias);
@@ -280,7 +280,7 @@ void adamw_(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& 
   p.clip_factor = data_or_null(clip_factor);
   p.size = weight.numel();
   p.step_size = rate * unbias / (1 - std::pow(beta1, step));
-  p.kept = 1 - rate * weight_decay;
+  p.decay_factor = 1 - rate * weight_decay;
   p.one_minus_beta1 = 1 - beta1;
   p.one_minus_beta2 = 1 - beta2;
   p.eps = eps * unbias;

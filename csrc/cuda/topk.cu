@@ -140,17 +140,17 @@ __global__ __launch_bounds__(kTileThreads,
   const A scale = grad[r];  // g[r,k] = scale slope[r,k]
   for (int w = threadIdx.x; w < kTile<T> / 32; w += kTileThreads) occurs[w] = repeats[w] = 0;
 
-  A shift = 0;
+  A grad_through_mean = 0;
   if (through_mean) {
     A sum = 0;
 #pragma unroll 4
     for (int64_t j = threadIdx.x; j < k; j += kTileThreads) sum += slope[j];
-    shift = -scale * block_reduce(sum, A(0), Sum()) / static_cast<A>(vocab_size);
+    grad_through_mean = -scale * block_reduce(sum, A(0), Sum()) / static_cast<A>(vocab_size);
   }
 
   A fill[N];
 #pragma unroll
-  for (int n = 0; n < N; ++n) fill[n] = shift;
+  for (int n = 0; n < N; ++n) fill[n] = grad_through_mean;
   const uint4 fill_pack = pack(fill, T{});
 #pragma unroll
   for (int p = threadIdx.x; p < kTile<T> / N; p += kTileThreads) shared[p] = fill_pack;
@@ -174,7 +174,7 @@ __global__ __launch_bounds__(kTileThreads,
       if (place < 0 || place >= kTile<T>) continue;
       const unsigned bit = 1u << (place % 32);
       if (!(atomicOr(&occurs[place / 32], bit) & bit)) {
-        tile[place] = from_acc<T>(shift + scale * value[u]);
+        tile[place] = from_acc<T>(grad_through_mean + scale * value[u]);
       } else {
         atomicOr(&repeats[place / 32], bit);
         repeated = 1;
@@ -199,7 +199,7 @@ __global__ __launch_bounds__(kTileThreads,
           if (index[q] == begin + entry) sum += slope[q];
         }
         sum = warp_reduce(sum, Sum());
-        if (lane == 0) tile[entry] = from_acc<T>(shift + scale * sum);
+        if (lane == 0) tile[entry] = from_acc<T>(grad_through_mean + scale * sum);
       }
     }
     __syncthreads();

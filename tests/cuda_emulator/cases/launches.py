@@ -136,22 +136,22 @@ def linear_topk(
     scratch = {
         "loss": ((rows,), acc, not only),
         "slope": ((rows, k), acc, not only),
-        "shift": ((rows,), acc, through),
+        "grad_through_mean": ((rows,), acc, through),
         "partial": ((slices * rows, size), acc, of_hidden),
         "offsets": ((vocabulary + 1,), torch.int64, of_weight or of_bias),
-        "mean_row": ((size,), acc, through and of_weight),
+        "common_row": ((size,), acc, through and of_weight),
     }
     places |= {name: Placed(name, None, shape, of) for name, (shape, of, is_there) in scratch.items() if is_there}
     numbers: dict[str, Any] = {"dtype": DTYPES.index(dtype), "index64": a["index"].dtype == torch.int64, "rows": rows}
     numbers |= {"vocab_size": vocabulary, "hidden_size": size, "k": k} | setting
     phases = [] if only else [Phase(op, numbers, ["loss", "slope"], ["loss", "slope"])]
     if through:
-        phases.append(Phase("linear_mean_shift", numbers, ["shift"], ["shift"]))
+        phases.append(Phase("linear_grad_through_mean", numbers, ["grad_through_mean"], ["grad_through_mean"]))
     if of_hidden:
         phases.append(Phase("linear_grad_hidden", numbers, ["partial", "grad_hidden"], ["partial"]))
     if of_weight or of_bias:
-        written = ["offsets", "mean_row", "grad_weight", "grad_bias"]
-        phases.append(Phase("linear_grad_weight", numbers, written, ["offsets", "mean_row"]))
+        written = ["offsets", "common_row", "grad_weight", "grad_bias"]
+        phases.append(Phase("linear_grad_weight", numbers, written, ["offsets", "common_row"]))
     made = of_case(case, places, phases, f"weight +{leads['weight']} stride {strides['weight']}")
     made.outputs = [o for o in made.outputs if not only or o.placed.name != "slope"]
     return made
@@ -223,7 +223,7 @@ def adamw(draw: Draw, *, lead: int | None = None, **sizes: Any) -> Case:
     places = {name: None if t is None else Placed(name, t, lead=lead * (name == "weight")) for name, t in given.items()}
     step, rate, decay, beta1, beta2, eps = (case.inputs[name] for name in adamw_cases.NUMBERS)
     unbias = (1 - beta2**step) ** 0.5
-    numbers = {"dtype": DTYPES.index(case.dtype), "size": weight.numel(), "kept": 1 - rate * decay}
+    numbers = {"dtype": DTYPES.index(case.dtype), "size": weight.numel(), "decay_factor": 1 - rate * decay}
     numbers |= {
         "step_size": rate * unbias / (1 - beta1**step),
         "one_minus_beta1": 1 - beta1,
