@@ -1,4 +1,4 @@
-"""Plain-torch twins of the native ops, with the same signatures. Importing this module compiles nothing.
+"""Plain-torch twins of the native ops: the same arguments, but for `impl`. Importing this module compiles nothing.
 
 Tests and benchmarks compare the ops with them, and they are the kernels where there is no native one
 (`palu/ops/twins.py`). What each computes, and the shapes it takes, stands in `csrc/*.h`.

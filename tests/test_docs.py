@@ -30,8 +30,8 @@ from palu.methods.palu import PaluSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Commands that something else runs, or that need a GPU: .ci/run, tests/test_build.py, tests/test_processes.py,
-# tests/evaluate/test_harness.py.
+# Commands that something else runs, or that need a GPU: .ci/run, tests/ops/test_build.py,
+# tests/training/test_engine.py, tests/evaluate/test_harness.py.
 ELSEWHERE = ("make ", "pip ", "python -m palu.demo", "python benchmarks/", "accelerate ", "cmake ", "git ", "lm_eval ")
 
 FORGET = [

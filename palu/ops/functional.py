@@ -1,4 +1,4 @@
-"""The public ops: onset mask, and the local losses from logits or from hidden states."""
+"""The public ops: onset mask, losses from logits or from hidden states, and a step of AdamW."""
 
 import math
 from numbers import Integral, Real
@@ -15,8 +15,6 @@ from palu.settings import TARGETS
 _ops = torch.ops.palu
 
 IMPLEMENTATIONS = ("auto", "gather", "dense")
-
-adamw_ = _ops.adamw_  # as it is: csrc/adamw.h has its contract, its twin in palu/eager.py the arguments
 
 
 def prefix_mask(labels: Tensor, n: int, eos_token_id: int | None = None) -> Tensor:
@@ -173,6 +171,34 @@ def kl_div_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor, reverse: boo
     `ref_logits`: [R, V], the dtype of `logits`. `row_weight` and the result: as in `cross_entropy_`.
     """
     return _ops.kl_div_(logits, ref_logits, row_weight, reverse)
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_bits: Tensor | None,
+    clip_factor: Tensor | None,
+    step: int,
+    rate: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Take a step of AdamW (arXiv 1711.05101, algorithm 2) on one parameter, in place; the gradient is only read.
+
+    Args:
+        weight: float32 or bfloat16, contiguous. With `low_bits` it is the upper half of a float32 weight, rounded.
+        grad, exp_avg: gradient and first moment, in the shape and dtype of `weight`.
+        exp_avg_sq: float32, the second moment.
+        low_bits: the lower halves of a bfloat16 `weight`, as int16 viewed as bfloat16; None for a float32 one.
+        clip_factor: float32, one number on the device: what `grad` is multiplied by; None: nothing.
+        step: the number of this step, from 1.
+        rate, weight_decay, beta1, beta2, eps: the settings of AdamW; `rate` is the learning rate.
+    """
+    _ops.adamw_(weight, grad, exp_avg, exp_avg_sq, low_bits, clip_factor, step, rate, weight_decay, beta1, beta2, eps)
 
 
 @torch.library.custom_op("palu::checked_labels", mutates_args=())
