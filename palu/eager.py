@@ -204,7 +204,7 @@ def adamw_(
     eps: float,
 ) -> None:
     """Twin of `palu.ops.adamw_`."""
-    unbias = (1 - beta2**step) ** 0.5
+    unbias, acc = (1 - beta2**step) ** 0.5, acc_dtype(weight.dtype)
     step_size = rate * unbias / (1 - beta1**step)
     tensors = [weight, grad, exp_avg, exp_avg_sq, weight if low_bits is None else low_bits]
     tensors = [torch.atleast_1d(tensor) for tensor in tensors]
@@ -214,8 +214,8 @@ def adamw_(
     rows = max(1, most * len(tensors[0]) // max(1, weight.numel()))
     for p, g, m, v, low in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
         if clip_factor is not None:
-            g = g.float() * clip_factor
-        m.copy_(torch.lerp(m.float(), g.float(), 1 - beta1))
+            g = g.to(acc) * clip_factor
+        m.copy_(torch.lerp(m.to(acc), g.to(acc), 1 - beta1))
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w = p
         if low_bits is not None:

@@ -33,28 +33,38 @@ def test_doctor() -> None:
     assert ops.extension_path() in result.stdout
     assert f"torch {torch.__version__}" in result.stdout
     assert "All passed." in result.stdout
-    for op in ("prefix_mask", "topk_mse, global_mean", "linear_topk_mse, local_mean", "cross_entropy_", "kl_div_, rev"):
+    losses = ("topk_mse, global_mean", "linear_topk_mse, local_mean", "cross_entropy_", "kl_div_, rev")
+    dtypes = dict.fromkeys(losses, ("float64", "float32", "bfloat16"))
+    dtypes |= {"prefix_mask": ("int64",), "adamw_": ("float32", "bfloat16")}
+    for op, of_op in dtypes.items():
         for device in ["cpu", "cuda:0"][: 1 + torch.cuda.is_available()]:
-            for dtype in ("float32", "float64"):
+            for dtype in of_op:
                 assert re.search(rf"^ok +{op}\w* +{device} +{dtype} ", result.stdout, re.MULTILINE), (op, device, dtype)
     assert "\nruns use meta, as accelerate chooses; --device names another one\n" in result.stdout
 
 
 def test_ops_that_are_wrong_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = ops.topk_mse
+    good, adamw_ = ops.topk_mse, ops.adamw_
 
     def missing(*_: Any) -> None:
         raise NotImplementedError("no kernel for this device\nand more")
 
+    def without_low_bits(*args: Any) -> None:
+        adamw_(*args)
+        if args[4] is not None:
+            args[4].zero_()
+
     monkeypatch.setattr(ops, "topk_mse", lambda *args: good(*args) * 1.001)
+    monkeypatch.setattr(ops, "adamw_", without_low_bits)
     monkeypatch.setattr(ops, "prefix_mask", missing)
     result = palu_command("doctor")
     assert result.exit_code == 1
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
-    assert [" topk_mse" in line for line in failed].count(True) == 8, failed
+    assert [" topk_mse" in line for line in failed].count(True) == 12, failed
     raised = [line for line in failed if " prefix_mask" in line]
-    assert len(failed) == 8 + len(raised) and f"{len(failed)} failed" in result.stdout
-    assert result.stdout.count("NotImplementedError: no kernel for this device\n") == len(raised) == 2
+    assert [line.split()[3] for line in failed if " adamw_" in line] == ["bfloat16"]
+    assert len(failed) == 13 + len(raised) and f"{len(failed)} failed" in result.stdout
+    assert result.stdout.count("NotImplementedError: no kernel for this device\n") == len(raised) == 1
 
 
 def test_no_ops(monkeypatch: pytest.MonkeyPatch) -> None:
