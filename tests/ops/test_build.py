@@ -98,15 +98,17 @@ def copy_without_prebuilt(package: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with this one's torch, and the wheel that pip makes of a clean copy of the checkout."""
+    """A fresh environment with this one's torch, and the wheel that pip makes of the checkout's source distribution."""
     source, dist, fresh = (tmp_path_factory.mktemp(name) for name in ("source", "dist", "fresh"))
     copy_without_prebuilt(ROOT / "palu", source)
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), "."]
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(dist)]
     subprocess.run(command, cwd=source, env=environment(), check=True)
+    (sdist,) = dist.glob("palu_unlearn-*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist)]
+    subprocess.run([*command, str(sdist)], env=environment(), check=True)
     (wheel,) = dist.glob("palu_unlearn-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(fresh)], check=True)
     # Of a folder that a .pth file names, .pth files are not read: an editable palu there stays out.
