@@ -56,10 +56,10 @@ bool ordered(const Stamp& stamp, uint32_t thread) {
 }
 
 void touch(Cell& cell, uint32_t owner, bool initialised, Kind kind, const void* pc, const char* name, int64_t at,
-           Buffer* buffer) {
+           bool in_buffer) {
   const uint32_t thread = blocks[current->block].linear * block_threads + current->thread;
   if (cell.owner != owner) {
-    const bool keep = buffer && cell.written;  // what an earlier launch wrote; shared memory starts afresh
+    const bool keep = in_buffer && cell.written;  // what an earlier launch wrote; shared memory starts afresh
     cell = Cell();
     cell.written = keep;
     cell.owner = owner;
@@ -75,12 +75,6 @@ void touch(Cell& cell, uint32_t owner, bool initialised, Kind kind, const void* 
                 .c_str()));
   };
   const bool writes = kind != Kind::kRead, reads = kind != Kind::kWrite;
-  if (buffer) {
-    buffer->read_cells += reads && !cell.seen_read;
-    buffer->write_cells += writes && !cell.seen_write;
-    cell.seen_read |= reads;
-    cell.seen_write |= writes;
-  }
   if (reads && !cell.written && !initialised) report("uninitialised", pc, who(""));
   if (!ordered(cell.write, thread) && !(kind == Kind::kAtomic && cell.atomic)) {
     clash(writes ? "written before by" : "a value written by", cell.write);
@@ -125,14 +119,14 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
       if (offset + size > variable.offset + variable.size) break;
       for (size_t o = offset / 2; o <= (offset + size - 1) / 2; ++o) {
         touch(arena_cells[block * kArenaBytes / 2 + o], blocks[block].generation, false, kind, pc, "shared",
-              static_cast<int64_t>(o * 2 - variable.offset), nullptr);
+              static_cast<int64_t>(o * 2 - variable.offset), false);
       }
       return;
     }
     report("out of bounds", pc, format("shared memory, %zu bytes at %zu", size, offset));
     stop();
   }
-  for (Buffer& buffer : buffers) {
+  for (const Buffer& buffer : buffers) {
     if (at < buffer.base || at + size > buffer.base + buffer.span) continue;
     const int64_t offset = at - buffer.base, first = offset / buffer.element,
                   last = (offset + static_cast<int64_t>(size) - 1) / buffer.element;
@@ -145,10 +139,8 @@ void check(uintptr_t at, size_t size, Kind kind, const void* pc) {
       stop();
     }
     if (kind != Kind::kRead && !buffer.writable) report("constant", pc, buffer.name + " is written");
-    (kind == Kind::kRead ? buffer.read_bytes : buffer.write_bytes) += size;
-    ++buffer.accesses;
     for (int64_t e = first; e <= last; ++e) {
-      touch(buffer.cells[e], launch_number, buffer.initialised, kind, pc, buffer.name.c_str(), e, &buffer);
+      touch(buffer.cells[e], launch_number, buffer.initialised, kind, pc, buffer.name.c_str(), e, true);
     }
     return;
   }
@@ -224,22 +216,16 @@ void emu_buffer(const char* name, void* base, int64_t element, int64_t rows, int
   const int64_t elements = rows && columns ? (rows - 1) * stride + columns : 0;
   if (!elements) return;
   emu::buffers.push_back({name, reinterpret_cast<uintptr_t>(base), element, rows, columns, stride, writable != 0,
-                          initialised != 0, emu::new_cells(elements), elements * element, 0, 0, 0, 0, 0});
+                          initialised != 0, emu::new_cells(elements), elements * element});
 }
 
-// One line each: "violation" kind, place for addr2line, details; "buffer" name, bytes read, bytes written, of how many
-// elements they are, and in how many accesses.
+// A line for each violation: its kind, place for addr2line, details.
 const char* emu_report() {
   static std::string all;
   all.clear();
   for (const auto& [key, details] : emu::violations) {
     const auto place = static_cast<unsigned long>(key.second);
-    all += emu::format("violation\t%s\t%#lx\t", key.first.c_str(), place) + details + "\n";
-  }
-  for (const auto& b : emu::buffers) {
-    all += emu::format("buffer\t%s\t%ld\t%ld\t%ld\t%ld\t%ld\n", b.name.c_str(), static_cast<long>(b.read_bytes),
-                       static_cast<long>(b.write_bytes), static_cast<long>(b.read_cells),
-                       static_cast<long>(b.write_cells), static_cast<long>(b.accesses));
+    all += emu::format("%s\t%#lx\t", key.first.c_str(), place) + details + "\n";
   }
   return all.c_str();
 }

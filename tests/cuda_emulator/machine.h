@@ -40,7 +40,7 @@ struct Stamp {
 };
 struct Cell {
   uint32_t owner;  // the launch, or the block for shared memory, that all but `written` belongs to
-  bool written, atomic, seen_read, seen_write;
+  bool written, atomic;
   Stamp write, reads[2];
 };
 
@@ -50,7 +50,7 @@ struct Buffer {
   int64_t element, rows, columns, stride;
   bool writable, initialised;
   Cell* cells;
-  int64_t span, read_bytes, write_bytes, read_cells, write_cells, accesses;
+  int64_t span;
 };
 inline std::vector<Buffer> buffers;
 

@@ -130,9 +130,8 @@ class Outcome:
     """What the runs of a case came to."""
 
     findings: list[Finding] = field(default_factory=list)
-    # By tensor and dtype: units of what cannot be helped.
+    # By tensor and dtype, in rounding units (helpers/compare.py).
     errors: dict[tuple[str, str], float] = field(default_factory=dict)
-    traffic: list[str] = field(default_factory=list)  # bytes that the launches asked for
 
 
 @cache
@@ -177,14 +176,12 @@ class Machine:
             for phase in case.phases:
                 self._begin(case, phase, schedule, seed)
                 self._call(case, phase)
-                lines = [line.split("\t") for line in self.library.emu_report().decode().splitlines()]
-                for kind, place, details in (rest for name, *rest in lines if name == "violation"):
+                for line in self.library.emu_report().decode().splitlines():
+                    kind, place, details = line.split("\t")
                     if kind == "assertion" and case.must_assert:
                         assertions += 1
                     else:
                         findings.append(self._finding(kind, self._source_line(place), f"{schedule.name}: {details}"))
-                if schedule == SCHEDULES[0]:
-                    outcome.traffic += _traffic(case, phase, [rest for name, *rest in lines if name == "buffer"])
             if case.must_assert:
                 if not assertions:
                     findings.append(self._finding("no device assertion", "", schedule.name))
@@ -255,18 +252,3 @@ def _short_name(pretty: str) -> str:
     """Shorten g++'s name of a lambda in a kernel to the kernel's, with its template's arguments."""
     kernel = re.search(r"(\w+(?:<[^()]*>)?)\(", pretty)
     return kernel[1] if kernel else pretty
-
-
-def _traffic(case: Case, phase: Phase, lines: list[list[str]]) -> list[str]:
-    """Say how many bytes a launch asked for, and how many different ones they are."""
-    sizes = {placed.name: placed.element for placed in case.buffers}
-    text = []
-    for name, *numbers in lines:
-        read, written, cells_read, cells_written, accesses = map(int, numbers)
-        if accesses:
-            text.append(
-                f"{phase.launcher:20} {name:12} read {read:9} bytes of {cells_read * sizes[name]:9}, "
-                f"written {written:9} of {cells_written * sizes[name]:9}, "
-                f"{(read + written) / accesses:4.1f} bytes an access"
-            )
-    return text

@@ -59,7 +59,7 @@ class Report:
         """Return the tables and the findings. `complete`: every instance of a kernel must have been launched."""
         lines = [f"\n{'op':26}{'cases':>7}", *(f"{op:26}{count:7}" for op, count in self.cases.items())]
         if self.errors:
-            lines.append("\nLargest errors, in units of what cannot be helped (README.md):")
+            lines.append("\nLargest errors, in rounding units (README.md):")
         for (op, tensor), by_dtype in sorted(self.errors.items()):
             cells = "".join(f"  {dtype} {units:.1f}" for dtype, units in sorted(by_dtype.items()))
             lines.append(f"{op:26}{tensor:12}{cells}")

@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=3, help="random cases of each op, besides the fixed ones")
     parser.add_argument("--seed", type=int, default=0, help="of the first random case; the next has the next seed")
     parser.add_argument("--only", default="", help="parts of the names of ops, or 'fault', separated by commas")
-    parser.add_argument("--case", help="one case alone: op/seed or op/name/dtype; prints the bytes it moves, too")
+    parser.add_argument("--case", help="one case alone: op/seed or op/name/dtype; prints what it is, too")
     parser.add_argument("--arch", type=int, nargs="+", default=list(compiler.ARCHITECTURES), help="of __CUDA_ARCH__")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers and cases at a time")
     parser.add_argument("--build", type=Path, default=compiler.ROOT / "build" / "cuda_emulator", help="a folder")
@@ -120,7 +120,7 @@ def main() -> int:
     for done in run_all(names, options.jobs, options.build, libraries):
         report.add(done)
         if options.case:
-            print(done.text, *(line for outcome in done.outcomes for line in outcome.traffic), sep="\n")
+            print(done.text)
     print(report.text(complete=not wanted and not options.case))
     print(f"{time.perf_counter() - began:.0f} s")
     return 1 if report.findings else 0

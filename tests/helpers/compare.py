@@ -1,4 +1,4 @@
-"""How far a result of an op is off, in units of what cannot be helped."""
+"""How far a result of an op is off, in rounding units: half an ulp of the result, and an ulp of its sums."""
 
 import math
 
@@ -11,8 +11,8 @@ from palu.eager import acc_dtype
 def compare(got: Tensor, truth: Tensor, twin: Tensor | None, scale: Tensor | None) -> tuple[str, float]:
     """Compare a result with the truth in float64 and with what plain torch makes of it in the same dtypes.
 
-    Returns what is wrong ("" if nothing is), and the error in units. More than 16 units that are more than 4 times
-    plain torch's are wrong. Booleans and integers must be equal.
+    Returns what is wrong ("" if nothing is), and the error in rounding units. More than 16 units that are more than 4
+    times plain torch's are wrong. Booleans and integers must be equal.
     """
     if not got.is_floating_point():
         different = int((got != truth).sum())
@@ -23,7 +23,7 @@ def compare(got: Tensor, truth: Tensor, twin: Tensor | None, scale: Tensor | Non
 
 
 def largest_error(got: Tensor, truth: Tensor, scale: Tensor | None) -> float:
-    """Return the largest error, in units of what cannot be helped.
+    """Return the largest error, in rounding units.
 
     A unit is half an ulp of the result in its own dtype, and one of the row's scale in the dtype of its sums.
     Infinite where what must be infinite or NaN is not, or the other way round.

@@ -177,7 +177,6 @@ struct __nv_bfloat16 {
 };
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
-inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 inline float __half2float(__half x) {
@@ -252,11 +251,11 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
 struct cudaFuncAttributes {
-  int ptxVersion, binaryVersion;
+  int ptxVersion;
 };
 template <typename F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F) {
-  *attributes = {__CUDA_ARCH__ / 10, __CUDA_ARCH__ / 10};
+  *attributes = {__CUDA_ARCH__ / 10};
   return cudaSuccess;
 }
 
