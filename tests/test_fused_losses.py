@@ -256,7 +256,7 @@ def test_memory_of_a_capped_head_is_bounded_by_the_chunk(
 @pytest.mark.parametrize(
     ("dtype", "others", "rows_per_chunk", "per_weight"),
     [
-        (torch.bfloat16, 600, 1, 6),
+        (torch.bfloat16, 600, 16, 6),
         (torch.bfloat16, 24, 1, 2),  # all rows take no more than the float32 sum would
         (torch.bfloat16, 24, 10**6, 2),
         (torch.float32, 24, 1, 4),
