@@ -40,6 +40,8 @@ def check_file(path: Path, subject: str) -> None:
             pass
     except OSError as error:
         raise OSError(f"{subject} cannot be written ({error.strerror}); give another file") from None
+    if path.is_file():
+        check_folder(path.parent, subject)  # where write_private puts the new one
 
 
 def private_folder(folder: Path) -> Path:
@@ -50,7 +52,10 @@ def private_folder(folder: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read, complete or not at all."""
+    """Write a file that its owner alone can read, complete or not at all; a link or device is written to as it is."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout, which must not be replaced
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)

@@ -12,11 +12,19 @@ import typer
 
 from palu.cli import options as shared
 from palu.cli.models import base_name, check_names, choose_device, is_adapter, load_tokenizer, model_loaders
-from palu.cli.options import NAME, check_files, flag, given_by, option, print_table
+from palu.cli.options import (
+    NAME,
+    check_files,
+    check_output_file,
+    flag,
+    given_by,
+    option,
+    print_table,
+)
 from palu.layout import MODEL, PRIVATE, QUESTIONS
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
-from palu.writable import check_file, check_folder
+from palu.writable import check_folder, write_private
 
 if TYPE_CHECKING:
     from palu.evaluate.questions import QuestionRows
@@ -119,9 +127,9 @@ def evaluate(
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
         if folder.absolute().name == MODEL and (folder.absolute().parent / PRIVATE).is_dir():
             folder = folder.parent / PRIVATE  # the records of its run
-        of_benchmark = f"evaluation-{benchmark}.json" if corpus else f"evaluation-tofu-{split}.json"
-        output = folder / (QUESTIONS if rows else of_benchmark)
-    check_file(output, f"--output {output}")
+        name = f"evaluation-{benchmark}.json" if corpus else f"evaluation-tofu-{split}.json"
+        output = folder / (QUESTIONS if rows else name)
+    check_output_file("output", output, rows=rows, retain_results=retain_results)
 
     from palu import evaluate as evaluations
     from palu.evaluate.language import WordList
@@ -152,13 +160,14 @@ def evaluate(
             evaluations.load_tofu(split, data)
             options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
             results = evaluations.tofu(loaders["model"](), tokens, split, data, **options)
-    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replaced = "; an earlier file of this name is gone" if output.is_file() else ""
+    write_private(output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if rows:
         _print_rows(results)
-        print(f"wrote {output}, which holds your questions and what was answered")
+        print(f"wrote {output}, which holds your questions and what was answered{replaced}")
     else:
         _print_metrics(results)
-        print(f"wrote {output}")
+        print(f"wrote {output}{replaced}")
 
 
 def _refuse(ctx: typer.Context, options: tuple[str, ...], why: str) -> None:

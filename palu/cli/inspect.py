@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import palu
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_model, load_tokenizer, position_limit
-from palu.cli.options import check_files, option
+from palu.cli.options import check_files, check_output_file, option
 from palu.settings import RunSettings
-from palu.writable import check_file
 
 if TYPE_CHECKING:
     from palu.data.examples import Examples
@@ -41,7 +40,7 @@ def inspect(
         annotate: Find the spans of rows that have none: contrast (the model itself tells which words carry the memory),
             regex:PATTERN or whole (answers). Guesses: look at them first.
         write: Write the rows with their spans, those found and those of the column secret, to be corrected by hand
-            (JSONL).
+            (JSONL); to a new file.
         html: Write one self-contained HTML file, not to the terminal.
     """
     wanted = None if rows in (None, "all") else _parse_rows(str(rows))
@@ -52,12 +51,11 @@ def inspect(
     if tokenizer is None and model is None:
         raise ValueError("give --model or --tokenizer")
     check_files(forget=forget)
-    for name, path in (("--write", write), ("--html", html)):
-        if path is None:
-            continue
-        check_file(path, f"{name} {path}")
-        if path.exists() and path.samefile(forget):
-            raise ValueError(f"{name} {path} is the file of --forget, which would be replaced; give another one")
+    for name, path in (("write", write), ("html", html)):
+        if path is not None:
+            check_output_file(name, path, forget=forget)
+    if write is not None and write.is_file():
+        raise ValueError(f"--write {write} is there already, perhaps corrected by hand; give another one, or delete it")
     check_names(model=model, tokenizer=tokenizer)
 
     from rich.console import Console
@@ -82,9 +80,6 @@ def inspect(
         asked = load_model(str(model)).to(place) if annotate == "contrast" else None
         source = palu.annotate(forget, annotate, asked, tokens, **template)
     loaded = load_forget(source, tokens, max_length=max_length, allow_cut_spans=True, warn=True, **template)
-    if write is not None:
-        spans = (with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget"))
-        write_rows(write, spans if annotate is None else source)
     roles = token_roles(loaded.examples, tokens, n)
     summary = _summary(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, of_row) for example, of_row in zip(loaded.examples, roles, strict=True)]
@@ -108,6 +103,10 @@ def inspect(
         print(f"\n{summary}")
         if len(shown) < len(numbered):
             print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
+    if write is not None:
+        spans = (with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget"))
+        write_rows(write, spans if annotate is None else source)
+        print(f"wrote {write}")
 
 
 def _summary(loaded: Examples, counts: Mapping[str, int], n: int, max_length: int) -> str:

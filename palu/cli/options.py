@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from palu.layout import FORGET, MODEL, PRIVATE
+from palu.writable import check_file
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
@@ -85,6 +86,17 @@ def check_files(**files: Path | None) -> None:
     for name, file in files.items():
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{flag(name)} {file}: there is no such file")
+
+
+def check_output_file(name: str, path: Path, **inputs: Path | list[Path] | None) -> None:
+    """Raise OSError where an option's file cannot be written, ValueError where it is one of these options' input."""
+    check_file(path, f"{flag(name)} {path}")
+    for option, given in inputs.items():
+        for file in given if isinstance(given, list) else [given]:
+            if file is not None and path.exists() and path.samefile(file):
+                raise ValueError(
+                    f"{flag(name)} {path} is the file of {flag(option)}, which would be replaced; give another one"
+                )
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -201,9 +201,8 @@ class Recorder:
                 for row, tokens, example in zip(rows["forget"], roles, self.forget, strict=False)
             ],
         }
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         private = private_folder(Path(output) / PRIVATE)
-        (private / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_private(private / RECORD, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         write_private(private / FORGET, "".join(f"{line}\n" for line in self.lines))
         return record
 

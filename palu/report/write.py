@@ -63,18 +63,16 @@ def save_run(
         private, model = Path(output) / PRIVATE, Path(output) / MODEL
         result.model.save_pretrained(str(model))
         tokenizer.save_pretrained(model)
-        with open(private / HISTORY, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in result.history)
+        write_private(private / HISTORY, "".join(json.dumps(record) + "\n" for record in result.history))
         record = recorder.save(output, result.model, result.summary["shared_beginnings"])
-        # Where it is, the run has finished: what comes after can be made again.
         about = {}
         if record is not None:
             about["outcome"] = view.outcome(record)
             requests = view.proven(recorder.ledger(output, record), record)
             write_private(private / LEDGER, json.dumps({"format": 1, "requests": requests}, indent=2) + "\n")
         summary = json.dumps({**result.summary, **about, **(extra or {})}, indent=2)
-        (private / SUMMARY).write_text(summary + "\n", encoding="utf-8")
-
+        # Where it is, the run has finished: what comes after can be made again.
+        write_private(private / SUMMARY, summary + "\n")
         write_card(output)
         return write_report(output)
 

@@ -109,7 +109,9 @@ SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECR
 
 def test_inspect_writes_the_spans_of_secrets(folder: Path, tmp_path: Path) -> None:
     secret, output = write_rows(tmp_path / "secret.jsonl", SECRET), tmp_path / "spans.jsonl"
-    done("inspect", "--model", folder / "model", "--forget", secret, "--write", output)
+    asked = ["inspect", "--model", folder / "model", "--forget", secret, "--write", output]
+    assert "row 99 is not there" in refusal(palu_command(*asked, "--rows", 99)) and not output.exists()
+    done(*asked)
     assert read_rows(output) == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
 
 

@@ -285,6 +285,8 @@ def test_save_run_replaces_nothing_unless_asked(folder: Path, arguments: list[An
         (beside, True, others),
         (file, True, f"{file} is a file; give a folder"),
     ):
+        records = [private / name for name in ("record.json", "history.jsonl", "summary.json")]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in records] == [0o600] * 3, "whole or not at all"
         before = contents(output)
         with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
             palu.save_run(output, result, tokenizer, recorder, overwrite=overwrite)
