@@ -23,7 +23,7 @@ COMMANDS = {
     "eval": ("Has a model forgotten, and what does it still know?", "evaluate.evaluate"),
     "audit": ("What does an attacker get out of an unlearned model?", "audit.audit"),
     "report": (
-        "Write DIR/private/report.html again, from what runs and evaluations have left there.",
+        "Write RUN/private/report.html again, from what runs and evaluations have left there.",
         "report.report",
     ),
     "push": ("Send an unlearned model to the Hugging Face hub, and nothing else of its run.", "push.push"),

@@ -8,13 +8,14 @@ import typer
 
 from palu.cli import options as shared
 from palu.cli.models import check_names, choose_device, load_tokenizer, model_loaders
-from palu.cli.options import check_files, option, print_table
+from palu.cli.options import check_files, check_unchanged, option, print_table
 from palu.quiet import hide_progress_bars
 from palu.settings import template_kwargs
 from palu.writable import check_folder, private_folder
 
 
 def audit(
+    ctx: typer.Context,
     model: shared.Name,
     original: shared.Name,
     forget: shared.Forget,
@@ -54,6 +55,7 @@ def audit(
     """
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     check_files(forget=forget, retain=retain)
+    check_unchanged(ctx, "retain", retain)
     check_folder(output, f"--output {output}")
     check_names(model=model, original=original, retain_model=retain_model, tokenizer=tokenizer)
 

@@ -16,6 +16,7 @@ from palu.cli.options import (
     NAME,
     check_files,
     check_output_file,
+    check_unchanged,
     flag,
     given_by,
     option,
@@ -80,8 +81,9 @@ def evaluate(
         max_new_tokens: TOFU and --rows: bound on an answer's length. [default: 200; with --rows twice the longest true
             answer, at most 200]
     """
-    if benchmark is not None and given_by(ctx, "rows") == "DEFAULT_MAP":
-        rows = None  # of a run, which are asked where no benchmark is named
+    of_benchmark = any(given_by(ctx, name) == "COMMANDLINE" for name in FOR_BENCHMARKS)
+    if of_benchmark and given_by(ctx, "rows") == "DEFAULT_MAP":
+        rows = None  # of a run, which are asked where nothing of a benchmark is given
     if rows:
         _refuse(ctx, FOR_BENCHMARKS, "belongs to a benchmark; leave it out, or --rows")
     else:
@@ -92,6 +94,7 @@ def evaluate(
     template_kwargs(chat_template_kwargs)  # says what is wrong with them
     for file in rows or []:
         check_files(rows=file)
+    check_unchanged(ctx, "rows", *(rows or []))
     check_files(retain_results=retain_results)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data}: there is no such folder")
@@ -122,10 +125,10 @@ def evaluate(
     models = {"model": model} | ({"original": original, "retain_model": retain_model} if rows else {})
     check_names(**models, tokenizer=tokenizer)
     if output is None:
-        folder = Path(model)
+        folder = Path(model).expanduser().absolute()  # "." has no name and no parent
         if not folder.is_dir():
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
-        if folder.absolute().name == MODEL and (folder.absolute().parent / PRIVATE).is_dir():
+        if folder.name == MODEL and (folder.parent / PRIVATE).is_dir():
             folder = folder.parent / PRIVATE  # the records of its run
         name = f"evaluation-{benchmark}.json" if corpus else f"evaluation-tofu-{split}.json"
         output = folder / (QUESTIONS if rows else name)

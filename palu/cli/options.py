@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from palu.layout import FORGET, MODEL, PRIVATE
+from palu.layout import FORGET, MODEL, PRIVATE, check_finished
 from palu.writable import check_file
 
 ABBREVIATED = {"lr": "learning_rate"}  # what other tools call a setting
 NAME = "DIR_OR_NAME"  # of a model or tokenizer
+_CHANGED = "palu.changed"  # in a context's meta: a run's retain file that is another one by now
 
 
 class SectionedCommand(TyperCommand):
@@ -99,6 +100,22 @@ def check_output_file(name: str, path: Path, **inputs: Path | list[Path] | None)
                 )
 
 
+def check_run(run: Path) -> None:
+    """Raise FileNotFoundError or ValueError where this is not the folder of a finished run."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"there is no folder {run}")
+    check_finished(run)
+
+
+def check_unchanged(ctx: typer.Context, name: str, *files: Path | None) -> None:
+    """Raise ValueError where a file that a run's folder gave an option has changed since the run."""
+    changed = ctx.meta.get(_CHANGED)
+    if changed in files and given_by(ctx, name) == "DEFAULT_MAP":
+        raise ValueError(
+            f"{changed} has changed since the run in {ctx.params['run']}; restore it, or give {flag(name)}"
+        )
+
+
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Print rows under the names of their columns."""
     from rich.console import Console
@@ -118,6 +135,7 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
     from palu.report.reading import read_run
     from palu.training.requests import read_requests
 
+    check_run(run)
     private = run / PRIVATE
     record, summary, _ = read_run(private)
     given, config = summary.get("arguments", {}), summary["config"]
@@ -135,7 +153,7 @@ def _read_run(ctx: typer.Context, run: Path | None) -> Path | None:
         read_requests(private)  # complains where they have changed
     retain, digest = values["retain"], record["data"]["retain"].get("file_sha256")
     if retain is not None and Path(retain).is_file() and digest not in (None, file_digest(Path(retain))):
-        raise ValueError(f"{retain} has changed since the run in {run}; restore it, or give --retain")
+        ctx.meta[_CHANGED] = Path(retain)  # refused where no option replaces it, which is not known yet
     asked = [given["eval_rows"]] if given.get("eval_rows") else [values["forget"], values["retain"]]
     values["rows"] = [file for file in asked if file is not None] or None
     ctx.default_map = {name: value for name, value in values.items() if value is not None}

@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
+from palu.cli.options import check_run
+
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="The folder that palu unlearn wrote.", metavar="DIR")],
-    redact: Annotated[
-        bool, typer.Option("--redact", help="Blot out the secrets, in private/report-redacted.html.")
-    ] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    redact: Annotated[bool, typer.Option("--redact")] = False,
 ) -> None:
-    """Write DIR/private/report.html again, from what the run and evaluations have left there."""
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder {run_dir}")
+    """Write RUN/private/report.html again, from what the run and evaluations have left there.
+
+    Args:
+        run: The folder of a finished run of palu unlearn.
+        redact: Blot out the secrets, in private/report-redacted.html.
+    """
+    check_run(run)
     from palu.report.write import write_report
 
-    print(f"wrote {write_report(run_dir, redact=redact)}")
+    print(f"wrote {write_report(run, redact=redact)}")

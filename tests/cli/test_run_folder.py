@@ -70,12 +70,27 @@ def test_an_audit_needs_no_more(finished: Path, folder: Path) -> None:
     assert "nowhere" in refusal(other), "an option that is given wins"
 
 
-def test_an_evaluation_needs_no_more(finished: Path) -> None:
-    done("eval", finished, "--no-progress")
-    found = read(finished / "private" / "evaluation-questions.json")
+GONE = "an earlier file of this name is gone"
+
+
+def test_an_evaluation_needs_no_more(
+    finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one of the model alone, from within its folder."""
+    output = finished / "private" / "evaluation-questions.json"
+    assert done("eval", finished, "--no-progress").stdout.endswith("which holds your questions and what was answered\n")
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600
+    found = read(output)
     kinds = [row["kind"] for row in found["palu"]["rows"]]
     assert kinds == ["forget"] * 6 + ["retain"] * 6 and "original" in found
-    assert "belongs to" not in palu_command("eval", finished, "--benchmark", "tofu", "--data", finished).output
+    for option in ("--benchmark", "tofu"), ("--forget-split", "forget05"):
+        assert "belongs to" not in palu_command("eval", finished, *option, "--data", finished).output
+    monkeypatch.chdir(finished / "model")
+    again = done("eval", "--model", ".", "--rows", folder / "forget.jsonl", "--max-new-tokens", 1, "--no-progress")
+    assert again.stdout.endswith(f"wrote {output}, which holds your questions and what was answered; {GONE}\n")
+    (link := tmp_path / "link.json").symlink_to(tmp_path / "results.json")  # as /dev/stdout is one
+    done("eval", "--model", ".", "--rows", folder / "forget.jsonl", "--no-progress", "--output", link)
+    assert link.is_symlink() and "forget_told" in read(tmp_path / "results.json")
 
 
 def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, out: Path, tmp_path: Path) -> None:
@@ -89,10 +104,23 @@ def test_a_set_that_has_changed_since_is_refused(finished: Path, folder: Path, o
     changed = read(summary)
     changed["arguments"]["retain"] = str(folder / "forget.jsonl")
     summary.write_text(json.dumps(changed), encoding="utf-8")
-    for command in ("audit", "eval"):
+    for command, option in {"audit": "retain", "eval": "rows"}.items():
         told = refusal(palu_command(command, out))
-        assert told.endswith(f"has changed since the run in {out}; restore it, or give --retain")
-    assert "is no folder of a recorded run" in refusal(palu_command("audit", tmp_path))
+        assert told.endswith(f"has changed since the run in {out}; restore it, or give --{option}")
+        other = [f"--{option}", folder / "retain.jsonl", "--model", "./absent"]
+        assert "--model ./absent: there is no such folder" in refusal(palu_command(command, out, *other))
+
+
+@pytest.mark.parametrize("command", ["report", "audit", "eval"])
+def test_a_folder_that_is_no_finished_run(command: str, finished: Path, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("summary.json"))
+    for run, told in (
+        (tmp_path / "absent", f"there is no folder {tmp_path / 'absent'}"),
+        (tmp_path, f"{tmp_path} is not the folder of a run; give the folder that palu unlearn wrote"),
+        (out / "model", f"{out / 'model'} is not the folder of a run; give the run's folder, {out}"),
+        (out, f"the run in {out} has not finished; go on with it by palu unlearn ... --resume"),
+    ):
+        assert refusal(palu_command(command, run)) == told
 
 
 def test_a_request_after_another_and_a_folder_that_was_moved(
@@ -257,6 +285,8 @@ def test_private_is_its_owners(arguments: list[Any], out: Path) -> None:
         done(*arguments, "--max-steps", 1)
         private = out / "private"
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
+        records = [private / name for name in ("record.json", "history.jsonl", "summary.json")]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in records] == [0o600] * 3, "whole or not at all"
         assert stat.S_IMODE((out / "model").stat().st_mode) == 0o777
         private.chmod(0o750)  # the user's choice stays
         done("report", out)
@@ -285,8 +315,6 @@ def test_save_run_replaces_nothing_unless_asked(folder: Path, arguments: list[An
         (beside, True, others),
         (file, True, f"{file} is a file; give a folder"),
     ):
-        records = [private / name for name in ("record.json", "history.jsonl", "summary.json")]
-        assert [stat.S_IMODE(path.stat().st_mode) for path in records] == [0o600] * 3, "whole or not at all"
         before = contents(output)
         with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
             palu.save_run(output, result, tokenizer, recorder, overwrite=overwrite)
