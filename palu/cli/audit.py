@@ -38,7 +38,7 @@ def audit(
     """What does an attacker get out of an unlearned model?
 
     What each attack gave is kept in private/audit/: the same command goes on where it was stopped. In a run's folder,
-    the report and the model card are written again.
+    the report and the model card are written again, but a card that you have edited is left as it is.
 
     Args:
         model: The unlearned model: a folder (of an adapter, too), or a name.
@@ -61,9 +61,9 @@ def audit(
 
     from palu.attacks.run import RESULTS, attacks_of, audit_models
     from palu.attacks.secrets import AuditData
-    from palu.layout import MODEL, PRIVATE, RECORD
+    from palu.layout import CARD, MODEL, PRIVATE, RECORD
     from palu.report.reading import read_run
-    from palu.report.write import write_card, write_report
+    from palu.report.write import is_edited, write_card, write_report
 
     if recorded := (output / PRIVATE / RECORD).is_file():
         read_run(output / PRIVATE)  # the report could not be written again
@@ -80,7 +80,9 @@ def audit(
     print(f"wrote {folder / RESULTS}, which holds the secrets")
     if recorded:
         print(f"wrote {write_report(output)}")
-        if (output / MODEL).is_dir():
+        if is_edited(card := output / MODEL / CARD):
+            print(f"{card} was edited and is left as it is; palu.write_card makes it again")
+        elif (output / MODEL).is_dir():
             print(f"wrote {write_card(output)}")
 
 

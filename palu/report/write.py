@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
+from palu.hashing import json_digest
 from palu.layout import CARD, HISTORY, LEDGER, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
 from palu.report import view, words
 from palu.report.plots import number
@@ -27,6 +28,7 @@ from palu.training.loop import UnlearnResult
 from palu.writable import write_private
 
 HERE = Path(__file__).parent
+_SEAL = "<!-- palu audit writes this card again unless it was edited, as it sees by this SHA-256 of it: "
 
 
 def save_run(
@@ -88,17 +90,16 @@ def write_report(run_dir: str | os.PathLike[str], *, redact: bool = False) -> Pa
     """
     folder = Path(run_dir) / PRIVATE
     shown = view.page(folder, redact=redact)
-    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     path = folder / ("report-redacted.html" if redact else "report.html")
-    _write(path, "report.html.jinja", autoescape=True, style=style, **shown)
+    path.write_bytes(_page("report.html.jinja", **shown))
     return path
 
 
 def write_card(run_dir: str | os.PathLike[str]) -> Path:
     """Write ``model/README.md``, the hub's model card: what was done and how it came out, and no text of the sets.
 
-    The base model is named where it came from the hub, the licence where the base model's card names one. Raises
-    RecordError as :func:`write_report`.
+    The base model is named where it came from the hub, the licence where the base model's card names one. A card that
+    is there is replaced, also where you have edited it. Raises RecordError as :func:`write_report`.
     """
     folder = Path(run_dir) / MODEL
     shown = view.page(Path(run_dir) / PRIVATE, redact=True)
@@ -110,20 +111,33 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         pipeline_tag="text-generation",
         tags=["unlearning", "machine-unlearning", "palu"],
     )
+    text = _rendered("card.md.jinja", autoescape=False, metadata=metadata.to_yaml(), **shown)
     path = folder / CARD
-    _write(path, "card.md.jinja", autoescape=False, metadata=metadata.to_yaml(), **shown)
+    path.write_bytes(f"{text}{_SEAL}{json_digest(text)} -->\n".encode())
     return path
+
+
+def is_edited(card: Path) -> bool:
+    """Whether a model card is there and not as :func:`write_card` has left it, by the hash in its last line."""
+    if not card.exists():
+        return False
+    text, _, rest = card.read_bytes().decode(errors="replace").rpartition(_SEAL)
+    return rest != f"{json_digest(text)} -->\n"
 
 
 def write_roles(path: Path, title: str, rows: Iterable[tuple[int, Sequence[Token]]], summary: str) -> None:
     """Write one HTML file with the roles of the tokens of rows, each with its number, under a title and a summary."""
-    shown = {"title": title, "rows": rows, "summary": summary}
-    _write(path, "roles.html.jinja", autoescape=True, runs=runs, meanings=MEANING, **shown)
+    path.write_bytes(_page("roles.html.jinja", title=title, rows=rows, summary=summary, runs=runs))
 
 
-def _write(path: Path, template: str, *, autoescape: bool, **values: Any) -> None:
-    # Line ends as they are: a checksum of the file is the same on every system.
-    path.write_bytes((_template(template, autoescape).render(values).rstrip() + "\n").encode())
+def _page(template: str, **values: Any) -> bytes:
+    """Fill in a template of HTML; as bytes, so that a checksum of the file is the same on every system."""
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
+    return _rendered(template, autoescape=True, style=style, meanings=MEANING, **values).encode()
+
+
+def _rendered(template: str, *, autoescape: bool, **values: Any) -> str:
+    return _template(template, autoescape).render(values).rstrip() + "\n"
 
 
 @cache

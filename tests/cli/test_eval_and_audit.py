@@ -158,10 +158,18 @@ def test_in_a_run_the_report_and_the_card_are_written_again(planted: Path, tmp_p
     assert not (output / "private" / "audit.json").exists()
 
     (tmp_path / "history.jsonl").rename(output / "private" / "history.jsonl")
+    results = {"privleak": {"agg_value": -12.5}}  # which is not in the card yet
+    (output / "private" / "evaluation-mine.json").write_text(json.dumps(results), encoding="utf-8")
     assert done(*asked).stdout.splitlines()[-2:] == [f"wrote {report}", f"wrote {card}"]
     after = report.read_text(encoding="utf-8")
     assert "What an attacker gets out" in after and "Perhaps of another model" not in after
-    assert "| ask: greedy | 0.00 | 1.00 |" in card.read_text(encoding="utf-8")
+    own = card.read_text(encoding="utf-8")
+    assert "| ask: greedy | 0.00 | 1.00 |" in own and "PrivLeak" in own
+    own = own.replace("# Unlearned", "# My own Llama, unlearned")
+    card.write_text(own, encoding="utf-8")
+    left = f"{card} was edited and is left as it is; palu.write_card makes it again"
+    assert done(*asked).stdout.splitlines()[-2:] == [f"wrote {report}", left]
+    assert card.read_text(encoding="utf-8") == own
 
 
 def test_one_model_is_held_at_a_time(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ def test_leaked_secrets_come_with_the_answer_that_tells_them(folder: Path, shown
             found["values"], found["evidence"] = found["values"] * 3, found["evidence"] * 3
 
     assert "3 more secrets</summary>" in shown(many)
-    none = shown(lambda audit: [row.update(models={}) for row in audit["attacks"]])
+    none = shown(lambda audit: [row.update(models={}, verdict="held") for row in audit["attacks"]])
+    assert "</strong> none. All of these held." in " ".join(none.split())
     assert "None: no attack got one out of the unlearned model." in none
 
 
@@ -157,7 +158,7 @@ def test_the_card_has_the_audit_and_nothing_of_the_sets(folder: Path, audit: dic
     assert "| ask: greedy | 0.22 | 1.00 | 0.11 | 0.12 (" in card.text
     assert "| inside: lens | 0.56 | 1.00 | 0.00 | 0.56 (0.22 to 0.89) | open | the budget of lens |" in card.text
     assert "|  |  |  |  | undecided | skipped: the forget set has no column" in card.text
-    assert "- 9 secrets are few" in card.text and "\n\n\n" not in card.text
+    assert "It was a quick audit" in card.text and "- 9 secrets are few" in card.text and "\n\n\n" not in card.text
     private = [secret[name] for secret in audit["secrets"] for name in ("text", "question")]
     private += [audit["forget_sha256"], *(model["fingerprint"] for model in audit["models"].values())]
     assert not any(text in card.content for text in private)
