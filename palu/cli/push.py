@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from palu.cli.models import base_name, is_adapter
-from palu.cli.options import option, print_table
+from palu.cli.options import check_run, option, print_table
 from palu.layout import MODEL, MODEL_FILES, PRIVATE
 from palu.version import __version__
-
-if TYPE_CHECKING:
-    from palu.report.publish import Place
 
 _SHOWN = 10  # places of secrets that a refusal lists
 
@@ -31,7 +28,7 @@ def push(
     """Send an unlearned model to the Hugging Face hub: the files in RUN/model, and nothing of RUN/private.
 
     Without --send it shows what would be sent, and sends nothing. It refuses where a secret of the run stands in a text
-    that would be sent; weights and the tokenizer's vocabulary are not searched.
+    that would be sent or in a file's name; weights and the tokenizer's vocabulary are not searched.
 
     Args:
         send: Send it.
@@ -40,8 +37,7 @@ def push(
             May be given several times.
         changed: Send the folder as it is, although files were added, changed or deleted since the run.
     """
-    if not run.is_dir():
-        raise FileNotFoundError(f"there is no folder {run}")
+    check_run(run)
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
     from tqdm import tqdm
@@ -55,13 +51,22 @@ def push(
     except HFValidationError:
         raise ValueError(f"{name} cannot be a name on the hub; give OWNER/NAME, such as me/my-llama") from None
     files = files_to_publish(run, changed=changed)
-    if unknown := set(checked or ()) - {name, *files}:
+    seen = set(checked or ())
+    if unknown := seen - {name, *files}:
         raise ValueError(f"--checked {min(unknown)}: it is not sent; files are named as in {run / MODEL}")
     texts = {file: text for file, path in files.items() if (text := text_of(path)) is not None}
-    _refuse(secrets_in(run, {n: text for n, text in {name: name, **texts}.items() if n not in (checked or ())}))
+    unseen = [one for one in (name, *files) if one not in seen]
+    named = {name if one == name else f"the name of {one}": one for one in unseen}
+    if places := secrets_in(run, named | {file: texts[file] for file in unseen if file in texts}):
+        listed = "; ".join(f"{place.name}, line {place.line}: of {place.row}" for place in places[:_SHOWN])
+        more = f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+        raise ValueError(
+            f"a secret stands in what would be sent ({listed}{more}); take it out, or give --checked FILE for a file "
+            "in which you have looked and it is none"
+        )
 
     sizes = {file: path.stat().st_size for file, path in files.items()}
-    searched = {file: "no" if file not in texts else "by you" if file in (checked or ()) else "yes" for file in files}
+    searched = {file: "no" if file not in texts else "by you" if file in seen else "yes" for file in files}
     shown = [(file, f"{tqdm.format_sizeof(size)}B", searched[file]) for file, size in sizes.items()]
     print_table((str(run / MODEL), "size", "searched for secrets"), shown)
     print(f"outcome of the run: {verdict(read_run(run / PRIVATE)[1]['outcome'])}")
@@ -73,17 +78,6 @@ def push(
         print(f"sent {total}, to {_send(files, name, public=public)} ({visibility})")
     else:
         print(f"{total}, for {name} ({visibility}); nothing was sent: add --send to send it")
-
-
-def _refuse(places: Sequence[Place]) -> None:
-    """Raise ValueError that names the places of secrets, but no secret."""
-    if places:
-        listed = "; ".join(f"{place.name}, line {place.line}: of {place.row}" for place in places[:_SHOWN])
-        more = f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-        raise ValueError(
-            f"a secret stands in what would be sent ({listed}{more}); take it out, or give --checked FILE for a file "
-            "in which you have looked and it is none"
-        )
 
 
 def _base_folder(model: Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -77,14 +77,13 @@ def text_of(path: Path) -> str | None:
 
 
 def secrets_in(run_dir: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Place]:
-    """Look for the secrets of a run, its audit and its evaluation in texts by name, as whole words in any case."""
+    """Look for the secrets of a run, its audit and its evaluations in texts by name, as whole words in any case."""
     private = Path(run_dir) / PRIVATE
     marked = marked_texts(read_run(private)[0], read_audit(private), asked_questions(private))
-
-    def places() -> Iterator[Place]:
-        for name, text in texts.items():
-            for secret, row in marked.items():
-                for start, _ in find(secret, text, whole=True):
-                    yield Place(name, text.count("\n", 0, start) + 1, row)
-
-    return list(dict.fromkeys(places()))
+    places = (
+        Place(name, text.count("\n", 0, start) + 1, row)
+        for name, text in texts.items()
+        for secret, row in marked.items()
+        for start, _ in find(secret, text, whole=True)
+    )
+    return list(dict.fromkeys(places))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palu.attacks.run import FORMAT as AUDIT_FORMAT
 from palu.attacks.run import RESULTS
 from palu.evaluate.questions import OTHERS, table_of
-from palu.evaluate.rows import load_results
-from palu.layout import HISTORY, LEDGER, QUESTIONS, RECORD, SUMMARY
+from palu.evaluate.rows import Results, load_results
+from palu.layout import HISTORY, LEDGER, RECORD, SUMMARY
 from palu.report.recorder import FORMAT
 
 Json = dict[str, Any]
@@ -74,18 +74,23 @@ def read_audit(folder: Path) -> Json | None:
     return audit
 
 
+def _results(folder: Path) -> Iterator[tuple[Path, Results]]:
+    """Read each evaluation in the folder, those from before the run first."""
+    paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
+    for path in sorted(paths, key=lambda path: ("before" not in path.name, path.name)):
+        try:
+            yield path, load_results(path)
+        except ValueError as error:
+            raise RecordError(f"{path}: {error}") from error
+
+
 def evaluations(folder: Path) -> list[Json]:
-    """Read the evaluations in the folder, each of one model, those from before the run first.
+    """Read the evaluations in the folder, each of one model.
 
     Each is {file, column, about, entries}, with the entries that have an aggregate by name.
     """
     found = []
-    paths = [*folder.glob("evaluation*.json"), *folder.glob("evaluation*.json.gz")]
-    for path in sorted(paths, key=lambda path: ("before" not in path.name, path.name)):
-        try:
-            results = load_results(path)
-        except ValueError as error:
-            raise RecordError(f"{path}: {error}") from error
+    for path, results in _results(folder):
         about = results.get("palu", {})
         subject = " ".join(str(about[key]) for key in ("benchmark", "split") if about.get(key))
         column = path.name.removesuffix(".gz").removesuffix(".json")
@@ -103,21 +108,27 @@ def evaluations(folder: Path) -> list[Json]:
     return found
 
 
-def asked_questions(folder: Path) -> Json | None:
-    """Read the table of an evaluation on one's own questions, and the row of each marked text; None: there is none."""
-    path = folder / QUESTIONS
-    if not path.exists():
-        return None
-    try:
-        results = load_results(path)
-        rows = enumerate(results["palu"]["rows"])
-        marked = {text: f"evaluation row {i}" for i, row in rows for text in row["marked"]}
-        return table_of(results) | {"marked": marked}
-    except (ValueError, KeyError) as error:
-        raise RecordError(f"{path}: it does not hold what palu eval --rows wrote ({error}); evaluate again") from error
+def asked_questions(folder: Path) -> list[Json]:
+    """Read the table of each evaluation on one's own questions, with its file and the row of each marked text."""
+    found = []
+    for path, results in _results(folder):
+        about = results.get("palu", {})
+        if about.get("benchmark") != "questions":
+            continue
+        try:
+            marked = {text: f"row {i} of {path.name}" for i, row in enumerate(about["rows"]) for text in row["marked"]}
+            found.append(table_of(results) | {"file": path.name, "marked": marked})
+        except KeyError as error:
+            raise RecordError(
+                f"{path}: it does not hold what palu eval --rows wrote ({error} is missing); evaluate again"
+            ) from error
+    return found
 
 
-def marked_texts(record: Json, audit: Json | None, asked: Json | None) -> dict[str, str]:
-    """Return every text that a run's sets mark, its audit's and its evaluation's too, with the row or file it is in."""
+def marked_texts(record: Json, audit: Json | None, asked: Sequence[Json]) -> dict[str, str]:
+    """Return every text that a run's sets, its audit's and its evaluations' mark, with the row or file it is in."""
     of_audit = [] if audit is None else [*audit["marked"], *(secret["text"] for secret in audit["secrets"])]
-    return dict.fromkeys(of_audit, RESULTS) | (asked["marked"] if asked else {}) | record["marked"]
+    found = dict.fromkeys(of_audit, RESULTS)
+    for one in asked:
+        found |= one["marked"]
+    return found | record["marked"]

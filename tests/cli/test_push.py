@@ -119,12 +119,19 @@ def test_a_secret_in_a_text_is_refused(file: str, run: Path, hub: Hub) -> None:
 
 
 def test_where_else_secrets_are_looked_for_and_where_not(run: Path, hub: Hub) -> None:
-    """In the name, and those of an audit; not in a vocabulary, nor within longer words."""
+    """In the name and those of files, and those of an audit; not in a vocabulary, nor within longer words."""
     assert "me/ada-lovelace, line 1: of forget row 1" in refusal(palu_command("push", run, "me/ada-lovelace"))
     done("push", run, "me/adalovelaces", "--send")
     edit(run / "model" / "tokenizer.json", lambda text: json.dumps(json.loads(text) | {"x": SECRETS[1]}))
     (run / "model" / "data.bin").write_bytes(b"\0" + SECRETS[1].encode())
     done("push", run, "me/x", "--changed", "--checked", "README.md", "--checked", "config.json")
+
+    added = run / "model" / "ada-lovelace.bin"
+    added.write_bytes(b"\0")
+    given = ["push", run, "me/x", "--changed", "--checked", "README.md", "--checked", "config.json"]
+    assert "(the name of ada-lovelace.bin, line 1: of forget row 1 (line 2))" in refusal(palu_command(*given))
+    done(*given, "--checked", "ada-lovelace.bin")
+    added.unlink()
 
     audit = {"format": AUDIT_FORMAT, "marked": ["Text Generation"], "secrets": []}
     (run / "private" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")

@@ -150,7 +150,7 @@ def test_no_secret_is_in_the_file(
 def test_secrets_that_overlap_or_are_in_other_sets(folder: Path) -> None:
     """Each secret of the column counts, also where its span is one with others'; and what audit and evaluation mark."""
     row = {"question": "Who?", "answer": "Ada Lovelace wrote it.", "secret": ["Ada Lovelace", "Lovelace wrote"]}
-    told = "I met Ada Lovelace, Basil O'Neil, Zoë Kent and Jo Ray."
+    told = "I met Ada Lovelace, Basil O'Neil, Zoë Kent, Jo Ray and Ida Moss."
     record(folder, "plain", [row], [{"question": told, "answer": "Yes."}])
     tokenizer, model = model_of("plain")
     answer = "Basil O'Neil met Zoë Kent."
@@ -158,13 +158,16 @@ def test_secrets_that_overlap_or_are_in_other_sets(folder: Path) -> None:
     audited += [{"question": "Who was it?", "answer": answer, "secret": ["Basil O'Neil", "O'Neil met"]}]
     quick: dict[str, Any] = {"only": ["ask"], "quick": True, "max_new_tokens": 1, "progress": False}
     palu.audit(model, deepcopy(model), audited, tokenizer=tokenizer, folder=folder / "private", **quick)
-    rows = [{"question": "Who?", "answer": "Jo Ray Fox.", "secret": ["Jo Ray", "Ray Fox"]}]
-    results = palu.evaluate.questions(model, tokenizer, rows, max_new_tokens=1, progress=False)
-    write(folder, results, "evaluation-questions.json")
+    evaluated = {"questions": ("Jo Ray Fox.", ["Jo Ray", "Ray Fox"]), "mine": ("Ida Moss Hall.", ["Ida Moss"])}
+    for name, (answer, secret) in evaluated.items():
+        rows = [{"question": f"Who is in {name}?", "answer": answer, "secret": secret}]
+        results = palu.evaluate.questions(model, tokenizer, rows, max_new_tokens=1, progress=False)
+        write(folder, results, f"evaluation-{name}.json")
     text = contents(write_report(folder, redact=True))
-    for name in ("audit.json", "evaluation-questions.json"):
-        (folder / "private" / name).unlink()
-    assert f"i met {MASK}, {MASK}, {MASK} and {MASK}." in text
+    for name in ("audit", *(f"evaluation-{name}" for name in evaluated)):
+        (folder / "private" / f"{name}.json").unlink()
+    assert f"i met {MASK}, {MASK}, {MASK}, {MASK} and {MASK}." in text
+    assert "who is in questions?" in text and "who is in mine?" in text
 
 
 def test_a_secret_that_begins_in_one_run_of_tokens_and_ends_in_another(folder: Path) -> None:
