@@ -22,8 +22,10 @@ from palu.settings import RunSettings, Settings, field_names
 
 SECTION = "Settings (the arguments of palu.UnlearnConfig)"
 # What the help says of settings for which the command has a default of its own.
-_DEFAULTS = {"checkpoint_dir": "checkpoints in OUTPUT/private, until the run has finished"}
-_DEFAULTS |= {"logging_dir": "logs in OUTPUT/private"}
+_DEFAULTS = {
+    "checkpoint_dir": "checkpoints in OUTPUT/private, until the run has finished",
+    "logging_dir": "logs in OUTPUT/private",
+}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,14 +147,20 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict | None):
         raise typer.BadParameter(f"{path} holds a {type(content).__name__}; write one 'name: value' a line")
-    known = [p.name for p in ctx.command.params if p.name not in ("config", "help")]
+    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "help")}
     for name in content or {}:
         if name not in known:
             near = difflib.get_close_matches(ABBREVIATED.get(str(name), str(name)), known, n=1)
             fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise typer.BadParameter(f"{path}: unknown key {name!r}; {fix}")
-    ctx.default_map = {name: "none" if value is None else value for name, value in (content or {}).items()}
+    # An empty value is None for a setting; of another option it says that none is given.
+    values = {n: "none" if v is None and _is_setting(known[n]) else v for n, v in (content or {}).items()}
+    ctx.default_map = {name: value for name, value in values.items() if value is not None}
     return path
+
+
+def _is_setting(parameter: Any) -> bool:
+    return (getattr(parameter, "rich_help_panel", None) or "").startswith("Settings")
 
 
 _CONFIG = Annotated[

@@ -214,12 +214,14 @@ def test_each_choice_of_weights_and_optimizer(
 
 
 def test_config_file(folder: Path, out: Path, tmp_path: Path) -> None:
-    """Flags win over the file, the file over the defaults; 1e-2, a string to YAML, is a number."""
+    """Flags win over the file, the file over the defaults; 1e-2, a string to YAML, is a number. An empty value is None
+    for a setting, and as none at all for another option."""
     file = tmp_path / "run.yaml"
     file.write_text(
         f"model: {folder / 'model'}\nforget: {folder / 'forget.jsonl'}\nretain: {folder / 'retain.jsonl'}\n"
         f"output: {out}\nlearning_rate: 1e-2\nbatch_size: 2\nepochs: 5\nprogress: false\n"
         "local_loss: topk_mse\ntarget: 0.5\nanchors: 0\ncheckpoint_dir: null\nmax_tokens: 900\n"
+        "ref_model: null\nrecipe:\n"
     )
     done("unlearn", "--config", file, "--epochs", 1, "--max-tokens", "none")
     config = summary_of(out)["config"]
