@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 360, 170
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 24
-MAX_POINTS = 300
 MAX_DOTS = 40
-
-Point = tuple[float, float]
 
 
 class Scale(NamedTuple):
@@ -32,8 +29,8 @@ def line_chart(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
 
     ticks: (y, text). dots: (x, y), the last one being the end of the line. ends: (x, anchor, step).
     """
-    points = downsample(list(zip(steps, values, strict=True)))
-    scale = fit([y for _, y in points if math.isfinite(y)])
+    points = list(zip(steps, values, strict=True))
+    scale = fit([value for value in values if math.isfinite(value)])
     first, last = (steps[0], steps[-1]) if steps else (0, 1)
 
     def x(step: float) -> str:
@@ -57,24 +54,6 @@ def line_chart(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def downsample(points: list[Point]) -> list[Point]:
-    """Reduce points to at most MAX_POINTS: of each stretch its lowest and its highest, so that no spike is lost.
-
-    A stretch with a value that is not finite keeps that one, too, as a gap.
-    """
-    if len(points) <= MAX_POINTS:
-        return points
-    stretches = MAX_POINTS // 3
-    kept: list[Point] = []
-    for i in range(stretches):
-        part = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
-        finite = [point for point in part if math.isfinite(point[1])]
-        gaps = [point for point in part if not math.isfinite(point[1])][:1]
-        extremes = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else set()
-        kept += sorted([*extremes, *gaps])
-    return kept
-
-
 def fit(values: Sequence[float]) -> Scale:
     """Fit a scale to the values, with a few round ticks; by decades where they span more than two."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -82,7 +61,7 @@ def fit(values: Sequence[float]) -> Scale:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, math.ceil((last - first) / 4))
         return Scale(10.0**first, 10.0**last, True, tuple(10.0**e for e in range(first, last + 1, every)))
-    if low == high:
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-300):  # else rounding would decide where the ticks are
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     elif 0 < low < high / 2:
         low = 0.0  # a fall by half should look like one
