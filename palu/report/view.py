@@ -223,16 +223,16 @@ def histogram(secrets: Sequence[Json]) -> list[Json]:
 
 
 def _example(one: Json, hide: Redaction, redact: bool) -> Json:
-    """Split a forget row's answer into runs of one role, one token each where it is sensitive."""
+    """Split a forget row's answer into runs of one role: (role, its pieces), a token each where it is sensitive."""
     tokens, start = [Token(*token) for token in one["tokens"]], 0
-    shown: list[tuple[str, str]] = []
+    shown: list[tuple[str, list[str]]] = []
     spans = hide.spans("".join(token.piece for token in tokens))  # one may begin in one run, and end in another
     for role, pieces in runs(tokens):
         text = "".join(pieces)
         if role in ("onset", "redundant"):
-            shown += [(words.MASK if redact else piece, role) for piece in pieces]
+            shown.append((role, [words.MASK if redact else piece for piece in pieces]))
         else:
-            shown.append((blot(text, [(first - start, end - start) for first, end in spans]), role))
+            shown.append((role, [blot(text, [(first - start, end - start) for first, end in spans])]))
         start += len(text)
     return {"row": one["row"], "question": one["question"], "runs": shown, "counts": count_roles([tokens])}
 

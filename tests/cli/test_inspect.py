@@ -27,7 +27,7 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     html = tmp_path / "roles.html"
     done(*common, "--n", 3, "--html", html)
     page = html.read_text(encoding="utf-8")
-    assert page.count("<section>") == 6
+    assert page.count("<h2>Row ") == 6
     assert "tokens at n = 3: " in page
     assert not re.search("https?://|<script|<link|src=", page), "self-contained"
 
