@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 from palu.attacks.estimators import LEVEL, LIMIT, Verdict
@@ -25,8 +25,8 @@ OTHER_MODEL = (
 )
 
 
-def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Json]:
-    """Format each attack, and its place in a chart; ``show`` formats what is no share."""
+def rows(audit: Json) -> list[Json]:
+    """Format each attack, and its place in a chart."""
     secrets, last, found = len(audit["secrets"]), None, []
     for row in audit["attacks"]:
         models, fewer = row["models"], row.get("secrets", secrets) < secrets
@@ -38,7 +38,7 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
             {
                 "name": f"{row['name']} (of {row['secrets']})" if fewer else row["name"],
                 "family": row["name"].partition(":")[0],
-                "shares": {role: _share(models[role], show) for role in ROLES if role in models},
+                "shares": {role: _share(models[role]) for role in ROLES if role in models},
                 "rho": _rho(**row["rho"]),
                 "verdict": row["verdict"],
                 "reason": reason,
@@ -51,14 +51,14 @@ def rows(audit: Json, show: Callable[[float], str] = "{:.3g}".format) -> list[Js
     return found
 
 
-def _share(of_model: Json, show: Callable[[float], str]) -> str:
+def _share(of_model: Json) -> str:
     """Write the share of secrets told, where there is one, with the model's other figures."""
     figures = dict(of_model.get("figures", {}))
     unrounded = figures.pop("utility unrounded", None)
     others = [
         f"utility {value:.2f}, before {unrounded:.2f}"
         if name == "utility" and unrounded is not None
-        else f"{name} {show(value)}"
+        else f"{name} {number(value)}"
         for name, value in figures.items()
     ]
     if of_model.get("told") is None:
@@ -88,7 +88,7 @@ def _interval(row: Json) -> list[str] | None:
 
 def summary(audit: Json, record: Json) -> Json:
     """Collect what report and model card show of an audit: nothing of the sets' texts, and no hash of theirs."""
-    shown = rows(audit, number)
+    shown = rows(audit)
     named = {verdict: [row["name"] for row in shown if row["verdict"] == verdict] for verdict in get_args(Verdict)}
     fingerprint = audit["models"].get("unlearned", {}).get("fingerprint")
     return {
