@@ -88,7 +88,7 @@ def audit(
 
 def print_results(results: dict[str, Any]) -> None:
     """Print a row for each attack, with its budget, each model's share of secrets told, rho and verdict."""
-    from palu.report.audited import rows
+    from palu.report.audited import MEANING, rows
 
     roles, left_out = list(results["models"]), results["left_out"]
     print(
@@ -100,5 +100,6 @@ def print_results(results: dict[str, Any]) -> None:
         for row in rows(results)
     ]
     print_table(("attack", *roles, "rho (95 %)", "verdict", "budget"), lines)
+    print(MEANING)
     for note in results["notes"]:
         print(f"- {note}")

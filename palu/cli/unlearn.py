@@ -15,7 +15,7 @@ import typer
 from palu import layout
 from palu.cli import models
 from palu.cli import options as shared
-from palu.cli.options import check_files, given_by, option
+from palu.cli.options import check_files, flag, given_by, option
 from palu.cli.settings import with_settings
 from palu.config import UnlearnConfig
 from palu.quiet import hide_progress_bars
@@ -94,19 +94,20 @@ def unlearn(
         raise ValueError("give --model, or --after and a run's folder to go on from its model")
     own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
     if own and not lora:
-        raise ValueError(f"{own[0]} was given without --lora; add --lora or leave it out")
+        raise ValueError(f"{flag(own[0])} was given without --lora; add --lora or leave it out")
     if not lora and not models.is_adapter(model):
         if quantize is not None:
             raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
         if dtype == "float16":
             raise ValueError("--dtype float16: gradients and steps underflow; give bfloat16 or float32, or add --lora")
     subject, private = f"--output {output}", output / layout.PRIVATE
-    for flag, name in {"--model": model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
-        given = None if name is None else Path(name).expanduser().resolve()
-        if given == (output / layout.MODEL).resolve():
-            raise ValueError(f"{subject} has {flag} as its {layout.MODEL}/, which would be replaced; give another one")
-        if given == output.resolve():
-            raise ValueError(f"{subject} is the folder of {flag}; give another one")
+    of_model = "--model" if after is None else "the model of --after"
+    for given, name in {of_model: model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
+        folder = None if name is None else Path(name).expanduser().resolve()
+        if folder == (output / layout.MODEL).resolve():
+            raise ValueError(f"{subject} has {given} as its {layout.MODEL}/, which would be replaced; give another one")
+        if folder == output.resolve():
+            raise ValueError(f"{subject} is the folder of {given}; give another one")
     if eval_rows is None and settings.get("eval_steps") is not None:
         raise ValueError(f"--eval-steps {settings['eval_steps']}: there is nothing to evaluate; add --eval-rows")
     retain_file = None if retain in ("auto", "none") else Path(retain)

@@ -23,7 +23,9 @@ MEANING = {
     "prompt": "outside the answer: nothing acts on it",
     "ordinary": "held to what the model said before (KL)",
     "onset": "to be forgotten: the model is trained not to say this here",
-    "redundant": "in a span, after its first n tokens or as other answers begin: nothing acts on it",
+    "redundant": (
+        "left alone: after the first n tokens of the secret, or a beginning that it shares with many other answers"
+    ),
 }
 ROLES = tuple(MEANING)
 # How a run of tokens begins and ends in a terminal, for those who see no colour, and its colour.

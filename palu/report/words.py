@@ -25,7 +25,7 @@ SERIES = {
     "earlier": "Rows of earlier requests that take part",
 }
 # How a secret may be told, by its names in the record.
-TOLD = {"asked": "told when asked", "paraphrased": "in other words", "rest": "after its first token"}
+TOLD = {"asked": "told when asked", "paraphrased": "in other words", "rest": "rest told once its first token is given"}
 LOCAL = {"unlikelihood": "Unlikelihood loss (local)", "topk_mse": "Local entropy loss (local)"}
 
 

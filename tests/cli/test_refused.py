@@ -24,7 +24,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("unlearn", "--recipe papers", "'papers'"),
     ("unlearn", "--lr 1e-4", "No such option: --lr (Possible options: --learning-rate)"),
     ("unlearn", "--nonsense", "No such option: --nonsense"),
-    ("unlearn", "--lora-alpha 4", "lora_alpha was given without --lora; add --lora or leave it out"),
+    ("unlearn", "--lora-alpha 4", "--lora-alpha was given without --lora; add --lora or leave it out"),
     ("unlearn", "--model a/b/c", "--model a/b/c: there is no such folder"),
     ("unlearn", "--model {folder}", "--model {folder}: the folder holds no config.json, so it is no model's"),
     ("unlearn", "--model no,model", "--model no,model: there is no such folder, and it cannot be a name on the hub"),
@@ -134,6 +134,8 @@ def test_a_run_to_go_on_from(folder: Path, out: Path, tmp_path: Path) -> None:
     assert refusal(palu_command(*given)) == "give --model, or --after and a run's folder to go on from its model"
     told = f"{tmp_path} is not the folder of a run; give the folder that palu unlearn wrote"
     assert refusal(palu_command(*given, "--after", tmp_path)) == told
+    own = refusal(palu_command(*given, "--after", tmp_path, "--output", tmp_path))
+    assert own.startswith(f"--output {tmp_path} has the model of --after as its model/, which would be replaced; ")
     assert "with --after the reference is that run's model" in refusal(
         palu_command(*given, "--after", tmp_path, "--ref-model", folder / "model")
     )

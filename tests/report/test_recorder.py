@@ -98,7 +98,7 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}, "its own question does not tell 1"
     assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 6
     first, last = view.last_lines(found).split("\n")
-    assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; after its first token: ")
+    assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; rest told once its first ")
     assert "secrets are forgotten" in last
 
 

@@ -77,7 +77,7 @@ def test_text() -> None:
     said = capture.get()
     assert "\x1b" not in said
     assert "«onset»: to be forgotten" in said
-    assert "<redundant>: in a span, after" in said
+    assert "<redundant>: left alone: after" in said
 
 
 def test_html(tmp_path: Path) -> None:
