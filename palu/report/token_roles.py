@@ -1,4 +1,4 @@
-"""Find the role of every token of the forget set, and show it in a terminal (in HTML: roles.html.jinja)."""
+"""Find the role of every token of the forget set, and show it in a terminal (in HTML: tokens.jinja)."""
 
 from __future__ import annotations
 

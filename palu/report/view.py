@@ -169,7 +169,7 @@ def page(folder: Path, *, redact: bool) -> Json:
         "words_told": words.TOLD,
         "known": KNOWN,
         "method": METHODS[objective].title if objective in METHODS else objective,
-        # Texts are in mappings alone; JSON would hide them from the redaction.
+        # Texts are in mappings alone; JSON would escape one that is JSON itself again, and hide its secrets.
         "settings": words.settings({n: hide(one) if isinstance(one, dict) else one for n, one in config.items()}),
         "secrets": [_secret(one, redact) for one in secrets],
         "requests": [one | ({"rows_sha256": None} if redact else {}) for one in requests],

@@ -134,6 +134,7 @@ def is_palus(folder: Path) -> Callable[[str], bool]:
 
 
 @example("plain", [{"question": "", "answer": "It is Zoë.", "spans": [[6, 9]]}], "JSON")
+@example("plain", [{"question": "", "answer": "It is Éva.", "spans": [[6, 9]]}], "JSON")
 @example("prefix", [{"question": "", "answer": "The city of Anna ($$<-", "spans": [[19, 21]]}], "HTML")
 @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.sampled_from(sorted(TOKENIZERS)), st.lists(rows(), min_size=1, max_size=2), st.sampled_from(sorted(WRITTEN)))
