@@ -135,7 +135,8 @@ def test_a_table_is_printed_and_the_results_are_written(planted: Path, tmp_path:
     assert "1 greedy answer of" in table["ask: greedy"]
     assert "2 sampled answers of" in table["sample: leak@1"] and "sampled" not in table["sample: leak@2"]
     assert "utility" in table["quantise: int4"] and "median 1/p" in table["sample: exact p"]
-    assert f"\n{audited.MEANING}\n- without a retain model its share is taken as 0" in result.stdout
+    assert f"\n{audited.MEANING}\n- only some attacks were made: " in result.stdout
+    assert "\n- without a retain model its share is taken as 0" in result.stdout
     assert "arXiv 2502.15836" in result.stdout
     assert lines[-1] == f"wrote {private / 'audit.json'}, which holds the secrets"
     assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.parent.name != "audit") == [
