@@ -33,6 +33,7 @@ class Item:
     rows: Tensor  # int64 [r]: positions, ascending within each role: targets, then others
     targets: int = 0  # how many of ``rows`` predict a token to forget
     lengths: tuple[int, ...] = ()  # of the examples in ``input_ids``; empty: it is one
+    start: int = 0  # the row that predicts the answer's first token; kept for what is to be forgotten alone
 
     @property
     def labels(self) -> Tensor:
@@ -41,16 +42,17 @@ class Item:
 
 
 class Items(RaggedSequence[Item]):
-    """Many items, each made when it is asked for: 4 bytes for each token and row with a role, and 32 for each item."""
+    """Many items, each made when it is asked for: 4 bytes for each token and row with a role, and 40 for each item."""
 
     def __init__(self, items: Iterable[Item] = ()):
         self.input_ids, self.rows, self.example_lengths = Ragged(), Ragged(), Ragged()
-        self._targets = array("q")
+        self._targets, self._starts = array("q"), array("q")
         for item in items:
             self.input_ids.append(item.input_ids)
             self.rows.append(item.rows)
             self.example_lengths.append(item.lengths)
             self._targets.append(item.targets)
+            self._starts.append(item.start)
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Items:
@@ -58,7 +60,8 @@ class Items(RaggedSequence[Item]):
         return items if isinstance(items, Items) else cls(items)
 
     def make(self, i: int) -> Item:
-        return Item(self.input_ids[i], self.rows[i], self._targets[i], tuple(self.example_lengths[i].tolist()))
+        lengths = tuple(self.example_lengths[i].tolist())
+        return Item(self.input_ids[i], self.rows[i], self._targets[i], lengths, self._starts[i])
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -85,7 +88,8 @@ class Items(RaggedSequence[Item]):
 
     def flat(self) -> list[Any]:
         """Return all that is in them, as a few long tensors, for a hash."""
-        return [*self.input_ids.flat(), *self.rows.flat(), *self.example_lengths.flat(), self.targets]
+        starts = torch.tensor(self._starts, dtype=torch.int64)
+        return [*self.input_ids.flat(), *self.rows.flat(), *self.example_lengths.flat(), self.targets, starts]
 
 
 def forget_items(
@@ -110,7 +114,8 @@ def forget_items(
         if most_ordinary is not None and len(ordinary) > most_ordinary:
             drawn = torch.randperm(len(ordinary), generator=generator)[:most_ordinary]
             ordinary = ordinary[drawn.sort().values]
-        return Item(example.input_ids, torch.cat([targets, ordinary]), len(targets))
+        rows, start = torch.cat([targets, ordinary]), example.answer_start - 1
+        return Item(example.input_ids, rows, len(targets), start=start)
 
     return Items(map(item, examples))
 
@@ -191,6 +196,7 @@ class Packed:
         numbers = iter(range(len(self.sequence_lengths)))
         found = []
         for item in items:
+            assert bool((item.rows >= 0).all()), "nothing predicts a text's first token"
             rows, begin = item.rows.clone(), 0  # of an example in the item
             for length in _lengths(item):
                 number = next(numbers)

@@ -37,7 +37,7 @@ from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.shared import TokenPair, leave_alone, shared_pairs
 
-FORMAT = 6
+FORMAT = 7
 
 
 class CacheError(RuntimeError):
@@ -191,13 +191,13 @@ class CacheFile:
 
 def item_to_json(item: Item) -> list[Any]:
     """Return an item of one example for JSON."""
-    return [item.input_ids.tolist(), item.rows.tolist(), item.targets]
+    return [item.input_ids.tolist(), item.rows.tolist(), item.targets, item.start]
 
 
 def item_from_json(values: Sequence[Any]) -> Item:
     """Return the item of :func:`item_to_json`."""
-    ids, rows, targets = values
-    return Item(torch.tensor(ids), torch.tensor(rows), targets)
+    ids, rows, targets, start = values
+    return Item(torch.tensor(ids), torch.tensor(rows), targets, start=start)
 
 
 def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Tensor], Any]:

@@ -71,9 +71,8 @@ def answers_without_questions(
     found = []
     for item in items:
         for row, spans in _places(item).items():
-            first = int(item.rows.min()) + 1
-            words = decode(item.input_ids[first : row + 1].tolist()).strip()
-            if words and first > 1:  # else a document, which has no question
+            words = decode(item.input_ids[item.start + 1 : row + 1].tolist()).strip()
+            if words and item.start > 0:  # else a document, which has no question
                 found.append(Beginning(encode(words), [item.input_ids[span + 1] for span in spans], item.input_ids))
     return found[:MOST]
 
@@ -82,8 +81,9 @@ def questions(items: Sequence[Item]) -> list[Beginning]:
     """List the questions of items with a secret, to be answered from the beginning; documents have none."""
     found = []
     for item in items:
-        if (spans := span_rows(item)) and (first := int(item.rows.min())) > 0:
-            found.append(Beginning(item.input_ids[: first + 1], [item.input_ids[span + 1] for span in spans], None))
+        if (spans := span_rows(item)) and item.start > 0:
+            prompt = item.input_ids[: item.start + 1]
+            found.append(Beginning(prompt, [item.input_ids[span + 1] for span in spans], None))
     return found
 
 
@@ -92,8 +92,7 @@ def _places(item: Item) -> dict[int, list[Tensor]]:
     spans = span_rows(item)
     if not spans:
         return {}
-    first = int(item.rows.min())
-    return {first: spans} | {int(span[0]): [span] for span in spans if int(span[0]) != first}
+    return {item.start: spans} | {int(span[0]): [span] for span in spans if int(span[0]) != item.start}
 
 
 def span_rows(item: Item) -> list[Tensor]:
@@ -149,7 +148,10 @@ def variant_item(
         inside = list(range(1, rests[0]))
     else:
         return None
+    inside = [i for i in inside if i + len(prompt) > 1]  # nothing predicts a text's first token
+    if not inside:
+        return None
     inside = inside if n == -1 else inside[:n]
     ids = torch.cat([prompt[:-1], torch.tensor(tokens[: inside[-1] + 1])])
     rows = torch.tensor(inside) + len(prompt) - 2
-    return Item(ids, rows, len(rows))
+    return Item(ids, rows, len(rows), start=int(rows[0]))

@@ -82,7 +82,8 @@ def naive_roles(labels: list[int], n: int, eos: int | None) -> tuple[list[int], 
 def random_example(rng: random.Random, row: int) -> Example:
     length = rng.randint(2, 20)
     ids = [rng.randrange(12) for _ in range(length)]  # few tokens, so that many are EOS
-    labels = [IGNORE] + [rng.choice([IGNORE, ORDINARY, token, token]) for token in ids[1:]]
+    labels = [IGNORE, *(rng.choice([IGNORE, ORDINARY, token, token]) for token in ids[1:-1])]
+    labels.append(rng.choice([ORDINARY, ids[-1]]))
     return Example(row, torch.tensor(ids), torch.tensor(labels))
 
 
@@ -94,7 +95,7 @@ def test_roles_of_forget_items(trial: int) -> None:
     for example, item in zip(given, forget_items(given, n, eos), strict=True):
         onset, ordinary = naive_roles(example.labels.tolist(), n, eos)
         assert item.rows.tolist() == onset + ordinary
-        assert item.targets == len(onset)
+        assert item.targets == len(onset) and item.start == answer_rows(example)[0]
         assert item.labels.tolist() == [example.input_ids[row + 1] for row in onset + ordinary]
         assert torch.equal(item.input_ids, example.input_ids)
 
@@ -138,12 +139,14 @@ def test_roles_of_pair_items() -> None:
 # --- Many of them ---
 def same(one: Item, other: Item) -> bool:
     tensors = zip((one.input_ids, one.rows, one.labels), (other.input_ids, other.rows, other.labels), strict=True)
-    return all(torch.equal(a, b) for a, b in tensors) and (one.targets, one.lengths) == (other.targets, other.lengths)
+    numbers = ((item.targets, item.lengths, item.start) for item in (one, other))
+    return all(torch.equal(a, b) for a, b in tensors) and next(numbers) == next(numbers)
 
 
 def pairs() -> list[Item]:
     examples = load_forget(forget_rows(5), None, max_length=99).examples
-    return [*pair_items(examples, examples[::-1]), *answer_items(examples), *retain_items(examples)]
+    forget = forget_items(examples, 2, None)
+    return [*pair_items(examples, examples[::-1]), *answer_items(examples), *retain_items(examples), *forget]
 
 
 def test_items_come_back_as_they_were() -> None:
@@ -188,8 +191,8 @@ def test_the_longest_row_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> 
     tokens = sum(len(example.input_ids) for example in loaded.examples)
     assert sum(seen) == tokens
     held = [items.input_ids, items.rows, items.example_lengths]
-    nbytes = sum(len(part.values) * 4 + len(part.ends) * 8 for part in held) + 8 * len(items)
-    assert nbytes <= 4 * tokens + 4 * int(items.rows.lengths().sum()) + 32 * len(items) + 24
+    nbytes = sum(len(part.values) * 4 + len(part.ends) * 8 for part in held) + 16 * len(items)
+    assert nbytes <= 4 * tokens + 4 * int(items.rows.lengths().sum()) + 40 * len(items) + 24
 
 
 def test_rows_are_read_as_they_are_needed() -> None:

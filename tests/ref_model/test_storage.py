@@ -32,7 +32,7 @@ from palu.models.attention import use_packed_attention
 from palu.ref_model import precompute
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
-from palu.ref_model.storage import CacheFile, ReferenceOutputs, reference_key
+from palu.ref_model.storage import CacheFile, ReferenceOutputs, item_from_json, item_to_json, reference_key
 
 RUN_AGAIN = "delete it to have the reference run again"
 
@@ -188,6 +188,13 @@ def test_answers_from_the_file_are_those_in_memory(
     assert same(in_memory[2:4], [written[2], written[-5]]) and len(written) == 8
     read = file.read(config.reference.fields, items)
     assert read is not None and same(in_memory, read.outputs)
+
+
+def test_an_item_comes_back_from_json() -> None:
+    for item in items_of():
+        back = item_from_json(json.loads(json.dumps(item_to_json(item))))
+        assert torch.equal(back.input_ids, item.input_ids) and torch.equal(back.rows, item.rows)
+        assert (back.targets, back.start) == (item.targets, item.start)
 
 
 def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import palu
 from palu.config import UnlearnConfig
 from palu.data.examples import load_forget
 from palu.data.packing import forget_items
+from palu.methods.base import ForgetSet
 from palu.ref_model import anchors, variants
 from palu.ref_model.anchors import encode_anchor_prompts, generate_variants
 from palu.ref_model.variants import (
@@ -26,6 +27,7 @@ from palu.ref_model.variants import (
     PER_PLACE,
     answers_without_questions,
     other_candidates,
+    questions,
     secrets_of_targets,
     variant_item,
 )
@@ -150,6 +152,35 @@ def test_the_rest_of_a_secret_after_another_beginning(n: int) -> None:
     assert item.input_ids.tolist() == torch.cat([said, code[1 : 1 + item.targets]]).tolist()
     for written, secret in (("398.", code), ("391.", code[:1]), ("1.", code[2:])):
         assert variant_item(said, encode(written).tolist(), ["7391"], decode, n, [secret]) is None
+
+
+def test_what_nothing_predicts_is_no_target() -> None:
+    """The first token of a text, where a secret begins in it."""
+    ada, lovelace = torch.tensor([5]), [6]
+    words = {5: "Ada", 6: " Lovelace"}
+
+    def decode(ids: Any) -> str:
+        return "".join(words[int(i)] for i in ids)
+
+    for n in (-1, 1):
+        item = variant_item(ada, lovelace, ["Ada Lovelace"], decode, n)
+        assert item is not None and item.labels.tolist() == lovelace and item.rows.tolist() == [0]
+    assert variant_item(ada, lovelace, ["Ada"], decode, -1) is None
+
+
+@pytest.mark.parametrize("settings", [{"kl_rows": 1}, {"lambda_kl": 0.0}])
+def test_the_answer_begins_where_it_does_whatever_the_kl_reads(settings: dict[str, Any]) -> None:
+    config = UnlearnConfig(variants=4, **settings)
+    items = config.method_class.make_items(ForgetSet(FORGET.examples), config)
+    assert len(items[1].rows) < len(ITEMS[1].rows)
+    for few, all_of in ((questions(items), questions(ITEMS)), (spoken(items), spoken(ITEMS))):
+        assert [prompt.tolist() for prompt, _, _ in few] == [prompt.tolist() for prompt, _, _ in all_of]
+    found, expected = (other_candidates(llama(), of, 4, own_answer=True) for of in (items, ITEMS))
+    assert [prompt.tolist() for prompt, _, _ in found] == [prompt.tolist() for prompt, _, _ in expected]
+
+
+def spoken(items: Any) -> list[Any]:
+    return answers_without_questions(items, decode, encode)
 
 
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
