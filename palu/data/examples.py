@@ -49,7 +49,7 @@ class Examples:
 
     examples: Sequence[Example]
     source: Any  # what it was loaded from, to be read again; of an iterator, its rows
-    loaded_with: dict[str, Any]  # of what the tokens depend on, ``max_length`` and ``chat_template_kwargs``
+    loaded_with: dict[str, Any]  # ``set`` ("forget" or "retain"), ``max_length`` and ``chat_template_kwargs``
     skipped: int  # rows left out because max_length cut off their whole answer
     without_span: int  # forget examples in which no token is sensitive, cut off or not
     cut_rows: tuple[int, ...]  # forget rows of which max_length cuts off a sensitive token, skipped ones among them
@@ -190,7 +190,8 @@ def _load(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one before it), got {max_length}")
     name = "forget" if forget else "retain"
-    loaded_with = {"max_length": max_length, "chat_template_kwargs": template_kwargs(chat_template_kwargs)}
+    kwargs = template_kwargs(chat_template_kwargs)
+    loaded_with = {"set": name, "max_length": max_length, "chat_template_kwargs": kwargs}
     if isinstance(source, Examples):
         for setting, value in loaded_with.items():
             if (was := source.loaded_with[setting]) != value:

@@ -238,6 +238,8 @@ def test_a_loaded_set_is_not_loaded_again() -> None:
         load_forget(cut, tokenizer, max_length=needed - 1)
     kept = load_retain(retain_rows(), None, max_length=99)
     assert load_retain(kept, None, max_length=99) is kept
+    with pytest.raises(ValueError, match=r"^forget set was loaded with set = 'retain', not 'forget'; load it again$"):
+        load_forget(kept, None, max_length=99)
 
 
 def test_most_ordinary_rows() -> None:
