@@ -84,7 +84,7 @@ def load_forget(
 
     Raises DataError if any row is unusable, if max_length cuts off every answer, if no sensitive token is left, or if
     one is cut off and allow_cut_spans is False; FileNotFoundError for a missing file; ValueError where source was
-    loaded with other settings.
+    loaded with other settings, or as the retain set.
     """
     loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
     if not loaded.examples:

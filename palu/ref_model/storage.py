@@ -223,6 +223,7 @@ def open_cache_file(config: UnlearnConfig, key: str) -> CacheFile | None:
 
 def reference_key(config: UnlearnConfig, accelerator: Accelerator, fingerprints: Fingerprints) -> str:
     """Hash everything that the reference's outputs depend on, but for versions of libraries."""
+    drawn = config.reference.neighbours or config.reference.variants  # neighbours and paraphrases are
     return digest(
         {
             "format": FORMAT,
@@ -230,6 +231,7 @@ def reference_key(config: UnlearnConfig, accelerator: Accelerator, fingerprints:
             "forget": fingerprints.forget,
             "earlier": fingerprints.earlier,
             "anchor_prompts": fingerprints.anchor_prompts,
+            "seed": config.seed if drawn else None,
             "objective": config.name,
             "settings": json.dumps(config.reference.settings, sort_keys=True, default=float),
             "mixed_precision": accelerator.mixed_precision,

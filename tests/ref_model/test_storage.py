@@ -255,7 +255,9 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
         "local_loss": key_of(local_loss="topk_mse"),
         "objective": key_of(objective="npo"),
         "kl_rows": key_of(kl_rows=2),
-        "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1),
+        "kl_rows, drawn otherwise": key_of(kl_rows=2, seed=1, neighbours=0, variants=0),
+        "neighbours, drawn otherwise": key_of(seed=1, variants=0),
+        "paraphrases, drawn otherwise": key_of(seed=2, neighbours=0),
         "no KL": key_of(lambda_kl=0.0),
         "no local loss": key_of(gamma=0.0),
     }
@@ -263,7 +265,9 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
 
 
 def test_the_key_has_nothing_else_in_it() -> None:
-    run = {"learning_rate": 1.0, "epochs": 3, "batch_size": 2, "seed": 4, "chunk_bytes": 8, "max_tokens": 9}
+    run = {"learning_rate": 1.0, "epochs": 3, "batch_size": 2, "chunk_bytes": 8, "max_tokens": 9}
+    drawn = {"neighbours": 0, "variants": 0}
+    assert key_of(**drawn) == key_of(**drawn, seed=4)
     assert key_of() == key_of(lambda_kl=3.0, kl_direction="forward", probability_floor=0.5, **run)
     entropy = {"local_loss": "topk_mse"}
     assert key_of(**entropy) == key_of(**entropy, target="local_mean")
