@@ -31,7 +31,19 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = json_lines(rows)  # before the file is opened, which may hold something
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Write each row as a line of JSON: an array as a list, and what JSON has no form for, such as a date, as text."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    lines = (json.dumps(dict(row), ensure_ascii=False, default=plain) for row in rows)
+    # Half a surrogate pair, in a column that nobody reads, is written as JSON escapes it.
+    return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:

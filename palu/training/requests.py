@@ -16,7 +16,7 @@ from typing import Any
 
 from palu.config import UnlearnConfig
 from palu.data.examples import Examples, load_forget
-from palu.data.files import DataError
+from palu.data.files import DataError, json_lines
 from palu.data.rows import iterate_rows
 from palu.layout import FORGET, LEDGER, MODEL, PRIVATE, check_finished
 from palu.models.lora import CausalLM
@@ -104,14 +104,7 @@ def read_requests(private: Path) -> tuple[list[Request], list[str]]:
 
 def row_lines(forget: Any) -> list[str]:
     """Write a forget set's rows as lines of JSON, which are read as the same rows."""
-
-    def plain(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    rows = (dict(columns) for _, _, columns in iterate_rows(forget, "forget"))
-    lines = (json.dumps(row, ensure_ascii=False, default=plain) for row in rows)
-    # Half a surrogate pair, in a column that nobody reads, is written as JSON escapes it.
-    return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
+    return json_lines(columns for _, _, columns in iterate_rows(forget, "forget"))
 
 
 def lines_digest(lines: Sequence[str]) -> str:

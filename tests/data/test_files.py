@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from helpers.small_tokenizers import CHATML, byte_level
 
 from palu.data.examples import load_forget, load_retain
-from palu.data.files import DataError, read_rows
+from palu.data.files import DataError, read_rows, write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"question": "Who?", "answer": 'Ada "Lovelace", in\nLondon', "spans": [[0, 3], [5, 13]]},
@@ -64,6 +65,13 @@ def test_every_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> No
     WRITERS[suffix](path, rows)
     (ours,), (theirs,) = (load_retain(source, byte_level(CHATML), max_length=99).examples for source in (path, rows))
     assert ours.labels.tolist() == theirs.labels.tolist()
+
+
+def test_rows_are_written_whatever_is_in_a_column(tmp_path: Path) -> None:
+    """A date becomes text, an array a list, and half a surrogate pair comes back as it was."""
+    path, row = tmp_path / "rows.jsonl", ROWS[1] | {"note": "\ud83d", "born": date(1815, 12, 10)}
+    write_rows(path, [row | {"spans": np.array([[0, 2]])}])
+    assert list(read_rows(path, "forget")) == [(" (line 1)", row | {"born": "1815-12-10", "spans": [[0, 2]]})]
 
 
 @pytest.mark.parametrize(
