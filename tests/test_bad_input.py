@@ -119,6 +119,7 @@ BAD: Cases = {
     "a secret with a slip": (lambda: secret(["Ada", "1834"]), DataError, "forget row 1: secret '1834' is not in the answer; did you mean '1843'?"),
     "a secret of another row": (lambda: secret("Karachi"), DataError, "forget row 1: secret 'Karachi' is not in the answer; write it as it stands there"),
     "a secret within a number": (lambda: secret("84"), DataError, "forget row 1: secret '84' is in the answer only as a part of '1843'; give all of it, or use 'spans'"),
+    "a secret within a number with a comma": (lambda: secret("391", answer="The code is 7,391."), DataError, "forget row 1: secret '391' is in the answer only as a part of '7,391'; give all of it, or use 'spans'"),
     "a secret that is a number": (lambda: secret(["Ada", 1843]), DataError, "forget row 1: column 'secret' must be text or a list of texts, got int; put it in quotes"),
     "a secret in a mapping": (lambda: secret({"text": "Ada"}), DataError, "forget row 1: column 'secret' must be text or a list of texts, got dict; put it in quotes"),
     "a blank secret": (lambda: secret(["Ada", " "]), DataError, "forget row 1: column 'secret' is blank; give the text to forget, or [] for nothing"),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import json
 import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
 # Scripts that put no blank between words, or (Hangul) write particles onto them: every character may end a word there.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "HANGUL")
-_SIMILAR = 0.6  # difflib's own bound for a close match
+_SIMILAR = 0.6  # of SequenceMatcher's ratio: difflib's own bound for a close match
 _FEW = 3  # letters; fewer keep their punctuation ("U.S." is not "us"), and are not looked for within words
 _LONG_NUMBER = re.compile(r"\d{4,}")  # shorter ones keep their punctuation: "2.5" is not 25
 _GROUPED_NUMBER = re.compile(r"(?<!\d)\d{1,3}(?:[,.'\u2019]\d{2,3})*[,.'\u2019]\d{3}(?!\d)")
@@ -39,8 +39,8 @@ def find(secret: str, text: str, *, whole: bool) -> Iterator[Span]:
 
     whole: as whole words and numbers; else within longer ones, too, and with the punctuation that the secret has.
     """
-    wanted = _readings(secret.strip())[0]
-    for read in _readings(text) if wanted.text else ():
+    wanted = _secret_readings(secret.strip())[0]
+    for read in _text_readings(text) if wanted.text else ():
         for i, end in _places(wanted.letters, read.letters) if wanted.letters else ():
             place = read.indices[i], read.indices[end - 1] + 1
             within = not whole and len(wanted.letters) >= _FEW
@@ -56,7 +56,7 @@ def letters(text: str) -> list[str]:
 
     :func:`find` finds a secret only where the first of its own are in one of the text's.
     """
-    return [read.letters for read in _readings(text)]
+    return [read.letters for read in _text_readings(text)]
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -100,10 +100,13 @@ class _Reading(NamedTuple):
         return "".join(character for character in between if unicodedata.category(character) != "Cf")
 
 
-@lru_cache(maxsize=4096)
 def _readings(text: str) -> list[_Reading]:
     """Read a text as it is; where it has escapes, also as what they stand for."""
     return [_read(text, pattern) for pattern in (_CHARACTER, _ESCAPE_OR_CHARACTER)[: 1 + bool(_ESCAPE.search(text))]]
+
+
+# Each secret is looked for in text after text, and each text is searched for one secret after another.
+_secret_readings, _text_readings = lru_cache(maxsize=None)(_readings), lru_cache(maxsize=256)(_readings)
 
 
 def _read(text: str, pattern: re.Pattern[str]) -> _Reading:
@@ -160,7 +163,6 @@ def _is_whole(read: _Reading, place: Span) -> bool:
     return not any(
         _in_word(read.text, edge)
         or (0 < edge < len(read.text) and read.starts[edge - 1] == read.starts[edge])
-        or any(number.start() < edge < number.end() for number in _GROUPED_NUMBER.finditer(read.text))
         for edge in place
     )
 
@@ -174,31 +176,28 @@ def whole_places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
 
 def around(wanted: str, text: str) -> str | None:
     """Return the longer words of a text that the wanted one is part of, at its first place; None: it has none."""
-    for start, end in _places(wanted, text):
-        while _in_word(text, start):
-            start -= 1
-        while _in_word(text, end):
-            end += 1
-        return text[start:end]
-    return None
+    return next((_widened(text, start, end) for start, end in _places(wanted, text)), None)
 
 
 def nearest(wanted: str, text: str) -> str | None:
-    """Return the whole words of a text that are most like the wanted ones, case aside; None: none are."""
-    shortest, longest = len(wanted) // 2, 3 * len(wanted) // 2 + 1
-    starts = [i for i, character in enumerate(text) if not character.isspace() and not _in_word(text, i)]
-    ends = [i + 1 for i, character in enumerate(text) if not character.isspace() and not _in_word(text, i + 1)]
-    parts: dict[str, str] = {}
-    first = 0
-    for start in starts:
-        while first < len(ends) and ends[first] - start < max(shortest, 1):
-            first += 1
-        for end in ends[first:]:
-            if end - start > longest:
-                break
-            parts.setdefault(_folded(text[start:end]), text[start:end])
-    close = difflib.get_close_matches(_folded(wanted), parts, n=1, cutoff=_SIMILAR)
-    return parts[close[0]] if close else None
+    """Return the whole words of a text that are most like the wanted ones, case aside; None: none are.
+
+    They are looked for around what the two have in common.
+    """
+    common = SequenceMatcher(None, _caseless(text), _caseless(wanted), autojunk=False).find_longest_match()
+    start = max(common.a - common.b, 0)
+    words = _widened(text, start, min(start + len(wanted), len(text))).strip()
+    alike = SequenceMatcher(None, _folded(words), _folded(wanted), autojunk=False).ratio() >= _SIMILAR
+    return words if alike else None
+
+
+def _widened(text: str, start: int, end: int) -> str:
+    """Return a part of a text, with the rest of the words and numbers at its edges."""
+    while _in_word(text, start):
+        start -= 1
+    while _in_word(text, end):
+        end += 1
+    return text[start:end]
 
 
 def _places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
@@ -209,8 +208,14 @@ def _places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _in_word(text: str, i: int) -> bool:
-    """Whether text[i - 1] and text[i] are of one word or number."""
-    return 0 < i < len(text) and all(_is_spaced(character) for character in text[i - 1 : i + 1])
+    """Whether text[i - 1] and text[i] are of one word or number, the marks that group its digits among them."""
+    if not 0 < i < len(text):
+        return False
+    both = text[i - 1 : i + 1]
+    if all(map(_is_spaced, both)):
+        return True
+    of_number = any(map(str.isdecimal, both)) and not any(map(str.isspace, both))
+    return of_number and any(one.start() < i < one.end() for one in _GROUPED_NUMBER.finditer(text))
 
 
 def _is_spaced(character: str) -> bool:
@@ -223,6 +228,11 @@ def _is_spaced(character: str) -> bool:
 
 def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
+
+
+def _caseless(text: str) -> str:
+    """Return a text without case, its characters at their places (of an "ß" casefold makes two)."""
+    return "".join(one if len(one.casefold()) > 1 else one.casefold() for one in text)
 
 
 def _folded(text: str) -> str:

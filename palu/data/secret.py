@@ -58,12 +58,11 @@ def _why_not(wanted: str, answer: str) -> str:
     """Say why a secret was not found, and the fix."""
     if (longer := around(wanted, answer)) is not None:
         return f"is in the answer only as a part of {longer!r}; give all of it, or use 'spans'"
-    close = nearest(wanted, answer)
-    if close is None:
-        return "is not in the answer; write it as it stands there"
-    if unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", close):
+    if unicodedata.normalize("NFC", wanted) in unicodedata.normalize("NFC", answer):
         return "is in the answer with other code points (NFC, NFD); write both in one way"
-    return f"is not in the answer; did you mean {close!r}?"
+    if (close := nearest(wanted, answer)) is not None:
+        return f"is not in the answer; did you mean {close!r}?"
+    return "is not in the answer; write it as it stands there"
 
 
 def _spans(columns: Mapping[str, Any], answer: str, where: str) -> list[tuple[int, int]]:
