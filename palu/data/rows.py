@@ -20,6 +20,7 @@ from palu.settings import template_kwargs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENS = ("input_ids", "labels", "attention_mask")
 _TEXT_COLUMNS = (("question", "answer"), ("prompt", "completion"))
 _COLUMNS = "question and answer, prompt and completion, or messages"
 _MESSAGES = "a list of two or more {role, content}, the last one the assistant's"
@@ -48,14 +49,15 @@ def iterate_rows(source: Any, name: str) -> Iterator[tuple[int, str, Mapping[str
         where = f"{name} row {row}{line}"
         if not isinstance(columns, Mapping):
             raise DataError(f"{where}: a row must map column names to values, got {type(columns).__name__}")
+        if any(columns.get(name, ()) is None for name in _TOKENS):  # in a table of tokens and text a row of text
+            columns = {name: value for name, value in columns.items() if name not in _TOKENS or value is not None}
         yield row, where, _with_messages(columns, where)
 
 
 def _records(frame: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a pandas.DataFrame, each without the cells that hold nothing (None, NaN)."""
+    """Yield the rows of a pandas.DataFrame, with None in the cells that hold nothing (None, NaN)."""
     for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
-        filled = {name: value for name, value in row.items() if value is not None}
-        yield {name: value.tolist() if hasattr(value, "tolist") else value for name, value in filled.items()}
+        yield {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
 def _with_messages(columns: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -78,8 +80,7 @@ def _transposed(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
             f"{name} set is a mapping with {', '.join(map(str, source)) or 'nothing'}; give one split, "
             "a list of rows, or a mapping with input_ids and labels"
         )
-    keys = "input_ids", "labels", "attention_mask"
-    columns = {key: source[key] for key in keys if source.get(key) is not None}
+    columns = {key: source[key] for key in _TOKENS if source.get(key) is not None}
     sizes = {key: len(values) for key, values in columns.items()}
     if len(set(sizes.values())) > 1:
         subject = ", ".join(f"{key} {size}" for key, size in sizes.items())

@@ -111,10 +111,12 @@ def test_tokenised_rows_are_copied_and_their_first_label_dropped() -> None:
 def test_rows_of_all_forms_in_one_table(nothing: str | None) -> None:
     """As CSV and Parquet hold them: each row has nothing in the columns of the other forms."""
     forms = row_forms("Who?", "Ada.")
-    empty = dict.fromkeys(("question", "answer", "prompt", "completion"), nothing) | {"messages": None}
-    rows = [empty | form | {"spans": [[0, 3]]} for form in forms]
-    first, *others = load_forget(rows, CHATML, max_length=99).examples
+    empty = dict.fromkeys(("question", "answer", "prompt", "completion"), nothing)
+    empty |= dict.fromkeys(("messages", "input_ids", "labels", "attention_mask"))
+    rows = [*({"spans": [[0, 3]]} | form for form in forms), {"input_ids": IDS, "labels": LABELS}]
+    first, *others, tokens = load_forget([empty | row for row in rows], CHATML, max_length=99).examples
     assert parts(first) == parts(others[0]) == parts(others[1])
+    assert tokens.labels.tolist() == LABELS
     assert with_answer(empty | forms[1], "Hina.") == empty | {"prompt": "Who?", "completion": "Hina."}
 
 
