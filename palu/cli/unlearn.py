@@ -162,14 +162,14 @@ def unlearn(
     positions = min([limit for limit in limits if limit is not None], default=None)
     config = config.replace(max_length=positions or config.max_length)
     template = {"chat_template_kwargs": config.chat_template_kwargs}
-    rendering: dict[str, Any] = {"max_length": config.max_length, "warn": True, **template}
+    rendering: dict[str, Any] = {"max_length": config.max_length, "positions": positions, "warn": True, **template}
     cut = config.allow_cut_spans
-    forget_set = load_forget(forget, tokens, allow_cut_spans=cut, positions=positions, **rendering)
+    forget_set = load_forget(forget, tokens, allow_cut_spans=cut, **rendering)
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
     if retain_set is not None:
         check_disjoint(forget_set.hashes, retain_set.hashes)
     if after is not None and os.environ.get("RANK", "0") == "0":
-        earlier_set = read_earlier(after).load(tokens, allow_cut_spans=cut, positions=positions, **rendering)
+        earlier_set = read_earlier(after).load(tokens, allow_cut_spans=cut, **rendering)
         if retain_set is not None:
             check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
     evaluate = None

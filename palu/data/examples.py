@@ -86,12 +86,10 @@ def load_forget(
     one is cut off and allow_cut_spans is False; FileNotFoundError for a missing file; ValueError where source was
     loaded with other settings, or as the retain set.
     """
-    loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=True)
+    loaded = _load(source, tokenizer, max_length, chat_template_kwargs, warn, positions, forget=True)
     if not loaded.examples:
         raise DataError("forget set is empty; give at least one row")
-    fix = f"set max_length = {loaded.spans_length}"
-    if positions is not None and loaded.spans_length > positions:
-        fix = f"the model has {positions} positions, so shorten the rows"
+    fix = _room_for(loaded.spans_length, positions)
     if loaded.cut_rows and not allow_cut_spans:
         count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
         subject = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
@@ -112,12 +110,13 @@ def load_retain(
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     warn: bool = False,
+    positions: int | None = None,
 ) -> Examples:
     """Load the retain set: every answer token is labelled with its id; `spans` are ignored.
 
     Arguments and errors are load_forget's, but for spans, and an empty set is returned as it is.
     """
-    return _load(source, tokenizer, max_length, chat_template_kwargs, warn, forget=False)
+    return _load(source, tokenizer, max_length, chat_template_kwargs, warn, positions, forget=False)
 
 
 def answer_examples(
@@ -142,6 +141,7 @@ def load_alternates(
     *,
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    positions: int | None = None,
 ) -> Sequence[Example]:
     """Load the preferred answers of a forget set: each question with the text of its column `alternate`.
 
@@ -173,7 +173,7 @@ def load_alternates(
         example = full.cut(max_length)
         if bool((example.labels == IGNORE).all()):
             problem = f"no token of it is among the first {max_length} of its row"
-            raise DataError(f"{text.where}: {problem}; set max_length = {len(full.input_ids)}")
+            raise DataError(f"{text.where}: {problem}; {_room_for(len(full.input_ids), positions)}")
         alternates.append(example)
     return alternates
 
@@ -184,6 +184,7 @@ def _load(
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None,
     warn: bool,
+    positions: int | None,
     forget: bool,
 ) -> Examples:
     check_tokenizer(tokenizer)
@@ -220,13 +221,20 @@ def _load(
             spans_length = max(spans_length, sensitive[-1] + 1)
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
-        raise DataError(f"{name} set has no answer token in {reach}; set max_length = {longest} to cut none of them")
+        raise DataError(f"{name} set has no answer token in {reach}; {_room_for(longest, positions)}")
     if warn:
         warn_of_repeats(hashes, name)
     source = list(source) if isinstance(source, Iterator) else source
     return Examples(
         examples, source, loaded_with, skipped, without_span, tuple(cut_rows), all_spans_cut, spans_length, hashes
     )
+
+
+def _room_for(tokens: int, positions: int | None) -> str:
+    """Say how rows of so many tokens are not cut off, by a model of so many positions."""
+    if positions is None or tokens <= positions:
+        return f"set max_length = {tokens}"
+    return f"the model has {positions} positions, so shorten the rows"
 
 
 def _tokenised(source: Any, renderer: Renderer, name: str) -> Iterator[Example]:

@@ -102,8 +102,8 @@ class Recorder:
         check_models(model, None, tokenizer, self.device, accelerator.mixed_precision)
         self.config = self.config.replace(max_length=fit_max_length(self.config.max_length, model))
         self.template: dict[str, Any] = {"chat_template_kwargs": self.config.chat_template_kwargs}
-        rendering = {"max_length": self.config.max_length, **self.template}
-        cut: dict[str, Any] = {"allow_cut_spans": self.config.allow_cut_spans, "positions": max_positions(model)}
+        rendering = {"max_length": self.config.max_length, "positions": max_positions(model), **self.template}
+        cut: dict[str, Any] = {"allow_cut_spans": self.config.allow_cut_spans}
         forget_set = own = load_forget(forget, tokenizer, **cut, **rendering)
         self.lines = row_lines(own.source)
         self.requests: list[Request] = []  # the earlier ones

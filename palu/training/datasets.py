@@ -90,9 +90,10 @@ def prepare_run(
     rendering: dict[str, Any] = {
         "max_length": config.max_length,
         "chat_template_kwargs": config.chat_template_kwargs,
+        "positions": max_positions(model),
     }
-    cut: dict[str, Any] = {"allow_cut_spans": config.allow_cut_spans, "positions": max_positions(model)}
-    forget_set = load_forget(forget, tokenizer, warn=True, **cut, **rendering)
+    cut = config.allow_cut_spans
+    forget_set = load_forget(forget, tokenizer, allow_cut_spans=cut, warn=True, **rendering)
     # Rows that no term reads are not tokenised.
     read = retain if retain is not None and config.method.lambda_retain > 0 else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
@@ -107,7 +108,7 @@ def prepare_run(
             raise ValueError("after: the reference is the model as that run left it; leave ref_model out")
         if not empty:
             earlier.check(model, config)
-        earlier_set = earlier.load(tokenizer, **cut, **rendering)
+        earlier_set = earlier.load(tokenizer, allow_cut_spans=cut, **rendering)
         check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
         marked = {text: f"earlier {row}" for text, row in marked_earlier.items()} | marked
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)

@@ -87,6 +87,14 @@ def test_spans_beyond_the_last_position() -> None:
         )
 
 
+def test_answers_beyond_the_last_position() -> None:
+    """A larger max_length would be clamped again."""
+    cut = [{"question": "Who wrote it? " * 30, "answer": "Ada.", "spans": []}]
+    told = "set has no answer token in the first 64 tokens of any row; the model has 64 positions, so shorten the rows"
+    for name, given in (("forget", {"forget": cut, "retain": KEPT}), ("retain", {"forget": LONG, "retain": cut})):
+        assert_refused(small(), DataError, f"{name} {told}", tokenizer=TOKENIZER, **given)
+
+
 def test_generation_ends_at_the_last_position() -> None:
     model = small()
     prompts, _ = encode_prompts(["Who wrote it?"], TOKENIZER)
