@@ -25,6 +25,8 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     Raises DataError, naming file and line, where the file is not what its suffix says; FileNotFoundError and other
     OSErrors; ImportError where Parquet wants a package.
     """
+    if path.is_dir():
+        raise DataError(f"{name} set: {path} is a folder; give a file, or datasets.load_from_disk of it")
     readers: dict[str, Any] = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".parquet": _parquet}
     return readers.get(path.suffix.lower(), _json)(path, name)
 
@@ -55,7 +57,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
             try:
                 yield f" (line {number})", subject, line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise DataError(f"{subject}: not UTF-8; save the file as UTF-8") from None
+                fix = "give JSONL, JSON, CSV, TSV (as UTF-8) or Parquet"
+                raise DataError(f"{subject}: not UTF-8 text; {fix}") from None
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
