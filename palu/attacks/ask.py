@@ -76,16 +76,16 @@ class AskAfterExamples(Attack):
     reads_retain = True
 
     def skip_reason(self, data: AuditData, model: CausalLM) -> str | None:
-        if len(data.retain) < SHOTS:
-            return f"it needs {SHOTS} retain rows to put in front, and there are {len(data.retain)}"
+        if (count := len(data.shots)) < SHOTS:
+            rest = " without special tokens in their prompts" * (count < len(data.retain))
+            return f"it needs {SHOTS} retain rows to put in front, and there are {count}{rest}"
         return data.unchangeable
 
     def run(self, victim: Victim) -> list[Finding]:
         data = victim.data
-        shots = data.retain[:SHOTS]
-        asked = [after_examples(row.columns, shots, data.tokenizer, row.where) for row in data.rows]
+        asked = [after_examples(row.columns, data.shots, data.tokenizer, row.where) for row in data.rows]
         finding = victim.ask(f"ask: {SHOTS} examples in front", data.encode_prompts(asked), self.max_new_tokens)
-        examples = "\n".join(chain.from_iterable(map(str, shot.values()) for shot in shots))
+        examples = "\n".join(chain.from_iterable(map(str, shot.values()) for shot in data.shots))
         pairs = zip(data.secrets, finding.values, strict=True)
         return [replace(finding, values=[None if stands_in(one.text, examples) else value for one, value in pairs])]
 

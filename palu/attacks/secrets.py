@@ -77,6 +77,7 @@ class AuditData:
         self.told_by_question = self.repeated = 0
         self.unchangeable: str | None = None  # which row's prompt allows nothing in front of it or in its question
         self.retain: list[Mapping[str, Any]] = []
+        self.shots: list[Mapping[str, Any]] = []  # SHOTS retain rows, or fewer, whose prompts can be put in front
         asked, kept = RowHashes(), RowHashes()
         renderer, given, rendered = Renderer(tokenizer, chat_template_kwargs), [], []
         for number, where, columns in iterate_rows(forget, "forget"):
@@ -88,7 +89,7 @@ class AuditData:
             raise DataError("forget set is empty; give at least one row")
         for columns, text, example in zip(given, rendered, encode(rendered, tokenizer, forget=True), strict=True):
             asked.append(example)
-            self._add(text, example, columns)
+            self._add(text, example, columns, rendered=renderer.is_rendered(columns))
         if not self.secrets:
             left_out = f" ({self.told_by_question} spans are in their questions)" * bool(self.told_by_question)
             raise DataError(f"forget set has no secret{left_out}; mark spans that the question does not tell")
@@ -98,6 +99,8 @@ class AuditData:
                 raise DataError(f"{where}: the audit puts retain rows into prompts, and this one is tokenised")
             self.retain.append(columns)
             answers.append((answer, where))
+            if len(self.shots) < SHOTS and not renderer.is_rendered(columns):
+                self.shots.append(columns)
         for example in self.retain_examples(self.retain):  # complaints come before a model is touched
             kept.append(example)
         warn_of_repeats(asked, "forget")
@@ -105,8 +108,8 @@ class AuditData:
         check_disjoint(asked, kept)
         warn_of_told_secrets(((one.text, self.rows[one.row].where) for one in self.secrets), answers)
 
-    def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any]) -> None:
-        conversation, prompt, answer = conversation_of(columns, text.where)
+    def _add(self, text: RenderedRow, example: Example, columns: Mapping[str, Any], *, rendered: bool) -> None:
+        conversation, _, answer = conversation_of(columns, text.where)
         self.marked += marked_texts(columns, answer, text.where)
         assert example.offsets is not None
         secrets: list[Secret] = []
@@ -126,7 +129,7 @@ class AuditData:
         if not secrets:
             return
         self.secrets += secrets
-        if text.complete and prompt is not None and text.text == prompt + answer and self.unchangeable is None:
+        if rendered and self.unchangeable is None:
             self.unchangeable = f"the prompt of {text.where} has special tokens in it, and cannot be changed"
         others = {name: questions_of(columns, name, text.where) for name in (PARAPHRASES, ALSO_ASKED)}
         question = conversation[-2]["content"]

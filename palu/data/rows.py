@@ -222,8 +222,7 @@ class Renderer:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
         spans = marked_spans(columns, answer, where) if forget else []
-        asked = text_columns(columns) == _TEXT_COLUMNS[0]  # a question is wrapped, whatever is in it
-        rendered = prompt is not None and not asked and self._is_rendered(prompt)
+        rendered = self.is_rendered(columns)
         if prompt is not None and (rendered or tokenizer.chat_template is None):
             text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
             if rendered:  # what ends the answer is no part of it
@@ -240,9 +239,14 @@ class Renderer:
         in_text = [(first + shift, end + shift) for first, end in spans]
         return RenderedRow(row, where, text, start, stop, shift, in_text, complete)
 
-    def _is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt has special tokens in it, so that it needs no chat template and no BOS."""
-        bos = self.tokenizer.bos_token
+    def is_rendered(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row's prompt has special tokens in it, so that it needs no chat template and no BOS.
+
+        A question is wrapped, whatever is in it. The row is one that `conversation_of` accepts.
+        """
+        if columns.get("messages") is not None or text_columns(columns) == _TEXT_COLUMNS[0]:
+            return False
+        prompt, bos = columns["prompt"], self.tokenizer.bos_token
         return bool((bos and prompt.startswith(bos)) or self._special.search(prompt))
 
     @cached_property

@@ -66,20 +66,32 @@ def test_a_secret_that_an_example_tells_does_not_count() -> None:
     assert finding.values[0] is None and None not in finding.values[1:]
 
 
+def test_a_row_that_is_rendered_already_is_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be wrapped into the template once more."""
+    asked: list[Any] = []
+    encode = AuditData.encode_prompts
+    monkeypatch.setattr(AuditData, "encode_prompts", lambda of, rows: asked.extend(rows) or encode(of, rows))
+    of = AuditData(FORGET, [RENDERED, *RETAIN], tokenizer())
+    attack(AskAfterExamples(TOKENS), original(), of)
+    assert [turn["content"] for turn in asked[0]["messages"][:-2:2]] == [row["question"] for row in RETAIN[:5]]
+
+
 RENDERED = {
     "prompt": "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n",
     "completion": "It is Ada Lovelace.",
     "spans": [[6, 18]],
 }
 SHORT = {"question": "Who?", "answer": "A cat", "spans": [[0, 1]]}
+TOO_FEW = "it needs 5 retain rows to put in front, and there are"
 SPECIAL = "the prompt of forget row 0 has special tokens in it, and cannot be changed"
 
 
 @pytest.mark.parametrize(
     ("one", "rows", "retain", "why"),
     [
-        (AskAfterExamples(4), FORGET, RETAIN[:3], "it needs 5 retain rows to put in front, and there are 3"),
+        (AskAfterExamples(4), FORGET, RETAIN[:3], f"{TOO_FEW} 3"),
         (AskAfterExamples(4), [RENDERED], RETAIN, SPECIAL),
+        (AskAfterExamples(4), FORGET, [*RETAIN[:4], *[RENDERED] * 3], f"{TOO_FEW} 4 without special tokens in their prompts"),
         (OnsetInQuestion(4, (1,)), [RENDERED], None, SPECIAL),
         (OnsetInQuestion(4, (1, 2)), [SHORT], None, "no secret has more tokens than a hint gives away"),
     ],
