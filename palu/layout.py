@@ -32,7 +32,6 @@ MARK, LOCK = "run.json", "run.lock"
 
 # Patterns of all files that palu writes into a run's folder, but for the mark and the lock.
 _HEX, _STEP = "[0-9a-f]" * 16, "[0-9]" * 8
-_PROJECT = os.environ.get("WANDB_PROJECT", "palu")  # as in palu.training.engine
 _CHECKPOINTS = (
     *(f"step-{_STEP}.safetensors", f"unfinished/step-{_STEP}.safetensors"),
     *(f"reference-{_HEX}.{end}" for end in ("safetensors", "*.partial", "*.lock")),
@@ -48,7 +47,7 @@ _PRIVATE_FILES = (
     *(HISTORY, SUMMARY, RECORD, FORGET, LEDGER, "report.html", "report-redacted.html"),
     *("evaluation*.json", "evaluation*.json.gz"),
     *(f"{path}{end}" for path in ("audit.json", f"{AUDIT}/*-{_HEX}.json") for end in ("", ".partial")),
-    *(f"{LOGS}/{_PROJECT}/**/events.out.tfevents.*", f"{LOGS}/{_PROJECT}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
+    *(f"{LOGS}/**/events.out.tfevents.*", f"{LOGS}/**/hparams.yml", f"{LOGS}/wandb/**/*"),
 )
 _FILES = (*CHECKPOINT_FILES, *(f"{MODEL}/{n}" for n in MODEL_FILES), *(f"{PRIVATE}/{n}" for n in _PRIVATE_FILES))
 

@@ -150,9 +150,14 @@ def test_a_request_after_another_and_a_folder_that_was_moved(
 
 
 # --- --overwrite ---
-def test_overwrite_deletes_what_palu_wrote_and_nothing_else(folder: Path, arguments: list[Any], out: Path) -> None:
+def test_overwrite_deletes_what_palu_wrote_and_nothing_else(
+    folder: Path, arguments: list[Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments += ["--max-steps", 1]
-    done(*arguments, "--report-to", "tensorboard", "--lora")
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_PROJECT", "mine")  # the name of a folder of logs, which the next run does not know
+        done(*arguments, "--report-to", "tensorboard", "--lora")
+    assert [*out.glob("private/logs/mine/**/events.out.tfevents.*")]
     evaluated = ["--rows", folder / "forget.jsonl", "--max-new-tokens", 1, "--no-progress"]
     done("eval", "--model", out / "model", *evaluated)
     done("report", out, "--redact")
