@@ -161,8 +161,7 @@ def _is_parted_alike(wanted: _Reading, read: _Reading, first: int) -> bool:
 def _is_whole(read: _Reading, place: Span) -> bool:
     """Whether a place neither begins nor ends within a word, a number or an accented letter."""
     return not any(
-        _in_word(read.text, edge)
-        or (0 < edge < len(read.text) and read.starts[edge - 1] == read.starts[edge])
+        _in_word(read.text, edge) or (0 < edge < len(read.text) and read.starts[edge - 1] == read.starts[edge])
         for edge in place
     )
 

@@ -91,7 +91,12 @@ SPECIAL = "the prompt of forget row 0 has special tokens in it, and cannot be ch
     [
         (AskAfterExamples(4), FORGET, RETAIN[:3], f"{TOO_FEW} 3"),
         (AskAfterExamples(4), [RENDERED], RETAIN, SPECIAL),
-        (AskAfterExamples(4), FORGET, [*RETAIN[:4], *[RENDERED] * 3], f"{TOO_FEW} 4 without special tokens in their prompts"),
+        (
+            AskAfterExamples(4),
+            FORGET,
+            [*RETAIN[:4], *[RENDERED] * 3],
+            f"{TOO_FEW} 4 without special tokens in their prompts",
+        ),
         (OnsetInQuestion(4, (1,)), [RENDERED], None, SPECIAL),
         (OnsetInQuestion(4, (1, 2)), [SHORT], None, "no secret has more tokens than a hint gives away"),
     ],
