@@ -9,7 +9,7 @@ model is asked every day.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +27,7 @@ from palu.data.examples import Examples, answer_examples
 from palu.data.files import DataError
 from palu.data.packing import Item, anchor_item
 from palu.data.paraphrases import paraphrased_rows
-from palu.data.rows import load_marked_texts, load_questions
+from palu.data.rows import load_questions
 from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches, prompt_of
 from palu.models.lora import base_of, without_adapter
@@ -71,14 +71,14 @@ def encode_anchor_prompts(
     config: UnlearnConfig,
     processes: int,
     *,
-    earlier: Iterable[str] = (),
+    secrets: Sequence[str],
 ) -> AnchorPrompts:
     """Choose and tokenise the prompts to which a run wants anchors: as many as the settings say.
 
     Everyday prompts are never more than the run draws. ``retain``: how many examples are to be kept; ``None``: the user
-    gave ``None``, and anchors must stand in for them. ``earlier``: the secrets of earlier requests. Raises DataError
-    where there is no tokenizer for them, or it will not do; ValueError where there are fewer prompts, or the KL has no
-    weight.
+    gave ``None``, and anchors must stand in for them. ``secrets``: the texts that the forget set and earlier
+    requests mark. Raises DataError where there is no tokenizer for them, or it will not do; ValueError where there are
+    fewer prompts, or the KL has no weight.
     """
     texts, asked = anchor_texts(), config.reference.anchors
     holds = config.reference.head  # else there is no KL to keep the answers
@@ -89,7 +89,6 @@ def encode_anchor_prompts(
     wanted = config.reference.neighbours if possible and holds else 0
     if tokenizer is not None and (wanted or config.reference.variants):
         questions = list(load_questions(forget.source, "forget").values())
-        secrets = [*load_marked_texts(forget.source), *earlier]
         variants = config.reference.variants if secrets else 0
         rows = paraphrased_rows(forget.source, "forget") if variants else ()
         named = ((where, columns) for _, where, columns in rows)

@@ -99,7 +99,8 @@ def prepare_run(
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     marked, marked_earlier = (load_marked_texts(rows) for rows in (forget_set.source, earlier.rows if earlier else ()))
-    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes, earlier=marked_earlier)
+    secrets = [*marked, *marked_earlier]
+    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes, secrets=secrets)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
     earlier_items = Items()
     eos_token_id = tokenizer.eos_token_id if tokenizer else None

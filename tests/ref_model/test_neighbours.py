@@ -183,7 +183,7 @@ def test_what_is_written_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -
     written: list[Any] = []
     monkeypatch.setattr(NeighbourPrompts, "encode", lambda _, starts, ids: written.append(ids) or [])
     forget, config = load_forget(TEXT_FORGET, TOKENIZER, max_length=200), UnlearnConfig(neighbours=4, anchors=0)
-    own, prompts = writer(), encode_anchor_prompts(forget, None, TOKENIZER, config, 1)
+    own, prompts = writer(), encode_anchor_prompts(forget, None, TOKENIZER, config, 1, secrets=[])
     state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
         generate_neighbours(own, [], prompts, seed)

@@ -228,7 +228,8 @@ def test_where_there_are_none(settings: dict[str, Any], says: list[int]) -> None
 
 
 def test_none_is_longer_than_max_length(says: list[int]) -> None:
-    prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, UnlearnConfig(anchors=0, neighbours=0, variants=4), 1)
+    config = UnlearnConfig(anchors=0, neighbours=0, variants=4)
+    prompts = encode_anchor_prompts(FORGET, 1, TOKENIZER, config, 1, secrets=["Ada Lovelace", "1843", "Karachi"])
     most = ITEMS.longest()
     found = [
         generate_variants(writer(), ITEMS, prompts._replace(max_length=length), n=-1, seed=0)

@@ -114,7 +114,7 @@ def test_no_more_anchors_than_max_steps_draw() -> None:
 
     def count(**settings: Any) -> int:
         config = UnlearnConfig(batch_size=2, **settings)
-        return len(encode_anchor_prompts(forget, None, tokenizer, config, 1).prompts)
+        return len(encode_anchor_prompts(forget, None, tokenizer, config, 1, secrets=[]).prompts)
 
     assert (count(epochs=2), count(epochs=2, max_steps=3), count(epochs=2, max_steps=7)) == (4, 3, 7)
 
