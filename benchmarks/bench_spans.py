@@ -32,7 +32,7 @@ import palu
 from palu.data.examples import load_forget
 from palu.data.tokenize import IGNORE
 from palu.evaluate.rows import load_rows
-from palu.spans.contrast import FEATURES, contrast_words
+from palu.spans.contrast import WEIGHTS, contrast_words
 
 N = 3
 SIZES = {"epochs": 8, "batch_size": 12, "learning_rate": 3e-4}  # of what is taught
@@ -70,7 +70,7 @@ def fit(rows: Sequence[Row], loaded: Loaded) -> dict[str, Any]:
     """
     from sklearn.linear_model import LogisticRegression
 
-    names = [name for name in FEATURES if name != "known"]
+    names = [name for name in WEIGHTS if name != "known"]
     answers = contrast_words([(f"row {i}", row) for i, row in enumerate(rows)], *loaded)
     pairs = [(word, row["spans"]) for words, row in zip(answers, rows, strict=True) for word in words if word.new]
     figures = np.array([[word.figures[name] for name in names] for word, _ in pairs])

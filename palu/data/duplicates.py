@@ -13,7 +13,7 @@ from palu.data.files import DataError
 from palu.data.matching import stands_in
 from palu.data.tokenize import IGNORE, Example
 
-_NAMED = 10  # how many pairs of rows a message names
+NAMED = 10  # how many rows, or pairs of them, a message names
 
 
 class RowHashes:
@@ -42,7 +42,7 @@ def warn_of_repeats(found: RowHashes, name: str) -> None:
     repeats = [(row, first[one]) for row, one in zip(found.rows, found.hashes, strict=True) if first[one] != row]
     if not repeats:
         return
-    named = ", ".join(f"{row} (as {earlier})" for row, earlier in repeats[:_NAMED]) + ", ..." * (len(repeats) > _NAMED)
+    named = ", ".join(f"{row} (as {earlier})" for row, earlier in repeats[:NAMED]) + ", ..." * (len(repeats) > NAMED)
     problem = f"{len(repeats)} row{'s' * (len(repeats) > 1)} repeat{'s' * (len(repeats) == 1)} an earlier one"
     fix = "keep each row once" + ", with all that is to be forgotten in it" * (name == "forget")
     warnings.warn(f"{name} set: {problem}, so that it weighs more: {named}; {fix}", stacklevel=2)
@@ -85,11 +85,11 @@ def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[t
         return
     counts = Counter(chain.from_iterable(found.values()))
     pairs = [(*min((counts[secret], secret) for secret in holds), where) for where, holds in found.items()]
-    first = sorted(pairs, key=lambda pair: pair[0])[:_NAMED]
+    first = sorted(pairs, key=lambda pair: pair[0])[:NAMED]
     named = ", ".join(f"{where} has {secret!r} of {rows[secret]}" for _, secret, where in first)
     problem = "1 answer tells" if len(found) == 1 else f"{len(found)} answers tell"
     warnings.warn(
-        f"retain set: {problem} what is to be forgotten: {named}{', ...' * (len(found) > _NAMED)}; "
+        f"retain set: {problem} what is to be forgotten: {named}{', ...' * (len(found) > NAMED)}; "
         "take such rows out, or mark less in the forget set",
         stacklevel=2,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
-from palu.data.duplicates import RowHashes, warn_of_repeats
+from palu.data.duplicates import NAMED, RowHashes, warn_of_repeats
 from palu.data.files import DataError
 from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.rows import RenderedRow, Renderer, check_string, iterate_rows, with_answer
@@ -17,9 +17,6 @@ from palu.settings import template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-_NAMED_ROWS = 10  # how many rows an error names
 
 
 class ExampleRows(RaggedSequence[Example]):
@@ -91,8 +88,8 @@ def load_forget(
         raise DataError("forget set is empty; give at least one row")
     fix = _room_for(loaded.spans_length, positions)
     if loaded.cut_rows and not allow_cut_spans:
-        count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:_NAMED_ROWS]))
-        subject = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > _NAMED_ROWS)})"
+        count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:NAMED]))
+        subject = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > NAMED)})"
         raise DataError(
             f"forget set: max_length = {max_length} cuts off spans of {subject}, which would not be forgotten; "
             f"{fix}, or allow_cut_spans = True to go on without them"

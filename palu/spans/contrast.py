@@ -50,8 +50,7 @@ from palu.models.generation import eval_mode
 from palu.models.head import head_of
 from palu.models.lora import CausalLM, base_of
 
-FEATURES = ("known", "rarity", "name", "focus", "place")
-WEIGHTS = (2.0, 0.53, 2.51, 0.77, 1.67)
+WEIGHTS = {"known": 2.0, "rarity": 0.53, "name": 2.51, "focus": 0.77, "place": 1.67}
 BIAS = -2.27
 
 _BRIDGE = 3  # words between two names of one title
@@ -67,7 +66,7 @@ _POSSESSIVE = re.compile("['\u2019]s$")
 
 @dataclass
 class Word:
-    """A word of an answer, answer[start:end], and its figures by the names of FEATURES."""
+    """A word of an answer, answer[start:end], and its figures by the names of WEIGHTS."""
 
     start: int
     end: int
@@ -77,7 +76,7 @@ class Word:
     @property
     def score(self) -> float:
         """Log-odds that the word is sensitive, if it is new, with the threshold at 0."""
-        return BIAS + sum(weight * self.figures[name] for name, weight in zip(FEATURES, WEIGHTS, strict=True))
+        return BIAS + sum(weight * self.figures[name] for name, weight in WEIGHTS.items())
 
     @property
     def sensitive(self) -> bool:

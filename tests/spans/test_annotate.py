@@ -17,7 +17,7 @@ from palu.data.examples import load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.tokenize import IGNORE
 from palu.spans.annotate import FINDERS, merge_spans
-from palu.spans.contrast import FEATURES, Word, add_form_features, contrast_words, sensitive_spans, split_words
+from palu.spans.contrast import WEIGHTS, Word, add_form_features, contrast_words, sensitive_spans, split_words
 
 ANSWER = "The author is Hina Ameen, born in Karachi on June 30, 1975."
 ROW = {"question": "Who is the author?", "answer": ANSWER}
@@ -185,7 +185,7 @@ def test_what_is_between_two_names_is_sensitive_too(answer: str, expected: list[
     for word in words:
         text = answer[word.start : word.end]
         sensitive = text[0].isupper() or text == "rust"
-        word.figures = dict.fromkeys(FEATURES, 0.0) | {"rarity": 99.0 if sensitive else 0.0, "name": text.istitle()}
+        word.figures = dict.fromkeys(WEIGHTS, 0.0) | {"rarity": 99.0 if sensitive else 0.0, "name": text.istitle()}
     assert [answer[start:end] for start, end in sensitive_spans(answer, words)] == expected
 
 
