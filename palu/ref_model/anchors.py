@@ -82,7 +82,7 @@ def encode_anchor_prompts(
     """
     texts, asked = anchor_texts(), config.reference.anchors
     holds = config.reference.head  # else there is no KL to keep the answers
-    # Beside retain examples, tokenised rows without a tokenizer or a run without the KL do without them.
+    # With retain examples, anchors are optional: there are none without a tokenizer or without the KL.
     possible = retain is None or (retain > 0 and tokenizer is not None and holds)
     count = (MOST if possible else 0) if asked is None else asked
     neighbours = None
@@ -201,10 +201,10 @@ def generate_neighbours(writer: Writer, items: Sequence[Item], anchor_prompts: A
 def _answer(writer: Writer, items: Sequence[Item], anchor_prompts: AnchorPrompts) -> list[Item]:
     """Have the reference answer the prompts greedily.
 
-    An answer ends with its end of sequence; one that was cut at ANSWER_TOKENS has none, since the reference wrote
-    none. Left out are blank answers, those that ``max_length`` cuts off, and those that tell a secret of ``items``, or
-    more than half of its targets in a row: the model may have taken "739" for another door from the "7391" that it is
-    to forget, and the KL would keep it.
+    An answer ends with its end of sequence; one that ANSWER_TOKENS or ``max_length`` cuts has none. Left out are blank
+    answers, those to prompts of ``max_length`` tokens or more, and those that tell a secret, or more than half of a
+    span's targets in a row: the model may have taken "739" for another door from the "7391" that it is to forget, and
+    the KL would keep it.
     """
     prompts, stop_ids, max_length, neighbours = anchor_prompts
     runs = target_runs(items, ANSWER_TOKENS) if prompts else set()

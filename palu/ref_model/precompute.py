@@ -30,7 +30,7 @@ from palu.models.head import Head, body_of, head_of
 from palu.models.lora import CausalLM, base_of, without_adapter
 from palu.models.root import ModelRoot, on_device
 from palu.ref_model.anchors import AnchorPrompts, Writer, generate_anchors, generate_neighbours, generate_variants
-from palu.ref_model.shared import leave_alone, shared_pairs
+from palu.ref_model.shared import drop_shared_targets, shared_pairs
 from palu.ref_model.storage import CacheFile, ReferenceCache, ReferenceOutputs, Write
 
 TOKENS_PER_PASS = 4096  # packed tokens per forward of the reference
@@ -77,7 +77,7 @@ def precompute_reference(
             shared = shared_pairs(neighbours)
             variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
             everyday = generate_anchors(writer, items, anchor_prompts)
-            written = [*neighbours, *leave_alone(variants, shared), *everyday, *earlier]
+            written = [*neighbours, *drop_shared_targets(variants, shared), *everyday, *earlier]
             anchors = ReferenceCache((), written, len(neighbours), len(variants), len(earlier))
             with (
                 eval_mode(base),
@@ -147,7 +147,7 @@ def compute_outputs(
                     stack.enter_context(file.locked(progress=progress))
             if (found := _read(file, items, config, accelerator)) is not None:
                 return found
-        items, anchors = leave_alone(items, written.shared), written.anchors
+        items, anchors = drop_shared_targets(items, written.shared), written.anchors
         outputs = _run(model, items, anchors, config, accelerator, progress)
         first = next(outputs)
         outputs = chain([first], outputs)

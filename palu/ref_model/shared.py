@@ -37,13 +37,13 @@ def shared_pairs(neighbours: Sequence[Item]) -> frozenset[TokenPair]:
     return frozenset(pair for pair, count in pairs.items() if count >= max(LEAST, SHARE * before[pair[0]]))
 
 
-def leave_alone(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> Sequence[Item]:
-    """Leave out of the targets of items the beginnings that are shared."""
+def drop_shared_targets(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> Sequence[Item]:
+    """Drop the shared beginnings of secrets from the targets of items."""
     return Items(_reduced(item, shared_rows(item, shared)) for item in items) if shared else items
 
 
-def left_alone(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> list[TokenPair]:
-    """List the pairs for whose sake targets of items are left alone."""
+def dropped_pairs(items: Sequence[Item], shared: AbstractSet[TokenPair]) -> list[TokenPair]:
+    """List the pairs of tokens for which :func:`drop_shared_targets` drops targets."""
     return sorted({pair for item in items for pair in _pairs(item, shared_rows(item, shared))})
 
 

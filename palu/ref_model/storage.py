@@ -35,7 +35,7 @@ from palu.data.ragged import RaggedSequence
 from palu.hashing import digest
 from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
-from palu.ref_model.shared import TokenPair, leave_alone, shared_pairs
+from palu.ref_model.shared import TokenPair, drop_shared_targets, shared_pairs
 
 FORMAT = 7
 
@@ -108,7 +108,9 @@ class CacheFile:
         about = header["about"]
         anchors = list(map(item_from_json, about["anchors"]))
         cache = ReferenceCache((), anchors, about["neighbours"], about["variants"], about["earlier"])
-        return replace(cache, outputs=ReferenceOutputs(tensors, fields, leave_alone(items, cache.shared), anchors))
+        return replace(
+            cache, outputs=ReferenceOutputs(tensors, fields, drop_shared_targets(items, cache.shared), anchors)
+        )
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:

@@ -115,7 +115,11 @@ def target_runs(items: Sequence[Item], longest: int) -> set[tuple[int, ...]]:
 def secrets_of_targets(
     targets: Sequence[Tensor], secrets: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> list[str]:
-    """Choose the secrets that begin as a span's targets do, or end so: of an earlier one a beginning was left alone."""
+    """Choose the secrets that these targets tell, or tell a part of.
+
+    Such a secret begins as a span's targets do, or ends so, where a shared beginning was dropped
+    (:mod:`palu.ref_model.shared`).
+    """
     parts = [decode(span.tolist()).strip() for span in targets]
     return [
         one

@@ -16,7 +16,7 @@ from palu.models.generation import eval_mode
 from palu.models.lora import base_of, is_peft, without_adapter
 from palu.ref_model.anchors import Writer, generate_answers_that_tell
 from palu.ref_model.precompute import compute_outputs
-from palu.ref_model.shared import leave_alone
+from palu.ref_model.shared import drop_shared_targets
 from palu.training.step import Run, check_watched
 
 
@@ -45,7 +45,7 @@ def watch(run: Run, items: Sequence[Item]) -> None:
     """Watch answers that told a secret; the reference, which is the model without its adapter, gives their fields."""
     model = run.root.model
     assert is_peft(model)
-    told = leave_alone(items, run.loader.cache.shared)
+    told = drop_shared_targets(items, run.loader.cache.shared)
     with eval_mode(base_of(model)), autocast(run.accelerator), without_adapter(model):
         # One at a time: a resumed run has them all at once, and must get the same bits.
         caches = run.root.run(lambda: [compute_outputs(model, [one], run.config, run.accelerator) for one in told])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palu.config import UnlearnConfig
 from palu.data.packing import Batch, Counts, Item, Items, pack, split_roles
-from palu.ref_model.shared import leave_alone
+from palu.ref_model.shared import drop_shared_targets
 from palu.ref_model.storage import ReferenceCache
 
 TOKENS_PER_CHECK = 4096  # of the rows of earlier requests that are looked at together
@@ -47,7 +47,7 @@ class UnlearnDataLoader:
         pin_memory: bool = False,
         share_prefix: bool = False,
     ):
-        forget = leave_alone(forget, cache.shared)
+        forget = drop_shared_targets(forget, cache.shared)
         self.forget, self.retain, self.cache = forget, retain, cache
         self.max_tokens = config.max_tokens
         self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]

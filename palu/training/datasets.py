@@ -26,7 +26,7 @@ from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import ModelRoot
 from palu.ref_model.anchors import ANSWER_TOKENS, AnchorPrompts, encode_anchor_prompts
 from palu.ref_model.fingerprint import Fingerprints
-from palu.ref_model.shared import leave_alone
+from palu.ref_model.shared import drop_shared_targets
 from palu.ref_model.storage import ReferenceCache
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.requests import Earlier
@@ -113,7 +113,7 @@ def prepare_run(
         check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
         marked = {text: f"earlier {row}" for text, row in marked_earlier.items()} | marked
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
-        earlier_items = Items.of(leave_alone(earlier_items, earlier.shared))
+        earlier_items = Items.of(drop_shared_targets(earlier_items, earlier.shared))
     if retain_set.examples:
         answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
         warn_of_told_secrets(marked.items(), answers)

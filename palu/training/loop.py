@@ -25,7 +25,7 @@ from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad, is_peft
 from palu.models.quantized import check_mergeable
 from palu.ref_model.precompute import precompute_reference
-from palu.ref_model.shared import left_alone
+from palu.ref_model.shared import dropped_pairs
 from palu.ref_model.storage import open_cache_file
 from palu.training.asking import watch
 from palu.training.callbacks import Evaluate, TrainingEvents, check_callbacks
@@ -231,7 +231,7 @@ def train(
     summary = {
         **data.counts,
         "onset_tokens": int(Items.of(loader.forget).targets.sum()),
-        "shared_beginnings": left_alone(data.forget, cache.shared),
+        "shared_beginnings": dropped_pairs(data.forget, cache.shared),
         "neighbours": cache.neighbours,
         "variants": cache.variants,
         "told_when_asked": len(checkpoints.told),

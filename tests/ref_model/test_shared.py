@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from palu.data.packing import Item, Items, anchor_item
-from palu.ref_model.shared import leave_alone, left_alone, shared_pairs, shared_rows
+from palu.ref_model.shared import drop_shared_targets, dropped_pairs, shared_pairs, shared_rows
 
 BLANK, ONE, NINE, EIGHT, TWO, IN = 1, 2, 3, 4, 5, 6
 
@@ -51,20 +51,22 @@ def test_the_beginning_is_left_alone() -> None:
         (TWO, EIGHT): [TWO, EIGHT],
     }
     for span, left in cases.items():
-        (found,) = leave_alone([item(span)], shared)
+        (found,) = drop_shared_targets([item(span)], shared)
         assert forgotten(found) == left
         assert found.labels[found.targets :].tolist() == [9], "ordinary tokens stay"
         assert len(shared_rows(item(span), shared)) == len(span) - len(left)
-        (again,) = leave_alone([found], shared)
+        (again,) = drop_shared_targets([found], shared)
         assert forgotten(again) == left, "of the rest nothing more"
     both = item((ONE, EIGHT), (ONE, TWO))
-    (found,) = leave_alone([both], shared)
+    (found,) = drop_shared_targets([both], shared)
     assert forgotten(found) == [EIGHT, TWO]
-    assert left_alone([both, item((TWO,))], shared) == [(BLANK, ONE)]
-    assert left_alone([both], frozenset()) == [] and forgotten(leave_alone([both], frozenset())[0]) == forgotten(both)
+    assert dropped_pairs([both, item((TWO,))], shared) == [(BLANK, ONE)]
+    assert dropped_pairs([both], frozenset()) == [] and forgotten(
+        drop_shared_targets([both], frozenset())[0]
+    ) == forgotten(both)
 
 
 def test_items_without_targets_are_as_they_were() -> None:
     kept = answer(BLANK, ONE, NINE)
-    (found,) = leave_alone(Items([kept]), frozenset({(BLANK, ONE)}))
+    (found,) = drop_shared_targets(Items([kept]), frozenset({(BLANK, ONE)}))
     assert torch.equal(found.rows, kept.rows) and found.targets == 0
