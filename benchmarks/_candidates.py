@@ -108,7 +108,7 @@ def prepare(arguments: argparse.Namespace, *, perturbed: bool = False) -> Setup:
             items = PaluMethod.make_items(ForgetSet(forget, vocab_size - 1), config)
             # The default keeps by the KL what the paper's loss keeps by cross-entropy.
             kept = [] if config is published else [anchor_item(e.input_ids, e.answer_start) for e in retain]
-            anchors = ReferenceCache(anchors=kept, neighbours=len(kept))
+            anchors = ReferenceCache(extra=kept, neighbours=len(kept))
             cache = compute_outputs(ref_model, items, config, Accelerator(), anchors)
             beside = retain_items([] if kept else retain)
             loading = {"pin_memory": pinned, "share_prefix": shares_prefix(ref_model)}

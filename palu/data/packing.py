@@ -22,7 +22,7 @@ from palu.data.ragged import Ragged, RaggedSequence
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 from palu.ops import prefix_mask
 
-LEAST_SHARED = 8  # tokens; a mask for each example costs more than fewer save
+LEAST_SHARED = 8  # tokens of a shared prefix; a mask for each example costs more than fewer save
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,20 @@ def _answer_rows(example: Example) -> Tensor:
 class Packed:
     """Examples laid end to end in one sequence of T tokens, positions restarting at each.
 
-    What an example has in common with the beginning of one of them, the leader, may be left out of it: it goes on from
-    the leader's first tokens.
+    One of them, the leader, may hold a prefix that others share: these are laid without it, and go on from the leader's
+    tokens. Each example may share another length of it.
     """
 
     input_ids: Tensor  # int64 [1, T]
     position_ids: Tensor  # int64 [1, T]
     cu_seq_lens: Tensor  # int32 [examples + 1]: where each example begins, and T
-    sequence_lengths: tuple[int, ...]  # of each example, but for what it shares
-    shared_lengths: tuple[int, ...]  # of the leader's beginning, from which each example goes on; 0: it shares nothing
+    sequence_lengths: tuple[int, ...]  # of each example, without its shared prefix
+    shared_lengths: tuple[int, ...]  # of each example's shared prefix; 0: it has none, as the leader
     leader: int = 0  # its number
 
     @property
     def tokens(self) -> int:
-        """Tokens of the examples; what they share counts for each."""
+        """Tokens of the examples; a shared prefix counts for each."""
         return sum(self.sequence_lengths) + sum(self.shared_lengths)
 
     def to(self, device: torch.device) -> Packed:
@@ -211,11 +211,11 @@ class Packed:
 def pack(items: Sequence[Item], *, share_prefix: bool = False) -> Packed:
     """Pack examples end to end.
 
-    ``share_prefix``: what they have in common with the beginning of one of them comes once, such as a chat template's
-    system prompt; see :func:`palu.models.attention.shares_prefix`.
+    ``share_prefix``: a shared prefix, such as a chat template's system prompt, comes once; see
+    :func:`palu.models.attention.shares_prefix`.
     """
     examples = [part for item in items for part in item.input_ids.split(_lengths(item))]
-    leader, shared = _common_beginnings(examples) if share_prefix else (0, [0] * len(examples))
+    leader, shared = _shared_prefixes(examples) if share_prefix else (0, [0] * len(examples))
     parts = [example[skip:] for example, skip in zip(examples, shared, strict=True)]
     lengths = tuple(map(len, parts))
     return Packed(
@@ -228,10 +228,10 @@ def pack(items: Sequence[Item], *, share_prefix: bool = False) -> Packed:
     )
 
 
-def _common_beginnings(examples: Sequence[Tensor]) -> tuple[int, list[int]]:
-    """Choose the example whose beginning the others share most of; return how many of its tokens each one shares.
+def _shared_prefixes(examples: Sequence[Tensor]) -> tuple[int, list[int]]:
+    """Choose as leader the example of which the others share most; return it and the length of each shared prefix.
 
-    Each keeps a token of its own, and the chosen one all; fewer than LEAST_SHARED are not shared.
+    Each keeps a token of its own, and the leader all; fewer than LEAST_SHARED are not shared.
     """
     padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
     places, lengths = torch.arange(padded.shape[1]), torch.tensor([len(example) for example in examples])

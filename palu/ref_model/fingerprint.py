@@ -63,7 +63,10 @@ class Fingerprints:
 
     @cached_property
     def anchor_prompts(self) -> str | None:
-        """The tokenised prompts to which the reference writes anchors, and where an answer ends."""
+        """All that the reference is asked before training, tokenised, and the secrets that are looked for in it.
+
+        That is everyday prompts, the lists of questions that it continues, paraphrases, and where an answer ends.
+        """
         asked = self._anchor_prompts
         if asked is None or not (asked.prompts or asked.neighbours):
             return None

@@ -48,7 +48,7 @@ def precompute_reference(
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> tuple[ReferenceCache, Head | None]:
-    """Have the reference write the anchors, neighbours first, and give the method's fields.
+    """Have the reference write the neighbours, variants and anchors, and give the method's fields.
 
     Where a file holds them the reference does not run. If it is not sharded, it runs on the accelerator's device and is
     sent back to where it was. All processes must call it.
@@ -78,7 +78,7 @@ def precompute_reference(
             variants = generate_variants(writer, items, anchor_prompts, config.onset_length, config.seed)
             everyday = generate_anchors(writer, items, anchor_prompts)
             written = [*neighbours, *drop_shared_targets(variants, shared), *everyday, *earlier]
-            anchors = ReferenceCache((), written, len(neighbours), len(variants), len(earlier))
+            extra = ReferenceCache((), written, len(neighbours), len(variants), len(earlier))
             with (
                 eval_mode(base),
                 autocast(accelerator),
@@ -86,7 +86,7 @@ def precompute_reference(
                 without_adapter(model) if own else nullcontext(),
             ):
                 cache = reference.run(
-                    lambda: compute_outputs(model, items, config, accelerator, anchors, file=file, progress=progress)
+                    lambda: compute_outputs(model, items, config, accelerator, extra, file=file, progress=progress)
                 )
     return cache, _frozen_head(reference, own, accelerator) if needed.head else None
 
@@ -129,14 +129,14 @@ def compute_outputs(
     file: CacheFile | None = None,
     progress: bool = False,
 ) -> ReferenceCache:
-    """Run the reference's body once over the forget set and the anchors, and keep the method's fields of their rows.
+    """Run the reference's body once over the forget set and the extra items, and keep the method's fields.
 
     All processes must call it, with the same items: each runs its share of the passes, of ``config.max_tokens`` tokens
     or TOKENS_PER_PASS, if these are fewer; a longer item has a pass of its own.
 
-    ``written``: the anchors, without outputs. ``file``: where the outputs are written to, and then mapped from, by one
-    process on each machine; one that has been written in the meantime is taken as it is. ``None``: they stay in memory,
-    in each process. Raises CacheError where the file cannot be written or read.
+    ``written``: the extra items, without outputs. ``file``: where the outputs are written to, and then mapped from, by
+    one process on each machine; one that has been written in the meantime is taken as it is. ``None``: they stay in
+    memory, in each process. Raises CacheError where the file cannot be written or read.
     """
     fields = config.reference.fields
     writes = file is not None and accelerator.is_local_main_process
@@ -147,16 +147,16 @@ def compute_outputs(
                     stack.enter_context(file.locked(progress=progress))
             if (found := _read(file, items, config, accelerator)) is not None:
                 return found
-        items, anchors = drop_shared_targets(items, written.shared), written.anchors
-        outputs = _run(model, items, anchors, config, accelerator, progress)
+        items, extra = drop_shared_targets(items, written.shared), written.extra
+        outputs = _run(model, items, extra, config, accelerator, progress)
         first = next(outputs)
         outputs = chain([first], outputs)
         like = {name: output[:0].cpu() for name, output in first.items()}
-        lengths = {field.name: _count(items, field) + _count(anchors, field) for field in fields}
+        lengths = {field.name: _count(items, field) + _count(extra, field) for field in fields}
         if file is None:
             tensors = {name: one.new_empty(lengths[name], *one.shape[1:]) for name, one in like.items()}
             _fill(lambda name, row, rows: tensors[name][row : row + len(rows)].copy_(rows), outputs, accelerator)
-            return replace(written, outputs=ReferenceOutputs(tensors, fields, items, anchors))
+            return replace(written, outputs=ReferenceOutputs(tensors, fields, items, extra))
         with ExitStack() as closing:
             with raise_on_all_ranks(accelerator):
                 write = closing.enter_context(file.writing(like, lengths, written)) if writes else None
@@ -171,7 +171,7 @@ def compute_outputs(
 def _run(
     model: CausalLM,
     items: Sequence[Item],
-    anchors: Sequence[Item],
+    extra: Sequence[Item],
     config: UnlearnConfig,
     accelerator: Accelerator,
     progress: bool,
@@ -179,9 +179,9 @@ def _run(
     """Yield the fields of a few items at a time: those of the first process's pass, of the second's, and so on."""
     compute, body, processes = config.reference.compute, body_of(model), accelerator.num_processes
     device = next(body.parameters()).device
-    groups = _groups(chain(items, anchors), min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
+    groups = _groups(chain(items, extra), min(TOKENS_PER_PASS, config.max_tokens or TOKENS_PER_PASS))
     token = Item(items[0].input_ids[:1], items[0].rows[:0])  # where no group is left
-    with tqdm(total=len(items) + len(anchors), desc="reference", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(items) + len(extra), desc="reference", disable=not progress, leave=False) as bar:
         while passes := list(islice(groups, processes)):
             own = passes[accelerator.process_index] if accelerator.process_index < len(passes) else [token]
             packed = pack(own, share_prefix=shares_prefix(base_of(model)))

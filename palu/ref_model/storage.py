@@ -1,7 +1,7 @@
 """The reference cache: what the reference gave, in memory, or in a file that is written while it runs and then mapped.
 
 A file is one safetensors file, ``reference-KEY.safetensors``, with a tensor for each reference field, the rows of all
-items end to end, and JSON in its header, with the anchors that the reference wrote. The key is a hash of all that this
+items end to end, and JSON in its header, with the extra items. The key is a hash of all that this
 depends on: see :func:`reference_key`. Nothing is read but the rows of the items at hand, and nothing is held while it
 is written.
 """
@@ -64,18 +64,22 @@ class ReferenceOutputs(RaggedSequence[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The reference's outputs for each item that it was asked about and each anchor, on the host."""
+    """The reference's outputs for the forget set and the extra items, on the host.
 
-    outputs: Sequence[dict[str, Tensor]] = ()  # the method's reference fields: per forget item, then per anchor
-    anchors: Sequence[Item] = ()  # what the reference wrote itself; see :mod:`palu.ref_model.anchors`
-    neighbours: int = 0  # how many of the anchors, the first, answer questions like those of the forget set
-    variants: int = 0  # how many after these are other ways to tell a secret
-    earlier: int = 0  # how many, the last, are no anchors but the rows of earlier requests
+    The extra items are, in this order: answers to neighbours, variants, answers to everyday prompts, and the rows of
+    earlier requests.
+    """
+
+    outputs: Sequence[dict[str, Tensor]] = ()  # the method's reference fields: per forget item, then per extra item
+    extra: Sequence[Item] = ()
+    neighbours: int = 0  # how many of the extra items answer questions like those of the forget set
+    variants: int = 0  # how many are other ways to tell a secret
+    earlier: int = 0  # how many are rows of earlier requests
 
     @property
     def shared(self) -> frozenset[TokenPair]:
         """What a secret may begin with that is left alone: see :mod:`palu.ref_model.shared`."""
-        return shared_pairs(self.anchors[: self.neighbours])
+        return shared_pairs(self.extra[: self.neighbours])
 
 
 # (which field, from which row on, the rows): puts them where they belong
@@ -106,11 +110,10 @@ class CacheFile:
                 f"{transformers.__version__}; {fix}"
             )
         about = header["about"]
-        anchors = list(map(item_from_json, about["anchors"]))
-        cache = ReferenceCache((), anchors, about["neighbours"], about["variants"], about["earlier"])
-        return replace(
-            cache, outputs=ReferenceOutputs(tensors, fields, drop_shared_targets(items, cache.shared), anchors)
-        )
+        extra = list(map(item_from_json, about["extra"]))
+        cache = ReferenceCache((), extra, about["neighbours"], about["variants"], about["earlier"])
+        items = drop_shared_targets(items, cache.shared)
+        return replace(cache, outputs=ReferenceOutputs(tensors, fields, items, extra))
 
     @contextmanager
     def locked(self, *, progress: bool = True) -> Iterator[None]:
@@ -141,8 +144,8 @@ class CacheFile:
     ) -> Iterator[Write]:
         """Make room for tensors, to be filled within the block; then the file appears, whole.
 
-        ``like``: [0, ...] of each tensor's dtype and row shape; ``lengths``: of each, in rows; ``written``: the anchors
-        to be kept with them. Raises CacheError where there is no room or no permission; nothing is left then.
+        ``like``: [0, ...] of each tensor's dtype and row shape; ``lengths``: of each, in rows; ``written``: the extra
+        items to be kept with them. Raises CacheError where there is no room or no permission; nothing is left then.
         """
         # Of empty tensors safetensors writes no more than a header.
         header = json.loads(save({name: torch.empty_like(one) for name, one in like.items()})[8:])
@@ -152,9 +155,9 @@ class CacheFile:
             starts[name], end = end, end + lengths[name] * row_bytes[name]
             shape = [lengths[name], *like[name].shape[1:]]
             header[name] |= {"shape": shape, "data_offsets": [starts[name], end]}
-        anchors = list(map(item_to_json, written.anchors))
+        extra = list(map(item_to_json, written.extra))
         counts = {name: getattr(written, name) for name in ("neighbours", "variants", "earlier")}
-        about = {"anchors": anchors, **counts}
+        about = {"extra": extra, **counts}
         own = {"key": self.key, "transformers": transformers.__version__, "about": about}
         header["__metadata__"] = {"palu": json.dumps(own)}
         text = json.dumps(header).encode()

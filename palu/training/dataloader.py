@@ -16,7 +16,7 @@ from palu.ref_model.storage import ReferenceCache
 
 TOKENS_PER_CHECK = 4096  # of the rows of earlier requests that are looked at together
 
-# What is in a micro-batch, by number: forget items and (after all of them) anchors; retain items.
+# What is in a micro-batch, by number: forget items and (after all of them) extra items of the cache; retain items.
 Part = tuple[list[int], list[int]]
 
 
@@ -50,7 +50,7 @@ class UnlearnDataLoader:
         forget = drop_shared_targets(forget, cache.shared)
         self.forget, self.retain, self.cache = forget, retain, cache
         self.max_tokens = config.max_tokens
-        self.tokens = [*Items.of(forget).tokens.tolist(), *(len(anchor.input_ids) for anchor in cache.anchors)]
+        self.tokens = [*Items.of(forget).tokens.tolist(), *(len(item.input_ids) for item in cache.extra)]
         self.retain_tokens = Items.of(retain).tokens.tolist()
         self.batch_size = config.batch_size
         beside = config.retain_batch_size or config.batch_size
@@ -61,16 +61,16 @@ class UnlearnDataLoader:
         self.pin_memory, self.share_prefix = pin_memory, share_prefix
         self.generator = torch.Generator().manual_seed(config.seed)
         self.retain_order = _shuffled(len(retain), torch.Generator().manual_seed(config.seed + 1))
-        # Neighbours come first among the anchors, then variants, and the rows of earlier requests last.
+        # In the cache's order: neighbours, variants, everyday answers, rows of earlier requests.
         neighbours, everyday = cache.neighbours, cache.neighbours + cache.variants
-        anchors = len(cache.anchors) - cache.earlier
+        earlier = len(cache.extra) - cache.earlier
         self.forgotten = torch.tensor([*range(len(forget)), *range(len(forget) + neighbours, len(forget) + everyday)])
         self.anchor_orders = [
             (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(draws, end - first))
-            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, anchors, 2, half))
+            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, earlier, 2, half))
             if end > first
         ]
-        self.earlier = range(len(forget) + anchors, len(forget) + len(cache.anchors))
+        self.earlier = range(len(forget) + earlier, len(forget) + len(cache.extra))
         self.later: list[tuple[Item, dict[str, Tensor]]] = []  # what was added after the cache, and its outputs
         self.returned: list[int] = []
         self.of_targets = {field.name for field in config.reference.fields if field.rows == "targets"}
@@ -137,7 +137,7 @@ class UnlearnDataLoader:
         return [parts[self.process_index] for parts in zip_longest(*cuts, fillvalue=idle)]
 
     def _draw(self) -> Iterator[list[Part]]:
-        """Draw an epoch: for each step, (forget items and anchors, retain items) of all micro-batches, by number."""
+        """Draw an epoch: for each step, (forget and extra items, retain items) of all micro-batches, by number."""
         order = torch.randperm(len(self.forgotten), generator=self.generator)
         returned = torch.tensor(self.returned, dtype=torch.int64).tensor_split(len(self))
         for step, beside in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
@@ -168,11 +168,11 @@ class UnlearnDataLoader:
         return batch.pin_memory() if self.pin_memory else batch
 
     def _find(self, number: int) -> tuple[Item, dict[str, Tensor]]:
-        """Return a forget item or anchor and its reference fields."""
+        """Return a forget or extra item, or one that came later, and its reference fields."""
         forget = len(self.forget)
         if number >= self.earlier.stop:
             return self.later[number - self.earlier.stop]
-        item = self.forget[number] if number < forget else self.cache.anchors[number - forget]
+        item = self.forget[number] if number < forget else self.cache.extra[number - forget]
         return item, self.cache.outputs[number]
 
 
@@ -180,7 +180,7 @@ def cut(part: Part, tokens: Sequence[int], retain_tokens: Sequence[int], most: i
     """Cut a micro-batch into parts of at most ``most`` tokens, or of one longer example; at least one part.
 
     The longest come first, each into the first part with room for it; in its part an example keeps its place.
-    ``tokens``: of each forget item and anchor. An idle part's one token is not counted.
+    ``tokens``: of each forget and extra item. An idle part's one token is not counted.
     """
     sizes = [*(tokens[i] for i in part[0]), *(retain_tokens[i] for i in part[1])]
     bins: list[list[int]] = []
@@ -210,7 +210,7 @@ def collate(
     examples: int | None = None,
     share_prefix: bool = False,
 ) -> Batch:
-    """Pack forget items (or anchors) and retain items into one sequence, with the rows of one role side by side.
+    """Pack forget items (or extra ones) and retain items into one sequence, with the rows of one role side by side.
 
     ``outputs``: the reference fields of each of ``items``; ``examples``: how many of these count; ``None``: all.
     ``share_prefix``: see :func:`palu.data.packing.pack`.

@@ -235,7 +235,7 @@ def train(
         "neighbours": cache.neighbours,
         "variants": cache.variants,
         "told_when_asked": len(checkpoints.told),
-        "anchors": (everyday := len(cache.anchors) - cache.neighbours - cache.variants - cache.earlier),
+        "anchors": (everyday := len(cache.extra) - cache.neighbours - cache.variants - cache.earlier),
         "anchors_skipped": len(data.anchor_prompts.prompts) - everyday,
         "steps": len(history),
         "epochs": epoch,
