@@ -175,11 +175,10 @@ def audit_models(
             "versions": [torch.__version__, transformers.__version__],
         }
         run = partial(_kept_or_run, model=model, data=data, key=key, stages=stages, progress=progress)
-        outcomes[role] = [
-            # Where another model lacks something, there is nothing to compare.
-            run(attack, only_check=any(isinstance(others[i], str) for others in outcomes.values()))
-            for i, attack in enumerate(tqdm(attacks, desc=role, disable=not progress, leave=False))
-        ]
+        # Where another model lacks something there is nothing to compare, so that the attack is not made.
+        lacking = [any(isinstance(others[i], str) for others in outcomes.values()) for i in range(len(attacks))]
+        turns = zip(tqdm(attacks, desc=role, disable=not progress, leave=False), lacking, strict=True)
+        outcomes[role] = [attack.skip_reason(data, model) or [] if lacks else run(attack) for attack, lacks in turns]
         if role == "original":
             patched = {source: run(patch) for source, patch in patches.items()}
         elif "retain" in loaders and inside.DEPTH in keys:
@@ -222,22 +221,11 @@ def _chosen(only: str | Sequence[str] | None, every: set[str]) -> set[str]:
 
 # --- one attack on one model ---
 def _kept_or_run(
-    attack: Attack,
-    model: CausalLM,
-    data: AuditData,
-    key: dict[str, Any],
-    stages: Path | None,
-    progress: bool,
-    only_check: bool = False,
+    attack: Attack, model: CausalLM, data: AuditData, key: dict[str, Any], stages: Path | None, progress: bool
 ) -> Outcome:
-    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it.
-
-    ``only_check``: say what it lacks, or return no finding.
-    """
+    """Read what an earlier audit kept of this attack on this model, of the same ``key``, or make it and keep it."""
     if (skip_reason := attack.skip_reason(data, model)) is not None:
         return skip_reason
-    if only_check:
-        return []
     key = key | {
         "attack": attack.key,
         "settings": attack.described["settings"],
