@@ -56,18 +56,18 @@ def check_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    names: Iterable[str] | None = None,
+    names: Iterable[str],
     *,
     name: str = "model",
 ) -> None:
     """Raise UnsupportedModelError or ValueError where a model cannot score these texts, or not with this tokenizer.
 
-    DataError: a text has more tokens than the model positions. ``names``: how to call each example there; None: by its
-    row. ``name``: how to call the model.
+    DataError: a text has more tokens than the model positions. ``names``: how to call each example there; ``name``: the
+    model.
     """
     check_causal(name, model)
     check_vocabulary(name, model, tokenizer)
-    check_lengths(model, examples, names or [f"row {example.row}" for example in examples], name=name)
+    check_lengths(model, examples, names, name=name)
     check_linear_head(model, examples[0].input_ids)
     check_packing(name, model, model.device, longest=max(len(example.input_ids) for example in examples))
 

@@ -102,7 +102,7 @@ def contrast_words(
     without = [(name, {"question": "", "answer": answer}) for name, (_, answer) in zip(names, asked, strict=True)]
     bare = answer_examples(without, tokenizer, chat_template_kwargs)
 
-    check_model(model, tokenizer, full)
+    check_model(model, tokenizer, full, names)
     base_model = base_of(model)
     marginal = torch.zeros(len(head_of(model).weight), device=model.device)
     with tqdm(total=2 * len(rows), desc="contrast", disable=not progress, leave=False) as bar, eval_mode(base_model):

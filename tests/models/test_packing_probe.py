@@ -274,7 +274,7 @@ def test_everything_that_packs_refuses_it() -> None:
     message = assert_refused(small, BLOOM, lambda model: unlearn(plain, model, rows(-200), rows(), epochs=1))
     assert message.startswith("ref_model is a BloomForCausalLM, ")
     assert_refused(small, BLOOM, lambda model: palu.Recorder(model, rows(-200), rows()))
-    assert_refused(large, BLOOM, lambda model: check_model(model, tokenizer, examples))
+    assert_refused(large, BLOOM, lambda model: check_model(model, tokenizer, examples, ["row 0"]))
     arguments = TrainingArguments("/nowhere", use_cpu=True)
     assert_refused(small, BLOOM, lambda model: palu.PaluTrainer(model, arguments, forget=rows(-200), retain=rows()))
 

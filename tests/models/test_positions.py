@@ -111,7 +111,7 @@ def test_generation_ends_at_the_last_position() -> None:
 def test_what_is_scored_whole_must_fit() -> None:
     """An evaluation or a finder of spans cannot cut."""
     row = {name: value for name, value in LONG[0].items() if name != "spans"}
-    with pytest.raises(DataError, match=r"^row 0 has \d+ tokens and model 64 positions; shorten it$"):
+    with pytest.raises(DataError, match=r"^forget row 0 has \d+ tokens and model 64 positions; shorten it$"):
         palu.annotate([row], "contrast", small(), TOKENIZER, progress=False)
     with pytest.raises(DataError, match=r"^evaluation row 1 has \d+ tokens and model 64 positions; shorten it$"):
         palu.evaluate.questions(small(), TOKENIZER, [SHORT, row], progress=False)
