@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from _measure import markdown_table
 from _methods import LABELS
-from _tofu import KEEPS, Bench, rank, rate_text, run_name, summary
+from _tofu import KEEPS, Bench, rank, rate_text, summary
 
 from palu.attacks.estimators import Rho, rho
 from palu.evaluate import metrics
@@ -66,19 +65,15 @@ def evaluated(bench: Bench, method: str, rate: float | None) -> Run:
 def audited(bench: Bench, method: str, rate: float | None, only: Sequence[str]) -> dict[str, Any]:
     """Unlearn and audit; returns each attack's success by secret, and :func:`token_log_p` of each model."""
     wanted = [key for key in ATTACKS if key == "onset-answer" or key in only]  # the plot reads it
-
-    def attack() -> dict[str, Any]:
-        results = bench.audit(bench.unlearned_model(method, rate, SEED), only=wanted)
-        return {
-            "attacks": {
-                row["name"]: {role: one["values"] for role, one in row["models"].items()}
-                for row in results["attacks"]
-                if row["models"]
-            },
-            "token_log_p": token_log_p(results),
-        }
-
-    return bench.stages.results("-".join([run_name(method, rate, SEED), "audited", *wanted]), attack)
+    results = bench.audited(method, rate, SEED, wanted)
+    return {
+        "attacks": {
+            row["name"]: {role: one["values"] for role, one in row["models"].items()}
+            for row in results["attacks"]
+            if row["models"]
+        },
+        "token_log_p": token_log_p(results),
+    }
 
 
 def forget_figures(bench: Bench, results: dict[str, Any]) -> Run:
@@ -106,8 +101,7 @@ def run(arguments: argparse.Namespace, methods: Sequence[str], rates: Sequence[f
         for bench in reporting:
             audits.append(audited(bench, method, rate, arguments.attacks))
             runs.append(evaluated(bench, method, rate))
-            # Half a gigabyte each, and not needed any more.
-            shutil.rmtree(bench.kept(method, rate, SEED), ignore_errors=True)
+            bench.drop(method, rate, SEED)
         reported[method] = pooled(runs) | {
             "learning_rate": rate,
             "attacks": attacks([audit["attacks"] for audit in audits]),

@@ -15,21 +15,27 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from _measure import DEVICE, machine, markdown_table, peak, reset_peak, write_json
 from _methods import LABELS, METHODS
 from _models import Loaded, Row, load, taught
 from _stages import Stages, stages_parser
+from scipy.stats import hmean
 
 import palu
 from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
+from palu.evaluate.summarize import UTILITY, row_values
 from palu.testbed.real_models import save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 DRAWS, AUDIT_TOKENS = 8, 64  # of an audit; in the first hundred rows every secret ends within 56 tokens
+RESAMPLES = 2000  # of a bootstrap
 
+# Columns of the preset "standard": the share of secrets that one row of an audit tells, by the attack that makes it.
+ATTACKS = {"ask": "ask: greedy", "onset-answer": "onset: 1 in the answer", "relearn-weights": "relearn: all weights"}
 COLUMNS = {
     "FQ": "forget_quality",
     "KS D": "forget_quality_ks",
@@ -45,6 +51,9 @@ COLUMNS = {
     "PrivLeak": "privleak",
     "ES": "extraction_strength",
     "ROUGE": "forget_Q_A_ROUGE",
+    "told": "ask: greedy",
+    "onset": "onset: 1 in the answer",
+    "relearn": "relearn: all weights",
     "seconds": "seconds",
     "peak GiB": "peak_gib",
 }
@@ -71,7 +80,6 @@ class Preset:
 
 PRESETS = {
     "standard": Preset(None, None, None, None, None, 40, 5, 32, 10, 32, (2e-5, 5e-5, 1e-4), (0,), 200),
-    "small": Preset(100, 100, 40, 50, 3, 40, 8, 5, 4, 4, (5e-5,), (0,), 32),
     "cross": Preset(20, 20, 10, None, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
     "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
 }
@@ -233,7 +241,29 @@ class Bench:
         print(path.name, flush=True)
         return self.stages.path(path.name, make)
 
-    def audit(self, model: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Any]:
+    def audited(
+        self,
+        method: str,
+        rate: float | None,
+        seed: int,
+        only: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """Unlearn the original with a method and audit the model, which is kept (:meth:`drop`); ``only``: attacks."""
+        folder = self.kept(method, rate, seed)
+        name = "-".join([run_name(method, rate, seed), "audited", *(only or ())])
+
+        def run() -> dict[str, Any]:
+            self.unlearned_model(method, rate, seed)
+            return self._audit(folder, dtype, only)
+
+        return self.stages.results(name, run)
+
+    def drop(self, method: str, rate: float | None, seed: int) -> None:
+        """Delete a kept model, which takes half a gigabyte."""
+        shutil.rmtree(self.kept(method, rate, seed), ignore_errors=True)
+
+    def _audit(self, model: Path, dtype: torch.dtype, only: Sequence[str] | None) -> dict[str, Any]:
         """Audit an unlearned model in a dtype; what is found of the original and the retain model is kept for all."""
         loaded = [load(str(folder)) for folder in (model, self.folder, self.retain_folder)]
         unlearned, original, retain_model = (one.to(DEVICE, dtype) for one, _ in loaded)  # type: ignore[arg-type]
@@ -248,7 +278,7 @@ class Bench:
             quick=True,
             draws=DRAWS,
             max_new_tokens=AUDIT_TOKENS,
-            **settings,
+            only=only,
         )
 
     def kept(self, method: str, rate: float | None, seed: int) -> Path:
@@ -291,10 +321,34 @@ def read_rate(text: str) -> float | None:
 
 
 def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Pick the table's figures from one evaluation."""
+    """Pick the table's figures from one evaluation; ``more``: others of its row."""
     found = {name: one["agg_value"] for name, one in results.items() if name in COLUMNS.values()}
     found |= {name: value for name, value in results.get("cost", {}).items() if name in COLUMNS.values()}
-    return more | dict.fromkeys(COLUMNS.values()) | found
+    return dict.fromkeys(COLUMNS.values()) | more | found
+
+
+def utility_parts(results: dict[str, Any]) -> dict[str, list[float]]:
+    """Compute the model utility and the nine parts of which it is the harmonic mean.
+
+    Returns, for each, the value and the bounds of its 95 % interval: percentiles of a bootstrap over the rows.
+    """
+    rng = np.random.default_rng(0)
+    means = []
+    for name in UTILITY:
+        values: Any = np.array(row_values(results, name))
+        drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
+        means.append(np.array([values.mean(), *values[drawn].mean(1)]))
+    means.append(hmean(means, axis=0))
+    return {
+        name: [float(one[0]), *np.quantile(one[1:], (0.025, 0.975)).tolist()]
+        for name, one in zip((*UTILITY, "model_utility"), means, strict=True)
+    }
+
+
+def told(audit: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Take from an audit, for each model, the share of secrets that it tells to each of ATTACKS."""
+    rows = {row["name"]: row["models"] for row in audit["attacks"] if row["name"] in ATTACKS.values()}
+    return {role: {name: models[role]["told"] for name, models in rows.items()} for role in audit["models"]}
 
 
 def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

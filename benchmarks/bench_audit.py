@@ -1,6 +1,6 @@
 """What attackers get out of unlearned models: the audit of PALU, as published, too, NPO and TPO on TOFU.
 
-    python benchmarks/bench_audit.py --preset small                    # CPU; hours
+    python benchmarks/bench_audit.py --preset tiny                     # CPU; hours
 
 The models are those of bench_tofu.py with the same --preset and --output: the original, taught all rows, the retain
 model, taught all but the forget set, and the original unlearned by each method with --learning-rate and the preset's
@@ -18,7 +18,7 @@ import torch
 from _measure import markdown_table
 from _methods import LABELS, named
 from _models import Row
-from _tofu import Bench, parse, parser_of, rate_text, read_rate, run_name, write
+from _tofu import Bench, parse, parser_of, rate_text, read_rate, write
 
 from palu.evaluate.language import WordList, keys, measure
 from palu.models.generation import Generation
@@ -29,13 +29,6 @@ DTYPE = torch.bfloat16 if mixed_precision() == "bf16" else torch.float32  # in w
 AUDITED = "palu,npo,tpo,palu-paper"
 LANGUAGE = {"no_word": "broken words", "unknown_name": "names found nowhere"}
 SHOWN = {"held": "held", "open": "**open**", "undecided": "?"}
-
-
-def audited(bench: Bench, method: str, rate: float | None) -> dict[str, Any]:
-    """Unlearn with a method, and audit the model; returns what :func:`palu.audit` does."""
-    seed = bench.preset.seeds[0]
-    folder = bench.unlearned_model(method, rate, seed)
-    return bench.stages.results(f"{run_name(method, rate, seed)}-audited", lambda: bench.audit(folder, DTYPE))
 
 
 def language(audit: dict[str, Any], forget: list[Row]) -> dict[str, dict[str, float]]:
@@ -95,12 +88,13 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=read_rate, help="default: own, as of bench_tofu.py")
     arguments = parse(parser)
     bench = Bench(arguments)
-    results = {method: audited(bench, method, arguments.learning_rate) for method in arguments.methods}
+    rate, seed = arguments.learning_rate, bench.preset.seeds[0]
+    results = {method: bench.audited(method, rate, seed, dtype=DTYPE) for method in arguments.methods}
     languages = {method: language(one, bench.data.forget) for method, one in results.items()}
     dtype = str(DTYPE).removeprefix("torch.")
     details = {
         "dtype": dtype,
-        "learning_rate": rate_text(arguments.learning_rate),
+        "learning_rate": rate_text(rate),
         "language": languages,
         "audits": {name: shortened(one) for name, one in results.items()},
     }

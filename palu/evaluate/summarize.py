@@ -66,12 +66,8 @@ def summarize(results: Source, retain_results: Source | None = None) -> dict[str
 def _aggregates(results: Results, retain: Results | None) -> dict[str, float | None]:
     summary: dict[str, float | None] = {}
     for name, entry in results.items():
-        if name in TRUTH_RATIOS:
-            ratios = list(truth_ratios(results, name).values())
-            aggregate = metrics.closer_to_one if name == "forget_truth_ratio" else metrics.true_better
-            summary[name] = aggregate(ratios) if ratios else None
-        elif name in NORMALISED:
-            summary[name] = mean(list(normalised_probabilities(results, name).values()))
+        if name in TRUTH_RATIOS or name in NORMALISED:
+            summary[name] = mean(row_values(results, name))
         elif name.startswith("mia_"):
             summary[name] = _auc(entry)
         elif name not in (*DERIVED, *OTHERS, "palu"):
@@ -97,10 +93,24 @@ def aggregate_of(name: str, entry: Mapping[str, Any]) -> float | None:
         counts = [(len(value["found"]), value["words"]) for value in _by_index(entry).values()]
         words = sum(count for _, count in counts)
         return sum(found for found, _ in counts) / words if words else None
+    return mean(_row_values(name, entry))
+
+
+def row_values(results: Results, name: str) -> list[float]:
+    """Return the values, one a row, of which a metric is the mean."""
+    if name in TRUTH_RATIOS:
+        of_ratio = metrics.closer_to_one if name == "forget_truth_ratio" else metrics.true_better
+        return [of_ratio([ratio]) for ratio in truth_ratios(results, name).values()]
+    if name in NORMALISED:
+        return list(normalised_probabilities(results, name).values())
+    return _row_values(name, results[name])
+
+
+def _row_values(name: str, entry: Mapping[str, Any]) -> list[float]:
     statistic = "prob" if name.endswith("Prob") else "score"
     if name.endswith("ROUGE"):
         statistic = "rougeL_f1" if "mem_" in name else "rougeL_recall"  # MUSE's, TOFU's
-    return mean([np.mean(value) for value in _values(entry, statistic)])
+    return [float(np.mean(value)) for value in _values(entry, statistic)]
 
 
 def truth_ratios(results: Results, name: str) -> dict[str, float]:

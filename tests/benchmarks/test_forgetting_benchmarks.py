@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,9 @@ from _stages import Stages
 from helpers.small_tokenizers import CHATML, byte_level
 from helpers.tiny import tiny_llama
 
+from palu import UnlearnConfig
+from palu.evaluate.summarize import UTILITY
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 has_tofu = pytest.mark.skipif(not (SHARED / "tofu").exists(), reason="TOFU is not in ../shared")
@@ -33,7 +37,7 @@ has_muse = pytest.mark.skipif(not (SHARED / "muse_news").exists(), reason="MUSE-
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One precision, and nothing that the model would first have to write; both are tested elsewhere."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    for settings in (_methods.METHODS["palu"], _methods.METHODS["K=2"], bench_muse_news.METHODS["palu-whole-texts"]):
+    for settings in (_methods.METHODS["palu"], bench_muse_news.METHODS["palu-whole-texts"]):
         for name in ("anchors", "neighbours", "variants"):
             monkeypatch.setitem(settings, name, 0)
 
@@ -161,7 +165,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) -> Callable[[ModuleType, str], dict]:
     """Runs a benchmark's command on the Llama; what it wrote to its one JSON file."""
-    standard = replace(SIZES, learning_rates=(1e-3, 2e-3), seeds=(0, 1))
+    standard = replace(SIZES, learning_rates=(1e-3, 2e-3))
     cross = replace(SIZES, teach_batch=10, batch_size=10)
     for name, sizes in {"tiny": SIZES, "standard": standard, "cross": cross}.items():
         monkeypatch.setitem(_tofu.PRESETS, name, sizes)
@@ -178,39 +182,56 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: str) 
 
 
 @has_tofu
-def test_the_table_and_the_ablation_run(command: Callable, tmp_path: Path) -> None:
-    record = command(bench_tofu, "--preset tiny")
-    assert [row["method"] for row in record["table"]] == ["original", "retain", *_methods.OBJECTIVE_METHODS]
-    assert len(record["runs"]) == 2 + len(_methods.OBJECTIVE_METHODS)
+def test_the_table_and_the_claims_run(command: Callable, tmp_path: Path) -> None:
+    record, methods = command(bench_tofu, "--preset tiny"), [*_methods.OBJECTIVE_METHODS, "palu-paper"]
+    assert [row["method"] for row in record["table"]] == ["original", "retain", *methods]
+    assert len(record["runs"]) == len(record["table"])
+    for row in record["runs"]:
+        value, low, high = row["utility"].pop("model_utility")
+        assert low <= value <= high and value == pytest.approx(row["model_utility"], rel=1e-12)
+        assert list(row["utility"]) == [*UTILITY] and all(one[1] <= one[0] <= one[2] for one in row["utility"].values())
     for row in record["table"]:
-        missing = {"seconds", "peak_gib"} if "seeds" not in row else set()
+        missing = {*_tofu.ATTACKS.values()} | ({"seconds", "peak_gib"} if "seeds" not in row else set())
         missing |= {"forget_quality", "forget_quality_ks"} if row["method"] == "retain" else set()
         assert {name for name in _tofu.COLUMNS.values() if row[name] is None} == missing, row["method"]
 
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").rglob("*.gz")}
-    record = command(bench_tofu, "--preset tiny --methods palu,K=2")
-    assert [row["method"] for row in record["table"]] == ["original", "retain", "palu", "K=2"]
+    record = command(bench_tofu, "--preset tiny --methods palu,palu-paper,paper-N=1,paper-KL=forward")
+    assert [row["method"] for row in record["table"][3:]] == ["palu-paper", "paper-N=1", "paper-KL=forward"]
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what the table did is not done again"
+    assert (tmp_path / "results" / "tofu_tiny.png").stat().st_size > 10_000
+
+
+def test_claims_change_one_setting_of_the_paper() -> None:
+    paper = UnlearnConfig().replace(**_methods.METHODS["palu-paper"])
+    claims = [name for name in _methods.named("claims") if name.startswith("paper-")]
+    assert len(claims) == 4 + 4 + 2 + 1
+    for name in claims:
+        config = UnlearnConfig().replace(**_methods.METHODS[name])
+        (changed,) = (field for field, value in vars(config.method).items() if value != getattr(paper.method, field))
+        assert config.replace(**{changed: getattr(paper.method, changed)}) == paper
 
 
 @has_tofu
 def test_standard_chooses_a_rate_on_one_forget_set_and_reports_others(command: Callable, tmp_path: Path) -> None:
     record = command(bench_tofu, "--preset standard --methods npo --forget-sets forget01 forget05")
     first, second = record["forget01"], record["forget05"]
-    assert {(row["learning_rate"], row["seed"]) for row in first["runs"][3:]} == {
-        (rate, seed) for rate in (None, 1e-3, 2e-3) for seed in (0, 1)
-    }
     rate = first["table"][-1]["learning_rate"]
+    reported = {*product((None, rate), range(3))}
+    assert {(row["learning_rate"], row["seed"]) for row in first["runs"][3:]} == reported | {(1e-3, 0), (2e-3, 0)}
+    assert {(row["learning_rate"], row["seed"]) for row in second["runs"][3:]} == reported
     for one in (first, second):
         assert [row["method"] for row in one["table"]] == ["original", "retain", "retain, another order", "npo", "npo"]
-        assert [row["learning_rate"] for row in one["table"][3:]] == [None, rate]
-    assert {row["learning_rate"] for row in second["runs"][3:]} == {None, rate}
+        assert [(row["learning_rate"], row["seeds"]) for row in one["table"][3:]] == [(None, 3), (rate, 3)]
+    for row in [*first["table"], *second["table"]]:
+        assert [row[name] is None for name in _tofu.ATTACKS.values()] == [row["method"] == "retain, another order"] * 3
     table = (tmp_path / "results" / "tofu_standard.md").read_text()
     assert (
         table.startswith("forget01\n\n|") and "\n\nforget05\n\n|" in table and "| Retain, another order |  |" in table
     )
     runs = tmp_path / "runs" / "standard"
-    assert len([*runs.rglob("original/*.safetensors")]) == 1, "all forget sets have one original"
+    kept = sorted(path.parent.name for path in runs.rglob("*.safetensors"))
+    assert kept == ["original", "retain", "retain"], "all forget sets have one original"
     assert not [*runs.rglob("*checkpoint*")]
 
 
