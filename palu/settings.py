@@ -133,11 +133,10 @@ class RunSettings(Settings):
 
     Attributes:
         method: the settings of the method, an instance of its ``Settings``.
-        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes two thirds
-            off the loss, to first order, or less where that would be more than a nat of the forget loss:
-            ``min(2/3, 1 / forget) loss / ||gradient||_1``, since AdamW first moves every weight by the rate. (The
-            published loss of PALU is in squared logits: two thirds.) It is the gradient of the first batch with
-            something to forget; until then the weights stay as they are.
+        learning_rate: AdamW's step size. ``None``: from the first gradient, so that the first step takes off, to first
+            order, two thirds of the forget loss, a nat at most: ``gamma min(2/3 forget, 1) / ||gradient||_1``, since
+            AdamW first moves every weight by the rate. (The published loss of PALU is in squared logits: two thirds.)
+            It is the gradient of the first batch with something to forget; until then the weights stay as they are.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: optimisation steps over which the learning rate rises linearly from 0.
         lr_scheduler: ``"constant"``, ``"constant_with_warmup"``, ``"linear"`` or ``"cosine"``, as in

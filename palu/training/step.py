@@ -27,8 +27,8 @@ from palu.training.datasets import RunData
 from palu.training.engine import copy_weights_back
 from palu.training.optimizer import clip_gradients
 
-FIRST_STEP = 2 / 3  # of the loss is what the first step takes off, to first order, where no rate is given
-MOST_NATS = 1.0  # of the forget loss: it is high for what is known by heart, where a rate in proportion breaks more
+FIRST_STEP = 2 / 3  # of the forget loss is what the first step takes off, to first order, where no rate is given
+MOST_NATS = 1.0  # of it: it is high for what is known by heart, where a rate in proportion breaks more
 
 
 class DivergenceError(RuntimeError):
@@ -102,9 +102,8 @@ def train_step(run: Run, batches: Sequence[Batch], epoch: int) -> dict[str, floa
         run.optimizer.zero_grad()
         run.give_weights_back()
         raise
-    # Not from the retain loss alone, which says nothing of how fast the forget loss falls.
-    if norm1 and (figures[run.root.terms[0]] or not run.config.method.gamma):
-        set_rate(run.optimizer, run.scheduler, first_step_share(figures, run.root) * abs(figures["loss"]) / norm1)
+    if norm1 and (fall := first_fall(figures, run.root)):
+        set_rate(run.optimizer, run.scheduler, fall / norm1)
     if not run.rate:
         run.optimizer.zero_grad()  # so that the optimizer does nothing: no moment changes
     run.optimizer.step()
@@ -172,10 +171,15 @@ def gradient_norm1(parameters: Sequence[nn.Parameter]) -> float:
     return float(sum(full_tensor(norm) for norm in norms))  # one wait for the device
 
 
-def first_step_share(figures: Mapping[str, float], method: Method) -> float:
-    """Return what part of the loss the first step is to take off, to first order."""
-    nats = abs(figures[method.terms[0]]) if method.settings.in_nats else 0.0
-    return min(FIRST_STEP, MOST_NATS / nats) if nats else FIRST_STEP
+def first_fall(figures: Mapping[str, float], method: Method) -> float:
+    """Return what the first step is to take off the loss, to first order; 0 where there is nothing to forget.
+
+    The retain loss is no part of it: for texts that the model does not know it is high, and would raise the rate.
+    """
+    forget, settings = abs(figures[method.terms[0]]), method.settings
+    if settings.gamma == 0:
+        return FIRST_STEP * figures["loss"]
+    return settings.gamma * min(FIRST_STEP * forget, MOST_NATS if settings.in_nats else math.inf)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rate: float) -> None:
