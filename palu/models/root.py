@@ -89,8 +89,8 @@ def roomy_device(model: CausalLM, device: torch.device) -> torch.device:
 
 
 def is_on(base: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a model is on a device; one without an index is any of its type."""
-    return base.device.type == device.type and device.index in (None, base.device.index)
+    """Whether a model is on a device; one without an index is any of its type, and "cpu:0" is the CPU."""
+    return base.device.type == device.type and (device.type == "cpu" or device.index in (None, base.device.index))
 
 
 @contextmanager

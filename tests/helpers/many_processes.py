@@ -28,7 +28,7 @@ from helpers.small_tokenizers import LLAMA3, byte_level
 from helpers.tiny import forget_rows, same_weights, tiny_llama, weights
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
 import palu
 from palu.data.packing import Item
@@ -58,12 +58,21 @@ def make_llama(**config: Any) -> LlamaForCausalLM:
         return tiny_llama(**config)
 
 
+def quantised() -> Any:
+    """An adapter on a Llama in 4 bits."""
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    given = {"config": model.config, "state_dict": model.state_dict(), "dtype": torch.float32}
+    return with_lora(LlamaForCausalLM.from_pretrained(None, quantization_config=config, **given))
+
+
 untied = functools.partial(make_llama, tie_word_embeddings=False)
 CASES = {
     "untied": Scenario(untied),
     "tied": Scenario(make_llama, {"gradient_checkpointing": True}, lambda: make_llama(seed=3)),
     "lora": Scenario(lambda: with_lora(make_llama())),
     "added adapter": Scenario(untied, {"lora_rank": 4}),  # merged at the end, as by default
+    "quantised": Scenario(quantised),
     "npo": Scenario(make_llama, {"objective": "npo", "learning_rate": 3e-4}),
     "undial": Scenario(make_llama, {"objective": "undial"}),
     # In float64, where nothing but an unequal weight of unequal shares can make a difference.
@@ -92,7 +101,19 @@ CASES = {
 }
 PRECISION = {"mixed": "bf16"}
 RUNS = {
-    "ddp": ("untied", "tied", "lora", "added adapter", "anchors", "npo", "bfloat16", "max_tokens", "after", "asked"),
+    "ddp": (
+        "untied",
+        "tied",
+        "lora",
+        "added adapter",
+        "quantised",
+        "anchors",
+        "npo",
+        "bfloat16",
+        "max_tokens",
+        "after",
+        "asked",
+    ),
     "fsdp2": (
         "untied",
         "tied",

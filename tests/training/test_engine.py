@@ -71,6 +71,7 @@ TOLERANCES = {
     "bfloat16": (2e-2, 0.1, 2e-2),  # a rounding of a weight is 4e-3 of it
     "mixed": (2e-2, 0.1, 2e-2),
     "anchors": (1e-9, 1e-6, 1e-9),
+    "quantised": (1e-4, 1e-4, 1e-6),  # wider layers than the others': more sums
     "undial": (1e-4, 1e-3, 1e-6),  # its loss falls to 0.006, near which a rounding of the weights is more of it
 }
 
