@@ -80,20 +80,21 @@ def run(
 
 def run_standard(arguments: argparse.Namespace, rates: Rates, seeds: Sequence[int]) -> dict[str, Any]:
     """Choose on the first forget set, and report all (see the module's docstring); returns table and runs of each."""
-    wanted: dict[str, Rates] = dict.fromkeys(arguments.methods, (None, *rates))
+    tried: dict[str, Rates] = {method: [*dict.fromkeys((None, *rates))] for method in arguments.methods}
     found = {}
     for name in arguments.forget_sets:
         bench = Bench(arguments, forget_set=name)
-        rows = run(bench, wanted, seeds, [*ATTACKS])
+        rows = run(bench, tried, seeds, [*ATTACKS])
         rows.insert(2, summary(bench.retain_again, method="retain, another order"))
         utility = bench.original["model_utility"]["agg_value"]
         given = [row for row in rows if row.get("learning_rate") is not None]
-        wanted = {row["method"]: (None, row["learning_rate"]) for row in chosen(given, utility)}
-        several = {method: wanted[method] for method in SEVERAL if method in wanted}
+        best = {row["method"]: row["learning_rate"] for row in chosen(given, utility)}
+        tried = {method: [None, best[method]] if method in best else [None] for method in tried}
+        several = {method: tried[method] for method in SEVERAL if method in tried}
         rows += run(bench, several, [max(seeds) + 1, max(seeds) + 2], [*ATTACKS])[2:]
         own = [row for row in rows if row.get("learning_rate") is None]
-        best = [row for row in rows if row not in own and row["learning_rate"] in wanted[row["method"]]]
-        table = chosen(own, utility) + chosen(best, utility)
+        reported = [row for row in rows if row not in own and row["learning_rate"] == best[row["method"]]]
+        table = chosen(own, utility) + chosen(reported, utility)
         found[name] = {"utility": utility, "table": table, "runs": rows}
     return found
 

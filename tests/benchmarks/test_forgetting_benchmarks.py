@@ -233,6 +233,8 @@ def test_standard_chooses_a_rate_on_one_forget_set_and_reports_others(command: C
     kept = sorted(path.parent.name for path in runs.rglob("*.safetensors"))
     assert kept == ["original", "retain", "retain"], "all forget sets have one original"
     assert not [*runs.rglob("*checkpoint*")]
+    record = command(bench_tofu, "--preset standard --methods npo --forget-sets forget05 --learning-rates own")
+    assert record["forget05"]["table"] == second["table"][:4]
 
 
 @has_tofu
