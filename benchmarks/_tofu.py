@@ -15,24 +15,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from _measure import DEVICE, machine, markdown_table, peak, reset_peak, write_json
 from _methods import LABELS, METHODS
 from _models import Loaded, Row, load, taught
 from _stages import Stages, stages_parser
-from scipy.stats import hmean
 
 import palu
 from palu.evaluate import TofuData, load_tofu
 from palu.evaluate.rows import load_rows
-from palu.evaluate.summarize import UTILITY, row_values
 from palu.testbed.real_models import save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 DRAWS, AUDIT_TOKENS = 8, 64  # of an audit; in the first hundred rows every secret ends within 56 tokens
-RESAMPLES = 2000  # of a bootstrap
 
 # Columns of the preset "standard": the share of secrets that one row of an audit tells, by the attack that makes it.
 ATTACKS = {"ask": "ask: greedy", "onset-answer": "onset: 1 in the answer", "relearn-weights": "relearn: all weights"}
@@ -325,30 +321,6 @@ def summary(results: dict[str, Any], **more: Any) -> dict[str, Any]:
     found = {name: one["agg_value"] for name, one in results.items() if name in COLUMNS.values()}
     found |= {name: value for name, value in results.get("cost", {}).items() if name in COLUMNS.values()}
     return dict.fromkeys(COLUMNS.values()) | more | found
-
-
-def utility_parts(results: dict[str, Any]) -> dict[str, list[float]]:
-    """Compute the model utility and the nine parts of which it is the harmonic mean.
-
-    Returns, for each, the value and the bounds of its 95 % interval: percentiles of a bootstrap over the rows.
-    """
-    rng = np.random.default_rng(0)
-    means = []
-    for name in UTILITY:
-        values: Any = np.array(row_values(results, name))
-        drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
-        means.append(np.array([values.mean(), *values[drawn].mean(1)]))
-    means.append(hmean(means, axis=0))
-    return {
-        name: [float(one[0]), *np.quantile(one[1:], (0.025, 0.975)).tolist()]
-        for name, one in zip((*UTILITY, "model_utility"), means, strict=True)
-    }
-
-
-def told(audit: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Take from an audit, for each model, the share of secrets that it tells to each of ATTACKS."""
-    rows = {row["name"]: row["models"] for row in audit["attacks"] if row["name"] in ATTACKS.values()}
-    return {role: {name: models[role]["told"] for name, models in rows.items()} for role in audit["models"]}
 
 
 def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import _cross
+import numpy as np
 from _methods import CLAIMS, METHODS, OBJECTIVE_METHODS, VARIANTS, claim, named
 from _tofu import (
     ATTACKS,
@@ -48,14 +49,15 @@ from _tofu import (
     rank,
     read_rate,
     summary,
-    told,
-    utility_parts,
     write,
 )
+from scipy.stats import hmean
 
+from palu.evaluate.summarize import UTILITY, row_values
 from palu.evaluate.tofu import SPLITS
 
 SEVERAL = ("palu", "npo")  # whose reported settings run with three seeds
+RESAMPLES = 2000  # of a bootstrap
 Rates = Sequence[float | None]
 
 
@@ -112,6 +114,30 @@ def chosen(rows: list[dict[str, Any]], utility: float) -> list[dict[str, Any]]:
             best = max(means, key=lambda row: rank(row["model_utility"], KEEPS * utility, row["forget_quality"]))
             table.append({"method": method} | best)
     return table
+
+
+def utility_parts(results: dict[str, Any]) -> dict[str, list[float]]:
+    """Compute the model utility and the nine parts of which it is the harmonic mean.
+
+    Returns, for each, the value and the bounds of its 95 % interval: percentiles of a bootstrap over the rows.
+    """
+    rng = np.random.default_rng(0)
+    means = []
+    for name in UTILITY:
+        values: Any = np.array(row_values(results, name))
+        drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
+        means.append(np.array([values.mean(), *values[drawn].mean(1)]))
+    means.append(hmean(means, axis=0))
+    return {
+        name: [float(one[0]), *np.quantile(one[1:], (0.025, 0.975)).tolist()]
+        for name, one in zip((*UTILITY, "model_utility"), means, strict=True)
+    }
+
+
+def told(audit: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Take from an audit, for each model, the share of secrets that it tells to each of ATTACKS."""
+    rows = {row["name"]: row["models"] for row in audit["attacks"] if row["name"] in ATTACKS.values()}
+    return {role: {name: models[role]["told"] for name, models in rows.items()} for role in audit["models"]}
 
 
 def plot_claims(tables: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
