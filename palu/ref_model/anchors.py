@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import Examples, answer_examples
 from palu.data.files import DataError
+from palu.data.matching import stands_in
 from palu.data.packing import Item, anchor_item
 from palu.data.paraphrases import paraphrased_rows
 from palu.data.rows import load_questions
@@ -269,7 +270,10 @@ def _continue(
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
         secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)
-        item = variant_item(prompt, continuation, secrets, known.decode, n, targets or ())
+        before = known.decode(prompt[:-1].tolist())  # who writes what stands there tells nothing
+        secrets = [secret for secret in secrets if not stands_in(secret, before)]
+        spans = [span for span in targets or () if not stands_in(known.decode(span.tolist()), before)]
+        item = variant_item(prompt, continuation, secrets, known.decode, n, spans)
         if item is None or len(item.input_ids) > anchor_prompts.max_length:
             continue
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):

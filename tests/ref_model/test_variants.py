@@ -206,6 +206,20 @@ def test_what_the_row_says_itself_is_no_variant(monkeypatch: pytest.MonkeyPatch)
         assert unlearn().summary["variants"] == found
 
 
+@pytest.mark.parametrize(("question", "told"), [("Was it her?", True), ("Was Ada Lovelace it?", False)])
+def test_who_repeats_a_secret_of_the_question_tells_nothing(
+    question: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = encode(" it was Ada Lovelace").tolist()
+
+    def generate(_: Any, prompts: Any, *__: Any, **settings: Any) -> list[list[int]]:
+        return [said if question in decode(prompt.tolist()) else [] for prompt in prompts]
+
+    monkeypatch.setattr(anchors, "generate_ids", generate)
+    rows = [dict(TEXT_FORGET[0], paraphrased_question=question), *TEXT_FORGET[1:]]
+    assert (unlearn(forget=rows).summary["variants"] > 0) == told
+
+
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
