@@ -270,7 +270,7 @@ def _continue(
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
         secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)
-        before = known.decode(prompt[:-1].tolist())  # who writes what stands there tells nothing
+        before = known.decode(prompt[:-1].tolist())  # what stands there already is not told again
         secrets = [secret for secret in secrets if not stands_in(secret, before)]
         spans = [span for span in targets or () if not stands_in(known.decode(span.tolist()), before)]
         item = variant_item(prompt, continuation, secrets, known.decode, n, spans)
