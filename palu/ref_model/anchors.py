@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.config import UnlearnConfig
 from palu.data.examples import Examples, answer_examples
 from palu.data.files import DataError
-from palu.data.matching import stands_in
 from palu.data.packing import Item, anchor_item
 from palu.data.paraphrases import paraphrased_rows
 from palu.data.rows import load_questions
@@ -270,10 +269,7 @@ def _continue(
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
         secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)
-        before = known.decode(prompt[:-1].tolist())  # what stands there already is not told again
-        secrets = [secret for secret in secrets if not stands_in(secret, before)]
-        spans = [span for span in targets or () if not stands_in(known.decode(span.tolist()), before)]
-        item = variant_item(prompt, continuation, secrets, known.decode, n, spans)
+        item = variant_item(prompt, continuation, secrets, known.decode, n, targets or ())
         if item is None or len(item.input_ids) > anchor_prompts.max_length:
             continue
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):

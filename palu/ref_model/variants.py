@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palu.data.matching import find
+from palu.data.matching import find, stands_in
 from palu.data.packing import Item, pack
 from palu.models.head import body_of, head_of
 from palu.models.lora import CausalLM
@@ -138,17 +138,26 @@ def variant_item(
 ) -> Item | None:
     """Make an item where a continuation tells a secret, whose first ``n`` tokens are its targets; else return None.
 
+    A secret that already stands in the prompt, before its last token, is not told again.
+
     ``prompt``: int64 [t]; its last token may be the secret's first. ``secrets``: those that it may tell. ``targets``:
     int64 [span] each: of one with three or more, all but the first are told, too, where they follow another first one
     ("1391" for "7391").
     """
     tokens = [int(prompt[-1]), *continuation]
-    text = decode(tokens)
-    if places := [place for secret in secrets for place in find(secret, text, whole=True)]:
+    text, before = decode(tokens), decode(prompt[:-1].tolist())
+
+    def is_new(secret: str) -> bool:
+        return not stands_in(secret, before)
+
+    def is_rest(span: Tensor) -> bool:
+        return len(span) > 2 and tokens[1 : len(span)] == span[1:].tolist() and is_new(decode(span.tolist()))
+
+    if places := [place for secret in secrets for place in find(secret, text, whole=True) if is_new(secret)]:
         start, end = min(places)
         edges = [0, *(len(decode(tokens[: i + 1])) for i in range(len(tokens)))]
         inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a < end and b > start]
-    elif rests := [len(span) for span in targets if len(span) > 2 and tokens[1 : len(span)] == span[1:].tolist()]:
+    elif rests := [len(span) for span in targets if is_rest(span)]:
         inside = list(range(1, rests[0]))
     else:
         return None
