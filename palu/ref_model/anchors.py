@@ -32,7 +32,7 @@ from palu.distributed import gather_values
 from palu.models.generation import encode_prompts, eval_mode, generate_ids, generation_batches, prompt_of
 from palu.models.lora import base_of, without_adapter
 from palu.models.root import ModelRoot
-from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, Start, neighbour_prompts
+from palu.ref_model.neighbours import QUESTION_TOKENS, TOP_P, NeighbourPrompts, Question, Start, neighbour_prompts
 from palu.ref_model.variants import (
     CONTINUATION,
     PER_PLACE,
@@ -41,6 +41,7 @@ from palu.ref_model.variants import (
     other_candidates,
     questions,
     secrets_of_targets,
+    span_targets,
     target_runs,
     variant_item,
 )
@@ -88,11 +89,14 @@ def encode_anchor_prompts(
     neighbours = None
     wanted = config.reference.neighbours if possible and holds else 0
     if tokenizer is not None and (wanted or config.reference.variants):
-        questions = list(load_questions(forget.source, "forget").values())
+        index = {example.row: i for i, example in enumerate(forget.examples)}
+        asked_of = load_questions(forget.source, "forget").items()
+        questions = {index[row]: question for row, question in asked_of if row in index}
         variants = config.reference.variants if secrets else 0
-        rows = paraphrased_rows(forget.source, "forget") if variants else ()
+        rows = [one for one in paraphrased_rows(forget.source, "forget") if one[0] in index] if variants else []
         named = ((where, columns) for _, where, columns in rows)
-        given = [prompt_of(example) for example in answer_examples(named, tokenizer, config.chat_template_kwargs)]
+        examples = answer_examples(named, tokenizer, config.chat_template_kwargs)
+        given = [Question(prompt_of(one), [index[row]]) for one, (row, _, _) in zip(examples, rows, strict=True)]
         neighbours = neighbour_prompts(
             questions, secrets, wanted, tokenizer, config.chat_template_kwargs, variants=variants, paraphrases=given
         )
@@ -163,8 +167,10 @@ class Writer:
             )
         return list(chain.from_iterable(gather_values(written, self.accelerator)))
 
-    def write_questions(self, prompts: NeighbourPrompts, starts: Sequence[Start], name: str, seed: int) -> list[Tensor]:
-        """Have it write questions, drawn by ``seed``; return the prompts [t] that ask them."""
+    def write_questions(
+        self, prompts: NeighbourPrompts, starts: Sequence[Start], name: str, seed: int
+    ) -> list[Question]:
+        """Have it write questions, drawn by ``seed``."""
         device = self.accelerator.device
         ends = {int(prompts.tokenizer.eos_token_id)}
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -194,7 +200,7 @@ def generate_neighbours(writer: Writer, items: Sequence[Item], anchor_prompts: A
     known = anchor_prompts.neighbours
     if known is None or not known.starts:
         return []
-    written = writer.write_questions(known, known.starts, "neighbours", seed)
+    written = [question.prompt for question in writer.write_questions(known, known.starts, "neighbours", seed)]
     return _answer(writer, items, anchor_prompts._replace(prompts=written))
 
 
@@ -231,9 +237,12 @@ def generate_variants(
         return []
     beginnings = _other_candidates(writer, items, known.variants, own_answer=True)
     beginnings += answers_without_questions(items, known.decode, known.encode_text)
-    paraphrases = writer.write_questions(known, known.paraphrases, "paraphrases", seed + 1)
-    asked = [Beginning(prompt, None, None) for prompt in (*known.given_paraphrases, *paraphrases)]
-    variants = _continue(writer, [*beginnings, *asked], anchor_prompts, n)
+    starts = [start for start in known.paraphrases if items[start.item].targets]
+    paraphrases = [*known.given_paraphrases, *writer.write_questions(known, starts, "paraphrases", seed + 1)]
+    for prompt, of in paraphrases:
+        targets = [target for i in of for target in span_targets(items[i])]
+        beginnings.append(Beginning(prompt, targets, None))
+    variants = _continue(writer, beginnings, anchor_prompts, n)
     # What is told in other words has other candidates in its turn: "Sydney, Australia", "Sydney, New South Wales, ...".
     return variants + _continue(writer, _other_candidates(writer, variants, 1), anchor_prompts, n)
 
@@ -268,8 +277,8 @@ def _continue(
     written = writer.write([one.prompt for one in wanted], ends, "variants", max_new_tokens)
     variants: dict[bytes, list[Item]] = {}  # by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
-        secrets = known.secrets if targets is None else secrets_of_targets(targets, known.secrets, known.decode)
-        item = variant_item(prompt, continuation, secrets, known.decode, n, targets or ())
+        secrets = secrets_of_targets(targets, known.secrets, known.decode)
+        item = variant_item(prompt, continuation, secrets, known.decode, n, targets)
         if item is None or len(item.input_ids) > anchor_prompts.max_length:
             continue
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):

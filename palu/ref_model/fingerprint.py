@@ -73,7 +73,7 @@ class Fingerprints:
         parts = [asked.prompts, sorted(asked.stop_ids), asked.max_length, ANSWER_TOKENS]
         if own := asked.neighbours:
             lists = [start.prompt for start in (*own.starts, *own.paraphrases)]
-            parts += [lists, list(own.given_paraphrases), [*own.secrets, str(own.variants)]]
+            parts += [lists, own.given_paraphrases, [*own.secrets, str(own.variants)]]
         return digest(parts)
 
     @cached_property

@@ -35,6 +35,14 @@ class Start(NamedTuple):
     words: str
     end: str  # the mark that ends the question; "" where the line does
     prompt: Tensor  # int64 [t]: a list of questions, up to these words
+    item: int  # of the forget set, with whose question the list begins
+
+
+class Question(NamedTuple):
+    """A question to ask the reference."""
+
+    prompt: Tensor  # int64 [t]
+    items: list[int]  # of the forget set: it is a neighbour or a paraphrase of their questions
 
 
 class NeighbourPrompts(NamedTuple):
@@ -43,23 +51,25 @@ class NeighbourPrompts(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     chat_template_kwargs: Mapping[str, object] | None  # for the questions, once they are written
     starts: Sequence[Start]
-    questions: Sequence[str]  # of the forget set
+    questions: Mapping[int, str]  # of the forget set's items
     secrets: Sequence[str]  # the texts that it marks
     variants: int = 0  # candidates a place from which the reference goes on; see :mod:`palu.ref_model.variants`
     paraphrases: Sequence[Start] = ()  # of the questions, for the reference to write
-    given_paraphrases: Sequence[Tensor] = ()  # prompts [t] that ask the rows' own
+    given_paraphrases: Sequence[Question] = ()  # the rows' own
 
-    def encode(self, starts: Sequence[Start], written: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Tokenise as prompts [t] what was written after each start: each question once, without secrets."""
-        found: dict[str, None] = {}
+    def encode(self, starts: Sequence[Start], written: Sequence[Sequence[int]]) -> list[Question]:
+        """Tokenise what was written after each start: each question once, without secrets."""
+        found: dict[str, list[int]] = {}
+        known = {*self.questions.values()}
         for start, ids in zip(starts, written, strict=True):
             before = start.prompt.tolist()  # decoded, too, since some tokenizers drop a text's first blank
             line = (start.words + self.decode([*before, *ids])[len(self.decode(before)) :]).partition("\n")[0]
             question, end, _ = line.partition(start.end) if start.end else (line, "", "")
             if end == start.end and question.strip() != start.words and not self.tells(question):
-                found[question.strip() + end] = None
-        new = [question for question in found if question not in self.questions]
-        return encode_prompts(new, self.tokenizer, self.chat_template_kwargs)[0] if new else []
+                found.setdefault(question.strip() + end, []).append(start.item)
+        new = {question: items for question, items in found.items() if question not in known}
+        prompts = encode_prompts(list(new), self.tokenizer, self.chat_template_kwargs)[0] if new else []
+        return [Question(*both) for both in zip(prompts, new.values(), strict=True)]
 
     def tells(self, text: str) -> bool:
         """Whether a text tells a secret."""
@@ -74,18 +84,19 @@ class NeighbourPrompts(NamedTuple):
 
 
 def neighbour_prompts(
-    questions: Sequence[str],
+    questions: Mapping[int, str],
     secrets: Sequence[str],
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, object] | None,
     *,
     variants: int = 0,
-    paraphrases: Sequence[Tensor] = (),
+    paraphrases: Sequence[Question] = (),
 ) -> NeighbourPrompts:
     """Prepare ``count`` neighbours and ``variants`` paraphrases of each question of two to MOST_WORDS words.
 
-    There are fewer of a question if they were more than MOST of all. ``paraphrases``: prompts [t] of the rows' own.
+    There are fewer of a question if they were more than MOST of all. ``questions``: of the forget set's items, by
+    index. ``paraphrases``: the rows' own.
     """
     starts = _starts(questions, count, tokenizer)
     own = _starts(questions, variants, tokenizer, paraphrases=True)
@@ -93,16 +104,17 @@ def neighbour_prompts(
 
 
 def _starts(
-    questions: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase, *, paraphrases: bool = False
+    questions: Mapping[int, str], count: int, tokenizer: PreTrainedTokenizerBase, *, paraphrases: bool = False
 ) -> list[Start]:
     count = min(count, max(MOST // max(len(questions), 1), 1))
     found = []
-    for question in questions:
+    for item, question in questions.items():
         beginnings, template = _beginnings(question), _LIST
         if paraphrases:
             beginnings, template = [("", end) for _, end in beginnings[:1]], _PARAPHRASES
         for words, end in islice(cycle(beginnings), count):
-            found.append(Start(words, end, _encode(template.format(question=question, start=words), tokenizer)))
+            prompt = _encode(template.format(question=question, start=words), tokenizer)
+            found.append(Start(words, end, prompt, item))
     return found
 
 

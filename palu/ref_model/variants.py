@@ -31,8 +31,8 @@ MOST = 512  # continuations in all, but at least one a place
 class Beginning(NamedTuple):
     """The beginning of an answer, from which the reference is to go on."""
 
-    prompt: Tensor  # int64 [t]: the tokens before a place, and a candidate for its token; or a paraphrased question
-    targets: list[Tensor] | None  # int64 [span] each, of the spans to be told from there; None: any
+    prompt: Tensor  # int64 [t]: the tokens before a place, and a candidate for its token; or a question
+    targets: list[Tensor]  # int64 [span] each, of the spans to be told from there
     row: Tensor | None  # int64: the row or variant that it comes from, which is no new one
 
 
@@ -79,12 +79,8 @@ def answers_without_questions(
 
 def questions(items: Sequence[Item]) -> list[Beginning]:
     """List the questions of items with a secret, to be answered from the beginning; documents have none."""
-    found = []
-    for item in items:
-        if (spans := span_rows(item)) and item.start > 0:
-            prompt = item.input_ids[: item.start + 1]
-            found.append(Beginning(prompt, [item.input_ids[span + 1] for span in spans], None))
-    return found
+    asked = ((item.input_ids[: item.start + 1], span_targets(item)) for item in items if item.start > 0)
+    return [Beginning(prompt, targets, None) for prompt, targets in asked if targets]
 
 
 def _places(item: Item) -> dict[int, list[Tensor]]:
@@ -101,12 +97,17 @@ def span_rows(item: Item) -> list[Tensor]:
     return list(rows.tensor_split(((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist())) if len(rows) else []
 
 
+def span_targets(item: Item) -> list[Tensor]:
+    """Return the tokens to forget of each of an item's spans, int64 [span] each."""
+    return [item.input_ids[rows + 1] for rows in span_rows(item)]
+
+
 def target_runs(items: Sequence[Item], longest: int) -> set[tuple[int, ...]]:
     """List each run of more than half of a span's targets, for spans of three or more; none of over ``longest``."""
     runs = set()
     for item in items:
-        for rows in span_rows(item):
-            tokens, most = item.input_ids[rows + 1].tolist(), len(rows) // 2 + 1
+        for span in span_targets(item):
+            tokens, most = span.tolist(), len(span) // 2 + 1
             if len(tokens) > 2 and most <= longest:
                 runs |= {tuple(tokens[i : i + most]) for i in range(len(tokens) - most + 1)}
     return runs

@@ -85,7 +85,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
 def test_beginnings(question: str, beginnings: list[str], end: str) -> None:
     """All but the last word of a question, down to half of it; as often as there is something to write."""
     count = 2 * len(beginnings) + 1
-    found = neighbour_prompts([question], [], count, TOKENIZER, None).starts
+    found = neighbour_prompts({0: question}, [], count, TOKENIZER, None).starts
     assert [(start.words, start.end) for start in found] == ([(words, end) for words in beginnings] * 3)[:count]
     for start in found:
         text = TOKENIZER.decode(start.prompt, skip_special_tokens=True)
@@ -93,30 +93,31 @@ def test_beginnings(question: str, beginnings: list[str], end: str) -> None:
 
 
 def test_a_large_set_has_fewer_of_each() -> None:
-    questions = [f"Who wrote book {number}?" for number in range(MOST // 2)]
-    assert len(neighbour_prompts(questions, [], 3, TOKENIZER, None).starts) == MOST
-    assert len(neighbour_prompts(questions * 4, [], 3, TOKENIZER, None).starts) == 2 * MOST, "one of each at least"
+    questions = {number: f"Who wrote book {number}?" for number in range(2 * MOST)}
+    few = {number: questions[number] for number in range(MOST // 2)}
+    assert len(neighbour_prompts(few, [], 3, TOKENIZER, None).starts) == MOST
+    assert len(neighbour_prompts(questions, [], 3, TOKENIZER, None).starts) == 2 * MOST, "one of each at least"
 
 
 @pytest.mark.parametrize(
     "tokenizer", [TOKENIZER, sentencepiece(eos=True), sentencepiece(metaspace=False)], ids=["byte", "sp", "older sp"]
 )
 def test_what_is_written_becomes_questions(tokenizer: Any) -> None:
-    prompts = neighbour_prompts([HAMLET], SECRETS, len(WRITTEN), tokenizer, None)
+    prompts = neighbour_prompts({0: HAMLET}, SECRETS, len(WRITTEN), tokenizer, None)
     assert not any(int(start.prompt[-1]) == tokenizer.eos_token_id for start in prompts.starts)
     words = [tokenizer(f"x{text}", add_special_tokens=False).input_ids for text in WRITTEN]
     x = len(tokenizer("x", add_special_tokens=False).input_ids)
     ids = [tokens[x:] for tokens in words]
     expected = encode_prompts([question for question in WRITTEN.values() if question is not None], tokenizer)[0]
-    torch.testing.assert_close(prompts.encode(prompts.starts, ids), expected)
+    torch.testing.assert_close([one.prompt for one in prompts.encode(prompts.starts, ids)], expected)
     assert prompts.encode(prompts.starts, [[]] * len(ids)) == []
 
 
 def test_a_question_without_a_mark_ends_with_its_line() -> None:
-    prompts = neighbour_prompts(["Name a painter"], [], 2, TOKENIZER, None)
+    prompts = neighbour_prompts({0: "Name a painter"}, [], 2, TOKENIZER, None)
     ids = [TOKENIZER(text, add_special_tokens=False).input_ids for text in (" poet\n3. Name", "")]
     expected = encode_prompts(["Name a poet"], TOKENIZER)[0]
-    torch.testing.assert_close(prompts.encode(prompts.starts, ids), expected)
+    torch.testing.assert_close([one.prompt for one in prompts.encode(prompts.starts, ids)], expected)
 
 
 # --- In a run ---

@@ -39,9 +39,7 @@ SPANS = 3  # two in the first row, the first of them at the answer's beginning; 
 PLACES = 4  # where these begin, and the second row's answer
 ROWS = 2  # with spans: from the first token of each one's answer the model also goes on
 STEMS = 2  # spans with words of the answer before them
-FIRST = (
-    PER_PLACE * PLACES + STEMS + 4 * 3
-)  # variants where the model tells all secrets: 4 paraphrases a question differ
+FIRST = PER_PLACE * PLACES + STEMS + 4 * ROWS  # variants where the model tells all: 4 paraphrases a question differ
 TOLD = 2 * FIRST  # from the likeliest other candidate for the secret's first token in each it goes on again
 
 
@@ -185,7 +183,7 @@ def spoken(items: Any) -> list[Any]:
 
 def test_a_run_forgets_them_too_and_a_file_keeps_them(says: list[int], tmp_path: Path) -> None:
     result, again = (unlearn(cache_dir=str(tmp_path)) for _ in range(2))
-    assert says == [4 * 3, 4 * PLACES + ROWS + STEMS + 4 * 3, FIRST]
+    assert says == [4 * ROWS, 4 * PLACES + ROWS + STEMS + 4 * ROWS, FIRST]
     assert result.summary["variants"] == again.summary["variants"] == TOLD
     assert [record["local"] for record in again.history] == [record["local"] for record in result.history]
     without = unlearn(variants=0)
@@ -220,11 +218,25 @@ def test_who_repeats_a_secret_of_the_question_tells_nothing(
     assert (unlearn(forget=rows).summary["variants"] > 0) == told
 
 
+@pytest.mark.parametrize("row", range(len(TEXT_FORGET)))
+def test_an_answer_to_a_paraphrase_is_searched_for_its_rows_secrets(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first row marks tells nothing where another row's question is asked in other words."""
+    said = encode(" it was Ada Lovelace").tolist()
+
+    def generate(_: Any, prompts: Any, *__: Any, **settings: Any) -> list[list[int]]:
+        return [said if "Was it her?" in decode(prompt.tolist()) else [] for prompt in prompts]
+
+    monkeypatch.setattr(anchors, "generate_ids", generate)
+    rows = [dict(one) for one in TEXT_FORGET]
+    rows[row]["paraphrased_question"] = "Was it her?"
+    assert (unlearn(forget=rows).summary["variants"] > 0) == (row == 0)
+
+
 def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
     rows = [dict(row) for row in TEXT_FORGET]
     rows[0]["paraphrased_question"] = ["Whose was the first program?", "Who was it?"]
     assert unlearn(forget=rows).summary["variants"] == TOLD + 2 * 2
-    assert says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * 3
+    assert says[1] == 4 * PLACES + ROWS + STEMS + 2 + 4 * ROWS
     rows[0]["paraphrased_question"] = 3
     with pytest.raises(palu.DataError):
         unlearn(forget=rows)
