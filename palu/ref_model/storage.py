@@ -37,7 +37,7 @@ from palu.methods.base import RefField
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.shared import TokenPair, drop_shared_targets, shared_pairs
 
-FORMAT = 7
+FORMAT = 8  # raised, too, where the reference is asked other things, or its answers are read in another way
 
 
 class CacheError(RuntimeError):

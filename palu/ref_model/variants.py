@@ -5,8 +5,8 @@ city of", and says it there; or it begins its answer in other words, "Tokyo is".
 question greedily in its own words; at the first token of each answer and of each span it goes on from each of its
 likeliest other candidates; it goes on with the answer's words before each span where no question was asked; and it
 answers paraphrases of the question, which it has written itself (:mod:`palu.ref_model.neighbours`). Where that tells a
-secret that does not stand before it already, the secret's tokens there are to be forgotten, too; and from the likeliest
-other candidate for the first of them the reference goes on once more.
+secret of the same row that does not stand before it already, the secret's tokens there are to be forgotten, too; and
+from the likeliest other candidate for the first of them the reference goes on once more.
 """
 
 from __future__ import annotations
