@@ -15,7 +15,7 @@ from palu.data.examples import answer_examples
 from palu.data.files import DataError
 from palu.data.matching import stands_in
 from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES, questions_of
-from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_before, text_rows, with_answer
+from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_rows, with_answer
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
 from palu.hashing import digest, json_digest
@@ -74,7 +74,7 @@ class AuditData:
         self.rows: list[AuditRow] = []
         self.secrets: list[Secret] = []
         self.marked: list[str] = []
-        self.told_by_question = self.repeated = 0
+        self.repeated = 0
         self.unchangeable: str | None = None  # which row's prompt allows nothing in front of it or in its question
         self.retain: list[Mapping[str, Any]] = []
         self.shots: list[Mapping[str, Any]] = []  # SHOTS retain rows, or fewer, whose prompts can be put in front
@@ -85,6 +85,7 @@ class AuditData:
                 raise DataError(f"{where}: the audit compares texts, and this row is tokenised; give it as text")
             given.append(columns)
             rendered.append(renderer.render(number, where, columns, forget=True))
+        self.told_by_question = len(renderer.told_by_question)
         if not rendered:
             raise DataError("forget set is empty; give at least one row")
         for columns, text, example in zip(given, rendered, encode(rendered, tokenizer, forget=True), strict=True):
@@ -113,14 +114,9 @@ class AuditData:
         self.marked += marked_texts(columns, answer, text.where)
         assert example.offsets is not None
         secrets: list[Secret] = []
-        reached = 0
         for start, end in ((first - text.shift, end - text.shift) for first, end in text.spans):
-            if end <= reached:  # within another span
-                continue
-            reached, secret = end, answer[start:end]
-            if stands_in(secret, text_before(conversation)):
-                self.told_by_question += 1
-            elif any(stands_in(secret, other.text) and stands_in(other.text, secret) for other in secrets):
+            secret = answer[start:end]
+            if any(stands_in(secret, other.text) and stands_in(other.text, secret) for other in secrets):
                 self.repeated += 1
             else:
                 held = (example.offsets[:, 0] < end) & (example.offsets[:, 1] > start) & (example.labels >= 0)

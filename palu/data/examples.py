@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Examples:
     without_span: int  # forget examples in which no token is sensitive, cut off or not
     cut_rows: tuple[int, ...]  # forget rows of which max_length cuts off a sensitive token, skipped ones among them
     all_spans_cut: int  # forget examples that have lost every sensitive token
+    told_by_question: int  # spans left out because their text stands in the question
     spans_length: int  # the max_length that would cut off no sensitive token of these rows; 0 where there are none
     hashes: RowHashes  # of all rows, those left out among them
 
@@ -96,7 +98,12 @@ def load_forget(
         )
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
         reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
-        raise DataError(f"forget set has no sensitive token{reach}; {fix if loaded.cut_rows else 'mark spans'}")
+        fix = (
+            fix
+            if loaded.cut_rows
+            else "mark spans" + " that the question does not tell" * bool(loaded.told_by_question)
+        )
+        raise DataError(f"forget set has no sensitive token{reach}; {fix}")
     return loaded
 
 
@@ -219,11 +226,27 @@ def _load(
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; {_room_for(longest, positions)}")
+    told = renderer.told_by_question
     if warn:
         warn_of_repeats(hashes, name)
+        if told:
+            few = "; ".join(f"{where}: {text!r}" for where, text in told[:NAMED])
+            subject = f"{len(told)} span{'s' * (len(told) > 1)} {'are' if len(told) > 1 else 'is'} in the question"
+            warnings.warn(
+                f"{subject} already ({few}{'; ...' * (len(told) > NAMED)}), so kept like other words", stacklevel=2
+            )
     source = list(source) if isinstance(source, Iterator) else source
     return Examples(
-        examples, source, loaded_with, skipped, without_span, tuple(cut_rows), all_spans_cut, spans_length, hashes
+        examples,
+        source,
+        loaded_with,
+        skipped,
+        without_span,
+        tuple(cut_rows),
+        all_spans_cut,
+        len(told),
+        spans_length,
+        hashes,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError, read_rows
-from palu.data.matching import whole_places
+from palu.data.matching import stands_in, whole_places
 from palu.data.secret import marked_spans, marked_texts
 from palu.settings import template_kwargs
 
@@ -180,7 +180,7 @@ class RenderedRow:
     start: int  # the answer is text[start:stop]
     stop: int
     shift: int  # from characters of the answer to those of text
-    spans: list[tuple[int, int]]  # [start, end) in text
+    spans: list[tuple[int, int]]  # [start, end) in text, none within another
     complete: bool  # whether special tokens are in the text, as a chat template writes them: the tokenizer adds none
 
 
@@ -189,6 +189,9 @@ class Renderer:
 
     check_prompts: warn of the first row whose prompt is not the one that the template gives for generation, or,
         without a template, whose completion continues the prompt's last word.
+
+    A span whose text stands in the question, or elsewhere before the answer, is left out: who asks so knows it already.
+    ``told_by_question`` lists these spans: (the row's name in errors, the text).
 
     Raises ValueError where chat_template_kwargs is not valid, or the template does not know a name in it.
     """
@@ -203,6 +206,7 @@ class Renderer:
         self.tokenizer: Any = tokenizer
         self.kwargs = template_kwargs(chat_template_kwargs) or {}
         self.check_prompts = check_prompts
+        self.told_by_question: list[tuple[str, str]] = []
         template = None if tokenizer is None else tokenizer.chat_template
         if self.kwargs and template is None:
             raise ValueError(f"chat_template_kwargs = {self.kwargs!r}: there is no chat template; leave it out")
@@ -221,7 +225,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise DataError(f"{where}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         conversation, prompt, answer = conversation_of(columns, where)
-        spans = marked_spans(columns, answer, where) if forget else []
+        spans = self._secret_spans(conversation, marked_spans(columns, answer, where), where) if forget else []
         rendered = self.is_rendered(columns)
         if prompt is not None and (rendered or tokenizer.chat_template is None):
             text, start, stop, shift = prompt + answer, len(prompt), len(prompt + answer), len(prompt)
@@ -238,6 +242,21 @@ class Renderer:
         complete = rendered or tokenizer.chat_template is not None
         in_text = [(first + shift, end + shift) for first, end in spans]
         return RenderedRow(row, where, text, start, stop, shift, in_text, complete)
+
+    def _secret_spans(
+        self, conversation: list[dict[str, Any]], spans: list[tuple[int, int]], where: str
+    ) -> list[tuple[int, int]]:
+        """Leave out spans within another, and those that the question tells."""
+        before, answer, secret, reached = text_before(conversation), conversation[-1]["content"], [], 0
+        for start, end in spans:
+            if end <= reached:
+                continue
+            reached, text = end, answer[start:end]
+            if stands_in(text, before):
+                self.told_by_question.append((where, text))
+            else:
+                secret.append((start, end))
+        return secret
 
     def is_rendered(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row's prompt has special tokens in it, so that it needs no chat template and no BOS.

@@ -129,6 +129,7 @@ def prepare_run(
         "forget_examples": len(forget_items),
         "forget_without_span": forget_set.without_span,
         "forget_spans_cut": len(forget_set.cut_rows),
+        "forget_spans_in_question": forget_set.told_by_question,
         "forget_all_spans_cut": forget_set.all_spans_cut,
         "forget_skipped": forget_set.skipped,
         "earlier_examples": len(earlier_items),

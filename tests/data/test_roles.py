@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from palu.data.examples import load_forget, load_retain
 from palu.data.files import DataError
+from palu.data.matching import stands_in
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 
 # An answer right behind a special token, and no special token behind the answer.
@@ -113,7 +114,7 @@ def test_a_row_token_by_token(name: str, columns: dict[str, Any], before: str, f
     assert " ".join(map("=".join, roles(name, example))) == found
 
 
-@pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "Who?", "a"])
+@pytest.mark.parametrize("answer", ["assistant", "think", "user", "im_end", "a"])
 def test_answer_that_the_template_itself_contains_is_found(answer: str) -> None:
     (example,) = forget("byte, think", row(answer, answer))
     assert prompt("byte, think", example).endswith("</think>\n\n")
@@ -138,6 +139,25 @@ def test_spans_in_any_order_nested_repeated_touching() -> None:
     ):
         (example,) = forget("byte", {"question": "Who?", "answer": "Ada Lovelace in London", "spans": spans})
         assert torch.equal(example.labels, expected), spans
+
+
+def test_what_the_question_tells_is_kept_like_other_words() -> None:
+    """And it is said, with the rows; elsewhere the same words are secret."""
+    answer = "Ada Lovelace of London, in 1843. London!"
+    asked = row(answer, "Ada Lovelace", "London", "1843", question="Who was ADA LOVELACE, in 1843?")
+    told = "2 spans are in the question already"
+    with pytest.warns(UserWarning, match=rf"{told} \(forget row 0: 'Ada Lovelace'; forget row 0: '1843'\)"):
+        loaded = load_forget([asked, row(answer, "1843")], tokenizer("byte"), max_length=99, warn=True)
+    assert loaded.told_by_question == 2
+    for example, secret in zip(loaded.examples, ("ĠLondon", "1843"), strict=True):
+        assert "".join(piece for piece, role in roles("byte", example) if role == "S") == secret
+    alone = row("Ada Lovelace.", "Ada Lovelace", question="Ada Lovelace?")
+    with pytest.raises(DataError, match="no sensitive token; mark spans that the question does not tell"):
+        load_forget([alone], tokenizer("byte"), max_length=99)
+    turns = [("system", "In 1843."), ("user", "Who?"), ("assistant", answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (example,) = forget("byte, Llama 3", {"messages": messages, "spans": [[27, 31], [0, 12]]})
+    assert "".join(piece for piece, role in roles("byte, Llama 3", example) if role == "S") == "AdaĠLovelace"
 
 
 def test_end_of_sequence_is_not_doubled() -> None:
@@ -211,7 +231,8 @@ def test_roles_follow_the_bytes_that_each_token_holds(data: st.DataObject, name:
     answer = "".join(data.draw(TEXTS.filter(lambda words: "".join(words).strip())))
     question = "".join(data.draw(TEXTS))
     edges = sorted(data.draw(st.sets(st.integers(0, len(answer)), max_size=6)))
-    spans = [[a, b] for a, b in zip(edges[::2], edges[1::2], strict=False) if answer[a:b].strip()]
+    edges = zip(edges[::2], edges[1::2], strict=False)
+    spans = [[a, b] for a, b in edges if (text := answer[a:b]).strip() and not stands_in(text, question)]
     tok = tokenizer(name)
     source = [{"prompt": question, "completion": answer, "spans": spans}, row("Ada", "Ada")]
     try:
