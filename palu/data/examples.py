@@ -74,8 +74,8 @@ def load_forget(
         "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length, allow_cut_spans, chat_template_kwargs: see palu.settings.RunSettings.
-    warn: of rows that repeat an earlier one, and, once, of a prompt that is not as generation gives it
-        (palu.data.rows.Renderer).
+    warn: of rows that repeat an earlier one, of spans that the question tells or that stand in the answer again, and,
+        once, of a prompt that is not as generation gives it (palu.data.rows.Renderer).
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank act as one. A
@@ -98,12 +98,8 @@ def load_forget(
         )
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
         reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
-        fix = (
-            fix
-            if loaded.cut_rows
-            else "mark spans" + " that the question does not tell" * bool(loaded.told_by_question)
-        )
-        raise DataError(f"forget set has no sensitive token{reach}; {fix}")
+        mark = "mark spans" + " that the question does not tell" * (loaded.told_by_question > 0)
+        raise DataError(f"forget set has no sensitive token{reach}; {fix if loaded.cut_rows else mark}")
     return loaded
 
 
@@ -226,15 +222,10 @@ def _load(
     if skipped and not examples:
         reach = f"the first {max_length} tokens of any row"
         raise DataError(f"{name} set has no answer token in {reach}; {_room_for(longest, positions)}")
-    told = renderer.told_by_question
     if warn:
         warn_of_repeats(hashes, name)
-        if told:
-            few = "; ".join(f"{where}: {text!r}" for where, text in told[:NAMED])
-            subject = f"{len(told)} span{'s' * (len(told) > 1)} {'are' if len(told) > 1 else 'is'} in the question"
-            warnings.warn(
-                f"{subject} already ({few}{'; ...' * (len(told) > NAMED)}), so kept like other words", stacklevel=2
-            )
+        _warn_of_spans(renderer.told_by_question, "in the question already, so kept like other words")
+        _warn_of_spans(renderer.marked_once, "in the answer again, unmarked, so kept; 'secret' marks all places")
     source = list(source) if isinstance(source, Iterator) else source
     return Examples(
         examples,
@@ -244,10 +235,17 @@ def _load(
         without_span,
         tuple(cut_rows),
         all_spans_cut,
-        len(told),
+        len(renderer.told_by_question),
         spans_length,
         hashes,
     )
+
+
+def _warn_of_spans(found: Sequence[tuple[str, str]], what: str) -> None:
+    if found:
+        spans = "a marked span stands" if len(found) == 1 else f"{len(found)} marked spans stand"
+        named = "; ".join(f"{where}: {text!r}" for where, text in found[:NAMED]) + "; ..." * (len(found) > NAMED)
+        warnings.warn(f"{spans} {what} ({named})", stacklevel=2)
 
 
 def _room_for(tokens: int, positions: int | None) -> str:

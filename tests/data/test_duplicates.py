@@ -60,7 +60,7 @@ def test_the_text_as_the_model_reads_it_counts() -> None:
     forms = [form | {"spans": [[0, 3]]} for form in row_forms("Who?", "Ada did.")]
     (message,) = told(load_forget, forms)
     assert "1 (as 0), 2 (as 0)" in message
-    long = [row("Who?", f"Ada {'and Ada ' * 99}{end}.") for end in ("sat", "ran")]
+    long = [row("Who?", f"Ada {'and Bob ' * 99}{end}.") for end in ("sat", "ran")]
     assert told(load_forget, long) == []
     (message,) = told(load_forget, [*long, long[0]])
     assert "2 (as 0)" in message

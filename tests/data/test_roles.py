@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_what_the_question_tells_is_kept_like_other_words() -> None:
     """And it is said, with the rows; elsewhere the same words are secret."""
     answer = "Ada Lovelace of London, in 1843. London!"
     asked = row(answer, "Ada Lovelace", "London", "1843", question="Who was ADA LOVELACE, in 1843?")
-    told = "2 spans are in the question already"
+    told = "2 marked spans stand in the question already, so kept like other words"
     with pytest.warns(UserWarning, match=rf"{told} \(forget row 0: 'Ada Lovelace'; forget row 0: '1843'\)"):
         loaded = load_forget([asked, row(answer, "1843")], tokenizer("byte"), max_length=99, warn=True)
     assert loaded.told_by_question == 2
@@ -158,6 +159,18 @@ def test_what_the_question_tells_is_kept_like_other_words() -> None:
     messages = [{"role": role, "content": content} for role, content in turns]
     (example,) = forget("byte, Llama 3", {"messages": messages, "spans": [[27, 31], [0, 12]]})
     assert "".join(piece for piece, role in roles("byte, Llama 3", example) if role == "S") == "AdaĠLovelace"
+
+
+def test_a_secret_that_is_marked_at_one_of_its_places_is_said() -> None:
+    """Nothing is said where every place is marked, or where it is a part of a longer word."""
+    marks = {"question": "Who?", "answer": "Ada, Adas, Ada.", "spans": [[0, 3]]}
+    secret = {"question": "Who?", "secret": "Ada"}
+    once = r"a marked span stands in the answer again, unmarked, so kept; .* \(forget row 1: 'Ada'\)"
+    with pytest.warns(UserWarning, match=once):
+        load_forget([{**secret, "answer": "Ada, Ada."}, marks], tokenizer("byte"), max_length=99, warn=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_forget([{**marks, "spans": [[0, 3], [11, 14]]}], tokenizer("byte"), max_length=99, warn=True)
 
 
 def test_end_of_sequence_is_not_doubled() -> None:
