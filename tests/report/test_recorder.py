@@ -81,7 +81,7 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     """When asked, in other words, and after a secret's first token: of a model that knows all, and of one that never
     saw them."""
     forget = copy.deepcopy(planted.FORGET)
-    forget[1] |= {"question": "Who wrote it? Ada Lovelace?"}  # it tells the secret, so nobody can ask for it
+    forget[1] |= {"question": "Who wrote it? Ada Lovelace?"}  # it tells the secret, which is none then
     forget[2] |= {"paraphrased_question": ["What?", "Tell me 2."]}
     forget[4] |= {"paraphrased_question": "Is it the author?"}
     del forget[3]["paraphrased_question"]
@@ -89,16 +89,14 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     record = made.save(tmp_path, planted.never_saw())
     assert record is not None
     before = {how: [s["before"][how] for s in record["secrets"]] for how in ("asked", "paraphrased", "rest")}
-    assert before["asked"] == [True, None, True, True, True, True]
-    assert before["paraphrased"][0] and before["paraphrased"][2:] == [True, None, None, True]
-    del before["rest"][1]  # of a question that it was not taught
-    assert before["rest"] == [True] * 5
+    assert before["asked"] == before["rest"] == [True] * 5
+    assert before["paraphrased"] == [True, True, None, None, True]
     found = view.outcome(record)
     assert found["told"]["asked"] == {"before": 5, "after": 0, "of": 5}
-    assert found["told"]["paraphrased"] == {"before": 4, "after": 0, "of": 4}, "its own question does not tell 1"
-    assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 6
+    assert found["told"]["paraphrased"] == {"before": 3, "after": 0, "of": 3}
+    assert found["told"]["rest"]["after"] == 0 and found["told"]["rest"]["of"] == 5
     first, last = view.last_lines(found).split("\n")
-    assert first.startswith("told when asked: 5 → 0 of 5; in other words: 4 → 0 of 4; rest told once its first ")
+    assert first.startswith("told when asked: 5 → 0 of 5; in other words: 3 → 0 of 3; rest told once its first ")
     assert "secrets are forgotten" in last
 
 

@@ -19,7 +19,7 @@ from palu.report.write import write_roles
 
 ROWS: list[dict[str, Any]] = [
     {"question": "Who?", "answer": "Her name is <Hina> Ameen, born\non 06/30/1975.", "spans": [[12, 24], [34, 44]]},
-    {"question": "Où? 東京", "answer": "🦊 東京は日本の首都です café.", "spans": [[0, 4]]},
+    {"question": "Où? 京都", "answer": "🦊 東京は日本の首都です café.", "spans": [[0, 4]]},
     {"question": "What?", "answer": "The cat sat.", "spans": []},
 ]
 TOKENIZERS = {"byte": byte_level, "chat": lambda: byte_level(LLAMA3), "sentencepiece": sentencepiece}
