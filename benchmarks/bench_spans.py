@@ -6,9 +6,9 @@
 SmolLM2 is taught the rows of forget05, and kept in --output; what it says of them is computed again each time. Rows are
 plain text (`Question: ...`), which are shorter than with SmolLM2's chat template and its system prompt.
 
-The table counts tokens of the answer, over all rows of forget05 together, none of which chose a constant of `contrast`
-(--fit chooses them on the 200 other rows of forget10: a logistic regression of whether a new word is in one of GPT-4o's
-spans, on all figures but `known`, since none of these rows is taught):
+The table counts tokens of the answer, over all rows of forget05 together, without what a row's question tells. No
+constant of `contrast` was chosen on them (--fit chooses them on the 200 other rows of forget10: a logistic regression
+of whether a new word is in one of GPT-4o's spans, on all figures but `known`, since none of these rows is taught):
 
 - precision, recall, F1: of the tokens in the finder's spans against those in GPT-4o's.
 - onset precision: share of the onset tokens (the first 3 of each of the finder's spans) that are in one of GPT-4o's.
