@@ -225,7 +225,7 @@ def _load(
     if warn:
         warn_of_repeats(hashes, name)
         _warn_of_spans(renderer.told_by_question, "in the question already, so kept like other words")
-        _warn_of_spans(renderer.marked_once, "in the answer again, unmarked, so kept; 'secret' marks all places")
+        _warn_of_spans(renderer.repeated_unmarked, "in the answer again, unmarked, so kept; 'secret' marks all places")
     source = list(source) if isinstance(source, Iterator) else source
     return Examples(
         examples,

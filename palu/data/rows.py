@@ -191,8 +191,8 @@ class Renderer:
         without a template, whose completion continues the prompt's last word.
 
     A span whose text stands in the question, or elsewhere before the answer, is left out: who asks so knows it already.
-    ``told_by_question`` lists these spans, ``marked_once`` those whose text the answer has at another place that is not
-    marked: (the row's name in errors, the text) each.
+    ``told_by_question`` lists these spans, ``repeated_unmarked`` those whose text the answer has at another place, too,
+    that is not marked: (the row's name in errors, the text) each.
 
     Raises ValueError where chat_template_kwargs is not valid, or the template does not know a name in it.
     """
@@ -208,7 +208,7 @@ class Renderer:
         self.kwargs = template_kwargs(chat_template_kwargs) or {}
         self.check_prompts = check_prompts
         self.told_by_question: list[tuple[str, str]] = []
-        self.marked_once: list[tuple[str, str]] = []
+        self.repeated_unmarked: list[tuple[str, str]] = []
         template = None if tokenizer is None else tokenizer.chat_template
         if self.kwargs and template is None:
             raise ValueError(f"chat_template_kwargs = {self.kwargs!r}: there is no chat template; leave it out")
@@ -260,7 +260,7 @@ class Renderer:
             secret.append((start, end))
             places = whole_places(text.strip(), answer)
             if any(all(end <= first or last <= start for first, last in spans) for start, end in places):
-                self.marked_once.append((where, text))
+                self.repeated_unmarked.append((where, text))
         return secret
 
     def is_rendered(self, columns: Mapping[str, Any]) -> bool:

@@ -75,8 +75,8 @@ def forms(secret: str) -> set[str]:
 
 def test_marked_characters_are_blotted_out_not_tokens(folder: Path) -> None:
     answer = "It is Anna-Lena, for ($7,391)."
-    other = {"question": "How old is Lena, or lena, who paid 7391?", "answer": "Old.", "spans": []}
-    record(folder, "chat", [{"question": "Who?", "answer": answer, "secret": ["Lena", "$7,391"]}, other])
+    told = {"question": "How old is Lena, or lena, who paid 7391?", "answer": answer, "secret": ["Lena", "$7,391"]}
+    record(folder, "chat", [told | {"question": "Who?"}, told])
     assert CliRunner().invoke(app, ["report", str(folder), "--redact"]).exit_code == 0
     text = contents(folder / "private" / "report-redacted.html")
     assert f"how old is {MASK}, or {MASK}, who paid {MASK}?" in text and "it is anna" in text
@@ -144,8 +144,8 @@ def test_no_secret_is_in_the_file(
     """In whatever text it stands: questions, answers, names of files and figures, settings; nor in the model card."""
     secrets = sorted({row["answer"][start:end].strip() for row in forget for start, end in row["spans"]})
     text = "; ".join(map(WRITTEN[written], secrets))
-    told = {"question": f"Who knows {text}?", "answer": "Nobody.", "spans": []}
-    page = write_both(folder, name, [*forget, told], text)
+    told = [row | {"question": f"Who knows {text}?"} for row in forget]
+    page = write_both(folder, name, [*forget, *told], text)
     assert [(s, form) for s in secrets for form in forms(s) if form in page and not is_palus(form)] == []
 
 
