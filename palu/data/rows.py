@@ -104,12 +104,19 @@ def load_questions(source: Any, name: str) -> dict[int, str]:
     }
 
 
-def load_marked_texts(source: Any) -> dict[str, str]:
-    """Read the texts that a forget set marks, each with the name of the first row that does."""
+def load_marked_texts(source: Any, *, told_by_question: bool = True) -> dict[str, str]:
+    """Read the texts that a forget set marks, each with the name of the first row that does.
+
+    ``told_by_question``: those too that stand in their own row's question, which are kept (:class:`Renderer`).
+    """
     texts: dict[str, str] = {}
     for where, columns, answer in text_rows(source, "forget"):
-        for text in () if answer is None else marked_texts(columns, answer, where):
-            texts.setdefault(text, where)
+        if answer is None:
+            continue
+        before = "" if told_by_question else text_before(conversation_of(columns, where)[0])
+        for text in marked_texts(columns, answer, where):
+            if not stands_in(text, before):
+                texts.setdefault(text, where)
     return texts
 
 

@@ -78,8 +78,8 @@ def encode_anchor_prompts(
 
     Everyday prompts are never more than the run draws. ``retain``: how many examples are to be kept; ``None``: the user
     gave ``None``, and anchors must stand in for them. ``secrets``: the texts that the forget set and earlier
-    requests mark. Raises DataError where there is no tokenizer for them, or it will not do; ValueError where there are
-    fewer prompts, or the KL has no weight.
+    requests mark and their questions do not tell. Raises DataError where there is no tokenizer for them, or it will
+    not do; ValueError where there are fewer prompts, or the KL has no weight.
     """
     texts, asked = anchor_texts(), config.reference.anchors
     holds = config.reference.head  # else there is no KL to keep the answers

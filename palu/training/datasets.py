@@ -98,9 +98,10 @@ def prepare_run(
     read = retain if retain is not None and config.method.lambda_retain > 0 else []
     retain_set = load_retain(read, tokenizer, warn=True, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
-    marked, marked_earlier = (load_marked_texts(rows) for rows in (forget_set.source, earlier.rows if earlier else ()))
-    secrets = [*marked, *marked_earlier]
-    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes, secrets=secrets)
+    sources = forget_set.source, earlier.rows if earlier else ()
+    secrets, earlier_secrets = (load_marked_texts(rows, told_by_question=False) for rows in sources)
+    all_secrets = [*secrets, *earlier_secrets]
+    anchor_prompts = encode_anchor_prompts(forget_set, kept, tokenizer, config, processes, secrets=all_secrets)
     check_sets(model, forget_set, retain_set, config, anchored=retain is None and len(anchor_prompts.prompts) > 0)
     earlier_items = Items()
     eos_token_id = tokenizer.eos_token_id if tokenizer else None
@@ -111,12 +112,12 @@ def prepare_run(
             earlier.check(model, config)
         earlier_set = earlier.load(tokenizer, allow_cut_spans=cut, **rendering)
         check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
-        marked = {text: f"earlier {row}" for text, row in marked_earlier.items()} | marked
+        secrets = {text: f"earlier {row}" for text, row in earlier_secrets.items()} | secrets
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
         earlier_items = Items.of(drop_shared_targets(earlier_items, earlier.shared))
     if retain_set.examples:
         answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
-        warn_of_told_secrets(marked.items(), answers)
+        warn_of_told_secrets(secrets.items(), answers)
 
     def alternates() -> Sequence[Example]:
         return load_alternates(forget_set.source, tokenizer, forget_set.examples, **rendering)

@@ -116,8 +116,9 @@ def test_the_rarest_secrets_are_named_first() -> None:
 
 def test_a_run_warns_once(tmp_path: Any) -> None:
     tokenizer = byte_level(CHATML)
-    rows = [ADA, ADA, row("Who else?", "Ada did."), ADA]
-    kept = [row("Where?", "At home, with Ada.")]
+    in_question = {"question": "Is it at home?", "answer": "Yes, at home.", "secret": "home"}
+    rows = [ADA, ADA, row("Who else?", "Ada did."), ADA, in_question]
+    kept = [row("Where?", "At home, with Ada."), row("Where to?", "Not home.")]
     config = palu.UnlearnConfig(epochs=1, anchors=0, neighbours=0, variants=0, progress=False)
 
     def model() -> Any:
@@ -139,5 +140,5 @@ def test_a_run_warns_once(tmp_path: Any) -> None:
         palu.PaluTrainer(model(), arguments, forget=rows, retain=retain, processing_class=tokenizer)
 
     assert warned(lambda: trainer(kept), "repeat", "tells") == [TWICE, told]
-    with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 1 are the same, prompt and answer: "):
+    with pytest.raises(palu.DataError, match=r"^forget row 2 and retain row 2 are the same, prompt and answer: "):
         trainer([*kept, rows[2]])

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from palu.data.examples import load_forget, load_retain
 from palu.data.files import DataError
 from palu.data.matching import stands_in
+from palu.data.rows import load_marked_texts
 from palu.data.tokenize import IGNORE, ORDINARY, Example
 
 # An answer right behind a special token, and no special token behind the answer.
@@ -150,6 +151,10 @@ def test_what_the_question_tells_is_kept_like_other_words() -> None:
     with pytest.warns(UserWarning, match=rf"{told} \(forget row 0: 'Ada Lovelace'; forget row 0: '1843'\)"):
         loaded = load_forget([asked, row(answer, "1843")], tokenizer("byte"), max_length=99, warn=True)
     assert loaded.told_by_question == 2
+    marked = load_marked_texts(loaded.source)
+    assert marked == dict.fromkeys(("Ada Lovelace", "London", "1843"), "forget row 0")
+    secrets = load_marked_texts(loaded.source, told_by_question=False)
+    assert secrets == {"London": "forget row 0", "1843": "forget row 1"}
     for example, secret in zip(loaded.examples, ("ĠLondon", "1843"), strict=True):
         assert "".join(piece for piece, role in roles("byte", example) if role == "S") == secret
     alone = row("Ada Lovelace.", "Ada Lovelace", question="Ada Lovelace?")
