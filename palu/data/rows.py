@@ -107,7 +107,8 @@ def load_questions(source: Any, name: str) -> dict[int, str]:
 def load_marked_texts(source: Any, *, told_by_question: bool = True) -> dict[str, str]:
     """Read the texts that a forget set marks, each with the name of the first row that does.
 
-    ``told_by_question``: those too that stand in their own row's question, which are kept (:class:`Renderer`).
+    ``told_by_question``: also those that stand in their own row's question, so that no loss acts on them
+    (:class:`Renderer`).
     """
     texts: dict[str, str] = {}
     for where, columns, answer in text_rows(source, "forget"):

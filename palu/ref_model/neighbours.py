@@ -52,7 +52,7 @@ class NeighbourPrompts(NamedTuple):
     chat_template_kwargs: Mapping[str, object] | None  # for the questions, once they are written
     starts: Sequence[Start]
     questions: Mapping[int, str]  # of the forget set's items
-    secrets: Sequence[str]  # the texts that must stay away
+    secrets: Sequence[str]  # texts that no neighbour may tell
     variants: int = 0  # candidates a place from which the reference goes on; see :mod:`palu.ref_model.variants`
     paraphrases: Sequence[Start] = ()  # of the questions, for the reference to write
     given_paraphrases: Sequence[Question] = ()  # the rows' own
