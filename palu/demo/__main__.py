@@ -78,9 +78,8 @@ def demonstrate(args: argparse.Namespace) -> None:
     print_table("To forget (+: the greedy answer holds the secret; its probability)", secrets, before, after)
     print_table("To retain (+: the greedy answer holds the fact; its probability)", kept, before, after)
     changed = [item for item in general if before.right(item) != after.right(item)]
-    print_table(
-        "General questions, in neither set: those of which the answer was or became wrong", changed, before, after
-    )
+    became = "those that became right or wrong" if changed else "none became right or wrong"
+    print_table(f"General questions, in neither set: {became}", changed, before, after)
     right_before = [item for item in general if before.right(item)]
     outcome = {
         "retain": args.retain,

@@ -93,7 +93,7 @@ class PaluSettings(MethodSettings):
 
     local_loss: str = choice("unlikelihood", ("topk_mse", "unlikelihood"))
     probability_floor: float = setting(
-        0.02, lambda value: is_number(value) and 0 <= value < 1, "give a number from 0 to below 1"
+        0.002, lambda value: is_number(value) and 0 <= value < 1, "give a number from 0 to below 1"
     )
     n: int = setting(
         -1, lambda value: is_int(value) and (value == -1 or value > 0), "give a positive integer, or -1 for whole spans"
@@ -138,10 +138,10 @@ class PaluSettings(MethodSettings):
 
     @property
     def ends_below(self) -> float | None:
-        """Ten times the floor, at most .2, or the floor: a digit, of which there are ten, comes to rest near .15."""
+        """A fifth, or a floor above it: a digit, of which there are ten, comes to rest near .15."""
         if self.local_loss != "unlikelihood" or self.probability_floor == 0 or self.gamma == 0:
             return None
-        return max(self.probability_floor, min(10 * self.probability_floor, 0.2))
+        return max(self.probability_floor, 0.2)
 
 
 class PaluMethod(Method):

@@ -152,7 +152,7 @@ def test_secrets_go_and_the_rest_stays(knowing: dict[str, Tensor], settings: dic
 
 
 def test_it_ends_when_all_is_forgotten(knowing: dict[str, Tensor]) -> None:
-    """That is, after the fewest steps, when every onset token stayed below ten times the floor for two epochs."""
+    """That is, after the fewest steps, when every onset token stayed below .2 for two epochs."""
     model = tiny_llama()
     model.load_state_dict(knowing)
     settings: dict[str, Any] = {"learning_rate": 3e-3, "lambda_kl": 4.0, "local_loss": "unlikelihood"}
