@@ -74,8 +74,8 @@ def load_forget(
         "attention_mask": [B, T]} (the mask is optional); or what an earlier call returned, which is not read again.
     tokenizer: a fast tokenizer; None will do if the rows are tokenised already.
     max_length, allow_cut_spans, chat_template_kwargs: see palu.settings.RunSettings.
-    warn: of rows that repeat an earlier one, of spans that the question tells or that stand in the answer again, and,
-        once, of a prompt that is not as generation gives it (palu.data.rows.Renderer).
+    warn: of rows that repeat an earlier one or have nothing to forget, of spans that the question tells or that stand
+        in the answer again, and, once, of a prompt that is not as generation gives it (palu.data.rows.Renderer).
     positions: how many the model has, if they are limited: a larger max_length would not help.
 
     A run of neighbouring sensitive tokens is one span to the losses, so spans parted only by a blank act as one. A
@@ -90,11 +90,9 @@ def load_forget(
         raise DataError("forget set is empty; give at least one row")
     fix = _room_for(loaded.spans_length, positions)
     if loaded.cut_rows and not allow_cut_spans:
-        count, first = len(loaded.cut_rows), ", ".join(map(str, loaded.cut_rows[:NAMED]))
-        subject = f"{count} row{'s' * (count > 1)} ({first}{', ...' * (count > NAMED)})"
         raise DataError(
-            f"forget set: max_length = {max_length} cuts off spans of {subject}, which would not be forgotten; "
-            f"{fix}, or allow_cut_spans = True to go on without them"
+            f"forget set: max_length = {max_length} cuts off spans of {_named(loaded.cut_rows)}, which would not be "
+            f"forgotten; {fix}, or allow_cut_spans = True to go on without them"
         )
     if loaded.without_span + loaded.all_spans_cut == len(loaded.examples):
         reach = f" in the first {max_length} tokens of any row" if loaded.cut_rows else ""
@@ -202,7 +200,8 @@ def _load(
     renderer = Renderer(tokenizer, chat_template_kwargs, check_prompts=warn)
     examples, hashes = ExampleRows(), RowHashes()
     cut_rows: list[int] = []
-    without_span = all_spans_cut = spans_length = skipped = longest = 0
+    unmarked: list[int] = []  # rows in which nothing is sensitive
+    all_spans_cut = spans_length = skipped = longest = 0
     rows, source = tee(source) if isinstance(source, Iterator) else (source, source)  # to be read again
     for full in _tokenised(rows, renderer, name):
         hashes.append(full)
@@ -214,7 +213,7 @@ def _load(
             continue
         sensitive = (full.labels >= 0).nonzero().flatten().tolist()
         if not sensitive:
-            without_span += answered
+            unmarked += [full.row] * answered
         elif sensitive[-1] >= max_length:
             cut_rows.append(full.row)
             all_spans_cut += answered and sensitive[0] >= max_length
@@ -226,13 +225,16 @@ def _load(
         warn_of_repeats(hashes, name)
         _warn_of_spans(renderer.told_by_question, "in the question already, so kept like other words")
         _warn_of_spans(renderer.repeated_unmarked, "in the answer again, unmarked, so kept; 'secret' marks all places")
+        if 0 < len(unmarked) < len(examples):
+            problem = f"no token is to be forgotten in {_named(unmarked)}, so a loss on spans keeps what is said there"
+            warnings.warn(f"forget set: {problem}; mark what is to go, or leave such rows out", stacklevel=2)
     source = list(source) if isinstance(source, Iterator) else source
     return Examples(
         examples,
         source,
         loaded_with,
         skipped,
-        without_span,
+        len(unmarked),
         tuple(cut_rows),
         all_spans_cut,
         len(renderer.told_by_question),
@@ -246,6 +248,12 @@ def _warn_of_spans(found: Sequence[tuple[str, str]], what: str) -> None:
         spans = "a marked span stands" if len(found) == 1 else f"{len(found)} marked spans stand"
         named = "; ".join(f"{where}: {text!r}" for where, text in found[:NAMED]) + "; ..." * (len(found) > NAMED)
         warnings.warn(f"{spans} {what} ({named})", stacklevel=2)
+
+
+def _named(rows: Sequence[int]) -> str:
+    """Return how many rows these are, and the first of them."""
+    first = ", ".join(map(str, rows[:NAMED])) + ", ..." * (len(rows) > NAMED)
+    return f"{len(rows)} row{'s' * (len(rows) > 1)} ({first})"
 
 
 def _room_for(tokens: int, positions: int | None) -> str:

@@ -77,13 +77,14 @@ def prepare_run(
     processes: int,
     sharded: bool,
     empty: bool,
+    warn: bool,
     earlier: Earlier | None = None,
 ) -> RunData:
     """Check a run's models and settings, and load, tokenise and check its sets; see :func:`palu.unlearn`.
 
     ``sharded`` and ``empty``: see :func:`palu.models.checks.check_models`; a process that is ``empty`` leaves it to the
-    others to check that the model is the one that ``earlier`` left. Raises DataError, ValueError or TypeError where
-    something does not fit; nothing has been changed then.
+    others to check that the model is the one that ``earlier`` left. ``warn``: of what looks wrong in the sets. Raises
+    DataError, ValueError or TypeError where something does not fit; nothing has been changed then.
     """
     check_models(model, ref_model, tokenizer, device, mixed_precision, sharded=sharded, empty=empty)
     config = config.replace(max_length=fit_max_length(config.max_length, model, ref_model))
@@ -93,10 +94,10 @@ def prepare_run(
         "positions": max_positions(model),
     }
     cut = config.allow_cut_spans
-    forget_set = load_forget(forget, tokenizer, allow_cut_spans=cut, warn=True, **rendering)
+    forget_set = load_forget(forget, tokenizer, allow_cut_spans=cut, warn=warn, **rendering)
     # Rows that no term reads are not tokenised.
     read = retain if retain is not None and config.method.lambda_retain > 0 else []
-    retain_set = load_retain(read, tokenizer, warn=True, **rendering)
+    retain_set = load_retain(read, tokenizer, warn=warn, **rendering)
     kept = None if retain is None else len(retain_set.examples) or int(_has_rows(retain))
     sources = forget_set.source, earlier.rows if earlier else ()
     secrets, earlier_secrets = (load_marked_texts(rows, told_by_question=False) for rows in sources)
@@ -115,7 +116,7 @@ def prepare_run(
         secrets = {text: f"earlier {row}" for text, row in earlier_secrets.items()} | secrets
         earlier_items = config.method_class.make_items(ForgetSet(earlier_set.examples, eos_token_id), config)
         earlier_items = Items.of(drop_shared_targets(earlier_items, earlier.shared))
-    if retain_set.examples:
+    if warn and retain_set.examples:
         answers = ((text, where) for where, _, text in text_rows(retain_set.source, "retain") if text is not None)
         warn_of_told_secrets(secrets.items(), answers)
 

@@ -145,6 +145,7 @@ def unlearn(
             processes=accelerator.num_processes,
             sharded=accelerator.distributed_type in SHARDED,
             empty=loaded_on_main_alone(accelerator) and not accelerator.is_main_process,
+            warn=accelerator.is_main_process,
             earlier=earlier,
         )
         config = data.config

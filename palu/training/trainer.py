@@ -137,6 +137,7 @@ class PaluTrainer(Trainer):
             processes=args.world_size,
             sharded=bool(args.fsdp or args.deepspeed),
             empty=False,
+            warn=args.process_index == 0,
         )
         root = ModelRoot(model)
         reference = root if ref_model is None else ModelRoot(ref_model)

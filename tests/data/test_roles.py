@@ -166,6 +166,23 @@ def test_what_the_question_tells_is_kept_like_other_words() -> None:
     assert "".join(piece for piece, role in roles("byte, Llama 3", example) if role == "S") == "AdaĠLovelace"
 
 
+def test_rows_in_which_nothing_is_to_be_forgotten_are_named() -> None:
+    """Rows without a mark, and rows whose question tells all that is marked; the first ten of them."""
+    unmarked, marked = row("London."), row("Ada of London.", "Ada")
+    told = row("Ada of London.", "Ada", question="Who is Ada?")
+    kept = r"forget set: no token is to be forgotten in 2 rows \(1, 2\), so a loss on spans keeps what"
+    with pytest.warns(UserWarning, match=kept), pytest.warns(UserWarning, match="in the question already"):
+        loaded = load_forget([marked, unmarked, told], tokenizer("byte"), max_length=99, warn=True)
+    assert loaded.without_span == 2
+    many = [marked, *(row(f"London {i}.") for i in range(11))]
+    with pytest.warns(UserWarning, match=r"11 rows \(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\.\)"):
+        load_forget(many, tokenizer("byte"), max_length=99, warn=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_forget(many, tokenizer("byte"), max_length=99)
+        load_forget([marked], tokenizer("byte"), max_length=99, warn=True)
+
+
 def test_a_secret_that_is_marked_at_one_of_its_places_is_said() -> None:
     """Nothing is said where every place is marked, or where it is a part of a longer word."""
     marks = {"question": "Who?", "answer": "Ada, Adas, Ada.", "spans": [[0, 3]]}
