@@ -162,13 +162,14 @@ def unlearn(
     positions = min([limit for limit in limits if limit is not None], default=None)
     config = config.replace(max_length=positions or config.max_length)
     template = {"chat_template_kwargs": config.chat_template_kwargs}
-    rendering: dict[str, Any] = {"max_length": config.max_length, "positions": positions, "warn": True, **template}
+    on_main = os.environ.get("RANK", "0") == "0"  # there are no processes yet
+    rendering: dict[str, Any] = {"max_length": config.max_length, "positions": positions, "warn": on_main, **template}
     cut = config.allow_cut_spans
     forget_set = load_forget(forget, tokens, allow_cut_spans=cut, **rendering)
     retain_set: Any = None if retain == "auto" else load_retain(retain_file or [], tokens, **rendering)
     if retain_set is not None:
         check_disjoint(forget_set.hashes, retain_set.hashes)
-    if after is not None and os.environ.get("RANK", "0") == "0":
+    if after is not None and on_main:
         earlier_set = read_earlier(after).load(tokens, allow_cut_spans=cut, **rendering)
         if retain_set is not None:
             check_disjoint(earlier_set.hashes, retain_set.hashes, "earlier forget")
