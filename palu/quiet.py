@@ -1,4 +1,4 @@
-"""Keep what other libraries print at every start, and nobody needs, off a command's output."""
+"""Keep off a command's output what nobody needs: noise of other libraries, the source line of a warning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 
 # A logger, and what stands in the message that is left out.
 NOISE = {
@@ -22,6 +23,20 @@ def silence_noise() -> None:
     for name, text in NOISE.items():
         logging.getLogger(name).addFilter(partial(_is_other, text))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def shorten_warnings() -> None:
+    """Write palu's own warnings in one line, as errors are: "palu: warning: ..."."""
+    package, in_full = Path(__file__).parent, warnings.formatwarning
+
+    def in_short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(package):
+            return f"palu: warning: {message}\n"
+        return in_full(message, category, filename, lineno, line)
+
+    warnings.formatwarning = in_short
 
 
 def _is_other(text: str, record: logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import palu
 from palu.cli.options import SectionedCommand
-from palu.quiet import silence_noise
+from palu.quiet import shorten_warnings, silence_noise
 from palu.signals import exit_on_sigterm
 
 # By name: what it does, and the function. Each is imported when it is called: the settings of `unlearn` import torch.
@@ -109,6 +109,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, exit_on_sigterm)
     silence_noise()
+    shorten_warnings()
     try:
         app(prog_name="palu")
     except SystemExit as end:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import palu_command, write_input
+from helpers.command import FORGET, palu_command, write_input
 from transformers import AutoTokenizer
 
 import palu
@@ -162,6 +162,16 @@ def test_commands_say_nothing_of_other_libraries(tmp_path: Path) -> None:
     others = [line for line in done.stderr.splitlines() if not line.startswith("palu: ")]
     assert others == []
     assert "wrote out/private/report.html" in done.stdout
+
+
+def test_a_warning_is_one_line_where_it_is_of_palu(tmp_path: Path) -> None:
+    write_input(tmp_path, forget=[*FORGET, FORGET[0] | {"spans": []}])
+    done = start("-m", "palu", "inspect", "--model", "model", "--forget", "forget.jsonl", cwd=tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if "no token" in line]
+    assert line.startswith(f"palu: warning: forget set: no token is to be forgotten in 1 row ({len(FORGET)}), so ")
+    assert "examples.py" not in done.stderr
+    theirs = "import warnings, palu.quiet; palu.quiet.shorten_warnings(); warnings.warn('look out')"
+    assert start("-c", theirs).stderr.startswith("<string>:1: UserWarning: look out\n")
 
 
 @pytest.mark.parametrize("name", quiet.NOISE)
