@@ -179,6 +179,7 @@ class PaluMethod(Method):
             # int32 [onset, K]: the indices of the highest logits; for the unlikelihood [onset, 1 + K], the true first
             fields.append(RefField("index", "targets"))
             settings = {"top_k": own.top_k, "local_loss": own.local_loss}
+            settings |= {"n": own.n} if own.variants else {}  # of a variant's secret, too, n tokens are targets
         if holds:
             fields.append(RefField("hidden", "others"))  # [ordinary, d]: the last hidden state
 

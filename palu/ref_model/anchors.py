@@ -114,7 +114,7 @@ def encode_anchor_prompts(
         )
     per_step = processes * config.gradient_accumulation_steps
     steps = config.total_steps(-(-len(forget.examples) // (config.batch_size * per_step)))
-    drawn = steps * per_step * -(-(config.retain_batch_size or config.batch_size) // 2)
+    drawn = steps * -(-per_step * (config.retain_batch_size or config.batch_size) // 2)
     asked_for = [*texts[: min(count, drawn)], "Why?"]  # the last one tells what ends an answer, if there is no other
     prompts, stop_ids = encode_prompts(asked_for, tokenizer, config.chat_template_kwargs)
     return AnchorPrompts(prompts[:-1], stop_ids, config.max_length, neighbours)
@@ -275,12 +275,13 @@ def _continue(
     assert known is not None
     wanted = [one for one in beginnings if one.row is None or int(one.prompt[-1]) not in ends]
     written = writer.write([one.prompt for one in wanted], ends, "variants", max_new_tokens)
-    variants: dict[bytes, list[Item]] = {}  # by what precedes a place
+    variants: dict[tuple[bool, bytes], list[Item]] = {}  # by the question, or by what precedes a place
     for (prompt, targets, row), continuation in zip(wanted, written, strict=True):
         secrets = secrets_of_targets(targets, known.secrets, known.decode)
         item = variant_item(prompt, continuation, secrets, known.decode, n, targets)
         if item is None or len(item.input_ids) > anchor_prompts.max_length:
             continue
         if row is None or not torch.equal(item.input_ids, row[: len(item.input_ids)]):
-            variants.setdefault(prompt[:-1].numpy().tobytes(), []).append(item)
+            place = prompt if row is None else prompt[:-1]
+            variants.setdefault((row is None, place.numpy().tobytes()), []).append(item)
     return [item for of_place in variants.values() for item in of_place[:PER_PLACE]]

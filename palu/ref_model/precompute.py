@@ -102,7 +102,8 @@ def _read(
 
 def _frozen_head(reference: ModelRoot, own: bool, accelerator: Accelerator) -> Head | None:
     """Return the reference's head, copied only where training will change it or mixed precision casts it."""
-    will_change = own and head_of(reference.model).weight.requires_grad
+    parts = head_of(reference.model)
+    will_change = own and any(part is not None and part.requires_grad for part in (parts.weight, parts.bias))
     if reference.sharded and own and not will_change:
         return None  # gathered in each forward pass anyway
     copied = will_change or reference.sharded  # what FSDP2 has gathered does not last

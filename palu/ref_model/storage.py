@@ -202,7 +202,7 @@ def item_to_json(item: Item) -> list[Any]:
 def item_from_json(values: Sequence[Any]) -> Item:
     """Return the item of :func:`item_to_json`."""
     ids, rows, targets, start = values
-    return Item(torch.tensor(ids), torch.tensor(rows), targets, start=start)
+    return Item(torch.tensor(ids), torch.tensor(rows, dtype=torch.int64), targets, start=start)
 
 
 def map_file(path: Path, kind: type[Exception], fix: str) -> tuple[dict[str, Tensor], Any]:

@@ -25,7 +25,7 @@ from palu.models.lora import CausalLM
 
 CONTINUATION = 20  # tokens that the reference goes on with
 PER_PLACE = 3  # variants, those of the likeliest candidates
-MOST = 512  # continuations in all, but at least one a place
+MOST = 512  # continuations of each kind, but at least one a place
 
 
 class Beginning(NamedTuple):

@@ -195,6 +195,8 @@ def test_an_item_comes_back_from_json() -> None:
         back = item_from_json(json.loads(json.dumps(item_to_json(item))))
         assert torch.equal(back.input_ids, item.input_ids) and torch.equal(back.rows, item.rows)
         assert (back.targets, back.start) == (item.targets, item.start)
+    nothing = Item(torch.tensor([1, 2]), torch.tensor([], dtype=torch.int64))
+    assert len(item_from_json(json.loads(json.dumps(item_to_json(nothing)))).labels) == 0
 
 
 def test_it_is_mapped_and_written_a_few_items_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +266,13 @@ def test_the_key_has_in_it_what_the_answers_depend_on() -> None:
     assert len(set(keys.values())) == len(keys), keys
 
 
+def test_the_onset_length_is_in_the_key_where_a_variant_may_be_longer() -> None:
+    """Spans of one token are the same at any n; what the reference says in other words need not be."""
+    short = [{"input_ids": [1, 5, 6, 7], "labels": [-100, -200, 6, -200]}]
+    assert key_of(forget=short, n=2) != key_of(forget=short, n=3)
+    assert key_of(forget=short, n=2, variants=0) == key_of(forget=short, n=3, variants=0)
+
+
 def test_the_key_has_nothing_else_in_it() -> None:
     run = {"learning_rate": 1.0, "epochs": 3, "batch_size": 2, "chunk_bytes": 8, "max_tokens": 9}
     drawn = {"neighbours": 0, "variants": 0}
@@ -309,7 +318,7 @@ def test_a_damaged_or_foreign_file(length: int | None, written: Path, folder: Pa
 
 def test_answers_given_under_another_version(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = transformers.__version__
-    monkeypatch.setattr("transformers.__version__", "99.0")
+    monkeypatch.setattr("palu.ref_model.storage.transformers.__version__", "99.0")
     assert refused(written) == f" holds outputs computed under transformers {version}, and this is 99.0; {RUN_AGAIN}"
 
 

@@ -242,6 +242,16 @@ def test_a_rows_own_paraphrases_are_asked_first(says: list[int]) -> None:
         unlearn(forget=rows)
 
 
+def test_rows_that_differ_in_their_last_token_are_asked_each(says: list[int]) -> None:
+    """PER_PLACE bounds the ways to go on from one place, and each of these questions is one of its own."""
+    rows = [{"prompt": f"Who is number {i}", "completion": " Ada Lovelace", "secret": "Ada"} for i in range(7)]
+    unlearning = load_forget(rows, TOKENIZER, max_length=200)
+    items = forget_items(unlearning.examples, -1, None)
+    config = UnlearnConfig(variants=2, neighbours=0, anchors=0)
+    asked = encode_anchor_prompts(unlearning, 1, TOKENIZER, config, 1, secrets=["Ada"])
+    assert len(anchors.generate_answers_that_tell(writer(llama()), items, asked, -1)) == 7 > PER_PLACE
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"gamma": 0}, {"objective": "npo"}, {"forget": forget_rows(3), "retain": retain_rows(3)}],
