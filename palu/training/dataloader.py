@@ -25,11 +25,12 @@ class UnlearnDataLoader:
 
     An epoch sees every forget example and every variant once, in random order. Retain examples come beside them, as
     many per micro-batch as ``config.retain_batch_size`` says; none repeats before all were seen. So do the cache's
-    neighbours, and half as many everyday answers (rounded up). All processes draw the same order from ``config.seed``
-    and each takes its own part: what N processes see together in a step is what one process sees with ``batch_size``
-    and ``retain_batch_size`` N times as large. The seed and the number of steps taken are all that decides what comes
-    next, but for what is ``watched``, rows of earlier requests and answers that came later (:meth:`watch`): those that
-    are ``returned`` (by number; they are chosen between two epochs) come beside the others, each once in an epoch.
+    neighbours, and half as many everyday answers (of a step, rounded up), but none twice in a step. All processes draw
+    the same order from ``config.seed`` and each takes its own part: what N processes see together in a step is what
+    one process sees with ``batch_size`` and ``retain_batch_size`` N times as large. The seed and the number of steps
+    taken are all that decides what comes next, but for what is ``watched``, rows of earlier requests and answers that
+    came later (:meth:`watch`): those that are ``returned`` (by number; they are chosen between two epochs) come beside
+    the others, each once in an epoch.
 
     A micro-batch of more than ``config.max_tokens`` tokens is cut into several, of all processes in as many, some of
     which may be idle. Only how a step is cut changes, not what is in it.
@@ -53,9 +54,8 @@ class UnlearnDataLoader:
         self.tokens = [*Items.of(forget).tokens.tolist(), *(len(item.input_ids) for item in cache.extra)]
         self.retain_tokens = Items.of(retain).tokens.tolist()
         self.batch_size = config.batch_size
-        beside = config.retain_batch_size or config.batch_size
-        half = -(-beside // 2)
-        self.retain_batch_size = beside if retain else 0
+        self.beside = config.retain_batch_size or config.batch_size
+        self.retain_batch_size = self.beside if retain else 0
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.pin_memory, self.share_prefix = pin_memory, share_prefix
@@ -65,9 +65,10 @@ class UnlearnDataLoader:
         neighbours, everyday = cache.neighbours, cache.neighbours + cache.variants
         earlier = len(cache.extra) - cache.earlier
         self.forgotten = torch.tensor([*range(len(forget)), *range(len(forget) + neighbours, len(forget) + everyday)])
+        # (an endless order, how many there are, of how many retain examples one comes in place)
         self.anchor_orders = [
-            (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), min(draws, end - first))
-            for first, end, seed, draws in ((0, neighbours, 3, beside), (everyday, earlier, 2, half))
+            (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), end - first, every)
+            for first, end, seed, every in ((0, neighbours, 3, 1), (everyday, earlier, 2, 2))
             if end > first
         ]
         self.earlier = range(len(forget) + earlier, len(forget) + len(cache.extra))
@@ -142,13 +143,14 @@ class UnlearnDataLoader:
         returned = torch.tensor(self.returned, dtype=torch.int64).tensor_split(len(self))
         for step, beside in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
             parts = -(-len(step) // (self.batch_size * self.num_processes)) * self.num_processes
+            anchors = [
+                len(self.forget) + torch.tensor([*islice(order, min(-(-parts * self.beside // every), count))])
+                for order, count, every in self.anchor_orders
+            ]
+            chosen = [numbers.tensor_split(parts) for numbers in (step, beside, *anchors)]
             yield [
-                (
-                    [*chosen.tolist(), *earlier.tolist()]
-                    + [len(self.forget) + next(order) for order, count in self.anchor_orders for _ in range(count)],
-                    [next(self.retain_order) for _ in range(self.retain_batch_size)],
-                )
-                for chosen, earlier in zip(step.tensor_split(parts), beside.tensor_split(parts), strict=True)
+                (torch.cat(own).tolist(), [*islice(self.retain_order, self.retain_batch_size)])
+                for own in zip(*chosen, strict=True)
             ]
 
     def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:

@@ -235,7 +235,7 @@ def test_a_model_with_an_adapter_writes_without_it(written: list[list[Item]]) ->
 @pytest.mark.parametrize("neighbours", [0, 2, 7])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int, processes: int) -> None:
-    """Three neighbours are drawn in a step, and half as many of the others; but none twice."""
+    """Three neighbours a process are drawn for a step, and of the others half as many as by all; but none twice."""
     forget = [Item(torch.tensor([0, 7]), torch.tensor([0]), targets=1)] * 5
     anchors = [Item(torch.tensor([1000 + i, 7]), torch.tensor([0])) for i in range(7)]
     cache = ReferenceCache([{}] * 12, anchors, neighbours)
@@ -246,10 +246,10 @@ def test_anchors_do_not_repeat_before_all_were_seen(neighbours: int, processes: 
     epochs = [zip(*loaders, strict=True) for _ in range(7)]
     batches = [batch for epoch in epochs for steps in epoch for step in steps for batch in step]
     order = [token - 1000 for batch in batches for token in batch.packed.input_ids[0].tolist() if token >= 1000]
-    rounds = 3 if processes == 1 else 4  # five examples two by two; or two processes, twice
-    for kind, most in ((range(neighbours), 3), (range(neighbours, 7), 2)):
+    steps_taken = 7 * (3 if processes == 1 else 2)  # five examples, two by two for each process
+    for kind, most in ((range(neighbours), 3 * processes), (range(neighbours, 7), 2 if processes == 1 else 3)):
         drawn = [i for i in order if i in kind]
-        assert len(drawn) == 7 * rounds * min(most, len(kind))
+        assert len(drawn) == steps_taken * min(most, len(kind))
         for begin in range(0, len(drawn) - len(kind) + 1, max(len(kind), 1)):
             assert sorted(drawn[begin : begin + len(kind)]) == list(kind)
 
