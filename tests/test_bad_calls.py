@@ -153,7 +153,7 @@ BAD: Cases = {
     "a model without weights": (lambda: unlearn(model=tiny_llama().to(META)), ValueError, f"model is not wholly loaded: model.embed_tokens.weight is on the meta device; {WHOLE}"),
     "a model in part elsewhere": (lambda: unlearn(model=offloaded()), ValueError, f"model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
     "a reference in part elsewhere": (lambda: unlearn(ref_model=offloaded()), ValueError, f"ref_model is not wholly loaded: model.layers.1.self_attn.q_proj.weight is on the meta device; {WHOLE}"),
-    "a half-precision model": (lambda: unlearn(model=tiny_llama().half()), ValueError, "the model is in float16, which the CPU kernels do not support; load it with dtype=torch.bfloat16 or torch.float32"),
+    "a half-precision model": (lambda: unlearn(model=tiny_llama().half()), ValueError, "the model is in float16, in which gradients and AdamW's steps underflow, those of an adapter on it, too; load it with dtype=torch.bfloat16 or torch.float32"),
     "rows on another device": (lambda: unlearn(forget=[{name: torch.tensor(v, device=META) for name, v in one.items()} for one in forget_rows()]), DataError, "forget row 0: input_ids must be int64, got other values; give a flat list of integers"),
     # Settings
     "a setting of no name": (lambda: unlearn(topk=10), TypeError, f"'topk' is no setting of palu.unlearn; the settings are {', '.join(sorted(palu.UnlearnConfig().values()))}"),

@@ -68,8 +68,7 @@ def unlearn(
         eval_rows: Questions to evaluate on before and after, and every --eval-steps steps: rows as palu eval --rows
             takes them (JSONL, JSON, CSV, TSV or Parquet).
         ref_model: The frozen reference, if it is not the model as it is now.
-        dtype: Of the weights while they are trained; auto: as they are stored; float16: on a GPU, and only of weights
-            that an adapter leaves as they are.
+        dtype: Of the weights while they are trained; auto: as they are stored.
         mixed_precision: Products in bfloat16 (bf16), beside float32 weights. [default: as accelerate launch says]
         quantize: Quantise --model and --ref-model as they are loaded, all but their heads (bitsandbytes); needs --lora
             or an adapter.
@@ -95,11 +94,10 @@ def unlearn(
     own = [n for n in ("lora_alpha", "lora_dropout", "lora_target") if given_by(ctx, n) != "DEFAULT"]
     if own and not lora:
         raise ValueError(f"{flag(own[0])} was given without --lora; add --lora or leave it out")
-    if not lora and not models.is_adapter(model):
-        if quantize is not None:
-            raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
-        if dtype == "float16":
-            raise ValueError("--dtype float16: gradients and steps underflow; give bfloat16 or float32, or add --lora")
+    if quantize is not None and not lora and not models.is_adapter(model):
+        raise ValueError(f"--quantize {quantize}: quantised weights cannot be trained; add --lora, or leave it out")
+    if dtype == "float16":
+        raise ValueError("--dtype float16: gradients and steps underflow, an adapter's, too; give bfloat16 or float32")
     subject, private = f"--output {output}", output / layout.PRIVATE
     of_model = "--model" if after is None else "the model of --after"
     for given, name in {of_model: model, "--ref-model": ref_model, "--tokenizer": tokenizer}.items():
@@ -177,8 +175,6 @@ def unlearn(
     if eval_rows is not None:
         evaluate = question_metrics(QuestionRows(eval_rows, tokens, **template))
     processes = Accelerator()
-    if dtype == "float16" and processes.device.type == "cpu":
-        raise ValueError("--dtype float16: the CPU kernels do not support it; give bfloat16 or float32")
     empty = loaded_on_main_alone(processes) and not processes.is_main_process
     trained = models.load_model(model, dtype, trainable=True, quantize=quantize, empty=empty)
     reference = None if ref_model is None else models.load_model(ref_model, dtype, quantize=quantize, empty=empty)

@@ -52,14 +52,10 @@ def check_models(
         raise ValueError(
             "mixed precision fp16 underflows in the gradient of the losses; use bf16 or no mixed precision"
         )
-    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()) and device.type != "cpu":
+    weights = (p for p in model.parameters() if p.requires_grad)
+    if any(weight.dtype == torch.float16 for weight in (head_of(model).weight, *weights)):
         raise ValueError(
-            "the model's trainable weights are in float16, in which gradients and AdamW's steps underflow; "
-            "load it with dtype=torch.bfloat16 or torch.float32"
-        )
-    if head_of(model).weight.dtype == torch.float16 and device.type == "cpu":
-        raise ValueError(
-            "the model is in float16, which the CPU kernels do not support; "
+            "the model is in float16, in which gradients and AdamW's steps underflow, those of an adapter on it, too; "
             "load it with dtype=torch.bfloat16 or torch.float32"
         )
 
@@ -179,7 +175,15 @@ def check_packing(
     ``longest``: tokens of the run's longest text.
     """
     base = base_of(model)
-    *lengths, bound = choose_probe(base.config.get_text_config(), longest)
+    config = base.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    switch = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if switch is not None and longest > switch:
+        raise ValueError(
+            f"{name} has longrope, which turns all examples of a row by other angles once one is longer than {switch} "
+            f"tokens, and the longest text has {longest}; set max_length={switch}"
+        )
+    *lengths, bound = choose_probe(config, longest)
     generator = torch.Generator().manual_seed(0)
     vocab_size = head_of(base).weight.shape[0]
     ids = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]

@@ -279,6 +279,17 @@ def test_everything_that_packs_refuses_it() -> None:
     assert_refused(small, BLOOM, lambda model: palu.PaluTrainer(model, arguments, forget=rows(-200), retain=rows()))
 
 
+def test_longrope_keeps_to_the_length_at_which_its_angles_change() -> None:
+    """Beyond it, a long example would turn the short ones beside it by its own angles."""
+    half = LLAMA["hidden_size"] // LLAMA["num_attention_heads"] // 2
+    factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0} | factors
+    model = tiny_llama(rope_parameters=rope)
+    check_packing("model", model, CPU, longest=32)
+    with pytest.raises(ValueError, match=r"^model has longrope, .* 32 tokens, and .* 33; set max_length=32$"):
+        check_packing("model", model, CPU, longest=33)
+
+
 def test_palus_attention_is_told_from_the_models_own() -> None:
     """An attention of palu's that drops windows is refused, with transformers' own as the fix."""
     kind = BY_TITLE["Mistral, sliding window"]

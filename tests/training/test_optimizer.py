@@ -164,14 +164,13 @@ def test_state_of_weights_in_two_dtypes_is_restored() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
 
-def test_float16_weights_are_refused_where_the_kernels_know_them() -> None:
-    with pytest.raises(
-        ValueError, match=r"^the model's trainable weights are in float16, in which .*underflow; load it"
-    ):
-        check_models(tiny_llama(dtype=torch.float16), None, None, torch.device("cuda"), "no")
-    frozen = tiny_llama(dtype=torch.float16).requires_grad_(False)
+def test_float16_weights_are_refused_where_the_kernels_know_them_too() -> None:
+    """Also frozen ones, through which an adapter's gradient goes."""
+    trained, frozen = tiny_llama(dtype=torch.float16), tiny_llama(dtype=torch.float16).requires_grad_(False)
     frozen.model.norm.float().requires_grad_(True)
-    check_models(frozen, None, None, torch.device("cuda"), "no")
+    for model in (trained, frozen):
+        with pytest.raises(ValueError, match=r"^the model is in float16, in which .* underflow, .*; load it"):
+            check_models(model, None, None, torch.device("cuda"), "no")
 
 
 def test_trainer_refuses_bfloat16_weights(tmp_path: Path) -> None:
