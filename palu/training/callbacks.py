@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from palu.config import UnlearnConfig
-from palu.distributed import autocast, gather_values, raise_on_all_ranks
+from palu.distributed import ProcessError, autocast, gather_values, raise_on_all_ranks
 from palu.models.attention import use_own_attention
 from palu.models.generation import eval_mode
 from palu.models.lora import CausalLM, base_of
 from palu.settings import EVAL_PREFIX
 from palu.training.asking import ask
+from palu.training.checkpoint import CheckpointError
 from palu.training.step import Run, check_watched, enough_forgotten, losses_text
 
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
@@ -111,7 +112,7 @@ class TrainingEvents:
             self._do_requests()
             yield
             self._evaluate()
-            self.checkpoints.save(self.history)
+            self._save()
             self._call_on_save()
             self.call("on_train_end")
         finally:
@@ -166,8 +167,16 @@ class TrainingEvents:
         if self.control.should_training_stop and taken and self.steps_left:
             self.checkpoints.ended_by = "callback"
         if save or self.control.should_save:
-            self.checkpoints.save(self.history)
+            self._save()
             self._call_on_save()
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that fails, the model keeps its weights (all processes raise)."""
+        try:
+            self.checkpoints.save(self.history)
+        except (CheckpointError, ProcessError):
+            self.run.give_weights_back()
+            raise
 
     def _call_on_save(self) -> None:
         """Call ``on_save`` where a checkpoint was written since the last call."""

@@ -31,7 +31,7 @@ from palu.models.lora import CausalLM, base_of, inputs_require_grad
 from palu.models.root import ModelRoot
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.storage import open_cache_file, reference_key
-from palu.training.checkpoint import CheckpointError
+from palu.training.checkpoint import MAY_CHANGE_ON_RESUME, CheckpointError
 from palu.training.dataloader import UnlearnDataLoader
 from palu.training.datasets import check_forward_passes, prepare_run
 from palu.training.step import DivergenceError, enough_forgotten, forward_backward, step_figures, sum_counts
@@ -79,8 +79,8 @@ class PaluTrainer(Trainer):
     it is the default. Trainer's own defaults are others than palu's: three epochs, a learning rate of 5e-5 that falls
     linearly. The losses are exact token means over the optimisation step, across accumulation and processes. The terms
     of the loss are logged beside Trainer's ``loss``; evaluation is the plain model's on ``eval_dataset``. Workers of
-    ``args.dataloader_num_workers`` serve evaluation alone. A checkpoint also holds ``palu.json``: the key of the
-    reference cache and the history.
+    ``args.dataloader_num_workers`` serve evaluation alone. A checkpoint also holds ``palu.json``: what the run was made
+    with, as hashes and settings, and the history.
 
     Args:
         model, ref_model, forget, retain: as for :func:`palu.unlearn`, but that the model is trained as it is: the
@@ -146,7 +146,11 @@ class PaluTrainer(Trainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.data = data
         self.model.to(args.device)
-        self.reference_key = reference_key(data.config, self.accelerator, data.fingerprints(model, ref_model))
+        fingerprints = data.fingerprints(model, ref_model)
+        self.reference_key = reference_key(data.config, self.accelerator, fingerprints)
+        made_with = {"reference": self.reference_key, "retain set": fingerprints.retain}
+        made_with |= {n: v for n, v in data.config.values().items() if n not in MAY_CHANGE_ON_RESUME | {"epochs"}}
+        self.made_with = json.loads(json.dumps(made_with, default=float))  # what must be the same on resume
         self.cache, self.ref_head = precompute_reference(
             reference,
             data.forget,
@@ -170,7 +174,7 @@ class PaluTrainer(Trainer):
         """Unlearn; see ``Trainer.train``.
 
         Raises:
-            CheckpointError: the checkpoint is of another reference, or of another trainer.
+            CheckpointError: the checkpoint is of another reference, retain set or config, or of another trainer.
             DivergenceError: a loss or the gradient norm became NaN or inf; the step is not taken.
         """
         self.method = self.data.config.method_class(self.model, self.data.config)
@@ -236,7 +240,7 @@ class PaluTrainer(Trainer):
         """Save the plain model; see ``Trainer.save_model``."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
-            state = {"reference": self.reference_key, "history": self.history}
+            state = {"made_with": self.made_with, "history": self.history}
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / STATE).write_text(json.dumps(state))
 
@@ -263,7 +267,7 @@ class PaluTrainer(Trainer):
             self.control.should_training_stop |= enough_forgotten(self.history, self.steps_per_epoch, self.method)
 
     def _history_of(self, checkpoint: str | bool | None) -> list[dict[str, float]]:
-        """Read the records of the steps before a checkpoint, and check that it is of the same reference."""
+        """Read the records of the steps before a checkpoint, and check that it is of the same run."""
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint or None
         if folder is None:  # a new run; or Trainer will say that there is none
             return []
@@ -271,10 +275,11 @@ class PaluTrainer(Trainer):
             state = json.loads((Path(folder) / STATE).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder} is no checkpoint of PaluTrainer: {error}") from error
-        if state["reference"] != self.reference_key:
+        saved = state.get("made_with", {})
+        if differ := [name for name, value in self.made_with.items() if saved.get(name) != value]:
             raise CheckpointError(
-                f"{folder} belongs to a run with another reference; pass the model that it started from, and the same "
-                "ref_model, forget set and config"
+                f"{folder} belongs to a run with another {', '.join(differ)}; pass the model that it started from, and "
+                "the same ref_model, sets and config"
             )
         return state["history"]
 
@@ -346,6 +351,12 @@ def check_arguments(model: CausalLM, args: TrainingArguments, config: UnlearnCon
     for name, reason in REFUSED.items():
         if value := getattr(args, name, None):
             raise ValueError(f"{name} = {value!r}: {reason}")
+    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    if (steps := accumulation.get("num_steps", 1)) != 1:
+        raise ValueError(
+            f"accelerator_config: num_steps = {steps} comes after the batches are counted; leave it out, and set "
+            f"gradient_accumulation_steps={steps}"
+        )
     if (strategy := getattr(args, "train_sampling_strategy", "random")) != "random":
         raise ValueError(f"train_sampling_strategy = {strategy!r}: palu draws forget and retain examples; leave it out")
     if "tokenizer" in others:

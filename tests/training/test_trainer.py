@@ -113,7 +113,7 @@ def test_resume_from_checkpoint(name: str, stop: int, tmp_path: Path) -> None:
     assert resumed.history == whole.history
     assert same_weights(resumed.model, weights(whole.model))
     state = json.loads((tmp_path / f"checkpoint-{stop}" / "palu.json").read_text())
-    assert state == {"reference": whole.reference_key, "history": whole.history[:stop]}
+    assert state == {"made_with": whole.made_with, "history": whole.history[:stop]}
 
 
 def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
@@ -122,6 +122,9 @@ def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     with pytest.raises(CheckpointError, match="belongs to a run with another reference"):
         make_trainer(tmp_path, LlamaForCausalLM.from_pretrained(folder)).train(resume_from_checkpoint=str(folder))
+    for config, told in (({"lambda_kl": 3.0}, "lambda_kl"), ({"probability_floor": 0.5}, "probability_floor")):
+        with pytest.raises(CheckpointError, match=f"belongs to a run with another {told}; "):
+            make_trainer(tmp_path, config=config).train(resume_from_checkpoint=str(folder))
     (folder / "palu.json").unlink()
     with pytest.raises(CheckpointError, match="is no checkpoint of PaluTrainer"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
@@ -168,6 +171,7 @@ def test_settings_that_trainer_decides(field: str, tmp_path: Path) -> None:
     [
         *(({"arguments": {name: 0.1 if "factor" in name else True}}, name) for name in REFUSED if name != "fp16"),
         ({"arguments": {"train_sampling_strategy": "sequential"}}, "train_sampling_strategy"),
+        ({"arguments": {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}}, "num_steps"),
         ({"train_dataset": [1]}, "train_dataset"),
         ({"model_init": tiny_llama}, "model_init"),
         ({"compute_loss_func": print}, "compute_loss_func"),
