@@ -75,9 +75,10 @@ def audit(
     loaders = model_loaders({"unlearned": model, "original": original, "retain": retain_model}, dtype, place)
     attacks = attacks_of(data, quick=quick, n=n, draws=draws, max_new_tokens=max_new_tokens, seed=seed)
     folder = private_folder(output / PRIVATE)
+    replaced = "; an earlier audit is gone" if (folder / RESULTS).is_file() else ""
     results = audit_models(loaders, data, attacks, seed=seed, quick=quick, folder=folder, only=only, progress=progress)
     print_results(results)
-    print(f"wrote {folder / RESULTS}, which holds the secrets")
+    print(f"wrote {folder / RESULTS}, which holds the secrets{replaced}")
     if recorded:
         print(f"wrote {write_report(output)}")
         if is_edited(card := output / MODEL / CARD):

@@ -125,7 +125,7 @@ def evaluate(
     models = {"model": model} | ({"original": original, "retain_model": retain_model} if rows else {})
     check_names(**models, tokenizer=tokenizer)
     if output is None:
-        folder = Path(model).expanduser().absolute()  # "." has no name and no parent
+        folder = Path(model).expanduser().resolve()  # "." and a link have another name
         if not folder.is_dir():
             raise ValueError(f"--model {model} is no folder that the results could go to; give --output")
         if folder.name == MODEL and (folder.parent / PRIVATE).is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,11 @@ def versions(model: CausalLM) -> dict[str, str]:
     return {"palu": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
 
 
-def hash_files(folder: Path) -> dict[str, str]:
+def files_in(folder: Path) -> dict[str, Path]:
+    """List the files in a folder and below it by their names there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def hash_files(folder: Path, but: Set[str] = frozenset()) -> dict[str, str]:
     """Hash the files of a saved model by their names in its folder; not the card, which is written later."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: file_digest(path) for name, path in files.items() if name != CARD}
+    return {name: file_digest(path) for name, path in files_in(folder).items() if name not in but | {CARD}}

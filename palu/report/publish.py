@@ -11,6 +11,7 @@ from typing import NamedTuple
 from palu.data.matching import find
 from palu.hashing import file_digest
 from palu.layout import CARD, MODEL, PRIVATE, check_finished
+from palu.report.manifest import files_in
 from palu.report.reading import asked_questions, marked_texts, read_audit, read_run
 from palu.report.write import write_card
 
@@ -49,7 +50,7 @@ def files_to_publish(run_dir: str | os.PathLike[str], *, changed: bool = False) 
             raise ValueError(f"{path} is a link to {path.resolve()}; put what it leads to in its place, or delete it")
     if not (model / CARD).exists():  # the run was killed at its very end
         write_card(run)
-    files = {path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()}
+    files = files_in(model)
     saved = record["hashes"]["files"]
     others = dict.fromkeys(saved.keys() - files.keys(), "gone")
     for name in files.keys() - {CARD}:

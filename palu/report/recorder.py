@@ -33,7 +33,7 @@ from palu.evaluate.scores import BATCH_TOKENS, TokenScores, token_scores
 from palu.hashing import json_digest
 from palu.layout import FORGET, MODEL, PRIVATE, RECORD
 from palu.models.checks import check_linear_head, check_models, check_packing
-from palu.models.generation import eval_mode, generate_answers, generate_texts, prompt_of
+from palu.models.generation import bound_on_answers, eval_mode, generate_answers, generate_texts, prompt_of
 from palu.models.lora import CausalLM, base_of
 from palu.models.positions import fit_max_length, max_positions
 from palu.models.root import on_device, roomy_device
@@ -53,7 +53,7 @@ GENERAL = 24  # everyday prompts, the last ones, which no run holds the model to
 GENERAL_TOKENS = 24  # of the model's own answer to each
 ASKED = 50  # rows of the forget set, evenly spaced, that the model is asked, also in the words of their paraphrases
 SAMPLES = 8  # of each set, evenly spaced, of which greedy answers are recorded
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 64  # of an answer, but at least twice the longest true one, up to 200
 
 Span = tuple[int, int]  # [start, end) in tokens
 Pair = tuple[str, str]  # (question, answer)
@@ -142,6 +142,7 @@ class Recorder:
             if self.forget[i].offsets is None:
                 self.marked.setdefault(self._text(i, span), f"forget row {self.forget[i].row}")
         self.general: Sequence[Example] = []  # the model's own answers before the run
+        self.max_new_tokens = max(MAX_NEW_TOKENS, bound_on_answers(one.whole_answer() for one in self.forget))
         described = manifest.describe_model(model)
         if after is not None:  # where it came from in the first place
             first = json.loads((Path(after) / PRIVATE / RECORD).read_text(encoding="utf-8"))["model"]
@@ -160,13 +161,18 @@ class Recorder:
         self.before = self._look(model, "before")
 
     def save(
-        self, output: str | os.PathLike[str], model: CausalLM, shared: Iterable[TokenPair] = ()
+        self,
+        output: str | os.PathLike[str],
+        model: CausalLM,
+        shared: Iterable[TokenPair] = (),
+        *,
+        others: Iterable[str] = (),
     ) -> dict[str, Any] | None:
         """Look at the unlearned model (``result.model``), and write ``private/record.json`` into the run's folder.
 
         ``shared``: the run's ``summary["shared_beginnings"]``. The record holds the hashes of the files that are in
-        ``model/`` by now. Returns what it holds; on processes that are not the main one nothing is done, and None
-        returned.
+        ``model/`` by now, but for ``others``, which are not the run's. Returns what it holds; on processes that are not
+        the main one nothing is done, and None returned.
         """
         if not self.active:
             return None
@@ -185,7 +191,7 @@ class Recorder:
                 "weights_before": before["weights"],
                 "weights_after": after["weights"],
                 "config": json_digest(self.config.values()),
-                "files": manifest.hash_files(Path(output) / MODEL),
+                "files": manifest.hash_files(Path(output) / MODEL, but={*others}),
             },
             "marked": self.marked,
             "shared_beginnings": list(shared),
@@ -271,7 +277,7 @@ class Recorder:
         self.general = self.general or self._own_answers(base, self.tokenizer)
         names = [f"general question {example.row}" for example in self.general]
         own = token_scores(base, self.general, names, batch_tokens=BATCH_TOKENS, bar=bar)
-        settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": BATCH_TOKENS, "bar": bar}
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_tokens": BATCH_TOKENS, "bar": bar}
         for how, prompts in self.prompts.items():
             answers = generate_answers(base, self.tokenizer, [example for _, _, example in prompts], **settings)
             for (i, question, _), answer in zip(prompts, answers, strict=True):

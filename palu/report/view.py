@@ -41,8 +41,8 @@ def outcome(record: Json) -> Json:
     of_request = [s.get("request", 1) for s in secrets]
     earlier = [s for s, number in zip(secrets, of_request, strict=True) if number < max(of_request)]
     again = [s for s in earlier if known(s["after"])]
-    left += (back := [s for s in again if not known(s["before"])])
-    before += back
+    left += (new := [s for s in secrets if known(s["after"]) and not known(s["before"])])
+    before += new
     total, forgotten = len(before), len(before) - len(left)
     general = record["general"]
     own = general["after"] / general["before"] if general["before"] else None

@@ -19,8 +19,22 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from palu.hashing import json_digest
-from palu.layout import CARD, HISTORY, LEDGER, MODEL, PRIVATE, SUMMARY, check_free, clear_run, hold_run
+from palu.layout import (
+    CARD,
+    HISTORY,
+    LEDGER,
+    MODEL,
+    MODEL_FILES,
+    PRIVATE,
+    SUMMARY,
+    check_free,
+    clear_run,
+    delete_files,
+    files_of_run,
+    hold_run,
+)
 from palu.report import view, words
+from palu.report.manifest import files_in
 from palu.report.plots import number
 from palu.report.recorder import Recorder
 from palu.report.token_roles import MEANING, Token, runs
@@ -63,10 +77,13 @@ def save_run(
             own = (settings[field] for field in ("cache_dir", "checkpoint_dir", "logging_dir"))
             clear_run(output, keep=[folder for folder in own if folder is not None])
         private, model = Path(output) / PRIVATE, Path(output) / MODEL
+        delete_files(output, files_of_run(output, [f"{MODEL}/{name}" for name in MODEL_FILES]))  # of one cut short
+        others = files_in(model)
         result.model.save_pretrained(str(model))
         tokenizer.save_pretrained(model)
+        (model / CARD).unlink(missing_ok=True)  # PEFT's, which says nothing of the run
         write_private(private / HISTORY, "".join(json.dumps(record) + "\n" for record in result.history))
-        record = recorder.save(output, result.model, result.summary["shared_beginnings"])
+        record = recorder.save(output, result.model, result.summary["shared_beginnings"], others=others)
         about = {}
         if record is not None:
             about["outcome"] = view.outcome(record)
@@ -112,8 +129,9 @@ def write_card(run_dir: str | os.PathLike[str]) -> Path:
         tags=["unlearning", "machine-unlearning", "palu"],
     )
     text = _rendered("card.md.jinja", autoescape=False, metadata=metadata.to_yaml(), **shown)
-    path = folder / CARD
-    path.write_bytes(f"{text}{_SEAL}{json_digest(text)} -->\n".encode())
+    path, partial = folder / CARD, folder / f"{CARD}.partial"
+    partial.write_bytes(f"{text}{_SEAL}{json_digest(text)} -->\n".encode())
+    os.replace(partial, path)  # a part of one would be sent as it is
     return path
 
 

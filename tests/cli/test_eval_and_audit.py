@@ -169,7 +169,9 @@ def test_in_a_run_the_report_and_the_card_are_written_again(planted: Path, tmp_p
     own = own.replace("# Unlearned", "# My own Llama, unlearned")
     card.write_text(own, encoding="utf-8")
     left = f"{card} was edited and is left as it is; palu.write_card makes it again"
-    assert done(*asked).stdout.splitlines()[-2:] == [f"wrote {report}", left]
+    printed = done(*asked).stdout.splitlines()
+    assert printed[-2:] == [f"wrote {report}", left]
+    assert printed[-3].endswith("audit.json, which holds the secrets; an earlier audit is gone")
     assert card.read_text(encoding="utf-8") == own
 
 

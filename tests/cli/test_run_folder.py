@@ -174,6 +174,7 @@ def test_overwrite_deletes_what_palu_wrote_and_nothing_else(
     assert old <= {*contents(out)}
     result = done(*arguments, "--overwrite")
     assert all(path.read_text() == path.name for path in mine)
+    assert "model-q4.gguf" not in read(out / "private" / "record.json")["hashes"]["files"], "it is another model's"
     names = {str(path.relative_to(out / "private")) for path in {*contents(out)} - {*mine} if "model" not in path.parts}
     assert names == {
         *("history.jsonl", "summary.json", "record.json", "forget.jsonl", "ledger.json"),
@@ -332,9 +333,12 @@ def test_save_run_replaces_nothing_unless_asked(folder: Path, arguments: list[An
     assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), weights(result.model))
     assert not (out / "model" / "adapter_config.json").exists()
 
-    # A run that was killed while it was written can be written again.
+    # A run that was killed while it was written can be written again; what it wrote of an adapter is gone then.
     (out / "private" / "summary.json").unlink()
+    (out / "model" / "adapter_config.json").write_text("{}")
     palu.save_run(out, result, tokenizer, recorder)
+    assert not (out / "model" / "adapter_config.json").exists()
+    assert not [*(out / "model").glob("*.partial")]
 
 
 # --- damaged weights ---

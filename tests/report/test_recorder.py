@@ -100,6 +100,14 @@ def test_what_the_model_tells_is_recorded(tmp_path: Path) -> None:
     assert "secrets are forgotten" in last
 
 
+def test_a_secret_may_come_late_in_an_answer() -> None:
+    """There is room for 64 tokens, or for twice the longest true answer's, but for no more than 200."""
+    for words, room in ((3, 64), (40, range(80, 200)), (400, 200)):
+        forget = [dict(planted.FORGET[0], answer=" so" * words + f" {planted.SECRETS[0]}"), *planted.FORGET[1:]]
+        made = Recorder(planted.original(), forget, None, tokenizer=planted.tokenizer(), config=QUIET)
+        assert made.max_new_tokens in (room if isinstance(room, range) else [room])
+
+
 def test_model_and_data_are_named_and_hashed(run: Run, tmp_path: Path) -> None:
     """A local model by its folder and licence, not by its path."""
     found = read(run.folder)
@@ -147,6 +155,7 @@ def test_files_are_hashed_by_their_names_in_the_folder(tmp_path: Path) -> None:
     for name in ("additional_chat_templates/tool.jinja", "config.json", "README.md"):
         (tmp_path / name).touch()
     assert [*hash_files(tmp_path)] == ["additional_chat_templates/tool.jinja", "config.json"]
+    assert [*hash_files(tmp_path, {"config.json"})] == ["additional_chat_templates/tool.jinja"]
 
 
 def test_looking_changes_neither_the_model_nor_the_random_numbers(run: Run) -> None:
