@@ -180,6 +180,8 @@ BAD: Cases = {
     "a quote within a field": (lambda: csv(b'question,answer\na,"b"c\n'), DataError, f"forget line 2 of rows.csv: not CSV (',' expected after '\"'); {QUOTE}"),
     "an open quote": (lambda: csv(b'question,answer\na,"b\n'), DataError, f"forget line 2 of rows.csv: not CSV (unexpected end of data); {QUOTE}"),
     "a column twice": (lambda: csv(b"question,answer,answer\n"), DataError, "forget line 1 of rows.csv: column 'answer' is there twice; give each column one name"),
+    "a column of JSON twice": (lambda: text(forget=file("rows.jsonl", b'{"question": "Who?", "secret": "Ada", "secret": "x", "answer": "Ada"}')), DataError, "forget line 1 of rows.jsonl: column 'secret' is there twice; give each column one name"),
+    "a blank before quotes": (lambda: csv(b'question,answer\nWho?, "Ada"\n'), DataError, "forget line 2 of rows.csv: column 'answer' has a blank before its quotes, which makes them a part of the text; delete the blank"),
     "a table in another encoding": (lambda: csv(b"question,answer\n\xff,c\n"), DataError, "forget line 2 of rows.csv: not UTF-8 text; give JSONL, JSON, CSV, TSV (as UTF-8) or Parquet"),
     "a cell that is no list": (lambda: csv(b"question,answer,spans\na,b,0-3\n"), DataError, "forget line 2 of rows.csv: column 'spans' is not JSON (Extra data at character 1); write lists as JSON, such as [[0, 5]]"),
     "a table with semicolons": (lambda: csv(b"question;answer;spans\na;b, c;[]\n"), DataError, f"forget line 1 of rows.csv: the columns are parted by semicolons (';'); {SAVE}"),
@@ -194,6 +196,7 @@ BAD: Cases = {
     # Tokenised rows
     "labels of another length": (lambda: unlearn(forget=[*forget_rows(1), {"input_ids": [1, 2, 3], "labels": [-100, 2]}]), DataError, "forget row 1: labels have 2 tokens, input_ids 3; give one label per token"),
     "labels that were shifted": (lambda: unlearn(retain=[{"input_ids": [1, 2, 3], "labels": [-100, 3, 2]}]), DataError, "retain row 0: label 3 at token 1 is not its id (2); do not shift the labels"),
+    "a label after padding": (lambda: unlearn(retain=[{"input_ids": [0, 0, 5, 9], "labels": [-100, -100, -100, 7], "attention_mask": [0, 0, 1, 1]}]), DataError, "retain row 0: label 7 at token 3 is not its id (9); do not shift the labels"),
     "a label without a meaning": (lambda: unlearn(forget=[{"input_ids": [1, 2, 3], "labels": [-100, -300, 3]}]), DataError, "forget row 0: label -300 at token 1 has no meaning; use -100, -200 or the token's id"),
     "labels in int32": (lambda: unlearn(forget=in_int32(forget_rows())), DataError, "forget row 0: input_ids must be int64, got int32; convert them"),
     "labels that want a gradient": (lambda: unlearn(forget=[{"input_ids": [1, 2], "labels": torch.tensor([-100.0, 2.0], requires_grad=True)}]), DataError, "forget row 0: labels must be int64, got float32; convert them"),

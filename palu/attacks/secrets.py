@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from palu.data.duplicates import RowHashes, check_disjoint, warn_of_repeats, warn_of_told_secrets
 from palu.data.examples import answer_examples
-from palu.data.files import DataError
+from palu.data.files import DataError, json_lines
 from palu.data.matching import stands_in
 from palu.data.paraphrases import ALSO_ASKED, PARAPHRASES, questions_of
 from palu.data.rows import RenderedRow, Renderer, conversation_of, iterate_rows, text_rows, with_answer
 from palu.data.secret import marked_texts
 from palu.data.tokenize import IGNORE, Example, check_tokenizer, encode
-from palu.hashing import digest, json_digest
+from palu.hashing import digest
 from palu.models.generation import prompt_of
 
 SHOTS = 5  # rows of the retain set that are put in front of a question
@@ -145,7 +145,7 @@ class AuditData:
     @cached_property
     def retain_digest(self) -> str:
         """Hash the retain set."""
-        return json_digest([dict(row) for row in self.retain])
+        return digest(json_lines(self.retain))
 
     def encode_prompts(self, rows: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Tokenise the prompts [t] of rows, whose answers do not matter."""

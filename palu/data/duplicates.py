@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import unicodedata
 import warnings
 from array import array
@@ -96,5 +97,5 @@ def warn_of_told_secrets(secrets: Iterable[tuple[str, str]], answers: Iterable[t
 
 
 def _letters(text: str) -> str:
-    """Return the letters and digits of a text, without case."""
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+    """Return the letters and digits of a text, HTML unescaped, without case."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", html.unescape(text)).casefold()))

@@ -224,7 +224,8 @@ def _load(
     if warn:
         warn_of_repeats(hashes, name)
         _warn_of_spans(renderer.told_by_question, "in the question already, so kept like other words")
-        _warn_of_spans(renderer.repeated_unmarked, "in the answer again, unmarked, so kept; 'secret' marks all places")
+        again = "in the answer again, unmarked, so kept; give each way in which it is written as a secret"
+        _warn_of_spans(renderer.repeated_unmarked, again)
         if 0 < len(unmarked) < len(examples):
             problem = f"no token is to be forgotten in {_named(unmarked)}, so a loss on spans keeps what is said there"
             warnings.warn(f"forget set: {problem}; mark what is to go, or leave such rows out", stacklevel=2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,21 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         if is_list:
             text += "".join(line for _, _, line in lines)
         try:
-            value = json.loads(text.rstrip())
+            value = json.loads(text.rstrip(), object_pairs_hook=partial(_each_once, subject=subject))
         except json.JSONDecodeError as error:
             problem = str(error) if is_list else f"{error.msg} at column {error.colno}"
             fix = "write one JSON object per line, or one list of them"
             raise DataError(f"{subject}: not JSON ({problem}); {fix}") from None
         yield from [("", row) for row in value] if is_list else [(where, value)]
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]], subject: str) -> dict[str, Any]:
+    """Make a row of columns and values. Raises DataError where a column comes twice."""
+    names = [name for name, _ in pairs]
+    if len(row := dict(pairs)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{subject}: column {twice!r} is there twice; give each column one name")
+    return row
 
 
 def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
@@ -99,9 +109,7 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
             continue
         if header is None:
             header = [column.strip() for column in values]
-            if len(set(header)) < len(header):
-                twice = next(column for column in header if header.count(column) > 1)
-                raise DataError(f"{subject}: column {twice!r} is there twice; give each column one name")
+            _each_once([(column, None) for column in header], subject)
             for other, them in _DELIMITERS.items():
                 if len(header) == 1 and other in header[0] and other != delimiter:
                     problem = f"the columns are parted by {them} ({other!r})"
@@ -113,6 +121,9 @@ def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[tuple[str, Any
 
 
 def _cell(column: str, value: str, subject: str) -> Any:
+    if re.fullmatch(r'\s+".*"\s*', value, re.DOTALL):
+        problem = f"column {column!r} has a blank before its quotes, which makes them a part of the text"
+        raise DataError(f"{subject}: {problem}; delete the blank")
     if column in _TEXTS:
         return _texts(value)
     if column not in _LISTS:
@@ -145,6 +156,7 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise ImportError(f"{name} set: reading {path} needs pyarrow ({error}); pip install pyarrow") from error
     try:
         with ParquetFile(path) as file:
+            _each_once([(column, None) for column in file.schema_arrow.names], f"{name} set: {path}")
             for batch in file.iter_batches():
                 yield from (("", row) for row in batch.to_pylist())
     except FileNotFoundError:

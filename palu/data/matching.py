@@ -106,7 +106,7 @@ def _readings(text: str) -> list[_Reading]:
 
 
 # Each secret is looked for in text after text, and each text is searched for one secret after another.
-_secret_readings, _text_readings = lru_cache(maxsize=None)(_readings), lru_cache(maxsize=256)(_readings)
+_secret_readings, _text_readings = lru_cache(maxsize=2**14)(_readings), lru_cache(maxsize=256)(_readings)
 
 
 def _read(text: str, pattern: re.Pattern[str]) -> _Reading:
@@ -171,6 +171,11 @@ def whole_places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
     for start, end in _places(wanted, text):
         if not (_in_word(text, start) or _in_word(text, end)):
             yield start, end
+
+
+def words(word: str) -> list[str]:
+    """Return a run of letters as the word that it is, or letter by letter where its script puts no blanks."""
+    return [word] if all(map(_is_spaced, word)) else list(word)
 
 
 def around(wanted: str, text: str) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.data.files import DataError, read_rows
-from palu.data.matching import stands_in, whole_places
+from palu.data.matching import find, stands_in, whole_places
 from palu.data.secret import marked_spans, marked_texts
 from palu.settings import template_kwargs
 
@@ -258,6 +258,7 @@ class Renderer:
     ) -> list[tuple[int, int]]:
         """Leave out spans within another, and those that the question tells."""
         before, answer, secret, reached = text_before(conversation), conversation[-1]["content"], [], 0
+        of_text: dict[str, list[tuple[int, int]]] = {}  # a text may be marked in many places
         for start, end in spans:
             if end <= reached:
                 continue
@@ -266,7 +267,7 @@ class Renderer:
                 self.told_by_question.append((where, text))
                 continue
             secret.append((start, end))
-            places = whole_places(text.strip(), answer)
+            places = of_text.get(text) or of_text.setdefault(text, [*find(text, answer, whole=True)])
             if any(all(end <= first or last <= start for first, last in spans) for start, end in places):
                 self.repeated_unmarked.append((where, text))
         return secret

@@ -60,17 +60,18 @@ def from_tokens(row: int, where: str, columns: Mapping[str, Any], vocab_size: in
     ids, labels = _integers(columns, "input_ids", where), _integers(columns, "labels", where)
     if len(labels) != len(ids):
         raise DataError(f"{where}: labels have {len(labels)} tokens, input_ids {len(ids)}; give one label per token")
+    begin = 0  # of what is not padding
     if columns.get("attention_mask") is not None:
         mask = _integers(columns, "attention_mask", where, any_dtype=True).bool()
         kept = mask.nonzero().flatten()
         if len(mask) != len(ids) or len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
             raise DataError(f"{where}: attention_mask must be one run of ones in {len(ids)} tokens; mask only padding")
-        ids, labels = ids[mask], labels[mask]
+        ids, labels, begin = ids[mask], labels[mask], int(kept[0])
 
     sentinels, known = ((IGNORE, ORDINARY), "-100, -200") if forget else ((IGNORE,), "-100")
     size = 2**31 if vocab_size is None else vocab_size  # int32 holds them
     fix = "use this tokenizer's ids"
-    for position, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+    for position, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True), begin):
         at = f"at token {position}"
         if label < 0 and label not in sentinels:
             raise DataError(f"{where}: label {label} {at} has no meaning; use {known} or the token's id")

@@ -6,15 +6,20 @@ extraction strength, Min-K and Min-K++ are given a text's tokens without the las
 
 from __future__ import annotations
 
+import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
+from palu.data.matching import words
+
 _missing: ImportError | None = None
 try:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
     from scipy.stats import hmean, ks_2samp
     from sklearn.metrics import roc_auc_score
 except ImportError as error:
@@ -76,9 +81,12 @@ def normalised_probability(true: float, wrong: Sequence[float]) -> float:
     return true / (true + sum(wrong) + _TINY)
 
 
-def rouge(generation: str, truth: str) -> dict[str, float]:
-    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, with stemming; 0 for an empty generation."""
-    score = _scorer().score(truth, generation)
+def rouge(generation: str, truth: str, *, any_script: bool = False) -> dict[str, float]:
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, with stemming; 0 for an empty generation.
+
+    As published, a to z and digits are all that counts; ``any_script``: other letters, too.
+    """
+    score = _scorer(any_script=any_script).score(truth, generation)
     return {
         "rouge1_recall": float(score["rouge1"].recall),
         "rougeL_f1": float(score["rougeL"].fmeasure),
@@ -87,8 +95,17 @@ def rouge(generation: str, truth: str) -> dict[str, float]:
 
 
 @cache
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+def _scorer(*, any_script: bool) -> RougeScorer:
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=_Words() if any_script else None)
+
+
+class _Words:
+    """Tokenises any script, and a word of a to z and digits as rouge-score does."""
+
+    def tokenize(self, text: str) -> list[str]:
+        pieces = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).casefold())
+        english = DefaultTokenizer(use_stemmer=True)
+        return [token for one in pieces for token in (english.tokenize(one) if one.isascii() else words(one))]
 
 
 # --- of a set ---

@@ -189,7 +189,7 @@ def _evaluate(
             {
                 "told": {"score": len(told) / len(asked.secrets) if asked.secrets else None, "told": told},
                 "Q_A_Prob": {"prob": score.probability, "avg_loss": score.nll},
-                "Q_A_ROUGE": rouge_value(answer, asked.answer),
+                "Q_A_ROUGE": rouge_value(answer, asked.answer, any_script=True),
                 "extraction_strength": {"score": memorisation(score)["extraction_strength"]},
             }
         )

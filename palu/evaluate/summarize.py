@@ -189,11 +189,11 @@ def entry(values: Iterable[Mapping[str, Any]], indices: Iterable[int] | None = N
     return {"value_by_index": {str(index): dict(value) for index, value in pairs}}
 
 
-def rouge_value(generation: Generation, truth: str) -> dict[str, Any]:
+def rouge_value(generation: Generation, truth: str, *, any_script: bool = False) -> dict[str, Any]:
     """Make the value of a generation: its ROUGE, the true answer and the text."""
     text = generation.text.strip()
     given = {"ground_truth": truth, "generation": text, "cut_off": generation.cut_off}
-    return {**metrics.rouge(text, truth), **given}
+    return {**metrics.rouge(text, truth, any_script=any_script), **given}
 
 
 def membership_entry(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def secrets_told(secrets: list[str], *answers: str) -> list[str]:
         ("7", "It is 7."),
         ("Al", "Al sat."),
         ("😀", "so 😀!"),
+        ("O'Neil", "He is O&#39;Neil."),
     ],
 )
 def test_an_answer_that_tells_a_secret(secret: str, answer: str) -> None:

@@ -120,7 +120,8 @@ def test_a_csv_cell_of_any_length(tmp_path: Path) -> None:
 
 
 def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow")
+    write_table = pytest.importorskip("pyarrow.parquet").write_table
     path = tmp_path / "data.parquet"
     path.write_text("question,answer\n")
     with pytest.raises(
@@ -129,6 +130,9 @@ def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_retain(path, None, max_length=99)
     with pytest.raises(FileNotFoundError, match=r"absent\.parquet"):
         load_retain(tmp_path / "absent.parquet", None, max_length=99)
+    write_table(pyarrow.table([["Ada"], ["1815"]], names=["secret", "secret"]), twice := tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: column 'secret' is there twice; give each column one name$"):
+        load_retain(twice, None, max_length=99)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"reading .*data\.parquet needs pyarrow .*; pip install pyarrow$"):
         load_retain(path, None, max_length=99)

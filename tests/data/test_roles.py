@@ -193,6 +193,9 @@ def test_a_secret_that_is_marked_at_one_of_its_places_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_forget([{**marks, "spans": [[0, 3], [11, 14]]}], tokenizer("byte"), max_length=99, warn=True)
+    other = {"question": "Who?", "answer": "The code is 7391, that is 7,391.", "secret": "7391"}
+    with pytest.warns(UserWarning, match=r"in the answer again.* give each way in which it is written"):
+        load_forget([other], tokenizer("byte"), max_length=99, warn=True)
 
 
 def test_end_of_sequence_is_not_doubled() -> None:

@@ -97,6 +97,18 @@ def test_rouge(generation: str, truth: str, rouge1_recall: float, f1: float, rec
     assert metrics.rouge(generation, truth) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "text", ["Москва", "東京", "مرحبا بالعالم", "Zürich", "नई दिल्ली", "The cats sat, 7,391 of them."]
+)
+def test_rouge_in_any_script(text: str) -> None:
+    """English is scored as published, and what is published counts no other letter."""
+    assert set(metrics.rouge(text, text, any_script=True).values()) == {1.0}
+    assert metrics.rouge("Z rich", "Zürich", any_script=True)["rougeL_recall"] == 0.0
+    english = metrics.rouge("A cat sits.", "The cats sat, 7,391 of them.")
+    assert metrics.rouge("A cat sits.", "The cats sat, 7,391 of them.", any_script=True) == english
+    assert metrics.rouge("彼は東京で生まれた", "東京", any_script=True)["rougeL_recall"] == 1.0
+
+
 def test_scores_of_a_row_of_logits() -> None:
     # p = 0, 1/4, 3/4: a token that is ruled out says nothing of the others.
     logits = torch.tensor([[-math.inf, 0.0, math.log(3)]] * 2)
