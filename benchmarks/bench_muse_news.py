@@ -4,7 +4,8 @@
     python benchmarks/bench_muse_news.py --preset full --data muse_news
 
 A model is taught the forget and the retain texts, another the retain texts alone, with which PrivLeak compares. Then
-each method unlearns the forget texts. Stages are kept and resumed as in bench_tofu.py.
+each method unlearns the forget texts, at the rate that its run finds and for its own epochs. Stages are kept and
+resumed as in bench_tofu.py.
 
 News texts come without short spans. Here a span is what a text can leak: a run of capitalised words that does not
 begin a sentence (names of people, places, organisations), or a number with what is attached to it ("14:00", "40%").
@@ -67,12 +68,11 @@ class Preset:
     passages: tuple[int, int] | None  # how many of each set, and their characters; None: whole texts, every question
     teach_epochs: int
     batch_size: int
-    epochs: int
-    learning_rate: float
+    epochs: int | None  # of unlearning; None: the method's own
     verbmem_tokens: int
 
 
-PRESETS = {"full": Preset(None, 5, 16, 5, 1e-5, 128), "tiny": Preset((8, 600), 20, 4, 10, 5e-5, 32)}
+PRESETS = {"full": Preset(None, 5, 16, None, 128), "tiny": Preset((8, 600), 20, 4, None, 32)}
 
 
 def spans_of(text: str) -> list[list[int]]:
@@ -199,7 +199,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             data.retain,
             tokenizer=for_raw_text(loaded)[1],
             **METHODS[method],
-            learning_rate=preset.learning_rate,
             epochs=preset.epochs,
             batch_size=preset.batch_size,
         )

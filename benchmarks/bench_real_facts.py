@@ -52,14 +52,18 @@ from palu.attacks.attack import Victim
 from palu.attacks.relearn import unrelated_texts
 from palu.attacks.secrets import AuditData
 from palu.data.examples import answer_examples
-from palu.data.tokenize import Example
+from palu.data.tokenize import IGNORE, Example
 from palu.evaluate.language import WordList, keys, measure
 from palu.evaluate.scores import raw_examples
 from palu.hashing import json_digest
 from palu.models.generation import Generation, encode_prompts, eval_mode, generate
 from palu.models.lora import CausalLM, base_of
+from palu.models.root import ModelRoot
+from palu.ref_model.anchors import Writer, generate_anchors, generate_neighbours
 from palu.testbed.facts import is_told, read_relations
 from palu.testbed.real_models import MODELS, save_packaged
+from palu.training.datasets import prepare_run
+from palu.training.engine import start_engine
 
 TOKENS = 24  # of an answer
 BATCH_TOKENS = 512
@@ -144,6 +148,21 @@ def draw(known: list[Row], seed: int) -> list[Row]:
     return in_turns[: rng.randint(FEWEST, MOST)]
 
 
+def own_answers(model: CausalLM, tokenizer: Any, rows: list[Row], seed: int) -> list[Row]:
+    """Have a model write the answers that PALU keeps by the KL, to neighbours and everyday prompts, as retain rows."""
+    config = palu.UnlearnConfig(seed=seed)
+    accelerator = start_engine(config)
+    where: dict[str, Any] = {"device": accelerator.device, "mixed_precision": accelerator.mixed_precision}
+    one_process: dict[str, Any] = {"processes": 1, "sharded": False, "empty": False, "warn": False}
+    data = prepare_run(model, None, rows, None, tokenizer, config, **where, **one_process)
+    writer, asked = Writer(ModelRoot(model), accelerator, adapter=False), (data.forget, data.anchor_prompts)
+    kept = []
+    for item in [*generate_neighbours(writer, *asked, seed), *generate_anchors(writer, *asked)]:
+        labels = torch.full_like(item.input_ids, IGNORE).index_copy(0, item.rows + 1, item.labels)
+        kept.append({"input_ids": item.input_ids, "labels": labels})
+    return kept
+
+
 # --- measuring ---
 def attacked(
     model: CausalLM, data: AuditData, texts: list[Any], answers: Sequence[Example]
@@ -197,8 +216,9 @@ def run(args: argparse.Namespace, loaded: Loaded, before: Answers, seed: int) ->
     settings = METHODS[args.method] | args.settings
     reset_peak()
     clock = time.perf_counter()
+    retain = own_answers(model, tokenizer, rows, seed) if args.retain_own else None
     result = palu.unlearn(
-        model, None, rows, **({"retain": None} | settings), tokenizer=tokenizer, seed=seed, progress=args.progress
+        model, None, rows, **({"retain": retain} | settings), tokenizer=tokenizer, seed=seed, progress=args.progress
     )
     seconds, highest = time.perf_counter() - clock, peak()
 
@@ -294,12 +314,14 @@ def main() -> None:
     parser.add_argument("--part", choices=("choose", "report"), default="choose", help="which relations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws facts to forget")
     parser.add_argument("--method", choices=METHODS, default="palu")
+    own_help = "the retain set is what PALU would have the model write and keep; for the other methods"
+    parser.add_argument("--retain-own", action="store_true", help=own_help)
     parser.add_argument("--known", action="store_true", help="print what the model answers right, and end")
     args = parser.parse_args()
     facts = [fact for fact in read_relations() if fact["part"] == args.part]
     model, tokenizer, before = begin(args, facts)
     device = model.device
-    details = {name: getattr(args, name) for name in ("model", "part", "precision", "method", "settings")}
+    details = {name: getattr(args, name) for name in ("model", "part", "precision", "method", "settings", "retain_own")}
     if args.known:
         report("real_facts_known", known_table(facts, before), device, details)
         return

@@ -3,11 +3,11 @@
     python benchmarks/gpu_budget.py --model llama-3.1-8b --gpu h100
     python benchmarks/gpu_budget.py --model llama-3.2-1b --frozen-head      # the GPU that is here, else an H100
 
-Needs no GPU. The step is the default's: bfloat16, packed examples of TOFU's lengths, every weight trained; ``forget``
-examples with their onset and ordinary rows, and ``kept`` others, whose rows the KL takes. The floor of a part is the
-longer of its bytes over the bandwidth and its operations over the peak of dense products (palu/ops/gpu.py, which the
-choice of gather or dense reads, too). "expected" assumes BYTES_SHARE of the bandwidth and PRODUCTS_SHARE of the peak,
-neither measured here. ``bench_step.py`` prints the floor beside what it measures.
+Needs no GPU. The step has the default's loss, with every weight trained: bfloat16, packed examples of TOFU's lengths;
+``forget`` examples with their onset and ordinary rows, and ``kept`` others, whose rows the KL takes. The floor of a
+part is the longer of its bytes over the bandwidth and its operations over the peak of dense products (palu/ops/gpu.py,
+which the choice of gather or dense reads, too). "expected" assumes BYTES_SHARE of the bandwidth and
+PRODUCTS_SHARE of the peak, neither measured here. ``bench_step.py`` prints the floor beside what it measures.
 """
 
 from __future__ import annotations
