@@ -14,7 +14,7 @@ from palu.settings import RunSettings
 if TYPE_CHECKING:
     from palu.data.examples import Examples
 
-SHOWN = 10  # rows, unless --rows names others
+SHOWN = 10  # rows
 
 
 def inspect(
@@ -24,26 +24,23 @@ def inspect(
     n: int = -1,
     max_length: int = RunSettings.max_length,
     chat_template_kwargs: shared.TemplateKwargs = None,
-    rows: str | None = None,
     annotate: Annotated[str | None, option("HOW")] = None,
     device: shared.Device = None,
     write: shared.OptionalFile = None,
     html: shared.OptionalFile = None,
 ) -> None:
-    """Show what `palu unlearn` would touch: the role of every token of the forget set.
+    """Show what `palu unlearn` would touch: the role of every token of the first rows, or in HTML of all.
 
     Args:
         model: The model, of which the tokenizer is loaded.
         n: Onset length; -1: the whole span.
         max_length: Tokens per example, the rest is cut.
-        rows: Rows to show, from 0: 0-9,17 or all. [default: the first 10; in HTML all]
         annotate: Find the spans of rows that have none: contrast (the model itself tells which words carry the memory),
             regex:PATTERN or whole (answers). Guesses: look at them first.
         write: Write the rows with their spans, those found and those of the column secret, to be corrected by hand
             (JSONL); to a new file.
         html: Write one self-contained HTML file, not to the terminal.
     """
-    wanted = None if rows in (None, "all") else _parse_rows(str(rows))
     if device is not None and annotate is None:
         raise ValueError("--device was given without --annotate, which may run a model; leave it out")
     if annotate == "contrast" and model is None:
@@ -83,18 +80,13 @@ def inspect(
     roles = token_roles(loaded.examples, tokens, n)
     summary = _summary(loaded, count_roles(roles), n, max_length)
     numbered = [(example.row, of_row) for example, of_row in zip(loaded.examples, roles, strict=True)]
-    if wanted is not None:
-        if missing := wanted - {row for row, _ in numbered}:
-            last = max(row for row, _ in numbered)
-            raise ValueError(f"--rows {rows}: row {min(missing)} is not there or was skipped; rows are 0 to {last}")
-        numbered = [(row, of_row) for row, of_row in numbered if row in wanted]
     if html is not None:
         from palu.report.write import write_roles
 
         write_roles(html, forget.name, numbered, summary)
         print(f"{summary}\nwrote {html}")
     else:
-        shown = numbered[:SHOWN] if rows is None else numbered
+        shown = numbered[:SHOWN]
         console = Console(highlight=False, markup=False, emoji=False)
         console.print(legend_text(), soft_wrap=True)
         for row, of_row in shown:
@@ -102,7 +94,7 @@ def inspect(
             console.print(roles_text(of_row), soft_wrap=True)
         print(f"\n{summary}")
         if len(shown) < len(numbered):
-            print(f"{len(numbered) - len(shown)} more rows: --rows all, or --html FILE")
+            print(f"{len(numbered) - len(shown)} more rows: --html FILE")
     if write is not None:
         spans = (with_spans(columns, answer, where) for where, columns, answer in text_rows(forget, "forget"))
         write_rows(write, spans if annotate is None else source)
@@ -117,16 +109,3 @@ def _summary(loaded: Examples, counts: Mapping[str, int], n: int, max_length: in
         rows += f"; max_length = {max_length} cuts off spans of {subject}, {loaded.spans_length} would cut off none"
     tokens = ", ".join(f"{counts[role]} {role}" for role in ("onset", "redundant", "ordinary", "prompt"))
     return f"{rows}; tokens at n = {n}: {tokens}"
-
-
-def _parse_rows(text: str) -> set[int]:
-    """ "0-9,17" -> {0, ..., 9, 17}"""
-    rows: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--rows {text}: give row numbers and ranges, such as 0-9,17, or all")
-        if dash and int(last) < int(first):
-            raise ValueError(f"--rows {text}: the range {first}-{last} ends before it begins; write {last}-{first}")
-        rows |= set(range(int(first), int(last if dash else first) + 1))
-    return rows

@@ -19,8 +19,8 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert "\x1b" not in result.stdout, "no colours where there is no terminal"
     assert re.search(r"It is «H.*» <.*n>, far away\.<\|im_end\|>", result.stdout)
     assert re.search(r"6 rows \(0 without a span, 0 skipped\); tokens at n = 1: 6 onset, \d+ redundant", result.stdout)
-    whole = done(*common, "--n", -1, "--rows", "1,3-4")
-    assert re.findall("^row (.)", whole.stdout, re.MULTILINE) == ["1", "3", "4"]
+    whole = done(*common, "--n", -1)
+    assert re.findall("^row (.)", whole.stdout, re.MULTILINE) == [*"012345"]
     assert "| L" in whole.stdout
     assert " 0 redundant" in whole.stdout
 
@@ -38,8 +38,7 @@ def test_the_first_rows_are_shown(folder: Path, tmp_path: Path) -> None:
     common = ["inspect", "--model", folder / "model", "--forget", many]
     said = done(*common).stdout
     assert said.count("\nrow ") == 10
-    assert said.endswith("2 more rows: --rows all, or --html FILE\n")
-    assert done(*common, "--rows", "all").stdout.count("\nrow ") == 12
+    assert said.endswith("2 more rows: --html FILE\n")
 
 
 @pytest.mark.parametrize("how", ["regex:" + "|".join(SECRETS), "contrast"])
@@ -110,7 +109,6 @@ SECRET = [{name: row[name] for name in ("question", "answer")} | {"secret": SECR
 def test_inspect_writes_the_spans_of_secrets(folder: Path, tmp_path: Path) -> None:
     secret, output = write_rows(tmp_path / "secret.jsonl", SECRET), tmp_path / "spans.jsonl"
     asked = ["inspect", "--model", folder / "model", "--forget", secret, "--write", output]
-    assert "row 99 is not there" in refusal(palu_command(*asked, "--rows", 99)) and not output.exists()
     done(*asked)
     assert read_rows(output) == [{name: row[name] for name in ("question", "answer", "spans")} for row in FORGET]
 
