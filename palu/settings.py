@@ -163,8 +163,6 @@ class RunSettings(Settings):
         eval_steps: optimisation steps from one evaluation to the next, beside those before the first step and at the
             end. Needs something to evaluate; ``None``: only these two, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
-        merge_adapter: return the base of a ``PeftModel`` with the trained adapter merged into its weights; the
-            ``PeftModel`` that was passed in must not be used any more.
         chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
         cache_dir: folder for the reference's outputs (:mod:`palu.ref_model.storage`), from which later runs with the
             same reference, forget set and settings take them instead of running it again; ``None``: they are kept in
@@ -203,7 +201,6 @@ class RunSettings(Settings):
     eval_steps: int | None = count(None, "one before and one after")
 
     gradient_checkpointing: bool = flag(False)
-    merge_adapter: bool = flag(False)
     chunk_bytes: int = count(256 * 2**20)
     cache_dir: str | None = folder(None, "no folder")
     checkpoint_dir: str | None = folder(None, "no folder")

@@ -96,15 +96,3 @@ def check_quantized(name: str, model: CausalLM, device: torch.device, *, trained
             f"the 4-bit weights of {name} were laid out again by a pass on this CPU, and gradients do not go through "
             "them any more; load it again, and run it in palu first"
         )
-
-
-def check_mergeable(model: CausalLM) -> None:
-    """Raise ValueError where ``merge_adapter`` has nothing to merge, or nothing to merge into."""
-    if not is_peft(model):
-        raise ValueError(f"merge_adapter = True: model is a {type(model).__name__}, which has no adapter; leave it out")
-    if quantized_by(model):
-        raise ValueError(
-            "merge_adapter = True: the base model is quantised, and merged weights would be rounded again, which may "
-            "undo what was unlearned; leave it out, and save the adapter. To merge it, load the base without a "
-            "quantization_config, and evaluate what comes out"
-        )

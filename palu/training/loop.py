@@ -23,7 +23,6 @@ from palu.distributed import compute_on_main, raise_on_all_ranks
 from palu.methods import Method
 from palu.models.attention import use_packed_attention
 from palu.models.lora import CausalLM, added_adapter, base_of, inputs_require_grad, is_peft
-from palu.models.quantized import check_mergeable
 from palu.ref_model.precompute import precompute_reference
 from palu.ref_model.shared import dropped_pairs
 from palu.ref_model.storage import open_cache_file
@@ -53,7 +52,7 @@ __all__ = ["DivergenceError", "UnlearnResult", "unlearn"]
 class UnlearnResult:
     """The result of :func:`unlearn`."""
 
-    model: CausalLM  # the one passed in, trained in place; with merge_adapter, its base with the adapter merged
+    model: CausalLM  # the one passed in, trained in place
     history: list[dict[str, float]]  # one record per optimisation step
     summary: dict[str, Any]  # counts, outcome, timing, versions and the configuration
 
@@ -149,8 +148,6 @@ def unlearn(
             earlier=earlier,
         )
         config = data.config
-        if config.merge_adapter:
-            check_mergeable(model)
     with added_adapter(model, config.method.lora_rank, config.seed) as adapted:
         result = train(adapted, ref_model, data, tokenizer, accelerator, evaluate, callbacks)
     if adapted is not model:  # it has been merged
@@ -251,8 +248,7 @@ def train(
             epochs=config.epochs or -(-total_steps // len(loader)),
         ).values(),
     }
-    unlearned: Any = model.merge_and_unload() if config.merge_adapter else model  # type: ignore[operator]
-    return UnlearnResult(unlearned, history, summary)
+    return UnlearnResult(model, history, summary)
 
 
 @contextmanager

@@ -344,10 +344,6 @@ def check_arguments(model: CausalLM, args: TrainingArguments, config: UnlearnCon
         raise ValueError(
             f"lora_rank = {rank}: PaluTrainer trains the model as it is; give a peft.PeftModel, and leave it out"
         )
-    if config.merge_adapter:
-        raise ValueError(
-            "merge_adapter = True: PaluTrainer leaves the adapter in; call merge_and_unload() of the trained model"
-        )
     for name, reason in REFUSED.items():
         if value := getattr(args, name, None):
             raise ValueError(f"{name} = {value!r}: {reason}")

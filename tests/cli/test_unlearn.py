@@ -245,12 +245,8 @@ def test_lora(folder: Path, out: Path, tmp_path: Path, arguments: list[Any]) -> 
     assert adapted.peft_config["default"].r == 2
     assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
-    # Merged, the same run gives the same model.
-    done(*arguments, *options, "--merge-adapter", "--output", tmp_path / "merged")
     ids = torch.arange(20)[None]
-    merged = load(tmp_path / "merged" / "model")(ids).logits
-    assert torch.allclose(merged, adapted(ids).logits, atol=1e-3)
-    assert not torch.allclose(merged, load(folder / "model")(ids).logits, atol=1)
+    assert not torch.allclose(adapted(ids).logits, load(folder / "model")(ids).logits, atol=1)
 
     # The adapter's folder is a model, too: of which this adapter is trained on.
     arguments += ["--model", out / "model", "--output", tmp_path / "further"]

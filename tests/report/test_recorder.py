@@ -183,7 +183,7 @@ def test_an_adapter_is_recorded(run: Run, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_llama(vocab_size=len(run.tokenizer))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    config = UnlearnConfig(epochs=2, learning_rate=1e-2, merge_adapter=True, progress=False)
+    config = UnlearnConfig(epochs=2, learning_rate=1e-2, progress=False)
     made = Recorder(adapted, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     result = palu.unlearn(adapted, None, FORGET, RETAIN, tokenizer=run.tokenizer, config=config)
     found = made.save(tmp_path, result.model)

@@ -175,7 +175,6 @@ def test_settings_that_trainer_decides(field: str, tmp_path: Path) -> None:
         ({"train_dataset": [1]}, "train_dataset"),
         ({"model_init": tiny_llama}, "model_init"),
         ({"compute_loss_func": print}, "compute_loss_func"),
-        ({"config": {"merge_adapter": True}}, "merge_adapter"),
         ({"retain": []}, "retain set"),
         ({"forget": []}, "forget set"),
         ({"ref_model": torch.nn.Linear(2, 2)}, "ref_model"),
