@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from palu.data.matching import find
-from palu.hashing import file_digest
 from palu.layout import CARD, MODEL, PRIVATE, check_finished
-from palu.report.manifest import files_in
+from palu.report.manifest import files_in, hash_files
 from palu.report.reading import asked_questions, marked_texts, read_audit, read_run
 from palu.report.write import write_card
 
@@ -51,13 +50,9 @@ def files_to_publish(run_dir: str | os.PathLike[str], *, changed: bool = False) 
     if not (model / CARD).exists():  # the run was killed at its very end
         write_card(run)
     files = files_in(model)
-    saved = record["hashes"]["files"]
-    others = dict.fromkeys(saved.keys() - files.keys(), "gone")
-    for name in files.keys() - {CARD}:
-        if name not in saved:
-            others[name] = "new"
-        elif file_digest(files[name]) != saved[name]:
-            others[name] = "changed"
+    saved, now = record["hashes"]["files"], hash_files(model)
+    others = dict.fromkeys(saved.keys() - now.keys(), "gone")
+    others |= {name: "changed" if name in saved else "new" for name, own in now.items() if own != saved.get(name)}
     if others and not changed:
         listed = ", ".join(f"{name} ({how})" for name, how in sorted(others.items()))
         raise ValueError(f"{model} is not as the run left it: {listed}; undo that, or give --changed to send it so")
