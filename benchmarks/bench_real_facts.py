@@ -20,6 +20,7 @@ on six others::
     make models
     python benchmarks/bench_real_facts.py --model qwen2.5 --seeds 0 1 2 --settings '{"learning_rate": 1e-5}'
     python benchmarks/bench_real_facts.py --model gemma3 --part report --method npo --settings '{"lambda_retain": 0}'
+    python benchmarks/bench_real_facts.py --model gemma3 --part report --method npo --retain-own
 
 ``--known`` only prints how many facts of each relation a model answers right.
 """

@@ -6,10 +6,15 @@ from typing import Any
 
 import bench_real_facts as bench
 import pytest
+import torch
+from helpers.anchor_runs import TOKENIZER, llama
 from helpers.small_tokenizers import byte_level
 from helpers.tiny import tiny_llama
 
+import palu
+from palu.data.examples import load_retain
 from palu.models.generation import Generation
+from palu.ref_model.anchors import MOST
 
 FACTS = [fact for fact in bench.read_relations() if fact["part"] == "choose"]
 
@@ -62,6 +67,17 @@ def test_the_originals_answers_are_asked_once(monkeypatch: pytest.MonkeyPatch, t
     assert asked == [["a", "b"]] * 2
 
 
+def test_another_method_may_keep_what_palu_would() -> None:
+    """As many answers as a run of some epochs holds to, each with its own tokens as labels."""
+    rows = bench.forget_rows(FACTS[:4])
+    kept = bench.own_answers(llama(), TOKENIZER, rows, 0)
+    examples = load_retain(kept, None, max_length=1024).examples
+    assert all(torch.equal(e.labels[e.answer_start :], e.input_ids[e.answer_start :]) for e in examples)
+    settings: dict[str, Any] = {"tokenizer": TOKENIZER, "progress": False, "max_steps": 1, "learning_rate": 1e-4}
+    found = palu.unlearn(llama(), None, rows, None, **settings).summary
+    assert found["neighbours"] > 0 and len(examples) == len(kept) == found["neighbours"] + MOST  # everyday prompts
+
+
 def test_a_run_counts_what_is_told_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level()
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
@@ -79,7 +95,9 @@ def test_a_run_counts_what_is_told_and_what_is_kept(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "ask", ask)
     settings = {"max_steps": 1, "retain": [], "lambda_retain": 0, "anchors": 0, "learning_rate": 1e-2}
     settings |= {"probability_floor": 0}  # a model that was taught nothing finds no secret probable
-    args = argparse.Namespace(part="choose", method="palu", precision="float32", settings=settings, progress=False)
+    args = argparse.Namespace(
+        part="choose", method="palu", precision="float32", settings=settings, progress=False, retain_own=False
+    )
     found = bench.run(args, (model, tokenizer), before, 5)
     relations = {fact["relation"] for fact in forget}
     near = sum(fact["relation"] in relations for fact in facts) - len(forget)
