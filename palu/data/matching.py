@@ -173,9 +173,9 @@ def whole_places(wanted: str, text: str) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def words(word: str) -> list[str]:
-    """Return a run of letters as the word that it is, or letter by letter where its script puts no blanks."""
-    return [word] if all(map(_is_spaced, word)) else list(word)
+def words_of(run: str) -> list[str]:
+    """Return a run of letters as one word, or letter by letter where its script puts no blanks between words."""
+    return [run] if all(map(_is_spaced, run)) else list(run)
 
 
 def around(wanted: str, text: str) -> str | None:

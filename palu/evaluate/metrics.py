@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from palu.data.matching import words
+from palu.data.matching import words_of
 
 _missing: ImportError | None = None
 try:
@@ -103,9 +103,9 @@ class _Words:
     """Tokenises any script, and a word of a to z and digits as rouge-score does."""
 
     def tokenize(self, text: str) -> list[str]:
-        pieces = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).casefold())
+        runs = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).casefold())
         english = DefaultTokenizer(use_stemmer=True)
-        return [token for one in pieces for token in (english.tokenize(one) if one.isascii() else words(one))]
+        return [token for run in runs for token in (english.tokenize(run) if run.isascii() else words_of(run))]
 
 
 # --- of a set ---

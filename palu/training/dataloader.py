@@ -65,7 +65,7 @@ class UnlearnDataLoader:
         neighbours, everyday = cache.neighbours, cache.neighbours + cache.variants
         earlier = len(cache.extra) - cache.earlier
         self.forgotten = torch.tensor([*range(len(forget)), *range(len(forget) + neighbours, len(forget) + everyday)])
-        # (an endless order, how many there are, of how many retain examples one comes in place)
+        # (an endless order, how many there are, beside how many retain examples one comes)
         self.anchor_orders = [
             (_shuffled(end - first, torch.Generator().manual_seed(config.seed + seed), first), end - first, every)
             for first, end, seed, every in ((0, neighbours, 3, 1), (everyday, earlier, 2, 2))
