@@ -36,6 +36,9 @@ _GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature
 PLAIN, MASKED = "palu_packed", "palu_packed_masked"
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
+# Models that do not hand on to their attention what they are called with, such as where each example begins.
+_HANDS_NOTHING_ON = {"falcon"}
+
 # What transformers' models may give to an attention function beside a mask and a window, to other scores than
 # q k^T * scaling.
 _OTHER_SCORES = ("position_bias", "softcap", "s_aux", "sinks", "indices", "block_indices")
@@ -142,6 +145,7 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: str = "no") ->
     config: Any = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     served = served and layers <= _LAYERS and not getattr(model.config, "attention_dropout", 0.0)
+    served = served and config.model_type not in _HANDS_NOTHING_ON
     plain = layers == {"full_attention"} and getattr(config, "sliding_window", None) is None
     now = model.config._attn_implementation
     with _attention(model, now if not served or now != "sdpa" else PLAIN if plain else MASKED):

@@ -237,7 +237,7 @@ def _packing_error(
     try:
         states = body(**packed.to(device).inputs()).last_hidden_state[0]
         together = [states[rows.to(device)] for rows in packed.rows(items)]
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     first, second = (
         (p.float() - a.float()).norm(dim=1) / a.float().norm(dim=1) for p, a in zip(together, alone, strict=True)

@@ -310,6 +310,21 @@ def test_palus_attention_is_told_from_the_models_own() -> None:
         AttentionInterface.register(packed.MASKED, packed.packed_attention)
 
 
+def test_a_layer_that_misses_its_mask_is_refused_with_the_fix() -> None:
+    """As Falcon's ALiBi, which adds itself to the mask, did when transformers gave it the attention interface."""
+    missed = "keep apart (AttributeError: 'NoneType' object has no attribute 'dtype')"
+    kind = BY_TITLE["Llama"]._replace(refused=missed, error=ValueError)
+    model = kind.build()
+
+    def read_mask(module: Any, given: Any, named: dict[str, Any]) -> None:
+        if given[0].shape[1] > 24:  # the two examples together
+            assert named["attention_mask"].dtype == torch.bool
+
+    model.model.layers[0].register_forward_pre_hook(read_mask, with_kwargs=True)
+    message = assert_refused(model, kind, lambda model: check_packing("model", model, CPU, longest=40))
+    assert message.endswith('load it with attn_implementation="eager"')
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_probe_tells_in_half_precision_too(dtype: torch.dtype, precision: str) -> None:
