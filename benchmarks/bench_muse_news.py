@@ -68,11 +68,10 @@ class Preset:
     passages: tuple[int, int] | None  # how many of each set, and their characters; None: whole texts, every question
     teach_epochs: int
     batch_size: int
-    epochs: int | None  # of unlearning; None: the method's own
     verbmem_tokens: int
 
 
-PRESETS = {"full": Preset(None, 5, 16, None, 128), "tiny": Preset((8, 600), 20, 4, None, 32)}
+PRESETS = {"full": Preset(None, 5, 16, 128), "tiny": Preset((8, 600), 20, 4, 32)}
 
 
 def spans_of(text: str) -> list[list[int]]:
@@ -199,7 +198,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             data.retain,
             tokenizer=for_raw_text(loaded)[1],
             **METHODS[method],
-            epochs=preset.epochs,
             batch_size=preset.batch_size,
         )
         return evaluate(loaded, of_retain) | {"cost": {"seconds": result.summary["seconds"]}}

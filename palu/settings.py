@@ -148,7 +148,8 @@ class RunSettings(Settings):
         max_steps: optimisation steps of the run, in place of ``epochs``: the forget set is passed over as often as that
             takes, the last time perhaps in part. ``None``: ``epochs``.
         batch_size: forget examples per micro-batch and process.
-        retain_batch_size: retain examples, and anchors, per micro-batch and process; ``None``: ``batch_size``.
+        retain_batch_size: retain examples per micro-batch and process; in a step there are as many neighbours and half
+            as many everyday answers beside them, but none twice. ``None``: ``batch_size``.
         gradient_accumulation_steps: micro-batches per optimisation step.
         max_tokens: the most tokens (of forget examples, anchors and retain examples together) in one forward pass. A
             micro-batch with more is cut into several passes of the same step, which changes the result by rounding
@@ -163,7 +164,8 @@ class RunSettings(Settings):
         eval_steps: optimisation steps from one evaluation to the next, beside those before the first step and at the
             end. Needs something to evaluate; ``None``: only these two, and where a callback asks for one.
         gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
-        chunk_bytes: upper bound on the logits held at once by the losses, in bytes.
+        chunk_bytes: upper bound on the logits held at once by PALU's losses and the retain loss, in bytes; the methods
+            that PALU is compared with hold those of all their rows.
         cache_dir: folder for the reference's outputs (:mod:`palu.ref_model.storage`), from which later runs with the
             same reference, forget set and settings take them instead of running it again; ``None``: they are kept in
             ``checkpoint_dir`` where that is given, else in memory.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 # Scripts that put no blank between words, or (Hangul) write particles onto them: every character may end a word there.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "HANGUL")
 _SIMILAR = 0.6  # of SequenceMatcher's ratio: difflib's own bound for a close match
-_FEW = 3  # letters; fewer keep their punctuation ("U.S." is not "us"), and are not looked for within words
+_FEW = 3  # letters; fewer keep the punctuation between them ("U.S." is not "us"), and are not looked for within words
 _LONG_NUMBER = re.compile(r"\d{4,}")  # shorter ones keep their punctuation: "2.5" is not 25
 _GROUPED_NUMBER = re.compile(r"(?<!\d)\d{1,3}(?:[,.'\u2019]\d{2,3})*[,.'\u2019]\d{3}(?!\d)")
 _ESCAPE = re.compile(r'&#?\w{1,31};|\\u(?i:d[89ab]..\\ud[c-f]..|[\da-f]{4})|\\["\\/bfnrt]')

@@ -51,12 +51,14 @@ def annotate(
         model, tokenizer: the model that is to forget, which is left as it is, and its own fast tokenizer.
         batch_tokens, progress, chat_template_kwargs: as for :func:`palu.evaluate.tofu`.
 
-    Returns copies of the rows, in their order, each with the column ``spans``: [start, end) in characters of the
-    answer, in order, without blanks at their edges; neighbours parted by blanks alone are one. [] where none is found.
+    Returns copies of the rows, in their order, each of text with the column ``spans``: [start, end) in characters of
+    the answer. Those that were found are in order, without blanks at their edges, and one where blanks alone part them;
+    [] where none is found.
 
     Raises:
         ValueError: ``how`` names no finder, or its pattern is no regular expression.
-        DataError: a row cannot be used, or not one row has a span in the end. A message names the row and the fix.
+        DataError: a row cannot be used, or spans were looked for and not one row has any in the end. A message names
+            the row and the fix.
         TypeError: ``contrast`` without a model and a tokenizer, or with a model that palu does not support.
     """
     kind, argument = parse(how)

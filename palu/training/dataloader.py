@@ -54,8 +54,7 @@ class UnlearnDataLoader:
         self.tokens = [*Items.of(forget).tokens.tolist(), *(len(item.input_ids) for item in cache.extra)]
         self.retain_tokens = Items.of(retain).tokens.tolist()
         self.batch_size = config.batch_size
-        self.beside = config.retain_batch_size or config.batch_size
-        self.retain_batch_size = self.beside if retain else 0
+        self.retain_batch_size = config.retain_batch_size or config.batch_size
         self.examples_per_step = config.batch_size * num_processes * config.gradient_accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.pin_memory, self.share_prefix = pin_memory, share_prefix
@@ -141,17 +140,16 @@ class UnlearnDataLoader:
         """Draw an epoch: for each step, (forget and extra items, retain items) of all micro-batches, by number."""
         order = torch.randperm(len(self.forgotten), generator=self.generator)
         returned = torch.tensor(self.returned, dtype=torch.int64).tensor_split(len(self))
-        for step, beside in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
-            parts = -(-len(step) // (self.batch_size * self.num_processes)) * self.num_processes
+        for forgotten, earlier in zip(self.forgotten[order].split(self.examples_per_step), returned, strict=True):
+            parts = -(-len(forgotten) // (self.batch_size * self.num_processes)) * self.num_processes
+            beside = parts * self.retain_batch_size
             anchors = [
-                len(self.forget) + torch.tensor([*islice(order, min(-(-parts * self.beside // every), count))])
+                len(self.forget) + torch.tensor([*islice(order, min(-(-beside // every), count))])
                 for order, count, every in self.anchor_orders
             ]
-            chosen = [numbers.tensor_split(parts) for numbers in (step, beside, *anchors)]
-            yield [
-                (torch.cat(own).tolist(), [*islice(self.retain_order, self.retain_batch_size)])
-                for own in zip(*chosen, strict=True)
-            ]
+            chosen = [numbers.tensor_split(parts) for numbers in (forgotten, earlier, *anchors)]
+            kept = self.retain_batch_size if self.retain else 0
+            yield [(torch.cat(own).tolist(), [*islice(self.retain_order, kept)]) for own in zip(*chosen, strict=True)]
 
     def _load(self, chosen: list[int], retain: list[int], *, targets_alone: bool = False) -> Batch:
         found = [self._find(number) for number in chosen]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.small_tokenizers import CHATML, LLAMA3, byte_level, sentencepiece
 
@@ -158,3 +160,11 @@ def test_a_rendered_prompt_is_told_from_others() -> None:
     plain, special = ({"prompt": p, "completion": "Ada wrote it.", "spans": [[0, 3]]} for p in ("Who? ", rendered))
     assert str(data([ROW, plain, special]).unchangeable).startswith("the prompt of forget row 2 has special tokens")
     assert data([ROW, plain]).unchangeable is data([ROW, plain], byte_level(None)).unchangeable is None
+
+
+def test_what_nobody_reads_of_a_retain_row_may_be_anything() -> None:
+    """A date, or an array, as a table has it; a row with another one is another row."""
+    kept = {"question": "Where?", "answer": "In Rome.", "seen": date(2026, 1, 2), "scores": np.array([1.0])}
+    rows = [{"question": "Who?", "answer": "Ada.", "secret": "Ada"}]
+    digests = [data(rows, retain=[one]).retain_digest for one in (kept, kept | {"seen": date(2026, 1, 3)})]
+    assert digests[0] == data(rows, retain=[dict(kept)]).retain_digest != digests[1]

@@ -88,6 +88,9 @@ def test_an_evaluation_needs_no_more(
     monkeypatch.chdir(finished / "model")
     again = done("eval", "--model", ".", "--rows", folder / "forget.jsonl", "--max-new-tokens", 1, "--no-progress")
     assert again.stdout.endswith(f"wrote {output}, which holds your questions and what was answered; {GONE}\n")
+    (tmp_path / "latest").symlink_to(finished / "model")
+    again = done("eval", "--model", tmp_path / "latest", "--rows", folder / "forget.jsonl", "--no-progress")
+    assert again.stdout.endswith(f"wrote {output}, which holds your questions and what was answered; {GONE}\n")
     (link := tmp_path / "link.json").symlink_to(tmp_path / "results.json")  # as /dev/stdout is one
     done("eval", "--model", ".", "--rows", folder / "forget.jsonl", "--no-progress", "--output", link)
     assert link.is_symlink() and "forget_told" in read(tmp_path / "results.json")

@@ -21,6 +21,7 @@ from helpers.tiny import forget_rows, retain_rows, same_weights, tiny_llama, wei
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM
 
 import palu
 from palu import CacheError
@@ -29,6 +30,7 @@ from palu.data.examples import load_forget
 from palu.data.packing import Item, forget_items
 from palu.methods.base import ForgetSet
 from palu.models.attention import use_packed_attention
+from palu.models.root import ModelRoot
 from palu.ref_model import precompute
 from palu.ref_model.fingerprint import Fingerprints
 from palu.ref_model.precompute import compute_outputs
@@ -282,6 +284,17 @@ def test_the_key_has_nothing_else_in_it() -> None:
     assert key_of(**entropy) == key_of(**entropy, target="local_mean")
     # The reference decides, whatever is trained towards or away from it.
     assert key_of() == key_of(tiny_llama(seed=3), tiny_llama()) != key_of(tiny_llama(seed=3))
+
+
+def test_training_a_bias_does_not_move_the_reference() -> None:
+    """Also where the head's weight, beside it, is frozen."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(vocab_size=32, **sizes))
+    model.lm_head.weight.requires_grad_(False)
+    head = precompute._frozen_head(ModelRoot(model), True, Accelerator())
+    before = head.bias.clone()
+    model.lm_head.bias.data += 1
+    assert torch.equal(head.bias, before)
 
 
 # --- What is refused ---

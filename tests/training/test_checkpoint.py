@@ -23,6 +23,7 @@ from palu import CheckpointError
 from palu.ref_model import precompute
 from palu.training import callbacks, checkpoint
 from palu.training.checkpoint import Checkpoints
+from palu.training.step import Run
 
 pytestmark = ON_CPU
 unlearn = SCENARIOS["tied"].loop
@@ -247,11 +248,14 @@ def test_a_write_that_fails(name: str, finished: Path, folder: Path, monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    given_back: list[int] = []
     with monkeypatch.context() as patch:
         owner = next(owner for owner, operation in FILE_OPERATIONS if operation == name)
         patch.setattr(owner, name, fail)
+        patch.setattr(Run, "give_weights_back", lambda run: given_back.append(len(run.history)))
         with pytest.raises(CheckpointError) as caught:
             unlearn(model, checkpoint_dir=str(folder), resume=True)
+    assert given_back == [9], "an engine that shards has them"
     told = (
         f"{folder / step(9)} could not be written: [Errno 28] No space left on device; {folder / step(8)} is intact, "
     )

@@ -125,6 +125,8 @@ def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
     for config, told in (({"lambda_kl": 3.0}, "lambda_kl"), ({"probability_floor": 0.5}, "probability_floor")):
         with pytest.raises(CheckpointError, match=f"belongs to a run with another {told}; "):
             make_trainer(tmp_path, config=config).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(CheckpointError, match="belongs to a run with another retain set; "):
+        make_trainer(tmp_path, retain=retain_rows(3)).train(resume_from_checkpoint=str(folder))
     (folder / "palu.json").unlink()
     with pytest.raises(CheckpointError, match="is no checkpoint of PaluTrainer"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
