@@ -67,6 +67,7 @@ class Preset:
     holdout: int  # the last rows of retain90, seen by no model: 20 a fictitious author
     teach_epochs: int
     teach_batch: int
+    teach_rate: float  # the peak of a linear schedule
     epochs: int
     batch_size: int
     learning_rates: tuple[float, ...]  # of unlearning
@@ -75,9 +76,9 @@ class Preset:
 
 
 PRESETS = {
-    "standard": Preset(None, None, None, None, None, 40, 5, 32, 10, 32, (2e-5, 5e-5, 1e-4), (0,), 200),
-    "cross": Preset(20, 20, 10, None, 2, 10, 8, 5, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
-    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 4, 2, (5e-5,), (0,), 24),
+    "standard": Preset(None, None, None, None, None, 40, 5, 32, 3e-4, 10, 32, (2e-5, 5e-5, 1e-4), (0,), 200),
+    "cross": Preset(20, 20, 10, None, 2, 10, 8, 5, 1e-4, 4, 2, (2e-5, 5e-5, 1e-4), (0,), 32),  # of each author
+    "tiny": Preset(20, 20, 10, 25, 2, 10, 8, 5, 1e-4, 4, 2, (5e-5,), (0,), 24),
 }
 
 
@@ -199,7 +200,8 @@ class Bench:
     def _taught(self, name: str, rows: list[Row], seed: int = 0, stages: Stages | None = None) -> Path:
         """Return the folder of a model that was fine-tuned on the rows; ``seed``: of their order."""
         sizes: dict[str, Any] = {"epochs": self.preset.teach_epochs, "batch_size": self.preset.teach_batch}
-        return taught(stages or self.stages, name, self.model, rows, **sizes, seed=seed)
+        sizes |= {"learning_rate": self.preset.teach_rate, "seed": seed}
+        return taught(stages or self.stages, name, self.model, rows, **sizes)
 
     def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
@@ -211,10 +213,15 @@ class Bench:
                 max_new_tokens=self.preset.max_new_tokens,
             )
 
-    def unlearned(self, method: str, rate: float | None, seed: int) -> dict[str, Any]:
-        """Unlearn the original with a method and evaluate it; returns the results, and what unlearning cost."""
+    def unlearned(self, method: str, rate: float | None, seed: int, *, keep: bool = False) -> dict[str, Any]:
+        """Unlearn the original with a method and evaluate it; returns the results, and what unlearning cost.
+
+        ``keep``: the model, too, for :meth:`audited`.
+        """
 
         def run() -> dict[str, Any]:
+            if keep:
+                self.unlearned_model(method, rate, seed)
             if (kept := self.kept(method, rate, seed)).exists():
                 loaded, cost = load(str(kept)), json.loads(_cost_of(kept).read_text())
             else:

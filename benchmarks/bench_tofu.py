@@ -1,6 +1,7 @@
 """Forgetting and utility on TOFU of PALU, eight other methods and PALU's settings, on one model and one code path.
 
-    python benchmarks/bench_tofu.py --preset standard                  # the paper's table, not run yet: days
+    python benchmarks/bench_tofu.py --preset standard                  # the paper's table: days
+    python benchmarks/bench_tofu.py --preset standard --evaluate-only  # without attacks and further seeds
     python benchmarks/bench_tofu.py --preset tiny                      # CPU, a subset
     python benchmarks/bench_tofu.py --preset cross                     # CPU, many hours: twelve authors, see _cross.py
     python benchmarks/bench_tofu.py --preset standard --methods claims --forget-sets forget05   # the paper's settings
@@ -11,12 +12,12 @@ moved; the same command goes on where it stopped, in the middle of teaching and 
 all are done it writes tofu_<preset>.json and .md to --results (and .png for "cross").
 
 "standard" teaches all of TOFU but the 40 last rows of retain90, which membership metrics need as a holdout: five epochs
-of batches of 32, as published, with a learning rate of 1e-4 (published: 1e-5 at seven times the width of SmolLM2). It
-reports each of --forget-sets. The first one is where the rate of each method is chosen: there it runs with its own
-("own": what the run finds, and its default epochs and batches) and with the preset's; on the others with its own and
-with that. What is reported of PALU and NPO is the mean of three seeds. Each model is attacked, too: the shares of
-secrets that it tells when asked, after the first true token, and trained on other rows. The JSON holds each run's
-utility in its nine parts, with 95 % intervals.
+of batches of 32, as published, at the learning rate with which the taught answers become as probable as those of the
+published Llama-3.2-1B (benchmarks/README.md). It reports each of --forget-sets. The first one is where the rate of each
+method is chosen: there it runs with its own ("own": what the run finds, and its default epochs and batches) and with
+the preset's; on the others with its own and with that. What is reported of PALU and NPO is the mean of three seeds.
+Each model is attacked, too: the shares of secrets that it tells when asked, after the first true token, and trained on
+other rows. The JSON holds each run's utility in its nine parts, with 95 % intervals.
 
 "claims" are the paper's own settings (CLAIMS in _methods.py), one changed at a time; each has a panel in the plot.
 
@@ -62,16 +63,24 @@ Rates = Sequence[float | None]
 
 
 def run(
-    bench: Bench, rates: Mapping[str, Rates], seeds: Sequence[int], attacks: Sequence[str] = ()
+    bench: Bench,
+    rates: Mapping[str, Rates],
+    seeds: Sequence[int],
+    attacks: Sequence[str] = (),
+    *,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
-    """Unlearn, attack and evaluate with each method, its learning rates and each seed; returns a row of each."""
+    """Unlearn, evaluate and attack with each method, its learning rates and each seed; returns a row of each.
+
+    ``keep``: the models that are not attacked.
+    """
     known = {"original": bench.original, "retain": bench.retain}
     shares: dict[str, dict[str, float]] = {name: {} for name in known}
     rows = []
     for seed, (method, of_method) in itertools.product(seeds, rates.items()):
         for learning_rate in of_method:
+            results = bench.unlearned(method, learning_rate, seed, keep=keep or bool(attacks))
             shares |= told(bench.audited(method, learning_rate, seed, attacks)) if attacks else {"unlearned": {}}
-            results = bench.unlearned(method, learning_rate, seed)
             if attacks:
                 bench.drop(method, learning_rate, seed)
             more = shares["unlearned"] | {"utility": utility_parts(results)}
@@ -83,17 +92,19 @@ def run(
 def run_standard(arguments: argparse.Namespace, rates: Rates, seeds: Sequence[int]) -> dict[str, Any]:
     """Choose on the first forget set, and report all (see the module's docstring); returns table and runs of each."""
     tried: dict[str, Rates] = {method: [*dict.fromkeys((None, *rates))] for method in arguments.methods}
+    attacks, several = ([], ()) if arguments.evaluate_only else ([*ATTACKS], SEVERAL)
     found = {}
     for name in arguments.forget_sets:
         bench = Bench(arguments, forget_set=name)
-        rows = run(bench, tried, seeds, [*ATTACKS])
-        rows.insert(2, summary(bench.retain_again, method="retain, another order"))
+        rows = run(bench, tried, seeds, attacks, keep=True)
+        if not arguments.evaluate_only:
+            rows.insert(2, summary(bench.retain_again, method="retain, another order"))
         utility = bench.original["model_utility"]["agg_value"]
         given = [row for row in rows if row.get("learning_rate") is not None]
         best = {row["method"]: row["learning_rate"] for row in chosen(given, utility)}
         tried = {method: [None, best[method]] if method in best else [None] for method in tried}
-        several = {method: tried[method] for method in SEVERAL if method in tried}
-        rows += run(bench, several, [max(seeds) + 1, max(seeds) + 2], [*ATTACKS])[2:]
+        again = {method: tried[method] for method in several if method in tried}
+        rows += run(bench, again, [max(seeds) + 1, max(seeds) + 2], attacks)[2:]
         own = [row for row in rows if row.get("learning_rate") is None]
         reported = [row for row in rows if row not in own and row["learning_rate"] == best[row["method"]]]
         table = chosen(own, utility) + chosen(reported, utility)
@@ -174,6 +185,8 @@ def main() -> None:
     add("--seeds", **numbers, help="default: the preset's; cross has one")
     sets_help = "standard: those to report; the rate is chosen on the first"
     add("--forget-sets", nargs="+", default=SPLITS, choices=SPLITS, help=sets_help)
+    only_help = "standard: no attacks (the models are kept for them), no second retain model, no further seeds"
+    add("--evaluate-only", action="store_true", help=only_help)
     add("--authors", **numbers, **reported, help="cross: those to report")
     add("--choosing-authors", **numbers, **choosing, help="cross: those on which a learning rate is chosen")
     add("--attacks", **attacks, help="cross: those of the audit (onset-answer is always made); default: all")

@@ -150,7 +150,7 @@ def test_the_agreement_of_spans_counts_tokens() -> None:
 
 
 # --- The commands, from models to results, with a Llama that knows nothing ---
-SIZES = _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1, 4, (1e-3,), (0,), 3)
+SIZES = _tofu.Preset(4, 5, 2, 2, 2, 4, 1, 4, 1e-4, 1, 4, (1e-3,), (0,), 3)
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +230,19 @@ def test_standard_chooses_a_rate_on_one_forget_set_and_reports_others(command: C
         table.startswith("forget01\n\n|") and "\n\nforget05\n\n|" in table and "| Retain, another order |  |" in table
     )
     runs = tmp_path / "runs" / "standard"
-    kept = sorted(path.parent.name for path in runs.rglob("*.safetensors"))
-    assert kept == ["original", "retain", "retain"], "all forget sets have one original"
+    models = ["original", "retain", "retain"]  # all forget sets have one original
+    assert sorted(path.parent.name for path in runs.rglob("*.safetensors")) == models
     assert not [*runs.rglob("*checkpoint*")]
     record = command(bench_tofu, "--preset standard --methods npo --forget-sets forget05 --learning-rates own")
     assert record["forget05"]["table"] == second["table"][:4]
+    options = "--preset standard --methods npo,ga --forget-sets forget05 --learning-rates own"
+    npo, ga = command(bench_tofu, f"{options} --evaluate-only")["forget05"]["runs"][2:]
+    not_attacked = dict.fromkeys(_tofu.ATTACKS.values())
+    assert npo == second["runs"][3] | not_attacked, "of the same stages"
+    assert [path.parent.name for path in runs.rglob("*seed*/*.safetensors")] == ["ga-lrown-seed0-model"]
+    attacked = next(row for row in command(bench_tofu, options)["forget05"]["runs"] if row["method"] == "ga")
+    assert ga == attacked | not_attacked and None not in [attacked[name] for name in not_attacked]
+    assert len([*runs.rglob("*.safetensors")]) == len(models), "attacked, the model is deleted"
 
 
 @has_tofu
