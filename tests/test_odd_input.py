@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.refusals import row, text, unlearn
-from helpers.tiny import tiny_llama, weights
+from helpers.tiny import VOCAB, tiny_llama, weights
 
 import palu
 
@@ -38,9 +38,11 @@ def test_layouts_of_labels_and_rows() -> None:
     ],
 )
 def test_a_reference_in_another_dtype(objective: str, dtype: torch.dtype) -> None:
+    # All are candidates: which of two is the 50th can hang on a rounding, and with it twice the probability.
+    settings = {"top_k": VOCAB} if objective == "palu" else {}
     ends = []
     for reference in (tiny_llama(seed=1), tiny_llama(seed=1).to(dtype)):
-        function, arguments = unlearn(objective=objective, ref_model=reference)
+        function, arguments = unlearn(objective=objective, ref_model=reference, **settings)
         ends.append(function(**arguments).history[-1] | {"tokens_per_second": 0})
     assert ends[1] == pytest.approx(ends[0], rel=0.1)
 

@@ -91,8 +91,7 @@ CASES = {
     ),
     # A KL near 0 is rounding here, which the default's weight would show in the gradient's norm.
     "bfloat16": Scenario(lambda: untied(dtype=torch.bfloat16), {"lambda_kl": 4.0}),
-    # In mixed precision (PRECISION).
-    "mixed": Scenario(lambda: untied(dtype=torch.bfloat16)),
+    "mixed": Scenario(lambda: untied(dtype=torch.bfloat16), {"lambda_kl": 4.0}),  # in mixed precision (PRECISION)
     "max_tokens": Scenario(untied, {"max_tokens": 30}),
     # After a run that has left rows, of which some take part from the first epoch on.
     "after": Scenario(untied, {"local_loss": "unlikelihood", "top_k": 20, "max_tokens": 60}),
