@@ -56,7 +56,7 @@ def evaluated(bench: Bench, method: str, rate: float | None) -> Run:
         **summary(results, method=method, learning_rate=rate, seed=SEED),
         "original_utility": bench.original["model_utility"]["agg_value"],
         "language": {
-            name: {"unlearned": results[name]["agg_value"], "retain": results[name]["retain_model"]["agg_value"]}
+            name: {"unlearned": results[name]["agg_value"], "retain": bench.retain[name]["agg_value"]}
             for name in LANGUAGE.values()
         },
     }

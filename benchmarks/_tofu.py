@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,12 @@ from _models import Loaded, Row, load, taught
 from _stages import Stages, stages_parser
 
 import palu
-from palu.evaluate import TofuData, load_tofu
+from palu.evaluate import TofuData, load_tofu, summarize
 from palu.evaluate.rows import load_rows
 from palu.testbed.real_models import save_whole
 from palu.testbed.smollm2 import fast_products, mixed_precision
 
+OF_BOTH = ("forget_quality", "forget_quality_ks", "privleak")  # figures of a model and the retain model
 KEEPS = 0.95  # share of the original's model utility that a run must keep to compete
 DRAWS, AUDIT_TOKENS = 8, 64  # of an audit; in the first hundred rows every secret ends within 56 tokens
 
@@ -148,6 +149,9 @@ def _cut(rows: list[Row], preset: Preset) -> list[Row]:
 class Bench:
     """The models, the data and the finished stages of one preset.
 
+    Evaluations are kept as they are made, row by row, without the retain model's: what a comparison with it gives is
+    added whenever they are read. Where all of them are there, no model is needed.
+
     ``author``: of :func:`load_author`; ``forget_set``: one of SPLITS, which have one original together.
     """
 
@@ -177,13 +181,13 @@ class Bench:
 
     @cached_property
     def retain(self) -> dict[str, Any]:
-        """The evaluation of the retain model; with retain results of its own, its forget quality would be 1."""
-        return self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(self.retain_folder)), None))
+        """The evaluation of the retain model; compared with itself, its forget quality would be 1."""
+        return self.stages.results("retain-evaluated", lambda: self._evaluate(load(str(self.retain_folder))))
 
     @cached_property
     def original(self) -> dict[str, Any]:
         """The evaluation of the original."""
-        return self.stages.results("original-evaluated", lambda: self._evaluate(load(str(self.folder)), self.retain))
+        return self._compared("original-evaluated", lambda: self._evaluate(load(str(self.folder))))
 
     @cached_property
     def retain_again(self) -> dict[str, Any]:
@@ -191,11 +195,11 @@ class Bench:
 
         def run() -> dict[str, Any]:
             folder = self._taught("retain-again", self.data.retain, seed=1)
-            results = self._evaluate(load(str(folder)), self.retain, TofuData(self.data.evaluated.forget))
+            results = self._evaluate(load(str(folder)), TofuData(self.data.evaluated.forget))
             shutil.rmtree(folder)
             return results
 
-        return self.stages.results("retain-again-evaluated", run)
+        return self._compared("retain-again-evaluated", run)
 
     def _taught(self, name: str, rows: list[Row], seed: int = 0, stages: Stages | None = None) -> Path:
         """Return the folder of a model that was fine-tuned on the rows; ``seed``: of their order."""
@@ -203,15 +207,18 @@ class Bench:
         sizes |= {"learning_rate": self.preset.teach_rate, "seed": seed}
         return taught(stages or self.stages, name, self.model, rows, **sizes)
 
-    def _evaluate(self, loaded: Loaded, retain: Any, data: TofuData | None = None) -> dict[str, Any]:
+    def _evaluate(self, loaded: Loaded, data: TofuData | None = None) -> dict[str, Any]:
         loaded[0].to(DEVICE)  # type: ignore[arg-type]
         with fast_products(DEVICE):
             return palu.evaluate.tofu(
-                *loaded,
-                data=data or self.data.evaluated,
-                retain_results=retain,
-                max_new_tokens=self.preset.max_new_tokens,
+                *loaded, data=data or self.data.evaluated, max_new_tokens=self.preset.max_new_tokens
             )
+
+    def _compared(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return an evaluation, made where it is missing, with what a comparison with the retain model's gives."""
+        results = self.stages.results(name, make)
+        found = summarize(results, self.retain)
+        return results | {figure: {"agg_value": found[figure]} for figure in OF_BOTH}
 
     def unlearned(self, method: str, rate: float | None, seed: int, *, keep: bool = False) -> dict[str, Any]:
         """Unlearn the original with a method and evaluate it; returns the results, and what unlearning cost.
@@ -226,11 +233,11 @@ class Bench:
                 loaded, cost = load(str(kept)), json.loads(_cost_of(kept).read_text())
             else:
                 loaded, cost = self._unlearn(method, rate, seed)
-            return self._evaluate(loaded, self.retain) | {"cost": cost}
+            return self._evaluate(loaded) | {"cost": cost}
 
         name = run_name(method, rate, seed)
         print(name, flush=True)
-        return self.stages.results(name, run)
+        return self._compared(name, run)
 
     def unlearned_model(self, method: str, rate: float | None, seed: int) -> Path:
         """Unlearn the original with a method; returns the folder of the model, which is kept."""

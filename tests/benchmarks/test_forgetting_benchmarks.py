@@ -1,6 +1,7 @@
 """What the tables of benchmarks/ choose, keep and leave out. That they run is CI's business: they need a real model."""
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -243,6 +244,11 @@ def test_standard_chooses_a_rate_on_one_forget_set_and_reports_others(command: C
     attacked = next(row for row in command(bench_tofu, options)["forget05"]["runs"] if row["method"] == "ga")
     assert ga == attacked | not_attacked and None not in [attacked[name] for name in not_attacked]
     assert len([*runs.rglob("*.safetensors")]) == len(models), "attacked, the model is deleted"
+    evaluations = tmp_path / "evaluations"
+    shutil.copytree(runs, evaluations / "standard", ignore=shutil.ignore_patterns(*models, "audits"))
+    of_evaluations = command(bench_tofu, f"{options} --evaluate-only --output {evaluations}")["forget05"]
+    assert of_evaluations["runs"][2:] == [npo, ga]
+    assert not [*evaluations.rglob("*.safetensors")], "where all are evaluated, no model is needed"
 
 
 @has_tofu
